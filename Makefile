@@ -1,0 +1,32 @@
+# Everything a fresh machine needs: `make demo` and `make test`. Environments live in .envs/, one for each engine
+# because their pins conflict, and are made again when their requirement files change.
+PYTHON ?= python3
+ENGINE ?= vllm
+ENVS ?= .envs
+
+.PHONY: demo test test-fast test-vllm test-sglang lint clean env-vllm env-sglang
+
+demo: env-$(ENGINE)
+	$(ENVS)/$(ENGINE)/bin/moe-placement demo --engine $(ENGINE)
+
+# The fast tier first: it fails within a minute.
+test: test-fast test-vllm test-sglang
+
+# No engine is started.
+test-fast: env-vllm
+	$(ENVS)/vllm/bin/python -m pytest -q -m "not engine" --ignore=tests/sglang tests
+
+test-vllm: env-vllm
+	$(ENVS)/vllm/bin/python -m pytest -q -m engine --ignore=tests/sglang tests
+
+test-sglang: env-sglang
+	$(ENVS)/sglang/bin/python -m pytest -q tests/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py
+
+lint: env-vllm
+	$(ENVS)/vllm/bin/ruff check .
+
+env-vllm env-sglang: env-%:
+	PYTHON=$(PYTHON) scripts/env-$*.sh $(ENVS)/$*
+
+clean:
+	rm -rf $(ENVS)

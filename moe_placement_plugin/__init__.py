@@ -1,0 +1,42 @@
+"""Expert placement for Mixture-of-Experts models served by vLLM and SGLang.
+
+The core (placement, load, topology, strategies) is plain numpy and imports neither torch nor an
+engine; ``engines`` connects it to the engine that is installed.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ExpertLoad": "load",
+    "Placement": "placement",
+    "PlacementError": "errors",
+    "PlacementRequest": "strategies",
+    "Topology": "topology",
+    "get_strategy": "strategies",
+    "strategy_names": "strategies",
+}
+__all__ = ["__version__", "enable", *_EXPORTS]
+
+
+def enable() -> None:
+    """Let engines that are built in this process take the placement arguments.
+
+    Command lines and the first engine of a process need no such call. A program that builds an engine
+    without a placement first and one with a placement later does: engines load plugins once per process,
+    and a plugin that was asked for nothing then has left the engine untouched.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is not None:
+        from .engines.vllm.request import enable as enable_vllm
+
+        enable_vllm()
+
+
+def __getattr__(name: str):
+    # Lazy, so that an engine process that loads the plugin without its flag pays nothing for numpy.
+    if name in _EXPORTS:
+        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,120 @@
+"""``moe-placement demo``: a tiny model served by a real engine on this machine's CPU."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import PlacementError
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def demo(
+    engine: Annotated[str, typer.Option(help="vllm or sglang; default: the one that is installed.")] = "",
+    model: Annotated[str, typer.Option(help="qwen3-moe (30 experts, no groups), glm4-moe (32 experts in 4 groups) or all.")] = "all",
+    strategy: Annotated[str, typer.Option(help="Strategy of the placed server.")] = "zigzag",
+    keep: Annotated[Path | None, typer.Option(help="Keep checkpoints, logs and recorded loads in this folder.")] = None,
+) -> None:
+    """Serve a tiny MoE model stock on one rank and placed on two, and show that the answers are equal.
+
+    Everything runs on this machine's CPU. Exit code 1 when an answer differs.
+    """
+    from ..demo.engines import DEMO_ENGINES
+    from ..demo.run import run
+    from ..demo.tiny_models import MODELS
+    from ..engines.installed import require_engine
+    from ..strategies import get_strategy
+
+    console = Console()
+    name = require_engine(engine or None)
+    if name not in DEMO_ENGINES:
+        raise PlacementError(f"no demonstration for engine {name!r}: choose one of {', '.join(DEMO_ENGINES)}")
+    if model != "all" and model not in MODELS:
+        raise PlacementError(f"unknown model {model!r}: choose one of {', '.join((*MODELS, 'all'))}")
+    if get_strategy(strategy).needs_load:
+        raise PlacementError(f"strategy {strategy} needs a recorded load, which the demonstration has only afterwards: choose another one")
+    folder = Path(tempfile.mkdtemp(prefix="moe-placement-demo-")) if keep is None else keep
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    equal = True
+    try:
+        for chosen in MODELS if model == "all" else (model,):
+            console.print(f"Making a tiny {chosen} checkpoint in {folder / chosen}")
+            checkpoint = MODELS[chosen](folder / chosen)
+            with _Progress(console) as progress:
+                outcome = run(DEMO_ENGINES[name], chosen, checkpoint, strategy, folder, progress)
+            _show(console, outcome)
+            equal &= outcome.equal
+    finally:
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    console.print(f"Done in {time.monotonic() - began:.0f} s; nothing is left running.")
+    if not equal:
+        raise typer.Exit(1)
+
+
+class _Progress:
+    """One line that is rewritten on a terminal; one line every ten seconds elsewhere."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.status = console.status("") if console.is_terminal else None
+        self.what, self.shown = "", 0.0
+
+    def __enter__(self) -> _Progress:
+        if self.status:
+            self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.status:
+            self.status.stop()
+
+    def __call__(self, what: str, seconds: float, line: str) -> None:
+        if self.status:
+            self.status.update(f"{what} ({seconds:.0f} s) [dim]{_last_words(line)}[/dim]")
+        elif what != self.what or time.monotonic() - self.shown > 10:
+            self.console.print(f"  {what} ({seconds:.0f} s)", markup=False, highlight=False)
+            self.shown = time.monotonic()
+        self.what = what
+
+
+def _last_words(line: str) -> str:
+    return line[-60:].replace("[", "(").replace("]", ")")
+
+
+def _show(console: Console, outcome) -> None:
+    placement = outcome.placement
+    table = Table(title=f"{outcome.model}: experts of layer {placement.layer_ids[0]} by {outcome.strategy}")
+    table.add_column("EP rank", justify="right")
+    table.add_column("experts")
+    for rank in range(placement.num_ranks):
+        table.add_row(str(rank), " ".join(str(e) for e in placement.local_experts(0, rank)))
+    console.print(table)
+    if outcome.placed_log:
+        console.print(f"The engine says: {outcome.placed_log}", markup=False, highlight=False)
+
+    total = int(outcome.load.counts.sum())
+    table = Table(title=f"{outcome.model}: balancedness on the load just seen ({total} expert choices, {outcome.load.num_layers} MoE layers)")
+    table.add_column("strategy")
+    table.add_column("mean rank load / greatest", justify="right")
+    for name, value in outcome.balancedness.items():
+        table.add_row(name, f"{value:.3f}")
+    console.print(table)
+    tokens = sum(len(a.token_ids) for a in outcome.placed)
+    if outcome.equal:
+        console.print(
+            f"[green]equal[/green]: {tokens} greedy tokens of {len(outcome.placed)} prompts are those of the stock engine on one rank; "
+            f"log probabilities differ by at most {outcome.largest_logprob_difference:.1e}"
+        )
+    else:
+        console.print(f"[red]DIFFERENT[/red]: stock {outcome.stock}\nplaced {outcome.placed}", highlight=False)

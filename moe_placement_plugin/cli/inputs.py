@@ -1,0 +1,141 @@
+"""What several verbs read: loads, plans, clusters; and how they print."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..errors import PlacementError
+from ..load import ExpertLoad
+from ..placement import Placement
+from ..planfile import is_plan, parse_plan, parse_sglang_plan
+from ..simulate import Cluster, Workload
+from ..topology import Topology
+
+
+def read_any(path: Path, num_ranks: int | None = None) -> Placement | ExpertLoad:
+    """A plan or a recorded load, told apart by content.
+
+    Args:
+        path: the file.
+        num_ranks: EP ranks, which SGLang's form of a plan does not say.
+
+    Raises:
+        PlacementError: when it is neither.
+    """
+    from ..files import read_bytes, read_json
+
+    content = read_bytes(path, "plan or recorded load")
+    if not content:
+        raise PlacementError(f"{path} is empty: give a plan or a recorded load")
+    if content.lstrip()[:1] == b"{" and content[8:9] != b"{":
+        data = read_json(path, "plan or recorded load")
+        if is_plan(data):
+            if "physical_to_logical_map" not in data:
+                return parse_plan(data, str(path))
+            if num_ranks is None:
+                raise PlacementError(f"{path} is a plan in SGLang's form, which does not name the ranks: add --ranks")
+            return parse_sglang_plan(data, _experts_of(data), num_ranks, str(path))
+    return ExpertLoad.read(path)
+
+
+def _experts_of(data: dict[str, Any]) -> int:
+    rows = data["physical_to_logical_map"]
+    try:
+        return 1 + max(max(row) for row in rows)
+    except (TypeError, ValueError):
+        return 1  # parse_sglang_plan says what is wrong with the rows
+
+
+def read_plan(path: Path, num_ranks: int | None = None) -> Placement:
+    """A plan.
+
+    Raises:
+        PlacementError: when the file is none.
+    """
+    found = read_any(path, num_ranks)
+    if isinstance(found, ExpertLoad):
+        raise PlacementError(f"{path} is a recorded load, a plan is needed: make one with `moe-placement plan {path}`")
+    return found
+
+
+def read_loads(paths: Sequence[Path], phase: str | None = None) -> list[Workload]:
+    """Recorded loads, named by their files.
+
+    Args:
+        paths: the files.
+        phase: keep only windows of this phase.
+
+    Raises:
+        PlacementError: when one is no load, or has no window of the phase.
+    """
+    workloads = []
+    for path in paths:
+        load = read_any(path)
+        if isinstance(load, Placement):
+            raise PlacementError(f"{path} is a plan, a recorded load is needed: give what --expert-load-record wrote")
+        if not load.counts.any():
+            raise PlacementError(f"{path}: the recording is empty (no token in any layer): record while requests are served")
+        if phase is not None:
+            keep = [i for i, p in enumerate(load.phases) if p == phase]
+            if not keep:
+                raise PlacementError(
+                    f"{path} has no window of phase {phase} (it has {', '.join(sorted(set(load.phases)))}): leave --phase out"
+                )
+            load = ExpertLoad(load.counts[keep], load.layer_ids, tuple(load.phases[i] for i in keep), load.coactivation, load.metadata)
+        workloads.append(Workload(_name(path, paths), load))
+    return workloads
+
+
+def _name(path: Path, paths: Sequence[Path]) -> str:
+    return path.stem if sum(p.stem == path.stem for p in paths) == 1 else str(path)
+
+
+def cluster(ranks: int, nodes: int, redundant: int, groups: int, speed: str | None) -> Cluster:
+    """The cluster that the options describe.
+
+    Raises:
+        PlacementError: when the numbers do not fit together.
+    """
+    topology = Topology.even(ranks, nodes)
+    if speed:
+        try:
+            speeds = tuple(float(s) for s in speed.split(","))
+        except ValueError:
+            raise PlacementError(f"--speed {speed}: give one number per rank, separated by commas") from None
+        topology = Topology(ranks, topology.node_of_rank, speeds)
+    return Cluster(topology, redundant, groups)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output path before work is spent on it.
+
+    Raises:
+        PlacementError: when its directory is missing.
+    """
+    if path.is_dir():
+        raise PlacementError(f"{path} is a directory: give the path of a file")
+    if not path.parent.is_dir():
+        raise PlacementError(f"{path} cannot be written (directory {path.parent} does not exist): make it, or give a writable path")
+
+
+def print_json(data: Any) -> None:
+    """Data as one JSON document on stdout; numbers that JSON lacks become null."""
+    typer.echo(json.dumps(_finite(data)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _finite(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

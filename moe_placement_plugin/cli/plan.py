@@ -1,0 +1,71 @@
+"""``moe-placement plan``: from recorded loads to a plan file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command()
+def plan(
+    loads: Annotated[list[Path], typer.Argument(help="Recorded loads; several are planned for together.", metavar="LOAD")],
+    ranks: Annotated[int, typer.Option("--ranks", help="Expert parallel ranks.", min=1)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write.")],
+    strategy: Annotated[str, typer.Option("--strategy", help="Placement strategy.")] = "eplb",
+    redundant: Annotated[int, typer.Option("--redundant", help="Redundant experts per layer.", min=0)] = 0,
+    nodes: Annotated[int, typer.Option("--nodes", help="Nodes that the ranks lie on, the same number on each.", min=1)] = 1,
+    groups: Annotated[int, typer.Option("--groups", help="Expert groups of grouped top-k routing.", min=1)] = 1,
+    speed: Annotated[str | None, typer.Option("--speed", help="Relative speed of each rank: 1,1,0.5,...")] = None,
+    phase: Annotated[str | None, typer.Option("--phase", help="Use only windows of this phase: prefill, decode or mixed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the prediction as JSON.")] = False,
+) -> None:
+    """Plan where experts lie, and predict how balanced the ranks will be.
+
+    The plan goes to --expert-placement-file of vLLM or SGLang (start the engine with as many ranks and redundant
+    experts). Reads what --expert-load-record wrote, and SGLang's .json and .pt.
+
+    Example: moe-placement plan load.safetensors --ranks 32 --redundant 32 -o plan.json
+    """
+    from ..load import ExpertLoad
+    from ..placement import Placement
+    from ..simulate import align
+    from ..strategies import get_strategy
+    from .inputs import check_writable, cluster, print_json, read_loads
+
+    check_writable(output)
+    planner = get_strategy(strategy)
+    workloads = align(read_loads(loads, phase))
+    together = ExpertLoad.concatenate([w.load for w in workloads])
+    request = cluster(ranks, nodes, redundant, groups, speed).request(together)
+    made = planner.place(request)
+    metadata = {"loads": [p.name for p in loads], "windows": together.num_windows}
+    if "model" in together.metadata:
+        metadata["model"] = together.metadata["model"]
+    made = Placement(
+        made.physical_to_logical, made.num_logical_experts, made.slots_per_rank, made.layer_ids, made.strategy,
+        {**made.metadata, **metadata},
+    )  # fmt: skip
+    made.write(output)
+    before = get_strategy("linear").place(request)
+    if as_json:
+        print_json(
+            {
+                "plan": str(output),
+                "strategy": made.strategy,
+                "ranks": ranks,
+                "redundant": made.num_redundant,
+                "layer_ids": list(made.layer_ids),
+                "balancedness": made.overall_balancedness(together.counts),
+                "linear_balancedness": before.overall_balancedness(together.counts),
+                "balancedness_per_layer": made.balancedness(together.total),
+                "balancedness_per_workload": {w.name: made.overall_balancedness(w.load.counts) for w in workloads},
+            }
+        )
+        return
+    from ..report.tables import console, plan_summary
+
+    console().print(plan_summary(made, before, workloads, str(output)))

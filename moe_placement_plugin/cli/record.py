@@ -1,0 +1,80 @@
+"""``moe-placement record``: prompts to a server that records, and its recording."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command()
+def record(
+    path: Annotated[Path, typer.Argument(help="The recording: what --expert-load-record of the server names.")],
+    url: Annotated[
+        str | None,
+        typer.Option("--url", help="Address of the server, such as http://localhost:8000. Without it the recording is only read."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help='Prompt file: a prompt per line, or JSON lines with "prompt" or "messages".')
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to generate per prompt.", min=1)] = 128,
+    concurrency: Annotated[int, typer.Option("--concurrency", help="Requests under way at a time.", min=1)] = 16,
+    model: Annotated[str | None, typer.Option("--model", help="Model name (default: the first that the server lists).")] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds to wait for an answer.")] = 600.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Send a prompt file to a server that was started with --expert-load-record, and wait until its recording holds them;
+    or read what a server has recorded from its own users.
+
+    Works with any server of the OpenAI API, so with vLLM and SGLang. Run it where the recording can be read.
+
+    Example: moe-placement record load.safetensors --url http://localhost:8000 --prompts prompts.txt
+    """
+    from ..errors import PlacementError
+    from ..load import ExpertLoad
+    from .inputs import print_json
+
+    sent = None
+    if (url is None) != (prompts is None):
+        given, missing = ("--url", "--prompts") if prompts is None else ("--prompts", "--url")
+        raise PlacementError(f"{given} without {missing}: prompts are sent to a server; give both, or neither to read {path}")
+    if url is not None and prompts is not None:
+        from ..drive import read_prompts, send, wait_for_recording
+
+        bodies = read_prompts(prompts)
+        before = path.stat().st_mtime if path.exists() else 0.0
+        sent = send(url, bodies, model, max_tokens, concurrency, timeout)
+        wait_for_recording(path, before, sent.ended)
+    load = ExpertLoad.read(path)
+    if as_json:
+        print_json(
+            {
+                "recording": str(path),
+                "layer_ids": load.layer_ids,
+                "experts": load.num_experts,
+                "phases": load.phases,
+                "routed_tokens": load.counts.sum(),
+                "metadata": dict(load.metadata),
+                "sent": None
+                if sent is None
+                else {
+                    "requests": sent.requests,
+                    "prompt_tokens": sent.prompt_tokens,
+                    "generated_tokens": sent.generated_tokens,
+                    "seconds": sent.seconds,
+                },
+            }
+        )
+        return
+    from ..report.tables import console, load_table
+    from ..simulate import Workload
+
+    out = console()
+    if sent is not None:
+        out.print(
+            f"{sent.requests} requests, {sent.prompt_tokens} prompt tokens, {sent.generated_tokens} generated in {sent.seconds:.1f} s"
+        )
+    out.print(load_table(Workload(path.stem, load.moe_layers())))

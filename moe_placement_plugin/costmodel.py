@@ -1,0 +1,199 @@
+"""Time of a rank's MoE layer as a function of its tokens and active experts, fitted from measurements.
+
+A grouped expert GEMM reads the weights of every expert that has a token (which dominates small decode batches)
+and computes for every token (which dominates prefill): ``fixed + per_expert * active + per_token * tokens``.
+At small batches a rank with few tokens on many experts can be the slow one, which is why token balance alone
+can buy nothing there (METRO; PB-OEPLB).
+
+Nothing here is measured by the package itself: a calibration file holds measurements of one kernel on one
+device, made by ``moe-placement bench layer``, and what they were measured on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import PlacementError
+
+FORMAT = "moe-layer-calibration"
+FORMAT_VERSION = 1
+
+
+class Measurement(BaseModel):
+    """One timed MoE layer of one rank.
+
+    Attributes:
+        tokens: tokens times chosen experts that the rank computed (rows of the grouped GEMM).
+        active_experts: local experts with at least one of them.
+        microseconds: time of the layer's expert computation.
+        held_out: not used by the fit; the error is stated on these.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tokens: int = Field(ge=0)
+    active_experts: int = Field(ge=0)
+    microseconds: float = Field(gt=0, allow_inf_nan=False)
+    held_out: bool = False
+
+
+class Calibration(BaseModel):
+    """Content of a calibration file: measurements of one layer shape and kernel on one device.
+
+    Attributes:
+        device: the device's name, such as ``NVIDIA H200``.
+        layer: what was measured: ``hidden_size``, ``intermediate_size``, ``local_experts``, ``dtype``, ``kernel``.
+        provenance: versions, date and command.
+        measurements: at least four that are not held out.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal["moe-layer-calibration"] = FORMAT
+    version: int = FORMAT_VERSION
+    device: str
+    layer: dict[str, Any]
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    measurements: list[Measurement]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Calibration:
+        """Read a calibration file.
+
+        Raises:
+            PlacementError: when it is missing, foreign or of another version.
+        """
+        from .files import read_json
+
+        return cls._parse(read_json(path, "calibration"), str(path))
+
+    @classmethod
+    def _parse(cls, data: Any, source: str) -> Calibration:
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise PlacementError(
+                f'{source} is no calibration file: it lacks "format": "{FORMAT}"; make one with `moe-placement bench layer`'
+            )
+        if data.get("version") != FORMAT_VERSION:
+            raise PlacementError(
+                f"{source} has calibration version {data.get('version')!r}, this release reads version {FORMAT_VERSION}: measure again"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the top level"
+            raise PlacementError(f"{source}: {where}: {first['msg']}; measure again or mend that field") from None
+
+    def write(self, path: str | Path) -> None:
+        """Write as JSON, atomically."""
+        from .files import write_atomically
+
+        write_atomically(path, (json.dumps(self.model_dump(), indent=1) + "\n").encode())
+
+
+def shipped() -> dict[str, Calibration]:
+    """Name -> calibration that comes with the package, from ``moe_placement_plugin/calibrations/*.json``."""
+    folder = resources.files(__package__) / "calibrations"
+    if not folder.is_dir():
+        return {}
+    found = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
+    return {f.name[:-5]: Calibration._parse(json.loads(f.read_text()), f.name) for f in found}
+
+
+def find_calibration(name: str) -> Calibration:
+    """A calibration by the name of a shipped one or by path.
+
+    Raises:
+        PlacementError: when there is neither.
+    """
+    known = shipped()
+    if name in known:
+        return known[name]
+    if not Path(name).exists():
+        names = ", ".join(known) or "none"
+        raise PlacementError(
+            f"calibration {name!r} is neither a file nor one that comes with this package ({names}): measure one with "
+            "`moe-placement bench layer`"
+        )
+    return Calibration.read(name)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """A fitted cost model; times in microseconds.
+
+    Attributes:
+        fixed: of an empty layer.
+        per_expert: for each local expert with at least one token.
+        per_token: for each token routed to the rank (a token on two local experts counts twice).
+        error: mean relative error on the held-out measurements, None when none were held out.
+        worst_error: greatest relative error on them.
+        held_out: how many were held out.
+    """
+
+    fixed: float
+    per_expert: float
+    per_token: float
+    error: float | None = None
+    worst_error: float | None = None
+    held_out: int = 0
+
+    def time(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Microseconds for ``tokens`` and ``active`` experts per rank, any shapes that broadcast."""
+        return self.fixed + self.per_expert * np.asarray(active) + self.per_token * np.asarray(tokens)
+
+    @property
+    def accuracy(self) -> str:
+        """The error in words."""
+        if self.error is None:
+            return "error unknown: the calibration holds no measurement back"
+        return f"mean error {self.error:.1%}, worst {self.worst_error:.1%} on {self.held_out} held-out measurements"
+
+
+def fit(measurements: Sequence[Measurement]) -> LayerCost:
+    """Least squares in relative error, coefficients not negative, from the measurements that are not held out.
+
+    Raises:
+        PlacementError: when there are too few, or they do not tell tokens and experts apart.
+    """
+    used = [m for m in measurements if not m.held_out]
+    if len(used) < 4:
+        raise PlacementError(f"{len(used)} measurements to fit a cost model from: give 4 or more that are not held out")
+    features, times = _arrays(used)
+    if np.linalg.matrix_rank(features) < 3:
+        raise PlacementError(
+            "the measurements vary tokens and active experts together or not at all, so that their costs cannot be told apart: "
+            "measure at several numbers of both"
+        )
+    weighted = features / times[:, None]
+    best, least = np.zeros(3), np.inf
+    # Three coefficients: the best non-negative solution lies on one of seven faces.
+    for size in (3, 2, 1):
+        for face in combinations(range(3), size):
+            columns = weighted[:, face]
+            solution, *_ = np.linalg.lstsq(columns, np.ones(len(times)), rcond=None)
+            residual = float(((columns @ solution - 1) ** 2).sum())
+            if (solution >= 0).all() and residual < least:
+                best, least = np.zeros(3), residual
+                best[list(face)] = solution
+    fixed, per_expert, per_token = (float(v) for v in best)
+    held = [m for m in measurements if m.held_out]
+    if not held:
+        return LayerCost(fixed, per_expert, per_token)
+    features, times = _arrays(held)
+    errors = np.abs(features @ best / times - 1)
+    return LayerCost(fixed, per_expert, per_token, float(errors.mean()), float(errors.max()), len(held))
+
+
+def _arrays(measurements: Sequence[Measurement]) -> tuple[np.ndarray, np.ndarray]:
+    features = np.array([[1.0, m.active_experts, m.tokens] for m in measurements])
+    return features, np.array([m.microseconds for m in measurements])

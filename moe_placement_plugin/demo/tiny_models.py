@@ -1,0 +1,225 @@
+"""Tiny MoE checkpoints with random weights, in the Hugging Face form that both engines load.
+
+They are big enough to be real (several MoE layers, grouped-query attention, a tokenizer, per-expert
+tensors) and small enough to load in a second. Expert weights are drawn so wide that a wrong expert
+changes log probabilities clearly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_HEADS, _KV_HEADS, _HEAD_DIM = 8, 2, 32
+_LAYERS = 4
+_VOCAB = 320
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width of a tiny model.
+
+    Attributes:
+        hidden: hidden size.
+        expert: intermediate size of an expert.
+    """
+
+    hidden: int = 64
+    expert: int = 64
+
+
+def write_qwen3_moe(path: str | Path, num_experts: int = 30, top_k: int = 4, seed: int = 0, size: Size = Size()) -> Path:
+    """A Qwen3-MoE checkpoint: softmax router, no groups, every layer an MoE layer.
+
+    Args:
+        path: directory to write to.
+        num_experts: experts per layer.
+        top_k: experts per token.
+        seed: of the random weights.
+        size: width of the model.
+
+    Returns:
+        The directory.
+    """
+    rng = np.random.default_rng(seed)
+    config = _common(size) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "moe_intermediate_size": size.expert,
+        "intermediate_size": 2 * size.expert,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.0,
+    }
+
+    def mlp(prefix: str, layer: int) -> Tensors:
+        return _router(rng, prefix, num_experts, size) | _experts(rng, prefix, num_experts, size)
+
+    return _write(path, config, _tensors(rng, size.hidden, mlp))
+
+
+def write_glm4_moe(
+    path: str | Path, num_experts: int = 32, num_groups: int = 4, top_k: int = 4, seed: int = 0, size: Size = Size()
+) -> Path:
+    """A GLM-4-MoE checkpoint: sigmoid router with correction bias, grouped top-k, a shared expert, layer 0 dense.
+
+    Args:
+        path: directory to write to.
+        num_experts: routed experts per layer.
+        num_groups: expert groups, half of which a token may use.
+        top_k: experts per token.
+        seed: of the random weights.
+        size: width of the model.
+
+    Returns:
+        The directory.
+    """
+    rng = np.random.default_rng(seed)
+    config = _common(size) | {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "n_routed_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "n_group": num_groups,
+        "topk_group": num_groups // 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": size.expert,
+        "intermediate_size": 2 * size.expert,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": True,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+        "num_nextn_predict_layers": 0,
+    }
+
+    def mlp(prefix: str, layer: int) -> Tensors:
+        if layer == 0:
+            return _dense(rng, f"{prefix}.", size.hidden, 2 * size.expert)
+        bias = {f"{prefix}.gate.e_score_correction_bias": rng.normal(0, 0.1, num_experts).astype(np.float32)}
+        shared = _dense(rng, f"{prefix}.shared_experts.", size.hidden, size.expert)
+        return _router(rng, prefix, num_experts, size) | bias | shared | _experts(rng, prefix, num_experts, size)
+
+    return _write(path, config, _tensors(rng, size.hidden, mlp))
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {"qwen3-moe": write_qwen3_moe, "glm4-moe": write_glm4_moe}
+"""Name -> writer of the models of the demonstration."""
+
+
+def _common(size: Size) -> dict[str, Any]:
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+        "head_dim": _HEAD_DIM,
+        "hidden_act": "silu",
+        "hidden_size": size.hidden,
+        "initializer_range": 0.02,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": _HEADS,
+        "num_hidden_layers": _LAYERS,
+        "num_key_value_heads": _KV_HEADS,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "vocab_size": _VOCAB,
+    }
+
+
+def _matrix(rng: np.random.Generator, rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
+    return (rng.standard_normal((rows, columns)) * gain / np.sqrt(columns)).astype(np.float32)
+
+
+def _router(rng: np.random.Generator, prefix: str, num_experts: int, size: Size) -> Tensors:
+    # Experts get different gains, so that the load is skewed as real ones are.
+    gains = np.exp(rng.normal(0, 0.5, (num_experts, 1))).astype(np.float32)
+    return {f"{prefix}.gate.weight": _matrix(rng, num_experts, size.hidden, 2.0) * gains}
+
+
+def _dense(rng: np.random.Generator, prefix: str, hidden: int, width: int) -> Tensors:
+    return {
+        f"{prefix}gate_proj.weight": _matrix(rng, width, hidden, 1.5),
+        f"{prefix}up_proj.weight": _matrix(rng, width, hidden, 1.5),
+        f"{prefix}down_proj.weight": _matrix(rng, hidden, width, 1.5),
+    }
+
+
+def _experts(rng: np.random.Generator, prefix: str, num_experts: int, size: Size) -> Tensors:
+    tensors: Tensors = {}
+    for expert in range(num_experts):
+        tensors |= _dense(rng, f"{prefix}.experts.{expert}.", size.hidden, size.expert)
+    return tensors
+
+
+def _tensors(rng: np.random.Generator, hidden: int, mlp: Callable[[str, int], Tensors]) -> Tensors:
+    ones = np.ones
+    tensors = {"model.embed_tokens.weight": _matrix(rng, _VOCAB, hidden, 8.0)}
+    for layer in range(_LAYERS):
+        prefix = f"model.layers.{layer}"
+        attention = f"{prefix}.self_attn"
+        tensors |= {
+            f"{attention}.q_proj.weight": _matrix(rng, _HEADS * _HEAD_DIM, hidden),
+            f"{attention}.k_proj.weight": _matrix(rng, _KV_HEADS * _HEAD_DIM, hidden),
+            f"{attention}.v_proj.weight": _matrix(rng, _KV_HEADS * _HEAD_DIM, hidden),
+            f"{attention}.o_proj.weight": _matrix(rng, hidden, _HEADS * _HEAD_DIM),
+            f"{attention}.q_norm.weight": ones(_HEAD_DIM, np.float32),
+            f"{attention}.k_norm.weight": ones(_HEAD_DIM, np.float32),
+            f"{prefix}.input_layernorm.weight": ones(hidden, np.float32),
+            f"{prefix}.post_attention_layernorm.weight": ones(hidden, np.float32),
+        }
+        tensors |= mlp(f"{prefix}.mlp", layer)
+    tensors["model.norm.weight"] = ones(hidden, np.float32)
+    tensors["lm_head.weight"] = _matrix(rng, _VOCAB, hidden, 2.0)
+    return tensors
+
+
+def _write(path: str | Path, config: dict[str, Any], tensors: Tensors) -> Path:
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 256, "eos_token_id": 257}))
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(path)
+    return path
+
+
+def write_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer: token i is byte i, then three special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # The order of GPT-2's byte alphabet does not matter: ids are given by position in this vocabulary.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<bos>", "<eos>", "<pad>")])
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,0 +1,1 @@
+"""The engines, each behind its own plugin entry points. Nothing here imports an engine at import time."""

@@ -1,0 +1,167 @@
+"""The placement flags in the process that starts the server."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from ...errors import PlacementError
+from ...strategies.registry import ALIASES, get_strategy, strategy_names
+from ..patching import Patch
+from . import recording, settings
+from .hooks import Hook, HookSet
+from .versions import check_version
+
+FLAGS = ("expert_placement_strategy", "expert_placement_file")
+
+
+def request(values: dict[str, Any]) -> settings.Settings | None:
+    """Take the placement flags out of ``values`` (arguments of ``ServerArgs``), and check what can be checked already.
+
+    With a placement asked for, ``init_expert_location`` becomes `settings.SENTINEL`.
+
+    Raises:
+        PlacementError: unknown strategy, conflicting flags, unsupported SGLang.
+    """
+    strategy, file = (values.pop(flag, None) for flag in FLAGS)
+    if strategy is None and file is None:
+        return None
+    import sglang
+
+    check_version(sglang.__version__)
+    strategy = get_strategy(strategy or "linear").name
+    given = values.get("init_expert_location") or "trivial"
+    if given != "trivial":
+        raise PlacementError(
+            f"--init-expert-location {given} together with --expert-placement-"
+            f"{'file' if file else 'strategy'}: both decide where the experts lie; leave one out (--expert-placement-file "
+            "reads the same files)"
+        )
+    values["init_expert_location"] = settings.SENTINEL
+    return settings.Settings(strategy, str(file) if file is not None else None, values.get("ep_dispatch_algorithm"))
+
+
+def accept(server_args: Any, asked: settings.Settings | None) -> Any:
+    """Let ``server_args`` carry the request, and resolve it once SGLang has resolved its own arguments."""
+    if asked is not None:
+        settings.attach(server_args, asked)
+        ON_REQUEST.register()
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        HookRegistry.apply_hooks()
+        lost = ON_REQUEST.missing()
+        if lost:
+            raise PlacementError(f"SGLang did not apply the hooks {', '.join(lost)}: its log says why; use a supported version")
+    return server_args
+
+
+def _add_cli_args(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    result = original(*args, **kwargs)
+    parser: argparse.ArgumentParser = args[-1] if args else kwargs["parser"]
+    group = parser.add_argument_group("expert placement (moe-placement-plugin)")
+    group.add_argument(
+        "--expert-placement-strategy",
+        type=str,
+        choices=[*strategy_names(), *ALIASES],
+        default=None,
+        help="Which expert parallel rank holds which expert: linear (contiguous blocks), balanced (the same, for counts that "
+        "do not divide over the ranks), zigzag (expert e on rank e mod ranks) or eplb (from a recorded load).",
+    )
+    group.add_argument(
+        "--expert-placement-file",
+        type=str,
+        default=None,
+        help="A plan (decides alone) or a recorded load (for eplb), told apart by content.",
+    )
+    recording.add_arguments(group)
+    return result
+
+
+def _from_cli_args(original: Callable, cls: type, args: argparse.Namespace) -> Any:
+    values = dict(vars(args))
+    record = recording.request(values)
+    asked = request(values)
+    return recording.accept(accept(original(cls, argparse.Namespace(**values)), asked), record)
+
+
+class ServerArgsFactory:
+    """Stands in for the class in ``Engine.server_args_class``, which `sglang.Engine` calls with the user's arguments.
+
+    An instance, not a function: a function in its place would be bound to the engine.
+    """
+
+    def __init__(self, original: Any):
+        self.original = original
+
+    def __call__(self, **kwargs: Any) -> Any:
+        record = recording.request(kwargs)
+        asked = request(kwargs)
+        return recording.accept(accept(self.original(**kwargs), asked), record)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+
+def _check_server_args(original: Callable, server_args: Any) -> Any:
+    asked = settings.of(server_args)
+    if asked is not None:
+        from .plan import finish
+
+        finish(server_args, asked)
+    return original(server_args)
+
+
+class _Attribute(Patch):
+    """A plain attribute among the hooks, which only functions can be."""
+
+    def register(self) -> None:
+        self.apply()
+
+    def confirm(self) -> None:
+        """Applied at once: nothing to ask the registry."""
+
+
+LAUNCHER = HookSet(
+    [
+        Hook(
+            name="flags",
+            target="sglang.srt.server_args:ServerArgs.add_cli_args",
+            hook=_add_cli_args,
+            relies_on=("parser",),
+            why="SGLang has no extension point for command-line arguments",
+            upstream="SGLang's plugin framework covers functions, not arguments",
+            removable_when="plugins can add server arguments",
+        ),
+        Hook(
+            name="arguments",
+            target="sglang.srt.server_args:ServerArgs.from_cli_args",
+            hook=_from_cli_args,
+            relies_on=("cls", "args"),
+            why="the parsed flags must reach ServerArgs without being fields of it",
+            removable_when="plugins can add server arguments",
+        ),
+        _Attribute(
+            name="engine-arguments",
+            target="sglang.srt.entrypoints.engine:Engine.server_args_class",
+            make=ServerArgsFactory,
+            why="sglang.Engine(expert_placement_strategy=...) must be accepted",
+            removable_when="plugins can add server arguments",
+        ),
+    ]
+)
+"""What the launcher has without any flag: they accept the flags and change nothing else."""
+
+ON_REQUEST = HookSet(
+    [
+        Hook(
+            name="resolve",
+            target="sglang.srt.server_args:ServerArgs.check_server_args",
+            hook=_check_server_args,
+            relies_on=("self",),
+            why="the placement needs SGLang's resolved arguments and must be decided before workers start",
+            removable_when="SGLang reads placement plans and strategies itself",
+        ),
+    ]
+)
+"""What the launcher gets when a placement is asked for."""

@@ -1,0 +1,198 @@
+"""From the flags to a placement, in the launcher, once SGLang's own arguments are resolved."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from ...errors import PlacementError
+from ...placement import Placement
+from ...strategies.resolve import ModelShape, check_plan, read_file, resolve_placement
+from ...topology import Topology
+from ..model_shape import model_shape
+from . import versions
+from .settings import Settings
+from .support import OPTIONS, Combination, check
+
+logger = logging.getLogger(__name__)
+
+
+def finish(server_args: Any, asked: Settings) -> None:
+    """Resolve the placement that ``server_args`` asks for and set SGLang's own arguments to match.
+
+    Raises:
+        PlacementError: when the request cannot be honoured.
+    """
+    if asked.placement is not None:
+        return
+    import sglang
+
+    cfg = versions.resolved(server_args)
+    ranks = int(cfg.ep_size)
+    if ranks < 2:
+        raise PlacementError(
+            f"--expert-placement-strategy {asked.strategy} with --ep-size {ranks}: one rank holds every expert, there is "
+            "nothing to place; add --ep-size (at most --tp-size), or leave the placement flags out"
+        )
+    config = versions.model_config(server_args)
+    architecture = (getattr(config.hf_config, "architectures", None) or [""])[0]
+    name = str(cfg.model_path)
+    text_config = getattr(config, "hf_text_config", None) or config.hf_config
+    shape = model_shape(text_config, name)
+    location = location_shape(config)
+    wanted = int(cfg.ep_num_redundant_experts)
+    padding = -(shape.num_experts + wanted) % ranks
+    options = {o for o in OPTIONS if getattr(cfg, o, None)}
+    if _has_amx_kernels():
+        options.add("cpu_amx")
+    combination = Combination(
+        version=sglang.__version__,
+        architecture=architecture,
+        has_location=location is not None,
+        redundant=wanted + padding,
+        device=str(cfg.device).split(":")[0],
+        a2a_backend=str(cfg.moe_a2a_backend or "none"),
+        runner_backend=str(cfg.moe_runner_backend or "auto"),
+        quantization=str(cfg.quantization or _checkpoint_quantization(config.hf_config)),
+        dispatch=asked.dispatch_algorithm or "",
+        speculative=str(cfg.speculative_algorithm or ""),
+        options=frozenset(options),
+    )
+    check(combination)
+    if location.num_logical_experts != shape.num_experts:
+        raise PlacementError(
+            f"{name}: its config names {shape.num_experts} experts, SGLang counts {location.num_logical_experts}: this model "
+            "is not understood; serve it without the placement flags"
+        )
+    from .worker import hooks
+
+    differences = hooks().check()
+    if differences:
+        raise PlacementError(
+            f"SGLang {sglang.__version__} differs from what this plugin was written for: {'; '.join(differences)}. Use a "
+            "supported version or leave the placement flags out"
+        )
+    asked.placement = place(asked, shape, ranks, int(getattr(cfg, "nnodes", 1) or 1), wanted, padding)
+    asked.padding = padding
+    asked.reads = str(cfg.load_format) != "dummy"
+    asked.stages = int(cfg.pp_size)
+    versions.decide(server_args, **_arguments(combination, asked))
+    _report(asked, shape, wanted)
+
+
+def location_shape(model_config: Any) -> Any:
+    """SGLang's ``ModelConfigForExpertLocation`` of the model, None when its class has none."""
+    from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
+
+    return ModelConfigForExpertLocation.from_model_config(model_config)
+
+
+def _has_amx_kernels() -> bool:
+    from sglang.srt.utils import cpu_has_amx_support
+
+    return bool(cpu_has_amx_support())
+
+
+def _checkpoint_quantization(hf_config: Any) -> str:
+    quantization = getattr(hf_config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = getattr(quantization, "to_dict", dict)()
+    return str(quantization.get("quant_method", "") or "")
+
+
+def place(asked: Settings, shape: ModelShape, ranks: int, nodes: int, wanted: int, padding: int) -> Placement:
+    """The placement, with the equal number of slots on every rank that SGLang needs.
+
+    Args:
+        asked: the flags.
+        shape: the model's MoE layers.
+        ranks: EP ranks.
+        nodes: hosts that they are spread over.
+        wanted: redundant experts that the user asked for.
+        padding: further ones, so that the slots divide over the ranks.
+
+    Raises:
+        PlacementError: when the request cannot be honoured.
+    """
+    topology = Topology.even(ranks, nodes) if ranks % nodes == 0 else Topology.even(ranks)
+    redundant = wanted + padding
+    per_rank = ((shape.num_experts + redundant) // ranks,) * ranks
+    if asked.file is not None:
+        plan = read_file(asked.file, shape, ranks)
+        if isinstance(plan, Placement):
+            if plan.num_redundant == wanted and padding and plan.num_ranks == ranks:
+                plan = fill_up(plan, per_rank[0])
+            _check_slots(plan, shape, ranks, wanted, padding, asked.file)
+            return check_plan(plan, shape, topology, redundant, per_rank, asked.file)
+    return resolve_placement(asked.strategy, asked.file, shape, topology, redundant, per_rank)
+
+
+def _check_slots(plan: Placement, shape: ModelShape, ranks: int, wanted: int, padding: int, file: str) -> None:
+    """Say in SGLang's own terms when a plan's slots do not fit ``--ep-num-redundant-experts``."""
+    fits = plan.num_logical_experts == shape.num_experts and plan.num_ranks == ranks
+    if fits and plan.num_redundant != wanted + padding:
+        padded = f" (and {padding} to fill the ranks up)" if padding else ""
+        raise PlacementError(
+            f"{file} is a plan with {plan.num_redundant} redundant experts per layer, the server has "
+            f"--ep-num-redundant-experts {wanted}{padded}: start it with --ep-num-redundant-experts {plan.num_redundant}, or "
+            f"plan with {wanted + padding}"
+        )
+
+
+def fill_up(plan: Placement, slots: int) -> Placement:
+    """``plan`` with further replicas on the ranks that have fewer than ``slots`` slots.
+
+    A plan of an engine with uneven ranks (vLLM) keeps every expert where it is; a short rank also gets the experts with
+    the fewest copies that it does not hold yet, lowest id first.
+    """
+    if max(plan.slots_per_rank) > slots:
+        return plan
+    table = np.empty((plan.num_layers, slots * plan.num_ranks), dtype=np.int32)
+    for row in range(plan.num_layers):
+        held = [plan.local_experts(row, rank).tolist() for rank in range(plan.num_ranks)]
+        copies = plan.replica_counts[row].copy()
+        for local in held:
+            while len(local) < slots:
+                expert = min((e for e in range(plan.num_logical_experts) if e not in local), key=lambda e: (copies[e], e))
+                copies[expert] += 1
+                local.append(expert)
+        table[row] = np.concatenate(held)
+    return Placement(
+        table, plan.num_logical_experts, (slots,) * plan.num_ranks, plan.layer_ids, plan.strategy, plan.metadata
+    )
+
+
+def _arguments(combination: Combination, asked: Settings) -> dict[str, Any]:
+    """SGLang's own arguments as the placement needs them."""
+    values: dict[str, Any] = {"ep_num_redundant_experts": combination.redundant}
+    if combination.a2a_backend == "none":
+        # All ranks see all tokens, so they must agree on the replica. With one replica each a plain look-up does; "dynamic"
+        # picks by token row.
+        if asked.dispatch_algorithm is None or combination.redundant == 0:
+            values["ep_dispatch_algorithm"] = "dynamic" if combination.redundant else "static"
+        values["disable_shared_experts_fusion"] = True
+    return values
+
+
+def _report(asked: Settings, shape: ModelShape, wanted: int) -> None:
+    placement = asked.placement
+    if asked.padding:
+        logger.warning(
+            "%d experts%s do not divide over %d ranks: %d redundant slots per layer are added so that SGLang can start "
+            "(--ep-num-redundant-experts %d)",
+            shape.num_experts,
+            f" and {wanted} redundant ones" if wanted else "",
+            placement.num_ranks,
+            asked.padding,
+            wanted + asked.padding,
+        )
+    logger.info(
+        "expert placement %s: %d MoE layers, %d experts in %d slots on %d ranks",
+        placement.strategy,
+        placement.num_layers,
+        placement.num_logical_experts,
+        placement.num_slots,
+        placement.num_ranks,
+    )

@@ -1,0 +1,94 @@
+"""Routing by logical expert, sent to physical slots, where SGLang leaves that out.
+
+Up to 0.5.22 several models call their TopK layer without the dispatch information, and the CPU engine never remaps at
+all: with any placement but the trivial one the output is silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+# Attribute of the TopK config of every MoE layer of the target model: the layer's id. A draft model's have none.
+LAYER = "_moe_placement_layer"
+
+
+def _dispatch_info(topk_config: Any) -> Any:
+    layer = getattr(topk_config, LAYER, None)
+    if layer is None:
+        return None
+    from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
+
+    return ExpertLocationDispatchInfo.init_new(layer_id=layer)
+
+
+def select(original: Callable, hidden_states: Any, router_logits: Any, topk_config: Any, **rest: Any) -> Any:
+    """`select_experts` with the dispatch information of the layer, where its model passes none.
+
+    It has to be known here already: without it some routers give out ids that can no longer be remapped. The torch-native router
+    asserts that there is none; its ids are remapped afterwards, by `post_process`.
+    """
+    if rest.get("expert_location_dispatch_info") is None and not topk_config.torch_native:
+        rest["expert_location_dispatch_info"] = _dispatch_info(topk_config)
+    return original(hidden_states, router_logits, topk_config, **rest)
+
+
+def post_process(
+    original: Callable,
+    topk_ids: Any,
+    topk_weights: Any,
+    topk_config: Any,
+    router_logits: Any,
+    layer_id: int | None,
+    num_token_non_padded: Any = None,
+    expert_location_dispatch_info: Any = None,
+    **rest: Any,
+) -> Any:
+    """`_post_process_topk_ids`, remapping on devices for which SGLang leaves that out."""
+    info = _dispatch_info(topk_config) if expert_location_dispatch_info is None else expert_location_dispatch_info
+    ids, weights, recorded = original(
+        topk_ids, topk_weights, topk_config, router_logits, layer_id, num_token_non_padded, info, **rest
+    )
+    if info is not None and not _device_remaps():
+        shared = topk_config.num_fused_shared_experts
+        ids = _remap(ids, shared, info)
+        recorded = ids[:, : ids.shape[1] - shared]
+    return ids, weights, recorded
+
+
+def _remap(ids: Any, shared: int, info: Any) -> Any:
+    """Physical ids of the routed columns of ``ids`` ``[tokens, top k]``; ids of shared experts follow the routed ones."""
+    import torch
+    from sglang.srt.eplb.expert_location_dispatch import topk_ids_logical_to_physical
+
+    if not shared:
+        return topk_ids_logical_to_physical(ids, info)
+    routed, common = ids[:, :-shared], ids[:, -shared:]
+    redundant = info.num_physical_experts - info.partial_logical_to_all_physical_map.shape[0]
+    return torch.cat([topk_ids_logical_to_physical(routed.contiguous(), info), common + redundant], dim=1)
+
+
+@lru_cache(maxsize=1)
+def _device_remaps() -> bool:
+    """Whether SGLang's own code remaps on this machine once it has the dispatch information."""
+    from sglang.srt.layers.moe import topk
+
+    return bool(topk._is_cuda or topk._is_hip)
+
+
+def pick_by_row(original: Callable, topk_ids: Any, info: Any) -> Any:
+    """`_topk_ids_logical_to_physical_dynamic` with a pick that is the same on every rank, as SGLang has from 0.5.17.
+
+    0.5.16 draws random numbers on every rank: ranks that see the same tokens then disagree, and a replicated expert counts
+    several times or not at all.
+    """
+    import torch
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+
+    if not get_moe_a2a_backend().is_none():
+        return original(topk_ids, info)
+    replicas = info.partial_logical_to_all_physical_map_num_valid[topk_ids]
+    rows = torch.arange(topk_ids.shape[0], dtype=replicas.dtype, device=topk_ids.device)
+    rows = rows.view(-1, *[1] * (topk_ids.dim() - 1))
+    return info.partial_logical_to_all_physical_map[topk_ids, rows % replicas].to(topk_ids.dtype)

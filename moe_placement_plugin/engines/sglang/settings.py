@@ -1,0 +1,70 @@
+"""What the user asked for, carried from the launcher to every worker process.
+
+The settings ride as a plain attribute on SGLang's ``ServerArgs``: a new *field* would have to exist in a child process
+before the child has loaded its plugins. Unpickling the attribute is also how a child learns that a placement is
+wanted, before its plugins load: without it nothing is patched there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...placement import Placement
+
+ATTRIBUTE = "_moe_placement"
+
+# ServerArgs.init_expert_location while a placement is asked for. Any value but "trivial" makes SGLang remap routing;
+# a process without this plugin tries to read the file and dies, naming it: no file can lie below /dev/null.
+SENTINEL = "/dev/null/moe_placement_plugin is not loaded in this process.json"
+
+_current: Settings | None = None
+
+
+@dataclass
+class Settings:
+    """The request and, once the launcher has resolved it, the answer.
+
+    Attributes:
+        strategy: value of ``--expert-placement-strategy``.
+        file: value of ``--expert-placement-file``.
+        dispatch_algorithm: ``--ep-dispatch-algorithm`` as the user gave it, None when not given.
+        placement: the resolved placement; None until the launcher has made it.
+        padding: redundant slots added so that the slots divide over the ranks.
+        reads: whether weights come from a checkpoint (a dummy load format fills no slot by name).
+        stages: pipeline stages; one of several may have no MoE layer.
+    """
+
+    strategy: str
+    file: str | None = None
+    dispatch_algorithm: str | None = None
+    placement: Placement | None = None
+    padding: int = 0
+    reads: bool = True
+    stages: int = 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        set_current(self)
+
+
+def set_current(settings: Settings | None) -> None:
+    """Make ``settings`` those of this process."""
+    global _current
+    _current = settings
+
+
+def current() -> Settings | None:
+    """The settings of this process: of the last ``ServerArgs`` that was made or received here; None without the flag."""
+    return _current
+
+
+def of(server_args: Any) -> Settings | None:
+    """The settings that ``server_args`` carries."""
+    return getattr(server_args, ATTRIBUTE, None)
+
+
+def attach(server_args: Any, settings: Settings) -> None:
+    """Make ``server_args`` carry ``settings``."""
+    setattr(server_args, ATTRIBUTE, settings)
+    set_current(settings)

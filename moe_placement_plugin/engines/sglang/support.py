@@ -1,0 +1,298 @@
+"""Which models and back ends of SGLang a placement is right for, and why the others are refused.
+
+`refusal` decides before the model loads; the table in ``docs/sglang.md`` is made from the same rules by
+``python -m moe_placement_plugin.engines.sglang.support``. What depends on the checkpoint is settled while loading, see
+`layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from packaging.version import Version
+
+from ...errors import PlacementError
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What the engine is started with, as far as a placement cares.
+
+    Attributes:
+        version: SGLang's version.
+        architecture: name of the model class in the checkpoint's config.
+        has_location: whether the model class has ``get_model_config_for_expert_location``.
+        redundant: redundant experts per layer, padding included.
+        device: ``cuda``, ``cpu``, ...
+        a2a_backend: value of ``--moe-a2a-backend`` as resolved.
+        runner_backend: value of ``--moe-runner-backend`` as resolved.
+        quantization: quantization method, empty for none.
+        dispatch: ``--ep-dispatch-algorithm`` as the user gave it, empty for SGLang's choice.
+        speculative: value of ``--speculative-algorithm``, empty for none.
+        options: other options that are switched on, by name.
+    """
+
+    version: str
+    architecture: str = ""
+    has_location: bool = True
+    redundant: int = 0
+    device: str = "cuda"
+    a2a_backend: str = "none"
+    runner_backend: str = "auto"
+    quantization: str = ""
+    dispatch: str = ""
+    speculative: str = ""
+    options: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination that is refused.
+
+    Attributes:
+        kind: heading in the table: model, back end or option.
+        what: the combination in words.
+        why: the reason.
+        mend: what to do instead.
+        applies: whether a combination is meant.
+    """
+
+    kind: str
+    what: str
+    why: str
+    mend: str
+    applies: Callable[[Combination], bool]
+
+
+def _any_of(names: str) -> Callable[[str], bool]:
+    allowed = set(names.split())
+    return lambda value: value in allowed
+
+
+# Quantization -> class of its MoE method, by which it is also known where it is chosen while the model is built.
+_OWN_LOADERS = {"moe_wna16": "MoeWNA16Method", "quark_int4fp8_moe": "QuarkInt4Fp8MoEMethod", "humming": "HummingMoEMethod"}
+
+
+def unmapped_quantizations(version: str) -> dict[str, str]:
+    """Quantizations whose loaders go round the map of experts -> class of the MoE method."""
+    mended = {"moe_wna16"} if Version(version).release >= (0, 5, 23) else set()
+    return {name: method for name, method in _OWN_LOADERS.items() if name not in mended}
+
+
+_no_redundancy = _any_of(
+    "BailingMoEForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM "
+    "BailingMoeV3VLForConditionalGeneration LLaDA2MoeModelLM"
+)
+_zero_experts = _any_of("LongcatFlashForCausalLM")
+_own_routing = _any_of(
+    "TransformersMoEForCausalLM TransformersMoEEmbeddingModel TransformersMoEForSequenceClassification "
+    "TransformersMultiModalMoEForCausalLM TransformersMultiModalMoEEmbeddingModel "
+    "TransformersMultiModalMoEForSequenceClassification MindSporeForCausalLM DeepseekV4ForCausalLM"
+)
+_kernel_routes = _any_of("triton_kernel flashinfer_trtllm flashinfer_mxfp4 experimental_sgl_trtllm")
+_mapped_a2a = _any_of("none deepep mooncake nixl mori flashinfer")
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "model",
+        "no `get_model_config_for_expert_location` (Mixtral, OLMoE, Llama 4, Grok, DBRX, Hunyuan, ...)",
+        "SGLang keeps no map of experts for it",
+        "serve it without the placement flags",
+        lambda c: not c.has_location,
+    ),
+    Rule(
+        "model",
+        "Bailing MoE and LLaDA 2 with redundant experts (padding included)",
+        "the model asserts that there are none",
+        "use an --ep-size that divides the number of experts, and no --ep-num-redundant-experts",
+        lambda c: _no_redundancy(c.architecture) and c.redundant > 0,
+    ),
+    Rule(
+        "model",
+        "LongCat-Flash",
+        "its zero-computation experts have ids beyond the map",
+        "serve it without the placement flags",
+        lambda c: _zero_experts(c.architecture),
+    ),
+    Rule(
+        "model",
+        "Transformers back end, MindSpore, DeepSeek-V4",
+        "they route outside SGLang's TopK layer (DeepSeek-V4 by token hashes)",
+        "use SGLang's own implementation of the model, or no placement flags",
+        lambda c: _own_routing(c.architecture),
+    ),
+    Rule(
+        "quantization",
+        "MXFP4 checkpoints",
+        "they are loaded for all experts at once, by position, past the map",
+        "use the bf16 checkpoint, or no placement flags",
+        lambda c: c.quantization in ("mxfp4", "quark_mxfp4"),
+    ),
+    Rule(
+        "quantization",
+        "NVFP4 (modelopt_fp4)",
+        "its input scales are kept for all experts and follow the trivial map only",
+        "use an FP8 or bf16 checkpoint, or no placement flags",
+        lambda c: c.quantization in ("modelopt_fp4", "petit_nvfp4", "nvfp4"),
+    ),
+    Rule(
+        "quantization",
+        "moe_wna16 before 0.5.23 (AWQ and GPTQ where Marlin does not fit), Quark INT4-FP8, Humming",
+        "loaders of their own, which put zero points or scales where the trivial map has them",
+        "use an FP8, Marlin or bf16 checkpoint, or no placement flags",
+        lambda c: c.quantization in unmapped_quantizations(c.version),
+    ),
+    Rule(
+        "back end",
+        "`--moe-runner-backend` triton_kernel, flashinfer_trtllm, flashinfer_mxfp4",
+        "the kernel routes by itself and never sees the map",
+        "use --moe-runner-backend triton, deep_gemm, cutlass or flashinfer_trtllm_routed",
+        lambda c: _kernel_routes(c.runner_backend),
+    ),
+    Rule(
+        "back end",
+        "`--moe-a2a-backend` other than none, deepep, mooncake, nixl, mori, flashinfer",
+        "not known to send tokens by physical expert",
+        "use one of those",
+        lambda c: not _mapped_a2a(c.a2a_backend),
+    ),
+    Rule(
+        "back end",
+        "devices other than CUDA, ROCm and CPU",
+        "their TopK layers have code of their own for routing",
+        "serve without the placement flags there",
+        lambda c: c.device not in ("cuda", "cpu"),
+    ),
+    Rule(
+        "back end",
+        "SGLang's compiled AMX kernels on the CPU",
+        "they are not known to skip slots of other ranks",
+        "use an sgl_kernel without them, or one rank",
+        lambda c: c.device == "cpu" and "cpu_amx" in c.options,
+    ),
+    Rule(
+        "option",
+        "`--ep-dispatch-algorithm` static or lp with redundant experts and no all-to-all back end",
+        "each rank picks another replica, all ranks' outputs are added, so a replicated expert counts several times",
+        "leave --ep-dispatch-algorithm out, or use dynamic",
+        lambda c: c.a2a_backend == "none" and c.redundant > 0 and c.dispatch in ("static", "lp"),
+    ),
+    Rule(
+        "option",
+        "`--ep-dispatch-algorithm` fake",
+        "it replaces the routing by random numbers",
+        "leave it out",
+        lambda c: c.dispatch == "fake",
+    ),
+    Rule(
+        "option",
+        "`--elastic-ep-backend`",
+        "ranks that come and go change the number of slots under a static placement",
+        "leave one of the two out",
+        lambda c: "elastic_ep_backend" in c.options,
+    ),
+    Rule(
+        "option",
+        "speculative decoding before 0.5.23, without an all-to-all back end",
+        "the draft model's experts cannot be told from the target's while weights load",
+        "use SGLang 0.5.23, or leave --speculative-algorithm out",
+        lambda c: bool(c.speculative)
+        and c.speculative != "NGRAM"
+        and c.a2a_backend == "none"
+        and Version(c.version).release < (0, 5, 23),
+    ),
+    Rule(
+        "option",
+        "`--enable-waterfill`, `--enable-lora`, KTransformers (`--kt-weight-path`)",
+        "they keep or send experts in a way of their own",
+        "leave one of the two out",
+        lambda c: bool(c.options & {"enable_waterfill", "enable_lora", "kt_weight_path"}),
+    ),
+)
+
+OPTIONS = ("elastic_ep_backend", "enable_waterfill", "enable_lora", "kt_weight_path")
+
+
+@dataclass(frozen=True)
+class Right:
+    """A combination that is right, what makes it so, and how that is known."""
+
+    what: str
+    how: str
+    known: str
+
+
+RIGHT: tuple[Right, ...] = (
+    Right(
+        "Qwen3-MoE, no all-to-all back end, 0.5.16 to 0.5.22",
+        "the TopK layer is given the placement that the model leaves out (stock output is wrong)",
+        "served on the CPU engine: 32 and 30 experts, logprobs equal one rank's",
+    ),
+    Right("Qwen3-MoE, no all-to-all back end, 0.5.23", "SGLang's own remapping", "served on the CPU engine"),
+    Right(
+        "GLM-4-MoE, no all-to-all back end, 0.5.16 to 0.5.22",
+        "routing is remapped; with grouped top-k",
+        "served on the CPU engine",
+    ),
+    Right(
+        "redundant experts on 0.5.16, no all-to-all back end",
+        "all replicas stay in the map and are picked by token row, alike on all ranks (as 0.5.17 does)",
+        "served on the CPU engine",
+    ),
+    Right(
+        "GLM-4-MoE with redundant experts (padding included), every version",
+        "the layer is built with the slots that the model leaves out",
+        "served on the CPU engine",
+    ),
+    Right(
+        "fused (3D) unquantized checkpoints, as gpt-oss in bf16",
+        "each rank takes the rows of its slots",
+        "unit test of the loader; not served",
+    ),
+    Right(
+        "Qwen2-MoE, Qwen3-Next, Qwen3.5, Qwen3-VL-MoE, MiniMax-M2, gpt-oss in bf16, DeepSeek-V2 and V3, Kimi, GLM-4-MoE-Lite, "
+        "MiMo, Step 3.5, EXAONE, SDAR, Sarvam and others with `get_model_config_for_expert_location`",
+        "as Qwen3-MoE; the loader checks that every expert of every MoE layer went through the map, and refuses to serve if not",
+        "read, not served",
+    ),
+    Right(
+        "deepep, mooncake, nixl, mori, flashinfer all-to-all",
+        "SGLang's own remapping, with an evenly spread dispatch table",
+        "read; the table is compared with SGLang's in a test",
+    ),
+    Right(
+        "fused shared experts, no all-to-all back end",
+        "fusion is switched off (`disable_shared_experts_fusion`): before 0.5.23 the shared expert's id lies outside the map",
+        "read",
+    ),
+)
+
+
+def refusals(combination: Combination) -> Iterator[Rule]:
+    """The rules that refuse ``combination``."""
+    return (rule for rule in RULES if rule.applies(combination))
+
+
+def check(combination: Combination) -> None:
+    """Refuse a combination that would not be served right.
+
+    Raises:
+        PlacementError: naming the combination, the reason and the mend.
+    """
+    for rule in refusals(combination):
+        subject = f"{combination.architecture}: {rule.what}" if rule.kind == "model" else rule.what
+        raise PlacementError(f"an expert placement does not work with {subject}: {rule.why}; {rule.mend}")
+
+
+def table() -> str:
+    """The tables of ``docs/sglang.md``, Markdown."""
+    lines = ["| right | because | known from |", "|---|---|---|"]
+    lines += [f"| {r.what} | {r.how} | {r.known} |" for r in RIGHT]
+    lines += ["", "| refused | kind | because | instead |", "|---|---|---|---|"]
+    lines += [f"| {r.what} | {r.kind} | {r.why} | {r.mend} |" for r in RULES]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,121 @@
+"""The hooks of a worker process, chosen by what the installed SGLang lacks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from . import cpu, layers, location, routing, versions
+from .hooks import Hook, HookSet
+
+_LOCATION = "sglang.srt.eplb.expert_location"
+_FUSED_MOE = "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE"
+
+
+@lru_cache(maxsize=1)
+def hooks() -> HookSet:
+    """The hooks for the installed SGLang; the same object in every call."""
+    chosen = [
+        Hook(
+            name="placement",
+            target=f"{_LOCATION}:compute_initial_expert_location_metadata",
+            hook=location.initial_metadata,
+            relies_on=("model_config", "moe_ep_rank"),
+            why="--init-expert-location knows neither strategies nor other engines' plans, and checks neither shape nor coverage",
+            upstream="SGLang #37923, #32962",
+            removable_when="SGLang reads placement plans and validates them",
+        ),
+        Hook(
+            name="static-dispatch",
+            target=f"{_LOCATION}:compute_logical_to_rank_dispatch_physical_map",
+            hook=location.static_dispatch,
+            relies_on=("logical_to_all_physical_map", "ep_size", "num_physical_experts", "ep_rank"),
+            why="Python loops over layers, experts and ranks, and all ranks of a node share one replica",
+            removable_when="SGLang vectorizes it and spreads the ranks over the replicas",
+        ),
+        Hook(
+            name="slots",
+            target=f"{_FUSED_MOE}.__init__",
+            hook=layers.build,
+            relies_on=("num_experts", "num_fused_shared_experts"),
+            why="GLM-4-MoE builds its layers without the redundant slots",
+            upstream="SGLang #18213",
+            removable_when="every model adds ep_num_redundant_experts",
+        ),
+        Hook(
+            name="loader",
+            target=f"{_FUSED_MOE}.weight_loader",
+            hook=layers.load,
+            relies_on=("param", "loaded_weight", "weight_name", "shard_id", "expert_id"),
+            why="a checkpoint that goes round the map of experts must be noticed",
+            upstream="SGLang #39580",
+            removable_when="SGLang checks that every slot was filled",
+        ),
+        Hook(
+            name="fused-loader",
+            target=f"{_FUSED_MOE}.weight_loader_fused",
+            hook=layers.load_fused,
+            relies_on=("param", "loaded_weight", "weight_name", "shard_id"),
+            why="checkpoints with all experts in one tensor are loaded by position",
+            removable_when="weight_loader_fused heeds the map of experts",
+        ),
+        Hook(
+            name="model",
+            target="sglang.srt.model_executor.model_runner:ModelRunner.load_model",
+            hook=layers.after_load,
+            relies_on=("self",),
+            why="slots, weights and routing of every MoE layer are checked before the first request",
+            removable_when="SGLang checks them",
+        ),
+        Hook(
+            name="cpu-expert-parallelism",
+            target="sglang.srt.layers.moe.fused_moe_native:moe_forward_native",
+            hook=cpu.skip_remote_slots,
+            relies_on=("layer", "x", "topk_output", "moe_runner_config"),
+            why="the CPU engine's experts do not know slots of other ranks",
+            removable_when="moe_forward_native handles -1",
+        ),
+    ]
+    if not versions.topk_finds_the_placement():
+        chosen += [
+            Hook(
+                name="routing",
+                target="sglang.srt.layers.moe.topk:select_experts",
+                hook=routing.select,
+                relies_on=("hidden_states", "router_logits", "topk_config", "expert_location_dispatch_info"),
+                why="several models route to logical ids when there is no all-to-all back end: wrong output",
+                upstream="mended in SGLang 0.5.23",
+                removable_when="0.5.22 is no longer supported",
+            ),
+            Hook(
+                name="remap",
+                target="sglang.srt.layers.moe.topk:_post_process_topk_ids",
+                hook=routing.post_process,
+                relies_on=("topk_ids", "topk_weights", "topk_config", "num_token_non_padded", "expert_location_dispatch_info"),
+                why="the CPU engine never sends logical ids to physical slots: wrong output",
+                upstream="mended in SGLang 0.5.23",
+                removable_when="0.5.22 is no longer supported",
+            ),
+        ]
+    if not versions.dispatch_is_rank_invariant():
+        chosen += [
+            Hook(
+                name="all-replicas",
+                target=f"{_LOCATION}:_compute_logical_to_all_physical_map",
+                hook=location.keep_all_replicas,
+                relies_on=("moe_ep_rank",),
+                why="each rank keeps only its own replica, and a replicated expert then counts several times",
+                upstream="mended in SGLang 0.5.17",
+                removable_when="0.5.16 is no longer supported",
+            ),
+            Hook(
+                name="pick-by-row",
+                target="sglang.srt.eplb.expert_location_dispatch:_topk_ids_logical_to_physical_dynamic",
+                hook=routing.pick_by_row,
+                relies_on=("topk_ids", "info"),
+                counted=False,
+                why="ranks that see the same tokens draw different replicas",
+                upstream="mended in SGLang 0.5.17",
+                removable_when="0.5.16 is no longer supported",
+            ),
+        ]
+    return HookSet(chosen)

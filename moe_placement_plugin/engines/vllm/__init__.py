@@ -1,0 +1,33 @@
+"""vLLM: entry points, flags, static placement, expert parallelism on the CPU build.
+
+Both entry points run in every process that vLLM starts. Without a request for placement they touch
+nothing. Settings travel inside ``VllmConfig.additional_config`` as a `settings.PlacementSettings`, whose
+unpickling applies the patches: a process without this package cannot read the config and dies instead
+of serving with the default placement.
+"""
+
+
+def general_plugin() -> None:
+    """Entry point of ``vllm.general_plugins``: accept the flag if it is asked for."""
+    from .request import requested
+
+    if requested():
+        from .flags import open_flags
+
+        open_flags()
+
+
+def platform_plugin() -> None:
+    """Entry point of ``vllm.platform_plugins``: the same, before general plugins load.
+
+    Code that builds vLLM's argument parser by itself does so before general plugins load. Returns None,
+    which tells vLLM that this is no platform.
+    """
+    from .request import requested
+
+    if requested(frames=False):
+        from wrapt import register_post_import_hook
+
+        from .flags import open_flags
+
+        register_post_import_hook(lambda _: open_flags(), "vllm.engine.arg_utils")

@@ -1,0 +1,43 @@
+"""All patches that are active in an engine with a placement or a recording."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from ..patching import PatchSet
+
+
+@lru_cache(maxsize=1)
+def patch_set() -> PatchSet:
+    """The patches that place experts, and on the CPU build those that make its kernels honour expert maps."""
+    from .cpu import cpu_patches
+    from .request import is_cpu_build
+    from .static import static_patches
+
+    return PatchSet([*static_patches(), *(cpu_patches() if is_cpu_build() else ())])
+
+
+@lru_cache(maxsize=1)
+def recording_set() -> PatchSet:
+    """The patches that record the expert load."""
+    from .recording import recording_patches
+
+    return recording_patches()
+
+
+def patch_sets(settings: Mapping[str, Any]) -> list[PatchSet]:
+    """The patches that the settings call for, and no others.
+
+    Args:
+        settings: a `settings.PlacementSettings`.
+    """
+    from .request import is_cpu_build
+
+    sets = []
+    if settings["plan"] is not None or (settings["ep_size"] > 1 and is_cpu_build()):
+        sets.append(patch_set())
+    if settings["record"] is not None:
+        sets.append(recording_set())
+    return sets

@@ -1,0 +1,134 @@
+"""Checks before any process loads the model, and the placement that comes out of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from ...errors import PlacementError
+from ...placement import Placement
+from ...strategies import ALIASES
+from ...strategies.resolve import resolve_placement
+from ...topology import Topology
+from ..model_shape import model_shape
+from .kernels import check_all2all, check_moe_backend
+from .recording import record_settings
+from .request import FILE_KEY
+from .settings import KEY, PlacementSettings
+
+SUPPORTED = ("0.25", "0.34")
+"""First supported version of vLLM and the first that is not."""
+
+
+def check_version() -> None:
+    """Refuse a vLLM outside the supported range.
+
+    Raises:
+        PlacementError: naming the version found.
+    """
+    # importlib.metadata knows the CPU build under another name, the module always knows its own.
+    import vllm
+
+    first, end = SUPPORTED
+    try:
+        version = Version(vllm.__version__)
+    except InvalidVersion:
+        version = None
+    if version is None or not Version(first) <= Version(version.base_version) < Version(end):
+        raise PlacementError(
+            f"vLLM {vllm.__version__} is outside the supported range {first} to {end} (exclusive): install a vLLM in that range, "
+            "or leave --expert-placement-strategy out"
+        )
+
+
+def ep_size_of(parallel: Any) -> int:
+    """EP ranks of a ``ParallelConfig``: vLLM spreads experts over all of TP, DP and prefill context parallelism."""
+    return (
+        parallel.tensor_parallel_size
+        * parallel.data_parallel_size
+        * getattr(parallel, "prefill_context_parallel_size", 1)
+    )
+
+
+def resolve(vllm_config: Any) -> Any:
+    """Check a fresh ``VllmConfig`` and put the `PlacementSettings` into it.
+
+    Returns:
+        The same config.
+
+    Raises:
+        PlacementError: when the placement that was asked for cannot be had.
+    """
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    asked = parallel.expert_placement_strategy
+    strategy = ALIASES.get(asked, asked)
+    extra = dict(vllm_config.additional_config or {})
+    file = extra.get(FILE_KEY)
+    explicit = strategy != "linear" or file is not None
+    flag = f"--expert-placement-strategy {asked}" if file is None else f"--expert-placement-file {file}"
+    model = vllm_config.model_config
+    ep_size = ep_size_of(parallel)
+    record = record_settings(vllm_config)
+    if explicit:
+        _check(vllm_config, model, parallel, ep_size, flag)
+    elif record is None and (
+        ep_size == 1 or not parallel.enable_expert_parallel or not model.is_moe or not current_platform.is_cpu()
+    ):
+        return vllm_config
+    placement = None
+    if explicit:
+        shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
+        placement = resolve_placement(asked, file, shape, Topology(ep_size))
+        _check_back_ends(vllm_config, parallel, placement)
+        # linear is the flag's default: with a file it means that the file decides.
+        strategy = "eplb" if strategy == "linear" else strategy
+    settings = PlacementSettings.make(strategy, placement, ep_size, record, exact=file is not None)
+    if explicit:
+        # A process in which the patches are missing refuses this value; "linear" it would serve.
+        parallel.expert_placement_strategy = strategy
+    vllm_config.additional_config = {**extra, KEY: settings}
+    from .patches import patch_sets
+
+    for patches in patch_sets(settings):
+        patches.apply()
+    settings.install_metrics()
+    return vllm_config
+
+
+def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str) -> None:
+    if not model.is_moe:
+        raise PlacementError(f"{flag}: {model.model} is no Mixture-of-Experts model: it has no experts to place; leave the flag out")
+    if not parallel.enable_expert_parallel:
+        raise PlacementError(
+            f"{flag} without --enable-expert-parallel: without expert parallelism every rank holds a part of every expert and "
+            "there is nothing to place; add --enable-expert-parallel"
+        )
+    if ep_size == 1:
+        raise PlacementError(
+            f"{flag} with one EP rank (tensor and data parallel size 1): all experts lie on that rank; add "
+            "--tensor-parallel-size or --data-parallel-size, or leave the flag out"
+        )
+    if parallel.enable_eplb:
+        raise PlacementError(
+            f"{flag} together with --enable-eplb: vLLM's EPLB would begin with its own placement and drop this one; leave "
+            "one of the two out"
+        )
+    if getattr(parallel, "enable_elastic_ep", False):
+        raise PlacementError(
+            f"{flag} together with --enable-elastic-ep: a static placement holds for a fixed number of ranks; leave one of the two out"
+        )
+    backend = getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "auto")
+    check_moe_backend(backend)
+
+
+def _check_back_ends(vllm_config: Any, parallel: Any, placement: Placement) -> None:
+    uses_all2all = (
+        parallel.data_parallel_size > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        or bool(getattr(parallel, "use_sequence_parallel_moe", False))
+    )
+    if uses_all2all or parallel.all2all_backend == "passthrough":
+        check_all2all(parallel.all2all_backend, placement.is_even)

@@ -1,0 +1,318 @@
+"""Recording the expert load of a running vLLM: ``--expert-load-record``.
+
+Logical ids are taken where vLLM hands them out, before EPLB maps them to slots. Which tokens of a batch are
+real, and whether they belong to a prompt, is known when the batch is prepared; see `LoadCounters`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ...errors import PlacementError
+from ..load_counters import LoadCounters
+from ..load_recorder import DEFAULT_INTERVAL, LoadRecorder, Windows, check_interval, check_path
+from ..model_shape import model_shape
+from ..patching import Patch, PatchSet
+from .request import COACTIVATION_KEY, INTERVAL_KEY, RECORD_KEY
+from .settings import layer_id_of, settings_of
+
+logger = logging.getLogger("vllm.moe_placement_plugin")
+
+_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+_RECORDER = "_moe_placement_load_recording"
+_ROUTE = "choose a kernel that leaves routing to vLLM, such as --moe-backend triton, or leave --expert-load-record out"
+
+
+def record_settings(vllm_config: Any) -> dict[str, Any] | None:
+    """What is to be recorded, checked before any process starts; None when nothing is.
+
+    Raises:
+        PlacementError: when it cannot be recorded.
+    """
+    extra = vllm_config.additional_config or {}
+    path = extra.get(RECORD_KEY)
+    if path is None:
+        for key in (INTERVAL_KEY, COACTIVATION_KEY):
+            if extra.get(key):
+                raise PlacementError(f"--{key.replace('_', '-')} without --expert-load-record: nothing is recorded; add the path")
+        return None
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    flag = f"--expert-load-record {path}"
+    if not model.is_moe:
+        raise PlacementError(f"{flag}: {model.model} is no Mixture-of-Experts model: it has no experts; leave the flag out")
+    refused = {
+        "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--enable-dbo": bool(getattr(parallel, "use_ubatching", False)),
+        "--enable-elastic-ep": bool(getattr(parallel, "enable_elastic_ep", False)),
+        "--enable-return-routed-experts": bool(getattr(model, "enable_return_routed_experts", False)),
+    }
+    for other, given in refused.items():
+        if given:
+            raise PlacementError(f"{flag} together with {other}: tokens would be counted wrongly; leave one of the two out")
+    shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
+    check_path(path, (len(shape.layer_ids), shape.num_experts))
+    interval = check_interval(extra.get(INTERVAL_KEY) or DEFAULT_INTERVAL)
+    return {
+        "path": str(path),
+        "interval": interval,
+        "coactivation": bool(extra.get(COACTIVATION_KEY)),
+        "num_experts": shape.num_experts,
+        "model": model.model,
+        # Ranks that own whole experts; None where that is not so, or changes while EPLB moves them.
+        "ep_ranks": parallel.tensor_parallel_size * parallel.data_parallel_size
+        if parallel.enable_expert_parallel and not parallel.enable_eplb
+        else None,
+    }
+
+
+def install_metrics(settings: Any) -> None:
+    """Report the recording on this process's ``/metrics``.
+
+    Args:
+        settings: a `settings.PlacementSettings` with a recording.
+    """
+    from ... import metrics
+
+    ranks = settings["record"]["ep_ranks"]
+
+    def placement_of(load):
+        if settings.placement is not None and settings.placement.layer_ids == load.layer_ids:
+            return settings.placement
+        return metrics.contiguous(load, ranks) if ranks else None
+
+    metrics.install(settings["record"]["path"], placement_of)
+
+
+class LoadRecording:
+    """The counters of one worker process, bound to its model's routers, and their recorder."""
+
+    def __init__(self, record: dict[str, Any], vllm_config: Any, model: Any, device: Any):
+        import vllm
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        from ... import __version__
+
+        parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+        self.tp_rank, self.tp_size = get_tensor_model_parallel_rank(), parallel.tensor_parallel_size
+        self.dp_rank = parallel.data_parallel_rank
+        # Tensor-parallel ranks see the same tokens, unless sequence parallelism gives each a share of them.
+        self.shards = self.tp_size if getattr(parallel, "use_sequence_parallel_moe", False) else 1
+        self.active = self.tp_rank < self.shards
+        self.layers = _capture_points(model) if self.active else {}
+        self.recorder: LoadRecorder | None = None
+        if not self.layers:
+            return
+        largest_graph = getattr(vllm_config.compilation_config, "max_cudagraph_capture_size", None) or 0
+        tokens = max(scheduler.max_num_batched_tokens, largest_graph) + self.tp_size
+        self.counters = LoadCounters(len(self.layers), record["num_experts"], tokens, device, record["coactivation"])
+        for row, set_capture in enumerate(self.layers.values()):
+            set_capture(partial(self.capture, row))
+        stages, stage = parallel.pipeline_parallel_size, _pipeline_rank()
+        part = (self.dp_rank * stages + stage) * self.shards + (self.tp_rank if self.shards > 1 else 0)
+        metadata = {
+            "model": record["model"],
+            "engine": f"vllm {vllm.__version__}",
+            "plugin": __version__,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            "tensor_parallel_size": self.tp_size,
+            "data_parallel_size": parallel.data_parallel_size,
+            "expert_parallel": bool(parallel.enable_expert_parallel),
+            "top_k": vllm_config.model_config.get_num_experts_per_tok()
+            if hasattr(vllm_config.model_config, "get_num_experts_per_tok")
+            else None,
+        }
+        windows = Windows(tuple(self.layers), record["num_experts"], record["interval"], metadata)
+        num_parts = parallel.data_parallel_size * stages * self.shards
+        self.recorder = LoadRecorder(record["path"], windows, self.counters.snapshot, record["interval"], part, num_parts)
+        logger.info(
+            "moe_placement_plugin: recording the load of %d MoE layers x %d experts to %s every %g s",
+            len(self.layers), record["num_experts"], record["path"], record["interval"],
+        )  # fmt: skip
+
+    def batch(self, tokens_per_request: np.ndarray, is_prefill: np.ndarray) -> None:
+        """A batch of real requests is about to run."""
+        if self.recorder is not None:
+            self.counters.mark(tokens_per_request, is_prefill)
+            self.recorder.served()
+
+    def dummy(self) -> None:
+        """A dummy batch is about to run."""
+        if self.recorder is not None:
+            self.counters.mark_uncounted()
+
+    def capture(self, row: int, topk_ids: Any) -> None:
+        """Count one layer's choices, ``topk_ids [tokens, top_k]``, which may be of several data-parallel ranks.
+
+        The sizes that tell the layouts apart are on the host and fixed for a CUDA graph.
+        """
+        from vllm.forward_context import get_forward_context
+
+        across = getattr(get_forward_context().dp_metadata, "num_tokens_across_dp_cpu", None)
+        if across is None:
+            self.counters.count(row, topk_ids)
+            return
+        sizes = [int(n) for n in across.tolist()]
+        own, seen = sizes[self.dp_rank], topk_ids.shape[0]
+        shard_sizes = getattr(get_forward_context().dp_metadata, "local_sizes", None)
+        if seen == own and self.shards == 1:
+            self.counters.count(row, topk_ids)
+        elif seen == sum(sizes):  # gathered before routing, rank after rank
+            begin = sum(sizes[: self.dp_rank])
+            self._count_once(row, topk_ids[begin : begin + own])
+        elif shard_sizes is not None and seen == sum(shard_sizes):  # likewise, in padded shards
+            begin = sum(shard_sizes[: self.dp_rank * (len(shard_sizes) // len(sizes))])
+            self._count_once(row, topk_ids[begin : begin + own])
+        elif self.shards > 1 and seen == -(-own // self.tp_size):
+            self.counters.count(row, topk_ids, first=self.tp_rank * seen)
+        else:
+            raise PlacementError(
+                f"--expert-load-record: a MoE layer routes {seen} tokens, data-parallel ranks have {sizes}: this layout is not "
+                "known; leave the flag out"
+            )
+
+    def _count_once(self, row: int, ids: Any) -> None:
+        if self.tp_rank == 0:
+            self.counters.count(row, ids)
+
+
+def _pipeline_rank() -> int:
+    from vllm.distributed import get_pp_group
+
+    return get_pp_group().rank_in_group
+
+
+def _capture_points(model: Any) -> dict[int, Any]:
+    """Layer id -> function that takes the capture callback, for every MoE layer of ``model``, in order.
+
+    Raises:
+        PlacementError: when a layer's kernel chooses experts by itself and does not report them.
+    """
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    points: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoERunner):
+            layer_id = layer_id_of(module.layer_name)
+            layer_id = module.layer_id if layer_id is None else layer_id
+            if module.is_monolithic:
+                points[layer_id] = _monolithic_point(module)
+            elif isinstance(module.router, BaseRouter):
+                points[layer_id] = module.router.set_capture_fn
+            else:
+                raise PlacementError(
+                    f"--expert-load-record: {name} routes with {type(module.router).__name__}, which reports no experts: {_ROUTE}"
+                )
+        elif hasattr(module, "capture_fn") and hasattr(module, "layer_id"):  # fused layers of single models
+            points[module.layer_id] = partial(setattr, module, "capture_fn")
+    if not points and _has_experts(model):
+        raise PlacementError(f"--expert-load-record: no MoE layer of this model routes through vLLM's router: {_ROUTE}")
+    return dict(sorted(points.items()))
+
+
+def _has_experts(model: Any) -> bool:
+    """Whether this process holds MoE layers at all; a pipeline stage may hold none."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    return any(isinstance(module, RoutedExperts) for module in model.modules())
+
+
+def _monolithic_point(module: Any) -> Any:
+    kernel = getattr(module.routed_experts.quant_method, "moe_kernel", None)
+    experts = getattr(getattr(kernel, "impl", None), "fused_experts", None)
+    supports = getattr(experts, "supports_routing_replay_capture", None)
+    if supports is None or not supports():
+        raise PlacementError(
+            f"--expert-load-record: {module.layer_name} runs {type(experts or module.routed_experts.quant_method).__name__}, which "
+            f"chooses experts by itself and does not report them: {_ROUTE}"
+        )
+    if hasattr(experts, "set_capture_fn"):  # vLLM 0.28 to 0.31
+        return experts.set_capture_fn
+
+    def set_sink(capture):
+        from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsSink
+
+        module.routed_experts.routing_sink = RoutedExpertsSink(experts.moe_config, capture)
+
+    return set_sink
+
+
+def _load_model(original):
+    def load_model(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        settings = settings_of(self.vllm_config)
+        record = settings.get("record") if settings is not None else None
+        if record is not None:
+            runner = self.model_runner
+            setattr(runner, _RECORDER, LoadRecording(record, self.vllm_config, runner.get_model(), self.device))
+        return result
+
+    return load_model
+
+
+def _dummy_run(original):
+    def _dummy_run(self, *args, **kwargs):
+        recording = getattr(self, _RECORDER, None)
+        if recording is not None:
+            recording.dummy()
+        return original(self, *args, **kwargs)
+
+    return _dummy_run
+
+
+def _prepare_inputs(original):
+    def _prepare_inputs(self, scheduler_output, num_scheduled_tokens, *args, **kwargs):
+        result = original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
+        recording = getattr(self, _RECORDER, None)
+        if recording is not None:
+            batch = self.input_batch
+            n = batch.num_reqs
+            recording.batch(num_scheduled_tokens[:n], batch.num_computed_tokens_cpu[:n] < batch.num_prompt_tokens[:n])
+        return result
+
+    return _prepare_inputs
+
+
+def _prepare_inputs_v2(original):
+    def prepare_inputs(self, *args, **kwargs):
+        batch = original(self, *args, **kwargs)
+        recording = getattr(self, _RECORDER, None)
+        if recording is not None:
+            recording.batch(batch.num_scheduled_tokens[: batch.num_reqs], batch.is_prefilling_np[: batch.num_reqs])
+        return batch
+
+    return prepare_inputs
+
+
+def recording_patches() -> PatchSet:
+    """The patches of ``--expert-load-record``."""
+    why_dummy = "profiling, graph capture and idle data-parallel ranks run batches without requests, which must not count"
+    why_batch = "which tokens are real and belong to prompts is known where the batch is prepared"
+    why_bind = "the routers' capture callback is bound once the model is loaded, before graphs are captured"
+    until = "vLLM records logical expert load by itself (issues 39178, 43715)"
+    runner, runner_v2 = (f"{module}:GPUModelRunner" for module in _RUNNERS)
+    worker = "vllm.v1.worker.gpu_worker:Worker.load_model"
+    return PatchSet(
+        [
+            Patch("record-bind", worker, _load_model, why=why_bind, removable_when=until),
+            Patch("record-dummy", f"{runner}._dummy_run", _dummy_run, relies_on=("num_tokens",), why=why_dummy,
+                  removable_when=until),
+            Patch(
+                "record-batch", f"{runner}._prepare_inputs", _prepare_inputs, relies_on=("scheduler_output", "num_scheduled_tokens"),
+                why=why_batch, removable_when=until,
+            ),
+            Patch(
+                "record-dummy-v2", f"{runner_v2}._dummy_run", _dummy_run, relies_on=("num_tokens",),
+                why=why_dummy, removable_when=until, optional=True,
+            ),
+            Patch(
+                "record-batch-v2", f"{runner_v2}.prepare_inputs", _prepare_inputs_v2, relies_on=("scheduler_output", "batch_desc"),
+                why=why_batch, removable_when=until, optional=True,
+            ),
+        ]
+    )  # fmt: skip

@@ -1,0 +1,178 @@
+"""What every process of the engine must know, carried inside ``VllmConfig.additional_config``."""
+
+from __future__ import annotations
+
+import base64
+import re
+import zlib
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ...errors import PlacementError
+from ...placement import Placement, even_slots
+from ...strategies import PlacementRequest, get_strategy
+from ...topology import Topology
+
+KEY = "moe_placement_plugin"
+"""Key of ``additional_config``."""
+
+
+class PlacementSettings(dict):
+    """The placement that was resolved at start-up, as JSON-compatible values.
+
+    Being a dict it is hashed by vLLM with the rest of its config. Unpickling it applies the patches in the
+    process that does so, whether it was forked, spawned or started by Ray; without this package the
+    unpickling fails, and with it the process.
+    """
+
+    def __reduce__(self):
+        return _restore, (dict(self),)
+
+    @classmethod
+    def make(
+        cls,
+        strategy: str,
+        placement: Placement | None,
+        ep_size: int,
+        record: dict[str, Any] | None = None,
+        exact: bool = False,
+    ) -> PlacementSettings:
+        """Settings that hold the whole placement, so that other hosts need no file.
+
+        Args:
+            strategy: name of the strategy in force.
+            placement: the placement of the model's MoE layers; None leaves the engine's own (``linear``).
+            ep_size: number of EP ranks.
+            record: what is to be recorded, see `recording.record_settings`; None records nothing.
+            exact: the placement comes from a file, so that it must cover the model layer by layer; a strategy
+                that needs none can place layers that were not foreseen.
+        """
+        from ... import __version__
+
+        data: dict[str, Any] = {
+            "plugin": __version__,
+            "strategy": strategy,
+            "ep_size": ep_size,
+            "plan": None,
+            "record": record,
+            "exact": exact,
+        }
+        if placement is not None:
+            table = placement.physical_to_logical.astype("<i4").tobytes()
+            data["plan"] = {
+                "num_logical_experts": placement.num_logical_experts,
+                "slots_per_rank": list(placement.slots_per_rank),
+                "layer_ids": list(placement.layer_ids),
+                "physical_to_logical": base64.b64encode(zlib.compress(table)).decode(),
+                "strategy": placement.strategy,
+                "digest": placement.digest,
+            }
+        return cls(data)
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy in force."""
+        return self["strategy"]
+
+    @cached_property
+    def placement(self) -> Placement | None:
+        """The placement of the model's MoE layers, None for the engine's own."""
+        plan = self["plan"]
+        if plan is None:
+            return None
+        raw = np.frombuffer(zlib.decompress(base64.b64decode(plan["physical_to_logical"])), dtype="<i4")
+        placement = Placement(
+            raw.reshape(len(plan["layer_ids"]), -1),
+            plan["num_logical_experts"],
+            tuple(plan["slots_per_rank"]),
+            tuple(plan["layer_ids"]),
+            plan["strategy"],
+        )
+        if placement.digest != plan["digest"]:
+            raise PlacementError(
+                f"the placement arrived with digest {placement.digest[:12]}, it was sent with {plan['digest'][:12]}: the "
+                "engine's processes run different versions of this plugin; install one version everywhere"
+            )
+        return placement
+
+    def expert_map(self, layer_id: int | None, num_experts: int, ep_size: int, ep_rank: int) -> np.ndarray:
+        """int32 ``[experts]``: local slot of each expert on ``ep_rank``, -1 where it lies elsewhere.
+
+        Layers that the plan does not know (a draft model's, an encoder's) are placed by the strategy
+        itself, or contiguously when it plans from a load.
+        """
+        placement = self.placement
+        if (
+            placement is not None
+            and layer_id in placement.layer_ids
+            and placement.num_logical_experts == num_experts
+            and placement.num_ranks == ep_size
+        ):
+            return placement.expert_map(placement.row(layer_id), ep_rank)
+        return self._fallback(num_experts, ep_size).expert_map(0, ep_rank)
+
+    def knows(self, layer_id: int | None, num_experts: int) -> bool:
+        """Whether the plan holds this layer."""
+        placement = self.placement
+        return placement is not None and layer_id in placement.layer_ids and placement.num_logical_experts == num_experts
+
+    def _fallback(self, num_experts: int, ep_size: int) -> Placement:
+        strategy = get_strategy(self.strategy)
+        if strategy.needs_load:
+            strategy = get_strategy("linear")
+        request = PlacementRequest(1, num_experts, Topology(ep_size), slots_per_rank=even_slots(num_experts, ep_size))
+        return strategy.place(request)
+
+    def activate(self) -> None:
+        """Apply the patches in this process, each when its module is imported."""
+        from .patches import patch_sets
+
+        for patches in patch_sets(self):
+            patches.apply_when_imported()
+        self.install_metrics()
+
+    def install_metrics(self) -> None:
+        """Let this process's ``/metrics`` report what is recorded; only the API server's is ever asked."""
+        if self["record"] is not None:
+            from .recording import install_metrics
+
+            install_metrics(self)
+
+
+def _restore(data: dict[str, Any]) -> PlacementSettings:
+    settings = PlacementSettings(data)
+    settings.activate()
+    return settings
+
+
+def settings_of(vllm_config: Any) -> PlacementSettings | None:
+    """The settings inside a ``VllmConfig``, None when no placement was asked for."""
+    extra = getattr(vllm_config, "additional_config", None)
+    found = extra.get(KEY) if isinstance(extra, dict) else None
+    return found if isinstance(found, PlacementSettings) else None
+
+
+def current_settings() -> PlacementSettings | None:
+    """The settings of the engine whose model is being built or loaded in this process."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    return settings_of(get_current_vllm_config_or_none())
+
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?:\.|$)")
+# A draft model numbers its layers from 0 again, or names them differently in checkpoint and module.
+_DRAFT = re.compile(r"(?:^|\.)(?:mtp\w*|eagle\w*|draft\w*|nextn\w*)(?:\.|$)")
+
+
+def layer_id_of(name: str) -> int | None:
+    """The layer's index in a module or weight name such as ``model.layers.3.mlp.experts``.
+
+    None when there is no index, more than one, or the name is a draft model's: such a layer cannot be told
+    for sure.
+    """
+    if _DRAFT.search(name):
+        return None
+    found = _LAYER.findall(name)
+    return int(found[0]) if len(found) == 1 else None

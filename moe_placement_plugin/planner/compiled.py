@@ -1,0 +1,35 @@
+"""How the planner's kernels are compiled: by numba, for one thread, and kept on disk.
+
+numba keeps compiled code next to the source, or in the user's cache folder where that cannot be written, and throws it away when the
+function's own
+file changes. A kernel that calls one of another file would stay as it was compiled: after an upgrade it would go on running the old code
+of the
+other. So here the stamp of every kernel is that of all the planner's files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from numba import njit
+
+
+def _digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_SOURCES = _digest()
+
+
+def kernel(function):
+    """Compile ``function`` on first use, in nopython mode, and cache the code until any file of the planner changes."""
+    compiled = njit(cache=True)(function)
+    files = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    if hasattr(files, "_source_stamp"):
+        files._source_stamp = (files._source_stamp, _SOURCES)
+    return compiled

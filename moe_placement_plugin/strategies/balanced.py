@@ -1,0 +1,19 @@
+"""Contiguous blocks whose sizes differ by at most one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..placement import Placement, even_slots
+from .base import PlacementRequest, Strategy
+from .linear import contiguous_table
+
+
+class Balanced(Strategy):
+    """Contiguous blocks, 30 experts on 8 ranks being 4 4 4 4 4 4 3 3 (vLLM PR 21497)."""
+
+    name = "balanced"
+
+    def place(self, request: PlacementRequest) -> Placement:
+        even = replace(request, slots_per_rank=even_slots(request.num_slots, request.topology.num_ranks))
+        return self._placement(even, contiguous_table(even))

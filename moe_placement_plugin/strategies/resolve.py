@@ -1,0 +1,179 @@
+"""From what the user asked for to a placement that fits the model, or one clear error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import PlacementError
+from ..files import parse_json, read_bytes
+from ..load import ExpertLoad
+from ..placement import Placement
+from ..planfile import is_plan, parse_plan, parse_sglang_plan
+from ..topology import Topology
+from .base import PlacementRequest
+from .registry import get_strategy
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The MoE layers of a model.
+
+    Attributes:
+        layer_ids: index of each MoE layer within the model, ``[layers]``.
+        num_experts: logical experts per MoE layer.
+        num_groups: expert groups of grouped top-k routing, 1 when the model has none.
+        name: what the user called the model.
+    """
+
+    layer_ids: tuple[int, ...]
+    num_experts: int
+    num_groups: int = 1
+    name: str = ""
+
+
+def read_file(path: str | Path, shape: ModelShape, num_ranks: int) -> Placement | ExpertLoad:
+    """A plan (ours or SGLang's) or a recorded load, told apart by content.
+
+    Raises:
+        PlacementError: when it is neither.
+    """
+    content = read_bytes(path, "plan or recorded load")
+    if content.lstrip()[:1] in (b"{", b"[") and content[8:9] != b"{":
+        data = parse_json(content, path, "plan or recorded load")
+        if is_plan(data):
+            if "physical_to_logical_map" in data:
+                return parse_sglang_plan(data, shape.num_experts, num_ranks, str(path))
+            return parse_plan(data, str(path))
+        if not isinstance(data, dict) or "logical_count" not in data:
+            raise PlacementError(
+                f'{path} is neither a plan ("format": "moe-placement-plan") nor a recorded load ("logical_count"): give one '
+                "of the two; `moe-placement plan` makes a plan"
+            )
+    elif path_is_text(content):
+        raise PlacementError(f"{path} is not JSON: give a plan or a recorded load")
+    return ExpertLoad.read(path)
+
+
+def path_is_text(content: bytes) -> bool:
+    """Whether content is plain text rather than a zip (.pt) or safetensors file."""
+    if content[:2] == b"PK" or content[8:9] == b"{":
+        return False
+    return b"\0" not in content[:64]
+
+
+def resolve_placement(
+    strategy: str,
+    file: str | Path | None,
+    shape: ModelShape,
+    topology: Topology,
+    num_redundant: int = 0,
+    slots_per_rank: tuple[int, ...] = (),
+) -> Placement:
+    """The placement that ``--expert-placement-strategy`` and ``--expert-placement-file`` ask for.
+
+    A plan file wins over the strategy. A recorded load goes to a strategy that plans from one
+    (``linear``, being the default, then means ``eplb``).
+
+    Args:
+        strategy: name of a strategy.
+        file: a plan or a recorded load, or None.
+        shape: the model's MoE layers.
+        topology: the EP ranks.
+        num_redundant: redundant experts per layer that the engine is started with.
+        slots_per_rank: slots of each rank where the engine prescribes them.
+
+    Raises:
+        PlacementError: when the request cannot be honoured.
+    """
+    planner = get_strategy(strategy)
+    load = None
+    if file is not None:
+        given = read_file(file, shape, topology.num_ranks)
+        if isinstance(given, Placement):
+            return check_plan(given, shape, topology, num_redundant, slots_per_rank, str(file))
+        if not planner.needs_load:
+            if planner.name != "linear":
+                raise PlacementError(
+                    f"{file} is a recorded load, which strategy {strategy} does not use: choose eplb, or give a plan file"
+                )
+            planner = get_strategy("eplb")
+        try:
+            if given.num_experts != shape.num_experts:
+                raise PlacementError(
+                    f"the load has {given.num_experts} experts per layer, the model has {shape.num_experts}: it was "
+                    "recorded on another model; record on this one"
+                )
+            load = given.select_layers(shape.layer_ids)
+        except PlacementError as error:
+            raise PlacementError(f"{file}: {error}") from None
+    elif planner.needs_load:
+        raise PlacementError(
+            f"strategy {strategy} places experts by a recorded load and has none: add --expert-placement-file with a "
+            "recorded load or a plan, or choose zigzag or balanced"
+        )
+    request = PlacementRequest(
+        len(shape.layer_ids),
+        shape.num_experts,
+        topology,
+        num_redundant,
+        slots_per_rank,
+        shape.layer_ids,
+        shape.num_groups,
+        load,
+        {"model": shape.name} | ({"load": Path(file).name} if file is not None else {}),
+    )
+    return planner.place(request)
+
+
+def check_plan(
+    plan: Placement,
+    shape: ModelShape,
+    topology: Topology,
+    num_redundant: int,
+    slots_per_rank: tuple[int, ...] = (),
+    source: str = "the plan",
+) -> Placement:
+    """The rows of ``plan`` for this model's MoE layers, or an error that says what does not fit.
+
+    Raises:
+        PlacementError: when the plan is for other experts, ranks, layers or slots.
+    """
+    if plan.num_logical_experts != shape.num_experts:
+        raise PlacementError(
+            f"{source} is a plan for {plan.num_logical_experts} experts, the model has {shape.num_experts}: plan for this model"
+        )
+    if plan.num_ranks != topology.num_ranks:
+        raise PlacementError(
+            f"{source} is a plan for {plan.num_ranks} EP ranks, the engine runs {topology.num_ranks}: plan for "
+            f"{topology.num_ranks} ranks, or start the engine with {plan.num_ranks}"
+        )
+    if plan.num_redundant != num_redundant:
+        raise PlacementError(
+            f"{source} is a plan with {plan.num_redundant} redundant experts, the engine is started with {num_redundant}: "
+            f"plan with {num_redundant}, or start the engine with {plan.num_redundant}"
+        )
+    if slots_per_rank and plan.slots_per_rank != tuple(slots_per_rank):
+        raise PlacementError(
+            f"{source} gives the ranks {list(plan.slots_per_rank)} slots, this engine needs {list(slots_per_rank)}: plan "
+            "with equal ranks"
+        )
+    if plan.layer_ids == shape.layer_ids:
+        return plan
+    if plan.layer_ids == tuple(range(plan.num_layers)) and plan.num_layers == len(shape.layer_ids):
+        # Numbered by MoE layers only.
+        return Placement(
+            plan.physical_to_logical, plan.num_logical_experts, plan.slots_per_rank, shape.layer_ids, plan.strategy, plan.metadata
+        )
+    if not set(shape.layer_ids) <= set(plan.layer_ids):
+        raise PlacementError(
+            f"{source} is a plan for {plan.num_layers} layers, the model has {len(shape.layer_ids)} MoE layers "
+            f"({shape.layer_ids[0]}..{shape.layer_ids[-1]}): plan for this model"
+        )
+    extra = set(plan.layer_ids) - set(shape.layer_ids)
+    if max(extra) > shape.layer_ids[-1]:
+        raise PlacementError(
+            f"{source} is a plan for {plan.num_layers} layers up to {max(plan.layer_ids)}, the model's last MoE layer is "
+            f"{shape.layer_ids[-1]}: plan for this model"
+        )
+    return plan.select_layers(shape.layer_ids)

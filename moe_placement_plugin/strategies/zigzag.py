@@ -1,0 +1,36 @@
+"""Experts dealt to the ranks in turn."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..placement import Placement
+from .base import PlacementRequest, Strategy
+
+
+class Zigzag(Strategy):
+    """Expert e on rank e mod ranks, so that the experts of a group are staggered over all ranks (vLLM PR 23745).
+
+    A rank that is full is passed over, so that uneven slots work too. Redundant slots take the expert
+    with the fewest copies that the rank does not hold yet, lowest id first.
+    """
+
+    name = "zigzag"
+
+    def place(self, request: PlacementRequest) -> Placement:
+        ranks = request.topology.num_ranks
+        held: list[list[int]] = [[] for _ in range(ranks)]
+        rank = 0
+        for expert in range(request.num_experts):
+            while len(held[rank]) >= request.slots_per_rank[rank]:
+                rank = (rank + 1) % ranks
+            held[rank].append(expert)
+            rank = (rank + 1) % ranks
+        copies = np.ones(request.num_experts, dtype=np.int64)
+        while any(len(h) < s for h, s in zip(held, request.slots_per_rank)):
+            for r in range(ranks):
+                if len(held[r]) < request.slots_per_rank[r]:
+                    expert = min((e for e in range(request.num_experts) if e not in held[r]), key=lambda e: (copies[e], e))
+                    held[r].append(expert)
+                    copies[expert] += 1
+        return self._placement(request, np.array([e for h in held for e in h], dtype=np.int32))

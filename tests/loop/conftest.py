@@ -1,0 +1,53 @@
+"""Loads for the tests of the loop: real traces where they are, synthetic ones everywhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_placement_plugin import ExpertLoad
+
+TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
+
+
+@pytest.fixture(scope="session")
+def traces() -> Path:
+    """The folder of real traces."""
+    if not (TRACES / "deepseek_r1_decode_in1000out1000.json").exists():
+        pytest.skip(f"the DeepSeek-R1 traces are not beside the checkout ({TRACES})")
+    return TRACES
+
+
+def skewed(windows: int = 3, layers: int = 4, experts: int = 16, seed: int = 0, **kwargs) -> ExpertLoad:
+    """A load whose first experts are hot, slightly different in every window."""
+    rng = np.random.default_rng(seed)
+    shape = 1 / np.arange(1, experts + 1)
+    counts = rng.poisson(1000 * shape * rng.uniform(0.8, 1.2, (windows, layers, experts)))
+    return ExpertLoad(counts.astype(np.int64), **kwargs)
+
+
+@pytest.fixture
+def load_file(tmp_path) -> Path:
+    """A recording of three windows."""
+    path = tmp_path / "load.safetensors"
+    skewed(metadata={"model": "tiny", "top_k": 2}).write(path)
+    return path
+
+
+@pytest.fixture
+def cli():
+    """Run ``moe-placement`` as a user does; returns the finished process."""
+    import subprocess
+
+    def run(*arguments: object, code: int | None = 0) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, "-c", "from moe_placement_plugin.cli import main; main()", *map(str, arguments)],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        return done
+
+    return run

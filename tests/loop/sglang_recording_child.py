@@ -1,0 +1,30 @@
+"""Child process: one `sglang.Engine` that records; prints what it generated as JSON.
+
+python -m tests.loop.sglang_recording_child ENGINE_ARGUMENTS_JSON PROMPTS_JSON RESULT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    import sglang
+
+    engine = sglang.Engine(**json.loads(sys.argv[1]))
+    outputs = engine.generate(
+        input_ids=json.loads(sys.argv[2]), sampling_params={"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True},
+        return_logprob=True,
+    )  # fmt: skip
+    ids = [[token for _, token, *_ in o["meta_info"]["output_token_logprobs"]] for o in outputs]
+    Path(sys.argv[3]).write_text(json.dumps(ids))
+    # SGLang kills its workers; what it recorded since the last interval would be lost.
+    time.sleep(2)
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()

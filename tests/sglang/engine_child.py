@@ -1,0 +1,67 @@
+"""Child process: start `sglang.Engine` for each case in turn, generate, write what came out.
+
+    python -m tests.sglang.engine_child CASES.json RESULTS.json
+
+A case is {"name", "engine": {arguments of Engine}, "prompts": [[token id, ...], ...], "max_new_tokens", "threads": cores per
+rank, "late_env": {variables set between the launcher's plugins and its workers}}. Its result holds per prompt the greedy ``ids``, their
+``logprobs`` and the ``prompt_logprobs``. SGLang ends its caller when one of its processes dies: results are written after
+each case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def run(case: dict) -> dict:
+    """Start, generate, stop."""
+    import sglang
+
+    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = case["threads"]
+    if case.get("late_env"):
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        os.environ.update(case["late_env"])
+    began = time.monotonic()
+    engine = sglang.Engine(**case["engine"])
+    ready = time.monotonic()
+    outputs = engine.generate(
+        input_ids=case["prompts"],
+        sampling_params={"temperature": 0.0, "max_new_tokens": case["max_new_tokens"], "ignore_eos": True},
+        return_logprob=True,
+        logprob_start_len=0,
+    )
+    rows = [
+        {
+            "ids": [token for _, token, *_ in output["meta_info"]["output_token_logprobs"]],
+            "logprobs": [value for value, *_ in output["meta_info"]["output_token_logprobs"]],
+            "prompt_logprobs": [value for value, *_ in output["meta_info"]["input_token_logprobs"][1:]],
+        }
+        for output in outputs
+    ]
+    info = engine.get_server_info()
+    engine.shutdown()
+    keys = ("ep_num_redundant_experts", "ep_dispatch_algorithm", "init_expert_location", "ep_size", "tp_size")
+    return {"rows": rows, "info": {key: info.get(key) for key in keys}, "start_s": ready - began}
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    results = {}
+    for case in cases:
+        print(f"=== case {case['name']}", flush=True)
+        try:
+            results[case["name"]] = run(case)
+        except Exception as error:
+            results[case["name"]] = {"error": f"{type(error).__name__}: {error}"}
+        Path(sys.argv[2]).write_text(json.dumps(results))
+        print(f"=== end {case['name']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

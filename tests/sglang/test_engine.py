@@ -1,0 +1,209 @@
+"""Real SGLang engines on the CPU: every strategy answers as one rank does, and a worker without the plugin dies.
+
+All in float32, where a placement changes nothing but the order in which the ranks' partial sums of an MoE layer are added:
+about 4 layers x a few float32 roundings (6e-8 relative) of hidden states of order 10, amplified by random weights drawn wide
+(see `tiny_models`), up to 3.3e-5 in a log probability as measured. The tolerance is six times that; experts in
+the wrong place change log probabilities by much more than 0.02, which `test_wrong_experts_would_be_noticed` makes sure of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_placement_plugin.engines.sglang import versions
+from tests.sglang.engines import ENV, PROMPTS, Outcome, case, run_cases, threads
+from tests.support.children import end_group, engine_lock
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(3000)]
+
+TOLERANCE = 2e-4
+
+VLLM_LOAD = Path(__file__).parent / "data" / "vllm-qwen3-moe-load.safetensors"
+"""Recorded by vLLM 0.32.0 with --expert-load-record while it served the same tiny model (`moe-placement demo --engine vllm --keep`)."""
+
+REFERENCE = {
+    "linear-tp4-ep2": "qwen32",
+    "zigzag": "qwen32",
+    "permutation": "qwen32",
+    "eplb-redundant": "qwen32",
+    "zigzag-30": "qwen30",
+    "balanced-30-on-4": "qwen30",
+    "load-of-vllm": "qwen30",
+    "plan-of-vllm": "qwen30",
+    "glm-zigzag": "glm",
+    "glm-redundant": "glm",
+}
+"""Case with a placement -> the model whose one-rank answer it must give."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine():
+    """The machine's engine lock, held until the last test of the module: waiting once, not for every start."""
+    with engine_lock():
+        yield
+
+
+@pytest.fixture(scope="module")
+def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
+    """Every case, started once."""
+    q32, q30, glm = models["qwen32"], models["qwen30"], models["glm"]
+    placed = [
+        case("linear-tp4-ep2", q32, 4, 2, expert_placement_strategy="linear"),
+        case("zigzag", q32, 2, 2, expert_placement_strategy="zigzag"),
+        case("permutation", q32, 2, 2, expert_placement_file=str(files["permutation"])),
+        case("eplb-redundant", q32, 2, 2, expert_placement_strategy="eplb", expert_placement_file=str(files["load"]),
+             ep_num_redundant_experts=4),
+        case("zigzag-30", q30, 2, 2, expert_placement_strategy="zigzag"),
+        case("balanced-30-on-4", q30, 4, 4, expert_placement_strategy="balanced"),
+        case("load-of-vllm", q30, 2, 2, expert_placement_strategy="eplb", expert_placement_file=str(VLLM_LOAD)),
+        case("plan-of-vllm", q30, 4, 4, expert_placement_file=str(files["uneven-four-ranks"])),
+        case("glm-zigzag", glm, 2, 2, expert_placement_strategy="zigzag"),
+        case("glm-redundant", glm, 2, 2, expert_placement_strategy="zigzag", ep_num_redundant_experts=4),
+    ]  # fmt: skip
+    stock = [case(name, models[name]) for name in ("qwen32", "qwen30", "glm")]
+    wrong = case("wrong-experts", swapped_experts(q32, tmp_path_factory.mktemp("wrong") / "model"))
+    return run_cases([*stock, wrong, *placed], tmp_path_factory.mktemp("engines"))
+
+
+def swapped_experts(model: Path, folder: Path) -> Path:
+    """A checkpoint whose experts 0 and 1 of layer 1 have changed places: the least that a wrong placement can do."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(model, folder)
+    tensors = load_file(model / "model.safetensors")
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        names = [f"model.layers.1.mlp.experts.{expert}.{part}.weight" for expert in (0, 1)]
+        tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def furthest(one: Outcome, other: Outcome) -> float:
+    """Greatest difference of any log probability."""
+    return float(np.abs(np.array(one.values) - np.array(other.values)).max())
+
+
+def test_every_case_ran(outcomes):
+    failed = {name: o.result.get("error", o.log[-1500:]) for name, o in outcomes.items() if "rows" not in o.result}
+    assert not failed
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_answers_equal_one_ranks(outcomes, name):
+    placed, stock = outcomes[name], outcomes[REFERENCE[name]]
+    assert placed.ids == stock.ids
+    difference = furthest(placed, stock)
+    print(f"{name}: log probabilities differ by at most {difference:.1e}")
+    assert difference < TOLERANCE
+
+
+def test_wrong_experts_would_be_noticed(outcomes):
+    """Two experts of one layer in each other's place differ by far more than the tolerance."""
+    assert furthest(outcomes["wrong-experts"], outcomes["qwen32"]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_patches_work_in_every_scheduler_process(outcomes, name):
+    outcome = outcomes[name]
+    tp, ep = outcome.result["info"]["tp_size"], outcome.result["info"]["ep_size"]
+    everyone = {f"TP{rank} EP{rank * ep // tp}" for rank in range(tp)}
+    layers = 3 if name.startswith("glm") else 4
+    assert outcome.processes_with(f"is in force in {layers} layers") == everyone
+    used = ["placement", "slots", "loader", "model", "cpu-expert-parallelism"]
+    used += [] if versions.topk_finds_the_placement() else ["routing", "remap"]
+    used += [] if versions.dispatch_is_rank_invariant() else ["all-replicas"]
+    for patch in used:
+        assert outcome.processes_with(f"patch {patch} in use") == everyone, patch
+
+
+def test_stock_processes_have_no_patch(outcomes):
+    for name in ("qwen32", "qwen30", "glm"):
+        assert " in use" not in outcomes[name].log and "expert placement" not in outcomes[name].log
+
+
+def test_redundant_experts_are_the_engines_own(outcomes):
+    assert outcomes["eplb-redundant"].result["info"]["ep_num_redundant_experts"] == 4
+    assert outcomes["eplb-redundant"].result["info"]["ep_dispatch_algorithm"] == "dynamic"
+    assert outcomes["balanced-30-on-4"].result["info"]["ep_num_redundant_experts"] == 2
+    assert "2 redundant slots per layer are added" in outcomes["balanced-30-on-4"].log
+    assert outcomes["zigzag"].result["info"]["ep_dispatch_algorithm"] == "static"
+
+
+def test_a_worker_without_the_plugin_dies(models, tmp_path):
+    """The launcher has the plugin, its workers have not: they must not serve with the default placement."""
+    unloaded = case("unloaded", models["qwen32"], 2, 2, {"SGLANG_PLUGINS": "another"}, expert_placement_strategy="zigzag")
+    outcome = run_cases([unloaded], tmp_path)["unloaded"]
+    assert "rows" not in outcome.result
+    assert "moe_placement_plugin is not loaded in this process" in outcome.log
+    assert "NotADirectoryError" in outcome.log
+
+
+def test_the_http_server_takes_the_flag_and_answers(models, outcomes, tmp_path):
+    """`sglang serve` with the flag; a completion request gets one rank's answer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("sglang")), "serve", "--model-path", str(models["qwen32"]), "--host", "127.0.0.1"]
+    command += f"--port {port} --tp-size 2 --ep-size 2 --expert-placement-strategy zigzag --device cpu --dtype float32".split()
+    command += "--attention-backend torch_native --sampling-backend pytorch --grammar-backend none --skip-server-warmup".split()
+    command += "--disable-overlap-schedule --max-total-tokens 4096 --max-running-requests 8 --mem-fraction-static 0.3".split()
+    log = tmp_path / "server.log"
+    with open(log, "wb") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **ENV, "SGLANG_CPU_OMP_THREADS_BIND": threads(2)},
+        )  # fmt: skip
+        try:
+            _wait_until_ready(server, port, log)
+            answer = _post(
+                port,
+                "/generate",
+                {
+                    "input_ids": PROMPTS[0],
+                    "sampling_params": {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True},
+                    "return_logprob": True,
+                },
+            )
+            completion = _post(port, "/v1/completions", {"model": "m", "prompt": "hello", "max_tokens": 4, "temperature": 0})
+        finally:
+            end_group(server)
+    row = outcomes["qwen32"].result["rows"][0]
+    assert [token for _, token, *_ in answer["meta_info"]["output_token_logprobs"]] == row["ids"]
+    difference = np.abs(np.array([value for value, *_ in answer["meta_info"]["output_token_logprobs"]]) - row["logprobs"]).max()
+    assert difference < TOLERANCE
+    assert completion["usage"]["completion_tokens"] == 4
+    assert "expert placement zigzag is in force" in log.read_text()
+    assert server.returncode in (0, -signal.SIGTERM, -signal.SIGKILL)
+
+
+def _post(port: int, path: str, body: dict) -> dict:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
+
+
+def _wait_until_ready(server: subprocess.Popen, port: int, log: Path, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+                if response.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"not ready after {seconds} s: {log.read_text()[-3000:]}")

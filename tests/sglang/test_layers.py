@@ -1,0 +1,217 @@
+"""Layers, routing and the CPU engine's experts, without an engine."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from moe_placement_plugin.engines.sglang import cpu, layers, routing, settings
+from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.placement import Placement
+
+
+@pytest.fixture
+def placed():
+    """A placement of 4 experts in 6 slots on 2 ranks for layer 1, in force in this process."""
+    placement = Placement([[3, 1, 0, 2, 0, 3]], 4, (3, 3), (1,))
+    settings.set_current(settings.Settings("custom", placement=placement))
+    layers._loaded.clear()
+    yield placement
+    settings.set_current(None)
+    layers._loaded.clear()
+
+
+def make_layer(num_experts: int, hidden: int = 8, width: int = 6, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return types.SimpleNamespace(
+        num_experts=num_experts,
+        num_local_experts=num_experts,
+        w13_weight=torch.randn(num_experts, 2 * width, hidden, generator=generator),
+        w2_weight=torch.randn(num_experts, hidden, width, generator=generator),
+    )
+
+
+def silu_and_mul(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_skip_remote_slots_add_up_to_the_whole_layer(tokens, ranks, monkeypatch):
+    from sglang.srt.layers.moe import fused_moe_native
+    from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
+    from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    # SGLang's own wants a running server's configuration.
+    monkeypatch.setattr(fused_moe_native, "SiluAndMul", lambda: silu_and_mul)
+    original = getattr(moe_forward_native, "__wrapped__", moe_forward_native)
+    experts, k = 8, 3
+    whole = make_layer(experts)
+    config = MoeRunnerConfig(activation="silu")
+    x = torch.randn(tokens, 8)
+    ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]).to(torch.int32)
+    weights = torch.rand(tokens, k)
+    expected = original(whole, x, StandardTopKOutput(weights, ids, None), config)
+    total = torch.zeros_like(expected)
+    per_rank = experts // ranks
+    for rank in range(ranks):
+        begin = rank * per_rank
+        here = (ids >= begin) & (ids < begin + per_rank)
+        local = types.SimpleNamespace(
+            num_experts=experts,
+            num_local_experts=per_rank,
+            w13_weight=whole.w13_weight[begin : begin + per_rank],
+            w2_weight=whole.w2_weight[begin : begin + per_rank],
+        )
+        output = StandardTopKOutput(weights, torch.where(here, ids - begin, -1), None)
+        total += cpu.skip_remote_slots(original, local, x, output, config)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_without_any_local_slot_get_zeros():
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    output = StandardTopKOutput(torch.ones(2, 2), torch.full((2, 2), -1), None)
+    result = cpu.skip_remote_slots(lambda *_: pytest.fail("no token is local"), make_layer(4), torch.ones(2, 8), output, None)
+    assert result.shape == (2, 8) and not result.any()
+
+
+def test_local_slots_repeats_no_slot_and_keeps_the_weights():
+    ids = torch.tensor([[2, -1, 0], [-1, -1, -1], [-1, 1, -1]])
+    weights = torch.tensor([[0.5, 0.3, 0.2], [1.0, 1.0, 1.0], [0.1, 0.9, 0.0]])
+    rows, slots, kept = cpu.local_slots(ids, weights, 3)
+    assert rows.tolist() == [0, 2]
+    for row, (slot, weight) in enumerate(zip(slots.tolist(), kept.tolist(), strict=True)):
+        assert len(set(slot)) == 2
+        assert {s: round(w, 3) for s, w in zip(slot, weight, strict=True) if w} == [{2: 0.5, 0: 0.2}, {1: 0.9}][row]
+
+
+def test_redundant_slots_are_added_to_layers_that_leave_them_out(placed):
+    built = []
+
+    def original(self, num_experts, hidden_size, layer_id, num_fused_shared_experts=0):
+        built.append(num_experts)
+
+    layers.build(original, None, num_experts=4, hidden_size=8, layer_id=1)
+    layers.build(original, None, 6, 8, 1)  # counts them itself
+    layers.build(original, None, num_experts=5, hidden_size=8, layer_id=1, num_fused_shared_experts=1)
+    settings.set_current(None)
+    layers.build(original, None, num_experts=4, hidden_size=8, layer_id=1)
+    assert built == [6, 6, 7, 4]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fused_checkpoint_gives_each_rank_the_rows_of_its_slots(placed, rank):
+    taken = []
+    layer = types.SimpleNamespace(layer_id=1, moe_ep_rank=rank)
+    checkpoint = torch.arange(4.0)[:, None, None].expand(4, 2, 3)
+    layers.load_fused(lambda self, param, loaded_weight, *_: taken.append(loaded_weight), layer, None, checkpoint, "w13", "w13")
+    assert taken[0][:, 0, 0].tolist() == placed.local_experts(0, rank).tolist()
+
+
+def test_fused_weights_of_unknown_experts_are_refused(placed):
+    layer = types.SimpleNamespace(layer_id=1, moe_ep_rank=0)
+    with pytest.raises(PlacementError, match="layer 1: the checkpoint brings 2 of 4 experts at once"):
+        layers.load_fused(lambda *_: None, layer, None, torch.ones(2, 2, 3), "w13", "w13")
+
+
+def test_weights_without_an_expert_id_are_refused(placed):
+    layer = types.SimpleNamespace(layer_id=1)
+    with pytest.raises(PlacementError, match="layer 1: .*w13_blocks of all experts at once"):
+        layers.load(lambda *_: None, layer, None, torch.ones(4), "w13_blocks", "w1", None)
+
+
+def check_weights(placed):
+    layers._check_weights("model.layers.1.mlp", types.SimpleNamespace(layer_id=1), placed)
+
+
+def test_an_expert_that_the_checkpoint_lacks_is_noticed(placed):
+    layer = types.SimpleNamespace(layer_id=1)
+    with pytest.raises(PlacementError, match="did not come through FusedMoE's loader"):
+        check_weights(placed)
+    for expert in range(3):
+        layers.load(lambda *_: None, layer, None, None, "weight", "w2", expert)
+    with pytest.raises(PlacementError, match="w2 of 3 of 4 experts, expert 3 is missing"):
+        check_weights(placed)
+    layers.load(lambda *_: None, layer, None, None, "weight", "w2", expert_id=3)
+    check_weights(placed)
+
+
+def test_a_layer_built_with_other_slots_is_refused(placed):
+    layer = types.SimpleNamespace(layer_id=1, _num_global_routed=4, moe_ep_size=2)
+    with pytest.raises(PlacementError, match="built with 4 slots on 2 ranks, the placement has 6 on 2"):
+        layers._check_experts("mlp", layer, placed)
+    layer = types.SimpleNamespace(layer_id=0, _num_global_routed=6, moe_ep_size=2)
+    with pytest.raises(PlacementError, match="mlp is layer 0, which the placement leaves out"):
+        layers._check_experts("mlp", layer, placed)
+
+
+def test_a_quantization_with_a_loader_of_its_own_is_refused_by_its_class():
+    method = type("QuarkInt4Fp8MoEMethod", (), {})()
+    with pytest.raises(PlacementError, match="mlp is quantized by QuarkInt4Fp8MoEMethod"):
+        layers._check_method("mlp", types.SimpleNamespace(quant_method=method))
+    layers._check_method("mlp", types.SimpleNamespace(quant_method=object()))
+
+
+def dispatch_info(placement: Placement):
+    slots_of = torch.from_numpy(placement.logical_to_physical[0].astype(np.int64))
+    return types.SimpleNamespace(
+        ep_dispatch_algorithm="dynamic",
+        rank_invariant=True,
+        partial_logical_to_all_physical_map=slots_of,
+        partial_logical_to_all_physical_map_num_valid=(slots_of != -1).sum(-1),
+        num_physical_experts=placement.num_slots,
+    )
+
+
+def test_replicas_are_picked_by_row_as_sglang_does_from_0_5_17(placed, monkeypatch):
+    from sglang.srt.eplb import expert_location_dispatch as stock
+    from sglang.srt.layers.moe import utils
+
+    from moe_placement_plugin.engines.sglang import versions
+
+    monkeypatch.setattr(utils, "get_moe_a2a_backend", lambda: types.SimpleNamespace(is_none=lambda: True))
+    info = dispatch_info(placed)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(40)]).to(torch.int32)
+    ours = routing.pick_by_row(lambda *_: pytest.fail("random pick"), ids, info)
+    assert ours.dtype == ids.dtype
+    table = torch.from_numpy(placed.physical_to_logical[0].astype(np.int64))
+    assert torch.equal(table[ours.long()], ids.long())
+    assert set(ours.flatten().tolist()) == set(range(6))  # every replica is used
+    if versions.dispatch_is_rank_invariant():
+        assert torch.equal(ours, stock._topk_ids_logical_to_physical_dynamic(ids, info))
+
+
+def test_shared_experts_follow_the_redundant_slots(placed, monkeypatch):
+    info = dispatch_info(placed)
+    info.ep_dispatch_algorithm = "static"
+    info.partial_logical_to_rank_dispatch_physical_map = info.partial_logical_to_all_physical_map[:, 0]
+    ids = torch.tensor([[3, 0, 4], [1, 2, 4]])
+    assert routing._remap(ids, 1, info).tolist() == [[0, 2, 6], [1, 3, 6]]
+
+
+def test_the_dispatch_information_is_there_before_the_router_runs(placed, monkeypatch):
+    monkeypatch.setattr(routing, "_dispatch_info", lambda config: "info")
+    seen = []
+
+    def original(hidden_states, router_logits, topk_config, *, expert_location_dispatch_info=None, **rest):
+        seen.append(expert_location_dispatch_info)
+
+    config = types.SimpleNamespace(torch_native=False)
+    routing.select(original, None, None, config)
+    routing.select(original, hidden_states=None, router_logits=None, topk_config=config, expert_location_dispatch_info="model's")
+    routing.select(original, None, None, types.SimpleNamespace(torch_native=True), layer_id=1)
+    assert seen == ["info", "model's", None]
+
+
+def test_draft_layers_and_other_models_are_left_alone(placed):
+    ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
+    config = types.SimpleNamespace(num_fused_shared_experts=0)
+    result = routing.post_process(lambda i, w, *_: (i, w, i), ids, weights, config, None, 1)
+    assert result[0] is ids and result[2] is ids

@@ -1,0 +1,45 @@
+"""What SGLang's CPU engine needs from torch and torchvision and a CPU-only test machine does not have.
+
+`install` runs at the end of `import torch` (entry point group ``torch.backends``), so in every process, spawned
+ones included, before anything of SGLang is imported. Nothing here computes: it only makes imports succeed and
+gives a name to an operation that has no meaning on a CPU.
+"""
+
+from __future__ import annotations
+
+_TORCHVISION_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+# torch drops an operator when the Library object that defined it is collected.
+_library = None
+
+
+def install() -> None:
+    """Define the operators and functions that are missing; a second call changes nothing."""
+    _define_torchvision_operators()
+    _define_cpu_empty_cache()
+
+
+def _define_torchvision_operators() -> None:
+    """torchvision on PyPI is a CUDA build whose compiled part cannot load beside CPU torch.
+
+    Its Python part registers fake kernels for two operators when it is imported and fails if they do not exist.
+    """
+    global _library
+    import torch
+
+    if _library is not None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _TORCHVISION_SCHEMAS:
+        _library.define(schema)
+
+
+def _define_cpu_empty_cache() -> None:
+    """SGLang's EPLB calls ``torch.get_device_module().empty_cache()``; ``torch.cpu`` caches nothing and has none."""
+    import torch
+
+    if not hasattr(torch.cpu, "empty_cache"):
+        torch.cpu.empty_cache = lambda: None

@@ -1,0 +1,119 @@
+"""Child process: what vLLM's arguments do with our flags, without starting an engine.
+
+    python -m tests.support.vllm_flags_child attributes|configs|parser [JSON]
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import types
+
+MODULES = [
+    "vllm.config.parallel",
+    "vllm.config.vllm",
+    "vllm.engine.arg_utils",
+    "vllm.entrypoints.llm",
+    "vllm.model_executor.layers.fused_moe.expert_map_manager",
+    "vllm.model_executor.layers.fused_moe.routed_experts",
+    "vllm.model_executor.layers.fused_moe.router.base_router",
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
+    "vllm.model_executor.layers.fused_moe.router.cpu_router",
+    "vllm.model_executor.model_loader.base_loader",
+    "vllm.model_executor.model_loader.default_loader",
+    "vllm.model_executor.model_loader.weight_utils",
+    "vllm.v1.worker.cpu_model_runner",
+    "vllm.v1.worker.gpu_model_runner",
+]
+
+
+def snapshot() -> dict[str, object]:
+    """Every attribute of every imported vLLM module and of every class in them."""
+    seen: dict[str, object] = {}
+    for name, module in list(sys.modules.items()):
+        if not (name == "vllm" or name.startswith("vllm.")) or not isinstance(module, types.ModuleType):
+            continue
+        for attribute, value in list(vars(module).items()):
+            seen[f"{name}:{attribute}"] = value
+            if isinstance(value, type) and value.__module__ == name:
+                for inner, member in list(vars(value).items()):
+                    seen[f"{name}:{attribute}.{inner}"] = member
+                for field, info in vars(value).get("__dataclass_fields__", {}).items():
+                    seen[f"{name}:{attribute}.{field} type"] = info.type
+    return seen
+
+
+def attributes(argv: list[str]) -> dict:
+    """Names that differ after vLLM loaded its plugins and built its parser, and names that hold code of ours."""
+    sys.argv = ["api_server"]
+    for name in MODULES:
+        importlib.import_module(name)
+    before = snapshot()
+    sys.argv = ["api_server", *argv]
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    after = snapshot()
+    # vLLM's own note that plugins were loaded is no change of ours.
+    own = {"vllm.plugins:plugins_loaded"}
+    return {
+        "changed": sorted(n for n, value in before.items() if after.get(n) is not value and n not in own),
+        "ours": sorted(n for n, value in after.items() if "moe_placement_plugin" in code_file(value)),
+        "count": len(before),
+        "loaded": "moe_placement_plugin.engines.vllm" in sys.modules,
+    }
+
+
+def code_file(value: object) -> str:
+    """The file that a function's code comes from, "" for anything else."""
+    # Only real functions: vLLM's lazy modules import things when asked for attributes.
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    return function.__code__.co_filename if isinstance(function, types.FunctionType) else ""
+
+
+def configs(requests: list[dict]) -> list[dict]:
+    """For each EngineArgs request the error that it ends with, or the placement that it carries."""
+    import moe_placement_plugin
+
+    moe_placement_plugin.enable()
+    from vllm.engine.arg_utils import EngineArgs
+
+    results = []
+    for request in requests:
+        import vllm
+
+        version = vllm.__version__
+        vllm.__version__ = request.pop("pretend_version", version)
+        try:
+            config = EngineArgs(max_model_len=256, **request).create_engine_config()
+            settings = config.additional_config.get("moe_placement_plugin")
+            results.append({"strategy": settings and settings.strategy, "digest": settings and settings["plan"] and settings["plan"]["digest"],
+                            "value": config.parallel_config.expert_placement_strategy})  # fmt: skip
+        except Exception as error:
+            results.append({"error": type(error).__name__, "message": str(error)})
+        finally:
+            vllm.__version__ = version
+    return results
+
+
+def parser(argv: list[str]) -> dict:
+    """What ``vllm serve``'s parser makes of a command line."""
+    sys.argv = ["api_server", *argv]
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # before 0.30
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    return {"strategy": engine_args.expert_placement_strategy, "additional_config": engine_args.additional_config}
+
+
+if __name__ == "__main__":
+    answer = globals()[sys.argv[1]](json.loads(sys.argv[2]))
+    print("ANSWER " + json.dumps(answer))

@@ -1,0 +1,133 @@
+"""Child process: start vLLM for each case in turn and write down what it answered.
+
+    python -m tests.support.vllm_runner CASES.json RESULTS.json
+
+A case is {"name", "engine": {LLM arguments}} and, at will, "env": {...}, "prompts": [...], "probe" (what the
+plugin did in every worker), "profile" (operators of one more answer), "sabotage" (answers once more after
+the expert maps were broken). Results are written after each case, so that a crash loses only the running one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+PROMPTS = ["hello world", "The quick brown fox", "0123456789 abcdefg", "zzzz yyy xx w"]
+
+MAX_TOKENS = 12
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    # Forked workers start in a third of the time of spawned ones; cases that must spawn say so.
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    # collective_rpc sends the probe below as a pickle.
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
+
+
+def probe(worker) -> dict:
+    """Runs in every worker: what the plugin did there."""
+    import numpy as np
+
+    try:
+        from moe_placement_plugin.engines.vllm.patches import patch_set
+        from moe_placement_plugin.engines.vllm.static import routed_layers
+    except ImportError:
+        return {}
+    model = worker.model_runner.model
+    maps = {}
+    for name, layer in routed_layers(model).items():
+        expert_map = layer.expert_map_manager.expert_map
+        maps[name] = None if expert_map is None else np.asarray(expert_map.cpu()).tolist()
+    return {"pid": os.getpid(), "hits": patch_set().hits(), "maps": maps}
+
+
+def start_profile(worker) -> None:
+    """Runs in every worker: count operators from now on."""
+    import torch
+
+    worker._test_profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    worker._test_profile.__enter__()
+
+
+def stop_profile(worker) -> dict:
+    """Runs in every worker: operator -> number of calls since `start_profile`."""
+    worker._test_profile.__exit__(None, None, None)
+    return {row.key: row.count for row in worker._test_profile.key_averages()}
+
+
+def sabotage(worker) -> None:
+    """Runs in every worker: point every expert at its neighbour's weights, as a wrong expert map would."""
+    from moe_placement_plugin.engines.vllm.static import routed_layers
+
+    for layer in routed_layers(worker.model_runner.model).values():
+        here = layer._expert_map >= 0
+        layer._expert_map[here] = layer._expert_map[here].roll(1)
+
+
+def generate(llm, prompts: list[str]) -> list[dict]:
+    """Greedy answers with the log probability of every token."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, logprobs=1, ignore_eos=True)
+    return [
+        {
+            "ids": list(o.outputs[0].token_ids),
+            "logprobs": [step[token].logprob for step, token in zip(o.outputs[0].logprobs, o.outputs[0].token_ids)],
+        }
+        for o in llm.generate(prompts, sampling, use_tqdm=False)
+    ]
+
+
+def run(case: dict) -> dict:
+    """Start, generate, probe, stop."""
+    from vllm import LLM
+
+    began = time.monotonic()
+    llm = LLM(
+        max_model_len=256, max_num_batched_tokens=256, max_num_seqs=8,
+        **{"enforce_eager": True, "dtype": "float32", "gpu_memory_utilization": 0.2} | case["engine"],
+    )  # fmt: skip
+    ready = time.monotonic()
+    prompts = case.get("prompts", PROMPTS)
+    result = {"answers": generate(llm, prompts), "start_s": ready - began}
+    if "probe" in case:
+        result["workers"] = llm.collective_rpc(probe)
+    if "profile" in case:
+        llm.collective_rpc(start_profile)
+        generate(llm, prompts[:1])
+        result["operators"] = llm.collective_rpc(stop_profile)
+    if "sabotage" in case:
+        llm.collective_rpc(sabotage)
+        result["sabotaged"] = generate(llm, prompts)
+    del llm
+    return result
+
+
+def main() -> None:
+    if os.environ.get("VLLM_PLUGINS") != "":
+        import moe_placement_plugin
+
+        moe_placement_plugin.enable()
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    results = {}
+    stock = dict(os.environ)
+    for case in cases:
+        os.environ.clear()
+        os.environ.update(stock | ENVIRONMENT | case.get("env", {}))
+        print(f"=== case {case['name']}", flush=True)
+        try:
+            results[case["name"]] = run(case)
+        except BaseException as error:
+            results[case["name"]] = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Real vLLM, started once for all tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_placement_plugin import ExpertLoad, Placement
+from moe_placement_plugin.demo.tiny_models import write_glm4_moe, write_qwen3_moe
+from tests.support.children import engine_lock, run_child
+
+HERE = Path(__file__).parent
+
+TWO_RANKS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+ONE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+BOTH = {"VLLM_CPU_OMP_THREADS_BIND": "0,1"}
+
+
+def pytest_collection_modifyitems(items):
+    if find_spec("vllm") is None:
+        for item in items:
+            if item.path.is_relative_to(HERE):
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed in this environment"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Name -> checkpoint: Qwen3-MoE with 30 experts, GLM-4-MoE with 32 in 4 groups."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {"qwen": write_qwen3_moe(folder / "qwen"), "glm": write_glm4_moe(folder / "glm")}
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """Name -> file: a skewed load for each model, and an uneven plan that differs in every layer."""
+    folder = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(1)
+    paths = {}
+    for name, layers, experts in (("qwen", range(4), 30), ("glm", range(1, 4), 32)):
+        paths[name] = folder / f"{name}.safetensors"
+        ExpertLoad(rng.zipf(1.5, (2, len(layers), experts)), tuple(layers)).write(paths[name])
+    paths["uneven"] = folder / "uneven.json"
+    Placement([rng.permutation(30) for _ in range(4)], 30, (17, 13)).write(paths["uneven"])
+    return paths
+
+
+def run_cases(folder: Path, cases: list[dict], env: dict[str, str], timeout: float) -> dict[str, dict]:
+    """Results by case name; a case that the child did not reach is an error of its own."""
+    (folder / "cases.json").write_text(json.dumps(cases, default=str))
+    with engine_lock():
+        finished = run_child(
+            [sys.executable, "-m", "tests.support.vllm_runner", str(folder / "cases.json"), str(folder / "results.json")],
+            timeout,
+            env,
+            Path(__file__).parents[2],
+        )
+    (folder / "log").write_text(finished.output)
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    missing = {"error": f"the engine's process ended with {finished.code}", "traceback": finished.output[-4000:]}
+    return {case["name"]: results.get(case["name"], missing) for case in cases}
+
+
+@pytest.fixture(scope="session")
+def stock(checkpoints, tmp_path_factory) -> dict[str, dict]:
+    """Answers of vLLM without this plugin, on one rank without expert parallelism."""
+    cases = [
+        {"name": "qwen", "engine": {"model": checkpoints["qwen"]}, "env": BOTH, "profile": True},
+        {"name": "glm", "engine": {"model": checkpoints["glm"]}, "env": BOTH},
+        {"name": "qwen-bf16", "engine": {"model": checkpoints["qwen"], "dtype": "bfloat16"}, "env": BOTH},
+    ]
+    return run_cases(tmp_path_factory.mktemp("stock"), cases, {"VLLM_PLUGINS": ""}, 600)
+
+
+@pytest.fixture(scope="session")
+def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
+    """Answers and probes of vLLM with this plugin on two ranks, a case per strategy and model."""
+
+    def case(name, model, more, **extra):
+        return {"name": name, "engine": {"model": checkpoints[model], **TWO_RANKS, **more}, "env": ONE_EACH, "probe": True, **extra}
+
+    cases = [
+        case("qwen linear", "qwen", {}, profile=True),
+        case("qwen zigzag", "qwen", {"expert_placement_strategy": "zigzag"}, profile=True, sabotage=True),
+        case("qwen balanced", "qwen", {"expert_placement_strategy": "balanced"}),
+        case("qwen round_robin filter", "qwen", {"expert_placement_strategy": "round_robin", "enable_ep_weight_filter": True}),
+        case("qwen eplb filter", "qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": files["qwen"],
+                                         "enable_ep_weight_filter": True}),
+        case("qwen uneven plan filter", "qwen", {"expert_placement_file": files["uneven"], "enable_ep_weight_filter": True}),
+        case("qwen zigzag compiled", "qwen", {"expert_placement_strategy": "zigzag", "enforce_eager": False}),
+        case("qwen-bf16 zigzag", "qwen", {"expert_placement_strategy": "zigzag", "dtype": "bfloat16"}),
+        case("glm linear", "glm", {}),
+        case("glm zigzag filter", "glm", {"expert_placement_strategy": "zigzag", "enable_ep_weight_filter": True}),
+        case("glm balanced", "glm", {"expert_placement_strategy": "balanced"}),
+        case("glm eplb", "glm", {"expert_placement_strategy": "eplb", "expert_placement_file": files["glm"]}),
+    ]  # fmt: skip
+    spawned = case("glm round_robin spawned", "glm", {"expert_placement_strategy": "round_robin"})
+    spawned["env"] = {**ONE_EACH, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    four = case("qwen zigzag four ranks", "qwen", {"expert_placement_strategy": "zigzag", "tensor_parallel_size": 4})
+    four["env"] = {"VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
+    return run_cases(tmp_path_factory.mktemp("placed"), [*cases, spawned, four], {}, 1500)

@@ -1,0 +1,173 @@
+"""vLLM's arguments with and without our flags, in child processes that start no engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_placement_plugin import ExpertLoad, Placement
+from tests.support.children import python, run_child
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # no engine starts, but each child imports vLLM
+
+ROOT = Path(__file__).parents[2]
+
+
+def child(what, argument, env=None):
+    finished = run_child(
+        python("-m", "tests.support.vllm_flags_child", what, json.dumps(argument, default=str)),
+        200,
+        {"HF_HUB_OFFLINE": "1", **(env or {})},
+        ROOT,
+    )
+    lines = [line for line in finished.output.splitlines() if line.startswith("ANSWER ")]
+    return (json.loads(lines[-1][7:]) if lines else None), finished
+
+
+def test_without_the_flag_no_attribute_differs():
+    answer, finished = child("attributes", ["--model", "m", "--tensor-parallel-size", "2"])
+    assert answer is not None, finished.output
+    assert answer["count"] > 10_000 and answer["loaded"]
+    assert answer["changed"] == [] and answer["ours"] == []
+
+
+def test_excluded_by_vllm_plugins_no_attribute_differs_in_spite_of_the_flag():
+    answer, finished = child(
+        "attributes", ["--model", "m", "--enable-expert-parallel", "--expert-placement-strategy", "zigzag"], {"VLLM_PLUGINS": ""}
+    )
+    assert answer is not None, finished.output
+    assert answer["changed"] == [] and answer["ours"] == [] and not answer["loaded"]
+
+
+def test_with_the_flag_the_arguments_differ_and_nothing_else():
+    answer, finished = child("attributes", ["--model", "m", "--enable-expert-parallel", "--expert-placement-strategy", "zigzag"])
+    assert answer is not None, finished.output
+    assert "vllm.engine.arg_utils:EngineArgs.create_engine_config" in answer["changed"] and answer["ours"]
+    assert all(name.startswith(("vllm.config.parallel:", "vllm.engine.arg_utils:")) for name in answer["changed"])
+
+
+@pytest.mark.parametrize("how", ["flags", "yaml"])
+def test_the_parser_takes_the_flags(tmp_path, checkpoints, how):
+    plan = tmp_path / "plan.json"
+    argv = {
+        "flags": ["--expert-placement-strategy=zigzag", "--expert_placement_file", str(plan)],
+        "yaml": ["--config", str(tmp_path / "config.yaml")],
+    }[how]
+    (tmp_path / "config.yaml").write_text(f"expert-placement-strategy: zigzag\nexpert-placement-file: {plan}\n")
+    answer, finished = child("parser", ["--model", str(checkpoints["qwen"]), *argv])
+    assert answer is not None, finished.output
+    assert answer == {"strategy": "zigzag", "additional_config": {"expert_placement_file": str(plan)}}
+
+
+def test_the_parser_refuses_an_unknown_strategy_and_lists_the_known_ones():
+    answer, finished = child("parser", ["--model", "m", "--expert-placement-strategy", "zigzga"])
+    assert answer is None and finished.code == 2
+    assert "invalid choice: 'zigzga'" in finished.output
+    for name in ("linear", "round_robin", "zigzag", "balanced", "eplb"):
+        assert name in finished.output.rpartition("invalid choice")[2]
+
+
+@pytest.fixture(scope="module")
+def results(checkpoints, files, tmp_path_factory):
+    """Request name -> what came of it; all in one child."""
+    folder = tmp_path_factory.mktemp("bad")
+
+    def write(name, thing):
+        path = folder / name
+        if hasattr(thing, "write"):
+            thing.write(path)
+        else:
+            path.write_text(thing)
+        return path
+
+    rows = [list(range(30))] * 4
+    base = {"model": checkpoints["qwen"], "dtype": "float32", "tensor_parallel_size": 2, "enable_expert_parallel": True}
+    zigzag = {**base, "expert_placement_strategy": "zigzag"}
+    eplb = {**base, "expert_placement_strategy": "eplb"}
+    dense = folder / "dense"
+    dense.mkdir()
+    config = json.loads((checkpoints["qwen"] / "config.json").read_text())
+    dense_config = {k: v for k, v in config.items() if "expert" not in k and not k.startswith("moe")} | {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
+    }  # fmt: skip
+    (dense / "config.json").write_text(json.dumps(dense_config))
+    requests = {
+        "zigzag": zigzag,
+        "round_robin": {**base, "expert_placement_strategy": "round_robin"},
+        "file only": {**base, "expert_placement_file": files["uneven"]},
+        "file in additional_config": {**base, "additional_config": {"expert_placement_file": str(files["uneven"])}},
+        "linear": base,
+        "no ep": {**zigzag, "enable_expert_parallel": False},
+        "one rank": {**zigzag, "tensor_parallel_size": 1},
+        "unknown": {**base, "expert_placement_strategy": "zigzga"},
+        "eplb without load": eplb,
+        "missing file": {**eplb, "expert_placement_file": folder / "none.json"},
+        "not json": {**eplb, "expert_placement_file": write("text", "hello")},
+        "nan": {**eplb, "expert_placement_file": write("nan", '{"logical_count": [[NaN]]}')},
+        "negative": {**eplb, "expert_placement_file": write("negative", '{"logical_count": [[-3]]}')},
+        "load of other experts": {**eplb, "expert_placement_file": write("load7", ExpertLoad(np.ones((1, 4, 7))))},
+        "plan of other layers": {**eplb, "expert_placement_file": write("plan3", Placement(rows[:3], 30, (15, 15)))},
+        "plan of other experts": {**eplb, "expert_placement_file": write("plan8", Placement([list(range(8))] * 4, 8, (4, 4)))},
+        "plan of other ranks": {**eplb, "expert_placement_file": write("plan4r", Placement(rows, 30, (8, 8, 7, 7)))},
+        "expert missing": {**eplb, "expert_placement_file": write("missing", json.dumps({
+            "format": "moe-placement-plan", "version": 1, "strategy": "x", "num_logical_experts": 30, "slots_per_rank": [15, 15],
+            "physical_to_logical": [[*range(29), 0]] * 4}))},
+        "expert twice": {**eplb, "expert_placement_file": write("twice", json.dumps({
+            "format": "moe-placement-plan", "version": 1, "strategy": "x", "num_logical_experts": 30, "slots_per_rank": [16, 15],
+            "physical_to_logical": [[*range(15), 0, *range(15, 30)]] * 4}))},
+        "version": {**zigzag, "pretend_version": "0.24.9"},
+        "future version": {**zigzag, "pretend_version": "0.34.0"},
+        "dense model": {**zigzag, "model": dense, "skip_tokenizer_init": True, "enable_expert_parallel": False},
+        "moe backend": {**zigzag, "moe_backend": "flashinfer_cutlass"},
+        "all2all": {**zigzag, "data_parallel_size": 2, "all2all_backend": "deepep_high_throughput"},
+        "routing tables, uneven": {**zigzag, "tensor_parallel_size": 4, "all2all_backend": "deepep_low_latency",
+                                   "data_parallel_size": 2},
+    }  # fmt: skip
+    answers, finished = child("configs", list(requests.values()))
+    assert answers is not None, finished.output
+    return dict(zip(requests, answers, strict=True))
+
+
+def test_accepted_requests_carry_the_whole_placement(results, files):
+    digest = Placement.read(files["uneven"]).digest
+    assert results["zigzag"]["strategy"] == "zigzag" == results["zigzag"]["value"]
+    assert results["round_robin"] == results["zigzag"]
+    assert results["file only"]["digest"] == results["file in additional_config"]["digest"] == digest
+    # On the CPU build, expert parallelism itself needs the plugin; the placement is the engine's own.
+    assert results["linear"] == {"strategy": "linear", "digest": None, "value": "linear"}
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("no ep", ["zigzag without --enable-expert-parallel", "add --enable-expert-parallel"]),
+        ("one rank", ["one EP rank", "--tensor-parallel-size"]),
+        ("unknown", ["unknown expert placement strategy 'zigzga'", "zigzag"]),
+        ("eplb without load", ["has none", "--expert-placement-file"]),
+        ("missing file", ["none.json does not exist"]),
+        ("not json", ["is not JSON"]),
+        ("nan", ["is nan", "finite and not negative"]),
+        ("negative", ["is -3", "finite and not negative"]),
+        ("load of other experts", ["7 experts per layer, the model has 30"]),
+        ("plan of other layers", ["plan for 3 layers, the model has 4 MoE layers"]),
+        ("plan of other experts", ["plan for 8 experts, the model has 30"]),
+        ("plan of other ranks", ["plan for 4 EP ranks, the engine runs 2"]),
+        ("expert missing", ["layer 0 has no slot for expert 29"]),
+        ("expert twice", ["expert 0 2 times on rank 0"]),
+        ("version", ["vLLM 0.24.9 is outside the supported range 0.25 to 0.34"]),
+        ("future version", ["vLLM 0.34.0 is outside"]),
+        ("dense model", ["is no Mixture-of-Experts model"]),
+        ("moe backend", ["MoE back end flashinfer_cutlass", "ignores expert maps", "triton"]),
+        ("all2all", ["all2all back end deepep_high_throughput", "allgather_reducescatter"]),
+        ("routing tables, uneven", ["deepep_low_latency needs the same number of experts on every rank"]),
+    ],
+)
+def test_bad_input_is_refused_with_one_clear_message(results, name, words):
+    result = results[name]
+    assert result.get("error") == "PlacementError", result
+    for word in words:
+        assert word in result["message"]
+    assert "\n" not in result["message"]

@@ -1,0 +1,186 @@
+"""Whether a process was asked for a placement, and what travels to the workers; no engine needed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moe_placement_plugin import Placement, PlacementError
+from moe_placement_plugin.engines.model_shape import model_shape, moe_layer_ids
+from moe_placement_plugin.engines.vllm import request
+from moe_placement_plugin.engines.vllm.kernels import check_all2all, check_moe_backend
+from moe_placement_plugin.engines.vllm.settings import PlacementSettings, layer_id_of
+
+
+@pytest.fixture(autouse=True)
+def gpu_build(monkeypatch):
+    monkeypatch.setattr(request, "is_cpu_build", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], False),
+        (["--model", "m", "--enable-expert-parallel"], False),
+        (["--expert-placement-strategy", "zigzag"], True),
+        (["--expert-placement-strategy=zigzag"], True),
+        (["--expert_placement_strategy=zigzag"], True),
+        (["--expert-placement-file", "x"], True),
+        (["--expert-load-record", "x"], True),
+        (["--additional-config", '{"expert_placement_file": "x"}'], True),
+        (["--additional-config", '{"other": 1}'], False),
+        (["--config", "no-such-file.yaml"], False),
+        (["expert-placement-strategy"], False),
+    ],
+)
+def test_command_lines(argv, expected):
+    assert request.in_arguments(argv) is expected
+
+
+@pytest.mark.parametrize(
+    "line, expected", [("expert-placement-strategy: zigzag", True), ("expert_placement_file: x", True), ("model: expert-placement", False)]
+)
+def test_yaml_files(tmp_path, line, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model: m\n{line}\n")
+    assert request.in_arguments([f"--config={path}"]) is expected
+    assert request.in_arguments(["--config", str(path)]) is expected
+
+
+def test_expert_parallelism_on_the_cpu_build_is_a_request(monkeypatch):
+    monkeypatch.setattr(request, "is_cpu_build", lambda: True)
+    assert request.in_arguments(["--enable-expert-parallel"])
+
+
+class EngineArgs:
+    def __init__(self, strategy="linear", file=None):
+        self.expert_placement_strategy = strategy
+        self.additional_config = {"expert_placement_file": file} if file else {}
+        self.__post_init__()
+
+    def __post_init__(self):
+        self.found = request.requested()
+
+
+@pytest.mark.parametrize("arguments, expected", [((), False), (("zigzag",), True), (("linear", "plan.json"), True)])
+def test_engine_args_under_construction(monkeypatch, arguments, expected):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    assert EngineArgs(*arguments).found is expected
+
+
+def settings():
+    rng = np.random.default_rng(0)
+    plan = Placement([rng.permutation(6) for _ in range(3)], 6, (4, 2), (1, 2, 3), "custom")
+    return PlacementSettings.make("eplb", plan, 2), plan
+
+
+def test_settings_survive_json_pickle_and_copies(monkeypatch):
+    activated = []
+    monkeypatch.setattr(PlacementSettings, "activate", lambda self: activated.append(self))
+    s, plan = settings()
+    json.dumps(s, sort_keys=True)  # vLLM hashes its config that way
+    for other in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s)):
+        assert type(other) is PlacementSettings and other == s and other.placement == plan
+    assert len(activated) == 2
+
+
+def test_a_process_without_this_package_cannot_read_the_settings():
+    s, _ = settings()
+    # -S and -I: no site-packages, so the package is really not there.
+    code = f"import pickle; pickle.loads({pickle.dumps({'additional_config': {'moe_placement_plugin': s}})!r})"
+    finished = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60, cwd="/")
+    assert finished.returncode == 1 and "No module named 'moe_placement_plugin'" in finished.stderr
+
+
+def test_expert_maps_follow_the_plan_and_fall_back_outside_it():
+    s, plan = settings()
+    for row, layer in enumerate(plan.layer_ids):
+        for rank in range(2):
+            np.testing.assert_array_equal(s.expert_map(layer, 6, 2, rank), plan.expert_map(row, rank))
+    assert s.expert_map(61, 6, 2, 1).tolist() == [-1, -1, -1, 0, 1, 2]  # a draft model's layer: contiguous
+    assert s.expert_map(None, 6, 2, 0).tolist() == [0, 1, 2, -1, -1, -1]
+    zigzag = PlacementSettings.make("zigzag", plan, 2)
+    assert zigzag.expert_map(61, 6, 2, 1).tolist() == [-1, 0, -1, 1, -1, 2]
+
+
+def test_tampered_settings_are_refused():
+    s, _ = settings()
+    s["plan"]["digest"] = "0" * 64
+    with pytest.raises(PlacementError, match="different versions of this plugin"):
+        _ = s.placement
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("model.layers.3.mlp.experts", 3),
+        ("language_model.model.layers.12.mlp.experts.5.w1.weight", 12),
+        ("model.blocks.7.moe.experts", 7),
+        ("mtp.layers.0.mlp.experts", None),
+        ("model.mtp_block.layers.1.experts", None),
+        ("eagle3.layers.0.experts", None),
+        ("visual.layers.1.sub.layers.2.experts", None),
+        ("lm_head", None),
+    ],
+)
+def test_layer_ids_from_names(name, expected):
+    assert layer_id_of(name) == expected
+
+
+class Config:
+    num_hidden_layers = 6
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"n_routed_experts": 8, "first_k_dense_replace": 2, "moe_layer_freq": 1, "n_group": 4}, (2, 3, 4, 5)),
+        ({"n_routed_experts": 8, "first_k_dense_replace": 1, "moe_layer_freq": 2}, (2, 4)),
+        ({"num_experts": 8, "decoder_sparse_step": 2, "mlp_only_layers": [3]}, (1, 5)),
+        ({"num_local_experts": 8}, (0, 1, 2, 3, 4, 5)),
+        ({"n_routed_experts": 8, "moe_layer_freq": [0, 1, 1, 0, 1, 1]}, (1, 2, 4, 5)),
+        ({"num_local_experts": 8, "moe_layers": [1, 3, 5]}, (1, 3, 5)),
+        ({"moe_num_experts": 8, "moe_layer_start_index": 2, "moe_layer_end_index": 4}, (2, 3, 4)),
+        ({"moe_num_experts": 8, "moe_layers_enum": "2,4"}, (2, 4)),
+        ({"num_experts": 8, "expert_layer_period": 2, "expert_layer_offset": 1}, (1, 3, 5)),
+        ({"num_experts": 8, "moe_layer_num_skipped": 4}, (4, 5)),
+    ],
+)
+def test_moe_layers_by_model_family(fields, expected):
+    shape = model_shape(Config(**fields), "m")
+    assert shape.layer_ids == expected == moe_layer_ids(Config(**fields)) and shape.num_experts == 8
+    assert shape.num_groups == fields.get("n_group", 1)
+
+
+def test_a_dense_model_has_no_shape():
+    with pytest.raises(PlacementError, match="no Mixture-of-Experts model"):
+        model_shape(Config(), "llama")
+
+
+@pytest.mark.parametrize("backend", ["deepep_high_throughput", "deepep_v2", "mori_low_latency", "moonep", "flashinfer_nvlink_one_sided"])
+def test_all2all_back_ends_that_send_by_blocks_are_refused_by_name(backend):
+    with pytest.raises(PlacementError, match=f"{backend}.*allgather_reducescatter or deepep_low_latency or nixl_ep"):
+        check_all2all(backend, True)
+
+
+def test_all2all_back_ends_with_routing_tables_need_even_ranks():
+    check_all2all("deepep_low_latency", True)
+    check_all2all("allgather_reducescatter", False)
+    with pytest.raises(PlacementError, match="nixl_ep needs the same number"):
+        check_all2all("nixl_ep", False)
+
+
+def test_moe_back_ends_that_ignore_expert_maps_are_refused_by_name():
+    check_moe_backend("auto")
+    check_moe_backend("triton")
+    with pytest.raises(PlacementError, match="flashinfer_trtllm.*--moe-backend triton"):
+        check_moe_backend("flashinfer_trtllm")
