@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-_HEADS, _KV_HEADS, _HEAD_DIM = 8, 2, 32
-_LAYERS = 4
+_KV_HEADS, _HEAD_DIM = 2, 32
 _VOCAB = 320
 
 Tensors = dict[str, np.ndarray]
@@ -24,15 +23,19 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Size:
-    """Width of a tiny model.
+    """Width and depth of a tiny model.
 
     Attributes:
         hidden: hidden size.
         expert: intermediate size of an expert.
+        layers: layers of the model.
+        heads: query heads of its attention.
     """
 
     hidden: int = 64
     expert: int = 64
+    layers: int = 4
+    heads: int = 8
 
 
 def write_qwen3_moe(path: str | Path, num_experts: int = 30, top_k: int = 4, seed: int = 0, size: Size = Size()) -> Path:
@@ -65,7 +68,7 @@ def write_qwen3_moe(path: str | Path, num_experts: int = 30, top_k: int = 4, see
     def mlp(prefix: str, layer: int) -> Tensors:
         return _router(rng, prefix, num_experts, size) | _experts(rng, prefix, num_experts, size)
 
-    return _write(path, config, _tensors(rng, size.hidden, mlp))
+    return _write(path, config, _tensors(rng, size, mlp))
 
 
 def write_glm4_moe(
@@ -110,7 +113,7 @@ def write_glm4_moe(
         shared = _dense(rng, f"{prefix}.shared_experts.", size.hidden, size.expert)
         return _router(rng, prefix, num_experts, size) | bias | shared | _experts(rng, prefix, num_experts, size)
 
-    return _write(path, config, _tensors(rng, size.hidden, mlp))
+    return _write(path, config, _tensors(rng, size, mlp))
 
 
 MODELS: dict[str, Callable[[Path], Path]] = {"qwen3-moe": write_qwen3_moe, "glm4-moe": write_glm4_moe}
@@ -129,8 +132,8 @@ def _common(size: Size) -> dict[str, Any]:
         "hidden_size": size.hidden,
         "initializer_range": 0.02,
         "max_position_embeddings": 2048,
-        "num_attention_heads": _HEADS,
-        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": size.heads,
+        "num_hidden_layers": size.layers,
         "num_key_value_heads": _KV_HEADS,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
@@ -169,17 +172,17 @@ def _experts(rng: np.random.Generator, prefix: str, num_experts: int, size: Size
     return tensors
 
 
-def _tensors(rng: np.random.Generator, hidden: int, mlp: Callable[[str, int], Tensors]) -> Tensors:
-    ones = np.ones
+def _tensors(rng: np.random.Generator, size: Size, mlp: Callable[[str, int], Tensors]) -> Tensors:
+    ones, hidden, heads = np.ones, size.hidden, size.heads
     tensors = {"model.embed_tokens.weight": _matrix(rng, _VOCAB, hidden, 8.0)}
-    for layer in range(_LAYERS):
+    for layer in range(size.layers):
         prefix = f"model.layers.{layer}"
         attention = f"{prefix}.self_attn"
         tensors |= {
-            f"{attention}.q_proj.weight": _matrix(rng, _HEADS * _HEAD_DIM, hidden),
+            f"{attention}.q_proj.weight": _matrix(rng, heads * _HEAD_DIM, hidden),
             f"{attention}.k_proj.weight": _matrix(rng, _KV_HEADS * _HEAD_DIM, hidden),
             f"{attention}.v_proj.weight": _matrix(rng, _KV_HEADS * _HEAD_DIM, hidden),
-            f"{attention}.o_proj.weight": _matrix(rng, hidden, _HEADS * _HEAD_DIM),
+            f"{attention}.o_proj.weight": _matrix(rng, hidden, heads * _HEAD_DIM),
             f"{attention}.q_norm.weight": ones(_HEAD_DIM, np.float32),
             f"{attention}.k_norm.weight": ones(_HEAD_DIM, np.float32),
             f"{prefix}.input_layernorm.weight": ones(hidden, np.float32),
