@@ -1,13 +1,16 @@
-"""How each engine's server is started for the demonstration and asked for a completion."""
+"""How each engine's server is started on this machine and asked for a completion."""
 
 from __future__ import annotations
 
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+from ..errors import PlacementError
 
 
 @dataclass(frozen=True)
@@ -23,21 +26,77 @@ class Answer:
     logprobs: list[float]
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A placement that a server is started with.
+
+    Attributes:
+        strategy: name of the strategy.
+        ranks: EP ranks, which are also the tensor-parallel ranks.
+        file: plan or recorded load of ``--expert-placement-file``.
+        redundant: redundant experts per layer.
+        record: file to record the expert load to.
+    """
+
+    strategy: str
+    ranks: int = 2
+    file: Path | None = None
+    redundant: int = 0
+    record: Path | None = None
+
+    def flags(self) -> list[str]:
+        """This package's flags, which are the same in both engines."""
+        flags = ["--expert-placement-strategy", self.strategy]
+        if self.file is not None:
+            flags += ["--expert-placement-file", str(self.file)]
+        if self.record is not None:
+            flags += ["--expert-load-record", str(self.record), "--expert-load-interval", "1"]
+        return flags
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What all servers of a comparison share.
+
+    Attributes:
+        cpu: serve on this machine's CPU.
+        dtype: of weights and activations; ``float32`` makes answers comparable to the last token.
+        max_model_len: tokens of a prompt with its answer.
+        stock_ranks: tensor-parallel ranks of the server without a placement.
+        arguments: more arguments of the engine's own.
+    """
+
+    cpu: bool = True
+    dtype: str = "float32"
+    max_model_len: int = 256
+    stock_ranks: int = 1
+    arguments: tuple[str, ...] = ()
+
+
+def cores_of_ranks(ranks: int) -> str:
+    """This machine's cores for each rank, as both engines' CPU builds want them: ``0,1`` for one rank, ``0|1`` for two."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, len(cores) // ranks)
+    return "|".join(",".join(str(cores[(rank * each + i) % len(cores)]) for i in range(each)) for rank in range(ranks))
+
+
 class DemoEngine(ABC):
     """One engine."""
 
     name: ClassVar[str]
 
     @abstractmethod
-    def command(self, model: Path, port: int, strategy: str | None, record: Path | None) -> tuple[list[str], dict[str, str]]:
+    def command(self, model: Path, port: int, placed: Placed | None, settings: ServerSettings = ServerSettings()) -> tuple[list[str], dict[str, str]]:
         """Command line and environment of a server.
 
         Args:
             model: the checkpoint.
             port: port to listen on.
-            strategy: None for the stock engine on one rank, else the placement on two ranks with expert
-                parallelism.
-            record: file to record the expert load to.
+            placed: None for the stock engine without expert parallelism and with this plugin switched off, else the placement.
+            settings: what it shares with the servers that it is compared with.
+
+        Raises:
+            PlacementError: when the engine cannot be started so.
         """
 
     @abstractmethod
@@ -49,9 +108,7 @@ def _completion(url: str, model: str, prompt: str, tokens: int, extra: Mapping[s
     from openai import OpenAI
 
     with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
-        return client.completions.create(
-            model=model, prompt=prompt, max_tokens=tokens, temperature=0, logprobs=1, extra_body=dict(extra)
-        ).choices[0]
+        return client.completions.create(model=model, prompt=prompt, max_tokens=tokens, temperature=0, logprobs=1, extra_body=dict(extra)).choices[0]
 
 
 class Vllm(DemoEngine):
@@ -59,23 +116,31 @@ class Vllm(DemoEngine):
 
     name = "vllm"
 
-    def command(self, model: Path, port: int, strategy: str | None, record: Path | None) -> tuple[list[str], dict[str, str]]:
+    def command(self, model: Path, port: int, placed: Placed | None, settings: ServerSettings = ServerSettings()) -> tuple[list[str], dict[str, str]]:
+        if placed is not None and placed.redundant:
+            raise PlacementError(
+                f"{placed.redundant} redundant experts with vLLM: it has them only with its EPLB, which a static placement excludes; "
+                "leave them out, or choose SGLang"
+            )
+        length = str(settings.max_model_len)
         # The module, not the `vllm` command: the CPU build's command fails to find its own version.
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256",
-            "--max-num-batched-tokens", "256", "--max-num-seqs", "8", "--gpu-memory-utilization", "0.2",
+            "--host", "127.0.0.1", "--port", str(port), "--dtype", settings.dtype, "--max-model-len", length,
             "--return-tokens-as-token-ids",
         ]  # fmt: skip
-        env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-        if strategy is None:
-            return command, env | {"VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "0,1"}
-        command += [
-            "--tensor-parallel-size", "2", "--enable-expert-parallel", "--expert-placement-strategy", strategy,
-        ]  # fmt: skip
-        if record is not None:
-            command += ["--expert-load-record", str(record), "--expert-load-interval", "1"]
-        return command, env | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+        env = {"HF_HUB_OFFLINE": "1"}
+        ranks = settings.stock_ranks if placed is None else placed.ranks
+        if settings.cpu:
+            command += ["--enforce-eager", "--max-num-batched-tokens", length, "--max-num-seqs", "8", "--gpu-memory-utilization", "0.2"]
+            env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)}
+        if ranks > 1:
+            command += ["--tensor-parallel-size", str(ranks)]
+        if placed is None:
+            env["VLLM_PLUGINS"] = ""
+        else:
+            command += ["--enable-expert-parallel", *placed.flags()]
+        return [*command, *settings.arguments], env
 
     def complete(self, url: str, model: str, prompt: str, tokens: int) -> Answer:
         choice = _completion(url, model, prompt, tokens, {"ignore_eos": True})
@@ -88,22 +153,31 @@ class Sglang(DemoEngine):
 
     name = "sglang"
 
-    def command(self, model: Path, port: int, strategy: str | None, record: Path | None) -> tuple[list[str], dict[str, str]]:
+    def command(self, model: Path, port: int, placed: Placed | None, settings: ServerSettings = ServerSettings()) -> tuple[list[str], dict[str, str]]:
         command = [
             sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "tiny",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--device", "cpu",
-            "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none",
-            "--disable-overlap-schedule", "--max-total-tokens", "4096", "--max-running-requests", "8",
-            "--mem-fraction-static", "0.3", "--skip-server-warmup",
+            "--host", "127.0.0.1", "--port", str(port), "--dtype", settings.dtype, "--context-length", str(settings.max_model_len),
+            "--skip-server-warmup",
         ]  # fmt: skip
-        env = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
-        if strategy is None:
+        env = {"HF_HUB_OFFLINE": "1"}
+        ranks = settings.stock_ranks if placed is None else placed.ranks
+        if settings.cpu:
+            command += [
+                "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none",
+                "--disable-overlap-schedule", "--max-total-tokens", str(max(4096, 2 * settings.max_model_len)),
+                "--max-running-requests", "8", "--mem-fraction-static", "0.3",
+            ]  # fmt: skip
+            env |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "SGLANG_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)}
+        if ranks > 1:
+            command += ["--tp-size", str(ranks)]
+        if placed is None:
             # A name that no plugin has: an empty value would mean all of them.
-            return command, env | {"SGLANG_PLUGINS": "none", "SGLANG_CPU_OMP_THREADS_BIND": "0,1"}
-        command += ["--tp-size", "2", "--ep-size", "2", "--expert-placement-strategy", strategy]
-        if record is not None:
-            command += ["--expert-load-record", str(record), "--expert-load-interval", "1"]
-        return command, env | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+            env["SGLANG_PLUGINS"] = "none"
+        else:
+            command += ["--ep-size", str(ranks), *placed.flags()]
+            if placed.redundant:
+                command += ["--ep-num-redundant-experts", str(placed.redundant)]
+        return [*command, *settings.arguments], env
 
     def complete(self, url: str, model: str, prompt: str, tokens: int) -> Answer:
         choice = _completion(url, model, prompt, tokens, {"ignore_eos": True, "return_token_ids": True})

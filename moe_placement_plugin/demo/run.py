@@ -14,7 +14,7 @@ from ..load import ExpertLoad
 from ..placement import Placement
 from ..strategies import PlacementRequest, get_strategy
 from ..topology import Topology
-from .engines import Answer, DemoEngine
+from .engines import Answer, DemoEngine, Placed
 from .server import Server, free_port
 
 PROMPTS = (
@@ -69,9 +69,7 @@ class Outcome:
         return self.largest_logprob_difference <= LOGPROB_TOLERANCE
 
 
-def run(
-    engine: DemoEngine, name: str, checkpoint: Path, strategy: str, folder: Path, progress: Progress, start_timeout: float = 240
-) -> Outcome:
+def run(engine: DemoEngine, name: str, checkpoint: Path, strategy: str, folder: Path, progress: Progress, start_timeout: float = 240) -> Outcome:
     """Serve ``checkpoint`` twice and compare.
 
     Args:
@@ -92,7 +90,7 @@ def run(
     for placed in (False, True):
         what = f"{name}: {engine.name} on {RANKS} ranks, {strategy}" if placed else f"{name}: stock {engine.name} on one rank"
         port = free_port()
-        command, env = engine.command(checkpoint, port, strategy if placed else None, record if placed else None)
+        command, env = engine.command(checkpoint, port, Placed(strategy, RANKS, record=record) if placed else None)
         log = folder / f"{name}-{'placed' if placed else 'stock'}.log"
         with Server(command, port, env, log, start_timeout, lambda s, line, what=what: progress(f"starting {what}", s, line)) as server:
             began = time.monotonic()

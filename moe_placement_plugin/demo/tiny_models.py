@@ -71,9 +71,7 @@ def write_qwen3_moe(path: str | Path, num_experts: int = 30, top_k: int = 4, see
     return _write(path, config, _tensors(rng, size, mlp))
 
 
-def write_glm4_moe(
-    path: str | Path, num_experts: int = 32, num_groups: int = 4, top_k: int = 4, seed: int = 0, size: Size = Size()
-) -> Path:
+def write_glm4_moe(path: str | Path, num_experts: int = 32, num_groups: int = 4, top_k: int = 4, seed: int = 0, size: Size = Size()) -> Path:
     """A GLM-4-MoE checkpoint: sigmoid router with correction bias, grouped top-k, a shared expert, layer 0 dense.
 
     Args:
