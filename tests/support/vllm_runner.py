@@ -36,8 +36,8 @@ def probe(worker) -> dict:
     import numpy as np
 
     try:
-        from moe_placement_plugin.engines.vllm.patches import patch_set
-        from moe_placement_plugin.engines.vllm.static import routed_layers
+        from moe_placement_plugin.engines.vllm.patches import load_set, patch_set
+        from moe_placement_plugin.engines.vllm.layers import routed_layers
     except ImportError:
         return {}
     model = worker.model_runner.model
@@ -45,7 +45,7 @@ def probe(worker) -> dict:
     for name, layer in routed_layers(model).items():
         expert_map = layer.expert_map_manager.expert_map
         maps[name] = None if expert_map is None else np.asarray(expert_map.cpu()).tolist()
-    return {"pid": os.getpid(), "hits": patch_set().hits(), "maps": maps}
+    return {"pid": os.getpid(), "hits": patch_set().hits() | load_set().hits(), "maps": maps}
 
 
 def start_profile(worker) -> None:
@@ -64,7 +64,7 @@ def stop_profile(worker) -> dict:
 
 def sabotage(worker) -> None:
     """Runs in every worker: point every expert at its neighbour's weights, as a wrong expert map would."""
-    from moe_placement_plugin.engines.vllm.static import routed_layers
+    from moe_placement_plugin.engines.vllm.layers import routed_layers
 
     for layer in routed_layers(worker.model_runner.model).values():
         here = layer._expert_map >= 0

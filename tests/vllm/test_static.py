@@ -129,11 +129,11 @@ def test_what_was_loaded_must_be_what_was_placed(names, rows, exact, message):
     settings = PlacementSettings.make("eplb", PLAN, 2, exact=exact)
     layers = {f"model.layers.{n}.mlp.experts": Layer(PLAN, row) for n, row in zip(names, rows)}
     if message is None:
-        static._report(layers, settings, whole=True)
+        loaded._report(layers, settings, whole=True)
     else:
         with pytest.raises(PlacementError, match=message):
-            static._report(layers, settings, whole=True)
-    static._report({}, settings, whole=False)  # a draft model, or a pipeline stage without MoE layers
+            loaded._report(layers, settings, whole=True)
+    loaded._report({}, settings, whole=False)  # a draft model, or a pipeline stage without MoE layers
 
 
 def test_kernels_are_told_by_name_and_by_code():

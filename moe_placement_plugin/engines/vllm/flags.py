@@ -6,6 +6,7 @@ import functools
 import typing
 from typing import Any
 
+from ...fingerprint.level import HELP, LEVELS
 from ...strategies import ALIASES, get_strategy, strategy_names
 from ..patching import Patch, PatchSet
 from .request import FILE_KEY, KEYS, RECORD_KEY
@@ -77,6 +78,7 @@ def _add_cli_args(original):
                 help="A placement plan, which wins over --expert-placement-strategy, or a recorded expert load that strategy "
                 "eplb plans from.",
             )
+            group.add_argument("--expert-placement-verify", default=None, choices=LEVELS, help=HELP)
             group.add_argument(
                 "--expert-load-record",
                 default=None,

@@ -20,6 +20,14 @@ def patch_set() -> PatchSet:
 
 
 @lru_cache(maxsize=1)
+def load_set() -> PatchSet:
+    """The patch that checks what was loaded."""
+    from .loaded import load_patches
+
+    return PatchSet(load_patches())
+
+
+@lru_cache(maxsize=1)
 def recording_set() -> PatchSet:
     """The patches that record the expert load."""
     from .recording import recording_patches
@@ -38,6 +46,8 @@ def patch_sets(settings: Mapping[str, Any]) -> list[PatchSet]:
     sets = []
     if settings["plan"] is not None or (settings["ep_size"] > 1 and is_cpu_build()):
         sets.append(patch_set())
+    if sets or settings["verify"] != "off":
+        sets.append(load_set())
     if settings["record"] is not None:
         sets.append(recording_set())
     return sets

@@ -7,6 +7,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from ...errors import PlacementError
+from ...fingerprint.level import check_level
 from ...placement import Placement
 from ...strategies import ALIASES
 from ...strategies.resolve import resolve_placement
@@ -14,7 +15,7 @@ from ...topology import Topology
 from ..model_shape import model_shape
 from .kernels import check_all2all, check_moe_backend
 from .recording import record_settings
-from .request import FILE_KEY
+from .request import FILE_KEY, VERIFY_KEY
 from .settings import KEY, PlacementSettings
 
 SUPPORTED = ("0.25", "0.34")
@@ -72,9 +73,12 @@ def resolve(vllm_config: Any) -> Any:
     model = vllm_config.model_config
     ep_size = ep_size_of(parallel)
     record = record_settings(vllm_config)
+    verify = check_level(extra.get(VERIFY_KEY), explicit)
     if explicit:
         _check(vllm_config, model, parallel, ep_size, flag)
-    elif record is None and (
+    if verify != "off":
+        _check_verify(vllm_config, parallel, verify)
+    elif not explicit and record is None and (
         ep_size == 1 or not parallel.enable_expert_parallel or not model.is_moe or not current_platform.is_cpu()
     ):
         return vllm_config
@@ -85,7 +89,7 @@ def resolve(vllm_config: Any) -> Any:
         _check_back_ends(vllm_config, parallel, placement)
         # linear is the flag's default: with a file it means that the file decides.
         strategy = "eplb" if strategy == "linear" else strategy
-    settings = PlacementSettings.make(strategy, placement, ep_size, record, exact=file is not None)
+    settings = PlacementSettings.make(strategy, placement, ep_size, record, file is not None, verify)
     if explicit:
         # A process in which the patches are missing refuses this value; "linear" it would serve.
         parallel.expert_placement_strategy = strategy
@@ -122,6 +126,18 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
         )
     backend = getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "auto")
     check_moe_backend(backend)
+
+
+def _check_verify(vllm_config: Any, parallel: Any, level: str) -> None:
+    if not (parallel.enable_expert_parallel and vllm_config.model_config.is_moe):
+        raise PlacementError(
+            f"--expert-placement-verify {level} without --enable-expert-parallel and a Mixture-of-Experts model: no rank holds whole "
+            "experts; add --enable-expert-parallel, or leave the flag out"
+        )
+    if level == "checkpoint" and vllm_config.load_config.load_format == "dummy":
+        raise PlacementError(
+            "--expert-placement-verify checkpoint with --load-format dummy: there is no checkpoint to compare with; use replicas"
+        )
 
 
 def _check_back_ends(vllm_config: Any, parallel: Any, placement: Placement) -> None:

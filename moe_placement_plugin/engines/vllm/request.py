@@ -23,7 +23,10 @@ INTERVAL_KEY = "expert_load_interval"
 COACTIVATION_KEY = "expert_load_coactivation"
 """Keys of ``additional_config`` for recording: the path, seconds between two writes, whether pairs are counted."""
 
-KEYS = (FILE_KEY, RECORD_KEY, INTERVAL_KEY, COACTIVATION_KEY)
+VERIFY_KEY = "expert_placement_verify"
+"""Key of ``additional_config``: how far weights are verified, see `fingerprint.level`."""
+
+KEYS = (FILE_KEY, VERIFY_KEY, RECORD_KEY, INTERVAL_KEY, COACTIVATION_KEY)
 
 _enabled = False
 

@@ -38,6 +38,7 @@ class PlacementSettings(dict):
         ep_size: int,
         record: dict[str, Any] | None = None,
         exact: bool = False,
+        verify: str = "off",
     ) -> PlacementSettings:
         """Settings that hold the whole placement, so that other hosts need no file.
 
@@ -48,6 +49,7 @@ class PlacementSettings(dict):
             record: what is to be recorded, see `recording.record_settings`; None records nothing.
             exact: the placement comes from a file, so that it must cover the model layer by layer; a strategy
                 that needs none can place layers that were not foreseen.
+            verify: how far weights are verified, see `fingerprint.level`.
         """
         from ... import __version__
 
@@ -58,6 +60,7 @@ class PlacementSettings(dict):
             "plan": None,
             "record": record,
             "exact": exact,
+            "verify": verify,
         }
         if placement is not None:
             table = placement.physical_to_logical.astype("<i4").tobytes()

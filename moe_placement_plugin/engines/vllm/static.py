@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,7 @@ import numpy as np
 from ...errors import PlacementError
 from ..patching import Patch
 from .kernels import check_experts
-from .settings import PlacementSettings, current_settings, layer_id_of, settings_of
-
-logger = logging.getLogger("vllm.moe_placement_plugin")
+from .settings import PlacementSettings, current_settings, layer_id_of
 
 _FM = "vllm.model_executor.layers.fused_moe"
 _LOADER = "vllm.model_executor.model_loader"
@@ -153,86 +150,6 @@ def _should_skip_weight(original):
     return should_skip_weight
 
 
-def _load_model(original):
-    def load_model(self, vllm_config, model_config, *args, **kwargs):
-        model = original(self, vllm_config, model_config, *args, **kwargs)
-        settings = settings_of(vllm_config)
-        if settings is not None:
-            # A draft model comes through here too, with a config of its own.
-            whole = model_config is vllm_config.model_config and vllm_config.parallel_config.pipeline_parallel_size == 1
-            _report(routed_layers(model), settings, whole)
-        return model
-
-    return load_model
-
-
-def routed_layers(model: Any) -> dict[str, Any]:
-    """Name -> ``RoutedExperts`` of every MoE layer of a model."""
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-
-    return {module.layer_name: module for module in model.modules() if isinstance(module, RoutedExperts)}
-
-
-def _report(layers: dict[str, Any], settings: PlacementSettings, whole: bool) -> None:
-    """Check the loaded layers against the plan once more and log one line per process.
-
-    Args:
-        layers: name -> ``RoutedExperts`` of the model that was loaded.
-        settings: the engine's settings.
-        whole: whether these are all layers of the model that the placement is for.
-
-    Raises:
-        PlacementError: when the placement is not in force.
-    """
-    from .patches import patch_set
-
-    plan = settings.placement
-    if plan is not None and whole:
-        _check_coverage(layers, settings)
-    if not layers:
-        return
-    rank = ranks = None
-    for name, layer in layers.items():
-        manager = layer.expert_map_manager
-        rank, ranks = manager.ep_rank, manager.ep_size
-        if plan is None or ranks == 1:
-            continue
-        use_tables = manager.moe_parallel_config.needs_round_robin_routing_tables
-        check_experts(layer.quant_method, use_tables, name)
-        expected = settings.expert_map(layer_id_of(name), manager.global_num_experts, ranks, rank)
-        if not np.array_equal(manager.expert_map[: expected.size].cpu().numpy(), expected):
-            raise PlacementError(
-                f"{name}: the expert map in force on EP rank {rank} is not the plan's: another plugin or a changed vLLM replaced "
-                "it; remove that plugin or the placement flag"
-            )
-    hits = ", ".join(f"{name} {count}" for name, count in patch_set().hits().items() if count)
-    digest = "engine's own" if plan is None else f"{plan.digest[:12]} ({plan.strategy})"
-    logger.info(
-        "moe_placement_plugin: %s on EP rank %s/%s, %d MoE layers, placement %s; patch hits: %s",
-        settings.strategy, rank, ranks, len(layers), digest, hits,
-    )  # fmt: skip
-
-
-def _check_coverage(layers: dict[str, Any], settings: PlacementSettings) -> None:
-    """Refuse a model whose MoE layers are not those that the placement is for."""
-    if not layers:
-        raise PlacementError(
-            "the model that was loaded has no MoE layer of vLLM's own kind, so that no expert was placed: serve it without the "
-            "placement flag"
-        )
-    if not settings["exact"]:
-        return
-    plan, found = settings.placement, {name: layer_id_of(name) for name in layers}
-    for name, layer_id in found.items():
-        if not settings.knows(layer_id, layers[name].expert_map_manager.global_num_experts):
-            raise PlacementError(f"{name} is not in the plan (layers {plan.layer_ids[0]}..{plan.layer_ids[-1]}): plan for this model")
-    missing = set(plan.layer_ids) - set(found.values())
-    if missing:
-        raise PlacementError(
-            f"the plan has layer {min(missing)}, the model that was loaded has MoE layers {sorted(found.values())}: plan for this model"
-        )
-
-
 def static_patches() -> list[Patch]:
     """The patches of static placement."""
     return [
@@ -272,13 +189,5 @@ def static_patches() -> list[Patch]:
             relies_on=("weight_name", "local_expert_ids"),
             why="the filter has one set of experts for the whole model, a plan one per layer",
             removable_when="the filter reads the layers' own maps",
-        ),
-        Patch(
-            "load-report",
-            f"{_LOADER}.base_loader:BaseModelLoader.load_model",
-            _load_model,
-            relies_on=("vllm_config", "model_config"),
-            why="a patch that never ran in a worker process must not go unnoticed",
-            removable_when="never: it is this plugin's own check",
         ),
     ]  # fmt: skip

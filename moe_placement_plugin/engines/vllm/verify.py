@@ -1,0 +1,135 @@
+"""Fingerprints of the experts that vLLM has loaded: ``--expert-placement-verify``."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ...errors import PlacementError
+from ...fingerprint.compare import ExpertDigests, RankDigests, check_experts, expert_digests
+from ...fingerprint.report import RESTORE, Pass, gather, verify
+from ...fingerprint.slots import expert_tensors
+from .layers import routed_layers
+from .settings import KEY, layer_id_of
+
+logger = logging.getLogger("vllm.moe_placement_plugin")
+
+_EXPECTED = "_moe_placement_expected"
+_NO_WEIGHTS = frozenset(
+    ("_expert_map", "expert_map", "expert_mask", "e_score_correction_bias", "expert_global_to_physical", "expert_physical_to_global",
+     "expert_local_to_global")
+)  # fmt: skip
+
+
+def slot_experts(layer: Any) -> np.ndarray:
+    """Logical expert of each slot of this rank, int32 ``[slots]``; -1 for a slot that no expert maps to.
+
+    Fused shared experts, which every rank holds, are numbered from the number of logical experts on.
+
+    Args:
+        layer: a ``RoutedExperts``.
+    """
+    manager = layer.expert_map_manager
+    slots = layer.local_num_experts
+    experts = np.full(slots, -1, dtype=np.int32)
+    if manager.expert_map is None:
+        experts[:] = np.arange(slots)
+        return experts
+    table = manager.expert_map.cpu().numpy()
+    for expert in np.flatnonzero(table >= 0).tolist():
+        experts[table[expert]] = expert
+    return experts
+
+
+def digest_model(model: Any) -> Pass:
+    """Digests of every slot of this rank's MoE layers, read where the weights are.
+
+    Raises:
+        PlacementError: for a layer whose tensors are not understood.
+    """
+    result = Pass()
+    for row, (name, layer) in enumerate(routed_layers(model).items()):
+        experts = slot_experts(layer)
+        every = frozenset((layer.global_num_experts, layer.expert_map_manager.global_num_experts))
+        tensors = expert_tensors(layer, experts.size, every, _NO_WEIGHTS, name)
+        layer_id = layer_id_of(name)
+        # A draft model's layers have no number of their own: they follow those of the model.
+        result.add(-1 - row if layer_id is None else layer_id, experts, tensors)
+    return result
+
+
+def _ranks(mine: RankDigests) -> list[RankDigests]:
+    from vllm.distributed import parallel_state
+
+    group = parallel_state.get_ep_group()
+    return gather(mine, group.cpu_group, group.world_size)
+
+
+def clean_load(load: Callable, loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> ExpertDigests:
+    """Load the model with vLLM's own placement and without our patches, digest its experts, and drop it again.
+
+    Nothing else is in memory yet, so that the peak is that of one model.
+
+    Args:
+        load: vLLM's own ``BaseModelLoader.load_model``; the rest are its arguments.
+    """
+    clean = copy.copy(vllm_config)
+    clean.additional_config = {key: value for key, value in (vllm_config.additional_config or {}).items() if key != KEY}
+    clean.parallel_config = copy.copy(vllm_config.parallel_config)
+    clean.parallel_config.expert_placement_strategy = "linear"
+    clean.parallel_config.enable_ep_weight_filter = False
+    clean.parallel_config.enable_eplb = False
+    # Layers register themselves here by name; those of the model that is dropped must not stay.
+    clean.compilation_config = copy.copy(vllm_config.compilation_config)
+    for name, value in vars(clean.compilation_config).items():
+        if isinstance(value, (dict, list, set)):
+            setattr(clean.compilation_config, name, copy.copy(value))
+    model = load(loader, clean, model_config, *args, **kwargs)
+    found = expert_digests(_ranks(digest_model(model).layers))
+    del model
+    gc.collect()
+    import torch
+
+    torch.accelerator.empty_cache()
+    return found
+
+
+def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
+    """Check a model that was just loaded, on all EP ranks together, and keep its experts' digests for later.
+
+    Raises:
+        WeightsMismatch: on every rank alike, which stops the engine.
+    """
+    layers = routed_layers(model)
+    if not layers:
+        return
+    mine = digest_model(model)
+    experts = max(layer.expert_map_manager.global_num_experts for layer in layers.values())
+    expected = verify(mine, _ranks(mine.layers), experts, clean, logger)
+    object.__setattr__(model, _EXPECTED, expected)
+
+
+def recheck(worker: Any) -> int:
+    """Check a serving worker's experts against what they were when the model was loaded.
+
+    All EP ranks must call it together: ``llm.collective_rpc(recheck)``.
+
+    Returns:
+        Slots of this rank that were verified.
+
+    Raises:
+        WeightsMismatch: naming layer, slot, expert and rank.
+        PlacementError: when nothing was verified at start-up.
+    """
+    model = worker.model_runner.model
+    expected = getattr(model, _EXPECTED, None)
+    if expected is None:
+        raise PlacementError("nothing to compare with: the server was started with --expert-placement-verify off")
+    mine = digest_model(model)
+    check_experts(expected, _ranks(mine.layers), "expert weights have changed while serving", RESTORE)
+    return mine.num_slots

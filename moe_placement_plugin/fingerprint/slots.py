@@ -1,0 +1,80 @@
+"""Which tensors of an MoE layer hold the experts' weights, one row for each slot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import PlacementError
+
+_DEPTH = 3  # module -> quantisation method -> kernel -> its quantisation config
+
+
+def expert_tensors(layer: Any, slots: int, experts: frozenset[int], ignore: frozenset[str], where: str) -> dict[str, Any]:
+    """Every tensor of a layer that has one row for each of this rank's slots.
+
+    Kernels re-pack weights after loading and keep some of what they made beside the module, so that its quantisation
+    method is searched too. Tensors without an expert dimension (a scale that all experts share) are left out.
+
+    Args:
+        layer: the engine's module of expert weights.
+        slots: physical slots of this rank in this layer, fused shared experts included.
+        experts: numbers of rows that a tensor would have if it counted all experts, logical or physical.
+        ignore: names that are no expert weights (maps, the router's bias).
+        where: the layer's name for messages.
+
+    Returns:
+        name -> tensor ``[slots, ...]``, each stretch of memory once.
+
+    Raises:
+        PlacementError: when a tensor counts all experts instead of this rank's slots, its rows differ, and so a kernel
+            that reads it by local slot takes other experts' values (SGLang PR 8398); or when no expert weights are found.
+    """
+    found: dict[str, Any] = {}
+    seen: set[tuple] = set()
+    for name, tensor in _tensors(layer, ignore):
+        if tensor.dim() == 0 or tensor.numel() == 0:
+            continue
+        rows = tensor.shape[0]
+        if rows != slots and rows in experts and name.rpartition(".")[2] not in ignore:
+            if not bool((tensor == tensor[:1]).all()):
+                raise PlacementError(
+                    f"{where}: {name} has {rows} rows, one for every expert of the model, where this rank has {slots} slots: its "
+                    "kernel would read other experts' values by local slot; use another quantisation or kernel, or leave the "
+                    "placement flag out"
+                )
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if rows == slots and key not in seen:
+            seen.add(key)
+            found[name] = tensor
+    if not any(tensor.dim() >= 2 for tensor in found.values()):
+        shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(layer, ignore)}
+        raise PlacementError(
+            f"{where}: none of its tensors has a row for each of the {slots} slots ({shapes}), so that the weights cannot be "
+            "verified: serve with --expert-placement-verify off, and report this kernel"
+        )
+    return found
+
+
+def _tensors(layer: Any, ignore: frozenset[str]) -> Iterator[tuple[str, Any]]:
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if name.rpartition(".")[2] not in ignore:
+            yield name, tensor
+    method = getattr(layer, "quant_method", None)
+    if method is not None:
+        yield from _attributes(method, "quant_method", _DEPTH, set(), ignore)
+
+
+def _attributes(owner: Any, path: str, depth: int, seen: set[int], ignore: frozenset[str]) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    if id(owner) in seen or not hasattr(owner, "__dict__") or isinstance(owner, torch.nn.Module):
+        return
+    seen.add(id(owner))
+    for name, value in sorted(vars(owner).items()):
+        if isinstance(value, torch.Tensor):
+            if name not in ignore:
+                yield f"{path}.{name}", value
+        elif depth and type(value).__module__.split(".")[0] in ("vllm", "sglang") and not isinstance(value, type):
+            yield from _attributes(value, f"{path}.{name}", depth - 1, seen, ignore)
