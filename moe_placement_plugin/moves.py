@@ -53,8 +53,8 @@ class Moves:
         return float(self.received.sum(axis=0).max()) * expert_bytes / bandwidth
 
 
-def compare(old: Placement, new: Placement) -> Moves:
-    """The moves from ``old`` to ``new``.
+def check_comparable(old: Placement, new: Placement) -> None:
+    """Refuse placements between which nothing can move.
 
     Raises:
         PlacementError: when they are of different models, layers or ranks.
@@ -71,6 +71,15 @@ def compare(old: Placement, new: Placement) -> Moves:
             f"the plans are for layers {old.layer_ids[0]}..{old.layer_ids[-1]} and {new.layer_ids[0]}..{new.layer_ids[-1]}: only "
             "plans for one model can be compared"
         )
+
+
+def compare(old: Placement, new: Placement) -> Moves:
+    """The moves from ``old`` to ``new``.
+
+    Raises:
+        PlacementError: when they are of different models, layers or ranks.
+    """
+    check_comparable(old, new)
     before, after = _held(old), _held(new)
     received = (after & ~before).sum(axis=2)
     if old.slots_per_rank == new.slots_per_rank:

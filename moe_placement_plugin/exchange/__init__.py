@@ -1,0 +1,1 @@
+"""Moving experts between ranks while the server runs: see docs/exchange.md."""
