@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_placement_plugin import ExpertLoad
 from moe_placement_plugin.demo.tiny_models import Size, write_glm4_moe, write_qwen3_moe
 
 HERE = Path(__file__).parent
@@ -130,10 +131,8 @@ def examine(model, encode: Encoder) -> dict:
     """
     model.eval()
     chosen = {domain: examination(domain, EXAMINED, EXAMINATION_SEED) for domain in DOMAINS}
-    shares = {}
-    for domain, batch in chosen.items():
-        load = routing(model, encode, batch).double()
-        shares[domain] = load / load.sum(1, keepdim=True)
+    counts = {domain: routing(model, encode, batch).double() for domain, batch in chosen.items()}
+    shares = {domain: load / load.sum(1, keepdim=True) for domain, load in counts.items()}
     distances = [(0.5 * (shares[a] - shares[b]).abs().sum(1)).mean().item() for a, b in itertools.combinations(shares, 2)]
     skew = shares | {"all": torch.stack(list(shares.values())).mean(0)}
     return {
@@ -141,6 +140,14 @@ def examine(model, encode: Encoder) -> dict:
         "max_over_mean": {name: (load.amax(1) / load.mean(1)).mean().item() for name, load in skew.items()},
         "distance": {"least": min(distances), "mean": sum(distances) / len(distances), "greatest": max(distances)},
     }
+
+
+def recorded_load(model, encode: Encoder) -> ExpertLoad:
+    """The load of training problems, a window for each domain: what a server would have recorded while it answered them."""
+    streams = [problems(domain, EXAMINATION_SEED, training=True) for domain in DOMAINS]
+    counts = [routing(model, encode, list(itertools.islice(stream, EXAMINED))).numpy() for stream in streams]
+    layers = model.config.num_hidden_layers
+    return ExpertLoad(counts, tuple(range(layers - len(counts[0]), layers)), metadata={"windows": list(DOMAINS)})
 
 
 def save(model, start: Path, path: Path) -> None:
@@ -165,6 +172,7 @@ def save(model, start: Path, path: Path) -> None:
     config = json.loads((start / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "model.safetensors").chmod(0o644)
 
 
 def load(path: Path):
@@ -176,7 +184,7 @@ def load(path: Path):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=SIZES)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=220)
     parser.add_argument("--rate", type=float, default=3e-3, help="greatest learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -191,7 +199,9 @@ def main() -> None:
         train(model, encode, arguments.steps, arguments.batch, arguments.rate, arguments.seed)
         seconds = time.monotonic() - began
         save(model, start, out)
-    found = examine(*load(out)) | {
+    model, encode = load(out)
+    recorded_load(model, encode).write(out / "load.safetensors")
+    found = examine(model, encode) | {
         "training": {
             "steps": arguments.steps, "batch": arguments.batch, "rate": arguments.rate, "seed": arguments.seed, "seconds": round(seconds),
             "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),

@@ -26,6 +26,7 @@ VERBS = {
     "record": "Send prompts to a server that records, and wait for the recording.",
     "show": "Show loads and plans in the terminal, as an HTML page or as PNG files.",
     "simulate": "Compare strategies on recorded loads before anything is deployed.",
+    "verify": "Check that a placed engine answers as the stock engine does.",
 }
 """Verb -> one-line help. ``moe_placement_plugin.cli.<verb>`` holds ``app``, a `typer.Typer`."""
 

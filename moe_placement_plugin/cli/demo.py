@@ -33,6 +33,7 @@ def demo(
     from ..demo.tiny_models import MODELS
     from ..engines.installed import require_engine
     from ..strategies import get_strategy
+    from .progress import Progress
 
     console = Console()
     name = require_engine(engine or None)
@@ -50,7 +51,7 @@ def demo(
         for chosen in MODELS if model == "all" else (model,):
             console.print(f"Making a tiny {chosen} checkpoint in {folder / chosen}")
             checkpoint = MODELS[chosen](folder / chosen)
-            with _Progress(console) as progress:
+            with Progress(console) as progress:
                 outcome = run(DEMO_ENGINES[name], chosen, checkpoint, strategy, folder, progress)
             _show(console, outcome)
             equal &= outcome.equal
@@ -60,36 +61,6 @@ def demo(
     console.print(f"Done in {time.monotonic() - began:.0f} s; nothing is left running.")
     if not equal:
         raise typer.Exit(1)
-
-
-class _Progress:
-    """One line that is rewritten on a terminal; one line every ten seconds elsewhere."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.status = console.status("") if console.is_terminal else None
-        self.what, self.shown = "", 0.0
-
-    def __enter__(self) -> _Progress:
-        if self.status:
-            self.status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.status:
-            self.status.stop()
-
-    def __call__(self, what: str, seconds: float, line: str) -> None:
-        if self.status:
-            self.status.update(f"{what} ({seconds:.0f} s) [dim]{_last_words(line)}[/dim]")
-        elif what != self.what or time.monotonic() - self.shown > 10:
-            self.console.print(f"  {what} ({seconds:.0f} s)", markup=False, highlight=False)
-            self.shown = time.monotonic()
-        self.what = what
-
-
-def _last_words(line: str) -> str:
-    return line[-60:].replace("[", "(").replace("]", ")")
 
 
 def _show(console: Console, outcome) -> None:

@@ -186,3 +186,9 @@ class Sglang(DemoEngine):
 
 DEMO_ENGINES: dict[str, DemoEngine] = {engine.name: engine for engine in (Vllm(), Sglang())}
 """Name -> engine."""
+
+
+def report_of_workers(log: Path) -> str:
+    """The line of a server's log in which an engine's worker reports the placement in force; empty without one."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if "moe_placement_plugin:" in line and "EP rank" in line]
+    return lines[0].partition("moe_placement_plugin:")[2].strip() if lines else ""

@@ -14,7 +14,7 @@ from ..load import ExpertLoad
 from ..placement import Placement
 from ..strategies import PlacementRequest, get_strategy
 from ..topology import Topology
-from .engines import Answer, DemoEngine, Placed
+from .engines import Answer, DemoEngine, Placed, report_of_workers
 from .server import Server, free_port
 
 PROMPTS = (
@@ -102,8 +102,7 @@ def run(engine: DemoEngine, name: str, checkpoint: Path, strategy: str, folder: 
                 _wait_for_load(record, progress)
             progress(f"stopping {what}", time.monotonic() - began, "")
         if placed:
-            lines = [line for line in log.read_text(errors="replace").splitlines() if "moe_placement_plugin:" in line and "EP rank" in line]
-            placed_log = lines[0].partition("moe_placement_plugin:")[2].strip() if lines else ""
+            placed_log = report_of_workers(log)
     load = ExpertLoad.read(record).moe_layers()
     placements = {s: _place(s, load) for s in ("linear", "balanced", "zigzag", "eplb")}
     return Outcome(
