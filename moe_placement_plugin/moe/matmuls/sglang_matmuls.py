@@ -1,0 +1,96 @@
+"""SGLang's ``fused_moe_kernel`` and its align step, activation and sum, as ``_fused_moe_kernel_sequence`` calls them.
+
+Read in SGLang 0.5.16, 0.5.20 and 0.5.23; what is called is probed by signature.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from .engine import EngineMatmuls, engine_function
+
+_KERNELS = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
+_UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
+_LAUNCH = (
+    "A", "B", "bias", "C", "A_scale", "B_scale", "B_zp", "topk_weights", "topk_ids", "sorted_token_ids", "expert_ids",
+    "num_tokens_post_padded", "mul_routed_weight", "top_k", "config", "compute_type", "use_fp8_w8a8", "use_int8_w8a8",
+    "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant", "filter_expert",
+)  # fmt: skip
+_TILES = ("w1_shape", "w2_shape", "top_k", "dtype", "M", "return_down_config")
+
+
+class SglangMatmuls(EngineMatmuls):
+    """Matmuls by the installed SGLang."""
+
+    zeroes_elsewhere = True
+
+    def __init__(self, interpreted: bool):
+        super().__init__(interpreted)
+        import sglang
+
+        self._launch = engine_function(_KERNELS, "invoke_fused_moe_kernel", _LAUNCH)
+        if not interpreted:
+            self._align = engine_function(f"{_UTILS}.moe_align_block_size", "moe_align_block_size", ("topk_ids", "block_size", "num_experts"))
+            self._tiles = engine_function(f"{_UTILS}.fused_moe_triton_config", "try_get_optimal_moe_config", _TILES)
+            self._sum = engine_function(_KERNELS, "moe_sum_reduce_triton", ("input", "output", "routed_scaling_factor"))
+            publish_arguments()
+        self.name = f"SGLang {sglang.__version__} fused_moe_kernel" + (" (Triton interpreter)" if interpreted else "")
+
+    @cached_property
+    def _compute_types(self) -> dict[torch.dtype, Any]:
+        import triton.language as tl
+
+        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+    @cached_property
+    def _swiglu(self):
+        # The launcher's module imports the activation from where this version keeps it, on CUDA only.
+        return importlib.import_module(f"{_UTILS}.fused_moe").silu_and_mul
+
+    def choose_tiles(self, x, output, weights):
+        config, (down, _) = self._tiles(
+            w1_shape=tuple(weights.w13.shape), w2_shape=tuple(weights.w2.shape), top_k=output.local_slots.shape[1], dtype=None,
+            M=output.num_rows, return_down_config=True,
+        )  # fmt: skip
+        # Tensor descriptors are a choice of the launcher, not a tile; the plain loads are used here.
+        config, down = ({k: v for k, v in c.items() if k != "USE_TMA"} for c in (config, down or config))
+        return config, down
+
+    def align(self, output, config):
+        return self._align(topk_ids=output.local_slots, block_size=config["BLOCK_SIZE_M"], num_experts=output.num_slots)
+
+    def launch(self, a, b, c, output, plan, config, top_k, weighted):
+        self._launch(
+            A=a, B=b, bias=None, C=c, A_scale=None, B_scale=None, B_zp=None, topk_weights=output.weights, topk_ids=output.local_slots,
+            sorted_token_ids=plan.sorted_ids, expert_ids=plan.expert_ids, num_tokens_post_padded=plan.num_padded,
+            mul_routed_weight=weighted, top_k=top_k, config=config, compute_type=self._compute_types[c.dtype], use_fp8_w8a8=False,
+            use_int8_w8a8=False, use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False, filter_expert=not output.complete,
+        )  # fmt: skip
+
+    def engine_swiglu(self, values):
+        result = values.new_empty((values.shape[0], values.shape[1] // 2))
+        self._swiglu(values, result)
+        return result
+
+    def engine_sum(self, values):
+        result = values.new_empty((values.shape[0], values.shape[2]))
+        self._sum(values, result, 1.0)
+        return result
+
+
+def publish_arguments() -> None:
+    """Let SGLang's choice of tiles run outside a server: since 0.5.20 it reads the server's arguments."""
+    try:
+        from sglang.srt.runtime_context import get_exec
+    except ImportError:
+        return  # older: reads none
+    try:
+        get_exec()
+    except ValueError:
+        from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+        set_global_server_args_for_scheduler(ServerArgs(model_path="dummy"))

@@ -1,0 +1,127 @@
+"""Matmuls in plain torch: grouped by slot, or dense (every slot computes every row).
+
+On CPU a product is made of tiles of one fixed shape, padded with zeros: a BLAS picks its kernel, and with it the order of
+additions, by the shape, and a token's last bits would depend on how many others go to the same expert. So each token's
+result is the same bits in whatever batch it comes, which is what lets chunked be compared with whole bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..results import RouteOutput
+from ..weights import ExpertWeights
+from .base import Matmuls, sum_choices
+
+TILE_ROWS = 16
+TILE = 64
+"""Columns of a tile on CPU, along the embedding and along the output."""
+
+
+def accumulate(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``sums [m, n] += a [m, k] @ b [n, k].T`` in the type of ``sums``."""
+    a, b = a.to(sums.dtype), b.to(sums.dtype)
+    if sums.device.type != "cpu":
+        sums.addmm_(a, b.T)
+        return
+    for row in range(0, a.shape[0], TILE_ROWS):
+        height = min(TILE_ROWS, a.shape[0] - row)
+        rows = a.new_zeros((TILE_ROWS, a.shape[1]))
+        rows[:height] = a[row : row + height]
+        for column in range(0, b.shape[0], TILE):
+            tile = sums.new_zeros((TILE_ROWS, min(TILE, b.shape[0] - column)))
+            tile[:height] = sums[row : row + height, column : column + TILE]
+            for k in range(0, a.shape[1], TILE):
+                tile.addmm_(rows[:, k : k + TILE].contiguous(), b[column : column + TILE, k : k + TILE].T.contiguous())
+            sums[row : row + height, column : column + TILE] = tile[:height]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class SortedPlan:
+    """Assignments sorted by slot.
+
+    Attributes:
+        rows: int64 ``[assignments]``, the row of each.
+        position: int64 ``[rows, top_k]``, where each choice is in the sorted order, the number of assignments where it lies
+            on another rank.
+        bounds: slot s has the assignments ``bounds[s]:bounds[s + 1]``, ``[slots + 1]``.
+    """
+
+    rows: torch.Tensor
+    position: torch.Tensor
+    bounds: list[int]
+
+
+class TorchMatmuls(Matmuls):
+    """One matmul per slot that has rows. Waits for the device once, to learn the group sizes."""
+
+    name = f"torch {torch.__version__}"
+
+    def plan(self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights) -> SortedPlan:
+        flat = output.local_slots.flatten().long()
+        bounds = [0, *output.group_sizes.cumsum(0).tolist()]
+        order = torch.where(flat < 0, output.num_slots, flat).argsort(stable=True)[: bounds[-1]]
+        position = torch.full_like(flat, bounds[-1])
+        position[order] = torch.arange(bounds[-1], device=flat.device)
+        top_k = output.local_slots.shape[1]
+        return SortedPlan(order // top_k, position.view(-1, top_k), bounds)
+
+    def up(self, x, output, plan, w13):
+        return self.up_columns(x, output, plan, w13, None)
+
+    def up_columns(self, x, output, plan, w13, sums):
+        if sums is None:
+            sums = x.new_zeros((plan.bounds[-1], w13.shape[1]), dtype=_wide(x.dtype))
+        self._grouped(sums, x[plan.rows], plan, w13)
+        return sums
+
+    @staticmethod
+    def _grouped(sums: torch.Tensor, a: torch.Tensor, plan: SortedPlan, w: torch.Tensor) -> None:
+        for slot, (start, stop) in enumerate(zip(plan.bounds, plan.bounds[1:])):
+            if stop > start:
+                accumulate(sums[start:stop], a[start:stop], w[slot])
+
+    def down(self, hidden, output, plan, w2):
+        # One row more, of zeros, for the choices of other ranks.
+        values = hidden.new_zeros((plan.bounds[-1] + 1, w2.shape[1]), dtype=_wide(hidden.dtype))
+        self._grouped(values[:-1], hidden, plan, w2)
+        weighted = values[plan.position] * output.weights.unsqueeze(-1).to(values.dtype)
+        return sum_choices(weighted).to(hidden.dtype)
+
+
+class DenseMatmuls(Matmuls):
+    """Every slot computes every row, and the router weights of slots that were not chosen are 0. Never waits for the device."""
+
+    name = f"dense torch {torch.__version__}"
+
+    def plan(self, x, output, weights):
+        """Router weight of each slot for each row, ``[slots, rows]``; 0 where it was not chosen."""
+        table = x.new_zeros((output.num_rows, output.num_slots + 1), dtype=_wide(x.dtype))
+        slots = output.local_slots.long()
+        # A row's choices are distinct slots, but for those of other ranks, which share the column that is cut off.
+        table.scatter_(1, torch.where(slots < 0, output.num_slots, slots), output.weights.to(table.dtype))
+        return table[:, : output.num_slots].T.contiguous()
+
+    def up(self, x, output, plan, w13):
+        return self.up_columns(x, output, plan, w13, None)
+
+    def up_columns(self, x, output, plan, w13, sums):
+        if sums is None:
+            sums = x.new_zeros((w13.shape[0], x.shape[0], w13.shape[1]), dtype=_wide(x.dtype))
+        for slot in range(w13.shape[0]):
+            accumulate(sums[slot], x, w13[slot])
+        return sums
+
+    def down(self, hidden, output, plan, w2):
+        total = hidden.new_zeros((output.num_rows, w2.shape[1]), dtype=_wide(hidden.dtype))
+        for slot in range(w2.shape[0]):
+            values = torch.zeros_like(total)
+            accumulate(values, hidden[slot], w2[slot])
+            total += plan[slot, :, None] * values
+        return total.to(hidden.dtype)

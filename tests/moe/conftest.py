@@ -1,0 +1,17 @@
+"""Gloo ranks for all tests of the staged layer."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch", reason="the staged layer needs torch")
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Eight gloo ranks, shared by all tests."""
+    from .ranks import Ranks
+
+    started = Ranks()
+    yield started
+    started.close()
