@@ -8,7 +8,7 @@ worth is the number of tokens that chose both; a replica stands for its share of
 import numpy as np
 
 from .compiled import kernel
-from .refine import LOAD_SCALE, _exchange, _holds, measure
+from .layer import LOAD_SCALE, count_replicas, exchange, may_swap, measure, scale_load, sum_of
 
 
 @kernel
@@ -45,16 +45,10 @@ def cluster_layers(load, pairs, part_of_rank, start, rank_of, slowness, total_sl
     rank_load = np.empty(ranks, np.int64)
     affinity = np.empty((experts, parts), np.float64)
     for layer in range(layers):
-        total = 0.0
-        for e in range(experts):
-            total += load[layer, e]
-        factor = LOAD_SCALE / total if total > 0 else 0.0
-        for e in range(experts):
-            scaled[e] = np.int64(load[layer, e] * factor)
+        total = sum_of(load[layer])
+        scale_load(load[layer], total, scaled)
         expert_of = plan[layer]
-        count[:] = 0
-        for s in range(slots):
-            count[expert_of[s]] += 1
+        count_replicas(expert_of, count)
         measure(scaled, count, start, expert_of, share_of, rank_load)
         limit = np.int64(LOAD_SCALE / total_slowness * allowance)
         for r in range(ranks):
@@ -89,7 +83,7 @@ def cluster_layers(load, pairs, part_of_rank, start, rank_of, slowness, total_sl
                     step = share_of[i] - share_of[j]
                     if (rank_load[r] - step) * slowness[r] > limit or (rank_load[q] + step) * slowness[q] > limit:
                         continue
-                    if (count[a] > 1 and _holds(expert_of, start, q, a)) or (count[b] > 1 and _holds(expert_of, start, r, b)):
+                    if not may_swap(i, j, r, q, count, start, expert_of):
                         continue
                     best = gain
                     best_j = j
@@ -103,7 +97,7 @@ def cluster_layers(load, pairs, part_of_rank, start, rank_of, slowness, total_sl
                     moved_b = w[e, b] * weight_b if e != b else 0.0
                     affinity[e, p] += moved_b - moved_a
                     affinity[e, o] += moved_a - moved_b
-                _exchange(expert_of, share_of, rank_load, i, best_j, r, rank_of[best_j])
+                exchange(expert_of, share_of, rank_load, i, best_j, r, rank_of[best_j])
                 changed = True
             if not changed:
                 break

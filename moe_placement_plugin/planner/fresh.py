@@ -4,8 +4,9 @@ import numpy as np
 
 from .bound import busiest_at_least
 from .compiled import kernel
+from .layer import scale_load, sum_of
 from .pack import pack_any, pack_lpt
-from .refine import LOAD_SCALE, refine, swap_hot_cold
+from .refine import refine, swap_hot_cold
 from .replicate import order_by_load, replicate_sorted, sorted_items
 
 
@@ -77,8 +78,7 @@ def plan_layers(load, order, start, rank_of, slowness, inverse_speed, tolerance,
             for r in range(ranks):
                 total += rank_load[r]
         else:
-            for e in range(experts):
-                total += w[e]
+            total = sum_of(w)
         if total <= 0.0:
             continue
         if packed:
@@ -86,9 +86,7 @@ def plan_layers(load, order, start, rank_of, slowness, inverse_speed, tolerance,
         if kicks < 0 and packed:
             continue
         bound = busiest_at_least(w, order[layer], largest, start, inverse_speed, slots, kicks > 0)
-        scale = LOAD_SCALE / total
-        for e in range(experts):
-            scaled[e] = np.int64(w[e] * scale)
+        scale = scale_load(w, total, scaled)
         # Time in the integer unit: slowness 1 stands for an inverse speed of 1 where all ranks are equal, else for `unit`.
         unit = 1.0 if equal else slowness.max() / inverse_speed.max()
         target = np.int64(bound * scale * unit * (1.0 + tolerance))

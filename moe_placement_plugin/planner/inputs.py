@@ -43,6 +43,11 @@ class Ranks:
         return np.unique(self.node_of).size
 
     @property
+    def unit(self) -> float:
+        """Time at slowness 1 is this multiple of the time at an inverse speed of 1."""
+        return 1.0 if self.slowness.min() == self.slowness.max() else self.slowness.max() / self.inverse_speed.max()
+
+    @property
     def total_slowness(self) -> float:
         """Sum of 1 / slowness over the ranks that have slots: a layer's load over this is the mean time."""
         return float((1.0 / self.slowness[np.diff(self.start) > 0]).sum())

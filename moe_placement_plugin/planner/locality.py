@@ -8,12 +8,7 @@ excess they remove. Run for a ladder of targets this gives the curve of load lea
 import numpy as np
 
 from .compiled import kernel
-from .refine import LOAD_SCALE, _exchange, _holds, measure, replace_replica
-
-
-@kernel
-def _over(time, target):
-    return max(np.int64(0), time - target)
+from .layer import LOAD_SCALE, count_replicas, exchange, holds, may_swap, measure, over, replace_replica, scale_load, sum_of
 
 
 @kernel
@@ -22,7 +17,7 @@ def _swap_out(hot, target, home, node_of, count, start, rank_of, slowness, exper
     best_rate = 0.0
     best_i = -1
     best_j = -1
-    excess_hot = _over(rank_load[hot] * slowness[hot], target)
+    excess_hot = over(rank_load[hot] * slowness[hot], target)
     node_hot = node_of[hot]
     for i in range(start[hot], start[hot + 1]):
         a = expert_of[i]
@@ -34,9 +29,9 @@ def _swap_out(hot, target, home, node_of, count, start, rank_of, slowness, exper
             before = rank_load[q] * slowness[q]
             gain = (
                 excess_hot
-                - _over((rank_load[hot] - step) * slowness[hot], target)
-                + _over(before, target)
-                - _over((rank_load[q] + step) * slowness[q], target)
+                - over((rank_load[hot] - step) * slowness[hot], target)
+                + over(before, target)
+                - over((rank_load[q] + step) * slowness[q], target)
             )
             if gain <= 0:
                 continue
@@ -51,12 +46,7 @@ def _swap_out(hot, target, home, node_of, count, start, rank_of, slowness, exper
                 rate = gain / 1.0
             if rate <= best_rate:
                 continue
-            if (
-                q == hot
-                or a == b
-                or (count[a] > 1 and _holds(expert_of, start, q, a))
-                or (count[b] > 1 and _holds(expert_of, start, hot, b))
-            ):
+            if q == hot or not may_swap(i, j, hot, q, count, start, expert_of):
                 continue
             best_rate = rate
             best_i = i
@@ -100,7 +90,7 @@ def _replace_out(
         t = first_slot[e]
         while t >= 0:
             r = rank_of[t]
-            relief += _over(rank_load[r] * slowness[r], target) - _over((rank_load[r] - drop) * slowness[r], target)
+            relief += over(rank_load[r] * slowness[r], target) - over((rank_load[r] - drop) * slowness[r], target)
             away_e += home[e] != node_of[r]
             t = next_slot[t]
         if relief <= 0:
@@ -110,10 +100,10 @@ def _replace_out(
             if f == e or count[f] < 2:
                 continue
             r = rank_of[s]
-            if r == hot or _holds(expert_of, start, r, e):
+            if r == hot or holds(expert_of, start, r, e):
                 continue
             share_f = load[f] // (count[f] - 1)
-            gain = relief + _over(rank_load[r] * slowness[r], target) - _over((rank_load[r] - share_of[s] + share_e) * slowness[r], target)
+            gain = relief + over(rank_load[r] * slowness[r], target) - over((rank_load[r] - share_of[s] + share_e) * slowness[r], target)
             if gain <= 0:
                 continue
             away_f = 0
@@ -122,7 +112,7 @@ def _replace_out(
                 q = rank_of[t]
                 away_f += home[f] != node_of[q]
                 if t != s:
-                    gain -= _over((rank_load[q] + share_f - share_of[s]) * slowness[q], target) - _over(rank_load[q] * slowness[q], target)
+                    gain -= over((rank_load[q] + share_f - share_of[s]) * slowness[q], target) - over(rank_load[q] * slowness[q], target)
                 t = next_slot[t]
             if gain <= 0:
                 continue
@@ -162,12 +152,12 @@ def _bring_home(target, home, node_of, count, start, rank_of, slowness, expert_o
                 continue
             if (rank_load[q] + step) * slowness[q] > max(target, rank_load[q] * slowness[q]):
                 continue
-            if a == b or (count[a] > 1 and _holds(expert_of, start, q, a)) or (count[b] > 1 and _holds(expert_of, start, r, b)):
+            if not may_swap(i, j, r, q, count, start, expert_of):
                 continue
             best = leaving
             best_j = j
         if best_j >= 0:
-            _exchange(expert_of, share_of, rank_load, i, best_j, r, rank_of[best_j])
+            exchange(expert_of, share_of, rank_load, i, best_j, r, rank_of[best_j])
             changed = True
     return changed
 
@@ -191,18 +181,10 @@ def relax_layers(load, home, node_of, start, rank_of, slowness, total_speed_slow
     first_slot = np.empty(experts, np.int64)
     next_slot = np.empty(slots, np.int64)
     for layer in range(layers):
-        w = load[layer]
-        total = 0.0
-        for e in range(experts):
-            total += w[e]
-        if total <= 0:
+        if scale_load(load[layer], sum_of(load[layer]), scaled) == 0.0:
             continue
-        for e in range(experts):
-            scaled[e] = np.int64(w[e] * (LOAD_SCALE / total))
         expert_of = plan[layer]
-        count[:] = 0
-        for s in range(slots):
-            count[expert_of[s]] += 1
+        count_replicas(expert_of, count)
         measure(scaled, count, start, expert_of, share_of, rank_load)
         mean = LOAD_SCALE / total_speed_slowness
         target = np.int64(mean * target_factor)
@@ -243,7 +225,7 @@ def relax_layers(load, home, node_of, start, rank_of, slowness, total_speed_slow
             if slot >= 0:
                 replace_replica(scaled, count, start, rank_of, expert_of, share_of, rank_load, slot, expert)
             elif i >= 0:
-                _exchange(expert_of, share_of, rank_load, i, j, hot, rank_of[j])
+                exchange(expert_of, share_of, rank_load, i, j, hot, rank_of[j])
             else:
                 stuck[hot] = True
                 continue

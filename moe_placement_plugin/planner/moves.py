@@ -7,8 +7,8 @@ import numpy as np
 from .bound import busiest_at_least
 from .compiled import kernel
 from .evaluate import keep_slots
-from .refine import LOAD_SCALE
-from .replicate import order_by_load, replicate_sorted
+from .layer import busiest, count_replicas, measure, scale_load, sum_of
+from .replicate import largest_replica, order_by_load, replicate_sorted
 from .transition import descend_moves
 
 REPLICA_CAP = 1.3
@@ -19,85 +19,57 @@ _LADDER = (1.0, 3.0, 8.0, 20.0, 60.0)
 
 
 @kernel
-def scale_layer(load, scaled, windows):
-    """int64 [experts] loads whose total is about LOAD_SCALE / windows; returns float64 the factor (0 for a layer without load)."""
-    total = 0.0
-    for e in range(load.size):
-        total += load[e]
-    factor = LOAD_SCALE / windows / total if total > 0 else 0.0
-    for e in range(load.size):
-        scaled[e] = np.int64(load[e] * factor)
-    return factor
+def _bounds(load, order, start, inverse_speed, bound, largest):
+    """Write float64 [layers] each: lower bound of the busiest rank's time, and largest replica of the optimal replication."""
+    layers, experts = load.shape
+    slots = start[-1]
+    used = 0
+    for r in range(start.size - 1):
+        if start[r + 1] > start[r]:
+            used += 1
+    count = np.empty(experts, np.int64)
+    heap_value = np.empty(slots + 1, np.float64)
+    heap_expert = np.empty(slots + 1, np.int64)
+    for layer in range(layers):
+        w = load[layer]
+        head = replicate_sorted(w, order[layer], slots, used, count, heap_value, heap_expert)
+        largest[layer] = largest_replica(w, order[layer], count, head)
+        bound[layer] = busiest_at_least(w, order[layer], largest[layer], start, inverse_speed, slots, slots == experts)
 
 
 @kernel
 def _run_layers(
-    load,
-    order,
-    start,
-    rank_of,
-    slowness,
-    inverse_speed,
-    old,
-    tolerance,
-    cap_factor,
-    max_steps,
-    plan,
-    slot,
-    expert,
-    moves,
-    time,
-    steps,
-    first_time,
+    load, bound, largest, node_slots, start, rank_of, slowness, unit, old, tolerance, cap_factor, plan, slot, expert, moves, time, steps, first_time
 ):
     """Move-limited descent of every layer to its lower bound times 1 + tolerance; see `descend_moves` for the outputs, by layer."""
     layers, experts = load.shape
-    slots = old.shape[1]
-    ranks = start.size - 1
-    used = 0
-    equal = True
-    for r in range(ranks):
-        if start[r + 1] > start[r]:
-            used += 1
-        equal = equal and slowness[r] == 1
-    unit = 1.0 if equal else slowness.max() / inverse_speed.max()
     count = np.empty(experts, np.int64)
     scaled = np.empty(experts, np.int64)
-    heap_value = np.empty(slots + 1, np.float64)
-    heap_expert = np.empty(slots + 1, np.int64)
-    rank_load = np.empty(ranks, np.int64)
+    share_of = np.empty(rank_of.size, np.int64)
+    rank_load = np.empty(start.size - 1, np.int64)
     for layer in range(layers):
-        w = load[layer]
         steps[layer] = 0
         first_time[layer] = 0
         plan[layer] = old[layer]
-        factor = scale_layer(w, scaled, 1)
+        factor = scale_load(load[layer], sum_of(load[layer]), scaled)
         if factor == 0.0:
             continue
-        head = replicate_sorted(w, order[layer], slots, used, count, heap_value, heap_expert)
-        largest = 0.0
-        for k in range(min(head + 1, experts)):
-            e = order[layer, k]
-            largest = max(largest, w[e] / count[e])
-        bound = busiest_at_least(w, order[layer], largest, start, inverse_speed, slots, slots == experts)
-        target = np.int64(bound * factor * unit * (1.0 + tolerance))
-        cap = np.int64(largest * factor * cap_factor)
-        count[:] = 0
-        for s in range(slots):
-            count[old[layer, s]] += 1
-        rank_load[:] = 0
-        for s in range(slots):
-            rank_load[rank_of[s]] += scaled[old[layer, s]] // count[old[layer, s]]
-        for r in range(ranks):
-            first_time[layer] = max(first_time[layer], rank_load[r] * slowness[r])
+        target = np.int64(bound[layer] * factor * unit * (1.0 + tolerance))
+        cap = np.int64(largest[layer] * factor * cap_factor)
+        count_replicas(old[layer], count)
+        measure(scaled, count, start, old[layer], share_of, rank_load)
+        first_time[layer] = busiest(rank_load, slowness, 0, start.size - 1)[1]
         steps[layer] = descend_moves(
             scaled,
             count,
+            node_slots,
             start,
             rank_of,
             slowness,
             old[layer],
             plan[layer],
+            share_of,
+            rank_load,
             target,
             cap,
             slot[layer],
@@ -162,7 +134,10 @@ def move_limited(load, ranks, old, tolerance, max_moves, cap_factor=REPLICA_CAP)
     layers = load.shape[0]
     slots = ranks.num_slots
     max_steps = 3 * slots
-    order = order_by_load(load)
+    bound = np.empty(layers, np.float64)
+    largest = np.empty(layers, np.float64)
+    _bounds(load, order_by_load(load), ranks.start, ranks.inverse_speed, bound, largest)
+    node_slots = np.tile(np.array([0, slots]), (ranks.num_ranks, 1))
     slot = np.empty((layers, max_steps, 2), np.int64)
     expert = np.empty((layers, max_steps, 2), np.int32)
     moves = np.empty((layers, max_steps), np.int64)
@@ -175,15 +150,16 @@ def move_limited(load, ranks, old, tolerance, max_moves, cap_factor=REPLICA_CAP)
     for factor in _LADDER:
         _run_layers(
             load,
-            order,
+            bound,
+            largest,
+            node_slots,
             ranks.start,
             ranks.rank_of,
             ranks.slowness,
-            ranks.inverse_speed,
+            ranks.unit,
             old,
             tolerance * factor,
             cap_factor,
-            max_steps,
             plan,
             slot,
             expert,

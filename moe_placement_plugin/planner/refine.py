@@ -1,24 +1,12 @@
 """Swaps that take load off the busiest rank, and the joint step that also changes which experts are replicated.
 
-Refinement counts in integers: sums stay exact however many swaps are made, and the scan over all partners of a replica becomes a minimum
-that
-compilers vectorise (8 times faster than the same scan over float64). A load is scaled so that a layer's total is about `LOAD_SCALE`; the
-time of a rank is its load times an integer `slowness`, 1 for equal ranks.
+`swap_hot_cold` works on float64 loads; all else on the integers of `layer`.
 """
 
 import numpy as np
 
 from .compiled import kernel
-
-LOAD_SCALE = 2.0**40
-
-
-@kernel
-def _holds(expert_of, start, rank, expert):
-    for s in range(start[rank], start[rank + 1]):
-        if expert_of[s] == expert:
-            return True
-    return False
+from .layer import busiest, exchange, holds, may_swap, measure, next_random, replace_replica
 
 
 @kernel
@@ -57,69 +45,14 @@ def swap_hot_cold(count, start, expert_of, share_of, rank_load, max_swaps, targe
             for j in range(start[cold], start[cold + 1]):
                 miss = abs(share_of[j] - wanted)
                 if miss < best:
-                    a = expert_of[i]
-                    b = expert_of[j]
-                    if (count[a] > 1 and _holds(expert_of, start, cold, a)) or (count[b] > 1 and _holds(expert_of, start, hot, b)):
+                    if not may_swap(i, j, hot, cold, count, start, expert_of):
                         continue
                     best = miss
                     best_i = i
                     best_j = j
         if best_i < 0 or best > ideal * 0.999999:
             return
-        step = share_of[best_i] - share_of[best_j]
-        rank_load[hot] -= step
-        rank_load[cold] += step
-        a = expert_of[best_i]
-        expert_of[best_i] = expert_of[best_j]
-        expert_of[best_j] = a
-        v = share_of[best_i]
-        share_of[best_i] = share_of[best_j]
-        share_of[best_j] = v
-
-
-@kernel
-def _next_random(state):
-    """One step of a 64-bit linear congruential generator (Knuth, MMIX); integers only, so equal on every machine."""
-    state[0] = state[0] * 6364136223846793005 + 1442695040888963407
-    return (state[0] >> 33) & 0x7FFFFFFF
-
-
-@kernel
-def busiest(rank_load, slowness, rank_first, rank_last):
-    """(rank, time) of the busiest of the ranks [rank_first, rank_last)."""
-    hot = rank_first
-    high = np.int64(-1)
-    for r in range(rank_first, rank_last):
-        v = rank_load[r] * slowness[r]
-        if v > high:
-            high = v
-            hot = r
-    return hot, high
-
-
-@kernel
-def measure(load, count, start, expert_of, share_of, rank_load):
-    """Write the load of every slot and rank from the counts."""
-    for r in range(start.size - 1):
-        total = np.int64(0)
-        for s in range(start[r], start[r + 1]):
-            e = expert_of[s]
-            share_of[s] = load[e] // count[e]
-            total += share_of[s]
-        rank_load[r] = total
-
-
-@kernel
-def _exchange(expert_of, share_of, rank_load, i, j, rank_i, rank_j):
-    step = share_of[i] - share_of[j]
-    rank_load[rank_i] -= step
-    rank_load[rank_j] += step
-    e = expert_of[i]
-    expert_of[i] = expert_of[j]
-    expert_of[j] = e
-    v = share_of[i]
-    share_of[i] = share_of[j]
-    share_of[j] = v
+        exchange(expert_of, share_of, rank_load, best_i, best_j, hot, cold)
 
 
 @kernel
@@ -151,16 +84,12 @@ def _best_allowed_partner(i, hot, count, start, rank_of, slowness, expert_of, sh
     """
     best = limit
     best_j = -1
-    a = expert_of[i]
     top = share_of[i]
     for j in range(low_slot, high_slot):
         q = rank_of[j]
         step = top - share_of[j]
         v = max((rank_load[hot] - step) * slowness[hot], (rank_load[q] + step) * slowness[q])
-        if v < best and q != hot:
-            b = expert_of[j]
-            if a == b or (count[a] > 1 and _holds(expert_of, start, q, a)) or (count[b] > 1 and _holds(expert_of, start, hot, b)):
-                continue
+        if v < best and q != hot and may_swap(i, j, hot, q, count, start, expert_of):
             best = v
             best_j = j
     return best, best_j
@@ -212,34 +141,12 @@ def descend(
         if best_i < 0:
             return hot
         other = rank_of[best_j]
-        _exchange(expert_of, share_of, rank_load, best_i, best_j, hot, other)
+        exchange(expert_of, share_of, rank_load, best_i, best_j, hot, other)
         for s in range(start[hot], start[hot + 1]):
             slot_load[s] = rank_load[hot]
         for s in range(start[other], start[other + 1]):
             slot_load[s] = rank_load[other]
         swaps += 1
-
-
-@kernel
-def replace_replica(load, count, start, rank_of, expert_of, share_of, rank_load, slot, expert):
-    """Turn `slot` into one more replica of `expert`; the expert that held it keeps its other replicas."""
-    old = expert_of[slot]
-    count[old] -= 1
-    count[expert] += 1
-    expert_of[slot] = expert
-    share_old = load[old] // count[old]
-    share_new = load[expert] // count[expert]
-    before = share_of[slot]
-    share_of[slot] = share_new
-    rank_load[rank_of[slot]] += share_new - before
-    for s in range(expert_of.size):
-        e = expert_of[s]
-        if e == old:
-            rank_load[rank_of[s]] += share_old - share_of[s]
-            share_of[s] = share_old
-        elif e == expert and s != slot:
-            rank_load[rank_of[s]] += share_new - share_of[s]
-            share_of[s] = share_new
 
 
 @kernel
@@ -280,14 +187,14 @@ def best_replacement(
             rise = load[f] // (count[f] - 1) - share_of[s]
             # The rank of the slot.
             worst = (rank_load[r] - share_of[s] + load[e] // (count[e] + 1)) * slowness[r]
-            if worst >= best or _holds(expert_of, start, r, e):
+            if worst >= best or holds(expert_of, start, r, e):
                 continue
             t = first_slot[f]
             while t >= 0 and worst < best:
                 q = rank_of[t]
                 if q != r:
                     v = rank_load[q] + rise
-                    if _holds(expert_of, start, q, e):
+                    if holds(expert_of, start, q, e):
                         v -= gain
                     if v * slowness[q] > worst:
                         worst = v * slowness[q]
@@ -296,7 +203,7 @@ def best_replacement(
             while t >= 0 and worst < best:
                 q = rank_of[t]
                 v = rank_load[q] - gain
-                if _holds(expert_of, start, q, f):
+                if holds(expert_of, start, q, f):
                     v += rise
                 if v * slowness[q] > worst:
                     worst = v * slowness[q]
@@ -399,21 +306,21 @@ def refine(load, count, start, rank_of, rank_first, rank_last, slowness, expert_
             measure(load, count, start, expert_of, share_of, rank_load)
             hot, high = busiest(rank_load, slowness, rank_first, rank_last)
         tried += 1
-        for _ in range(1 + _next_random(state) % 3):
+        for _ in range(1 + next_random(state) % 3):
             width = start[hot + 1] - start[hot]
-            i = start[hot] + _next_random(state) % width
-            j = low_slot + _next_random(state) % num_slots
+            i = start[hot] + next_random(state) % width
+            j = low_slot + next_random(state) % num_slots
             a = expert_of[i]
             b = expert_of[j]
             r = rank_of[j]
             if r == hot or a == b:
                 continue
-            if redundant and count[b] > 1 and _next_random(state) % 2 == 0:
-                if not _holds(expert_of, start, r, a):
+            if redundant and count[b] > 1 and next_random(state) % 2 == 0:
+                if not holds(expert_of, start, r, a):
                     replace_replica(load, count, start, rank_of, expert_of, share_of, rank_load, j, a)
                     continue
-            if (count[a] == 1 or not _holds(expert_of, start, r, a)) and (count[b] == 1 or not _holds(expert_of, start, hot, b)):
-                _exchange(expert_of, share_of, rank_load, i, j, hot, r)
+            if may_swap(i, j, hot, r, count, start, expert_of):
+                exchange(expert_of, share_of, rank_load, i, j, hot, r)
     expert_of[:] = best_expert_of
     count[:] = best_count
     return best

@@ -107,6 +107,16 @@ def replicate_sorted(load, order, num_slots, max_replicas, count, heap_value, he
 
 
 @kernel
+def largest_replica(load, order, count, replicated):
+    """Load of the heaviest replica, float64; arguments as for `sorted_items`."""
+    largest = 0.0
+    for k in range(min(replicated + 1, order.size)):
+        e = order[k]
+        largest = max(largest, load[e] / count[e])
+    return largest
+
+
+@kernel
 def sorted_items(load, order, count, replicated, item_expert, item_load):
     """Experts by the load of one replica, heaviest first: merges the replicated head of `order` with its tail.
 

@@ -7,7 +7,7 @@ partners are evaluated at once, window by window, over contiguous arrays.
 import numpy as np
 
 from .compiled import kernel
-from .refine import LOAD_SCALE, _holds, _next_random
+from .layer import count_replicas, holds, may_swap, next_random, scale_load, sum_of
 
 
 @kernel
@@ -86,16 +86,8 @@ def _best_swap(rank, best, count, start, rank_of, slowness, slot_slowness, exper
             cost[j] = 1 << 61
         if _lowest(cost) >= best:
             continue
-        a = expert_of[i]
         for j in range(slots):
-            if cost[j] < best:
-                b = expert_of[j]
-                if (
-                    a == b
-                    or (count[a] > 1 and _holds(expert_of, start, rank_of[j], a))
-                    or (count[b] > 1 and _holds(expert_of, start, rank, b))
-                ):
-                    continue
+            if cost[j] < best and may_swap(i, j, rank, rank_of[j], count, start, expert_of):
                 best = cost[j]
                 best_i = i
                 best_j = j
@@ -163,7 +155,7 @@ def _best_replacement(load, best, count, start, rank_of, slowness, expert_of, sh
             for s in range(slots):
                 f = expert_of[s]
                 r = rank_of[s]
-                if f == e or count[f] < 2 or r == hot or _holds(expert_of, start, r, e):
+                if f == e or count[f] < 2 or r == hot or holds(expert_of, start, r, e):
                     continue
                 total = np.int64(0)
                 for w in range(windows):
@@ -263,22 +255,22 @@ def refine_windows(load, count, start, rank_of, slowness, expert_of, target, kic
                 for s in range(slots):
                     slot_load[w, s] = rank_load[w, rank_of[s]]
         tried += 1
-        for _ in range(1 + _next_random(state) % 3):
-            w = _next_random(state) % windows
+        for _ in range(1 + next_random(state) % 3):
+            w = next_random(state) % windows
             hot = 0
             for r in range(ranks):
                 if rank_load[w, r] * slowness[r] > rank_load[w, hot] * slowness[hot]:
                     hot = r
-            i = start[hot] + _next_random(state) % (start[hot + 1] - start[hot])
-            j = _next_random(state) % slots
+            i = start[hot] + next_random(state) % (start[hot + 1] - start[hot])
+            j = next_random(state) % slots
             a = expert_of[i]
             b = expert_of[j]
             r = rank_of[j]
             if r == hot or a == b:
                 continue
-            if redundant and count[b] > 1 and _next_random(state) % 2 == 0 and not _holds(expert_of, start, r, a):
+            if redundant and count[b] > 1 and next_random(state) % 2 == 0 and not holds(expert_of, start, r, a):
                 _replace(load, count, rank_of, expert_of, share, rank_load, slot_load, j, a)
-            elif (count[a] == 1 or not _holds(expert_of, start, r, a)) and (count[b] == 1 or not _holds(expert_of, start, hot, b)):
+            elif may_swap(i, j, hot, r, count, start, expert_of):
                 _swap(i, j, rank_of, start, expert_of, share, rank_load, slot_load)
         now = _measure(load, count, start, slowness, expert_of, share, rank_load)
     expert_of[:] = best_expert_of
@@ -301,17 +293,12 @@ def plan_windows(load, weight, start, rank_of, slowness, total_slowness, toleran
     for layer in range(layers):
         sum_of_means = 0.0
         for w in range(windows):
-            total = 0.0
-            for e in range(experts):
-                total += load[w, layer, e]
-            factor = LOAD_SCALE * weight[w] / total if total > 0 else 0.0
-            for e in range(experts):
-                scaled[w, e] = np.int64(load[w, layer, e] * factor)
+            total = sum_of(load[w, layer])
+            # A window's total stands for its weight: the sum over windows is in units of one layer.
+            factor = scale_load(load[w, layer], total / weight[w] if weight[w] > 0 else 0.0, scaled[w])
             sum_of_means += total * factor / total_slowness
         if sum_of_means == 0.0:
             continue
-        count[:] = 0
-        for s in range(plan.shape[1]):
-            count[plan[layer, s]] += 1
+        count_replicas(plan[layer], count)
         target = np.int64(sum_of_means * (1.0 + tolerance))
         refine_windows(scaled, count, start, rank_of, slowness, plan[layer], target, kicks, seed + layer)
