@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from ..demo.server import Server, free_port
 from ..errors import PlacementError
 from ..strategies import get_strategy
 from .compare import Allowance, TaskComparison, compare
-from .harness import Examination, command, examine
+from .examiner import Candidate, Examination
+from .harness import Examiner
 from .results import TaskResult, read_results
 
 STOCK = "stock"
@@ -104,6 +106,7 @@ def run(
     examination: Examination,
     settings: ServerSettings,
     allowance: Allowance,
+    offline: bool,
     folder: Path,
     timeout: float,
     progress: Progress,
@@ -117,6 +120,7 @@ def run(
         examination: what is asked.
         settings: what the servers share.
         allowance: what may differ from stock.
+        offline: whether lm-eval must not ask the hub.
         folder: where logs and lm-eval's results go, a folder for each configuration.
         timeout: seconds that a server may take to start, and lm-eval to finish.
         progress: called with (what is being done, seconds, last line of output).
@@ -124,30 +128,31 @@ def run(
     Raises:
         PlacementError: when a server or lm-eval fails.
     """
-    # All command lines first: what an engine cannot be asked for is known before the first server starts.
-    ports = [free_port() for _ in wanted]
-    servers = [engine.command(model, port, configuration.placed, settings) for configuration, port in zip(wanted, ports)]
+    for configuration in wanted:
+        engine.command(model, 0, configuration.placed, settings)  # what it cannot be asked for is known before the first server starts
     runs: dict[str, Run] = {}
-    for configuration, port, (line, env) in zip(wanted, ports, servers):
-        what = f"{engine.name} {configuration.name}"
-        place = folder / configuration.name
-        place.mkdir(parents=True, exist_ok=True)
-        log = place / "server.log"
-        began = time.monotonic()
-        try:
-            with Server(line, port, env, log, timeout, lambda s, text, what=what: progress(f"starting {what}", s, text)) as server:
-                ready = time.monotonic()
-                asked = command(examination, server.url, "tiny", model, settings.max_model_len, place / "results")
-                examine(asked, examination.offline, place / "lm_eval.log", timeout, lambda s, text, what=what: progress(f"asking {what}", s, text))
-                ended = time.monotonic()
-                progress(f"stopping {what}", ended - began, "")
-        except PlacementError as error:
-            raise PlacementError(f"{what}: {error}") from None
-        placement = report_of_workers(log)
-        if configuration.placed is not None and not placement:
-            raise PlacementError(
-                f"{what}: no worker has reported a placement in force: `moe-placement doctor` says whether the engine fits; log in {log}"
-            )
-        runs[configuration.name] = Run(read_results(place / "results"), ready - began, ended - ready, placement)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Examiner(examination, offline, folder / "lm_eval.log", lambda s, text: progress("loading lm-eval", s, text)) as examiner:
+        for configuration in wanted:
+            port = free_port()
+            line, env = engine.command(model, port, configuration.placed, settings)
+            what = f"{engine.name} {configuration.name}"
+            log = folder / f"{configuration.name}.log"
+            # Its results are read as the only ones in their folder, which may be left from an earlier run.
+            results = Path(tempfile.mkdtemp(prefix=f"{configuration.name}-", dir=folder))
+            began = time.monotonic()
+            try:
+                with Server(line, port, env, log, timeout, lambda s, text, what=what: progress(f"starting {what}", s, text)) as server:
+                    ready = time.monotonic()
+                    candidate = Candidate(server.url, "tiny", str(model), settings.max_model_len, str(results), round(timeout))
+                    examiner.examine(candidate, timeout, lambda s, text, what=what: progress(f"asking {what}", s, text))
+                    ended = time.monotonic()
+                    progress(f"stopping {what}", ended - began, "")
+            except PlacementError as error:
+                raise PlacementError(f"{what}: {error}") from None
+            placement = report_of_workers(log)
+            if configuration.placed is not None and not placement:
+                raise PlacementError(f"{what}: no worker has reported a placement in force: see {log} and `moe-placement doctor`")
+            runs[configuration.name] = Run(read_results(results), ready - began, ended - ready, placement)
     stock, *others = (configuration.name for configuration in wanted)
     return Verdict(runs, {name: compare(runs[stock].tasks, runs[name].tasks, allowance) for name in others})

@@ -68,7 +68,7 @@ def accuracy(
     import tempfile
 
     from ..accuracy.compare import Allowance
-    from ..accuracy.harness import Examination, check
+    from ..accuracy.examiner import Examination
     from ..accuracy.run import configurations, run
     from ..accuracy.table import table, to_json
     from ..demo.engines import DEMO_ENGINES, ServerSettings
@@ -92,15 +92,17 @@ def accuracy(
     wanted = configurations([s.strip() for s in strategies.split(",") if s.strip()], tp, redundant, file)
     if len(wanted) == 1:
         raise PlacementError("--strategies is empty: name at least one, such as zigzag")
-    examination = Examination(tuple(t.strip() for t in tasks.split(",") if t.strip()), include_path, limit, num_fewshot, batch_size, not online)
-    check(examination)
+    names = tuple(t.strip() for t in tasks.split(",") if t.strip())
+    if not names:
+        raise PlacementError("--tasks is empty: name at least one task of lm-eval")
+    examination = Examination(names, None if include_path is None else str(include_path), limit, num_fewshot, batch_size)
     settings = ServerSettings(on_cpu, dtype, max_model_len, stock_tp, tuple(server_arg or ()))
     asked = {"score": max_score_difference, "answers": max_differing_answers, "logprob": logprob_tolerance}
     allowance = dataclasses.replace(Allowance.for_dtype(dtype), **{key: value for key, value in asked.items() if value is not None})
     out = console()
     with tempfile.TemporaryDirectory(prefix="moe-placement-verify-") as temporary, Progress(out) as progress:
         folder = keep or Path(temporary)
-        verdict = run(DEMO_ENGINES[name], model, wanted, examination, settings, allowance, folder, timeout, progress)
+        verdict = run(DEMO_ENGINES[name], model, wanted, examination, settings, allowance, not online, folder, timeout, progress)
     out.print(table(verdict))
     for strategy, run_of_it in verdict.runs.items():
         out.print(
