@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from moe_placement_plugin import Placement
-from moe_placement_plugin.moe import EpGroup, ExpertWeights, PlacedExperts, Routing, SharedExperts, StagedMoE, find_matmuls
+from moe_placement_plugin.moe import EpGroup, ExpertWeights, PlacedExperts, Routing, SharedExperts, StagedMoE, find_matmuls, route
 from moe_placement_plugin.placement import even_slots
 
 HIDDEN, INTERMEDIATE = 192, 32
@@ -121,3 +121,11 @@ def run(case: Case, group: EpGroup) -> torch.Tensor:
         case.embedding_chunks,
         case.tokens_per_rank if case.known_tokens else None,
     )
+
+
+def routed(case: Case, group: EpGroup) -> tuple[torch.Tensor, ...]:
+    """Rows, group sizes, local slots and weights of this rank after `route`."""
+    made = make(case)
+    placed = PlacedExperts.of(made.placement, 0, group.rank)
+    x, output, _ = route(made.xs[group.rank], made.logits[group.rank], made.routing, placed, group, case.use_ring)
+    return x, output.group_sizes, output.local_slots, output.weights

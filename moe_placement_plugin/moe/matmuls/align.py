@@ -9,9 +9,7 @@ from __future__ import annotations
 import torch
 
 
-def align_blocks(
-    slots: torch.Tensor, block_size: int, num_slots: int, keep_elsewhere: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def align_blocks(slots: torch.Tensor, block_size: int, num_slots: int, keep_elsewhere: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``moe_align_block_size`` of vLLM and SGLang. Waits for the device.
 
     Args:

@@ -30,9 +30,7 @@ class Matmuls(ABC):
         """``[rows, hidden]`` to gate and up ``[rows of the plan, 2 * intermediate]``."""
 
     @abstractmethod
-    def up_columns(
-        self, x: torch.Tensor, output: RouteOutput, plan: Any, w13: torch.Tensor, sums: torch.Tensor | None
-    ) -> torch.Tensor:
+    def up_columns(self, x: torch.Tensor, output: RouteOutput, plan: Any, w13: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
         """The same for some columns of the embedding, added to ``sums``, in float32 or wider.
 
         Args:

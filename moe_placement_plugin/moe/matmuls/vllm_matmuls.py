@@ -111,6 +111,4 @@ def _import_with_triton() -> None:
         finally:
             del backends["cpu"]
     if not sys.modules["vllm.triton_utils"].HAS_TRITON:
-        raise PlacementError(
-            "vLLM was imported without Triton in this process: find its matmuls (find_matmuls) before anything else imports vLLM"
-        )
+        raise PlacementError("vLLM was imported without Triton in this process: find its matmuls (find_matmuls) before anything else imports vLLM")
