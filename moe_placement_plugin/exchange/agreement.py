@@ -1,0 +1,208 @@
+"""How ranks agree, through a key-value store, that a chunk is staged everywhere, and who survived when it is not.
+
+A chunk's fate is one key that is written once (`compare_set`): ``commit`` by whoever sees that every rank has voted, or ``abort`` by
+whoever fails or waits too long. Whatever is written first holds for all. A rank votes only when all that the chunk brings it lies in
+its staging memory, so after ``commit`` every survivor can finish by itself, whoever dies; before it, no rank has touched a weight.
+
+The store must outlive the ranks: torchrun's and both engines' stores live in one process, and when that process is the one that dies no
+decision can be read any more; then every rank stops with `ExchangeLost`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PlacementError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from .plan import CommitMetadata
+
+VOTES_PER_WORD = 60
+"""Ranks whose votes share a counter: each adds a power of two of its own."""
+
+
+class ExchangeAborted(RuntimeError):
+    """The exchange stopped, and every survivor stopped at the same layer: layers are on the old or the new map, none is mixed.
+
+    Attributes:
+        reason: what went wrong, on the rank that noticed first.
+        metadata: which layers are on the new map; the same on all survivors.
+    """
+
+    def __init__(self, reason: str, metadata: CommitMetadata):
+        done, total = int(metadata.committed.sum()), metadata.committed.size
+        super().__init__(
+            f"expert exchange aborted with {done} of {total} layers on the new map, the others on the old: {reason}. "
+            "Make a group of the survivors and exchange from the placement in force (metadata.in_force())"
+        )
+        self.reason = reason
+        self.metadata = metadata
+
+
+class ExchangeLost(RuntimeError):
+    """The fate of a chunk cannot be known because the store is gone: this rank must stop and load its weights anew."""
+
+
+class Agreement:
+    """One exchange as seen from one rank.
+
+    Args:
+        store: shared by all ranks of the exchange and no smaller set.
+        epoch: number of the exchange, equal on all ranks and never used twice with this store.
+        rank, ranks: this EP rank, and all that take part.
+        timeout: seconds without the missing votes after which a rank aborts.
+        interrupted: asked while waiting; a reason ends the wait with an abort.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        epoch: int,
+        rank: int,
+        ranks: Sequence[int],
+        timeout: float,
+        interrupted: Callable[[], str | None] = lambda: None,
+    ):
+        from torch.distributed import PrefixStore
+
+        self._store = PrefixStore(f"moe-placement-exchange/{int(epoch)}", store)
+        self._epoch, self._rank, self._ranks, self._timeout = epoch, rank, tuple(ranks), timeout
+        self._interrupted = interrupted
+
+    def enter(self, digest: str) -> str | None:
+        """Make sure that all ranks carry out the same plan on tensors of the same layout.
+
+        Returns:
+            None, or why this rank must not go on.
+
+        Raises:
+            PlacementError: when this rank has used the epoch before.
+            ExchangeLost: when the store is gone.
+        """
+        if self._ask(lambda s: s.add(f"entered/{self._rank}", 1)) > 1:
+            raise PlacementError(f"exchange epoch {self._epoch} was used before: number exchanges, each number once")
+        first = self._ask(lambda s: s.compare_set("plan", "", digest)).decode()
+        if first == digest:
+            return None
+        return f"rank {self._rank} has another plan, or tensors of another layout, than the rank that came first"
+
+    def vote(self, chunk: int) -> str | None:
+        """Say that the chunk is staged here, and wait for its fate.
+
+        Returns:
+            None when the chunk is to be committed, else why not.
+
+        Raises:
+            ExchangeLost: when the store is gone.
+        """
+        if not self._add("vote", chunk):
+            return self._fate(self._propose(chunk, "commit"))
+        deadline = time.monotonic() + self._timeout
+        key = f"fate/{chunk}"
+        for decided in self._polled(key):
+            if decided:
+                break
+            reason = self._interrupted()
+            if reason is None and time.monotonic() > deadline:
+                reason = f"rank {self._rank} waited {self._timeout:g} s for ranks {self.missing(chunk)} to stage"
+            if reason is not None:
+                return self._fate(self._propose(chunk, f"abort: {reason}"))
+        return self._fate(self._ask(lambda s: s.get(key)).decode())
+
+    def abort(self, chunk: int, reason: str) -> str:
+        """Refuse a chunk that this rank has not voted for.
+
+        Returns:
+            The reason that holds, this one or an earlier one.
+
+        Raises:
+            ExchangeLost: when the store is gone.
+        """
+        return self._fate(self._propose(chunk, f"abort: {reason}")) or reason
+
+    def missing(self, chunk: int) -> list[int]:
+        """Ranks that have not voted for the chunk."""
+        return [r for r in self._ranks if not self._word("vote", chunk, r) >> (r % VOTES_PER_WORD) & 1]
+
+    def survivors(self, grace: float) -> tuple[int, ...]:
+        """Register as alive and learn who else is, the same answer for all; for after an abort.
+
+        Args:
+            grace: seconds in which ranks must have registered, counted from the first that asks. A rank that comes later is told.
+
+        Raises:
+            ExchangeLost: when the store is gone, or the others have gone on without this rank.
+        """
+        waits = self._add("alive", 0)
+        deadline = time.monotonic() + grace
+        for decided in self._polled("live"):
+            if decided or not waits or time.monotonic() > deadline:
+                break
+            waits = self._unset("alive", 0)
+        alive = [r for r in self._ranks if self._word("alive", 0, r) >> (r % VOTES_PER_WORD) & 1]
+        live = tuple(json.loads(self._ask(lambda s: s.compare_set("live", "", json.dumps(alive))).decode()))
+        if self._rank not in live:
+            raise ExchangeLost(f"ranks {list(live)} went on without rank {self._rank}, which answered too late: stop this rank")
+        return live
+
+    def forget(self, chunk: int) -> None:
+        """Delete the keys of a chunk whose fate every rank has read."""
+        self._ask(lambda s: s.delete_key(f"fate/{chunk}"))
+        for word in range(self._words):
+            self._ask(lambda s, word=word: s.delete_key(f"vote/{chunk}/{word}"))
+
+    @property
+    def _words(self) -> int:
+        return max(self._ranks) // VOTES_PER_WORD + 1
+
+    def _word(self, what: str, chunk: int, rank: int) -> int:
+        return self._ask(lambda s: s.add(f"{what}/{chunk}/{rank // VOTES_PER_WORD}", 0))
+
+    def _add(self, what: str, chunk: int) -> bool:
+        """Add this rank's bit; True while others are missing. Whoever adds the last bit sees all of them."""
+        key = f"{what}/{chunk}/{self._rank // VOTES_PER_WORD}"
+        self._ask(lambda s: s.add(key, 1 << self._rank % VOTES_PER_WORD))
+        return self._unset(what, chunk)
+
+    def _unset(self, what: str, chunk: int) -> bool:
+        for word in range(self._words):
+            wanted = sum(1 << r % VOTES_PER_WORD for r in self._ranks if r // VOTES_PER_WORD == word)
+            if wanted and self._ask(lambda s, word=word: s.add(f"{what}/{chunk}/{word}", 0)) != wanted:
+                return True
+        return False
+
+    def _propose(self, chunk: int, fate: str) -> str:
+        return self._ask(lambda s: s.compare_set(f"fate/{chunk}", "", fate)).decode()
+
+    @staticmethod
+    def _fate(written: str) -> str | None:
+        return None if written == "commit" else written.removeprefix("abort: ")
+
+    def _polled(self, key: str) -> Iterator[bool]:
+        """Whether the key is there yet, again and again, waiting a little longer each time.
+
+        Not `Store.wait`: it holds the store's lock, cannot be interrupted, and TCPStore logs a warning for every time-out.
+        """
+        pause = 100e-6
+        while True:
+            yield self._ask(lambda s: s.check([key]))
+            time.sleep(pause)
+            pause = min(1.5 * pause, 5e-3)
+
+    def _ask(self, call: Callable[[Any], Any]) -> Any:
+        try:
+            return call(self._store)
+        except RuntimeError as error:
+            raise _lost(error) from error
+
+
+def _lost(error: Exception) -> ExchangeLost:
+    return ExchangeLost(
+        f"the store that exchanges are agreed on does not answer ({str(error).splitlines()[0]}): what the other ranks have committed cannot be "
+        "known; stop this rank and load its weights anew"
+    )

@@ -1,0 +1,114 @@
+"""What the processes of the tests do: hold weights whose bytes name their expert, carry out an exchange, say what they hold then."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_placement_plugin.exchange.agreement import Agreement, ExchangeAborted
+from moe_placement_plugin.exchange.executor import Exchange
+from moe_placement_plugin.exchange.plan import ExchangePlan
+
+from .cases import expert_content
+
+SHAPES = (((5, 3), torch.float32), ((7,), torch.uint8), ((2, 4), torch.bfloat16), ((1,), torch.float8_e4m3fn))
+"""One slot of each tensor of a layer. Their bytes are random, so NaNs of all kinds are among them."""
+
+
+def expert_tensor(row: int, expert: int, parameter: int) -> torch.Tensor:
+    shape, dtype = SHAPES[parameter]
+    size = int(np.prod(shape)) * dtype.itemsize
+    content = expert_content(row, expert, parameter, size - parameter)
+    return torch.from_numpy(content.copy()).view(dtype).reshape(shape)
+
+
+def weights_of(placement, rank: int, slots: int) -> list[list[torch.Tensor]]:
+    """This rank's tensors of each layer; the first in a transposed layout, spare slots zero."""
+    result = []
+    for row in range(placement.num_layers):
+        tensors = []
+        for parameter, (shape, dtype) in enumerate(SHAPES):
+            tensor = torch.zeros((slots, *shape[::-1]), dtype=dtype).transpose(1, 2) if parameter == 0 else torch.zeros((slots, *shape), dtype=dtype)
+            for slot, expert in enumerate(placement.local_experts(row, rank).tolist()):
+                tensor[slot] = expert_tensor(row, expert, parameter)
+            tensors.append(tensor)
+        result.append(tensors)
+    return result
+
+
+def as_bytes(weights: list[list[torch.Tensor]]) -> list[list[np.ndarray]]:
+    return [[t.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy() for t in tensors] for tensors in weights]
+
+
+class Reader:
+    """Makes experts up as the checkpoint would hold them, and notes which were asked for."""
+
+    def __init__(self):
+        self.asked: list[tuple[int, int]] = []
+
+    def read(self, layer, expert, out) -> int:
+        self.asked.append((layer, expert))
+        for parameter, tensor in enumerate(out):
+            tensor.copy_(expert_tensor(layer, expert, parameter))
+        return sum(t.nbytes for t in out)
+
+
+def exchange(rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_layer: bool = False):
+    """Carry the plan out; (bytes of all weights, what was read from the checkpoint, report)."""
+    slots = max(plan.old.slots_per_rank[rank], plan.new.slots_per_rank[rank])
+    weights = weights_of(plan.old, rank, slots)
+    reader = Reader()
+    alive = rank in plan.live_ranks
+    group = dist.new_group(list(plan.live_ranks)) if len(plan.live_ranks) < world else None
+    if not alive:
+        return None
+    given = dict(zip(plan.new.layer_ids, weights)) if by_layer else weights
+    found = Exchange(plan, given, group, epoch=1, store=store, reader=reader, timeout=20, **limits)
+    report = found.run()
+    assert found.metadata.complete
+    return as_bytes(weights), reader.asked, report
+
+
+def die_at(event: int) -> list[int]:
+    """Kill this process when it is about to do its ``event``-th piece of an exchange: a store call, a round, the copy of a tensor.
+
+    Returns:
+        A list whose only entry counts them.
+    """
+    seen = [0]
+
+    def counted(call):
+        def wrapper(*args, **kwargs):
+            seen[0] += 1
+            if seen[0] == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    Agreement._ask = counted(Agreement._ask)
+    dist.batch_isend_irecv = counted(dist.batch_isend_irecv)
+    torch.Tensor.copy_ = counted(torch.Tensor.copy_)
+    return seen
+
+
+def exchange_with_a_death(rank: int, world: int, store, plan: ExchangePlan, victim: int, event: int, limits: dict, timeout: float = 2.0):
+    """Carry the plan out while ``victim`` dies at ``event`` (0: somebody else kills it).
+
+    Returns:
+        (bytes of all weights, committed layers, survivors or None when nothing was noticed, reason, events counted).
+    """
+    weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+    found = Exchange(plan, weights, epoch=1, store=store, reader=Reader(), timeout=timeout, **limits)
+    seen = die_at(event if rank == victim else 0)
+    store.add("ready", 1)
+    try:
+        found.run()
+    except ExchangeAborted as aborted:
+        # The others are known only after their time to notice.
+        return as_bytes(weights), aborted.metadata.committed, found.survivors(0.5), aborted.reason, seen[0]
+    return as_bytes(weights), found.metadata.committed, None, "", seen[0]

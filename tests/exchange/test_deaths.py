@@ -1,0 +1,100 @@
+"""Ranks that die in the middle: real processes, ended by SIGKILL at random points.
+
+Whatever the moment, every survivor must hold, layer by layer, the old map or the new one as a whole, the same layers on all survivors; or,
+when it stops with an error, the error must say so. 240 trials in all: 24 here, the others with the mark `engine`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from moe_placement_plugin.exchange.plan import plan_exchange
+
+from .cases import drifted, random_placement
+from .test_executor import check_weights
+
+WORLD = 5
+LAYERS = 6
+
+
+def make_plan(rng):
+    old = random_placement(rng, LAYERS, 12, [4] * WORLD)
+    new = drifted(rng, old, share=0.4) if rng.random() < 0.5 else random_placement(rng, LAYERS, 12, [4] * WORLD)
+    return plan_exchange(old, new)
+
+
+def check_survivors(plan, results, victim: int | None) -> str:
+    """What became of the exchange: the number of layers on the new map, or ``complete``."""
+    survivors = [rank for rank in range(WORLD) if results[rank] is not None]
+    assert set(range(WORLD)) - set(survivors) <= {victim}
+    committed = results[survivors[0]][1]
+    for rank in survivors:
+        weights, done, live, reason, _ = results[rank]
+        assert (done == committed).all(), f"rank {rank} differs from rank {survivors[0]}"
+        check_weights(weights, plan.new, rank, np.flatnonzero(done).tolist())
+        check_weights(weights, plan.old, rank, np.flatnonzero(~done).tolist())
+        if not done.all():
+            assert list(live) == survivors, (live, survivors, reason)
+            assert reason
+    return "complete" if committed.all() else f"{int(committed.sum())} layers"
+
+
+def trial(ranks, number: int) -> tuple[str, bool]:
+    """One exchange with a death; (what became of it, whether the victim died in it)."""
+    from .ranks import exchange_with_a_death
+
+    rng = np.random.default_rng([7, number])
+    plan = make_plan(rng)
+    victim = int(rng.integers(WORLD))
+    limits = [{"max_layers": 1}, {"max_layers": 2}, {}][number % 3]
+    # Half of the victims are killed from outside at a random time, half kill themselves at a random piece of work.
+    event = int(rng.integers(1, [90, 70, 50][number % 3])) if number % 2 else 0
+    delay = float(rng.uniform(0, 0.06))
+
+    def kill(processes, store):
+        if event:
+            return
+        while store.add("ready", 0) < WORLD:
+            time.sleep(0.001)
+        time.sleep(delay)
+        os.kill(processes[victim].pid, signal.SIGKILL)
+
+    results = ranks.run(exchange_with_a_death, WORLD, plan, victim, event, limits, meanwhile=kill)
+    return check_survivors(plan, results, victim), results[victim] is None
+
+
+def run_trials(ranks, numbers) -> None:
+    # A trial mostly waits for its survivors to find each other.
+    with ThreadPoolExecutor(3) as pool:
+        outcomes = list(pool.map(lambda number: trial(ranks, number), numbers))
+    died = sum(dead for _, dead in outcomes)
+    kinds = {kind for kind, dead in outcomes if dead}
+    print(f"{died} of {len(outcomes)} victims died in the exchange; {sorted(kinds)}")
+    # Deaths must be spread over the exchange: before its beginning or after its end they would prove nothing.
+    assert died >= 0.6 * len(outcomes)
+    assert len(kinds) >= 3
+
+
+def test_nobody_dies(ranks):
+    from .ranks import exchange_with_a_death
+
+    plan = make_plan(np.random.default_rng(0))
+    results = ranks.run(exchange_with_a_death, WORLD, plan, 0, 0, {"max_layers": 1})
+    assert check_survivors(plan, results, None) == "complete"
+
+
+def test_a_death_at_random(ranks):
+    run_trials(ranks, range(24))
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("first", range(24, 240, 36))
+def test_more_deaths_at_random(ranks, first):
+    run_trials(ranks, range(first, first + 36))
