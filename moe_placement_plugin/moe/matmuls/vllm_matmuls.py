@@ -95,20 +95,26 @@ class VllmMatmuls(EngineMatmuls):
 
 
 def _import_with_triton() -> None:
-    """Import vLLM's kernels as Triton's, also into its CPU build.
+    """Import vLLM's kernels as Triton's on a machine without a GPU.
 
-    That build puts stand-ins in Triton's place unless Triton has a back end called cpu. The interpreter needs no back end.
+    vLLM puts stand-ins in Triton's place unless exactly one of Triton's back ends has an active driver, and its CPU build
+    unless one is called cpu as well. The interpreter needs neither.
 
     Raises:
         PlacementError: when the stand-ins are there already.
     """
     from triton.backends import backends
 
-    if "vllm.triton_utils" not in sys.modules and "cpu" not in backends:
-        backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    if "vllm.triton_utils" not in sys.modules:
+        driven = any(backend.driver.is_active() for backend in backends.values())
+        shown = {"cpu": False} if driven else {"cpu": False, "interpreter": True}
+        shown = {name: active for name, active in shown.items() if name not in backends}
+        for name, active in shown.items():
+            backends[name] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda active=active: active), compiler=None)
         try:
             import vllm.triton_utils  # noqa: F401
         finally:
-            del backends["cpu"]
+            for name in shown:
+                del backends[name]
     if not sys.modules["vllm.triton_utils"].HAS_TRITON:
         raise PlacementError("vLLM was imported without Triton in this process: find its matmuls (find_matmuls) before anything else imports vLLM")
