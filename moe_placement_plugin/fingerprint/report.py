@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ..errors import PlacementError
 from .compare import ExpertDigests, LayerDigests, RankDigests, alike, check_experts, check_replicas, expert_digests
 from .digests import layer_digests
 
@@ -49,11 +51,11 @@ class Pass:
         self.seconds += time.perf_counter() - began
 
 
-def gather(mine: RankDigests, group: Any, size: int) -> list[RankDigests]:
-    """Digests of every EP rank, in their order.
+def gather(mine: Any, group: Any, size: int) -> list[Any]:
+    """What every rank has, in the ranks' order.
 
     Args:
-        mine: of this rank.
+        mine: picklable value of this rank.
         group: a torch.distributed group that carries CPU objects.
         size: ranks in it.
     """
@@ -64,6 +66,33 @@ def gather(mine: RankDigests, group: Any, size: int) -> list[RankDigests]:
     found: list[Any] = [None] * size
     torch.distributed.all_gather_object(found, mine, group=group)
     return found
+
+
+def digest_ranks(measure: Callable[[], Pass], group: Any, size: int) -> tuple[Pass, list[RankDigests]]:
+    """Digest this rank's slots and share what was found.
+
+    A rank that cannot digest its slots tells the others, so that all stop with its reason instead of waiting for it.
+
+    Args:
+        measure: digests this rank's slots.
+        group: a torch.distributed group that carries CPU objects.
+        size: ranks in it.
+
+    Returns:
+        (this rank's pass, digests of every EP rank in their order).
+
+    Raises:
+        PlacementError: on every rank alike, when one of them could not digest its slots.
+    """
+    try:
+        mine, error = measure(), None
+    except PlacementError as caught:
+        mine, error = Pass(), str(caught)
+    found = gather((mine.layers, error), group, size)
+    for rank, (_, reason) in enumerate(found):
+        if reason is not None:
+            raise PlacementError(f"EP rank {rank}: {reason}")
+    return mine, [layers for layers, _ in found]
 
 
 def verify(

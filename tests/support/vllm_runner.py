@@ -3,7 +3,7 @@
     python -m tests.support.vllm_runner CASES.json RESULTS.json
 
 A case is {"name", "engine": {LLM arguments}} and, at will, "env": {...}, "prompts": [...], "probe" (what the
-plugin did in every worker), "profile" (operators of one more answer), "sabotage" (answers once more after
+plugin did in every worker), "faults" (corrupts weights and checks), "profile" (operators of one more answer), "sabotage" (answers once more after
 the expert maps were broken). Results are written after each case, so that a crash loses only the running one.
 """
 
@@ -36,8 +36,8 @@ def probe(worker) -> dict:
     import numpy as np
 
     try:
-        from moe_placement_plugin.engines.vllm.patches import load_set, patch_set
         from moe_placement_plugin.engines.vllm.layers import routed_layers
+        from moe_placement_plugin.engines.vllm.patches import load_set, patch_set
     except ImportError:
         return {}
     model = worker.model_runner.model
@@ -69,6 +69,63 @@ def sabotage(worker) -> None:
     for layer in routed_layers(worker.model_runner.model).values():
         here = layer._expert_map >= 0
         layer._expert_map[here] = layer._expert_map[here].roll(1)
+
+
+def try_fault(worker, name: str) -> dict:
+    """Runs in every worker: corrupt one rank's weights, check, put them back, check again.
+
+    Returns:
+        {"message": what the check said, None when it saw nothing; "after": the same once all is put back}.
+    """
+    import torch
+
+    from moe_placement_plugin.engines.vllm import verify
+    from moe_placement_plugin.engines.vllm.layers import routed_layers
+    from tests.support import faults
+
+    layers = list(routed_layers(worker.model_runner.model).values())
+
+    def check() -> str | None:
+        try:
+            verify.recheck(worker)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    if name == "prepare":
+        for layer in layers:
+            faults.attach(layer, layer.local_num_experts)
+        faults.prepare(dict(layers[2].named_parameters()), 3)
+        verify.verify_loaded(worker.model_runner.model, None)
+        return {"message": check()}
+    layer, other = ({**dict(one.named_parameters()), **dict(one.named_buffers())} for one in (layers[2], layers[1]))
+    maps = layer["_expert_map"], layers[2].expert_map_manager
+    tensors = {n: t for n, t in layer.items() if n.startswith("w")}
+    kept = {n: t.detach().clone() for n, t in tensors.items()}
+    kept_map = maps[0].clone()
+    first = worker.model_runner.model is not None and maps[1].ep_rank == 1
+    if first:
+        with torch.no_grad():
+            if name == "map changed without moving weights":
+                here = maps[0] >= 0
+                maps[1].expert_map[here] = maps[1].expert_map[here].roll(1)
+            elif name == "two ranks claim one expert":
+                maps[1].expert_map.copy_(kept_map.roll(1))
+            elif name == "tensor as long as the model has experts":
+                layers[2].register_buffer("w13_input_scale", torch.arange(30.0), persistent=False)
+            elif name == "tensor lost":
+                del layers[2]._buffers["w2_bias"]
+            else:
+                faults.WEIGHT_FAULTS[name](tensors, other, 3, 7)
+    message = check()
+    if first:
+        layers[2]._buffers.pop("w13_input_scale", None)
+        layers[2]._buffers["w2_bias"] = tensors["w2_bias"]
+        with torch.no_grad():
+            maps[1].expert_map.copy_(kept_map)
+            for n, tensor in tensors.items():
+                tensor.copy_(kept[n])
+    return {"message": message, "after": check()}
 
 
 def generate(llm, prompts: list[str]) -> list[dict]:
@@ -106,6 +163,9 @@ def run(case: dict) -> dict:
         llm.collective_rpc(start_profile)
         generate(llm, prompts[:1])
         result["operators"] = llm.collective_rpc(stop_profile)
+    if "faults" in case:
+        llm.collective_rpc(try_fault, args=("prepare",))
+        result["faults"] = {name: llm.collective_rpc(try_fault, args=(name,)) for name in case["faults"]}
     if "sabotage" in case:
         llm.collective_rpc(sabotage)
         result["sabotaged"] = generate(llm, prompts)

@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.engines.vllm import cpu, kernels, static  # noqa: E402
+from moe_placement_plugin.engines.vllm import cpu, kernels, loaded, static  # noqa: E402
 from moe_placement_plugin.engines.vllm.settings import PlacementSettings  # noqa: E402
 from tests.support.children import python, run_child  # noqa: E402
 

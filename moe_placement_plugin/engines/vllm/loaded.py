@@ -9,6 +9,7 @@ import numpy as np
 
 from ...errors import PlacementError
 from ..patching import Patch
+from .filled import check_filled
 from .kernels import check_experts
 from .layers import routed_layers
 from .settings import PlacementSettings, layer_id_of, settings_of
@@ -59,6 +60,7 @@ def _report(layers: dict[str, Any], settings: PlacementSettings, whole: bool) ->
         rank, ranks = manager.ep_rank, manager.ep_size
         if plan is None or ranks == 1:
             continue
+        check_filled(layer)
         use_tables = manager.moe_parallel_config.needs_round_robin_routing_tables
         check_experts(layer.quant_method, use_tables, name)
         expected = settings.expert_map(layer_id_of(name), manager.global_num_experts, ranks, rank)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...errors import PlacementError
 from ..patching import Patch
+from .filled import filled_patches, watch
 from .kernels import check_experts
 from .settings import PlacementSettings, current_settings, layer_id_of
 
@@ -124,8 +125,16 @@ def _routed_experts_init(original):
             check_experts(
                 self.quant_method, expert_map_manager.moe_parallel_config.needs_round_robin_routing_tables, layer_name
             )
+            watch(self, _in_order(settings, layer_name, expert_map_manager))
 
     return __init__
+
+
+def _in_order(settings: PlacementSettings, layer_name: str, manager: Any) -> bool:
+    """Whether the slots of this rank hold consecutive experts, so that rows may be copied in bulk."""
+    expert_map = settings.expert_map(layer_id_of(layer_name), manager.global_num_experts, manager.ep_size, manager.ep_rank)
+    local = np.flatnonzero(expert_map >= 0)
+    return bool((np.diff(local) == 1).all() and (np.diff(expert_map[local]) == 1).all())
 
 
 def _compute_local_expert_ids(original):
@@ -190,4 +199,5 @@ def static_patches() -> list[Patch]:
             why="the filter has one set of experts for the whole model, a plan one per layer",
             removable_when="the filter reads the layers' own maps",
         ),
+        *filled_patches(),
     ]  # fmt: skip

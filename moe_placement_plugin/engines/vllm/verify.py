@@ -8,13 +8,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from ...errors import PlacementError
 from ...fingerprint.compare import ExpertDigests, RankDigests, check_experts, expert_digests
-from ...fingerprint.report import RESTORE, Pass, gather, verify
+from ...fingerprint.report import RESTORE, Pass, digest_ranks, verify
 from ...fingerprint.slots import expert_tensors
-from .layers import routed_layers
+from .layers import routed_layers, slot_experts
 from .settings import KEY, layer_id_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
@@ -24,26 +22,6 @@ _NO_WEIGHTS = frozenset(
     ("_expert_map", "expert_map", "expert_mask", "e_score_correction_bias", "expert_global_to_physical", "expert_physical_to_global",
      "expert_local_to_global")
 )  # fmt: skip
-
-
-def slot_experts(layer: Any) -> np.ndarray:
-    """Logical expert of each slot of this rank, int32 ``[slots]``; -1 for a slot that no expert maps to.
-
-    Fused shared experts, which every rank holds, are numbered from the number of logical experts on.
-
-    Args:
-        layer: a ``RoutedExperts``.
-    """
-    manager = layer.expert_map_manager
-    slots = layer.local_num_experts
-    experts = np.full(slots, -1, dtype=np.int32)
-    if manager.expert_map is None:
-        experts[:] = np.arange(slots)
-        return experts
-    table = manager.expert_map.cpu().numpy()
-    for expert in np.flatnonzero(table >= 0).tolist():
-        experts[table[expert]] = expert
-    return experts
 
 
 def digest_model(model: Any) -> Pass:
@@ -56,18 +34,22 @@ def digest_model(model: Any) -> Pass:
     for row, (name, layer) in enumerate(routed_layers(model).items()):
         experts = slot_experts(layer)
         every = frozenset((layer.global_num_experts, layer.expert_map_manager.global_num_experts))
-        tensors = expert_tensors(layer, experts.size, every, _NO_WEIGHTS, name)
+        ignore = _NO_WEIGHTS
+        if getattr(layer.quant_method, "use_global_sf", False):
+            # Activation scales of all experts, which the kernel reduces to one before it reads them.
+            ignore |= {"w13_input_scale", "w2_input_scale"}
+        tensors = expert_tensors(layer, experts.size, every, ignore, name)
         layer_id = layer_id_of(name)
         # A draft model's layers have no number of their own: they follow those of the model.
         result.add(-1 - row if layer_id is None else layer_id, experts, tensors)
     return result
 
 
-def _ranks(mine: RankDigests) -> list[RankDigests]:
+def _digest_ranks(model: Any) -> tuple[Pass, list[RankDigests]]:
     from vllm.distributed import parallel_state
 
     group = parallel_state.get_ep_group()
-    return gather(mine, group.cpu_group, group.world_size)
+    return digest_ranks(lambda: digest_model(model), group.cpu_group, group.world_size)
 
 
 def clean_load(load: Callable, loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> ExpertDigests:
@@ -90,7 +72,7 @@ def clean_load(load: Callable, loader: Any, vllm_config: Any, model_config: Any,
         if isinstance(value, (dict, list, set)):
             setattr(clean.compilation_config, name, copy.copy(value))
     model = load(loader, clean, model_config, *args, **kwargs)
-    found = expert_digests(_ranks(digest_model(model).layers))
+    found = expert_digests(_digest_ranks(model)[1])
     del model
     gc.collect()
     import torch
@@ -108,9 +90,9 @@ def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
     layers = routed_layers(model)
     if not layers:
         return
-    mine = digest_model(model)
+    mine, ranks = _digest_ranks(model)
     experts = max(layer.expert_map_manager.global_num_experts for layer in layers.values())
-    expected = verify(mine, _ranks(mine.layers), experts, clean, logger)
+    expected = verify(mine, ranks, experts, clean, logger)
     object.__setattr__(model, _EXPECTED, expected)
 
 
@@ -130,6 +112,6 @@ def recheck(worker: Any) -> int:
     expected = getattr(model, _EXPECTED, None)
     if expected is None:
         raise PlacementError("nothing to compare with: the server was started with --expert-placement-verify off")
-    mine = digest_model(model)
-    check_experts(expected, _ranks(mine.layers), "expert weights have changed while serving", RESTORE)
+    mine, ranks = _digest_ranks(model)
+    check_experts(expected, ranks, "expert weights have changed while serving", RESTORE)
     return mine.num_slots
