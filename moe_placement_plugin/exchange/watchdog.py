@@ -36,7 +36,7 @@ class WaitingFor:
     def __str__(self) -> str:
         layers = f"layers {self.layers[0]}..{self.layers[-1]}" if len(self.layers) > 1 else f"layer {self.layers[0]}" if self.layers else ""
         parts = [self.step, layers, "" if self.round is None else f"round {self.round}"]
-        parts += [f"ranks {list(self.peers)}" if self.peers else "", f"{self.bytes / 1e6:.3f} MB" if self.bytes else ""]
+        parts += [f"ranks {list(self.peers)}" if self.peers else "", f"{self.bytes:,} bytes" if self.bytes else ""]
         return ", ".join(part for part in parts if part)
 
 

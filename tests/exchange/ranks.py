@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from moe_placement_plugin.exchange.agreement import Agreement, ExchangeAborted
+from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.exchange.agreement import Agreement, ExchangeAborted, ExchangeLost
 from moe_placement_plugin.exchange.executor import Exchange
-from moe_placement_plugin.exchange.plan import ExchangePlan
+from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
+from moe_placement_plugin.exchange.recovery import place_lost
+from moe_placement_plugin.exchange.watchdog import Watchdog
 
 from .cases import expert_content
 
@@ -112,3 +116,93 @@ def exchange_with_a_death(rank: int, world: int, store, plan: ExchangePlan, vict
         # The others are known only after their time to notice.
         return as_bytes(weights), aborted.metadata.committed, found.survivors(0.5), aborted.reason, seen[0]
     return as_bytes(weights), found.metadata.committed, None, "", seen[0]
+
+
+def start(rank: int, store, plan: ExchangePlan, weights, **more) -> Exchange:
+    return Exchange(plan, weights, store=store, **({"epoch": 1, "reader": Reader(), "timeout": 10, "max_layers": 1} | more))
+
+
+def outcome(found: Exchange, weights):
+    """(bytes of all weights, committed layers, reason) of an exchange that may be aborted."""
+    try:
+        found.run()
+    except ExchangeAborted as aborted:
+        return as_bytes(weights), aborted.metadata.committed, aborted.reason
+    return as_bytes(weights), found.metadata.committed, ""
+
+
+def with_another_plan(rank: int, world: int, store, plan: ExchangePlan, other: ExchangePlan):
+    weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+    return outcome(start(rank, store, other if rank == 1 else plan, weights), weights)
+
+
+class FailingReader(Reader):
+    def read(self, layer, expert, out) -> int:
+        if layer == 1:
+            raise OSError(f"disk is gone, layer {layer}")
+        return super().read(layer, expert, out)
+
+
+def with_a_failing_reader(rank: int, world: int, store, plan: ExchangePlan):
+    group = dist.new_group(list(plan.live_ranks))
+    if rank not in plan.live_ranks:
+        return None
+    weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+    return outcome(start(rank, store, plan, weights, group=group, reader=FailingReader()), weights)
+
+
+def twice_with_one_epoch(rank: int, world: int, store, plan: ExchangePlan, back: ExchangePlan):
+    weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+    start(rank, store, plan, weights).run()
+    try:
+        start(rank, store, back, weights).run()
+    except PlacementError as error:
+        refused = str(error)
+    start(rank, store, back, weights, epoch=2).run()
+    return as_bytes(weights), refused
+
+
+def with_a_rank_that_hangs(rank: int, world: int, store, plan: ExchangePlan, hangs: int):
+    weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+    said: list[str] = []
+    watchdog = Watchdog(0.2, 0.7, report=said.append)
+    found = start(rank, store, plan, weights, watchdog=watchdog)
+    if rank == hangs:
+        time.sleep(1.5)
+    return *outcome(found, weights), said
+
+
+def after_the_store_is_gone(rank: int, world: int, store, plan: ExchangePlan):
+    """Rank 0 holds the store of the agreement, and dies when the first chunk is committed."""
+    if rank == 0:
+        own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store.set("port", str(own.port))
+    else:
+        own = dist.TCPStore("127.0.0.1", int(store.get("port")), is_master=False, wait_for_workers=False)
+    weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+    try:
+        for _ in start(rank, own, plan, weights).steps():
+            if rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    except ExchangeLost as error:
+        return str(error)
+    return "not noticed"
+
+
+def recovering(rank: int, world: int, store, plan: ExchangePlan, victim: int):
+    """A death after the second chunk; the survivors go on by themselves, to a placement without the dead rank."""
+    weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+    found = start(rank, store, plan, weights)
+    try:
+        for number, _ in enumerate(found.steps()):
+            if rank == victim and number == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    except ExchangeAborted as aborted:
+        live = found.survivors(0.5)
+        in_force = aborted.metadata.in_force()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=live.index(rank), world_size=len(live))
+    reader = Reader()
+    after = plan_exchange(in_force, place_lost(in_force, live), live_ranks=live)
+    start(rank, store, after, weights, epoch=2, reader=reader).run()
+    return as_bytes(weights), in_force, live, reader.asked

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -63,7 +64,8 @@ def trial(ranks, number: int) -> tuple[str, bool]:
         while store.add("ready", 0) < WORLD:
             time.sleep(0.001)
         time.sleep(delay)
-        os.kill(processes[victim].pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has finished already
+            os.kill(processes[victim].pid, signal.SIGKILL)
 
     results = ranks.run(exchange_with_a_death, WORLD, plan, victim, event, limits, meanwhile=kill)
     return check_survivors(plan, results, victim), results[victim] is None
