@@ -83,13 +83,11 @@ class SglangMatmuls(EngineMatmuls):
 
 
 def publish_arguments() -> None:
-    """Let SGLang's choice of tiles run outside a server: since 0.5.20 it reads the server's arguments."""
+    """Let SGLang's choice of tiles run outside a server: it reads the server's arguments."""
+    from sglang.srt.runtime_context import get_server_args
+
     try:
-        from sglang.srt.runtime_context import get_exec
-    except ImportError:
-        return  # older: reads none
-    try:
-        get_exec()
+        get_server_args()
     except ValueError:
         from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
