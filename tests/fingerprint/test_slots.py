@@ -1,0 +1,53 @@
+"""Which tensors of a layer are the experts'."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_placement_plugin import PlacementError
+
+torch = pytest.importorskip("torch", reason="torch comes with an engine")
+from moe_placement_plugin.fingerprint.slots import expert_tensors  # noqa: E402
+
+IGNORE = frozenset({"expert_map"})
+
+
+def layer(**buffers):
+    module = torch.nn.Module()
+    module.w13_weight = torch.nn.Parameter(torch.randn(4, 6, 2))
+    for name, tensor in {"expert_map": torch.arange(8), **buffers}.items():
+        module.register_buffer(name, tensor)
+    return module
+
+
+def found(module):
+    return set(expert_tensors(module, 4, frozenset({8, 9}), IGNORE, "layer 1"))
+
+
+def test_every_tensor_with_a_row_for_each_slot_counts():
+    module = layer(scale=torch.ones(4), zero=torch.zeros(4, 3, dtype=torch.uint8), shared=torch.ones(1), scalar=torch.tensor(1.0))
+    assert found(module) == {"w13_weight", "scale", "zero"}
+
+
+def test_what_a_kernel_keeps_beside_the_module_counts_once():
+    method = type("Method", (), {"__module__": "vllm.x"})()
+    config = type("Config", (), {"__module__": "vllm.y"})()
+    method.config, config.method = config, method  # a cycle
+    config.w1_scale = torch.ones(4, 2)
+    module = layer()
+    config.again = module.w13_weight
+    module.quant_method = method
+    assert found(module) == {"w13_weight", "quant_method.config.w1_scale"}
+
+
+def test_a_tensor_as_long_as_the_model_has_experts_is_refused_unless_all_rows_agree():
+    assert found(layer(scale=torch.ones(8))) == {"w13_weight"}
+    with pytest.raises(PlacementError, match="layer 1: scale has 8 rows, one for every expert of the model, where this rank has 4 slots"):
+        found(layer(scale=torch.arange(8.0)))
+
+
+def test_a_layer_without_rows_for_slots_is_refused():
+    module = torch.nn.Module()
+    module.packed = torch.nn.Parameter(torch.randn(3, 5))
+    with pytest.raises(PlacementError, match=r"none of its tensors has a row for each of the 4 slots \(\{'packed': \(3, 5\)\}\)"):
+        found(module)
