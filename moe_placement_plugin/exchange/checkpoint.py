@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,24 +165,21 @@ def hugging_face_experts(checkpoint: Checkpoint) -> Callable[[int, int], Mapping
     for name in checkpoint.names:
         if found := single.match(name):
             before, between, gate = found.groups()
-            which = PROJECTIONS["gate"].index(gate)
-
-            def locate(layer: int, expert: int) -> Mapping[str, Source]:
-                return {role: Source(f"{before}{layer}{between}{expert}.{names[which]}.weight") for role, names in PROJECTIONS.items()}
-
-            return locate
+            return partial(_single, before, between, PROJECTIONS["gate"].index(gate))
         if found := fused.match(name):
-            before, between, suffix = found.group(1), found.group(2), found.group(3) or ""
-
-            def locate_fused(layer: int, expert: int) -> Mapping[str, Source]:
-                start = f"{before}{layer}{between}"
-                return {"gate_up": Source(f"{start}gate_up_proj{suffix}", expert), "down": Source(f"{start}down_proj{suffix}", expert)}
-
-            return locate_fused
+            return partial(_fused, found.group(1), found.group(2), found.group(3) or "")
     raise PlacementError(
         f"{checkpoint.path} names no experts in a known way (layers.N.*.experts.E.gate_proj.weight, .w1.weight or experts.gate_up_proj): "
         "give a mapping of its names"
     )
+
+
+def _single(before: str, between: str, which: int, layer: int, expert: int) -> Mapping[str, Source]:
+    return {role: Source(f"{before}{layer}{between}{expert}.{names[which]}.weight") for role, names in PROJECTIONS.items()}
+
+
+def _fused(before: str, between: str, suffix: str, layer: int, expert: int) -> Mapping[str, Source]:
+    return {name: Source(f"{before}{layer}{between}{name}_proj{suffix}", expert) for name in ("gate_up", "down")}
 
 
 def fill_gate_up_down(found: Mapping[str, torch.Tensor], out: Sequence[torch.Tensor]) -> None:
