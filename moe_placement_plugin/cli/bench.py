@@ -19,13 +19,9 @@ def bench() -> None:
 def planner(
     traces: Annotated[list[Path] | None, typer.Option("--trace", help="Recorded load, or a folder of them; repeat.")] = None,
     tokens: Annotated[list[Path] | None, typer.Option("--tokens", help="Token-level trace (.npz with topk_ids); repeat.")] = None,
-    suite: Annotated[
-        list[str] | None, typer.Option("--suite", help="traces, synthetic, moves, workloads, locality or coactivation; repeat.")
-    ] = None,
+    suite: Annotated[list[str] | None, typer.Option("--suite", help="traces, synthetic, moves, workloads, locality or coactivation; repeat.")] = None,
     vllm_python: Annotated[str | None, typer.Option("--vllm-python", help="Interpreter that has vLLM, if this one has not.")] = None,
-    sglang_python: Annotated[
-        str | None, typer.Option("--sglang-python", help="Interpreter that has SGLang, if this one has not.")
-    ] = None,
+    sglang_python: Annotated[str | None, typer.Option("--sglang-python", help="Interpreter that has SGLang, if this one has not.")] = None,
     layers: Annotated[int, typer.Option("--layers", help="Layers of each synthetic load.", min=1)] = 4,
     repeats: Annotated[int, typer.Option("--repeats", help="Timed calls per case; the median counts.", min=1)] = 7,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
@@ -82,5 +78,156 @@ def planner(
                 progress.print(name)
                 result[name] = runs[name]()
     print_report(result, Console(width=260))
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=1))
+
+
+@app.command()
+def layer(
+    shape: Annotated[str, typer.Option("--shape", help="r1, v2-lite, qwen3-30b-a3b, qwen3-235b-a22b, gpt-oss-120b, gpt-oss-20b or tiny.")],
+    loads: Annotated[list[Path] | None, typer.Option("--load", help="Recorded load to draw steps from; repeat. Synthetic without.")] = None,
+    plan_on: Annotated[list[Path] | None, typer.Option("--plan-on", help="Recorded load to plan on instead; repeat.")] = None,
+    ep: Annotated[list[int] | None, typer.Option("--ep", help="EP ranks; repeat. Default: 2 to 64.", min=1)] = None,
+    strategy: Annotated[list[str] | None, typer.Option("--strategy", help="Strategy, eplb+32 with 32 redundant experts; repeat.")] = None,
+    prefill: Annotated[list[int] | None, typer.Option("--prefill", help="Prefill tokens per rank; repeat; 0 for none.", min=0)] = None,
+    decode: Annotated[list[int] | None, typer.Option("--decode", help="Decode tokens per rank; repeat; 0 for none.", min=0)] = None,
+    layers: Annotated[int, typer.Option("--layers", help="Layers of the load to measure, evenly spaced.", min=1)] = 4,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed runs of each share; the median counts.", min=1)] = 9,
+    skew: Annotated[float, typer.Option("--skew", help="Exponent of the synthetic load's Zipf law.", min=0.0)] = 0.7,
+    matmuls: Annotated[str, typer.Option("--matmuls", help="auto, vllm, sglang or torch.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="cuda or cpu; default: a GPU if there is one.")] = "",
+    use_ring: Annotated[bool, typer.Option("--ring", help="Rows as after an all-gather: all tokens, on every rank.")] = False,
+    calibrations: Annotated[Path | None, typer.Option("--calibrations", help="Write a calibration file per phase into this folder.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Measure what placements do to a MoE layer: every EP rank's share on one device, the slowest being the layer's time.
+
+    Steps are drawn from the recorded load; all strategies get the same ones. Exchange is not in the times.
+
+    Example: moe-placement bench layer --shape r1 --load traces/deepseek_r1_prefill_in1024.json --ep 32 --strategy linear
+    --strategy zigzag --strategy eplb+32 --calibrations .
+    """
+    from ..errors import PlacementError
+
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise PlacementError("bench layer needs torch: run it in an engine's environment") from None
+    import json
+    import shlex
+    import sys
+
+    import numpy as np
+    from rich.console import Console
+
+    from ..bench import layer as engine
+    from ..bench.layer_report import as_json, print_report
+    from ..bench.layer_shapes import find_shape, read_load, synthetic_load
+    from ..bench.timing import device_facts
+    from ..moe import find_matmuls
+    from .inputs import check_writable
+
+    for path in (json_path, calibrations / "x" if calibrations else None):
+        if path is not None:
+            check_writable(path)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise PlacementError(f"--device {device}: torch {torch.__version__} finds no GPU here; leave --device out or give cpu")
+    known = find_shape(shape)
+    load = read_load(loads, known, shape) if loads else synthetic_load(known, skew)
+    planned = read_load(plan_on, known, shape).select_layers(load.layer_ids) if plan_on else load
+    rows = sorted({int(r) for r in np.linspace(0, load.num_layers - 1, min(layers, load.num_layers))})
+    progress = Console(stderr=True)
+
+    def report(text: str) -> None:
+        progress.print(f"  {text}", highlight=False)
+
+    bench = engine.LayerBench(shape, known, where, find_matmuls(matmuls, where), repeats, use_ring)
+    batches = [("prefill", n) for n in (prefill or [4096]) if n] + [("decode", n) for n in (decode or [128]) if n]
+    outcomes = []
+    for ranks in ep or [2, 4, 8, 16, 32, 64]:
+        plans = engine.plan_all(strategy or ["linear", "balanced", "zigzag", "eplb"], planned, ranks, known.groups)
+        for phase, tokens in batches:
+            outcomes += bench.measure(plans, load, rows, phase, tokens, report)
+    facts = {
+        **device_facts(where),
+        "kernel": bench.matmuls.name,
+        "rows": "all-gather" if use_ring else "all-to-all",
+        "load": ", ".join(map(str, loads)) if loads else load.metadata["source"],
+        "planned on": ", ".join(map(str, plan_on)) if plan_on else "the same",
+    }
+    files = {phase: bench.calibration(phase, facts, shlex.join(["moe-placement", *sys.argv[1:]])) for phase in dict(batches)}
+    fits = {phase: engine.fitted(found) for phase, found in files.items()}
+    print_report(outcomes, fits, facts, Console(width=160))
+    if calibrations is not None:
+        for phase, found in files.items():
+            found.write(calibrations / f"{shape}-{phase}.json")
+    if json_path is not None:
+        json_path.write_text(json.dumps({"facts": facts, "outcomes": as_json(outcomes)}, indent=1))
+
+
+@app.command()
+def exchange(
+    traces: Annotated[list[Path] | None, typer.Option("--trace", help="Recorded load of DeepSeek-R1's shape, or a folder of them; repeat.")] = None,
+    suite: Annotated[list[str] | None, typer.Option("--suite", help="dead or drift; repeat.")] = None,
+    dead: Annotated[int, typer.Option("--dead", help="Most ranks of the eight that die.", min=1, max=4)] = 4,
+    layers: Annotated[int, typer.Option("--layers", help="MoE layers of the made-up model.", min=1)] = 4,
+    hidden: Annotated[int, typer.Option("--hidden", help="Its hidden size.", min=16)] = 512,
+    width: Annotated[int, typer.Option("--width", help="Intermediate size of its experts.", min=16)] = 512,
+    folder: Annotated[Path | None, typer.Option("--folder", help="Where its checkpoint is written; the temporary folder if left out.")] = None,
+    vllm_python: Annotated[str | None, typer.Option("--vllm-python", help="Interpreter that has vLLM, if this one has not.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs per case; the median counts.", min=1)] = 3,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Move experts between eight processes: after the death of some, against a full reload; and bytes moved over drifting windows.
+
+    Example: moe-placement bench exchange --trace traces/ --json exchange.json
+    """
+    import json
+    from dataclasses import asdict
+    from importlib.util import find_spec
+
+    from rich.console import Console
+
+    from ..bench import exchange as engine
+    from ..bench.exchange_report import print_report
+    from ..bench.planner import machine, read_traces
+    from ..bench.planner_contestants import start_contestants
+    from ..errors import PlacementError
+
+    wanted = suite or ["dead", *(["drift"] if traces else [])]
+    for name in wanted:
+        if name not in engine.SUITES:
+            raise PlacementError(f"--suite {name}: choose from {', '.join(engine.SUITES)}")
+    if "drift" in wanted and not traces:
+        raise PlacementError("--suite drift needs recorded loads: give --trace")
+    if "dead" in wanted and find_spec("torch") is None:
+        raise PlacementError("--suite dead moves tensors over torch.distributed, and torch is not installed here: run it where the engine is")
+    loads = read_traces(traces or [])
+    progress = Console(stderr=True)
+
+    def report(text: str) -> None:
+        progress.print(f"  {text}", highlight=False)
+
+    result: dict = {"machine": machine(), "versions": {}, "missing": {}}
+    if "dead" in wanted:
+        import torch
+
+        from ..bench.exchange_ranks import Sizes
+
+        sizes = Sizes(layers, 64, hidden, width)
+        result["versions"]["exchange"] = {"torch": torch.__version__, "backend": "gloo"}
+        result["sizes"] = asdict(sizes) | {"expert_bytes": sizes.expert_bytes}
+        result["dead"] = engine.dead_suite(sizes, dead, report, repeats, folder)
+    if "drift" in wanted:
+        contestants, missing = start_contestants(["vLLM default"], {"vllm": vllm_python})
+        result["missing"] = missing
+        result["versions"] |= {c.name: c.versions for c in contestants}
+        try:
+            result["drift"] = engine.drift_suite(loads, contestants[0] if contestants else None, report)
+        finally:
+            for contestant in contestants:
+                contestant.close()
+    print_report(result, Console(width=200))
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1))
