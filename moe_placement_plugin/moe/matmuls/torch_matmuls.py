@@ -26,16 +26,20 @@ def accumulate(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     if sums.device.type != "cpu":
         sums.addmm_(a, b.T)
         return
-    for row in range(0, a.shape[0], TILE_ROWS):
-        height = min(TILE_ROWS, a.shape[0] - row)
-        rows = a.new_zeros((TILE_ROWS, a.shape[1]))
-        rows[:height] = a[row : row + height]
-        for column in range(0, b.shape[0], TILE):
-            tile = sums.new_zeros((TILE_ROWS, min(TILE, b.shape[0] - column)))
-            tile[:height] = sums[row : row + height, column : column + TILE]
-            for k in range(0, a.shape[1], TILE):
-                tile.addmm_(rows[:, k : k + TILE].contiguous(), b[column : column + TILE, k : k + TILE].T.contiguous())
-            sums[row : row + height, column : column + TILE] = tile[:height]
+    if not a.shape[0]:
+        return
+    height, (columns, width) = a.shape[0], b.shape
+    tiles = -(-height // TILE_ROWS)
+    rows = a.new_zeros((tiles * TILE_ROWS, width))
+    rows[:height] = a
+    parts = [rows[:, k : k + TILE].reshape(tiles, TILE_ROWS, -1).contiguous() for k in range(0, width, TILE)]
+    for column in range(0, columns, TILE):
+        tile = sums.new_zeros((tiles * TILE_ROWS, min(TILE, columns - column)))
+        tile[:height] = sums[:, column : column + TILE]
+        tile = tile.view(tiles, TILE_ROWS, -1)
+        for k, part in zip(range(0, width, TILE), parts):
+            tile.baddbmm_(part, b[column : column + TILE, k : k + TILE].T.contiguous().expand(tiles, -1, -1))
+        sums[:, column : column + TILE] = tile.view(tiles * TILE_ROWS, -1)[:height]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
