@@ -11,24 +11,24 @@ from .run import STOCK, Verdict
 
 
 def table(verdict: Verdict) -> Table:
-    """A row for every task, metric and configuration."""
-    shown = Table(header_style="bold", pad_edge=False, box=None)
-    for name in ("task", "metric", "placement"):
-        shown.add_column(name, no_wrap=True)
-    for name in ("score", "difference", "std. error", "answers differing", "log prob. differing", "largest"):
-        shown.add_column(name, justify="right")
-    shown.add_column("")
+    """A row for every configuration, under each task and metric."""
+    shown = Table(
+        header_style="bold", pad_edge=False, box=None, caption="answers, log probs: questions that differ from stock's", caption_justify="left"
+    )
+    shown.add_column("task and metric", no_wrap=True)
+    for name in ("score", "difference", "std. error", "answers", "log probs", "largest"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("", no_wrap=True)
     for task, stock in verdict.runs[STOCK].tasks.items():
+        chosen = any(answer.logprobs for answer in stock.answers.values())
         for metric, score in stock.scores.items():
-            shown.add_row(task, metric, STOCK, f"{score.value:.4f}", "", _number(score.stderr), f"of {len(stock.answers)}", "", "", "")
+            shown.add_row(f"{task} {metric}")
+            shown.add_row(f"  {STOCK}", f"{score.value:.4f}", "", _number(score.stderr), f"of {len(stock.answers)}")
             for name, tasks in verdict.comparisons.items():
                 found = tasks[task]
                 compared = found.metrics[metric]
-                chosen = bool(found.largest_logprob_difference or next(iter(stock.answers.values())).logprobs)
                 shown.add_row(
-                    "",
-                    "",
-                    name,
+                    f"  {name}",
                     f"{compared.score.value:.4f}",
                     f"{compared.difference:+.4f}",
                     _number(compared.score.stderr),

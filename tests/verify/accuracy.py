@@ -11,9 +11,6 @@ from tests.support.children import engine_lock, run_child
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe"
 TASKS = TINY / "tasks"
 
-if str(TINY) not in sys.path:
-    sys.path.append(str(TINY))  # its scripts import each other
-
 
 def verify_accuracy(folder: Path, *arguments: object, timeout: float) -> tuple[int | None, dict, str]:
     """``moe-placement verify accuracy`` with real servers, holding the machine's engine lock.

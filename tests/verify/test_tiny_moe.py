@@ -7,13 +7,12 @@ import json
 import re
 
 import pytest
+from make_tasks import questions
+from problems import CLOSES, DOMAINS, Problem, examination, held_out, problems
 
 from moe_placement_plugin import ExpertLoad
 
 from .accuracy import TASKS, TINY
-
-from make_tasks import questions  # noqa: E402, I001  (examples/tiny_moe, which .accuracy has put on the path)
-from problems import CLOSES, DOMAINS, Problem, examination, held_out, problems  # noqa: E402
 
 MODELS = ("qwen3-moe", "glm4-moe")
 
