@@ -24,3 +24,24 @@ def verify_accuracy(folder: Path, *arguments: object, timeout: float) -> tuple[i
     with engine_lock():
         finished = run_child([*command, *given], timeout, {"HF_HOME": str(folder / "hub")})
     return finished.code, json.loads(written.read_text()) if written.exists() else {}, finished.output
+
+
+def check_equal(found: tuple[int | None, dict, str], strategies: tuple[str, ...]) -> None:
+    """Every strategy was in force and gives stock's scores with no differing answer, and stock can do what it was trained for."""
+    code, data, output = found
+    assert code == 0, output[-4000:]
+    assert data["comparisons"].keys() == set(strategies)
+    for task, metrics in data["runs"]["stock"]["scores"].items():
+        for metric, score in metrics.items():
+            assert score["value"] >= 0.75, (task, metric)
+    for strategy in strategies:
+        assert strategy.partition("+")[0] in data["runs"][strategy]["placement"]
+        assert len(data["comparisons"][strategy]) == 7
+        for task, compared in data["comparisons"][strategy].items():
+            assert compared["questions"] == 8 and compared["passed"], (strategy, task, compared)
+            assert (compared["differing_answers"], compared["differing_logprobs"]) == (0, 0)
+            assert compared["largest_logprob_difference"] < 1e-3
+            assert all(metric["difference"] == 0 for metric in compared["metrics"].values())
+            # Two ranks add in another order than one, so equality to the last bit would mean that nothing was placed.
+            assert compared["largest_logprob_difference"] > 0 or not task.endswith("_choice")
+    print({name: (round(run["start_seconds"]), round(run["examine_seconds"])) for name, run in data["runs"].items()})
