@@ -58,7 +58,11 @@ def expert_tensors(layer: Any, slots: int, experts: frozenset[int], ignore: froz
 
 
 def _tensors(layer: Any, ignore: frozenset[str]) -> Iterator[tuple[str, Any]]:
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+    import torch
+
+    # Some kernels leave what they made as a plain attribute (SGLang's hpc_ops scales).
+    plain = ((name, value) for name, value in sorted(vars(layer).items()) if isinstance(value, torch.Tensor))
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers(), *plain):
         if name.rpartition(".")[2] not in ignore:
             yield name, tensor
     method = getattr(layer, "quant_method", None)

@@ -7,9 +7,9 @@ def register() -> None:
     """Make SGLang accept the flags, or, in a worker of a server that was given them, honour them."""
     import sys
 
-    from . import recording, settings
+    from . import loaded, recording, settings
 
-    if settings.current() is None and recording.current() is None:
+    if settings.current() is None and recording.current() is None and loaded.current() is None:
         from .launcher import LAUNCHER
 
         LAUNCHER.register()
@@ -20,5 +20,7 @@ def register() -> None:
             from .worker import hooks
 
             hooks().register()
+        if loaded.current() is not None:
+            loaded.hooks().register()
         if recording.current() is not None:
             recording.hooks().register()

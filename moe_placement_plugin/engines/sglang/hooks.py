@@ -133,11 +133,11 @@ class HookSet(PatchSet):
     def __init__(self, hooks: Iterable[Hook]):
         super().__init__(hooks)
 
-    def register(self) -> None:
-        """Register all, after all have been checked.
+    def require_fit(self) -> None:
+        """Refuse an engine that differs from what the hooks rely on.
 
         Raises:
-            PlacementError: naming every hook that does not fit; none is registered then.
+            PlacementError: naming every hook that does not fit.
         """
         differences = self.check()
         if differences:
@@ -145,8 +145,41 @@ class HookSet(PatchSet):
                 f"the installed SGLang differs from what this plugin was written for: {'; '.join(differences)}. Use a "
                 "supported version (`moe-placement doctor` lists them) or leave the placement flag out"
             )
+
+    def register(self) -> None:
+        """Register all, after all have been checked.
+
+        Raises:
+            PlacementError: naming every hook that does not fit; none is registered then.
+        """
+        self.require_fit()
         for hook in self.patches:
             hook.register()
+
+    def apply_now(self) -> None:
+        """Register all and have the registry apply them at once.
+
+        Raises:
+            PlacementError: naming the hooks that do not fit, or that the registry did not apply.
+        """
+        self.register()
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        HookRegistry.apply_hooks()
+        self.require_applied()
+
+    def require_applied(self) -> None:
+        """Refuse to go on without a hook that should be in force.
+
+        Raises:
+            PlacementError: naming the hooks that are not.
+        """
+        lost = self.missing()
+        if lost:
+            raise PlacementError(
+                f"SGLang did not apply the hooks {', '.join(lost)} in this process, and without them the output may be wrong: its log says "
+                "why; use a supported version"
+            )
 
     def missing(self) -> list[str]:
         """Names of the hooks that should be in force and are not."""

@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import PlacementError
 from ...strategies.registry import ALIASES, get_strategy, strategy_names
 from ..patching import Patch
-from . import recording, settings
+from . import loaded, recording, settings
 from .hooks import Hook, HookSet
 from .versions import check_version
 
@@ -42,18 +42,24 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
     return settings.Settings(strategy, str(file) if file is not None else None, values.get("ep_dispatch_algorithm"))
 
 
-def accept(server_args: Any, asked: settings.Settings | None) -> Any:
-    """Let ``server_args`` carry the request, and resolve it once SGLang has resolved its own arguments."""
+def build(original: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """Make ``ServerArgs`` by ``original(**values)`` without our flags, and let it carry what they ask for.
+
+    It is resolved once SGLang has resolved its own arguments.
+
+    Raises:
+        PlacementError: when what was asked for cannot be had.
+    """
+    record = recording.request(values)
+    asked = request(values)
+    verify = loaded.request(values, asked is not None)
+    server_args = original(**values)
     if asked is not None:
         settings.attach(server_args, asked)
-        ON_REQUEST.register()
-        from sglang.srt.plugins.hook_registry import HookRegistry
-
-        HookRegistry.apply_hooks()
-        lost = ON_REQUEST.missing()
-        if lost:
-            raise PlacementError(f"SGLang did not apply the hooks {', '.join(lost)}: its log says why; use a supported version")
-    return server_args
+    if verify is not None:
+        loaded.attach(server_args, verify)
+        ON_REQUEST.apply_now()
+    return recording.accept(server_args, record)
 
 
 def _add_cli_args(original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -74,15 +80,13 @@ def _add_cli_args(original: Callable, *args: Any, **kwargs: Any) -> Any:
         default=None,
         help="A plan (decides alone) or a recorded load (for eplb), told apart by content.",
     )
+    loaded.add_arguments(group)
     recording.add_arguments(group)
     return result
 
 
 def _from_cli_args(original: Callable, cls: type, args: argparse.Namespace) -> Any:
-    values = dict(vars(args))
-    record = recording.request(values)
-    asked = request(values)
-    return recording.accept(accept(original(cls, argparse.Namespace(**values)), asked), record)
+    return build(lambda **values: original(cls, argparse.Namespace(**values)), dict(vars(args)))
 
 
 class ServerArgsFactory:
@@ -95,9 +99,7 @@ class ServerArgsFactory:
         self.original = original
 
     def __call__(self, **kwargs: Any) -> Any:
-        record = recording.request(kwargs)
-        asked = request(kwargs)
-        return recording.accept(accept(self.original(**kwargs), asked), record)
+        return build(self.original, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.original, name)
@@ -109,6 +111,7 @@ def _check_server_args(original: Callable, server_args: Any) -> Any:
         from .plan import finish
 
         finish(server_args, asked)
+    loaded.settle(server_args)
     return original(server_args)
 
 
@@ -164,4 +167,4 @@ ON_REQUEST = HookSet(
         ),
     ]
 )
-"""What the launcher gets when a placement is asked for."""
+"""What the launcher gets when a placement or a verification is asked for."""

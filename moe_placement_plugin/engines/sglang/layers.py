@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 _loaded: dict[tuple[int, str], set[int]] = defaultdict(set)
 
 
+def forget_loaded() -> None:
+    """Begin anew: what was loaded so far is another model's."""
+    _loaded.clear()
+
+
 def _placement() -> Placement | None:
     asked = settings.current()
     return asked.placement if asked is not None else None
@@ -91,7 +96,7 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     """
     draft = bool(getattr(self, "is_draft_worker", False))
     if not draft:
-        _loaded.clear()
+        forget_loaded()
     result = original(self, *args, **kwargs)
     asked = settings.current()
     if asked is not None and asked.placement is not None and not draft:
@@ -108,7 +113,7 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
             asked.placement.digest[:12],
             ", ".join(f"{name} {hits}" for name, hits in hooks().hits().items() if hits),
         )
-    _loaded.clear()
+    forget_loaded()
     return result
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import PlacementError
-from . import settings, versions
+from . import loaded, settings, versions
 from .dispatch import dispatch_table
 
 
@@ -24,12 +24,9 @@ def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
         )
     from .worker import hooks
 
-    lost = hooks().missing()
-    if lost:
-        raise PlacementError(
-            f"SGLang did not apply the hooks {', '.join(lost)} in this process, and without them the placement would give "
-            "wrong output: its log says why; use a supported version"
-        )
+    hooks().require_applied()
+    if loaded.current() is not None:
+        loaded.hooks().require_applied()
     from sglang.srt.eplb.expert_location import ExpertLocationMetadata, ModelConfigForExpertLocation
 
     call = inspect.signature(original).bind(*args, **kwargs).arguments

@@ -99,13 +99,7 @@ def accept(server_args: Any, asked: RecordSettings | None) -> Any:
         setattr(server_args, ATTRIBUTE, asked)
         _install_metrics(server_args, asked)
         _current = asked
-        ON_REQUEST.register()
-        from sglang.srt.plugins.hook_registry import HookRegistry
-
-        HookRegistry.apply_hooks()
-        lost = ON_REQUEST.missing()
-        if lost:
-            raise PlacementError(f"SGLang did not apply the hooks {', '.join(lost)}: its log says why; use a supported version")
+        ON_REQUEST.apply_now()
     return server_args
 
 

@@ -1,0 +1,172 @@
+"""Fingerprints of the experts that SGLang has loaded: which expert each slot should hold, and whether it does."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from ...errors import PlacementError
+from ...fingerprint.compare import ExpertDigests, RankDigests, check_experts, check_replicas
+from ...fingerprint.report import Pass, gather, verify
+from ...fingerprint.slots import expert_tensors
+
+logger = logging.getLogger(__name__)
+
+_EXPECTED = "_moe_placement_expected"
+_NO_WEIGHTS = frozenset(("expert_mask_gpu", "expert_map", "e_score_correction_bias", "correction_bias"))
+_RESTART = "Do not use the server's answers: restart it, and if it happens again report the model, the quantization and this message"
+
+
+def check_map(metadata: Any) -> None:
+    """The tables that routing reads say the same as the table of slots, on the device and on the host.
+
+    Routing goes by ``logical_to_all_physical_map`` or the rank's dispatch table, weights by ``physical_to_logical_map``.
+
+    Args:
+        metadata: SGLang's ``ExpertLocationMetadata``, slots ``[layers, physical experts]``.
+
+    Raises:
+        PlacementError: naming layer, expert and slot of the first contradiction.
+    """
+    held = _host(metadata.physical_to_logical_map)
+    slots_of = _host(metadata.logical_to_all_physical_map)
+    for name, table in (("physical_to_logical_map", held), ("logical_to_all_physical_map", slots_of)):
+        wrong = np.argwhere(table != _host(getattr(metadata, f"{name}_cpu")))
+        if wrong.size:
+            raise PlacementError(f"layer {wrong[0][0]}: SGLang's {name} differs between device and host at {wrong[0][1:].tolist()}. {_RESTART}")
+    dispatch = metadata.logical_to_rank_dispatch_physical_map
+    for table in [slots_of, *([] if dispatch is None else [_host(dispatch)[..., None]])]:
+        layers, experts, _ = np.indices(table.shape)
+        wrong = np.argwhere((table >= 0) & (held[layers, np.maximum(table, 0)] != experts))
+        if wrong.size:
+            layer, expert, _ = at = tuple(wrong[0].tolist())
+            raise PlacementError(
+                f"layer {layer}: tokens of expert {expert} go to slot {table[at]}, which holds expert {held[layer, table[at]]} by SGLang's own "
+                f"physical_to_logical_map. {_RESTART}"
+            )
+
+
+def _host(table: Any) -> np.ndarray:
+    return table.cpu().numpy()
+
+
+def slot_experts(layer: Any, metadata: Any) -> np.ndarray:
+    """Logical expert of each slot of this rank by the placement in force, int32 ``[slots]``; -1 for a slot that holds none.
+
+    Fused shared experts, which every rank holds, are numbered from the number of logical experts on.
+
+    Args:
+        layer: a ``FusedMoE``.
+        metadata: SGLang's ``ExpertLocationMetadata``; None for a model without one, whose slots are its experts.
+    """
+    routed = layer._num_local_routed
+    physical = np.arange(routed) + layer.moe_ep_rank * routed
+    logical, experts = layer._num_global_routed, physical
+    if metadata is not None:
+        logical = metadata.num_logical_experts
+        if layer.layer_id < metadata.num_layers:
+            experts = _host(metadata.physical_to_logical_map)[layer.layer_id, physical]
+        else:  # SGLang loads layers beyond the table by their own ids
+            experts = np.where(physical < logical, physical, -1)
+    return np.concatenate([experts, logical + np.arange(layer.num_fused_shared_experts)]).astype(np.int32)
+
+
+def expert_layers(model: Any) -> dict[str, Any]:
+    """Name -> ``FusedMoE`` of every MoE layer of this rank."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
+
+
+def digest_model(model: Any) -> Pass:
+    """Digests of every slot of this rank's MoE layers, read where the weights are.
+
+    Raises:
+        PlacementError: for a layer whose tensors are not understood, or a placement that contradicts itself.
+    """
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    metadata = get_global_expert_location_metadata()
+    if metadata is not None:
+        check_map(metadata)
+    result = Pass()
+    for name, layer in expert_layers(model).items():
+        every = {layer.num_experts, layer._num_global_routed}
+        if metadata is not None:
+            every |= {metadata.num_logical_experts, metadata.num_physical_experts}
+        experts = slot_experts(layer, metadata)
+        result.add(layer.layer_id, experts, expert_tensors(layer, experts.size, frozenset(every), _NO_WEIGHTS, name))
+    return result
+
+
+def digest_ranks(model: Any) -> tuple[Pass, list[RankDigests]]:
+    """Digests of this rank and of every EP rank that holds the same part of each expert.
+
+    With fewer EP than TP ranks each expert is cut over the MoE-TP ranks; SGLang's MoE EP group has the ranks with the same part.
+
+    Raises:
+        PlacementError: on all of these ranks when one of them cannot make its digests.
+    """
+    from sglang.srt.distributed.parallel_state import get_moe_ep_group
+
+    problem = ""
+    try:
+        mine = digest_model(model)
+    except PlacementError as error:
+        mine, problem = Pass(), str(error)
+    group = get_moe_ep_group()
+    found: list[Any] = gather((mine.layers, problem), group.cpu_group, group.world_size)
+    for rank, (_, problem) in enumerate(found):
+        if problem:
+            raise PlacementError(f"EP rank {rank}: {problem}")
+    return mine, [layers for layers, _ in found]
+
+
+def _num_logical(model: Any) -> int:
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    metadata = get_global_expert_location_metadata()
+    layers = expert_layers(model).values()
+    return max((layer._num_global_routed for layer in layers), default=0) if metadata is None else metadata.num_logical_experts
+
+
+def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
+    """Check a model that was just loaded, on all EP ranks together, and keep its experts' digests for later.
+
+    Args:
+        model: the target model.
+        clean: digests of a clean load; None checks replicas only.
+
+    Raises:
+        PlacementError: which stops the server.
+    """
+    mine, ranks = digest_ranks(model)
+    expected = verify(mine, ranks, _num_logical(model), clean, logger) if mine.layers else {}
+    object.__setattr__(model, _EXPECTED, expected)
+
+
+def recheck(model: Any) -> None:
+    """Check a serving worker's experts against what they were when the model was loaded.
+
+    All TP ranks must call it together, between two batches: ``POST /weights_checker`` with the action `loaded.ACTION` does.
+
+    Raises:
+        PlacementError: on every rank alike, naming layer, slot, expert and rank.
+    """
+    from sglang.srt.distributed.parallel_state import get_moe_tp_group, get_tp_group
+
+    verdict = ""
+    try:
+        mine, ranks = digest_ranks(model)
+        check_experts(getattr(model, _EXPECTED), ranks, "expert weights have changed since the model was loaded", _RESTART)
+        check_replicas(ranks, _num_logical(model) if mine.layers else 0)
+        logger.info("moe_placement_plugin: verified %d slots again in %.3f s", mine.num_slots, mine.seconds)
+    except PlacementError as error:
+        part = get_moe_tp_group()
+        verdict = f"MoE-TP rank {part.rank_in_group}: {error}" if part.world_size > 1 else str(error)
+    group = get_tp_group()
+    verdicts: list[Any] = gather(verdict, group.cpu_group, group.world_size)
+    if any(verdicts):
+        raise PlacementError(next(filter(None, verdicts)))
