@@ -9,14 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_report(result: dict, console: Console) -> None:
-    """Print every suite that ``result`` holds."""
+def print_machine(result: dict, console: Console) -> None:
+    """Print what a bench ran on, and what it left out."""
     machine = result["machine"]
     console.print(f"{machine['cpu']}, {machine['cpus']} CPUs, load average {machine['load_average'][0]:.1f}; {machine['system']}")
     for name, versions in result["versions"].items():
         console.print(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     for name, reason in result["missing"].items():
         console.print(f"  {name}: left out, {reason}")
+
+
+def print_report(result: dict, console: Console) -> None:
+    """Print every suite that ``result`` holds."""
+    print_machine(result, console)
     for suite, show in (
         ("traces", _traces),
         ("synthetic", _synthetic),

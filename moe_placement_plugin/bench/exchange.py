@@ -1,0 +1,225 @@
+"""``moe-placement bench exchange``: moving experts between real processes, and how much there is to move."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing as mp
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import PlacementError
+from ..exchange.plan import ExchangePlan, plan_exchange
+from ..exchange.recovery import place_lost
+from ..placement import Placement
+from ..planner import plan, replan
+from . import planner_families as families
+from .planner import balancedness
+from .planner_contestants import Contestant
+
+SUITES = ("dead", "drift")
+RANKS = 8
+R1_EXPERT_BYTES = 44_040_192
+"""An expert of DeepSeek-R1 in FP8: 3 x 7168 x 2048."""
+
+TOLERANCES = (0.01, 0.008, 0.006, 0.005, 0.004, 0.003, 0.002, 0.001)
+"""`replan`'s, tried from the loosest until its plans are as balanced as the engine's."""
+
+
+def cached_share(folder: Path) -> str:
+    """Whether the checkpoint's files are in memory: what can be said about it without dropping anything."""
+    try:
+        free = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        cached = int(free["Cached"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return "unknown"
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    return "cached (just written, and read once before)" if cached > size else "larger than the page cache"
+
+
+class _Processes:
+    """Eight processes forked from a server that has torch loaded already."""
+
+    def __init__(self):
+        from torch.distributed import TCPStore
+
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(["moe_placement_plugin.bench.exchange_ranks"])
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._numbers = itertools.count()
+
+    def run(self, folder: Path, sizes, moves: ExchangePlan, max_layers: int | None) -> list[dict]:
+        """What the survivors measured.
+
+        Raises:
+            PlacementError: when one of them fails.
+        """
+        from .exchange_ranks import measure
+
+        name = f"bench-{os.getpid()}-{next(self._numbers)}"
+        processes, pipes = [], []
+        for rank in range(moves.new.num_ranks):
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=measure, args=(rank, self._store.port, name, there, folder, sizes, moves, max_layers), daemon=True)
+            process.start()
+            there.close()
+            processes.append(process)
+            pipes.append(here)
+        try:
+            for pipe in pipes:
+                pipe.recv()
+            for rank in np.flatnonzero(~moves.live).tolist():
+                os.kill(processes[rank].pid, signal.SIGKILL)
+            survivors = [pipes[rank] for rank in moves.live_ranks]
+            for pipe in survivors:
+                pipe.send("go")
+            found = [pipe.recv() for pipe in survivors]
+            for pipe in survivors:
+                pipe.send("end")
+            return found
+        except EOFError:
+            raise PlacementError("a process of the bench ended early; its error is above") from None
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def survivors_placements(old: Placement, load: np.ndarray, live: Sequence[int]) -> dict[str, Placement]:
+    """Where experts go when only ``live`` ranks are left.
+
+    ``recovered`` puts what was lost in place of spare replicas and moves nothing else; ``rebalanced`` goes on from there to what is as
+    balanced as few moves make it.
+    """
+    kept = place_lost(old, live, load)
+    slots = np.isin(old.rank_of_slot, list(live))
+    sizes = [old.slots_per_rank[rank] for rank in live]
+    table = kept.physical_to_logical.copy()
+    table[:, slots] = replan(load, table[:, slots], sizes).physical_to_logical
+    return {"recovered": kept, "rebalanced": Placement(table, old.num_logical_experts, old.slots_per_rank, old.layer_ids)}
+
+
+def dead_suite(sizes, most_dead: int, report: Callable[[str], None], repeats: int = 3, folder: Path | None = None) -> list[dict]:
+    """Exchanges after the loss of 1 to ``most_dead`` of 8 ranks, against every survivor reading all its slots again.
+
+    The row without a loss moves nearly all slots: it shows the bandwidth.
+
+    Raises:
+        PlacementError: when torch is missing, or the weights after an exchange are not those of the checkpoint.
+    """
+    from .exchange_ranks import uniform_replicas, write_checkpoint
+
+    rows = []
+    processes = _Processes()
+    with tempfile.TemporaryDirectory(prefix="exchange-bench-", dir=folder) as name:
+        checkpoint = Path(name)
+        report("writing the checkpoint")
+        write_checkpoint(checkpoint, sizes)
+        for replicas, dead in [(2, 0), *((r, d) for r in (2, 3) for d in range(1, most_dead + 1))]:
+            rng = np.random.default_rng([replicas, dead])
+            old = uniform_replicas(sizes, RANKS, replicas, rng)
+            load = np.rint(1000 * rng.lognormal(0, 0.5, (sizes.layers, sizes.experts))).astype(np.int64) + 1
+            live = sorted(rng.permutation(RANKS)[dead:].tolist())
+            goals = survivors_placements(old, load, live) if dead else {"all moved": uniform_replicas(sizes, RANKS, replicas, rng)}
+            for goal, new in goals.items():
+                report(f"{replicas} replicas, {dead} dead, {goal}")
+                moves = plan_exchange(old, new, live_ranks=live, expert_bytes=sizes.expert_bytes)
+                runs = [processes.run(checkpoint, sizes, moves, max_layers=1) for _ in range(repeats)]
+                rows.append({"goal": goal, "replicas": replicas, "dead": dead, "cache": cached_share(checkpoint)} | _figures(moves, runs))
+    return rows
+
+
+def _figures(moves: ExchangePlan, runs: list[list[dict]]) -> dict:
+    """Medians over the runs, of the slowest rank of each."""
+    if not all(r["equal"] for run in runs for r in run):
+        raise PlacementError("weights after the exchange differ from the checkpoint's: this is a bug of the exchange; report it")
+    seconds, reload, raw, longest = (np.array([max(r[key] for r in run) for run in runs]) for key in ("seconds", "reload", "raw", "longest"))
+    return {
+        "slots": int(sum(moves.new.slots_per_rank[r] for r in moves.live_ranks)) * moves.new.num_layers,
+        "from_peers": len(moves.transfers),
+        "from_disk": len(moves.reads),
+        "bytes_moved": moves.bytes_moved,
+        "bytes_read": moves.bytes_read,
+        "seconds": float(np.median(seconds)),
+        "reload": float(np.median(reload)),
+        "ratio": float(np.median(reload / seconds)),
+        "raw": float(np.median(raw)),
+        "longest": float(np.median(longest)),
+        "staging": max(r["staging"] for run in runs for r in run),
+        "chunks": runs[0][0]["chunks"],
+    }
+
+
+def drifting(traces: dict[str, np.ndarray], windows: int = 20) -> dict[str, np.ndarray]:
+    """Loads, int64 [windows + 1, layers, experts], by the way they drift.
+
+    Random steps away from the first trace, and a walk from trace to trace through mixtures of two neighbours.
+    """
+    shares = [load / load.sum(axis=1, keepdims=True) for load in traces.values()]
+    rng = np.random.default_rng(0)
+    popularity, steps = shares[0], []
+    for _ in range(windows + 1):
+        steps.append(families.counts(popularity, rng))
+        popularity = families.drift(popularity, rng)
+    found = {f"{next(iter(traces))}, drifting": np.stack(steps)}
+    if len(shares) > 1:
+        walk = []
+        for where in np.linspace(0, len(shares) - 1, windows + 1):
+            left = min(int(where), len(shares) - 2)
+            mixed = (left + 1 - where) * shares[left] + (where - left) * shares[left + 1]
+            walk.append(families.counts(mixed / mixed.sum(axis=1, keepdims=True), rng))
+        found[f"from trace to trace ({len(shares)})"] = np.stack(walk)
+    return found
+
+
+def received(old: np.ndarray, new: np.ndarray, ranks: int) -> int:
+    """Experts that ranks did not hold before, over all layers; an expert that a rank holds twice counts once."""
+    layers, slots = old.shape
+    count = 0
+    for before, after in zip(old.reshape(layers, ranks, -1), new.reshape(layers, ranks, -1)):
+        count += sum(np.setdiff1d(b, a).size for a, b in zip(before, after))
+    return count
+
+
+def drift_suite(
+    traces: dict[str, np.ndarray], vllm: Contestant | None, report: Callable[[str], None], ranks: int = 32, redundant: int = 32
+) -> list[dict]:
+    """Bytes that 20 rebalances move: the engine's policy against `replan`, at its own setting and at the engine's balance."""
+    rows = []
+    for label, loads in drifting(traces).items():
+        report(label)
+        slots = loads.shape[2] + redundant
+        row: dict = {"case": label, "slots": loads.shape[1] * slots, "expert_bytes": R1_EXPERT_BYTES}
+        goal = None
+        if vllm is not None:
+            tables = [vllm.ask(load, slots, ranks, repeats=1).table for load in loads]
+            row["vLLM default"] = _chain(loads, tables, ranks)
+            goal = row["vLLM default"]["balancedness"]
+        first = plan(loads[0], [slots // ranks] * ranks).physical_to_logical
+        row["replan"] = _chain(loads, _replanned(loads, first, slots, ranks, None), ranks)
+        for tolerance in TOLERANCES if goal is not None else ():
+            equal = _chain(loads, _replanned(loads, first, slots, ranks, tolerance), ranks)
+            if equal["balancedness"] >= goal:
+                row["replan, as balanced"] = equal | {"tolerance": tolerance}
+                break
+        rows.append(row)
+    return rows
+
+
+def _replanned(loads, first, slots: int, ranks: int, tolerance: float | None) -> list[np.ndarray]:
+    tables = [first]
+    for load in loads[1:]:
+        more = {} if tolerance is None else {"tolerance": tolerance}
+        tables.append(replan(load, tables[-1], [slots // ranks] * ranks, **more).physical_to_logical)
+    return tables
+
+
+def _chain(loads, tables: Sequence[np.ndarray], ranks: int) -> dict:
+    moved = sum(received(a, b, ranks) for a, b in zip(tables, tables[1:]))
+    planned = [balancedness(load, table, ranks) for load, table in zip(loads[1:], tables[1:])]
+    following = [balancedness(load, table, ranks) for load, table in zip(loads[2:], tables[1:])]
+    return {"moved": moved, "bytes": moved * R1_EXPERT_BYTES, "balancedness": float(np.mean(planned)), "next": float(np.mean(following))}
