@@ -21,10 +21,9 @@ from .windows import plan_windows
 MAX_WINDOWS = 16
 """More windows than this are pooled: consecutive ones are added up."""
 
-REPLAN_TOLERANCE = 0.011
-"""A rebalance leaves a layer alone within this fraction of its lower bound: half a point below the published planners' fresh plans, for
-an eighth to
-a tenth of their moves."""
+REPLAN_TOLERANCE = 0.01
+"""A rebalance leaves a layer alone within this fraction of its lower bound: less than half a point below the published planners' fresh
+plans, for an eighth to a twelfth of their moves."""
 
 LOCALITY_TARGETS = (1.6, 1.4, 1.25, 1.15, 1.1, 1.07, 1.05, 1.03, 1.02, 1.01, 1.003)
 """Busiest rank's time over the mean that the soft form is planned for, from loose to tight."""

