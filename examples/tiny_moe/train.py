@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3, help="greatest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: a folder beside this script, called like the model")
+    # Not in the checkpoint's folder: engines take every .safetensors file there for weights.
+    parser.add_argument("--load", type=Path, help="file for the expert load; default: loads/ beside this script")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     out = arguments.out or HERE / arguments.model
@@ -200,7 +202,9 @@ def main() -> None:
         seconds = time.monotonic() - began
         save(model, start, out)
     model, encode = load(out)
-    recorded_load(model, encode).write(out / "load.safetensors")
+    recorded = arguments.load or HERE / "loads" / f"{arguments.model}.safetensors"
+    recorded.parent.mkdir(exist_ok=True)
+    recorded_load(model, encode).write(recorded)
     found = examine(model, encode) | {
         "training": {
             "steps": arguments.steps, "batch": arguments.batch, "rate": arguments.rate, "seed": arguments.seed, "seconds": round(seconds),

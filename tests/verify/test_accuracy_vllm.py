@@ -19,6 +19,6 @@ def test_every_strategy_answers_as_stock(tmp_path):
     model, strategies = TINY / "qwen3-moe", ("zigzag", "balanced", "eplb")
     found = verify_accuracy(
         tmp_path, "--engine", "vllm", "--model", model, "--tasks", "tiny_moe", "--limit", 8, "--max-model-len", 64,
-        "--strategies", ",".join(strategies), "--expert-placement-file", model / "load.safetensors", timeout=1400,
+        "--strategies", ",".join(strategies), "--expert-placement-file", TINY / "loads" / "qwen3-moe.safetensors", timeout=1400,
     )  # fmt: skip
     check_equal(found, strategies)

@@ -91,7 +91,7 @@ def test_checkpoint_is_small_and_its_load_fits(model):
     assert (config.get("num_experts") or config["n_routed_experts"], config["num_experts_per_tok"]) == (32, 4)
     with safe_open(TINY / model / "model.safetensors", "np") as tensors:
         layers = {int(name.split(".")[2]) for name in tensors.keys() if ".experts.31.up_proj" in name}
-    load = ExpertLoad.read(TINY / model / "load.safetensors")
+    load = ExpertLoad.read(TINY / "loads" / f"{model}.safetensors")
     assert load.layer_ids == tuple(sorted(layers)) and load.num_experts == 32 and load.num_windows == len(DOMAINS)
 
 
