@@ -231,3 +231,24 @@ def exchange(
     print_report(result, Console(width=200))
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1))
+
+
+@app.command()
+def verify(
+    gigabytes: Annotated[float, typer.Option("--gb", help="Size of the expert weights in 10^9 bytes.", min=0.001)] = 2.0,
+    device: Annotated[str, typer.Option("--device", help="cpu, or cuda.")] = "cpu",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Time the fingerprints of expert weights against one read of the same bytes (CPU) or a copy (GPU).
+
+    Example: moe-placement bench verify --gb 2
+    """
+    import json
+
+    from ..bench.fingerprint import describe, measure
+    from ..files import write_atomically
+
+    result = measure(gigabytes, device)
+    print(describe(result))
+    if json_path:
+        write_atomically(json_path, json.dumps(result, indent=1).encode())
