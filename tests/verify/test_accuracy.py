@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -117,3 +119,24 @@ def test_missing_lm_eval_and_folder_are_named(monkeypatch, tmp_path):
     with pytest.raises(PlacementError, match="--include-path nowhere is no folder"):
         with harness.Examiner(Examination(("a",), "nowhere"), True, tmp_path / "log", lambda s, line: None):
             pass
+
+
+def test_documented_commands_are_spelt_right(monkeypatch):
+    """Every option of `moe-placement` and `lm_eval` in the pages exists, and required ones are there."""
+    from typer.main import get_command
+
+    root = TINY.parents[1]
+    text = "\n".join((root / page).read_text() for page in ("docs/accuracy.md", "examples/gsm8k/README.md", "examples/tiny_moe/README.md"))
+    commands = re.findall(r"^(?:    |\$ )(?:\w+=\w+ )?((?:moe-placement verify accuracy|lm_eval) .*)$", text.replace("\\\n", " "), re.M)
+    ours = [shlex.split(command)[3:] for command in commands if command.startswith("moe-placement")]
+    theirs = [shlex.split(command)[1:] for command in commands if command.startswith("lm_eval")]
+    assert len(ours) >= 6 and len(theirs) >= 4
+    accuracy = get_command(verify.app).commands["accuracy"]
+    for words in ours:
+        accuracy.make_context("accuracy", list(words), resilient_parsing=False)
+    pytest.importorskip("lm_eval", reason="the extra `accuracy` is not installed here")
+    from lm_eval._cli.harness import HarnessCLI
+
+    for words in theirs:
+        monkeypatch.setattr(sys, "argv", ["lm_eval", "run", *words])
+        HarnessCLI().parse_args()
