@@ -11,7 +11,7 @@ from ..errors import PlacementError
 from .coactivation import cluster_layers
 from .evaluate import align_layers, busiest_times, moved_slots
 from .fresh import fresh_plan
-from .groups import group_homes, hierarchical_plan
+from .groups import group_homes, hierarchical_plan, homes_in_service
 from .inputs import Ranks, as_old, as_ranks, as_windows, by_node, check_fits
 from .locality import load_leaving, relax_layers
 from .moves import REPLICA_CAP, move_limited
@@ -119,7 +119,7 @@ def plan(
     mean = _mean_load(windows, weights)
     leaving, curve = None, ()
     if locality != "none" and ranks.num_nodes > 1:
-        ranks, restore = by_node(ranks)
+        ranks, _, restore = by_node(ranks)
         homes, _ = group_homes(mean, ranks, num_groups)
         table = hierarchical_plan(mean, ranks, homes, tolerance, swaps, kicks)
         leaving = 0.0
@@ -155,7 +155,10 @@ def replan(
     old,
     slots_per_rank,
     *,
+    node_of_rank=None,
     speed=None,
+    num_groups: int = 1,
+    locality: str = "none",
     max_moves: int | None = None,
     max_bytes: int | None = None,
     bytes_per_expert: int | None = None,
@@ -168,10 +171,14 @@ def replan(
     Layers are brought to within `tolerance` of the lower bound of their busiest rank. If that takes more than the budget the moves go where
     they lower the busiest ranks most. Slots that keep their expert are untouched.
 
+    With `locality="node"` every group of experts stays on the node that it is on: moves are within nodes, and a layer is done when its
+    busiest node is within `tolerance` of what its groups allow. Groups change nodes only in `plan`.
+
     Args:
         load: as for `plan`; several windows count by their weighted mean.
         old: int [layers, slots], the placement in service.
-        slots_per_rank, speed, window_weights: as for `plan`.
+        slots_per_rank, node_of_rank, speed, num_groups, window_weights: as for `plan`.
+        locality: "none", or "node".
         max_moves: slots that may change rank, over all layers; None for no limit.
         max_bytes, bytes_per_expert: the same limit in bytes of one expert of one layer.
         tolerance: fraction above the lower bound at which a layer is left alone.
@@ -181,9 +188,11 @@ def replan(
         PlacementError: when an argument cannot be honoured.
     """
     windows = as_windows(load)
-    ranks = as_ranks(slots_per_rank, None, speed)
+    ranks = as_ranks(slots_per_rank, node_of_rank, speed)
     layers, experts = windows.shape[1:]
     check_fits(experts, ranks)
+    if locality not in ("none", "node"):
+        raise PlacementError(f"locality {locality!r}: a plan with few moves takes none or node")
     old = as_old(old, layers, experts, ranks)
     if not tolerance > 0:
         raise PlacementError(f"tolerance {tolerance}: give a positive fraction, 0.01 for 1%")
@@ -197,8 +206,15 @@ def replan(
     if max_moves is not None and max_moves < 0:
         raise PlacementError(f"max_moves {max_moves}: give 0 or more")
     weights = _weights(window_weights, windows.shape[0])
-    table = move_limited(_mean_load(windows, weights), ranks, old, tolerance, max_moves, replica_cap)
-    return _result(windows, weights, ranks, table, old, None, ())
+    mean = _mean_load(windows, weights)
+    if locality == "none" or ranks.num_nodes == 1:
+        table = move_limited(mean, ranks, old, tolerance, max_moves, replica_cap)
+        return _result(windows, weights, ranks, table, old, None, ())
+    ordered, slot_order, restore = by_node(ranks)
+    before = np.ascontiguousarray(old[:, slot_order])
+    homes = homes_in_service(before, ordered, experts, num_groups)
+    ranks, table = restore(move_limited(mean, ordered, before, tolerance, max_moves, replica_cap, homes))
+    return _result(windows, weights, ranks, table, old, 0.0, ())
 
 
 def locality_curve(load, slots_per_rank, *, node_of_rank, num_groups, speed=None, window_weights=None) -> tuple[LocalityPoint, ...]:

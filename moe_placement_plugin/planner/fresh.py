@@ -7,7 +7,7 @@ from .compiled import kernel
 from .layer import scale_load, sum_of
 from .pack import pack_any, pack_lpt
 from .refine import refine, swap_hot_cold
-from .replicate import order_by_load, replicate_sorted, sorted_items
+from .replicate import largest_replica, order_by_load, replicate_sorted, sorted_items
 
 
 @kernel
@@ -50,9 +50,7 @@ def plan_layers(load, order, start, rank_of, slowness, inverse_speed, tolerance,
         head = replicate_sorted(w, order[layer], slots, used, count, queue_load, queue_rank)
         largest = 0.0
         if kicks >= 0 or not equal:
-            for k in range(min(head + 1, experts)):
-                e = order[layer, k]
-                largest = max(largest, w[e] / count[e])
+            largest = largest_replica(w, order[layer], count, head)
         packed = False
         if equal:
             sorted_items(w, order[layer], count, head, item_expert, item_load)

@@ -143,7 +143,8 @@ def by_node(ranks: Ranks):
     """Ranks in order of their node, and how to bring a plan for them back to the given order.
 
     Returns:
-        (Ranks, function from int32 [layers, slots] in the new order to (the given Ranks, int32 [layers, slots])).
+        (Ranks, int64 [slots] the given slot of each new one, function from int32 [layers, slots] in the new order to (the given Ranks,
+        int32 [layers, slots])).
     """
     _, node_of = np.unique(ranks.node_of, return_inverse=True)
     node_of = node_of.reshape(-1).astype(np.int64)
@@ -165,4 +166,4 @@ def by_node(ranks: Ranks):
         result[:, slot_order] = table
         return ranks, result
 
-    return ordered, restore
+    return ordered, slot_order, restore

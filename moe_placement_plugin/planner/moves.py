@@ -7,6 +7,7 @@ import numpy as np
 from .bound import busiest_at_least
 from .compiled import kernel
 from .evaluate import keep_slots
+from .groups import home_bounds
 from .layer import busiest, count_replicas, measure, scale_load, sum_of
 from .replicate import largest_replica, order_by_load, replicate_sorted
 from .transition import descend_moves
@@ -120,13 +121,14 @@ def _allocate(curves, budget):
     return chosen
 
 
-def move_limited(load, ranks, old, tolerance, max_moves, cap_factor=REPLICA_CAP):
+def move_limited(load, ranks, old, tolerance, max_moves, cap_factor=REPLICA_CAP, expert_home=None):
     """The plan nearest to `old` whose layers are within `tolerance` of their lower bound, or the best one within `max_moves`.
 
     Args:
         load: float64 [layers, experts]; ranks: `Ranks`; old: int32 [layers, slots], the placement in service;
         tolerance: fraction above the lower bound at which a layer is done; max_moves: slots that may change rank, over all layers, or None.
         cap_factor: largest replica over that of a fresh plan.
+        expert_home: int64 [layers, experts], node that an expert is on and stays on, ranks sorted by node; None where any rank will do.
 
     Returns:
         int32 [layers, slots]: slots that keep their expert are untouched.
@@ -136,8 +138,14 @@ def move_limited(load, ranks, old, tolerance, max_moves, cap_factor=REPLICA_CAP)
     max_steps = 3 * slots
     bound = np.empty(layers, np.float64)
     largest = np.empty(layers, np.float64)
-    _bounds(load, order_by_load(load), ranks.start, ranks.inverse_speed, bound, largest)
-    node_slots = np.tile(np.array([0, slots]), (ranks.num_ranks, 1))
+    if expert_home is None:
+        node_slots = np.tile(np.array([0, slots]), (ranks.num_ranks, 1))
+        _bounds(load, order_by_load(load), ranks.start, ranks.inverse_speed, bound, largest)
+    else:
+        nodes = np.arange(ranks.num_nodes)
+        edges = [np.searchsorted(ranks.node_of, nodes, side) for side in ("left", "right")]
+        node_slots = np.stack([ranks.start[edge] for edge in edges], axis=1)[ranks.node_of]
+        home_bounds(load, order_by_load(load), expert_home, ranks.start, ranks.node_of, ranks.inverse_speed, bound, largest)
     slot = np.empty((layers, max_steps, 2), np.int64)
     expert = np.empty((layers, max_steps, 2), np.int32)
     moves = np.empty((layers, max_steps), np.int64)

@@ -49,6 +49,8 @@ def test_plan_refuses(load, slots, more, text):
         (OLD, {"max_bytes": 10}, "bytes_per_expert"),
         (OLD, {"tolerance": 0}, "positive fraction"),
         (OLD, {"replica_cap": 0.5}, "give 1 or more"),
+        (OLD, {"locality": "soft"}, "takes none or node"),
+        (OLD, {"locality": "node", "node_of_rank": [0, 1], "num_groups": 3}, "equal size"),
     ],
 )
 def test_replan_refuses(old, more, text):

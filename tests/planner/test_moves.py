@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.planner import plan, replan
 
 from .conftest import balance, check_valid
@@ -95,3 +96,31 @@ def test_two_recordings_at_an_eighth_of_the_moves(traces):
         found = replan(traces[target], old, slots)
         assert found.overall > 0.988
         assert found.moved_slots < 0.13 * old.size
+
+
+@pytest.mark.parametrize("node_of", [[0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 2, 3, 0, 1, 2, 3]])
+@pytest.mark.parametrize("slots", [8, 10])
+def test_groups_stay_on_the_node_that_they_are_on(node_of, slots):
+    before, after = loads(6)
+    where = {"node_of_rank": node_of, "num_groups": 8, "locality": "node"}
+    old = plan(before, [slots] * 8, **where).physical_to_logical
+    found = replan(after, old, [slots] * 8, **where)
+    new = found.physical_to_logical
+    check_valid(new, [slots] * 8, 64)
+    node_of_slot = np.repeat(node_of, slots)
+    for a, b in zip(old, new):
+        for group in range(8):
+            assert set(node_of_slot[a // 8 == group]) == set(node_of_slot[b // 8 == group])
+    fresh = plan(after, [slots] * 8, old=old, **where)
+    assert found.overall > found.overall_before
+    assert found.moved_slots < 0.3 * fresh.moved_slots
+    # Only the busiest node of a layer holds it back: all others are left as they are once they are lighter.
+    assert replan(after, new, [slots] * 8, **where).moved_slots == 0
+    assert replan(after, old, [slots] * 8, max_moves=7, **where).moved_slots <= 7
+
+
+def test_groups_on_several_nodes_are_refused():
+    before, after = loads(7)
+    old = plan(before, [8] * 8).physical_to_logical
+    with pytest.raises(PlacementError, match="on several nodes: plan with locality node once"):
+        replan(after, old, [8] * 8, node_of_rank=[0, 0, 1, 1, 2, 2, 3, 3], num_groups=8, locality="node")
