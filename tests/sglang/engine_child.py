@@ -3,8 +3,9 @@
     python -m tests.sglang.engine_child CASES.json RESULTS.json
 
 A case is {"name", "engine": {arguments of Engine}, "prompts": [[token id, ...], ...], "max_new_tokens", "threads": cores per
-rank, "late_env": {variables set between the launcher's plugins and its workers}}. Its result holds per prompt the greedy ``ids``, their
-``logprobs`` and the ``prompt_logprobs``. SGLang ends its caller when one of its processes dies: results are written after
+rank, "late_env": {variables set between the launcher's plugins and its workers}, "actions": [asked of SGLang's weight checker in the
+end]}. Its result holds per prompt the greedy ``ids``, their ``logprobs`` and the ``prompt_logprobs``, and per action whether it succeeded
+and what was said. SGLang ends its caller when one of its processes dies: results are written after
 each case.
 """
 
@@ -30,7 +31,7 @@ def run(case: dict) -> dict:
     began = time.monotonic()
     engine = sglang.Engine(**case["engine"])
     ready = time.monotonic()
-    outputs = engine.generate(
+    outputs = case["prompts"] and engine.generate(
         input_ids=case["prompts"],
         sampling_params={"temperature": 0.0, "max_new_tokens": case["max_new_tokens"], "ignore_eos": True},
         return_logprob=True,
@@ -44,10 +45,18 @@ def run(case: dict) -> dict:
         }
         for output in outputs
     ]
+    checks = [_check(engine, action) for action in case["actions"]]
     info = engine.get_server_info()
     engine.shutdown()
     keys = ("ep_num_redundant_experts", "ep_dispatch_algorithm", "init_expert_location", "ep_size", "tp_size")
-    return {"rows": rows, "info": {key: info.get(key) for key in keys}, "start_s": ready - began}
+    return {"rows": rows, "checks": checks, "info": {key: info.get(key) for key in keys}, "start_s": ready - began}
+
+
+def _check(engine, action: str) -> tuple[bool, str]:
+    from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+    succeeded, message, *_ = engine.loop.run_until_complete(engine.tokenizer_manager.check_weights(CheckWeightsReqInput(action=action), None))
+    return succeeded, message
 
 
 def main() -> None:

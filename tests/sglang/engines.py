@@ -50,16 +50,19 @@ def threads(ranks: int) -> str:
     return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
 
 
-def case(name: str, model: Path, tp: int = 1, ep: int = 1, late_env: dict[str, str] | None = None, **arguments: Any) -> dict:
-    """A case for `engine_child`."""
+def case(
+    name: str, model: Path, tp: int = 1, ep: int = 1, late_env: dict[str, str] | None = None, actions: tuple[str, ...] = (), **arguments: Any
+) -> dict:
+    """A case for `engine_child`; with actions nothing is generated."""
     engine = ENGINE | {"model_path": str(model), "skip_tokenizer_init": True, "tp_size": tp, "ep_size": ep} | arguments
     return {
         "name": name,
         "engine": engine,
-        "prompts": PROMPTS,
+        "prompts": [] if actions else PROMPTS,
         "max_new_tokens": MAX_NEW_TOKENS,
         "threads": threads(tp),
         "late_env": late_env or {},
+        "actions": actions,
     }
 
 
@@ -85,7 +88,7 @@ class Outcome:
         return set(re.findall(r"\[[-\d]+ [:\d]+ (TP\d+ EP\d+)\] [^\n]*" + re.escape(text), self.log))
 
 
-def run_cases(cases: list[dict], folder: Path, timeout_per_case: float = 150) -> dict[str, Outcome]:
+def run_cases(cases: list[dict], folder: Path, timeout_per_case: float = 150, env: dict[str, str] | None = None) -> dict[str, Outcome]:
     """Run the cases one after another in one child process; the log is cut into cases.
 
     The caller holds the machine's engine lock (`tests.support.children.engine_lock`).
@@ -95,7 +98,7 @@ def run_cases(cases: list[dict], folder: Path, timeout_per_case: float = 150) ->
     wanted.write_text(json.dumps(cases))
     began = time.monotonic()
     command = python("-m", "tests.sglang.engine_child", str(wanted), str(given))
-    finished = run_child(command, timeout_per_case * len(cases), ENV, ROOT)
+    finished = run_child(command, timeout_per_case * len(cases), ENV | (env or {}), ROOT)
     (folder / "log.txt").write_text(finished.output)
     print(f"{len(cases)} engine starts in {time.monotonic() - began:.0f} s, log in {folder}")
     results = json.loads(given.read_text()) if given.exists() else {}
