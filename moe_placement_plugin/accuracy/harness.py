@@ -21,6 +21,9 @@ from .examiner import Candidate, Examination
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 """What keeps lm-eval, datasets and transformers from asking the hub."""
 
+LOADING_SECONDS = 600.0
+"""Until lm-eval has loaded and found its tasks, which takes seconds, or a minute on a slow disk."""
+
 Progress = Callable[[float, str], None]
 
 
@@ -60,7 +63,7 @@ class Examiner:
                 env=env,
             )
         try:
-            self._ask(asdict(self.examination), 600, self.progress)
+            self._ask(asdict(self.examination), LOADING_SECONDS, self.progress)
         except BaseException:
             self.stop()
             raise

@@ -23,16 +23,14 @@ QWEN = TINY / "qwen3-moe"
 
 
 class MadeUp(DemoEngine):
-    """Answers from the task files, under a strategy with its ``faults``; ``broken`` finds no task files and answers nothing."""
+    """Answers from the task files, under a strategy with its ``faults``."""
 
     name = "vllm"
     faults: dict[str, list[str]] = {}
-    broken = False
 
     def command(self, model, port, placed, settings=None):
         faults = [] if placed is None else self.faults[placed.strategy]
-        tasks = TASKS.parent if self.broken else TASKS
-        return [sys.executable, str(Path(__file__).with_name("openai_server.py")), str(port), str(tasks), str(model), *faults], {}
+        return [sys.executable, str(Path(__file__).with_name("openai_server.py")), str(port), str(TASKS), str(model), *faults], {}
 
     def complete(self, url, model, prompt, tokens):
         raise AssertionError("the accuracy check does not ask for single completions")
@@ -49,8 +47,8 @@ def verified(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(installed, "find_spec", lambda name: object() if name == "vllm" else None)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
 
-    def run(faults: dict[str, list[str]], tasks: str, broken: bool = False):
-        engine.faults, engine.broken = faults, broken
+    def run(faults: dict[str, list[str]], tasks: str):
+        engine.faults = faults
         code = 0
         strategies = ",".join(faults)
         arguments = {"strategies": strategies, "limit": 4, "include_path": TASKS, "engine": "vllm", "device": "cpu"}
@@ -80,8 +78,30 @@ def test_differing_answers_are_found_by_lm_eval(verified):
     assert balanced["tiny_moe_sum"]["passed"]
     assert balanced["tiny_moe_brackets_choice"]["differing_logprobs"] == 4 and not balanced["tiny_moe_brackets_choice"]["passed"]
     assert balanced["tiny_moe_brackets_choice"]["metrics"]["acc,none"]["difference"] == 0
-    with pytest.raises(PlacementError, match="vllm stock: .*500"):
-        verified({"linear": []}, "tiny_moe_sum", broken=True)
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("raise ValueError('unknown task x: name another')", "^unknown task x: name another$"),
+        ("raise KeyError('x')", "^KeyError: 'x'$"),
+        ("import os; print('out of memory', flush=True); os._exit(3)", "lm-eval ended with code 3:\nout of memory"),
+        ("import time; time.sleep(60)", "lm-eval was not ready after 1 s: give it more with --timeout"),
+    ],
+)
+def test_what_lm_eval_says_reaches_the_user(monkeypatch, tmp_path, code, message):
+    """With a package called lm_eval that fails as lm-eval may."""
+    from moe_placement_plugin.accuracy import harness
+    from moe_placement_plugin.accuracy.examiner import Examination
+
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(harness, "find_spec", lambda name: object())
+    monkeypatch.setattr(harness, "LOADING_SECONDS", 1 if "sleep" in code else 60)
+    with pytest.raises(PlacementError, match=message):
+        with harness.Examiner(Examination(("x",)), True, tmp_path / "log", lambda s, line: None):
+            pass
 
 
 def test_bad_input_is_named(cli, tmp_path):
