@@ -167,7 +167,7 @@ class LayerBench:
     def _time(self, shares: Mapping[tuple[str, int], RouteOutput], phase: str, ranks: int) -> dict[str, list[RankTime]]:
         self._make_room(shares, ranks)
         rows = max(s.num_rows for s in shares.values())
-        x = torch.randn(rows, self.shape.hidden, device=self.device).to(self.dtype)
+        x = torch.randn(rows, self.shape.hidden, device=self.device, dtype=self.dtype)
         groups = {key: s.group_sizes.cpu().numpy() for key, s in shares.items()}
         runs = {key: self._watch.prepare(self._share_runner(x, s)) for key, s in shares.items() if groups[key].any()}
         times = in_turn(runs, self.repeats)

@@ -84,7 +84,8 @@ class StagedMoE:
     dealing: Literal["hash", "turn"] = "hash"
 
     def __post_init__(self) -> None:
-        self._lane = ExchangeLane(self.weights.w13.device)
+        # One rank has nothing to exchange, and nothing to gain from another stream.
+        self._lane = ExchangeLane(self.weights.w13.device if self.group.size > 1 else torch.device("cpu"))
 
     def __call__(
         self,
@@ -124,10 +125,8 @@ class StagedMoE:
             per_chunk = list(zip(*(even_slots(n, token_chunks) for n in tokens_per_rank)))
         plans = plan_dispatch(parts, self.placed, self.group, self.use_ring, per_chunk)
         if embedding_chunks > 1:
-            result = self._by_columns(x, selection, plans[0], embedding_chunks)
-        else:
-            result = self._by_tokens([x[start:stop] for start, stop in bounds], parts, plans)
-        return result
+            return self._by_columns(x, selection, plans[0], embedding_chunks)
+        return self._by_tokens([x[start:stop] for start, stop in bounds], parts, plans)
 
     def _by_tokens(self, xs: list[torch.Tensor], parts: list[Selection], plans: list[RouteMetadata]) -> torch.Tensor:
         def bring(i: int) -> Callable[[], Any]:

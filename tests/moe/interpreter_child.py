@@ -1,6 +1,6 @@
 """Run under TRITON_INTERPRET=1: an engine's own kernel on CPU, compared with torch. Prints one JSON object.
 
-    python -m tests.moe.interpreter_child vllm|sglang
+python -m tests.moe.interpreter_child vllm|sglang
 """
 
 from __future__ import annotations
