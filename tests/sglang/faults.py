@@ -46,9 +46,12 @@ def register() -> None:
         _lose_a_hook(HookRegistry)
     elif fault == "wrong-everywhere":
         HookRegistry.register("sglang.srt.eplb.expert_location.ExpertLocationMetadata.logical_to_all_physical", _wrong_slots, HookType.AROUND)
+    elif fault == "replica-left-out":
+        HookRegistry.register(f"{layer}._map_global_expert_id_to_local_expert_id", _leave_out, HookType.AROUND)
+    elif fault == "replica-of-another":
+        HookRegistry.register(f"{layer}._weight_loader_physical", _fill_with_another, HookType.AROUND)
     else:
-        spoil = {"replica-left-out": _leave_out, "replica-of-another": _fill_with_another}[fault]
-        HookRegistry.register(f"{layer}._weight_loader_physical", spoil, HookType.AROUND)
+        raise ValueError(fault)
 
 
 def _attach(original: Callable, self: Any, **kwargs: Any) -> Any:
@@ -233,9 +236,8 @@ EVERYWHERE: dict[str, Callable[[Any, Any], None]] = {
 """Name -> what happens to SGLang's own tables, on every rank."""
 
 
-def _leave_out(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
-    if kwargs["expert_id"] != REPLICA or self.layer_id != LAYER:
-        original(self, *args, **kwargs)
+def _leave_out(original: Callable, self: Any, expert_id: int) -> int:
+    return -1 if self.layer_id == LAYER and expert_id == REPLICA else original(self, expert_id)
 
 
 def _fill_with_another(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:

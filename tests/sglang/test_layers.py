@@ -142,6 +142,20 @@ def test_an_expert_that_the_checkpoint_lacks_is_noticed(placed):
     check_weights(placed)
 
 
+def test_a_slot_that_nothing_filled_is_noticed(placed):
+    layer = types.SimpleNamespace(layer_id=1, _num_local_routed=3, moe_ep_rank=1)
+    param, scale = torch.empty(3, 2, 2), torch.empty(3)
+    for expert in range(4):
+        layers.load(lambda *_: None, layer, None, None, "weight", "w2", expert)
+    layers.fill(lambda *_: None, layer, scale, None, "scale", "w2", 0)  # may be left to its default
+    for slot in (0, 2):
+        layers.fill(lambda *_: None, layer, param, None, "weight", "w2", expert_id=slot)
+    with pytest.raises(PlacementError, match="mlp: nothing filled slot 1 of rank 1 with w2 of expert 0: a loader went round"):
+        layers._check_weights("mlp", layer, placed)
+    layers.fill(lambda *_: None, layer, param, None, "weight", "w2", 1)
+    layers._check_weights("mlp", layer, placed)
+
+
 def test_a_layer_built_with_other_slots_is_refused(placed):
     layer = types.SimpleNamespace(layer_id=1, _num_global_routed=4, moe_ep_size=2)
     with pytest.raises(PlacementError, match="built with 4 slots on 2 ranks, the placement has 6 on 2"):

@@ -203,7 +203,7 @@ class TestEngines:
         replica, first = f"slot {faults.REPLICA - 18} of rank 1", f"slot {row.index(row[faults.REPLICA])} of rank 0"
         differ = f"replicas of an expert differ: layer {faults.LAYER}, expert {row[faults.REPLICA]}: {replica} and {first} differ in w13_"
         message = {
-            "replica-left-out": differ,
+            "replica-left-out": f"nothing filled {replica} with w[123] of expert {row[faults.REPLICA]}: a loader went round",
             "replica-of-another": differ,
             "wrong-everywhere": r"not those of the checkpoint: layer 2, slot \d+ of rank \d should hold expert (6|7): .*, which hold expert (7|6)",
             "hook-lost": "SGLang did not apply the hooks (remap|loader) in this process",

@@ -18,10 +18,14 @@ logger = logging.getLogger(__name__)
 # (layer, shard) -> logical experts that the checkpoint brought; cleared once they have been checked.
 _loaded: dict[tuple[int, str], set[int]] = defaultdict(set)
 
+# (layer, shard, tensor's address as an object) -> slots of this rank that were written; cleared with the above.
+_filled: dict[tuple[int, str, int], set[int]] = defaultdict(set)
+
 
 def forget_loaded() -> None:
     """Begin anew: what was loaded so far is another model's."""
     _loaded.clear()
+    _filled.clear()
 
 
 def _placement() -> Placement | None:
@@ -64,6 +68,16 @@ def load(
                 "use a checkpoint with a tensor per expert, or leave the placement flags out"
             )
         _loaded[self.layer_id, shard_id].add(int(expert_id))
+    original(self, param, loaded_weight, weight_name, shard_id, expert_id)
+
+
+def fill(original: Callable, self: Any, param: Any, loaded_weight: Any, weight_name: str, shard_id: str, expert_id: int) -> None:
+    """`FusedMoE._weight_loader_impl`, which writes one slot of this rank, noting which.
+
+    Weight matrices only: checkpoints may leave a scale of a single expert to its default.
+    """
+    if _placement() is not None and param.dim() >= 3:
+        _filled[self.layer_id, shard_id, id(param)].add(expert_id)
     original(self, param, loaded_weight, weight_name, shard_id, expert_id)
 
 
@@ -211,4 +225,13 @@ def _check_weights(name: str, layer: Any, placement: Placement) -> None:
             raise PlacementError(
                 f"{name}: the checkpoint brought {shard} of {len(every) - len(missing)} of {len(every)} experts, expert "
                 f"{missing[0]} is missing: its slots hold no weights; use a complete checkpoint"
+            )
+    for (layer_id, shard, _), slots in _filled.items():
+        empty = sorted(set(range(layer._num_local_routed)) - slots) if layer_id == layer.layer_id else []
+        if empty:
+            expert = placement.local_experts(placement.row(layer_id), layer.moe_ep_rank)[empty[0]]
+            raise PlacementError(
+                f"{name}: nothing filled slot {empty[0]} of rank {layer.moe_ep_rank} with {shard} of expert {expert}"
+                f"{f', nor {len(empty) - 1} more slots' if len(empty) > 1 else ''}: a loader went round SGLang's map of experts; use the "
+                "model's original checkpoint, or leave the placement flags out"
             )

@@ -51,6 +51,15 @@ def hooks() -> HookSet:
             removable_when="SGLang checks that every slot was filled",
         ),
         Hook(
+            name="slot-loader",
+            target=f"{_FUSED_MOE}._weight_loader_impl",
+            hook=layers.fill,
+            relies_on=("param", "loaded_weight", "weight_name", "shard_id", "expert_id"),
+            why="a slot that nothing fills must be noticed, also where no replica differs from it",
+            upstream="vLLM #55228, SGLang #39580",
+            removable_when="SGLang checks that every slot was filled",
+        ),
+        Hook(
             name="fused-loader",
             target=f"{_FUSED_MOE}.weight_loader_fused",
             hook=layers.load_fused,
