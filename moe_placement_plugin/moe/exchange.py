@@ -13,9 +13,9 @@ from ..errors import PlacementError
 class EpGroup:
     """The ranks that share a layer's experts.
 
-    With gloo the reduction adds the ranks' parts in ascending order of rank (an all-to-all, then sums): gloo's own ring would
-    add them in an order that depends on the position in the buffer, and a chunked layer would differ from the whole one in
-    its last bits. With NCCL it is NCCL's reduce-scatter.
+    With gloo the reduction adds the ranks' parts in ascending order of rank (an all-to-all, then sums), as the all-to-all
+    exchange adds a token's: so both exchanges, whole or in chunks, give the same bits, whatever order gloo's own
+    reduce-scatter has in a release of torch. With NCCL it is NCCL's.
 
     Args:
         group: a process group; None for the default one.

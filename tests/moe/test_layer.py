@@ -86,3 +86,11 @@ def test_chunked_is_whole_bit_for_bit(ranks, how, matmuls):
         check(chunked, outputs)
         for one, other in zip(outputs, ranks.call("run", whole), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ep", [4, 8])
+def test_both_exchanges_give_the_same_bits(ranks, ep, dtype):
+    case = Case(ep=ep, redundant=4, routing=(("top_k", 8),), dtype=dtype, tokens=(13, 0, 5, 20, 1, 9, 2, 7)[:ep])
+    ring, all_to_all = ranks.call("run", case), ranks.call("run", case.but(use_ring=False))
+    assert all(torch.equal(one, other) for one, other in zip(ring, all_to_all, strict=True))
