@@ -121,7 +121,8 @@ def test_the_patches_work_in_every_scheduler_process(outcomes, name):
     everyone = {f"TP{rank} EP{rank * ep // tp}" for rank in range(tp)}
     layers = 3 if name.startswith("glm") else 4
     assert outcome.processes_with(f"is in force in {layers} layers") == everyone
-    used = ["placement", "slots", "loader", "model", "cpu-expert-parallelism"]
+    assert outcome.processes_with(f"slots in {layers} layers of this rank (replicas)") == everyone
+    used = ["placement", "slots", "loader", "slot-loader", "model", "cpu-expert-parallelism", "verify-load", "verify-clean"]
     used += [] if versions.topk_finds_the_placement() else ["routing", "remap"]
     used += [] if versions.dispatch_is_rank_invariant() else ["all-replicas"]
     for patch in used:

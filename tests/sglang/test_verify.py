@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import types
 
 import pytest
+import torch
 
-from moe_placement_plugin.engines.sglang import loaded, settings
+from moe_placement_plugin.engines.sglang import loaded, settings, verify
+from moe_placement_plugin.engines.sglang.hooks import Hook, HookSet
+from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.placement import Placement
 from tests.sglang import faults
 from tests.sglang.engines import Outcome, case, run_cases
@@ -91,6 +95,54 @@ def test_random_replicas_are_not_verified_by_default(models):
     dummy = ("--load-format", "dummy")
     assert level(resolve(arguments(models["qwen32"], *ZIGZAG, *dummy))) == "replicas"
     assert level(resolve(arguments(models["qwen32"], *ZIGZAG, *dummy, "--ep-num-redundant-experts", "2"))) == "off"
+
+
+def tables(slots: list[int], experts: int) -> types.SimpleNamespace:
+    """SGLang's metadata of one layer, in as many tensors of its own as on a GPU."""
+    held = torch.tensor([slots])
+    width = max(slots.count(expert) for expert in range(experts))
+    slots_of = torch.full((1, experts, width), -1)
+    for expert in range(experts):
+        where = [slot for slot, held_expert in enumerate(slots) if held_expert == expert]
+        slots_of[0, expert, : len(where)] = torch.tensor(where)
+    return types.SimpleNamespace(
+        physical_to_logical_map=held, physical_to_logical_map_cpu=held.clone(), logical_to_all_physical_map=slots_of,
+        logical_to_all_physical_map_cpu=slots_of.clone(), logical_to_rank_dispatch_physical_map=slots_of[..., 0].clone(),
+        num_logical_experts=experts, num_layers=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "message"),
+    [
+        ("logical_to_rank_dispatch_physical_map", (0, 2), "layer 0: tokens of expert 2 go to slot 0, which holds expert 3"),
+        ("physical_to_logical_map_cpu", (0, 1), r"layer 0: SGLang's physical_to_logical_map differs between device and host at \[1\]"),
+        ("logical_to_all_physical_map_cpu", (0, 3, 1), r"logical_to_all_physical_map differs between device and host at \[3, 1\]"),
+    ],
+)
+def test_tables_that_contradict_each_other_are_noticed(name, at, message):
+    metadata = tables([3, 1, 0, 2, 0, 3], 4)
+    verify.check_map(metadata)
+    getattr(metadata, name)[at] = 0
+    with pytest.raises(PlacementError, match=message):
+        verify.check_map(metadata)
+
+
+def test_the_expert_of_a_slot_is_the_one_in_force():
+    layer = types.SimpleNamespace(layer_id=0, moe_ep_rank=1, _num_local_routed=3, _num_global_routed=6, num_fused_shared_experts=1)
+    metadata = tables([3, 1, 0, 2, 0, 3], 4)
+    assert verify.slot_experts(layer, metadata).tolist() == [2, 0, 3, 4]
+    metadata.physical_to_logical_map[0, 3] = 1
+    assert verify.slot_experts(layer, metadata).tolist() == [1, 0, 3, 4]
+    layer.layer_id = 7  # beyond the table: SGLang loads it by its own ids
+    assert verify.slot_experts(layer, metadata).tolist() == [3, -1, -1, 4]
+    assert verify.slot_experts(layer, None).tolist() == [3, 4, 5, 6]
+
+
+def test_a_lost_hook_is_noticed_by_the_others():
+    hooks = HookSet([Hook(name="verify-lost", target="json:dumps", hook=lambda original, *args: original(*args), why="a test")])
+    with pytest.raises(PlacementError, match="SGLang did not apply the hooks verify-lost in this process"):
+        hooks.require_applied()
 
 
 ENGINE = [pytest.mark.engine, pytest.mark.timeout(3000)]
