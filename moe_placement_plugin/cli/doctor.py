@@ -60,11 +60,14 @@ def _examine(name: str) -> dict[str, Any]:
 def _vllm(result: dict[str, Any]) -> None:
     from ..engines.vllm import kernels, preflight
     from ..engines.vllm.flags import FLAGS
-    from ..engines.vllm.patches import patch_set, recording_set
+    from ..engines.vllm.patches import eplb_set, load_set, patch_set, recording_set
 
     result["supported"] = f"{preflight.SUPPORTED[0]} to {preflight.SUPPORTED[1]} (exclusive)"
     preflight.check_version()
-    for concern, patches in (("flags", FLAGS), ("placement", patch_set()), ("recording", recording_set())):
+    for concern, patches in (
+        ("flags", FLAGS), ("placement", patch_set()), ("verification", load_set()), ("rebalancing", eplb_set()),
+        ("recording", recording_set()),
+    ):
         result["patches"] += [{"concern": concern, **row} for row in patches.report()]
     result["refused"] = [
         {"what": f"--moe-backend {name}", "why": "computes with contiguous, even blocks of experts"}

@@ -36,7 +36,7 @@ def probe(worker) -> dict:
     import numpy as np
 
     try:
-        from moe_placement_plugin.engines.vllm.layers import routed_layers
+        from moe_placement_plugin.engines.vllm.layers import logical_of_physical, routed_layers
         from moe_placement_plugin.engines.vllm.patches import load_set, patch_set
     except ImportError:
         return {}
@@ -45,7 +45,8 @@ def probe(worker) -> dict:
     for name, layer in routed_layers(model).items():
         expert_map = layer.expert_map_manager.expert_map
         maps[name] = None if expert_map is None else np.asarray(expert_map.cpu()).tolist()
-    return {"pid": os.getpid(), "hits": patch_set().hits() | load_set().hits(), "maps": maps}
+    tables = [logical_of_physical(layer).tolist() for layer in routed_layers(model).values()]
+    return {"pid": os.getpid(), "hits": patch_set().hits() | load_set().hits(), "maps": maps, "tables": tables}
 
 
 def start_profile(worker) -> None:

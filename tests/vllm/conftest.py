@@ -12,13 +12,18 @@ import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement
 from moe_placement_plugin.demo.tiny_models import write_glm4_moe, write_qwen3_moe
+from tests.support.checkpoints import fuse_experts
 from tests.support.children import engine_lock, run_child
+from tests.support.faults import WEIGHT_FAULTS
 
 HERE = Path(__file__).parent
 
 TWO_RANKS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 ONE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 BOTH = {"VLLM_CPU_OMP_THREADS_BIND": "0,1"}
+
+FAULTS = (*WEIGHT_FAULTS, "map changed without moving weights", "two ranks claim one expert",
+          "tensor as long as the model has experts", "tensor lost")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -32,7 +37,8 @@ def pytest_collection_modifyitems(items):
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """Name -> checkpoint: Qwen3-MoE with 30 experts, GLM-4-MoE with 32 in 4 groups."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {"qwen": write_qwen3_moe(folder / "qwen"), "glm": write_glm4_moe(folder / "glm")}
+    qwen = write_qwen3_moe(folder / "qwen")
+    return {"qwen": qwen, "glm": write_glm4_moe(folder / "glm"), "fused": fuse_experts(qwen, folder / "fused")}
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +93,7 @@ def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
     cases = [
         case("qwen linear", "qwen", {}, profile=True),
         case("qwen zigzag", "qwen", {"expert_placement_strategy": "zigzag"}, profile=True, sabotage=True),
-        case("qwen balanced", "qwen", {"expert_placement_strategy": "balanced"}),
+        case("qwen balanced", "qwen", {"expert_placement_strategy": "balanced"}, faults=FAULTS),
         case("qwen round_robin filter", "qwen", {"expert_placement_strategy": "round_robin", "enable_ep_weight_filter": True}),
         case("qwen eplb filter", "qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": files["qwen"],
                                          "enable_ep_weight_filter": True}),
@@ -96,11 +102,41 @@ def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
         case("qwen-bf16 zigzag", "qwen", {"expert_placement_strategy": "zigzag", "dtype": "bfloat16"}),
         case("glm linear", "glm", {}),
         case("glm zigzag filter", "glm", {"expert_placement_strategy": "zigzag", "enable_ep_weight_filter": True}),
-        case("glm balanced", "glm", {"expert_placement_strategy": "balanced"}),
+        case("glm balanced", "glm", {"expert_placement_strategy": "balanced", "expert_placement_verify": "checkpoint"}),
         case("glm eplb", "glm", {"expert_placement_strategy": "eplb", "expert_placement_file": files["glm"]}),
     ]  # fmt: skip
     spawned = case("glm round_robin spawned", "glm", {"expert_placement_strategy": "round_robin"})
     spawned["env"] = {**ONE_EACH, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     four = case("qwen zigzag four ranks", "qwen", {"expert_placement_strategy": "zigzag", "tensor_parallel_size": 4})
     four["env"] = {"VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
-    return run_cases(tmp_path_factory.mktemp("placed"), [*cases, spawned, four], {}, 1500)
+    folder = tmp_path_factory.mktemp("placed", numbered=False)
+    return run_cases(folder, [*cases, spawned, four], {}, 1500)
+
+
+MOVING = {
+    "qwen zigzag": ("qwen", {"expert_placement_strategy": "zigzag"}),
+    "qwen eplb load": ("qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": "qwen"}),
+    "glm eplb": ("glm", {"expert_placement_strategy": "eplb"}),
+    "qwen fused checkpoint": ("fused", {"expert_placement_strategy": "zigzag", "expert_placement_verify": "checkpoint"}),
+}
+"""Case -> (checkpoint, arguments) of servers whose experts EPLB moves; the name's first word is the stock case."""
+
+
+@pytest.fixture(scope="session")
+def moving(checkpoints, files, tmp_path_factory) -> tuple[dict[str, dict], dict[str, str]]:
+    """(results, logs) by case of vLLM with ``--enable-eplb``: two redundant experts, rearranged every second step."""
+    cases = []
+    for name, (model, more) in MOVING.items():
+        more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}
+        eplb = {"enable_eplb": True, "eplb_config": {"window_size": 2, "step_interval": 2, "num_redundant_experts": 2}}
+        cases.append({"name": name, "engine": {"model": checkpoints[model], **TWO_RANKS, **eplb, **more}, "env": ONE_EACH, "probe": True})
+    folder = tmp_path_factory.mktemp("moving")
+    results = run_cases(folder, cases, {}, 1200)
+    parts = (folder / "log").read_text().split("=== case ")
+    return results, {part.partition("\n")[0].strip(): part for part in parts}
+
+
+@pytest.fixture(scope="session")
+def placed_log(placed, tmp_path_factory) -> str:
+    """What vLLM wrote while the placed cases ran."""
+    return (tmp_path_factory.getbasetemp() / "placed" / "log").read_text()

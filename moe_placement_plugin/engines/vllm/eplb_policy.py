@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...errors import PlacementError
 from ...planner import plan, replan
 
 if TYPE_CHECKING:
     import torch
+
+REGROUP_GAIN = 0.05
+"""Groups change nodes, for which almost every slot has to be fetched, where that raises balancedness by more than this fraction."""
 
 
 def rebalance_experts(
@@ -26,8 +30,8 @@ def rebalance_experts(
     """Plan the placement of every layer.
 
     With an old placement of the same size the plan moves only what pays (`replan`); without one it is planned from nothing. As in vLLM's
-    default
-    policy all experts of a group stay on one node if the groups divide over the nodes.
+    default policy all experts of a group stay on one node if the groups divide over the nodes; groups change nodes only where that
+    gains more than `REGROUP_GAIN`.
 
     Args:
         weight: [layers, num_logical_experts], token counts.
@@ -61,17 +65,17 @@ def rebalance_table(load, num_replicas, num_groups, num_nodes, num_ranks, old=No
     hierarchical = num_nodes > 1 and num_groups % num_nodes == 0
     if old is not None and not _in_service(old, load.shape, num_replicas):
         old = None
-    if old is not None and not hierarchical:
-        return replan(load, old, slots).physical_to_logical
-    nodes = np.arange(num_ranks) // max(1, num_ranks // max(1, num_nodes))
-    return plan(
-        load,
-        slots,
-        node_of_rank=nodes,
-        num_groups=num_groups if hierarchical else 1,
-        locality="node" if hierarchical else "none",
-        old=old,
-    ).physical_to_logical
+    if not hierarchical:
+        return (plan(load, slots) if old is None else replan(load, old, slots)).physical_to_logical
+    where = {"node_of_rank": np.arange(num_ranks) // max(1, num_ranks // num_nodes), "num_groups": num_groups, "locality": "node"}
+    fresh = plan(load, slots, old=old, **where)
+    if old is None:
+        return fresh.physical_to_logical
+    try:
+        kept = replan(load, old, slots, **where)
+    except PlacementError:  # a group lies on several nodes, as where the engine has just started: bring it together
+        return fresh.physical_to_logical
+    return (fresh if fresh.overall > (1 + REGROUP_GAIN) * kept.overall else kept).physical_to_logical
 
 
 def even_slots_or_raise(num_replicas: int, num_ranks: int) -> np.ndarray:
@@ -80,8 +84,6 @@ def even_slots_or_raise(num_replicas: int, num_ranks: int) -> np.ndarray:
     Raises:
         PlacementError: if the physical experts do not divide over the ranks.
     """
-    from ...errors import PlacementError
-
     if num_ranks < 1 or num_replicas % num_ranks:
         raise PlacementError(
             f"{num_replicas} physical experts on {num_ranks} ranks: the engine gives every rank as many; "

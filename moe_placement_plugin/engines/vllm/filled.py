@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import PlacementError
 from ..patching import Patch
-from .layers import slot_experts
+from .layers import num_logical, slot_experts
 
 _FILLED = "_moe_placement_filled"
 
@@ -61,7 +61,7 @@ def check_filled(layer: Any) -> None:
         return
     object.__delattr__(layer, _FILLED)
     experts = slot_experts(layer)
-    routed = {slot for slot, expert in enumerate(experts.tolist()) if 0 <= expert < layer.expert_map_manager.global_num_experts}
+    routed = {slot for slot, expert in enumerate(experts.tolist()) if 0 <= expert < num_logical(layer)}
     for (weight, shard), slots in watched[1].items():
         missing = sorted(routed - slots)
         if missing and slots & routed:

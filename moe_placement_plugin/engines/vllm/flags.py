@@ -129,11 +129,15 @@ def _create_engine_config(original):
     @functools.wraps(original)
     def create_engine_config(self, *args, **kwargs):
         from . import preflight
-        from .request import asks
+        from .eplb_cpu import allow_eplb_on_cpu
+        from .request import asks, is_cpu_build
 
         if not asks(self):
             return original(self, *args, **kwargs)
         preflight.check_version()
+        placed = self.expert_placement_strategy != "linear" or FILE_KEY in (self.additional_config or {})
+        if self.enable_eplb and placed and is_cpu_build():
+            allow_eplb_on_cpu(self)
         if self.expert_placement_strategy not in ("linear", *ALIASES):
             get_strategy(self.expert_placement_strategy)  # an unknown name is refused before vLLM reads the model
         return preflight.resolve(original(self, *args, **kwargs))

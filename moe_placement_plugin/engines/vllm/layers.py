@@ -1,4 +1,4 @@
-"""The MoE layers of a vLLM model."""
+"""The MoE layers of a vLLM model, and which expert lies in which of their slots."""
 
 from __future__ import annotations
 
@@ -6,12 +6,28 @@ from typing import Any
 
 import numpy as np
 
+EPLB_ROW = "_moe_placement_eplb_row"
+"""Attribute of a ``RoutedExperts`` that EPLB moves: (EPLB's model state, row of the layer in its tables)."""
+
 
 def routed_layers(model: Any) -> dict[str, Any]:
     """Name -> ``RoutedExperts`` of every MoE layer of a model."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     return {module.layer_name: module for module in model.modules() if isinstance(module, RoutedExperts)}
+
+
+def num_logical(layer: Any) -> int:
+    """Logical experts of a layer, without redundant and fused shared ones."""
+    return layer.moe_config.num_logical_experts
+
+
+def logical_of_physical(layer: Any) -> np.ndarray:
+    """Logical expert of each physical one, int64 ``[physical experts]``: EPLB's table, or its first one before it has begun."""
+    at = getattr(layer, EPLB_ROW, None)
+    if at is not None:
+        return at[0].physical_to_logical_map[at[1]].cpu().numpy()
+    return np.arange(layer.expert_map_manager.global_num_experts) % num_logical(layer)
 
 
 def slot_experts(layer: Any) -> np.ndarray:
@@ -23,12 +39,10 @@ def slot_experts(layer: Any) -> np.ndarray:
         layer: a ``RoutedExperts``.
     """
     manager = layer.expert_map_manager
-    slots = layer.local_num_experts
+    slots, physical = layer.local_num_experts, manager.global_num_experts
     experts = np.full(slots, -1, dtype=np.int32)
-    if manager.expert_map is None:
-        experts[:] = np.arange(slots)
-        return experts
-    table = manager.expert_map.cpu().numpy()
-    for expert in np.flatnonzero(table >= 0).tolist():
-        experts[table[expert]] = expert
+    table = np.arange(slots) if manager.expert_map is None else manager.expert_map.cpu().numpy()
+    logical = logical_of_physical(layer)
+    for number in np.flatnonzero(table >= 0).tolist():
+        experts[table[number]] = logical[number] if number < physical else num_logical(layer) + number - physical
     return experts

@@ -9,9 +9,10 @@ import numpy as np
 
 from ...errors import PlacementError
 from ..patching import Patch
+from .eplb import check_supported
 from .filled import check_filled
 from .kernels import check_experts
-from .layers import routed_layers
+from .layers import num_logical, routed_layers
 from .settings import PlacementSettings, layer_id_of, settings_of
 from .verify import clean_load, verify_loaded
 
@@ -28,6 +29,8 @@ def _load_model(original):
         model = original(self, vllm_config, model_config, *args, **kwargs)
         # A draft model comes through here too, with a config of its own.
         whole = model_config is vllm_config.model_config and vllm_config.parallel_config.pipeline_parallel_size == 1
+        if settings["eplb"]:
+            check_supported(model)
         _report(routed_layers(model), settings, whole)
         if level != "off":
             verify_loaded(model, clean)
@@ -58,9 +61,9 @@ def _report(layers: dict[str, Any], settings: PlacementSettings, whole: bool) ->
     for name, layer in layers.items():
         manager = layer.expert_map_manager
         rank, ranks = manager.ep_rank, manager.ep_size
-        if plan is None or ranks == 1:
-            continue
         check_filled(layer)
+        if settings.static is None or ranks == 1:
+            continue
         use_tables = manager.moe_parallel_config.needs_round_robin_routing_tables
         check_experts(layer.quant_method, use_tables, name)
         expected = settings.expert_map(layer_id_of(name), manager.global_num_experts, ranks, rank)
@@ -88,7 +91,7 @@ def _check_coverage(layers: dict[str, Any], settings: PlacementSettings) -> None
         return
     plan, found = settings.placement, {name: layer_id_of(name) for name in layers}
     for name, layer_id in found.items():
-        if not settings.knows(layer_id, layers[name].expert_map_manager.global_num_experts):
+        if not settings.knows(layer_id, num_logical(layers[name])):
             raise PlacementError(f"{name} is not in the plan (layers {plan.layer_ids[0]}..{plan.layer_ids[-1]}): plan for this model")
     missing = set(plan.layer_ids) - set(found.values())
     if missing:

@@ -20,6 +20,16 @@ def patch_set() -> PatchSet:
 
 
 @lru_cache(maxsize=1)
+def eplb_set() -> PatchSet:
+    """The patches of a placement under vLLM's EPLB, which its CPU build lacks altogether."""
+    from .eplb import eplb_patches
+    from .eplb_cpu import cpu_eplb_patches
+    from .request import is_cpu_build
+
+    return PatchSet([*eplb_patches(), *(cpu_eplb_patches() if is_cpu_build() else ())])
+
+
+@lru_cache(maxsize=1)
 def load_set() -> PatchSet:
     """The patch that checks what was loaded."""
     from .loaded import load_patches
@@ -44,7 +54,9 @@ def patch_sets(settings: Mapping[str, Any]) -> list[PatchSet]:
     from .request import is_cpu_build
 
     sets = []
-    if settings["plan"] is not None or (settings["ep_size"] > 1 and is_cpu_build()):
+    if settings["eplb"]:
+        sets.append(eplb_set())
+    if settings["plan"] is not None or settings["eplb"] or (settings["ep_size"] > 1 and is_cpu_build()):
         sets.append(patch_set())
     if sets or settings["verify"] != "off":
         sets.append(load_set())

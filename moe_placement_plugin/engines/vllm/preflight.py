@@ -9,14 +9,14 @@ from packaging.version import InvalidVersion, Version
 from ...errors import PlacementError
 from ...fingerprint.level import check_level
 from ...placement import Placement
-from ...strategies import ALIASES
-from ...strategies.resolve import resolve_placement
+from ...strategies import ALIASES, get_strategy
+from ...strategies.resolve import ModelShape, resolve_placement
 from ...topology import Topology
 from ..model_shape import model_shape
 from .kernels import check_all2all, check_moe_backend
 from .recording import record_settings
 from .request import FILE_KEY, VERIFY_KEY
-from .settings import KEY, PlacementSettings
+from .settings import KEY, PlacementSettings, remember
 
 SUPPORTED = ("0.25", "0.34")
 """First supported version of vLLM and the first that is not."""
@@ -85,14 +85,20 @@ def resolve(vllm_config: Any) -> Any:
     placement = None
     if explicit:
         shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
-        placement = resolve_placement(asked, file, shape, Topology(ep_size))
-        _check_back_ends(vllm_config, parallel, placement)
+        if parallel.enable_eplb:
+            placement = _first_placement(asked, file, shape, ep_size, parallel.eplb_config.num_redundant_experts)
+        else:
+            placement = resolve_placement(asked, file, shape, Topology(ep_size))
+            _check_back_ends(vllm_config, parallel, placement)
         # linear is the flag's default: with a file it means that the file decides.
         strategy = "eplb" if strategy == "linear" else strategy
-    settings = PlacementSettings.make(strategy, placement, ep_size, record, file is not None, verify)
-    if explicit:
+    settings = PlacementSettings.make(strategy, placement, ep_size, record, file is not None, verify, bool(explicit and parallel.enable_eplb))
+    remember(settings)
+    if settings.static is not None:
         # A process in which the patches are missing refuses this value; "linear" it would serve.
         parallel.expert_placement_strategy = strategy
+    elif explicit:
+        parallel.expert_placement_strategy = "linear"  # of EPLB's physical experts
     vllm_config.additional_config = {**extra, KEY: settings}
     from .patches import patch_sets
 
@@ -115,17 +121,25 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
             f"{flag} with one EP rank (tensor and data parallel size 1): all experts lie on that rank; add "
             "--tensor-parallel-size or --data-parallel-size, or leave the flag out"
         )
-    if parallel.enable_eplb:
-        raise PlacementError(
-            f"{flag} together with --enable-eplb: vLLM's EPLB would begin with its own placement and drop this one; leave "
-            "one of the two out"
-        )
     if getattr(parallel, "enable_elastic_ep", False):
         raise PlacementError(
             f"{flag} together with --enable-elastic-ep: a static placement holds for a fixed number of ranks; leave one of the two out"
         )
-    backend = getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "auto")
-    check_moe_backend(backend)
+    if not parallel.enable_eplb:  # EPLB sends tokens to slots by itself, through kernels that vLLM has checked
+        check_moe_backend(getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "auto"))
+
+
+def _first_placement(asked: str, file: Any, shape: ModelShape, ep_size: int, redundant: int) -> Placement | None:
+    """Where EPLB begins; None leaves its own beginning to strategy eplb, which plans from what EPLB records."""
+    slots = shape.num_experts + redundant
+    if slots % ep_size:
+        raise PlacementError(
+            f"{shape.num_experts} experts and {redundant} redundant ones do not divide over {ep_size} EP ranks, as EPLB needs: use "
+            f"--eplb-config.num_redundant_experts {redundant + -slots % ep_size}"
+        )
+    if file is None and get_strategy(asked).needs_load:
+        return None
+    return resolve_placement(asked, file, shape, Topology(ep_size), redundant, (slots // ep_size,) * ep_size)
 
 
 def _check_verify(vllm_config: Any, parallel: Any, level: str) -> None:

@@ -81,8 +81,8 @@ def install_metrics(settings: Any) -> None:
     ranks = settings["record"]["ep_ranks"]
 
     def placement_of(load):
-        if settings.placement is not None and settings.placement.layer_ids == load.layer_ids:
-            return settings.placement
+        if settings.static is not None and settings.static.layer_ids == load.layer_ids:
+            return settings.static
         return metrics.contiguous(load, ranks) if ranks else None
 
     metrics.install(settings["record"]["path"], placement_of)

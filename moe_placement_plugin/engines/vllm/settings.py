@@ -39,6 +39,7 @@ class PlacementSettings(dict):
         record: dict[str, Any] | None = None,
         exact: bool = False,
         verify: str = "off",
+        eplb: bool = False,
     ) -> PlacementSettings:
         """Settings that hold the whole placement, so that other hosts need no file.
 
@@ -50,6 +51,7 @@ class PlacementSettings(dict):
             exact: the placement comes from a file, so that it must cover the model layer by layer; a strategy
                 that needs none can place layers that were not foreseen.
             verify: how far weights are verified, see `fingerprint.level`.
+            eplb: vLLM's EPLB moves the experts, beginning with ``placement``.
         """
         from ... import __version__
 
@@ -61,6 +63,7 @@ class PlacementSettings(dict):
             "record": record,
             "exact": exact,
             "verify": verify,
+            "eplb": eplb,
         }
         if placement is not None:
             table = placement.physical_to_logical.astype("<i4").tobytes()
@@ -99,6 +102,11 @@ class PlacementSettings(dict):
                 "engine's processes run different versions of this plugin; install one version everywhere"
             )
         return placement
+
+    @property
+    def static(self) -> Placement | None:
+        """The placement that expert maps follow; None where EPLB moves the experts instead, or vLLM's own stands."""
+        return None if self["eplb"] else self.placement
 
     def expert_map(self, layer_id: int | None, num_experts: int, ep_size: int, ep_rank: int) -> np.ndarray:
         """int32 ``[experts]``: local slot of each expert on ``ep_rank``, -1 where it lies elsewhere.
@@ -144,10 +152,25 @@ class PlacementSettings(dict):
             install_metrics(self)
 
 
+_arrived: PlacementSettings | None = None
+
+
 def _restore(data: dict[str, Any]) -> PlacementSettings:
     settings = PlacementSettings(data)
+    remember(settings)
     settings.activate()
     return settings
+
+
+def remember(settings: PlacementSettings) -> None:
+    """Make these the settings of this process."""
+    global _arrived
+    _arrived = settings
+
+
+def arrived() -> PlacementSettings | None:
+    """The settings that were made in or sent to this process, for code that vLLM calls outside of any config's context."""
+    return _arrived
 
 
 def settings_of(vllm_config: Any) -> PlacementSettings | None:

@@ -27,7 +27,7 @@ class LocalExperts(set):
         self._arguments = (num_experts, ep_size, ep_rank)
         self._settings = settings
         self._by_layer: dict[int, frozenset[int]] = {}
-        plan = settings.placement
+        plan = settings.static
         layers = plan.layer_ids if plan is not None else (None,)
         super().__init__(expert for layer in layers for expert in self.of_layer(layer))
 
@@ -47,11 +47,11 @@ def _determine_expert_map(original):
         ep_size, ep_rank, global_num_experts, expert_placement_strategy="linear", *args, **kwargs
     ):
         settings = current_settings()
-        if settings is None or settings.placement is None or ep_size == 1:
+        if settings is None or settings.static is None or ep_size == 1:
             return original(ep_size, ep_rank, global_num_experts, expert_placement_strategy, *args, **kwargs)
         # The layer is not known here; RoutedExperts.__init__ puts its own map in place. Until then, and in vLLM's
         # log line, the first layer's map stands.
-        first = settings.placement.layer_ids[0]
+        first = settings.static.layer_ids[0]
         return _map_tensors(settings.expert_map(first, global_num_experts, ep_size, ep_rank), *args, **kwargs)
 
     return determine_expert_map
@@ -117,7 +117,8 @@ def _place_layer(settings: PlacementSettings, layer_name: str, moe_config: Any, 
 def _routed_experts_init(original):
     def __init__(self, layer_name, params_dtype, moe_config, quant_config, expert_map_manager, *args, **kwargs):
         settings = current_settings()
-        placed = settings is not None and settings.placement is not None and expert_map_manager.ep_size > 1
+        ours = settings is not None and (settings.placement is not None or settings["eplb"]) and expert_map_manager.ep_size > 1
+        placed = ours and settings.static is not None
         if placed:
             _place_layer(settings, layer_name, moe_config, expert_map_manager)
         original(self, layer_name, params_dtype, moe_config, quant_config, expert_map_manager, *args, **kwargs)
@@ -125,6 +126,7 @@ def _routed_experts_init(original):
             check_experts(
                 self.quant_method, expert_map_manager.moe_parallel_config.needs_round_robin_routing_tables, layer_name
             )
+        if ours:
             watch(self, _in_order(settings, layer_name, expert_map_manager))
 
     return __init__
@@ -132,6 +134,8 @@ def _routed_experts_init(original):
 
 def _in_order(settings: PlacementSettings, layer_name: str, manager: Any) -> bool:
     """Whether the slots of this rank hold consecutive experts, so that rows may be copied in bulk."""
+    if settings.static is None:
+        return True
     expert_map = settings.expert_map(layer_id_of(layer_name), manager.global_num_experts, manager.ep_size, manager.ep_rank)
     local = np.flatnonzero(expert_map >= 0)
     return bool((np.diff(local) == 1).all() and (np.diff(expert_map[local]) == 1).all())
@@ -140,7 +144,7 @@ def _in_order(settings: PlacementSettings, layer_name: str, manager: Any) -> boo
 def _compute_local_expert_ids(original):
     def compute_local_expert_ids(num_experts, ep_size, ep_rank, placement="linear"):
         settings = current_settings()
-        if settings is None or settings.placement is None or ep_size <= 1:
+        if settings is None or settings.static is None or ep_size <= 1:
             return original(num_experts, ep_size, ep_rank, placement)
         return LocalExperts(settings, num_experts, ep_size, ep_rank)
 

@@ -12,7 +12,8 @@ from ...errors import PlacementError
 from ...fingerprint.compare import ExpertDigests, RankDigests, check_experts, expert_digests
 from ...fingerprint.report import RESTORE, Pass, digest_ranks, verify
 from ...fingerprint.slots import expert_tensors
-from .layers import routed_layers, slot_experts
+from ..load_recorder import count_event
+from .layers import num_logical, routed_layers, slot_experts
 from .settings import KEY, layer_id_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
@@ -33,15 +34,13 @@ def digest_model(model: Any) -> Pass:
     result = Pass()
     for row, (name, layer) in enumerate(routed_layers(model).items()):
         experts = slot_experts(layer)
-        every = frozenset((layer.global_num_experts, layer.expert_map_manager.global_num_experts))
+        every = frozenset((num_logical(layer), layer.expert_map_manager.global_num_experts))
         ignore = _NO_WEIGHTS
         if getattr(layer.quant_method, "use_global_sf", False):
             # Activation scales of all experts, which the kernel reduces to one before it reads them.
             ignore |= {"w13_input_scale", "w2_input_scale"}
         tensors = expert_tensors(layer, experts.size, every, ignore, name)
-        layer_id = layer_id_of(name)
-        # A draft model's layers have no number of their own: they follow those of the model.
-        result.add(-1 - row if layer_id is None else layer_id, experts, tensors)
+        result.add(_number(row, name), experts, tensors)
     return result
 
 
@@ -66,6 +65,8 @@ def clean_load(load: Callable, loader: Any, vllm_config: Any, model_config: Any,
     clean.parallel_config.expert_placement_strategy = "linear"
     clean.parallel_config.enable_ep_weight_filter = False
     clean.parallel_config.enable_eplb = False
+    clean.parallel_config.eplb_config = copy.copy(vllm_config.parallel_config.eplb_config)
+    clean.parallel_config.eplb_config.num_redundant_experts = 0
     # Layers register themselves here by name; those of the model that is dropped must not stay.
     clean.compilation_config = copy.copy(vllm_config.compilation_config)
     for name, value in vars(clean.compilation_config).items():
@@ -91,27 +92,56 @@ def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
     if not layers:
         return
     mine, ranks = _digest_ranks(model)
-    experts = max(layer.expert_map_manager.global_num_experts for layer in layers.values())
-    expected = verify(mine, ranks, experts, clean, logger)
-    object.__setattr__(model, _EXPECTED, expected)
+    expected = verify(mine, ranks, max(map(num_logical, layers.values())), clean, logger)
+    for row, (name, layer) in enumerate(layers.items()):
+        number = _number(row, name)
+        object.__setattr__(layer, _EXPECTED, (number, expected[number]))
+    count_event("verified_slots", mine.num_slots)
 
 
-def recheck(worker: Any) -> int:
-    """Check a serving worker's experts against what they were when the model was loaded.
+def _number(row: int, name: str) -> int:
+    layer_id = layer_id_of(name)
+    # A draft model's layers have no number of their own.
+    return -1 - row if layer_id is None else layer_id
 
-    All EP ranks must call it together: ``llm.collective_rpc(recheck)``.
+
+def is_verified(model: Any) -> bool:
+    """Whether the model's experts were digested when it was loaded."""
+    return any(hasattr(layer, _EXPECTED) for layer in routed_layers(model).values())
+
+
+def check_again(model: Any, what: str) -> int:
+    """Check the experts against what they were when the model was loaded; all EP ranks together.
+
+    Args:
+        model: the model, or the part of it that EPLB knows.
+        what: beginning of the message for a mismatch.
 
     Returns:
         Slots of this rank that were verified.
+
+    Raises:
+        WeightsMismatch: on every rank alike, naming layer, slot, expert and rank.
+    """
+    expected = dict(getattr(layer, _EXPECTED) for layer in routed_layers(model).values())
+    mine, ranks = _digest_ranks(model)
+    try:
+        check_experts(expected, ranks, what, RESTORE)
+    except PlacementError:
+        count_event("verify_failures")
+        raise
+    count_event("verified_slots", mine.num_slots)
+    return mine.num_slots
+
+
+def recheck(worker: Any) -> int:
+    """`check_again` for a worker that serves: ``llm.collective_rpc(recheck)``.
 
     Raises:
         WeightsMismatch: naming layer, slot, expert and rank.
         PlacementError: when nothing was verified at start-up.
     """
     model = worker.model_runner.model
-    expected = getattr(model, _EXPECTED, None)
-    if expected is None:
+    if not is_verified(model):
         raise PlacementError("nothing to compare with: the server was started with --expert-placement-verify off")
-    mine, ranks = _digest_ranks(model)
-    check_experts(expected, ranks, "expert weights have changed while serving", RESTORE)
-    return mine.num_slots
+    return check_again(model, "expert weights have changed while serving")

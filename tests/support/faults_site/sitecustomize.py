@@ -1,16 +1,16 @@
 """Faults while vLLM loads a model, for tests: on PYTHONPATH of its processes, chosen by TEST_LOAD_FAULT."""
 
+import functools
 import os
 
 from wrapt import register_post_import_hook
 
-_EXPERTS = "vllm.model_executor.layers.fused_moe.routed_experts"
-
 
 def _wrap_loader(change):
-    def install(module):
-        original = module.RoutedExperts.weight_loader
+    def install(experts):
+        original = experts.weight_loader
 
+        @functools.wraps(original)
         def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs):
             # The clean load of --expert-placement-verify checkpoint is left alone: only placed layers are watched.
             if "_moe_placement_filled" in self.__dict__:
@@ -19,16 +19,26 @@ def _wrap_loader(change):
                     return kwargs.get("return_success", False) or None
             return original(self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs)
 
-        module.RoutedExperts.weight_loader = weight_loader
+        experts.weight_loader = weight_loader
 
-    _after_the_plugin(install)
+    _around("filled-slots", install)
 
 
-def _after_the_plugin(install):
-    """Around the plugin's own patches, which were asked for when the settings arrived, before any loader is imported."""
-    register_post_import_hook(
-        lambda _: register_post_import_hook(install, _EXPERTS), "vllm.model_executor.model_loader.default_loader"
-    )
+def _around(patch, install):
+    """Change RoutedExperts right after the plugin's own patch of that name, so that the fault comes from outside of it."""
+
+    def hook(module):
+        apply = module.Patch.apply
+
+        def apply_and_install(self):
+            before = self.state
+            apply(self)
+            if self.name == patch and before != "applied" and self.state == "applied":
+                install(self._owner()[0])
+
+        module.Patch.apply = apply_and_install
+
+    register_post_import_hook(hook, "moe_placement_plugin.engines.patching")
 
 
 def _one_rank_skips(layer, expert_id):
@@ -43,8 +53,8 @@ def _filter_as_upstream(module):
     module._compute_local_expert_ids = lambda original: original
 
 
-def _other_map(module):
-    original = module.RoutedExperts.__init__
+def _other_map(experts):
+    original = experts.__init__
 
     def __init__(self, layer_name, *args, **kwargs):
         original(self, layer_name, *args, **kwargs)
@@ -53,7 +63,7 @@ def _other_map(module):
             manager._expert_map = manager._expert_map.roll(1)
             self.update_expert_map_info()
 
-    module.RoutedExperts.__init__ = __init__
+    experts.__init__ = __init__
 
 
 FAULT = os.environ.get("TEST_LOAD_FAULT")
@@ -64,4 +74,4 @@ elif FAULT == "replica never filled":
 elif FAULT == "neighbour's weights":
     _wrap_loader(_neighbour)
 elif FAULT == "map changed":
-    _after_the_plugin(_other_map)
+    _around("layer-placement", _other_map)

@@ -1,0 +1,219 @@
+"""Under vLLM's EPLB (``--enable-eplb``): our placement to begin with, our planner to rebalance, and a check of what moved.
+
+vLLM numbers physical experts in contiguous blocks per rank and keeps a table from physical to logical ones, which begins
+with the same row in every layer. A placement therefore changes no expert map here: after the model has been registered,
+its weights are moved once from vLLM's first table to ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+
+from ...errors import PlacementError
+from ...placement import Placement
+from ..load_recorder import count_event
+from ..patching import Patch
+from . import verify
+from .layers import EPLB_ROW, routed_layers
+from .settings import PlacementSettings, arrived, layer_id_of, settings_of
+
+logger = logging.getLogger("vllm.moe_placement_plugin")
+
+_STATE = "vllm.distributed.eplb.eplb_state"
+
+
+def check_supported(model: Any) -> None:
+    """Refuse a model whose experts EPLB does not move: vLLM would serve it with its own placement, without a word.
+
+    Raises:
+        PlacementError: naming the model.
+    """
+    from vllm.model_executor.models import interfaces
+
+    # vLLM 0.25 knows only models that are Mixture-of-Experts models themselves.
+    find = getattr(interfaces, "get_mixture_of_experts_model", lambda m: m if interfaces.is_mixture_of_experts(m) else None)
+    layers = routed_layers(model)
+    off = [name for name, layer in layers.items() if not layer.moe_config.moe_parallel_config.enable_eplb]
+    if find(model) is None or off or not layers:
+        raise PlacementError(
+            f"vLLM's EPLB does not move the experts of {type(model).__name__} ({off[0] + ' is not registered' if off else 'no MoE model'}): "
+            "leave --enable-eplb out, the placement then holds for as long as the server runs"
+        )
+
+
+def _add_model(original):
+    def add_model(self, model, model_config, *args, **kwargs):
+        from vllm.config import get_current_vllm_config_or_none
+
+        known = set(self.model_states)
+        original(self, model, model_config, *args, **kwargs)
+        settings = settings_of(get_current_vllm_config_or_none()) or arrived()  # registered outside of any config's context
+        if settings is None or not settings["eplb"]:
+            return
+        for key, state in self.model_states.items():
+            if key not in known:
+                _begin(self, state, settings)
+
+    return add_model
+
+
+def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
+    layers = routed_layers(state.model)
+    if len(layers) != state.physical_to_logical_map.shape[0]:
+        raise PlacementError(
+            f"EPLB moves {state.physical_to_logical_map.shape[0]} layers, the model has {len(layers)} MoE layers: it is not known "
+            "which are which; leave --enable-eplb or the placement flag out"
+        )
+    for row, layer in enumerate(layers.values()):
+        object.__setattr__(layer, EPLB_ROW, (state, row))
+    if settings.strategy == "eplb":
+        eplb.policy = planner_policy()
+    placement = settings.placement
+    if placement is None:
+        return
+    rows = [placement.row(layer_id_of(name)) for name in layers]
+    _move(state, placement, rows)
+    logger.info(
+        "moe_placement_plugin: EPLB begins with placement %s (%s), policy %s", placement.digest[:12], placement.strategy, eplb.policy.__name__
+    )
+
+
+def _move(state: Any, placement: Placement, rows: list[int]) -> None:
+    """From vLLM's first table to ``placement``, and prove that every expert arrived."""
+    import torch
+    from vllm.distributed.eplb import eplb_state
+    from vllm.distributed.parallel_state import get_ep_group
+
+    table = torch.from_numpy(placement.physical_to_logical[rows].astype(np.int64))
+    eplb_state.rearrange_expert_weights_inplace(
+        state.physical_to_logical_map, table, state.model.expert_weights, state.expert_buffer, get_ep_group().device_group,
+        state.communicator,
+    )  # fmt: skip
+    eplb_state._commit_eplb_maps(state, new_physical_to_logical_map=table)
+    _check(state)
+
+
+def _check(state: Any) -> None:
+    if verify.is_verified(state.model):
+        began = time.perf_counter()
+        slots = verify.check_again(state.model, "expert weights were damaged by an exchange")
+        logger.info("moe_placement_plugin: verified %d slots after the exchange in %.3f s", slots, time.perf_counter() - began)
+
+
+def planner_policy() -> type:
+    """Our planner as a policy of vLLM's EPLB, for its sync and its async mode."""
+    from vllm.distributed.eplb.policy import AbstractEplbPolicy
+
+    class PlannerPolicy(AbstractEplbPolicy):
+        """Few moves from the placement in force to a balanced one; see `planner.replan`."""
+
+        @classmethod
+        def rebalance_experts(cls, weight, num_replicas, num_groups, num_nodes, num_ranks, old_global_expert_indices=None):
+            from .eplb_policy import rebalance_experts  # compiles kernels, and numba must not be loaded before a worker has begun
+
+            began = time.perf_counter()
+            table = rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_ranks, old_global_expert_indices)
+            if old_global_expert_indices is not None:
+                moved = int((table != old_global_expert_indices).sum())
+                count_event("rebalances")
+                logger.info(
+                    "moe_placement_plugin: planned in %.1f ms, %d of %d slots change", (time.perf_counter() - began) * 1e3, moved, table.numel()
+                )
+            return table
+
+    return PlannerPolicy
+
+
+def _rearrange(original):
+    def rearrange(self, is_profile=False, *args, **kwargs):
+        watched = not is_profile and not self.is_async
+        states = list(self.model_states.values()) if watched else []
+        old = [state.physical_to_logical_map.clone() for state in states]
+        result = original(self, is_profile, *args, **kwargs)
+        for state, before in zip(states, old):
+            if not before.equal(state.physical_to_logical_map):
+                _check(state)
+        return result
+
+    return rearrange
+
+
+def _move_to_workspace(original):
+    def _move_to_workspace(model_state, *args, **kwargs):
+        last = model_state.pending_result.layer_idx == model_state.model.num_moe_layers - 1
+        result = original(model_state, *args, **kwargs)
+        # Between its layers an async rebalance has moved some and not others, each of them whole; one check covers all.
+        if last:
+            _check(model_state)
+        return result
+
+    return _move_to_workspace
+
+
+def _load_weights(original):
+    def load_weights(self, weights):
+        config = self.moe_config
+        redundant = config.num_experts - config.num_logical_experts
+        if redundant > 0:
+            weights = ((name, _with_replicas(self, name, tensor, config.num_logical_experts, redundant)) for name, tensor in weights)
+        return original(self, weights)
+
+    return load_weights
+
+
+def _with_replicas(layer: Any, name: str, tensor: Any, experts: int, redundant: int) -> Any:
+    """A tensor of all experts with rows for the redundant ones, in vLLM's first table's order.
+
+    vLLM numbers the rows from 0 and so never fills a redundant slot, which is served all the same.
+    """
+    import torch
+
+    qualified = f"{layer.layer_name}.{name}".partition("experts.")[2].partition(".")[0]
+    if tensor.dim() != 3 or qualified.isdecimal() or tensor.shape[0] != experts:
+        return tensor
+    return torch.cat([tensor, tensor[torch.arange(redundant) % experts]])
+
+
+def eplb_patches() -> list[Patch]:
+    """The patches of a server with a placement and ``--enable-eplb``."""
+    return [
+        Patch(
+            "eplb-begin",
+            f"{_STATE}:EplbState.add_model",
+            _add_model,
+            relies_on=("model", "model_config"),
+            why="EPLB begins with one row for all layers and takes no placement; its policies are a closed list",
+            upstream="vLLM issues 34297, 24069, 37656",
+            removable_when="EPLB takes a first placement and policies from plugins",
+        ),
+        Patch(
+            "eplb-verify",
+            f"{_STATE}:EplbState.rearrange",
+            _rearrange,
+            relies_on=("is_profile",),
+            why="an exchange that left a slot with the wrong weights is served without a word",
+            upstream="vLLM issue 55228",
+            removable_when="never: it is this plugin's own check",
+        ),
+        Patch(
+            "eplb-verify-async",
+            f"{_STATE}:_move_to_workspace",
+            _move_to_workspace,
+            relies_on=("model_state",),
+            why="the same for the layers that async EPLB commits one by one",
+            removable_when="never: it is this plugin's own check",
+        ),
+        Patch(
+            "fused-replicas",
+            "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts.load_weights",
+            _load_weights,
+            relies_on=("weights",),
+            why="a checkpoint with all experts in one tensor leaves redundant slots without weights: wrong output",
+            upstream="vLLM issue 55228",
+            removable_when="RoutedExperts.load_weights fills redundant experts of fused checkpoints",
+        ),
+    ]

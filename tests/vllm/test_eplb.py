@@ -1,0 +1,72 @@
+"""vLLM's EPLB with our placement to begin with and our planner to rebalance: live, on the CPU build."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from moe_placement_plugin.engines.vllm.layers import EPLB_ROW
+from tests.vllm.conftest import MOVING
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+torch = pytest.importorskip("torch")
+
+
+def differs(ours, theirs):
+    return [n for n, (a, b) in enumerate(zip(ours["answers"], theirs["answers"])) if a["ids"] != b["ids"]]
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_answers_equal_stock_while_experts_move(moving, stock, name):
+    result, reference = moving[0][name], stock[name.split()[0]]  # the fused checkpoint holds the same weights
+    assert "error" not in result, result.get("traceback")
+    assert not differs(result, reference)
+    ours, theirs = (np.array([a["logprobs"] for a in r["answers"]]) for r in (result, reference))
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_experts_were_rebalanced_at_least_four_times_and_verified_each_time(moving, name):
+    result, log = moving[0][name], moving[1][name]
+    rearranged = len(re.findall(r"Rearranged experts\s+in", log))
+    assert rearranged >= 4, log[-3000:]
+    tables = [worker["tables"] for worker in result["workers"]]
+    assert tables[0] == tables[1], "the ranks disagree about where experts lie"
+    if "eplb" in name:
+        assert len(re.findall(r"planned in [\d.]+ ms, [1-9]\d* of \d+ slots change", log)) >= 1
+    assert re.search(r"verified \d+ slots after the exchange", log)
+
+
+def test_the_first_placement_is_the_strategys(moving):
+    assert re.search(r"EPLB begins with placement \w+ \(zigzag\), policy DefaultEplbPolicy", moving[1]["qwen zigzag"])
+    assert re.search(r"policy PlannerPolicy", moving[1]["qwen eplb load"])
+
+
+def test_routing_in_torch_is_the_kernels():
+    """Replica of token t and expert e: (t * 2654435769 mod 2^32) mod replicas, as in vLLM's Triton kernel."""
+    from moe_placement_plugin.engines.vllm.eplb_cpu import map_and_record
+
+    table = torch.tensor([[0, 3, 5], [1, -1, -1], [2, 4, -1]])
+    count = torch.tensor([3, 1, 2])
+    ids = torch.tensor([[0, 1], [0, 2], [2, 0], [1, 2], [0, 2]], dtype=torch.int32)
+    seen = torch.zeros(6, dtype=torch.int32)
+    found = map_and_record(ids, seen, table, count, torch.tensor(True), torch.tensor(4))
+    expected = [[int(table[e, (t * 2654435769 % 2**32) % int(count[e])]) for e in row] for t, row in enumerate(ids.tolist())]
+    assert found.tolist() == expected and found.dtype == torch.int32
+    assert seen.tolist() == np.bincount(np.array(expected[:4]).ravel(), minlength=6).tolist()
+    map_and_record(ids, seen, table, count, torch.tensor(False))
+    assert seen.sum() == 8
+
+
+def test_a_fused_tensor_gets_rows_for_redundant_experts():
+    from moe_placement_plugin.engines.vllm.eplb import _with_replicas
+
+    layer = type("Layer", (), {"layer_name": "model.layers.0.mlp.experts"})
+    fused = torch.arange(4 * 6).view(4, 2, 3)
+    assert _with_replicas(layer, "gate_up_proj", fused, 4, 3)[4:].equal(fused[:3])
+    assert _with_replicas(layer, "2.w1_packed", fused, 4, 3) is fused  # one expert's own three-dimensional weight
+    assert _with_replicas(layer, "bias", fused[0], 4, 3).shape == (2, 3)
+    assert EPLB_ROW.startswith("_")

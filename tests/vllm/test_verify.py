@@ -1,0 +1,97 @@
+"""Fingerprints in a real vLLM: what was corrupted is found, and named; what was not is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.faults import WEIGHT_FAULTS
+from tests.vllm.conftest import FAULTS, ONE_EACH, TWO_RANKS, run_cases
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+FAULTS_SITE = Path(__file__).parents[1] / "support" / "faults_site"
+
+LOADING = {
+    "filter as upstream": (
+        {"expert_placement_file": "uneven", "enable_ep_weight_filter": True},
+        r"the checkpoint brought w13_weight (w1) for",
+        "was never filled: the checkpoint is incomplete, or a loader left the placement out of account",
+    ),
+    "replica never filled": (
+        {"expert_placement_strategy": "zigzag"},
+        "model.layers.2.mlp.experts: the checkpoint brought w13_weight (w1) for 14 of 15 slots of EP rank 1",
+        "slot 4 (expert 9) was never filled",
+    ),
+    "neighbour's weights": (
+        {"expert_placement_strategy": "zigzag", "expert_placement_verify": "checkpoint"},
+        "the weights that were loaded are not those of the checkpoint: layer 1, slot 0 of rank 0 should hold expert 0",
+        "which hold expert 29",
+    ),
+    "map changed": (
+        {"expert_placement_strategy": "zigzag"},
+        "model.layers.3.mlp.experts: the expert map in force on EP rank 0 is not the plan's",
+        "remove that plugin or the placement flag",
+    ),
+}
+"""Fault while loading -> (arguments, what the log must say)."""
+
+
+@pytest.fixture(scope="module")
+def loading(checkpoints, files, tmp_path_factory):
+    """Fault -> (result, log); each is a start of its own that must not come to an end."""
+    found = {}
+    for number, (fault, (more, *_)) in enumerate(LOADING.items()):
+        folder = tmp_path_factory.mktemp(f"loading{number}")
+        more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}
+        env = {**ONE_EACH, "TEST_LOAD_FAULT": fault, "PYTHONPATH": f"{FAULTS_SITE}:{Path(__file__).parents[2]}"}
+        case = {"name": fault, "engine": {"model": checkpoints["qwen"], **TWO_RANKS, **more}, "env": env}
+        found[fault] = run_cases(folder, [case], {}, 300)[fault], (folder / "log").read_text()
+    return found
+
+
+def test_every_fault_in_a_serving_engine_is_found_and_what_is_put_back_passes(placed):
+    found = placed["qwen balanced"]["faults"]
+    assert set(FAULTS) == set(found) and len(found) >= 24 and set(WEIGHT_FAULTS) < set(found)
+    for fault, workers in found.items():
+        messages = {worker["message"] for worker in workers}
+        print(f"{fault:40} {messages}")
+        assert len(messages) == 1 and None not in messages, f"{fault} was not seen by every rank: {messages}"
+        assert [worker["after"] for worker in workers] == [None, None], f"{fault} was put back"
+        (message,) = messages
+        if fault in WEIGHT_FAULTS:
+            where = "layer 2, slot 0 of rank 1" if "off by one" in fault else "layer 2, slot 3 of rank 1 should hold expert 18"
+            assert where in message, message
+
+
+@pytest.mark.parametrize(
+    "fault, part",
+    [
+        ("one bit of w13", "it differs in w13_weight, which"),
+        ("zero point changed", "it differs in w13_qzeros, which"),
+        ("another expert's weights", "which hold expert 22"),
+        ("map changed without moving weights", "which hold expert"),
+        ("tensor as long as the model has experts", "w13_input_scale has 30 rows"),
+        ("tensor lost", "expected ('w13_qzeros', 'w13_weight', 'w13_weight_scale', 'w2_bias', 'w2_weight')"),
+    ],
+)
+def test_the_message_says_what_is_wrong(placed, fault, part):
+    assert part in placed["qwen balanced"]["faults"][fault][0]["message"]
+
+
+@pytest.mark.parametrize("fault", LOADING)
+def test_a_fault_while_loading_stops_the_server(loading, fault):
+    result, log = loading[fault]
+    assert "error" in result, f"vLLM served in spite of {fault}"
+    for part in LOADING[fault][1:]:
+        assert part in log, log[-3000:]
+
+
+def test_the_checkpoint_level_serves_what_is_right(placed):
+    assert "answers" in placed["glm balanced"], placed["glm balanced"]
+
+
+def test_what_was_verified_is_logged(placed_log):
+    assert "slots in 4 layers of this rank (replicas)" in placed_log
+    assert "slots in 3 layers of this rank (replicas and checkpoint)" in placed_log
