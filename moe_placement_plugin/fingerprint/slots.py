@@ -73,7 +73,8 @@ def _tensors(layer: Any, ignore: frozenset[str]) -> Iterator[tuple[str, Any]]:
 def _attributes(owner: Any, path: str, depth: int, seen: set[int], ignore: frozenset[str]) -> Iterator[tuple[str, Any]]:
     import torch
 
-    if id(owner) in seen or not hasattr(owner, "__dict__") or isinstance(owner, torch.nn.Module):
+    # SGLang's quantisation methods are modules themselves; other modules that they name are not the layer's own.
+    if id(owner) in seen or not hasattr(owner, "__dict__") or (isinstance(owner, torch.nn.Module) and depth < _DEPTH):
         return
     seen.add(id(owner))
     for name, value in sorted(vars(owner).items()):
