@@ -41,7 +41,8 @@ def register() -> None:
     layer = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
     if not fault:
         HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.check_weights", _check_weights, HookType.AROUND)
-        HookRegistry.register("sglang.srt.model_loader.loader.DefaultModelLoader.load_model", _attach, HookType.AROUND)
+        method = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
+        HookRegistry.register(f"{method}.process_weights_after_loading", _attach, HookType.AROUND)
     elif fault == "hook-lost":
         _lose_a_hook(HookRegistry)
     elif fault == "wrong-everywhere":
@@ -54,19 +55,17 @@ def register() -> None:
         raise ValueError(fault)
 
 
-def _attach(original: Callable, self: Any, **kwargs: Any) -> Any:
+def _attach(original: Callable, self: Any, layer: Any) -> None:
     """What quantization methods attach, in every form in which they do, and a zero; the same for all replicas of an expert."""
     import torch
 
-    model = original(self, **kwargs)
-    for layer in _layers(model).values():
-        layer.w13_weight.data[:, 0, 0] = 0.0
-        mean = layer.w13_weight.detach().mean(dim=(1, 2))
-        layer.w13_scale = torch.nn.Parameter(mean[:, None].repeat(1, 4), requires_grad=False)
-        layer.register_buffer("w2_zero_point", (mean * 1e4).to(torch.int32))
-        layer.w2_bias = mean[:, None].repeat(1, 8)
-        layer.quant_method.alphas = mean.clone()
-    return model
+    original(self, layer)
+    layer.w13_weight.data[:, 0, 0] = 0.0
+    one = layer.w13_weight.detach()[:, 1, 1].clone()
+    layer.w13_scale = torch.nn.Parameter(one[:, None].repeat(1, 4), requires_grad=False)
+    layer.register_buffer("w2_zero_point", (one * 1e4).to(torch.int32))
+    layer.w2_bias = one[:, None].repeat(1, 8)
+    self.alphas = one
 
 
 def _layers(model: Any) -> dict[int, Any]:
