@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import multiprocessing as mp
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -39,6 +41,23 @@ def cached_share(folder: Path) -> str:
         return "unknown"
     size = sum(f.stat().st_size for f in folder.iterdir())
     return "cached (just written, and read once before)" if cached > size else "larger than the page cache"
+
+
+def disk_rate(folder: Path) -> float | None:
+    """Bytes per second of reading the files past the page cache, which stays as it is; None where that cannot be done."""
+    block = mmap.mmap(-1, 1 << 22)  # aligned as O_DIRECT wants it
+    amount, begin = 0, time.perf_counter()
+    try:
+        for file in sorted(folder.iterdir()):
+            handle = os.open(file, os.O_RDONLY | os.O_DIRECT)
+            try:
+                while got := os.readv(handle, [block]):
+                    amount += got
+            finally:
+                os.close(handle)
+    except (OSError, AttributeError):
+        return None
+    return amount / (time.perf_counter() - begin)
 
 
 class _Processes:
@@ -119,6 +138,7 @@ def dead_suite(sizes, most_dead: int, report: Callable[[str], None], repeats: in
         checkpoint = Path(name)
         report("writing the checkpoint")
         write_checkpoint(checkpoint, sizes)
+        disk = disk_rate(checkpoint)
         for replicas, dead in [(2, 0), *((r, d) for r in (2, 3) for d in range(1, most_dead + 1))]:
             rng = np.random.default_rng([replicas, dead])
             old = uniform_replicas(sizes, RANKS, replicas, rng)
@@ -129,7 +149,9 @@ def dead_suite(sizes, most_dead: int, report: Callable[[str], None], repeats: in
                 report(f"{replicas} replicas, {dead} dead, {goal}")
                 moves = plan_exchange(old, new, live_ranks=live, expert_bytes=sizes.expert_bytes)
                 runs = [processes.run(checkpoint, sizes, moves, max_layers=1) for _ in range(repeats)]
-                rows.append({"goal": goal, "replicas": replicas, "dead": dead, "cache": cached_share(checkpoint)} | _figures(moves, runs))
+                rows.append(
+                    {"goal": goal, "replicas": replicas, "dead": dead, "cache": cached_share(checkpoint), "disk": disk} | _figures(moves, runs)
+                )
     return rows
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlacementError
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 VOTES_PER_WORD = 60
 """Ranks whose votes share a counter: each adds a power of two of its own."""
+
+
+_SLICE = 1.0
+"""Seconds that one wait for the others' votes blocks: between two an interruption is noticed."""
 
 
 class ExchangeAborted(RuntimeError):
@@ -104,9 +109,7 @@ class Agreement:
             return self._fate(self._propose(chunk, "commit"))
         deadline = time.monotonic() + self._timeout
         key = f"fate/{chunk}"
-        for decided in self._polled(key):
-            if decided:
-                break
+        while not self._appears(key, min(_SLICE, self._timeout)):
             reason = self._interrupted()
             if reason is None and time.monotonic() > deadline:
                 reason = f"rank {self._rank} waited {self._timeout:g} s for ranks {self.missing(chunk)} to stage"
@@ -140,10 +143,9 @@ class Agreement:
         """
         waits = self._add("alive", 0)
         deadline = time.monotonic() + grace
-        for decided in self._polled("live"):
-            if decided or not waits or time.monotonic() > deadline:
-                break
-            waits = self._unset("alive", 0)
+        while waits and time.monotonic() < deadline and not self._ask(lambda s: s.check(["live"])):
+            time.sleep(0.002)
+            waits = self._incomplete("alive", 0)
         alive = [r for r in self._ranks if self._word("alive", 0, r) >> (r % VOTES_PER_WORD) & 1]
         live = tuple(json.loads(self._ask(lambda s: s.compare_set("live", "", json.dumps(alive))).decode()))
         if self._rank not in live:
@@ -153,28 +155,25 @@ class Agreement:
     def forget(self, chunk: int) -> None:
         """Delete the keys of a chunk whose fate every rank has read."""
         self._ask(lambda s: s.delete_key(f"fate/{chunk}"))
-        for word in range(self._words):
+        for word in {r // VOTES_PER_WORD for r in self._ranks}:
             self._ask(lambda s, word=word: s.delete_key(f"vote/{chunk}/{word}"))
-
-    @property
-    def _words(self) -> int:
-        return max(self._ranks) // VOTES_PER_WORD + 1
 
     def _word(self, what: str, chunk: int, rank: int) -> int:
         return self._ask(lambda s: s.add(f"{what}/{chunk}/{rank // VOTES_PER_WORD}", 0))
 
     def _add(self, what: str, chunk: int) -> bool:
         """Add this rank's bit; True while others are missing. Whoever adds the last bit sees all of them."""
-        key = f"{what}/{chunk}/{self._rank // VOTES_PER_WORD}"
-        self._ask(lambda s: s.add(key, 1 << self._rank % VOTES_PER_WORD))
-        return self._unset(what, chunk)
+        word = self._rank // VOTES_PER_WORD
+        bits = self._ask(lambda s: s.add(f"{what}/{chunk}/{word}", 1 << self._rank % VOTES_PER_WORD))
+        return bits != self._all_bits(word) or self._incomplete(what, chunk, word)
 
-    def _unset(self, what: str, chunk: int) -> bool:
-        for word in range(self._words):
-            wanted = sum(1 << r % VOTES_PER_WORD for r in self._ranks if r // VOTES_PER_WORD == word)
-            if wanted and self._ask(lambda s, word=word: s.add(f"{what}/{chunk}/{word}", 0)) != wanted:
-                return True
-        return False
+    def _incomplete(self, what: str, chunk: int, known: int | None = None) -> bool:
+        """Whether bits are missing in any word but the one that is known to have all."""
+        words = {r // VOTES_PER_WORD for r in self._ranks} - {known}
+        return any(self._ask(lambda s, word=word: s.add(f"{what}/{chunk}/{word}", 0)) != self._all_bits(word) for word in words)
+
+    def _all_bits(self, word: int) -> int:
+        return sum(1 << r % VOTES_PER_WORD for r in self._ranks if r // VOTES_PER_WORD == word)
 
     def _propose(self, chunk: int, fate: str) -> str:
         return self._ask(lambda s: s.compare_set(f"fate/{chunk}", "", fate)).decode()
@@ -183,16 +182,17 @@ class Agreement:
     def _fate(written: str) -> str | None:
         return None if written == "commit" else written.removeprefix("abort: ")
 
-    def _polled(self, key: str) -> Iterator[bool]:
-        """Whether the key is there yet, again and again, waiting a little longer each time.
+    def _appears(self, key: str, seconds: float) -> bool:
+        """Whether the key appears within the time."""
+        from torch.distributed import DistNetworkError, DistStoreError
 
-        Not `Store.wait`: it holds the store's lock, cannot be interrupted, and TCPStore logs a warning for every time-out.
-        """
-        pause = 100e-6
-        while True:
-            yield self._ask(lambda s: s.check([key]))
-            time.sleep(pause)
-            pause = min(1.5 * pause, 5e-3)
+        try:
+            self._store.wait([key], timedelta(seconds=seconds))
+        except DistNetworkError as error:
+            raise _lost(error) from error
+        except DistStoreError:
+            return False
+        return True
 
     def _ask(self, call: Callable[[Any], Any]) -> Any:
         try:
