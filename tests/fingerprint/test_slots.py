@@ -40,6 +40,15 @@ def test_what_a_kernel_keeps_beside_the_module_counts_once():
     assert found(module) == {"w13_weight", "quant_method.config.w1_scale"}
 
 
+def test_plain_attributes_of_the_module_and_of_a_method_that_is_a_module_count():
+    module = layer()
+    module.scales = torch.ones(4)
+    module.quant_method = torch.nn.Module()
+    module.quant_method.alphas = torch.ones(4, 3)
+    module.quant_method.bias = torch.nn.Parameter(torch.ones(4))
+    assert found(module) == {"w13_weight", "scales", "quant_method.alphas", "quant_method.bias"}
+
+
 def test_a_tensor_as_long_as_the_model_has_experts_is_refused_unless_all_rows_agree():
     assert found(layer(scale=torch.ones(8))) == {"w13_weight"}
     with pytest.raises(PlacementError, match="layer 1: scale has 8 rows, one for every expert of the model, where this rank has 4 slots"):
