@@ -11,7 +11,8 @@ from ..errors import PlacementError
 from .coactivation import cluster_layers
 from .evaluate import align_layers, busiest_times, moved_slots
 from .fresh import fresh_plan
-from .groups import group_homes, hierarchical_plan, homes_in_service
+from .groups import group_homes, hierarchical_plan
+from .homes import homes_in_service
 from .inputs import Ranks, as_old, as_ranks, as_windows, by_node, check_fits
 from .locality import load_leaving, relax_layers
 from .moves import REPLICA_CAP, move_limited
@@ -52,7 +53,7 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(0.25, -1, -1, -1, 4e-4, 4e-4),
-    "best": Effort(1.0, 32, 128, 8, 4.5e-4, 2e-5),
+    "best": Effort(2.0, 32, 128, 8, 4.5e-4, 2e-5),
     "thorough": Effort(0.5, 1000, 2000, 200, 1e-4, 1e-5),
 }
 
@@ -219,9 +220,7 @@ def replan(
 
 def locality_curve(load, slots_per_rank, *, node_of_rank, num_groups, speed=None, window_weights=None) -> tuple[LocalityPoint, ...]:
     """The trade-off between balance and load that leaves its home node, hierarchical plan first; arguments as for `plan`."""
-    result = plan(
-        load, slots_per_rank, node_of_rank=node_of_rank, num_groups=num_groups, speed=speed, window_weights=window_weights, locality="soft"
-    )
+    result = plan(load, slots_per_rank, node_of_rank=node_of_rank, num_groups=num_groups, speed=speed, window_weights=window_weights, locality="soft")
     return result.locality_curve
 
 

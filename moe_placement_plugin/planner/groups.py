@@ -18,7 +18,7 @@ _MAX_EXACT = 3000  # partitions of the groups up to which all are looked at
 
 
 @kernel
-def _node_value(load, order, group_size, members, start, inverse_speed, slots, thorough, sub_order, count, heap_value, heap_expert):
+def node_value(load, order, group_size, members, start, inverse_speed, slots, thorough, sub_order, count, heap_value, heap_expert):
     """(lower bound of the busiest rank, largest replica) of a node that holds the groups flagged in `members`."""
     experts = 0
     for k in range(order.size):
@@ -80,13 +80,13 @@ def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_i
             home[layer, g] = best_node
             node_sum[best_node] += sums[g]
             node_count[best_node] += 1
-        node_value = np.zeros(nodes, np.float64)
+        busiest_of = np.zeros(nodes, np.float64)
         for n in range(nodes):
             for g in range(num_groups):
                 members[g] = home[layer, g] == n
             first = node_rank[n] + n
             last = node_rank[n + 1] + n
-            node_value[n], _ = _node_value(
+            busiest_of[n], _ = node_value(
                 w,
                 order[layer],
                 group_size,
@@ -102,7 +102,7 @@ def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_i
             )
         if exact:
             # Depth-first over partitions: the first free group, with every choice of companions, fills the next node.
-            best = node_value.max()
+            best = busiest_of.max()
             size = capacity[0]
             full = (1 << num_groups) - 1
             taken = np.zeros(nodes + 1, np.int64)
@@ -135,7 +135,7 @@ def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_i
                 if v < 0:
                     for g in range(num_groups):
                         members[g] = (candidate >> g) & 1 == 1
-                    v, _ = _node_value(
+                    v, _ = node_value(
                         w,
                         order[layer],
                         group_size,
@@ -167,8 +167,8 @@ def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_i
             continue
         # Too many partitions: swap groups with the busiest node while that lowers the busier of the two.
         for _ in range(4 * num_groups):
-            hot = np.argmax(node_value)
-            best = node_value[hot]
+            hot = np.argmax(busiest_of)
+            best = busiest_of[hot]
             best_a = -1
             best_b = -1
             for a in range(num_groups):
@@ -187,7 +187,7 @@ def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_i
                         members[b] = side == 0
                         first = node_rank[n] + n
                         last = node_rank[n + 1] + n
-                        v, _ = _node_value(
+                        v, _ = node_value(
                             w,
                             order[layer],
                             group_size,
@@ -218,7 +218,7 @@ def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_i
                     members[g] = home[layer, g] == n
                 first = node_rank[n] + n
                 last = node_rank[n + 1] + n
-                node_value[n], _ = _node_value(
+                busiest_of[n], _ = node_value(
                     w,
                     order[layer],
                     group_size,
@@ -232,7 +232,7 @@ def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_i
                     heap_value,
                     heap_expert,
                 )
-        value[layer] = node_value.max()
+        value[layer] = busiest_of.max()
 
 
 def _capacities(num_groups: int, group_size: int, node_slots: np.ndarray) -> np.ndarray:
@@ -261,7 +261,8 @@ def _partitions(num_groups: int, size: int) -> float:
     return ways
 
 
-def _check_groups(num_experts: int, num_groups: int) -> None:
+def check_groups(num_experts: int, num_groups: int) -> None:
+    """Raise PlacementError where the groups are not of equal size."""
     if num_groups < 1 or num_experts % num_groups:
         raise PlacementError(f"{num_groups} groups for {num_experts} experts: the groups must be of equal size")
 
@@ -280,7 +281,7 @@ def group_homes(load: np.ndarray, ranks: Ranks, num_groups: int, thorough: bool 
         PlacementError: if the groups do not divide the experts or do not fit whole on the nodes.
     """
     layers, experts = load.shape
-    _check_groups(experts, num_groups)
+    check_groups(experts, num_groups)
     nodes = ranks.num_nodes
     per_rank = np.diff(ranks.start)
     node_slots = np.bincount(ranks.node_of, weights=per_rank, minlength=nodes).astype(np.int64)
@@ -308,73 +309,6 @@ def group_homes(load: np.ndarray, ranks: Ranks, num_groups: int, thorough: bool 
         value,
     )
     return home, value
-
-
-@kernel
-def home_bounds(load, order, expert_home, start, node_of, inverse_speed, bound, largest):
-    """Write float64 [layers] each: the busiest node's lower bound, and largest replica, of plans that keep every expert on its node.
-
-    Args:
-        load: float64 [layers, experts]; order: int64 [layers, experts], heaviest first; expert_home: int64 [layers, experts];
-        start: int64 [ranks + 1]; node_of: int64 [ranks], ascending; inverse_speed: float64 [ranks].
-    """
-    layers, experts = load.shape
-    members = np.empty(experts, np.bool_)
-    sub_order = np.empty(experts, np.int64)
-    count = np.empty(experts, np.int64)
-    heap_value = np.empty(start[-1] + 2, np.float64)
-    heap_expert = np.empty(start[-1] + 2, np.int64)
-    for layer in range(layers):
-        bound[layer] = 0.0
-        largest[layer] = 0.0
-        first = 0
-        while first < node_of.size:
-            last = first
-            while last < node_of.size and node_of[last] == node_of[first]:
-                last += 1
-            for e in range(experts):
-                members[e] = expert_home[layer, e] == node_of[first]
-            node_start = start[first : last + 1] - start[first]
-            if members.any():
-                value, replica = _node_value(
-                    load[layer],
-                    order[layer],
-                    1,
-                    members,
-                    node_start,
-                    inverse_speed[first:last],
-                    node_start[-1],
-                    False,
-                    sub_order,
-                    count,
-                    heap_value,
-                    heap_expert,
-                )
-                bound[layer] = max(bound[layer], value)
-                largest[layer] = max(largest[layer], replica)
-            first = last
-
-
-def homes_in_service(old: np.ndarray, ranks: Ranks, num_experts: int, num_groups: int) -> np.ndarray:
-    """int64 [layers, experts]: the node that each expert's group is on in a placement in service, int32 [layers, slots].
-
-    Raises:
-        PlacementError: if the groups do not divide the experts, or one lies on several nodes.
-    """
-    _check_groups(num_experts, num_groups)
-    size = num_experts // num_groups
-    node_of_slot = ranks.node_of[ranks.rank_of]
-    group = old // size
-    layer = np.arange(old.shape[0])[:, None]
-    home = np.zeros((old.shape[0], num_groups), np.int64)
-    home[layer, group] = node_of_slot
-    away = np.argwhere(home[layer, group] != node_of_slot)
-    if away.size:
-        at, slot = away[0]
-        raise PlacementError(
-            f"an old placement with group {group[at, slot]} of layer {at} on several nodes: plan with locality node once, then replan"
-        )
-    return np.repeat(home, size, axis=1)
 
 
 def hierarchical_plan(load: np.ndarray, ranks: Ranks, home: np.ndarray, tolerance: float, max_swaps: int, kicks: int) -> np.ndarray:

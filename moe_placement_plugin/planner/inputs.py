@@ -126,9 +126,7 @@ def as_old(old, num_layers: int, num_experts: int, ranks: Ranks) -> np.ndarray:
     """
     table = np.array(old, dtype=np.int32, order="C")
     if table.shape != (num_layers, ranks.num_slots):
-        raise PlacementError(
-            f"an old placement of shape {table.shape} for {num_layers} layers of {ranks.num_slots} slots: give the one in service"
-        )
+        raise PlacementError(f"an old placement of shape {table.shape} for {num_layers} layers of {ranks.num_slots} slots: give the one in service")
     if table.min() < 0 or table.max() >= num_experts:
         raise PlacementError(f"an old placement with experts {table.min()} to {table.max()}: experts are numbered 0 to {num_experts - 1}")
     held = np.zeros((num_layers, num_experts), bool)

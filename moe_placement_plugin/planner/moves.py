@@ -7,7 +7,7 @@ import numpy as np
 from .bound import busiest_at_least
 from .compiled import kernel
 from .evaluate import keep_slots
-from .groups import home_bounds
+from .homes import home_bounds
 from .layer import busiest, count_replicas, measure, scale_load, sum_of
 from .replicate import largest_replica, order_by_load, replicate_sorted
 from .transition import descend_moves

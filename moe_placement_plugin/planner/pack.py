@@ -80,9 +80,7 @@ def _merge(queue_load, queue_rank, front, back, tail, sorted_load, sorted_rank, 
 
 
 @kernel
-def pack_lpt(
-    item_expert, item_load, count, start, expert_of, share_of, rank_load, queue_load, queue_rank, next_slot, sorted_load, sorted_rank, seen
-):
+def pack_lpt(item_expert, item_load, count, start, expert_of, share_of, rank_load, queue_load, queue_rank, next_slot, sorted_load, sorted_rank, seen):
     """Deal replicas to ranks of equal speed, heaviest first, each to the least loaded rank with a free slot.
 
     The ranks wait in a queue, sorted up to `back`. One that has got a replica waits unsorted behind the others, for it is seldom among

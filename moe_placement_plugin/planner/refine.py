@@ -96,9 +96,7 @@ def _best_allowed_partner(i, hot, count, start, rank_of, slowness, expert_of, sh
 
 
 @kernel
-def descend(
-    count, start, rank_of, rank_first, rank_last, slowness, slot_slowness, expert_of, share_of, rank_load, slot_load, target, max_swaps
-):
+def descend(count, start, rank_of, rank_first, rank_last, slowness, slot_slowness, expert_of, share_of, rank_load, slot_load, target, max_swaps):
     """Swap replicas off the busiest rank until it is at `target`, no swap lowers it, or `max_swaps` were made.
 
     Args:
@@ -117,6 +115,7 @@ def descend(
     shares = share_of[low_slot:high_slot]
     loads = slot_load[low_slot:high_slot]
     uneven = slot_slowness.size > 0
+    lowest = np.empty(expert_of.size, np.int64)
     while True:
         hot, high = busiest(rank_load, slowness, rank_first, rank_last)
         if high <= target or swaps >= max_swaps:
@@ -124,20 +123,29 @@ def descend(
         best = high
         best_i = -1
         best_j = -1
-        for i in range(start[hot], start[hot + 1]):
+        # The lowest that each replica could bring it to, and then the replica that could do best first: mostly it is allowed to.
+        first = start[hot]
+        width = start[hot + 1] - first
+        for k in range(width):
             if uneven:
-                v = _best_partner_uneven(share_of[i], rank_load[hot], slowness[hot], shares, loads, slot_slowness[low_slot:high_slot])
+                lowest[k] = _best_partner_uneven(share_of[first + k], rank_load[hot], slowness[hot], shares, loads, slot_slowness[low_slot:high_slot])
             else:
-                v = _best_partner(share_of[i], rank_load[hot], shares, loads)
-            if v >= best:
-                continue
-            v, j = _best_allowed_partner(i, hot, count, start, rank_of, slowness, expert_of, share_of, rank_load, low_slot, high_slot, best)
+                lowest[k] = _best_partner(share_of[first + k], rank_load[hot], shares, loads)
+        while True:
+            k = -1
+            least = best
+            for m in range(width):
+                if lowest[m] < least:
+                    least = lowest[m]
+                    k = m
+            if k < 0:
+                break
+            lowest[k] = high
+            v, j = _best_allowed_partner(first + k, hot, count, start, rank_of, slowness, expert_of, share_of, rank_load, low_slot, high_slot, best)
             if j >= 0:
                 best = v
-                best_i = i
+                best_i = first + k
                 best_j = j
-                if best <= target:
-                    break
         if best_i < 0:
             return hot
         other = rank_of[best_j]
@@ -150,9 +158,7 @@ def descend(
 
 
 @kernel
-def best_replacement(
-    load, count, start, rank_of, rank_first, rank_last, slowness, expert_of, share_of, rank_load, hot, first_slot, next_slot
-):
+def best_replacement(load, count, start, rank_of, rank_first, rank_last, slowness, expert_of, share_of, rank_load, hot, first_slot, next_slot):
     """The change of one slot into another expert's replica that lowers the busiest rank most.
 
     Every expert of the busiest rank is tried as the one that gains a replica, every replica elsewhere of an expert that has several as

@@ -167,9 +167,7 @@ def best_swap(
         if bar <= cost * best_rate:
             continue
         if slot_slowness.size:
-            largest = _gains_uneven(
-                top, most, slow, share_of[low_slot:high_slot], slack[low_slot:high_slot], slot_slowness[low_slot:high_slot], gain
-            )
+            largest = _gains_uneven(top, most, slow, share_of[low_slot:high_slot], slack[low_slot:high_slot], slot_slowness[low_slot:high_slot], gain)
         else:
             largest = _gains(top, most, share_of[low_slot:high_slot], slack[low_slot:high_slot], gain)
         if largest <= cost * best_rate:

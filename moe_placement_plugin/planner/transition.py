@@ -90,9 +90,7 @@ def descend_moves(
         i = -1
         j = -1
         if splitting:
-            slot, expert = split_largest(
-                cap, node_slots, load, count, rank_of, slowness, expert_of, share_of, rank_load, first_slot, next_slot
-            )
+            slot, expert = split_largest(cap, node_slots, load, count, rank_of, slowness, expert_of, share_of, rank_load, first_slot, next_slot)
             splitting = slot >= 0
         if not splitting:
             if hot < 0:

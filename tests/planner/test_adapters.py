@@ -86,3 +86,63 @@ def test_refusals(load):
         eplb_policy.rebalance_experts(torch.from_numpy(load), 73, 8, 1, 8)
     with pytest.raises(PlacementError, match="must divide over the nodes"):
         eplb_algorithm.rebalance_experts(torch.from_numpy(load[None]), 72, 9, None, 4, "deepseek_hierarchical")
+
+
+def group_nodes(row, size, slots_per_node):
+    return [sorted({int(s) // slots_per_node for s in np.flatnonzero(row // size == g)}) for g in range(row.max() // size + 1)]
+
+
+def test_vllm_brings_groups_together_and_then_moves_little(load):
+    """What the engine starts with: experts in order, the redundant ones at the end, so that groups lie on several nodes."""
+    linear = torch.from_numpy(np.tile(np.concatenate([np.arange(64), np.arange(16)]), (5, 1)))
+    first = eplb_policy.rebalance_experts(torch.from_numpy(load), 80, 8, 4, 8, linear)
+    drifted = load * np.random.default_rng(1).lognormal(0, 0.1, load.shape)
+    second = eplb_policy.rebalance_experts(torch.from_numpy(drifted), 80, 8, 4, 8, first)
+    assert 0 < (second != first).float().mean() < 0.2
+    for row, later in zip(first.numpy(), second.numpy()):
+        assert all(len(n) == 1 for n in group_nodes(row, 8, 20))
+        assert group_nodes(row, 8, 20) == group_nodes(later, 8, 20)
+    # Groups do change nodes where keeping them costs a lot.
+    lopsided = load.copy()
+    lopsided[:, first.numpy()[0, :20]] *= 20
+    regrouped = eplb_policy.rebalance_experts(torch.from_numpy(lopsided), 80, 8, 4, 8, first).numpy()
+    assert any(group_nodes(a, 8, 20) != group_nodes(b, 8, 20) for a, b in zip(first.numpy(), regrouped))
+
+
+def by_vllm(weight, replicas, groups, nodes, ranks):
+    table = eplb_policy.rebalance_experts(torch.tensor(weight), replicas, groups, nodes, ranks)
+    assert table.shape == (len(weight), replicas)
+    return table.numpy()
+
+
+def by_sglang(weight, replicas, groups, nodes, ranks):
+    algorithm = "deepseek_hierarchical" if nodes > 1 else "deepseek"
+    table, _, count = eplb_algorithm.rebalance_experts(torch.tensor([weight]), replicas, replicas // ranks, groups, nodes, algorithm)
+    assert table.shape == (len(weight), replicas) and count.shape == (len(weight), len(weight[0]))
+    return table.numpy()
+
+
+@pytest.mark.parametrize("rebalance", [by_vllm, by_sglang])
+@pytest.mark.parametrize(
+    ("weight", "replicas", "groups", "nodes", "ranks", "counts"),
+    [
+        ([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]], 16, 4, 2, 8, None),  # the example of DeepSeek's EPLB
+        ([[10, 20, 30, 40]], 4, 1, 1, 1, [[1, 1, 1, 1]]),  # one GPU
+        ([[50] * 8], 8, 4, 2, 4, [[1] * 8]),  # all alike
+        ([[100, 1, 1, 1, 1, 1, 1, 1]], 12, 4, 2, 4, None),  # one hot expert
+        ([[20] * 16, [10] * 16, [5] * 16], 16, 8, 4, 8, [[1] * 16] * 3),  # more groups than nodes
+        ([[30, 10], [10, 30]], 4, 1, 1, 4, [[3, 1], [1, 3]]),  # two replicas at most would be worse
+        ([[0] * 8], 8, 1, 1, 4, [[1] * 8]),  # nothing recorded yet
+    ],
+)
+def test_what_engines_ask_of_an_eplb_algorithm(rebalance, weight, replicas, groups, nodes, ranks, counts):
+    """Shapes, every expert present, as many replicas as slots, groups whole, and the most replicas where the load is."""
+    table = rebalance(weight, replicas, groups, nodes, ranks)
+    check_valid(table, [replicas // ranks] * ranks, len(weight[0]))
+    found = np.stack([np.bincount(row, minlength=len(weight[0])) for row in table])
+    assert counts is None or found.tolist() == counts
+    for load, count, row in zip(weight, found, table):
+        assert count[np.argmax(load)] == count.max()
+        if nodes > 1:
+            assert all(len(n) == 1 for n in group_nodes(row, len(load) // groups, replicas // nodes))
+    assert np.array_equal(table, rebalance(weight, replicas, groups, nodes, ranks))  # asked from another thread later, the answer is the same

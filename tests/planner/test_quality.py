@@ -76,9 +76,7 @@ def test_the_reference_on_the_example_of_its_readme():
     load = np.array([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]])
     table = rebalance(load, 16, 4, 2, 8)
     expected = np.array([[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]])
-    assert [sorted(map(sorted, row.reshape(8, 2).tolist())) for row in table] == [
-        sorted(map(sorted, row.reshape(8, 2).tolist())) for row in expected
-    ]
+    assert [sorted(map(sorted, row.reshape(8, 2).tolist())) for row in table] == [sorted(map(sorted, row.reshape(8, 2).tolist())) for row in expected]
     assert pack(np.array([4.0, 3, 2, 1]), 2) == [[0, 3], [1, 2]]
     assert replicate(np.array([6.0, 3, 3]), 5) == [0, 1, 2, 0, 0]
 

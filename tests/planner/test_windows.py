@@ -53,7 +53,5 @@ def test_four_recordings_at_once(traces):
     assert found.window_balancedness.min() >= 0.985
     mean = sum(traces[n] / traces[n].sum() for n in trained)
     on_mean = plan(mean, slots).physical_to_logical
-    gain = min(balance(traces[n], found.physical_to_logical, slots) for n in others) - min(
-        balance(traces[n], on_mean, slots) for n in others
-    )
+    gain = min(balance(traces[n], found.physical_to_logical, slots) for n in others) - min(balance(traces[n], on_mean, slots) for n in others)
     assert gain >= 0.10

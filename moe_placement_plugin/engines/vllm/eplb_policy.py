@@ -59,23 +59,24 @@ def rebalance_experts(
     return torch.from_numpy(table.astype(np.int64))
 
 
-def rebalance_table(load, num_replicas, num_groups, num_nodes, num_ranks, old=None) -> np.ndarray:
-    """`rebalance_experts` over numpy arrays; int32 [layers, num_replicas]."""
+def rebalance_table(load, num_replicas, num_groups, num_nodes, num_ranks, old=None, max_moves=None) -> np.ndarray:
+    """`rebalance_experts` over numpy arrays, with at most `max_moves` slots that change rank; int32 [layers, num_replicas]."""
     slots = even_slots_or_raise(num_replicas, num_ranks)
     hierarchical = num_nodes > 1 and num_groups % num_nodes == 0
     if old is not None and not _in_service(old, load.shape, num_replicas):
         old = None
     if not hierarchical:
-        return (plan(load, slots) if old is None else replan(load, old, slots)).physical_to_logical
+        return (plan(load, slots) if old is None else replan(load, old, slots, max_moves=max_moves)).physical_to_logical
     where = {"node_of_rank": np.arange(num_ranks) // max(1, num_ranks // num_nodes), "num_groups": num_groups, "locality": "node"}
     fresh = plan(load, slots, old=old, **where)
     if old is None:
         return fresh.physical_to_logical
     try:
-        kept = replan(load, old, slots, **where)
+        kept = replan(load, old, slots, max_moves=max_moves, **where)
     except PlacementError:  # a group lies on several nodes, as where the engine has just started: bring it together
         return fresh.physical_to_logical
-    return (fresh if fresh.overall > (1 + REGROUP_GAIN) * kept.overall else kept).physical_to_logical
+    regroup = max_moves is None and fresh.overall > (1 + REGROUP_GAIN) * kept.overall
+    return (fresh if regroup else kept).physical_to_logical
 
 
 def even_slots_or_raise(num_replicas: int, num_ranks: int) -> np.ndarray:

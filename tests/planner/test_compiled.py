@@ -1,0 +1,58 @@
+"""Where compiled kernels are kept: beside the source, in the user's cache folder, or where NUMBA_CACHE_DIR says."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_placement_plugin
+
+SCRIPT = """
+import numpy as np
+from pathlib import Path
+from moe_placement_plugin.planner import evaluate
+before = sum(evaluate.moved_slots.stats.cache_hits.values())
+moved = np.empty(1, np.int64)
+evaluate.moved_slots(np.array([[0, 1]], np.int32), np.array([[1, 0]], np.int32), np.array([0, 1, 2]), moved)
+stats = evaluate.moved_slots.stats
+print(Path(evaluate.__file__).parents[1], moved[0], sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), stats.cache_path, sep="|")
+"""
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A copy of the package whose folders cannot be written: a file stands where numba would make its own beside the source."""
+    package = tmp_path / "site-packages" / "moe_placement_plugin"
+    shutil.copytree(Path(moe_placement_plugin.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "planner" / "__pycache__").write_text("")  # permissions would not stop root
+    return package
+
+
+def run(package, home, **more):
+    kept = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    env = kept | {"PYTHONPATH": str(package.parent), "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"} | more
+    found = subprocess.run([sys.executable, "-c", SCRIPT], env=env, cwd=home, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    where, moved, hits, misses, cache = found.stdout.strip().split("|")
+    assert Path(where) == package and moved == "2"
+    return int(hits), int(misses), Path(cache)
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_an_installation_that_cannot_be_written_caches_elsewhere(installed, tmp_path, chosen):
+    home = tmp_path / "home"
+    home.mkdir()
+    more = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")} if chosen else {}
+    hits, misses, cache = run(installed, home, **more)
+    assert (hits, misses) == (0, 1)
+    assert (tmp_path / "cache" if chosen else home) in cache.parents
+    assert list(cache.glob("evaluate.moved_slots-*.nbi"))
+    assert run(installed, home, **more)[:2] == (1, 0)
+    if not chosen:
+        return
+    # Any file of the planner counts: a kernel that calls one of another file must not outlive it.
+    (installed / "planner" / "bound.py").write_text((installed / "planner" / "bound.py").read_text() + "\n# changed\n")
+    assert run(installed, home, **more)[:2] == (0, 1)
