@@ -94,12 +94,16 @@ def measure(gigabytes: float, device: str, slots: int = 64) -> dict[str, Any]:
 def describe(result: dict[str, Any]) -> str:
     """The measurement in a few lines."""
     cpu = result["device"] == "cpu"
-    cost, read = statistics.median(result["digest_s"]), statistics.median(result["other_s"])
+
+    def row(name: str, seconds: list[float], rate: float) -> str:
+        cost = statistics.median(seconds) * 1e3
+        return f"{name:8}{cost:8.1f} ms  {rate:7.1f} GB/s  ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f})"
+
     lines = [
         ", ".join(f"{key} {value}" for key, value in {**result["machine"], **result["versions"], "threads": result["threads"]}.items()),
         f"{result['bytes'] / 1e9:.2f} GB in {result['slots']} slots on {result['device']}, medians of {len(result['digest_s'])} turns A B A B",
-        f"digest {cost * 1e3:8.1f} ms  {result['digest_gb_per_s']:7.1f} GB/s  ({min(result['digest_s']) * 1e3:.1f} to {max(result['digest_s']) * 1e3:.1f})",
-        f"{'read' if cpu else 'copy'}   {read * 1e3:8.1f} ms  {result['other_gb_per_s']:7.1f} GB/s  ({min(result['other_s']) * 1e3:.1f} to {max(result['other_s']) * 1e3:.1f})",
+        row("digest", result["digest_s"], result["digest_gb_per_s"]),
+        row("read" if cpu else "copy", result["other_s"], result["other_gb_per_s"]),
         f"the digest takes {result['ratio']:.2f} times as long as one read of the bytes" if cpu
         else f"the digest reads at {result['ratio']:.0%} of copy bandwidth (reads and writes counted)",
     ]  # fmt: skip

@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 
 from ...errors import PlacementError
+from ...load import ExpertLoad
 from ...placement import Placement
-from ..load_recorder import count_event
 from ..patching import Patch
+from ..rebalancing import Rebalancer, policy_from
 from . import verify
 from .layers import EPLB_ROW, routed_layers
 from .settings import PlacementSettings, arrived, layer_id_of, settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
+
+REBALANCE_FLAG = "--expert-rebalance"
 
 _STATE = "vllm.distributed.eplb.eplb_state"
 
@@ -71,7 +74,10 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
     for row, layer in enumerate(layers.values()):
         object.__setattr__(layer, EPLB_ROW, (state, row))
     if settings.strategy == "eplb":
-        eplb.policy = planner_policy()
+        sizes = [sum(w[0].numel() * w.element_size() for w in weights) for weights in state.model.expert_weights]
+        numbers = [layer_id_of(name) for name in layers]
+        known = numbers if None not in numbers else range(len(layers))
+        eplb.policy = planner_policy(Rebalancer(policy_from(settings["rebalance"], REBALANCE_FLAG), known, sizes))
     placement = settings.placement
     if placement is None:
         return
@@ -104,26 +110,33 @@ def _check(state: Any) -> None:
         logger.info("moe_placement_plugin: verified %d slots after the exchange in %.3f s", slots, time.perf_counter() - began)
 
 
-def planner_policy() -> type:
-    """Our planner as a policy of vLLM's EPLB, for its sync and its async mode."""
+def planner_policy(rebalancer: Rebalancer) -> type:
+    """Our planner as a policy of vLLM's EPLB, for its sync and its async mode.
+
+    Args:
+        rebalancer: plans and decides; every rank has one and they agree, since all see the same load.
+    """
     from vllm.distributed.eplb.policy import AbstractEplbPolicy
 
     class PlannerPolicy(AbstractEplbPolicy):
-        """Few moves from the placement in force to a balanced one; see `planner.replan`."""
+        """Few moves from the placement in force to a balanced one, if they pay."""
 
         @classmethod
         def rebalance_experts(cls, weight, num_replicas, num_groups, num_nodes, num_ranks, old_global_expert_indices=None):
+            import torch
+
             from .eplb_policy import rebalance_experts  # compiles kernels, and numba must not be loaded before a worker has begun
 
-            began = time.perf_counter()
-            table = rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_ranks, old_global_expert_indices)
-            if old_global_expert_indices is not None:
-                moved = int((table != old_global_expert_indices).sum())
-                count_event("rebalances")
-                logger.info(
-                    "moe_placement_plugin: planned in %.1f ms, %d of %d slots change", (time.perf_counter() - began) * 1e3, moved, table.numel()
-                )
-            return table
+            whole = old_global_expert_indices is not None and old_global_expert_indices.shape[1] == num_replicas
+            if not whole or not bool((old_global_expert_indices >= 0).all()):  # ranks come or go
+                return rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_ranks, old_global_expert_indices)
+            old = old_global_expert_indices.cpu().numpy()
+            counts = weight.detach().to("cpu", torch.float64).numpy()[None]
+            if not counts.any():
+                return old_global_expert_indices.clone()
+            load = ExpertLoad(counts, rebalancer.layer_ids)
+            table, _ = rebalancer.propose(load, old, num_ranks, num_groups, num_nodes)
+            return torch.from_numpy(table.astype(np.int64))
 
     return PlannerPolicy
 

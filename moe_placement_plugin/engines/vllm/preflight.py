@@ -15,7 +15,7 @@ from ...topology import Topology
 from ..model_shape import model_shape
 from .kernels import check_all2all, check_moe_backend
 from .recording import record_settings
-from .request import FILE_KEY, VERIFY_KEY
+from .request import FILE_KEY, REBALANCE_KEY, VERIFY_KEY
 from .settings import KEY, PlacementSettings, remember
 
 SUPPORTED = ("0.25", "0.34")
@@ -82,6 +82,7 @@ def resolve(vllm_config: Any) -> Any:
         ep_size == 1 or not parallel.enable_expert_parallel or not model.is_moe or not current_platform.is_cpu()
     ):
         return vllm_config
+    moved = bool(explicit and parallel.enable_eplb)
     placement = None
     if explicit:
         shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
@@ -92,7 +93,8 @@ def resolve(vllm_config: Any) -> Any:
             _check_back_ends(vllm_config, parallel, placement)
         # linear is the flag's default: with a file it means that the file decides.
         strategy = "eplb" if strategy == "linear" else strategy
-    settings = PlacementSettings.make(strategy, placement, ep_size, record, file is not None, verify, bool(explicit and parallel.enable_eplb))
+    rebalance = _rebalance(extra.get(REBALANCE_KEY), moved and strategy == "eplb")
+    settings = PlacementSettings.make(strategy, placement, ep_size, record, file is not None, verify, moved, rebalance)
     remember(settings)
     if settings.static is not None:
         # A process in which the patches are missing refuses this value; "linear" it would serve.
@@ -127,6 +129,20 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
         )
     if not parallel.enable_eplb:  # EPLB sends tokens to slots by itself, through kernels that vLLM has checked
         check_moe_backend(getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "auto"))
+
+
+def _rebalance(values: Any, used: bool) -> dict[str, Any] | None:
+    if values is None:
+        return None
+    from ..rebalancing import policy_from
+    from .eplb import REBALANCE_FLAG
+
+    if not used:
+        raise PlacementError(
+            f"{REBALANCE_FLAG} without --enable-eplb and --expert-placement-strategy eplb: nothing rebalances; add both, or leave it out"
+        )
+    policy_from(values, REBALANCE_FLAG)
+    return dict(values)
 
 
 def _first_placement(asked: str, file: Any, shape: ModelShape, ep_size: int, redundant: int) -> Placement | None:

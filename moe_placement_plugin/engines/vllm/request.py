@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-PREFIXES = ("expert-placement-", "expert-load-")
+PREFIXES = ("expert-placement-", "expert-load-", "expert-rebalance")
 """Every flag of this plugin begins with one of these (dashes or underscores)."""
 
 FILE_KEY = "expert_placement_file"
@@ -26,7 +26,10 @@ COACTIVATION_KEY = "expert_load_coactivation"
 VERIFY_KEY = "expert_placement_verify"
 """Key of ``additional_config``: how far weights are verified, see `fingerprint.level`."""
 
-KEYS = (FILE_KEY, VERIFY_KEY, RECORD_KEY, INTERVAL_KEY, COACTIVATION_KEY)
+REBALANCE_KEY = "expert_rebalance"
+"""Key of ``additional_config``: when EPLB rebalances, see `exchange.decision.RebalancePolicy`."""
+
+KEYS = (FILE_KEY, VERIFY_KEY, REBALANCE_KEY, RECORD_KEY, INTERVAL_KEY, COACTIVATION_KEY)
 
 _enabled = False
 

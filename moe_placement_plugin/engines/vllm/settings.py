@@ -40,6 +40,7 @@ class PlacementSettings(dict):
         exact: bool = False,
         verify: str = "off",
         eplb: bool = False,
+        rebalance: dict[str, Any] | None = None,
     ) -> PlacementSettings:
         """Settings that hold the whole placement, so that other hosts need no file.
 
@@ -52,6 +53,7 @@ class PlacementSettings(dict):
                 that needs none can place layers that were not foreseen.
             verify: how far weights are verified, see `fingerprint.level`.
             eplb: vLLM's EPLB moves the experts, beginning with ``placement``.
+            rebalance: rules for rebalancing that the user gave, see `rebalancing.policy_from`.
         """
         from ... import __version__
 
@@ -64,6 +66,7 @@ class PlacementSettings(dict):
             "exact": exact,
             "verify": verify,
             "eplb": eplb,
+            "rebalance": rebalance,
         }
         if placement is not None:
             table = placement.physical_to_logical.astype("<i4").tobytes()

@@ -1,0 +1,99 @@
+"""Between an engine's EPLB and the planner: propose a placement, weigh it, and keep the one in force where it does not pay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from ..errors import PlacementError
+from ..exchange.decision import Decision, RebalancePolicy, announce, decide
+from ..exchange.plan import ExchangePlan, plan_exchange
+from ..load import ExpertLoad
+from ..placement import Placement
+from ..topology import Topology
+from .load_recorder import count_event
+
+
+def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:
+    """The rules that the user gave, over the defaults.
+
+    Args:
+        values: names of `RebalancePolicy` -> values; None for the defaults.
+        flag: for messages.
+
+    Raises:
+        PlacementError: for an unknown name or a value that makes no sense.
+    """
+    known = {f.name: f for f in fields(RebalancePolicy)}
+    if not isinstance(values or {}, Mapping):
+        raise PlacementError(f"{flag} {values!r}: give a JSON object with some of {', '.join(known)}")
+    for name in values or {}:
+        if name not in known:
+            raise PlacementError(f"{flag}: {name!r} is not one of {', '.join(known)}")
+    try:
+        return RebalancePolicy(**(values or {}))
+    except PlacementError as error:
+        raise PlacementError(f"{flag}: {error}") from error
+    except TypeError as error:
+        raise PlacementError(f"{flag} {dict(values or {})}: {error}") from error
+
+
+class Rebalancer:
+    """Plans with few moves and decides whether they pay; the same on every rank, given the same load.
+
+    Args:
+        policy: when to rebalance.
+        layer_ids: of the model's MoE layers, in the order of the engine's tables.
+        expert_bytes: bytes of one expert with all its parameters, of each layer or of all alike.
+        topology: the ranks' nodes.
+    """
+
+    def __init__(
+        self, policy: RebalancePolicy, layer_ids: Sequence[int], expert_bytes: int | Sequence[int], topology: Topology | None = None
+    ):
+        self.policy = policy
+        self.layer_ids = tuple(layer_ids)
+        self.expert_bytes = np.broadcast_to(np.asarray(expert_bytes, dtype=np.int64), (len(self.layer_ids),))
+        self.topology = topology
+        self.last: Decision | None = None
+        self._achieved: float | None = None
+
+    def propose(
+        self, load: ExpertLoad, old: np.ndarray, num_ranks: int, groups: int = 1, nodes: int = 1, live_ranks: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, ExchangePlan]:
+        """The placement to serve with from now on, and the exchange that leads there.
+
+        The decision is logged, counted and kept as `last`.
+
+        Args:
+            load: recent windows, by phase where the engine tells them apart.
+            old: int ``[layers, slots]``, the placement in force.
+            num_ranks: EP ranks, with equally many slots.
+            groups, nodes: expert groups and nodes; groups that divide over the nodes stay whole.
+            live_ranks: ranks that are up; None for all.
+
+        Returns:
+            (int32 ``[layers, slots]``, equal to ``old`` where a rebalance does not pay; the plan, empty then).
+        """
+        from .vllm.eplb_policy import rebalance_table
+
+        began = time.perf_counter()
+        slots = (old.shape[1] // num_ranks,) * num_ranks
+        before = Placement(old, load.num_experts, slots, load.layer_ids, "in force")
+        budget = None if self.policy.max_bytes is None else int(self.policy.max_bytes // max(int(self.expert_bytes.max()), 1))
+        table = rebalance_table(load.counts.sum(axis=0), old.shape[1], groups, nodes, num_ranks, old, max_moves=budget)
+        after = Placement(table, load.num_experts, slots, load.layer_ids, "eplb")
+        exchange = plan_exchange(before, after, self.topology, live_ranks, self.expert_bytes)
+        self.last = decision = decide(exchange, load, self.policy, achieved=self._achieved)
+        announce(decision)
+        if not decision.rebalance:
+            return before.physical_to_logical, plan_exchange(before, before, self.topology, live_ranks, self.expert_bytes)
+        self._achieved = decision.after
+        count_event("rebalances")
+        count_event("moved_bytes", decision.bytes)
+        count_event("planning_seconds", time.perf_counter() - began)
+        return table, exchange
