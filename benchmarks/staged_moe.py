@@ -108,10 +108,9 @@ class Bench:
         torch.manual_seed(0)  # the same weights on every rank
         shape = LayerShape(256, 128, 16, 4, 1, 1)
         experts = self.weights(shape.experts, shape)
-        sizes = [s + (r % 2) for r, s in enumerate(even_slots(shape.experts + 4 * self.group.size, self.group.size))]
-        generator = np.random.default_rng(0)
-        table = np.concatenate([generator.permutation(shape.experts), generator.permutation(shape.experts), generator.permutation(shape.experts)])
-        placement = _without_doubles(table, sizes, shape.experts)
+        redundant = 2 * self.group.size if self.group.size > 1 else 0
+        sizes = [size + (rank % 2) for rank, size in enumerate(even_slots(shape.experts + redundant, self.group.size))]
+        placement = _shuffled_placement(sizes, shape.experts)
         routing = Routing(shape.experts, shape.top_k, "sigmoid", num_groups=4, top_groups=2, scaling_factor=2.5)
         counts = [37 * r % 100 for r in range(1, self.group.size + 1)]
         torch.manual_seed(1 + self.group.rank)
@@ -266,9 +265,10 @@ class Bench:
         return np.max(nanoseconds, axis=0) / 1000
 
 
-def _without_doubles(table: np.ndarray, sizes: list[int], experts: int) -> Placement:
-    """Deal experts to ranks of the given sizes, none twice on a rank, each at least once."""
-    left = list(table)
+def _shuffled_placement(sizes: list[int], experts: int) -> Placement:
+    """Experts in no order dealt to ranks of the given sizes, none twice on a rank, each at least once."""
+    generator = np.random.default_rng(0)
+    left = np.concatenate([generator.permutation(experts) for _ in range(3)]).tolist()
     slots: list[int] = []
     for size in sizes:
         mine: list[int] = []

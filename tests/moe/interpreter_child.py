@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 
 import torch
 
 from moe_placement_plugin import PlacementError
 from moe_placement_plugin.moe import EpGroup, PlacedExperts, find_matmuls, gmm_down, gmm_up
+from moe_placement_plugin.moe.matmuls.align import align_blocks
+from moe_placement_plugin.moe.matmuls.base import sum_choices
 from moe_placement_plugin.moe.reference import reference_moe
 from moe_placement_plugin.moe.stages import _keep_local, select
+from moe_placement_plugin.moe.weights import swiglu
 
 from . import cases
 
@@ -59,7 +63,76 @@ def main(engine: str) -> None:
         result["bfloat16"] = "computed"
     except PlacementError as error:
         result["bfloat16"] = str(error)
-    print(json.dumps(result | {"launches": len(launches)}))
+    result["launches"] = len(launches)
+    result["as on CUDA"] = as_on_cuda(engine)
+    print(json.dumps(result))
+
+
+def as_on_cuda(engine: str) -> dict[str, float]:
+    """The branch for CUDA, the engine's kernels that CPU builds lack replaced by torch: its own tiles and align step, and for
+    vLLM its own fused call, which must give the same bits. SGLang's fused call knows no float32.
+    """
+    matmuls = (vllm_without_cuda if engine == "vllm" else sglang_without_cuda)()
+    plain, apart = find_matmuls("torch"), {}
+    for name, tokens, top_k, slots in (("all", 21, 3, (6,)), ("tiny", 1, 1, (6,)), ("share", 21, 3, (4, 2)), ("tiny share", 1, 1, (3, 3))):
+        case = cases.Case(ep=len(slots), tokens=(tokens,) * len(slots), experts=6, slots_per_rank=slots, routing=(("top_k", top_k),))
+        made = cases.make(case)
+        x = made.xs[0]
+        for rank in range(case.ep):
+            placed = PlacedExperts.of(made.placement, 0, rank)
+            chosen = select(made.logits[0], made.routing, placed)
+            output = _keep_local(placed.local_slot[chosen.slots], chosen.weights, placed.num_local, case.ep == 1)
+            weights = made.experts.shard(made.placement, 0, rank)
+            found = gmm_down(gmm_up(x, output, weights, matmuls), output, weights, matmuls)
+            wanted = gmm_down(gmm_up(x, output, weights, plain), output, weights, plain)
+            apart[f"{name} {rank}, torch"] = float((found - wanted).abs().max())
+            if engine == "vllm":
+                from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts_impl
+
+                expert_map = None if output.complete else placed.local_slot[:-1].contiguous()
+                fused = fused_experts_impl(
+                    x, weights.w13, weights.w2, chosen.weights, chosen.slots.int(), global_num_experts=6, expert_map=expert_map
+                )
+                apart[f"{name} {rank}, fused"] = float((found - fused).abs().max())
+    return apart
+
+
+def fill_aligned(topk_ids, block_size, num_slots, keep_elsewhere, sorted_ids, expert_ids, num_padded) -> None:
+    """What the engines' align kernels write into their caller's tensors."""
+    ids, experts, padded = align_blocks(topk_ids, block_size, num_slots, keep_elsewhere)
+    sorted_ids.fill_(topk_ids.numel())
+    sorted_ids[: ids.numel()], expert_ids[: experts.numel()] = ids, experts
+    num_padded.copy_(padded)
+
+
+def vllm_without_cuda():
+    import vllm._custom_ops as ops
+
+    from moe_placement_plugin.moe.matmuls.vllm_matmuls import VllmMatmuls
+
+    def align(topk_ids, num_experts, block_size, sorted_ids, expert_ids, num_padded, expert_map=None, scatter_idx=None):
+        local = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+        fill_aligned(local, block_size, num_experts, False, sorted_ids, expert_ids, num_padded)
+
+    def moe_sum(input, output):
+        output.copy_(sum_choices(input))
+
+    ops.moe_align_block_size, ops.moe_sum = align, moe_sum
+    return VllmMatmuls(interpreted=False)
+
+
+def sglang_without_cuda():
+    from moe_placement_plugin.moe.matmuls.sglang_matmuls import SglangMatmuls
+
+    def align(topk_ids, num_buckets, block_size, sorted_ids, expert_ids, num_padded, *rest):
+        fill_aligned(topk_ids, block_size, num_buckets - 1, True, sorted_ids, expert_ids, num_padded)
+
+    # The package has functions of the same names as its modules.
+    utils = "sglang.srt.layers.moe.moe_runner.triton_utils"
+    import_module(f"{utils}.moe_align_block_size").sgl_moe_align_block_size = align
+    import_module(f"{utils}.fused_moe").silu_and_mul = lambda values, result: result.copy_(swiglu(values))
+    import_module(f"{utils}.fused_moe_triton_config").get_device_name = lambda: "no device"
+    return SglangMatmuls(interpreted=False)
 
 
 if __name__ == "__main__":

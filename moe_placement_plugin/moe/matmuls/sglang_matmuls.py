@@ -36,7 +36,9 @@ class SglangMatmuls(EngineMatmuls):
         if not interpreted:
             self._align = engine_function(f"{_UTILS}.moe_align_block_size", "moe_align_block_size", ("topk_ids", "block_size", "num_experts"))
             self._tiles = engine_function(f"{_UTILS}.fused_moe_triton_config", "try_get_optimal_moe_config", _TILES)
-            self._sum = engine_function(_KERNELS, "moe_sum_reduce_triton", ("input", "output", "routed_scaling_factor"))
+            triton_sum = engine_function(_KERNELS, "moe_sum_reduce_triton", ("input", "output", "routed_scaling_factor"))
+            # On CUDA SGLang itself prefers the one of its kernel library.
+            self._sum = getattr(importlib.import_module(f"{_UTILS}.fused_moe"), "moe_sum_reduce", triton_sum)
             publish_arguments()
         self.name = f"SGLang {sglang.__version__} fused_moe_kernel" + (" (Triton interpreter)" if interpreted else "")
 

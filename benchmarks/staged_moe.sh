@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# All measurements of the staged layer on a GPU host, into OUT, one section or all:
+#
+#   benchmarks/staged_moe.sh OUT [check] [overhead] [overlap] [layer]
+#
+# overlap needs two GPUs, the others one. layer measures DeepSeek-R1 under the recorded loads in TRACES (../shared/traces),
+# the other shapes under a synthetic one. Sections are independent: each fits into ten minutes on an H100.
+set -euo pipefail
+
+out=$(mkdir -p "${1:?usage: staged_moe.sh OUT [check] [overhead] [overlap] [layer]}" && cd "$1" && pwd)
+shift
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+traces=${TRACES:-$root/../shared/traces}
+python=${PYTHON:-python3}
+gpus=${GPUS:-$("$python" -c "import torch; print(torch.cuda.device_count())")}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+staged() { "$python" "$root/benchmarks/staged_moe.py" "$@"; }
+ranks() { "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" "$root/benchmarks/staged_moe.py" "$@"; }
+layer() { "$python" -c "from moe_placement_plugin.cli import main; main()" bench layer "$@"; }
+
+for section in ${*:-check overhead overlap layer}; do
+    {
+        case $section in
+        check)
+            staged check --json "$out/check-1.json"
+            if ((gpus > 1)); then ranks check --json "$out/check-$gpus.json"; fi
+            ;;
+        overhead)
+            for shape in v2-lite qwen3-30b-a3b qwen3-235b-a22b gpt-oss-20b; do
+                staged overhead --shape $shape --json "$out/overhead-$shape.json"
+            done
+            staged overhead --shape r1 --ep 8 --json "$out/overhead-r1-ep8.json"
+            ;;
+        overlap)
+            for shape in qwen3-30b-a3b qwen3-235b-a22b v2-lite; do
+                ranks overlap --shape $shape --json "$out/overlap-$shape.json"
+            done
+            ;;
+        layer)
+            prefill=$traces/deepseek_r1_prefill_in1024.json
+            layer --calibrations "$out" --shape r1 --load "$prefill" --decode 0 --strategy linear --strategy balanced --strategy zigzag --strategy eplb \
+                --strategy eplb+32 --json "$out/layer-r1-prefill.json"
+            layer --calibrations "$out" --shape r1 --load "$traces/deepseek_r1_decode_in1000out1000.json" --prefill 0 --strategy linear --strategy balanced \
+                --strategy zigzag --strategy eplb --strategy eplb+32 --json "$out/layer-r1-decode.json"
+            # Planned on one workload, served on another.
+            layer --shape r1 --load "$traces/deepseek_r1_prefill_in2048.json" --plan-on "$prefill" --ep 32 --decode 0 --strategy linear \
+                --strategy zigzag --strategy eplb --strategy eplb+32 --json "$out/layer-r1-held-out.json"
+            layer --calibrations "$out" --shape v2-lite --load "$traces/deepseek_v2_lite_intent_tokens.npz" --ep 2 --ep 8 --ep 32 --json "$out/layer-v2-lite.json"
+            for shape in qwen3-30b-a3b qwen3-235b-a22b gpt-oss-120b; do
+                layer --calibrations "$out" --shape $shape --ep 4 --ep 16 --ep 64 --layers 2 --json "$out/layer-$shape.json"
+            done
+            ;;
+        *)
+            echo "unknown section: $section" >&2
+            exit 2
+            ;;
+        esac
+    } 2>&1 | tee "$out/$section.txt"
+done
