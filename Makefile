@@ -20,7 +20,7 @@ test-vllm: env-vllm
 	$(ENVS)/vllm/bin/python -m pytest -q -m engine --ignore=tests/sglang tests
 
 test-sglang: env-sglang
-	$(ENVS)/sglang/bin/python -m pytest -q tests/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py tests/verify/test_accuracy_sglang.py
+	$(ENVS)/sglang/bin/python -m pytest -q tests/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py tests/verify/test_accuracy_sglang.py tests/moe/test_engine_matmuls.py
 
 lint: env-vllm
 	$(ENVS)/vllm/bin/ruff check .
