@@ -39,6 +39,29 @@ def node_value(load, order, group_size, members, start, inverse_speed, slots, th
 
 
 @kernel
+def _measure_node(node, home, load, order, node_start, node_rank, node_inverse_speed, thorough, members, sub_order, count, heap_value, heap_expert):
+    """Lower bound of the busiest rank of one node with the groups that `home`, int64 [groups], gives it; arguments as for `pack_groups`."""
+    for g in range(home.size):
+        members[g] = home[g] == node
+    first = node_rank[node] + node
+    last = node_rank[node + 1] + node
+    return node_value(
+        load,
+        order,
+        load.size // home.size,
+        members,
+        node_start[first : last + 1],
+        node_inverse_speed[node_rank[node] : node_rank[node + 1]],
+        node_start[last],
+        thorough,
+        sub_order,
+        count,
+        heap_value,
+        heap_expert,
+    )[0]
+
+
+@kernel
 def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_inverse_speed, exact, thorough, home, value):
     """Choose the node of every group, layer by layer, for the lowest in-node lower bound of the busiest node.
 
@@ -82,19 +105,16 @@ def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_i
             node_count[best_node] += 1
         busiest_of = np.zeros(nodes, np.float64)
         for n in range(nodes):
-            for g in range(num_groups):
-                members[g] = home[layer, g] == n
-            first = node_rank[n] + n
-            last = node_rank[n + 1] + n
-            busiest_of[n], _ = node_value(
+            busiest_of[n] = _measure_node(
+                n,
+                home[layer],
                 w,
                 order[layer],
-                group_size,
-                members,
-                node_start[first : last + 1],
-                node_inverse_speed[node_rank[n] : node_rank[n + 1]],
-                node_start[last],
+                node_start,
+                node_rank,
+                node_inverse_speed,
                 thorough,
+                members,
                 sub_order,
                 count,
                 heap_value,
@@ -214,19 +234,16 @@ def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_i
             home[layer, best_a] = other
             home[layer, best_b] = hot
             for n in (hot, other):
-                for g in range(num_groups):
-                    members[g] = home[layer, g] == n
-                first = node_rank[n] + n
-                last = node_rank[n + 1] + n
-                busiest_of[n], _ = node_value(
+                busiest_of[n] = _measure_node(
+                    n,
+                    home[layer],
                     w,
                     order[layer],
-                    group_size,
-                    members,
-                    node_start[first : last + 1],
-                    node_inverse_speed[node_rank[n] : node_rank[n + 1]],
-                    node_start[last],
+                    node_start,
+                    node_rank,
+                    node_inverse_speed,
                     thorough,
+                    members,
                     sub_order,
                     count,
                     heap_value,

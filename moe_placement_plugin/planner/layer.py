@@ -82,6 +82,19 @@ def busiest(rank_load, slowness, rank_first, rank_last):
 
 
 @kernel
+def busiest_free(rank_load, slowness, target, stuck):
+    """The busiest rank above `target` that is not `stuck`, bool [ranks]; -1 if there is none."""
+    hot = -1
+    high = target
+    for r in range(rank_load.size):
+        v = rank_load[r] * slowness[r]
+        if v > high and not stuck[r]:
+            high = v
+            hot = r
+    return hot
+
+
+@kernel
 def measure(load, count, start, expert_of, share_of, rank_load):
     """Write the load of every slot and rank from the counts."""
     for r in range(start.size - 1):

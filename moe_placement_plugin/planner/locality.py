@@ -8,7 +8,7 @@ excess they remove. Run for a ladder of targets this gives the curve of load lea
 import numpy as np
 
 from .compiled import kernel
-from .layer import LOAD_SCALE, count_replicas, exchange, holds, may_swap, measure, over, replace_replica, scale_load, sum_of
+from .layer import LOAD_SCALE, busiest_free, count_replicas, exchange, holds, may_swap, measure, over, replace_replica, scale_load, sum_of
 
 
 @kernel
@@ -192,13 +192,7 @@ def relax_layers(load, home, node_of, start, rank_of, slowness, total_speed_slow
         free = LOAD_SCALE / slots / 64
         stuck = np.zeros(ranks, np.bool_)
         for _ in range(8 * slots):
-            hot = -1
-            high = target
-            for r in range(ranks):
-                v = rank_load[r] * slowness[r]
-                if v > high and not stuck[r]:
-                    high = v
-                    hot = r
+            hot = busiest_free(rank_load, slowness, target, stuck)
             if hot < 0:
                 break
             rate, i, j = _swap_out(hot, target, home[layer], node_of, count, start, rank_of, slowness, expert_of, share_of, rank_load, free)

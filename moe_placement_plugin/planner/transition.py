@@ -9,7 +9,7 @@ rewards a step that helps one of several busy ranks. Which layers get how many m
 import numpy as np
 
 from .compiled import kernel
-from .layer import busiest, exchange
+from .layer import busiest, busiest_free, exchange
 from .steps import best_new_replica, best_swap, has, list_slots, relist, split_largest
 
 
@@ -163,13 +163,7 @@ def descend_moves(
             _set_shares(load, count, rank_of, share_of, rank_load, first_slot, next_slot, expert)
         else:
             stuck[hot] = True
-            hot = -1
-            high = target
-            for r in range(ranks):
-                v = rank_load[r] * slowness[r]
-                if v > high and not stuck[r]:
-                    high = v
-                    hot = r
+            hot = busiest_free(rank_load, slowness, target, stuck)
             continue
         step_slot[steps, 0] = slot
         step_slot[steps, 1] = i
