@@ -171,6 +171,7 @@ class Exchange:
                 reason = self._agreement.enter(self._digest()) if index == 0 else None
                 try:
                     if reason is None:
+                        self._connect(index)
                         self._stage(chunk, staged)
                 except Exception as error:
                     # Whatever it was, the others wait for this rank: they are told before anybody is.
@@ -183,9 +184,9 @@ class Exchange:
                     self._end(None, reason)
                 self._wait_for(chunk, "commit")
                 self._commit(chunk, staged)
+            self.metadata.committed[list(chunk.rows)] = True
             if index and self.rank == self.plan.live_ranks[0]:
                 self._agreement.forget(index - 1)
-            self.metadata.committed[list(chunk.rows)] = True
             taken = time.perf_counter() - begin
             self.report.seconds += taken
             self.report.longest = max(self.report.longest, taken)
@@ -205,6 +206,14 @@ class Exchange:
 
     def _digest(self) -> str:
         return f"{self.plan.digest} {layout_digest(self._layers)} {self._limits}"
+
+    def _connect(self, index: int) -> None:
+        """NCCL makes its communicator at the first call on a group, which all members must take part in."""
+        import torch
+        import torch.distributed as dist
+
+        if index == 0 and self._device.type != "cpu":
+            dist.all_reduce(torch.zeros(1, device=self._device), group=self.group)
 
     def _stage(self, chunk: Chunk, staged: _Staged) -> None:
         """Bring everything that the chunk brings to this rank into staging memory, and send what others need."""
@@ -227,7 +236,7 @@ class Exchange:
                     operation, peer, tensors = dist.irecv, source, staged.take(parameters)
                     staged.experts.append((row, to, tensors))
                     self.report.bytes_received += amount
-                operations += [dist.P2POp(operation, t, self._global_rank[peer], self.group) for t in tensors]
+                operations += [dist.P2POp(operation, t, self._global_rank[peer], self.group) for t in tensors if t.numel()]
                 peers.append(peer)
                 size += amount
             pending = dist.batch_isend_irecv(operations)
