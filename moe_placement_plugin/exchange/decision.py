@@ -51,6 +51,7 @@ class RebalancePolicy:
         small_batches: whether decode steps are small, a few tokens per expert: without a cost model the dead zone then holds.
         tokens_per_step: tokens of a step over all ranks, of each phase, for a cost model.
         top_k: experts per token, for a cost model.
+        watchdog: seconds after which an exchange that has not finished is reported, again and again, with what it waits for.
 
     Raises:
         PlacementError: when a number makes no sense.
@@ -67,12 +68,13 @@ class RebalancePolicy:
     small_batches: bool = True
     tokens_per_step: Mapping[str, int] = field(default_factory=lambda: {"prefill": 8192, "decode": 1024, "mixed": 4096})
     top_k: int = 8
+    watchdog: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("min_gain", "max_phase_loss", "hysteresis"):
             if not 0 <= getattr(self, name) < 1:
                 raise PlacementError(f"{name} {getattr(self, name)}: give a share of at least 0 and below 1, 0.02 for 2%")
-        for name in ("max_bytes", "max_pause", "bandwidth", "disk_bandwidth", "horizon", "top_k"):
+        for name in ("max_bytes", "max_pause", "bandwidth", "disk_bandwidth", "horizon", "top_k", "watchdog"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise PlacementError(f"{name} {value}: give a positive number")

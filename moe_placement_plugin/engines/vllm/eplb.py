@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import PlacementError
+from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
 from ...placement import Placement
 from ..patching import Patch
@@ -27,6 +28,7 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 REBALANCE_FLAG = "--expert-rebalance"
 
 _STATE = "vllm.distributed.eplb.eplb_state"
+_PROGRESS = "_moe_placement_progress"
 
 
 def check_supported(model: Any) -> None:
@@ -146,7 +148,10 @@ def _rearrange(original):
         watched = not is_profile and not self.is_async
         states = list(self.model_states.values()) if watched else []
         old = [state.physical_to_logical_map.clone() for state in states]
-        result = original(self, is_profile, *args, **kwargs)
+        with _watch() as watchdog:
+            layers = tuple(range(sum(state.model.num_moe_layers for state in self.model_states.values())))
+            watchdog.waits_for(WaitingFor("rearrange and all-reduce of the load", layers, peers=_others()))
+            result = original(self, is_profile, *args, **kwargs)
         for state, before in zip(states, old):
             if not before.equal(state.physical_to_logical_map):
                 _check(state)
@@ -165,6 +170,53 @@ def _move_to_workspace(original):
         return result
 
     return _move_to_workspace
+
+
+def _step(original):
+    def step(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if self.is_async:
+            for state in self.model_states.values():
+                _report_stalled(state)
+        return result
+
+    return step
+
+
+def _report_stalled(state: Any) -> None:
+    """Say what an async rebalance waits for when it has made no progress for too long (vLLM issue 57883)."""
+    pending = state.pending_result
+    layer = None if pending is None else pending.layer_idx
+    now = time.monotonic()
+    since, seen, reported = getattr(state, _PROGRESS, (now, None, 0))
+    if not state.rebalanced or seen != (state.rebalanced, layer):
+        since, reported = now, 0
+    limit = _watchdog_limit()
+    if state.rebalanced and now - since > limit * (reported + 1):
+        reported += 1
+        what = (
+            "the background transfer of this rank's next layer"
+            if layer is None
+            else f"other EP ranks to receive layer {layer}, which this rank has"
+        )
+        logger.warning("moe_placement_plugin: async rebalance without progress for %.0f s; waiting for: %s", now - since, what)
+    setattr(state, _PROGRESS, (since, (state.rebalanced, layer), reported))
+
+
+def _watchdog_limit() -> float:
+    settings = arrived()
+    return policy_from(None if settings is None else settings["rebalance"], REBALANCE_FLAG).watchdog
+
+
+def _watch() -> Watchdog:
+    return Watchdog(_watchdog_limit())
+
+
+def _others() -> tuple[int, ...]:
+    from vllm.distributed.parallel_state import get_ep_group
+
+    group = get_ep_group()
+    return tuple(rank for rank in range(group.world_size) if rank != group.rank_in_group)
 
 
 def _load_weights(original):
@@ -219,6 +271,14 @@ def eplb_patches() -> list[Patch]:
             relies_on=("model_state",),
             why="the same for the layers that async EPLB commits one by one",
             removable_when="never: it is this plugin's own check",
+        ),
+        Patch(
+            "eplb-watchdog",
+            f"{_STATE}:EplbState.step",
+            _step,
+            why="an async rebalance that hangs is never reported",
+            upstream="vLLM issue 57883",
+            removable_when="vLLM reports an exchange that does not finish",
         ),
         Patch(
             "fused-replicas",

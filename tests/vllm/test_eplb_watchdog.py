@@ -1,0 +1,53 @@
+"""An exchange that does not finish says what it waits for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from moe_placement_plugin.engines.vllm import eplb
+from moe_placement_plugin.engines.vllm.settings import PlacementSettings, remember
+
+
+@pytest.fixture
+def quick():
+    remember(PlacementSettings.make("eplb", None, 2, eplb=True, rebalance={"watchdog": 0.05}))
+    yield
+    remember(None)
+
+
+def test_an_async_rebalance_without_progress_is_reported_again_and_again(quick, caplog):
+    state = SimpleNamespace(rebalanced=True, pending_result=None)
+    step = eplb._step(lambda self: "done")
+    server = SimpleNamespace(is_async=True, model_states={"m": state})
+    with caplog.at_level(logging.WARNING, "vllm.moe_placement_plugin"):
+        assert step(server) == "done" and not caplog.records
+        time.sleep(0.06)
+        step(server)
+        step(server)
+        assert [r.getMessage() for r in caplog.records] == [
+            "moe_placement_plugin: async rebalance without progress for 0 s; waiting for: the background transfer of this rank's next layer"
+        ]
+        state.pending_result = SimpleNamespace(layer_idx=3)  # progress, and then none
+        step(server)
+        time.sleep(0.12)
+        step(server)
+        assert "waiting for: other EP ranks to receive layer 3, which this rank has" in caplog.records[-1].getMessage()
+        number = len(caplog.records)
+        state.rebalanced, state.pending_result = False, None
+        time.sleep(0.06)
+        step(server)
+        assert len(caplog.records) == number
+
+
+def test_a_rearrangement_that_takes_too_long_names_layers_and_ranks(quick, caplog, monkeypatch):
+    monkeypatch.setattr(eplb, "_others", lambda: (1,))
+    state = SimpleNamespace(model=SimpleNamespace(num_moe_layers=3))
+    server = SimpleNamespace(is_async=False, model_states={"m": state})
+    with caplog.at_level(logging.WARNING):
+        eplb._rearrange(lambda self, is_profile: time.sleep(0.08))(server, True)
+    (record,) = caplog.records
+    assert "waiting for: rearrange and all-reduce of the load, layers 0..2, ranks [1]" in record.getMessage()
