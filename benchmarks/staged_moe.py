@@ -14,8 +14,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -195,11 +197,11 @@ class Bench:
     ) -> Callable[[], torch.Tensor]:
         """The engine's own call; on CPU a loop over the experts in torch."""
         if self.matmuls.name.startswith("vLLM"):
-            call = import_module("vllm.model_executor.layers.fused_moe.fused_moe").fused_experts
+            call = import_module("vllm.model_executor.layers.fused_moe.fused_moe").fused_experts_impl
             ids, expert_map = slots.int(), None if output.complete else placed.local_slot[:-1].contiguous()
             return lambda: call(x, weights.w13, weights.w2, router, ids, global_num_experts=placed.num_slots, expert_map=expert_map)
         if self.matmuls.name.startswith("SGLang"):
-            call = import_module("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe").fused_experts_impl
+            call = sglang_fused_call()
             local = output.local_slots
             return lambda: call(x, weights.w13, weights.w2, router, local, filter_expert=not output.complete)
         return lambda: _loop_over_experts(x, output, weights, self.matmuls)
@@ -283,6 +285,16 @@ def _by_expert(ids: torch.Tensor, experts: torch.Tensor) -> dict[int, list[int]]
     for block, expert in zip(ids.view(-1, 16).tolist(), experts.tolist()):
         found.setdefault(expert, []).extend(block)
     return {expert: sorted(values) for expert, values in found.items()}
+
+
+def sglang_fused_call() -> Callable[..., torch.Tensor]:
+    """SGLang's fused call outside a server: its output is allocated as on one rank, without asking for the tensor parallel group."""
+    module = import_module("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe")
+    module.use_symmetric_memory = lambda *arguments, **options: nullcontext()
+    module.is_allocation_symmetric = lambda: False
+    module.get_tp_group = lambda: None
+    module.get_parallel = lambda: SimpleNamespace(tp_group=None)
+    return module.fused_experts_impl
 
 
 def _loop_over_experts(x: torch.Tensor, output: RouteOutput, weights: ExpertWeights, matmuls: Matmuls) -> torch.Tensor:

@@ -34,8 +34,9 @@ def test_kernel_under_the_interpreter(engine):
     assert result["chunked"] == {"tokens, bit for bit": True}
     assert "use float32" in result["bfloat16"]
     on_cuda = result["as on CUDA"]
-    assert len(on_cuda) == 6 * (2 if engine == "vllm" else 1)
-    assert all(apart == 0 if name.endswith("fused") else apart < 1e-5 for name, apart in on_cuda.items()), on_cuda
+    assert len(on_cuda) == 12
+    rounding = 1e-5 if engine == "vllm" else 2e-3  # float32, float16
+    assert all(apart == 0 if name.endswith("fused") else apart < rounding for name, apart in on_cuda.items()), on_cuda
 
 
 def test_align_of_the_engines_own_example():

@@ -79,7 +79,7 @@ class EngineMatmuls(Matmuls):
         if not output.num_rows or not output.num_slots:
             return None
         if self.interpreted:
-            if x.dtype != torch.float32:
+            if x.dtype == torch.bfloat16:
                 raise PlacementError(f"{x.dtype} under the Triton interpreter, whose bfloat16 products are wrong: use float32")
             config = down = INTERPRETER_TILES
             aligned = align_blocks(output.local_slots, config["BLOCK_SIZE_M"], output.num_slots, self.zeroes_elsewhere)
@@ -131,7 +131,7 @@ def check_mode(engine: str, device: torch.device) -> bool:
     if device.type == "cpu" and not interpreted:
         raise PlacementError(
             f"{engine}'s Triton kernels on a CPU: set TRITON_INTERPRET=1 before the process starts (they are then interpreted, slowly "
-            "and in float32), or choose torch"
+            "and not in bfloat16), or choose torch"
         )
     if device.type == "cuda" and interpreted:
         raise PlacementError("TRITON_INTERPRET=1 with a GPU: unset it before the process starts")
