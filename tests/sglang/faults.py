@@ -56,11 +56,12 @@ def register() -> None:
 
 
 def _attach(original: Callable, self: Any, layer: Any) -> None:
-    """What quantization methods attach, in every form in which they do, and a zero; the same for all replicas of an expert."""
+    """What quantization methods attach, in every form in which they do, and a zero and a NaN; the same for all replicas of an expert."""
     import torch
 
     original(self, layer)
     layer.w13_weight.data[:, 0, 0] = 0.0
+    layer.w13_weight.data[:, 0, 1] = float("nan")
     one = layer.w13_weight.detach()[:, 1, 1].clone()
     layer.w13_scale = torch.nn.Parameter(one[:, None].repeat(1, 4), requires_grad=False)
     layer.register_buffer("w2_zero_point", (one * 1e4).to(torch.int32))
@@ -75,6 +76,7 @@ def _layers(model: Any) -> dict[int, Any]:
 
 
 _saved: list[tuple[Any, Any]] = []
+_lost: dict[str, Any] = {}
 
 
 def _check_weights(original: Callable, self: Any, action: str, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +84,10 @@ def _check_weights(original: Callable, self: Any, action: str, *args: Any, **kwa
         for tensor, value in _saved:
             tensor.copy_(value)
         _saved.clear()
-        vars(_layers(self.model)[LAYER])["_parameters"].pop("w2_global_scale", None)
+        parameters = _layers(self.model)[LAYER]._parameters
+        parameters.pop("w2_global_scale", None)
+        parameters.update(_lost)
+        _lost.clear()
     elif action.startswith("fault:"):
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
@@ -149,6 +154,16 @@ def _negative_zero(layer: Any, layers: Any) -> None:
     layer.w13_weight.data[SLOT, 0, 0] = -0.0
 
 
+def _another_nan(layer: Any, layers: Any) -> None:
+    import torch
+
+    layer.w13_weight.data[SLOT, 0, 1:2].view(torch.int32).bitwise_xor_(8)
+
+
+def _lose(layer: Any, layers: Any) -> None:
+    _lost["w13_scale"] = layer._parameters.pop("w13_scale")
+
+
 def _of_another_layer(layer: Any, layers: Any) -> None:
     for name in ("w13_weight", "w2_weight"):
         getattr(layer, name).data[SLOT] = getattr(layers[LAYER - 1], name).data[SLOT]
@@ -178,6 +193,7 @@ FAULTS: dict[str, Callable[[Any, Any], None]] = {
     "one bit of w13 flipped": _word("w13_weight", lambda word: word ^ 1),
     "one bit of w2 flipped": _word("w2_weight", lambda word: word ^ (1 << 20)),
     "sign of a zero": _negative_zero,
+    "another NaN": _another_nan,
     "slot zeroed (a replica never filled)": _slots(lambda t: t[SLOT].zero_()),
     "slot of garbage with NaN": _slots(_garbage),
     "two slots exchanged": _slots(_swap),
@@ -195,6 +211,7 @@ FAULTS: dict[str, Callable[[Any, Any], None]] = {
     "zero point of another slot": _attached("w2_zero_point"),
     "bias (a plain attribute) of another slot": _attached("w2_bias"),
     "what the kernel keeps beside the layer": _attached("alphas"),
+    "scale lost on one rank": _lose,
     "globally sized tensor indexed locally (PR 8398)": _global_scale,
 }
 """Name -> what happens to the weights of one rank."""
