@@ -42,8 +42,8 @@ def _dead(rows: list[dict], sizes: dict, console: Console) -> None:
         f"checkpoint {rows[0]['cache']}" + (f", the disk reads {rows[0]['disk'] / 1e9:.2f} GB/s past the cache" if rows[0]["disk"] else "")
     )
     columns = [
-        "case", "goal", "live slots", "from peers", "from disk", "exchange ms", "longest chunk ms", "full reload ms", "shorter",
-        "if the disk had to be read", "GB/s, all ranks (of plain copies)", "staging MB",
+        "case", "goal", "live slots", "from peers", "from disk", "exchange ms", "longest chunk", "full reload ms", "shorter",
+        "uncached", "GB/s (of plain copies)", "staging MB",
     ]  # fmt: skip
     _table(console, title, columns, lines)
 

@@ -228,7 +228,7 @@ def exchange(
         finally:
             for contestant in contestants:
                 contestant.close()
-    print_report(result, Console(width=200))
+    print_report(result, Console(width=250))
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1))
 
