@@ -87,8 +87,12 @@ def as_on_cuda(engine: str) -> dict[str, float]:
             chosen = select(made.logits[0], made.routing, placed)
             output = _keep_local(placed.local_slot[chosen.slots], chosen.weights, placed.num_local, case.ep == 1)
             weights = made.experts.shard(made.placement, 0, rank)
-            found = gmm_down(gmm_up(x, output, weights, matmuls), output, weights, matmuls)
+            hidden = gmm_up(x, output, weights, matmuls)
+            found = gmm_down(hidden, output, weights, matmuls)
             wanted = gmm_down(gmm_up(x, output, weights, plain), output, weights, plain)
+            if hidden.plan.sorted_ids is not None:  # no more blocks than the choices need
+                least = align_blocks(output.local_slots, hidden.plan.config["BLOCK_SIZE_M"], placed.num_local, matmuls.zeroes_elsewhere)
+                assert int(hidden.plan.num_padded) == int(least[2])
             apart[f"{name} {rank}, torch"] = float((found - wanted).abs().max())
             if engine == "vllm":
                 fused = vllm_fused(x, weights, chosen, None if output.complete else placed.local_slot[:-1].contiguous())
