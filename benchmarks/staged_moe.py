@@ -42,7 +42,7 @@ from moe_placement_plugin.moe import (
 from moe_placement_plugin.moe.matmuls.align import align_blocks
 from moe_placement_plugin.moe.matmuls.base import Matmuls
 from moe_placement_plugin.moe.reference import reference_moe
-from moe_placement_plugin.moe.stages import _keep_local, select
+from moe_placement_plugin.moe.stages import keep_local, select
 from moe_placement_plugin.placement import even_slots
 
 ROUNDING = 2.0**-7
@@ -145,7 +145,7 @@ class Bench:
     def _check_align(self) -> bool:
         """The engine's align step and the one written in torch, up to the order within an expert, which CUDA leaves open."""
         slots = torch.randint(-1, 9, (77, 3), device=self.device, dtype=torch.int32)
-        output = _keep_local(slots, torch.rand(77, 3, device=self.device), 9, False)
+        output = keep_local(slots, torch.rand(77, 3, device=self.device), 9, False)
         ids, experts, padded = self.matmuls.align(output, {"BLOCK_SIZE_M": 16})
         length = int(padded)
         ours = align_blocks(slots, 16, 9, self.matmuls.zeroes_elsewhere)
@@ -169,7 +169,7 @@ class Bench:
             x = torch.randn(tokens, shape.hidden, device=self.device).to(self.dtype)
             slots = torch.from_numpy(draw_step(share, tokens, shape.top_k, np.random.default_rng(tokens))).to(self.device)
             router = torch.rand(slots.shape, device=self.device).softmax(dim=-1)
-            output = _keep_local(placed.local_slot[slots], router, placed.num_local, self.arguments.ep == 1)
+            output = keep_local(placed.local_slot[slots], router, placed.num_local, self.arguments.ep == 1)
             fused = self._fused(x, slots, router, weights, placed, output)
 
             def staged(x=x, output=output) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ..errors import PlacementError
 from ..load import ExpertLoad
 from ..moe import ExpertWeights, PlacedExperts, RouteOutput, gmm_down, gmm_up
 from ..moe.matmuls.base import Matmuls
-from ..moe.stages import _keep_local
+from ..moe.stages import keep_local
 from ..placement import Placement
 from ..simulate import Cluster
 from ..strategies import get_strategy
@@ -103,7 +103,7 @@ def rank_share(slots: torch.Tensor, placed: PlacedExperts, use_ring: bool) -> Ro
     local = placed.local_slot[slots]
     if not use_ring:
         local = local[(local >= 0).any(dim=1)]
-    return _keep_local(local, torch.full(local.shape, 1 / slots.shape[1], device=slots.device), placed.num_local, False)
+    return keep_local(local, torch.full(local.shape, 1 / slots.shape[1], device=slots.device), placed.num_local, False)
 
 
 class LayerBench:

@@ -16,7 +16,7 @@ from .matmuls.torch_matmuls import TILE
 from .placed import PlacedExperts
 from .results import ExpertHidden, RouteMetadata, Selection
 from .select import Routing
-from .stages import _check, dispatch, gather_selection, gather_tokens, gmm_down, gmm_up, plan_dispatch, select, unroute
+from .stages import check_inputs, dispatch, gather_selection, gather_tokens, gmm_down, gmm_up, plan_dispatch, select, unroute
 from .weights import ExpertWeights, SharedExperts
 
 
@@ -111,7 +111,7 @@ class StagedMoE:
         Raises:
             PlacementError: when shapes or chunks do not fit.
         """
-        _check(x, logits, self.placed, self.group)
+        check_inputs(x, logits, self.placed, self.group)
         if token_chunks < 1 or embedding_chunks < 1 or (token_chunks > 1 and embedding_chunks > 1):
             raise PlacementError(f"{token_chunks} token chunks and {embedding_chunks} embedding chunks: give 1 or more of one, 1 of the other")
         if embedding_chunks > 1 and not self.use_ring:

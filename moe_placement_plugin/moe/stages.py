@@ -61,14 +61,19 @@ def route(
         PlacementError: when shapes, placement and group do not fit together.
     """
     group = group or EpGroup.single()
-    _check(x, logits, placed, group)
+    check_inputs(x, logits, placed, group)
     selection = select(logits, routing, placed, first_token, dealing)
     known = None if tokens_per_rank is None else [tokens_per_rank]
     (plan,) = plan_dispatch([selection], placed, group, use_ring, known)
     return dispatch(x, selection, plan, placed, group)
 
 
-def _check(x: torch.Tensor, logits: torch.Tensor, placed: PlacedExperts, group: EpGroup) -> None:
+def check_inputs(x: torch.Tensor, logits: torch.Tensor, placed: PlacedExperts, group: EpGroup) -> None:
+    """Refuse what `route` cannot take.
+
+    Raises:
+        PlacementError: when shapes, tables and group do not belong together.
+    """
     if x.dim() != 2 or logits.shape[0] != x.shape[0]:
         raise PlacementError(f"x {tuple(x.shape)} and logits {tuple(logits.shape)}: they must be [tokens, hidden] and [tokens, experts]")
     if placed.num_ranks != group.size or placed.rank != group.rank:
@@ -153,7 +158,7 @@ def dispatch(
     weights = selection.weights[plan.sent_tokens]
     packed = torch.cat([plan.sent_slots, weights.view(torch.int32)], dim=1)
     slots, weights = group.all_to_all(packed, plan.send_counts, plan.receive_counts).chunk(2, dim=1)
-    output = _keep_local(slots, weights.contiguous().view(torch.float32), placed.num_local, group.size == 1)
+    output = keep_local(slots, weights.contiguous().view(torch.float32), placed.num_local, group.size == 1)
     return rows, output, plan
 
 
@@ -169,7 +174,7 @@ def gather_selection(selection: Selection, plan: RouteMetadata, placed: PlacedEx
     packed = torch.cat([slots, _padded(selection.weights, most, 0).view(torch.int32)], dim=1)
     slots, weights = group.all_gather(packed).chunk(2, dim=1)
     # The extra entry of the table, -1, is for padding rows.
-    return _keep_local(placed.local_slot[slots], weights.contiguous().view(torch.float32), placed.num_local, group.size == 1)
+    return keep_local(placed.local_slot[slots], weights.contiguous().view(torch.float32), placed.num_local, group.size == 1)
 
 
 def _padded(x: torch.Tensor, rows: int, value: int) -> torch.Tensor:
@@ -178,7 +183,7 @@ def _padded(x: torch.Tensor, rows: int, value: int) -> torch.Tensor:
     return torch.cat([x, x.new_full((rows - x.shape[0], *x.shape[1:]), value)])
 
 
-def _keep_local(local_slots: torch.Tensor, weights: torch.Tensor, num_local: int, complete: bool) -> RouteOutput:
+def keep_local(local_slots: torch.Tensor, weights: torch.Tensor, num_local: int, complete: bool) -> RouteOutput:
     """Filter group sizes, slots and weights to one rank in one place, so that they cannot disagree.
 
     MaxText's ring of experts filtered the group sizes alone, and everything indexed like them was read at the wrong

@@ -17,7 +17,7 @@ from moe_placement_plugin.moe import EpGroup, PlacedExperts, find_matmuls, gmm_d
 from moe_placement_plugin.moe.matmuls.align import align_blocks
 from moe_placement_plugin.moe.matmuls.base import sum_choices
 from moe_placement_plugin.moe.reference import reference_moe
-from moe_placement_plugin.moe.stages import _keep_local, select
+from moe_placement_plugin.moe.stages import keep_local, select
 from moe_placement_plugin.moe.weights import swiglu
 
 from . import cases
@@ -49,7 +49,7 @@ def main(engine: str) -> None:
     for rank in range(case.ep):
         placed = PlacedExperts.of(made.placement, 0, rank)
         chosen = select(logits, made.routing, placed)
-        output = _keep_local(placed.local_slot[chosen.slots], chosen.weights, placed.num_local, False)
+        output = keep_local(placed.local_slot[chosen.slots], chosen.weights, placed.num_local, False)
         weights = made.experts.shard(made.placement, 0, rank)
         partial = gmm_down(gmm_up(x, output, weights, matmuls), output, weights, matmuls)
         expected = gmm_down(gmm_up(x, output, weights, plain), output, weights, plain)
@@ -85,7 +85,7 @@ def as_on_cuda(engine: str) -> dict[str, float]:
         for rank in range(case.ep):
             placed = PlacedExperts.of(made.placement, 0, rank)
             chosen = select(made.logits[0], made.routing, placed)
-            output = _keep_local(placed.local_slot[chosen.slots], chosen.weights, placed.num_local, case.ep == 1)
+            output = keep_local(placed.local_slot[chosen.slots], chosen.weights, placed.num_local, case.ep == 1)
             weights = made.experts.shard(made.placement, 0, rank)
             hidden = gmm_up(x, output, weights, matmuls)
             found = gmm_down(hidden, output, weights, matmuls)
