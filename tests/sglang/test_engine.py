@@ -178,8 +178,10 @@ def test_the_http_server_takes_the_flag_and_answers(models, outcomes, tmp_path):
                 },
             )
             completion = _post(port, "/v1/completions", {"model": "m", "prompt": "hello", "max_tokens": 4, "temperature": 0})
+            verified = _post(port, "/weights_checker", {"action": "expert_placement"})
         finally:
             end_group(server)
+    assert verified["success"]
     row = outcomes["qwen32"].result["rows"][0]
     assert [token for _, token, *_ in answer["meta_info"]["output_token_logprobs"]] == row["ids"]
     difference = np.abs(np.array([value for value, *_ in answer["meta_info"]["output_token_logprobs"]]) - row["logprobs"]).max()
