@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import PlacementError
+from ...fingerprint import report
 from ...fingerprint.compare import ExpertDigests, RankDigests, check_experts, check_replicas
 from ...fingerprint.report import Pass, gather, verify
 from ...fingerprint.slots import expert_tensors
@@ -111,17 +112,8 @@ def digest_ranks(model: Any) -> tuple[Pass, list[RankDigests]]:
     """
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
-    problem = ""
-    try:
-        mine = digest_model(model)
-    except PlacementError as error:
-        mine, problem = Pass(), str(error)
     group = get_moe_ep_group()
-    found: list[Any] = gather((mine.layers, problem), group.cpu_group, group.world_size)
-    for rank, (_, problem) in enumerate(found):
-        if problem:
-            raise PlacementError(f"EP rank {rank}: {problem}")
-    return mine, [layers for layers, _ in found]
+    return report.digest_ranks(lambda: digest_model(model), group.cpu_group, group.world_size)
 
 
 def _num_logical(model: Any) -> int:
