@@ -122,15 +122,16 @@ class Decision:
         return text if self.saved is None else text + f"; saves {self.saved:.3g} s"
 
 
-def announce(decision: Decision, count: Callable[[str, float], None] | None = None) -> None:
+def announce(decision: Decision, count: Callable[[str, float], None] | None = None, log: logging.Logger = logger) -> None:
     """Log the decision and count it.
 
     Args:
         count: takes event and amount; the recorder's, whose events reach ``/metrics``, when left out.
+        log: the engine's logger, where this package's own is not shown.
     """
     if count is None:
         from ..engines.load_recorder import count_event as count
-    logger.info("%s", decision)
+    log.info("%s", decision)
     for event, amount in decision.events.items():
         count(event, amount)
 

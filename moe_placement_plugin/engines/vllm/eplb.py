@@ -79,7 +79,7 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
         sizes = [sum(w[0].numel() * w.element_size() for w in weights) for weights in state.model.expert_weights]
         numbers = [layer_id_of(name) for name in layers]
         known = numbers if None not in numbers else range(len(layers))
-        eplb.policy = planner_policy(Rebalancer(policy_from(settings["rebalance"], REBALANCE_FLAG), known, sizes))
+        eplb.policy = planner_policy(Rebalancer(policy_from(settings["rebalance"], REBALANCE_FLAG), known, sizes, logger))
     placement = settings.placement
     if placement is None:
         return
@@ -209,7 +209,7 @@ def _watchdog_limit() -> float:
 
 
 def _watch() -> Watchdog:
-    return Watchdog(_watchdog_limit())
+    return Watchdog(_watchdog_limit(), report=logger.warning)
 
 
 def _others() -> tuple[int, ...]:
