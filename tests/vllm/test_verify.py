@@ -16,12 +16,12 @@ FAULTS_SITE = Path(__file__).parents[1] / "support" / "faults_site"
 LOADING = {
     "filter as upstream": (
         {"expert_placement_file": "uneven", "enable_ep_weight_filter": True},
-        r"the checkpoint brought w13_weight (w1) for",
+        "the checkpoint brought w2_weight (w2) for",
         "was never filled: the checkpoint is incomplete, or a loader left the placement out of account",
     ),
     "replica never filled": (
         {"expert_placement_strategy": "zigzag"},
-        "model.layers.2.mlp.experts: the checkpoint brought w13_weight (w1) for 14 of 15 slots of EP rank 1",
+        "model.layers.2.mlp.experts: the checkpoint brought w2_weight (w2) for 14 of 15 slots of EP rank 1",
         "slot 4 (expert 9) was never filled",
     ),
     "neighbour's weights": (
@@ -31,7 +31,7 @@ LOADING = {
     ),
     "map changed": (
         {"expert_placement_strategy": "zigzag"},
-        "model.layers.3.mlp.experts: the expert map in force on EP rank 0 is not the plan's",
+        "model.layers.3.mlp.experts: the expert map in force on EP rank",
         "remove that plugin or the placement flag",
     ),
 }
