@@ -55,11 +55,11 @@ def test_every_fault_in_a_serving_engine_is_found_and_what_is_put_back_passes(pl
     found = placed["qwen balanced"]["faults"]
     assert set(FAULTS) == set(found) and len(found) >= 24 and set(WEIGHT_FAULTS) < set(found)
     for fault, workers in found.items():
-        messages = {worker["message"] for worker in workers}
-        print(f"{fault:40} {messages}")
-        assert len(messages) == 1 and None not in messages, f"{fault} was not seen by every rank: {messages}"
+        other, message = (worker["message"] for worker in workers)
+        print(f"{fault:40} {message}")
+        assert message is not None, f"{fault} was not seen by the rank that has it"
+        assert other is None, f"{fault}: a rank whose weights are right complains: {other}"
         assert [worker["after"] for worker in workers] == [None, None], f"{fault} was put back"
-        (message,) = messages
         if fault in WEIGHT_FAULTS:
             where = "layer 2, slot 0 of rank 1" if "off by one" in fault else "layer 2, slot 3 of rank 1 should hold expert 18"
             assert where in message, message
@@ -77,7 +77,7 @@ def test_every_fault_in_a_serving_engine_is_found_and_what_is_put_back_passes(pl
     ],
 )
 def test_the_message_says_what_is_wrong(placed, fault, part):
-    assert part in placed["qwen balanced"]["faults"][fault][0]["message"]
+    assert part in placed["qwen balanced"]["faults"][fault][1]["message"]
 
 
 @pytest.mark.parametrize("fault", LOADING)
