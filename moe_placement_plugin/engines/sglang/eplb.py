@@ -86,6 +86,17 @@ def check_movable(model: Any) -> None:
         )
 
 
+def warm_up(asked: settings.Settings) -> None:
+    """Compile the planner while the model loads; else the first rebalance on a machine stalls the server for that long."""
+    if asked.strategy != "eplb":
+        return
+    from ..vllm.eplb_policy import rebalance_table
+
+    placement = asked.placement
+    load = np.tile(1.0 + np.arange(placement.num_logical_experts), (placement.num_layers, 1))
+    rebalance_table(load, placement.num_slots, 1, 1, placement.num_ranks, placement.physical_to_logical)
+
+
 @dataclass
 class _Rebalance:
     """One rebalance of this rank, from the dump of the load to the last chunk of layers.
