@@ -212,7 +212,7 @@ def outcomes(models, tmp_path_factory) -> dict[str, Outcome]:
         case("moving", models["qwen32"], 2, 2, expert_placement_strategy="eplb", ep_num_redundant_experts=4, expert_rebalance=rules, **moving),
     ]
     with engine_lock():
-        return run_cases([c | {"max_new_tokens": 32} for c in cases], tmp_path_factory.mktemp("engines"))
+        return run_cases([c | {"max_new_tokens": 48} for c in cases], tmp_path_factory.mktemp("engines"))
 
 
 @pytest.mark.engine
