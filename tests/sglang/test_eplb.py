@@ -61,10 +61,21 @@ def test_what_would_not_go_well_is_refused(models, more, words):
     assert re.search(words, message := refused(arguments(models["qwen32"], *more))), message
 
 
-def test_a_model_whose_experts_eplb_cannot_move():
-    with pytest.raises(PlacementError, match="SimpleNamespace.*leave --enable-eplb out"):
-        eplb.check_movable(types.SimpleNamespace())
-    eplb.check_movable(types.SimpleNamespace(routed_experts_weights_of_layer={}))
+def test_a_model_that_does_not_list_its_experts(monkeypatch):
+    layer = torch.nn.Module()
+    layer.layer_id, layer.num_local_experts, layer.num_fused_shared_experts = 2, 5, 0
+    layer.w2_weight, layer.correction_bias = torch.nn.Parameter(torch.ones(5, 3)), torch.nn.Parameter(torch.ones(5))
+    monkeypatch.setattr(eplb, "expert_layers", lambda model: {"mlp.experts": layer})
+    model = torch.nn.Module()
+    eplb.list_weights(model)
+    layer.w2_weight.data = torch.zeros(5, 3)  # as a transformation after loading does
+    assert [t.data_ptr() for t in model.routed_experts_weights_of_layer[2]] == [layer.w2_weight.data_ptr()]
+    listed = types.SimpleNamespace(routed_experts_weights_of_layer={})
+    eplb.list_weights(listed)
+    assert listed.routed_experts_weights_of_layer == {}
+    layer.num_fused_shared_experts = 1
+    with pytest.raises(PlacementError, match="--disable-shared-experts-fusion"):
+        eplb.list_weights(torch.nn.Module())
 
 
 def test_forward_passes_are_put_together_into_windows():

@@ -20,7 +20,7 @@ from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
 from . import loaded, settings
 from .eplb_algorithm import inverse_maps
 from .hooks import Hook, HookSet
-from .verify import recheck
+from .verify import expert_layers, recheck
 
 MOST_WINDOWS = 16
 """Into how many windows the recorder's forward passes, up to a thousand, are put together to judge a plan."""
@@ -72,18 +72,31 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
         )
 
 
-def check_movable(model: Any) -> None:
-    """Refuse a model whose experts SGLang's EPLB cannot move, before the first request instead of at the first rebalance.
+def list_weights(model: Any) -> None:
+    """Tell SGLang's EPLB what to move in a model that does not list it, which stock SGLang serves until the first rebalance.
 
     Raises:
-        PlacementError: naming the model.
+        PlacementError: for a model with other experts in the same tensors.
     """
-    # Whoever looks into it before the first rebalance fixes the tensors that are moved; it is only asked for.
-    if getattr(model, "routed_experts_weights_of_layer", None) is None:
+    # Whoever looks into a list before the first rebalance fixes its tensors, so it is only asked for.
+    if getattr(model, "routed_experts_weights_of_layer", None) is not None:
+        return
+    from sglang.srt.utils import LazyValue
+
+    experts = list(expert_layers(model).values())
+    if any(layer.num_fused_shared_experts for layer in experts):
         raise PlacementError(
-            f"SGLang's EPLB does not move the experts of {type(model).__name__} (it has no routed_experts_weights_of_layer): leave "
-            "--enable-eplb out, the placement then holds for as long as the server runs"
+            f"--enable-eplb: {type(model).__name__} keeps shared experts among the routed ones, which EPLB cannot move: add "
+            "--disable-shared-experts-fusion, or leave --enable-eplb out"
         )
+    model.routed_experts_weights_of_layer = LazyValue(lambda: {layer.layer_id: _slot_tensors(layer) for layer in experts})
+
+
+def _slot_tensors(layer: Any) -> list[Any]:
+    from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
+
+    slots = layer.num_local_experts
+    return [p.data for name, p in layer.named_parameters() if name != "correction_bias" and filter_moe_weight_param_global_expert(name, p, slots)]
 
 
 def warm_up(asked: settings.Settings) -> None:

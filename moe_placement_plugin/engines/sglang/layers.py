@@ -121,7 +121,7 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
         from .worker import hooks
 
         if asked.moves:
-            eplb.check_movable(self.model)
+            eplb.list_weights(self.model)
             eplb.warm_up(asked)
 
         logger.info(
