@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -76,10 +77,19 @@ class Rebalancer:
         policy: when to rebalance.
         layer_ids: of the model's MoE layers, in the order of the engine's tables.
         expert_bytes: bytes of one expert with all its parameters, of each layer or of all alike.
+        log: the engine's logger.
         topology: the ranks' nodes.
     """
 
-    def __init__(self, policy: RebalancePolicy, layer_ids: Sequence[int], expert_bytes: int | Sequence[int], topology: Topology | None = None):
+    def __init__(
+        self,
+        policy: RebalancePolicy,
+        layer_ids: Sequence[int],
+        expert_bytes: int | Sequence[int],
+        log: logging.Logger,
+        topology: Topology | None = None,
+    ):
+        self.log = log
         self.policy = policy
         self.layer_ids = tuple(layer_ids)
         self.expert_bytes = np.broadcast_to(np.asarray(expert_bytes, dtype=np.int64), (len(self.layer_ids),))
@@ -114,7 +124,7 @@ class Rebalancer:
         after = Placement(table, load.num_experts, slots, load.layer_ids, "eplb")
         exchange = plan_exchange(before, after, self.topology, live_ranks, self.expert_bytes)
         self.last = decision = decide(exchange, load, self.policy, achieved=self._achieved)
-        announce(decision)
+        announce(decision, log=self.log)
         if not decision.rebalance:
             return before.physical_to_logical, plan_exchange(before, before, self.topology, live_ranks, self.expert_bytes)
         self._achieved = decision.after

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -71,6 +71,16 @@ class RebalancePolicy:
     watchdog: float = 30.0
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "tokens_per_step":
+                if not isinstance(value, Mapping) or not all(isinstance(n, int) and n > 0 for n in value.values()):
+                    raise PlacementError(f'tokens_per_step {value!r}: give tokens by phase, such as {{"prefill": 8192, "decode": 1024}}')
+            elif f.name == "small_batches":
+                if not isinstance(value, bool):
+                    raise PlacementError(f"small_batches {value!r}: give true or false")
+            elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise PlacementError(f"{f.name} {value!r}: give a number")
         for name in ("min_gain", "max_phase_loss", "hysteresis"):
             if not 0 <= getattr(self, name) < 1:
                 raise PlacementError(f"{name} {getattr(self, name)}: give a share of at least 0 and below 1, 0.02 for 2%")
@@ -122,15 +132,16 @@ class Decision:
         return text if self.saved is None else text + f"; saves {self.saved:.3g} s"
 
 
-def announce(decision: Decision, count: Callable[[str, float], None] | None = None) -> None:
+def announce(decision: Decision, count: Callable[[str, float], None] | None = None, log: logging.Logger = logger) -> None:
     """Log the decision and count it.
 
     Args:
         count: takes event and amount; the recorder's, whose events reach ``/metrics``, when left out.
+        log: the engine's logger, where this package's own is not shown.
     """
     if count is None:
         from ..engines.load_recorder import count_event as count
-    logger.info("%s", decision)
+    log.info("%s", decision)
     for event, amount in decision.events.items():
         count(event, amount)
 

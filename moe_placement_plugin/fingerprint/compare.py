@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +57,12 @@ def expert_digests(ranks: Iterable[RankDigests]) -> ExpertDigests:
     return found
 
 
-def check_replicas(ranks: list[RankDigests], num_experts: int) -> None:
+def check_replicas(ranks: list[RankDigests], num_experts: int | Mapping[int, int]) -> None:
     """Every expert is somewhere, and all its replicas hold the same bits.
 
     Args:
         ranks: digests of every EP rank, in their order.
-        num_experts: logical experts of the model; a fused shared expert counts from there on.
+        num_experts: logical experts, of every layer or by layer id; a fused shared expert counts from there on.
 
     Raises:
         WeightsMismatch: naming layers, slots, experts and ranks.
@@ -82,7 +82,8 @@ def check_replicas(ranks: list[RankDigests], num_experts: int) -> None:
                     wrong = _names(layer.names, other[2] != layer.values[slot])
                     differences.append(f"layer {layer_id}, expert {expert}: {here} and {other[0]} differ in {wrong}")
     for layer_id in sorted({layer for rank in ranks for layer in rank}):
-        absent = [expert for expert in range(num_experts) if (layer_id, expert) not in first]
+        experts = num_experts if isinstance(num_experts, int) else num_experts[layer_id]
+        absent = [expert for expert in range(experts) if (layer_id, expert) not in first]
         if absent:
             differences.append(f"layer {layer_id}: no rank holds expert {_list(absent)}")
     if differences:
@@ -91,7 +92,7 @@ def check_replicas(ranks: list[RankDigests], num_experts: int) -> None:
         )
 
 
-def check_experts(expected: ExpertDigests, ranks: list[RankDigests], what: str, mend: str) -> None:
+def check_experts(expected: ExpertDigests, ranks: list[RankDigests], what: str, mend: str, first_rank: int = 0) -> None:
     """Every slot holds the bits that its expert had.
 
     Args:
@@ -99,12 +100,13 @@ def check_experts(expected: ExpertDigests, ranks: list[RankDigests], what: str, 
         ranks: digests of every EP rank now, in their order.
         what: beginning of the message, such as "weights changed in an exchange".
         mend: end of the message.
+        first_rank: number of the first rank; a rank can check itself alone, since it knows every expert's digest.
 
     Raises:
         WeightsMismatch: naming layers, slots, experts, ranks and, where another expert's weights are found, which.
     """
     differences = []
-    for rank, layers in enumerate(ranks):
+    for rank, layers in enumerate(ranks, first_rank):
         for layer_id, layer in layers.items():
             if layer_id not in expected:
                 differences.append(f"layer {layer_id} is new")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +98,7 @@ def digest_ranks(measure: Callable[[], Pass], group: Any, size: int) -> tuple[Pa
 def verify(
     mine: Pass,
     ranks: list[RankDigests],
-    num_experts: int,
+    num_experts: int | Mapping[int, int],
     clean: ExpertDigests | None,
     logger: logging.Logger,
 ) -> ExpertDigests:
@@ -107,7 +107,7 @@ def verify(
     Args:
         mine: this rank's pass.
         ranks: digests of every EP rank.
-        num_experts: logical experts.
+        num_experts: logical experts, of every layer or by layer id.
         clean: digests of a clean load; None checks replicas only.
         logger: the engine's.
 

@@ -7,7 +7,12 @@ from typing import Any
 
 from ..errors import PlacementError
 
+_WRAPPERS = ("triton_kernels", "vllm.third_party.triton_kernels")  # packages whose tensors hold torch's as storage.data
 _DEPTH = 3  # module -> quantisation method -> kernel -> its quantisation config
+
+
+class Unverifiable(PlacementError):
+    """A kernel keeps its weights in a way that does not show which bytes are which slot's."""
 
 
 def expert_tensors(layer: Any, slots: int, experts: frozenset[int], ignore: frozenset[str], where: str) -> dict[str, Any]:
@@ -28,10 +33,11 @@ def expert_tensors(layer: Any, slots: int, experts: frozenset[int], ignore: froz
 
     Raises:
         PlacementError: when a tensor counts all experts instead of this rank's slots, its rows differ, and so a kernel
-            that reads it by local slot takes other experts' values (SGLang PR 8398); or when no expert weights are found.
+            that reads it by local slot takes other experts' values (SGLang PR 8398).
+        Unverifiable: when no expert weights are found.
     """
     found: dict[str, Any] = {}
-    seen: set[tuple] = set()
+    stretches: list[tuple[int, int]] = []
     for name, tensor in _tensors(layer, ignore):
         if tensor.dim() == 0 or tensor.numel() == 0:
             continue
@@ -44,24 +50,42 @@ def expert_tensors(layer: Any, slots: int, experts: frozenset[int], ignore: froz
                     "placement flag out"
                 )
             continue
-        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if rows == slots and key not in seen:
-            seen.add(key)
+        if rows != slots or not _by_slot(tensor):
+            continue
+        first = tensor.data_ptr()
+        last = first + (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1) * tensor.element_size()
+        # A view of what was found already, such as a scale in the order that a kernel wants it.
+        if not any(begin <= first and last <= end for begin, end in stretches):
+            stretches.append((first, last))
             found[name] = tensor
-    if not any(tensor.dim() >= 2 for tensor in found.values()):
+    if not any(tensor.dim() >= 2 and "bias" not in name for name, tensor in found.items()):
         shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(layer, ignore)}
-        raise PlacementError(
+        raise Unverifiable(
             f"{where}: none of its tensors has a row for each of the {slots} slots ({shapes}), so that the weights cannot be "
             "verified: serve with --expert-placement-verify off, and report this kernel"
         )
     return found
 
 
+def _by_slot(tensor: Any) -> bool:
+    """Whether the rows lie one behind the other; else the first dimension has the right length by accident."""
+    return all(n == 1 or s <= tensor.stride(0) for n, s in zip(tensor.shape[1:], tensor.stride()[1:])) or tensor.shape[0] == 1
+
+
+def _unwrapped(value: Any) -> Any:
+    """torch's tensor inside one of triton_kernels' (MXFP4), else the value itself."""
+    if type(value).__module__.startswith(_WRAPPERS):
+        inner = getattr(getattr(value, "storage", None), "data", None)
+        return value if inner is None else inner
+    return value
+
+
 def _tensors(layer: Any, ignore: frozenset[str]) -> Iterator[tuple[str, Any]]:
     import torch
 
     # Some kernels leave what they made as a plain attribute (SGLang's hpc_ops scales).
-    plain = ((name, value) for name, value in sorted(vars(layer).items()) if isinstance(value, torch.Tensor))
+    plain = ((name, _unwrapped(value)) for name, value in sorted(vars(layer).items()))
+    plain = ((name, value) for name, value in plain if isinstance(value, torch.Tensor))
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers(), *plain):
         if name.rpartition(".")[2] not in ignore:
             yield name, tensor
@@ -78,8 +102,9 @@ def _attributes(owner: Any, path: str, depth: int, seen: set[int], ignore: froze
         return
     seen.add(id(owner))
     for name, value in sorted(vars(owner).items()):
+        value = _unwrapped(value)
         if isinstance(value, torch.Tensor):
             if name not in ignore:
                 yield f"{path}.{name}", value
-        elif depth and type(value).__module__.split(".")[0] in ("vllm", "sglang") and not isinstance(value, type):
+        elif depth and type(value).__module__.split(".")[0] in ("vllm", "sglang", "triton_kernels") and not isinstance(value, type):
             yield from _attributes(value, f"{path}.{name}", depth - 1, seen, ignore)

@@ -83,3 +83,17 @@ def test_levels(value, placed, level):
 def test_an_unknown_level_is_refused():
     with pytest.raises(Exception, match="--expert-placement-verify full: expected one of off, replicas, checkpoint"):
         check_level("full", True)
+
+
+def test_layers_may_have_different_numbers_of_experts():
+    ranks = [{1: digests(0, 1, 2)[4], 2: digests(0)[4]}]
+    check_replicas(ranks, {1: 3, 2: 1})
+    with pytest.raises(WeightsMismatch, match="layer 2: no rank holds expert 1, 2"):
+        check_replicas(ranks, 3)
+
+
+def test_a_rank_checks_itself_by_its_own_number():
+    before = expert_digests([digests(0, 1), digests(2, 3)])
+    check_experts(before, [digests(3, 0)], "what", "mend", first_rank=1)
+    with pytest.raises(WeightsMismatch, match="slot 0 of rank 1 should hold expert 3"):
+        check_experts(before, [digests(3, 0, changed=(3,))], "what", "mend", first_rank=1)

@@ -7,7 +7,7 @@ import pytest
 from moe_placement_plugin import PlacementError
 
 torch = pytest.importorskip("torch", reason="torch comes with an engine")
-from moe_placement_plugin.fingerprint.slots import expert_tensors  # noqa: E402
+from moe_placement_plugin.fingerprint.slots import Unverifiable, expert_tensors  # noqa: E402
 
 IGNORE = frozenset({"expert_map"})
 
@@ -60,3 +60,26 @@ def test_a_layer_without_rows_for_slots_is_refused():
     module.packed = torch.nn.Parameter(torch.randn(3, 5))
     with pytest.raises(PlacementError, match=r"none of its tensors has a row for each of the 4 slots \(\{'packed': \(3, 5\)\}\)"):
         found(module)
+
+
+def test_a_view_of_what_was_found_counts_once_and_one_that_mixes_slots_not_at_all():
+    whole = torch.randn(4, 4, 8)
+    module = layer(scale=whole)
+    module.quant_method = type("Method", (), {"__module__": "vllm.x"})()
+    module.quant_method.halved = whole[:, :2]
+    module.quant_method.by_kernel = torch.randn(4, 6, 4).permute(2, 1, 0)  # slots last in memory: 4 rows by accident
+    module.quant_method.turned = torch.randn(4, 6, 3).transpose(1, 2)
+    assert found(module) == {"w13_weight", "scale", "quant_method.turned"}
+
+
+def test_tensors_of_triton_kernels_are_unwrapped():
+    wrapper = type("Tensor", (), {"__module__": "triton_kernels.tensor"})
+    inner = torch.randn(4, 5, 2)
+    module = torch.nn.Module()
+    module.register_buffer("w13_bias", torch.randn(4, 5))
+    module.w13_weight = wrapper()
+    module.w13_weight.storage = type("Storage", (), {"data": inner})()
+    assert found(module) == {"w13_bias", "w13_weight"}
+    del module.w13_weight
+    with pytest.raises(Unverifiable, match="w13_bias"):
+        found(module)  # a bias alone says nothing about the weights

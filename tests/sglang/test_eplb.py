@@ -42,6 +42,9 @@ def test_other_strategies_and_loads_are_where_eplb_begins(models, files):
     zigzag = settings.of(resolve(arguments(models["qwen32"], *TWO, "--enable-eplb", "--expert-placement-strategy", "zigzag")))
     assert zigzag.moves and zigzag.placement.physical_to_logical[0].tolist() == [*range(0, 32, 2), *range(1, 32, 2)]
     planned = settings.of(resolve(arguments(models["qwen32"], *TWO, *EPLB, "--expert-placement-file", str(files["load"]))))
+    assert planned.plans and not zigzag.plans
+    by_file = settings.of(resolve(arguments(models["qwen32"], *TWO, "--enable-eplb", "--expert-placement-file", str(files["permutation"]))))
+    assert by_file.moves and by_file.plans
     assert planned.moves and planned.placement.physical_to_logical[0].tolist() != list(range(32))
 
 
@@ -103,7 +106,7 @@ def serving(monkeypatch):
 
 
 def under_way(monkeypatch, **policy):
-    here = eplb._Rebalance(Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000))
+    here = eplb._Rebalance(Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger()))
     monkeypatch.setattr(eplb, "_under_way", here)
     return here
 
@@ -208,7 +211,7 @@ def test_an_exchange_that_does_not_finish_says_what_it_waits_for(rebalancing, ca
         time.sleep(0.08)
         yield
 
-    with caplog.at_level(logging.WARNING, "moe_placement_plugin"):
+    with caplog.at_level(logging.WARNING, "moe_placement_plugin.engines.sglang.eplb"):
         list(eplb.rebalance(slow, Manager()))
     assert "waiting for: transfers, layers 1..2, ranks [1]" in caplog.records[0].getMessage()
 

@@ -97,7 +97,9 @@ def try_fault(worker, name: str) -> dict:
         for layer in layers:
             faults.attach(layer, layer.local_num_experts)
         faults.prepare(dict(layers[2].named_parameters()), 3)
-        verify.verify_loaded(worker.model_runner.model, None)
+        from moe_placement_plugin.engines.vllm.settings import arrived
+
+        verify.verify_loaded(worker.model_runner.model, None, arrived())
         return {"message": check()}
     layer, other = ({**dict(one.named_parameters()), **dict(one.named_buffers())} for one in (layers[2], layers[1]))
     maps = layer["_expert_map"], layers[2].expert_map_manager

@@ -6,23 +6,16 @@ import logging
 import time
 from types import SimpleNamespace
 
-import pytest
-
 from moe_placement_plugin.engines.vllm import eplb
-from moe_placement_plugin.engines.vllm.settings import PlacementSettings, remember
+from moe_placement_plugin.engines.vllm.settings import PlacementSettings
+
+QUICK = {eplb._SETTINGS: PlacementSettings.make("eplb", None, 2, eplb=True, rebalance={"watchdog": 0.05})}
 
 
-@pytest.fixture
-def quick():
-    remember(PlacementSettings.make("eplb", None, 2, eplb=True, rebalance={"watchdog": 0.05}))
-    yield
-    remember(None)
-
-
-def test_an_async_rebalance_without_progress_is_reported_again_and_again(quick, caplog):
+def test_an_async_rebalance_without_progress_is_reported_again_and_again(caplog):
     state = SimpleNamespace(rebalanced=True, pending_result=None)
     step = eplb._step(lambda self: "done")
-    server = SimpleNamespace(is_async=True, model_states={"m": state})
+    server = SimpleNamespace(is_async=True, model_states={"m": state}, **QUICK)
     with caplog.at_level(logging.WARNING, "vllm.moe_placement_plugin"):
         assert step(server) == "done" and not caplog.records
         time.sleep(0.06)
@@ -43,10 +36,10 @@ def test_an_async_rebalance_without_progress_is_reported_again_and_again(quick, 
         assert len(caplog.records) == number
 
 
-def test_a_rearrangement_that_takes_too_long_names_layers_and_ranks(quick, caplog, monkeypatch):
+def test_a_rearrangement_that_takes_too_long_names_layers_and_ranks(caplog, monkeypatch):
     monkeypatch.setattr(eplb, "_others", lambda: (1,))
     state = SimpleNamespace(model=SimpleNamespace(num_moe_layers=3))
-    server = SimpleNamespace(is_async=False, model_states={"m": state})
+    server = SimpleNamespace(is_async=False, model_states={"m": state}, **QUICK)
     with caplog.at_level(logging.WARNING):
         eplb._rearrange(lambda self, is_profile: time.sleep(0.08))(server, True)
     (record,) = caplog.records

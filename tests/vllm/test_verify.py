@@ -16,12 +16,12 @@ FAULTS_SITE = Path(__file__).parents[1] / "support" / "faults_site"
 LOADING = {
     "filter as upstream": (
         {"expert_placement_file": "uneven", "enable_ep_weight_filter": True},
-        r"the checkpoint brought w13_weight (w1) for",
+        "the checkpoint brought w2_weight (w2) for",
         "was never filled: the checkpoint is incomplete, or a loader left the placement out of account",
     ),
     "replica never filled": (
         {"expert_placement_strategy": "zigzag"},
-        "model.layers.2.mlp.experts: the checkpoint brought w13_weight (w1) for 14 of 15 slots of EP rank 1",
+        "model.layers.2.mlp.experts: the checkpoint brought w2_weight (w2) for 14 of 15 slots of EP rank 1",
         "slot 4 (expert 9) was never filled",
     ),
     "neighbour's weights": (
@@ -31,7 +31,7 @@ LOADING = {
     ),
     "map changed": (
         {"expert_placement_strategy": "zigzag"},
-        "model.layers.3.mlp.experts: the expert map in force on EP rank 0 is not the plan's",
+        "model.layers.3.mlp.experts: the expert map in force on EP rank",
         "remove that plugin or the placement flag",
     ),
 }
@@ -55,11 +55,11 @@ def test_every_fault_in_a_serving_engine_is_found_and_what_is_put_back_passes(pl
     found = placed["qwen balanced"]["faults"]
     assert set(FAULTS) == set(found) and len(found) >= 24 and set(WEIGHT_FAULTS) < set(found)
     for fault, workers in found.items():
-        messages = {worker["message"] for worker in workers}
-        print(f"{fault:40} {messages}")
-        assert len(messages) == 1 and None not in messages, f"{fault} was not seen by every rank: {messages}"
+        other, message = (worker["message"] for worker in workers)
+        print(f"{fault:40} {message}")
+        assert message is not None, f"{fault} was not seen by the rank that has it"
+        assert other is None, f"{fault}: a rank whose weights are right complains: {other}"
         assert [worker["after"] for worker in workers] == [None, None], f"{fault} was put back"
-        (message,) = messages
         if fault in WEIGHT_FAULTS:
             where = "layer 2, slot 0 of rank 1" if "off by one" in fault else "layer 2, slot 3 of rank 1 should hold expert 18"
             assert where in message, message
@@ -77,7 +77,7 @@ def test_every_fault_in_a_serving_engine_is_found_and_what_is_put_back_passes(pl
     ],
 )
 def test_the_message_says_what_is_wrong(placed, fault, part):
-    assert part in placed["qwen balanced"]["faults"][fault][0]["message"]
+    assert part in placed["qwen balanced"]["faults"][fault][1]["message"]
 
 
 @pytest.mark.parametrize("fault", LOADING)

@@ -5,6 +5,7 @@ SGLang's manager, recorder and updater do what they do; they are told less often
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +22,8 @@ from . import loaded, settings
 from .eplb_algorithm import inverse_maps
 from .hooks import Hook, HookSet
 from .verify import expert_layers, recheck
+
+logger = logging.getLogger(__name__)
 
 MOST_WINDOWS = 16
 """Into how many windows the recorder's forward passes, up to a thousand, are put together to judge a plan."""
@@ -42,7 +45,7 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
         PlacementError: naming the argument, the reason and the mend.
     """
     asked.moves = bool(getattr(cfg, "enable_eplb", False))
-    ours = asked.moves and asked.strategy == "eplb"
+    ours = asked.moves and asked.plans
     if asked.rebalance is not None:
         if not ours:
             raise PlacementError(
@@ -101,7 +104,7 @@ def _slot_tensors(layer: Any) -> list[Any]:
 
 def warm_up(asked: settings.Settings) -> None:
     """Compile the planner while the model loads; else the first rebalance on a machine stalls the server for that long."""
-    if asked.strategy != "eplb":
+    if not asked.plans:
         return
     from ..vllm.eplb_policy import rebalance_table
 
@@ -135,9 +138,9 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
     asked = settings.current()
     model = self._get_model()
     policy = policy_from(asked.rebalance, REBALANCE_FLAG)
-    if asked.strategy == "eplb" and not hasattr(self, _PLANNER):
+    if asked.plans and not hasattr(self, _PLANNER):
         setattr(self, _PLANNER, _planner(policy, model.routed_experts_weights_of_layer))
-    here = _Rebalance(Watchdog(policy.watchdog), getattr(self, _PLANNER, None))
+    here = _Rebalance(Watchdog(policy.watchdog, report=logger.warning), getattr(self, _PLANNER, None))
     steps = original(self)
     while True:
         _under_way = here
@@ -159,7 +162,7 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
 def _planner(policy: RebalancePolicy, weights: Any) -> Rebalancer:
     layers = sorted(weights.keys())
     sizes = [sum(tensor[0].numel() * tensor.element_size() for tensor in weights[layer]) for layer in layers]
-    return Rebalancer(policy, layers, sizes)
+    return Rebalancer(policy, layers, sizes, logger)
 
 
 def plan(

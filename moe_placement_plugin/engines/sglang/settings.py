@@ -47,6 +47,11 @@ class Settings:
     rebalance: dict[str, Any] | None = None
     moves: bool = False
 
+    @property
+    def plans(self) -> bool:
+        """Whether our planner rebalances under EPLB: with strategy eplb, which linear, the flag's default, means where a file decides."""
+        return self.strategy == "eplb" or (self.strategy == "linear" and self.file is not None)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         set_current(self)

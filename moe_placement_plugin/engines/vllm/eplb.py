@@ -20,13 +20,25 @@ from ...placement import Placement
 from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
 from . import verify
-from .layers import EPLB_ROW, routed_layers
+from .layers import EPLB_ROW, num_logical, routed_layers
 from .settings import PlacementSettings, arrived, layer_id_of, settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
 _STATE = "vllm.distributed.eplb.eplb_state"
 _PROGRESS = "_moe_placement_progress"
+_SETTINGS = "_moe_placement_settings"
+_REBALANCERS = "_moe_placement_rebalancers"
+
+
+def _find_moe_model(model: Any) -> Any:
+    """What vLLM 0.25 does in its model runner: the model, or the language model within it."""
+    from vllm.model_executor.models.interfaces import is_mixture_of_experts, supports_multimodal
+
+    for candidate in (model, model.get_language_model() if supports_multimodal(model) else None):
+        if candidate is not None and is_mixture_of_experts(candidate):
+            return candidate
+    return None
 
 
 def check_supported(model: Any) -> None:
@@ -37,8 +49,7 @@ def check_supported(model: Any) -> None:
     """
     from vllm.model_executor.models import interfaces
 
-    # vLLM 0.25 knows only models that are Mixture-of-Experts models themselves.
-    find = getattr(interfaces, "get_mixture_of_experts_model", lambda m: m if interfaces.is_mixture_of_experts(m) else None)
+    find = getattr(interfaces, "get_mixture_of_experts_model", _find_moe_model)
     layers = routed_layers(model)
     off = [name for name, layer in layers.items() if not layer.moe_config.moe_parallel_config.enable_eplb]
     if find(model) is None or off or not layers:
@@ -54,9 +65,11 @@ def _add_model(original):
 
         known = set(self.model_states)
         original(self, model, model_config, *args, **kwargs)
-        settings = settings_of(get_current_vllm_config_or_none()) or arrived()  # registered outside of any config's context
+        config = get_current_vllm_config_or_none()
+        settings = arrived() if config is None else settings_of(config)
         if settings is None or not settings["eplb"]:
             return
+        self.__dict__[_SETTINGS] = settings
         for key, state in self.model_states.items():
             if key not in known:
                 _begin(self, state, settings)
@@ -75,11 +88,17 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
         object.__setattr__(layer, EPLB_ROW, (state, row))
     if settings.strategy == "eplb":
         sizes = [sum(w[0].numel() * w.element_size() for w in weights) for weights in state.model.expert_weights]
-        numbers = [layer_id_of(name) for name in layers]
-        known = numbers if None not in numbers else range(len(layers))
-        eplb.policy = planner_policy(Rebalancer(policy_from(settings["rebalance"], REBALANCE_FLAG), known, sizes))
+        rules = policy_from(settings["rebalance"], REBALANCE_FLAG)
+        # vLLM has one policy for the model and its draft, and hands it nothing but their loads: told apart by shape.
+        shape = (len(layers), state.logical_replica_count.shape[1])
+        rebalancers = eplb.__dict__.setdefault(_REBALANCERS, {})
+        rebalancers[shape] = Rebalancer(rules, range(len(layers)), sizes, logger)
+        eplb.policy = planner_policy(rebalancers)
     placement = settings.placement
     if placement is None:
+        return
+    if not all(settings.knows(layer_id_of(name), num_logical(layer)) for name, layer in layers.items()):
+        logger.info("moe_placement_plugin: %s is not in the placement (a draft model): EPLB begins with its own there", state.model_name)
         return
     rows = [placement.row(layer_id_of(name)) for name in layers]
     _move(state, placement, rows)
@@ -110,11 +129,12 @@ def _check(state: Any) -> None:
         logger.info("moe_placement_plugin: verified %d slots after the exchange in %.3f s", slots, time.perf_counter() - began)
 
 
-def planner_policy(rebalancer: Rebalancer) -> type:
+def planner_policy(rebalancers: dict[tuple[int, int], Rebalancer]) -> type:
     """Our planner as a policy of vLLM's EPLB, for its sync and its async mode.
 
     Args:
-        rebalancer: plans and decides; every rank has one and they agree, since all see the same load.
+        rebalancers: (layers, logical experts) of a model -> what plans and decides for it; every rank has its own and they agree,
+            since all see the same load.
     """
     from vllm.distributed.eplb.policy import AbstractEplbPolicy
 
@@ -131,6 +151,9 @@ def planner_policy(rebalancer: Rebalancer) -> type:
             if not whole or not bool((old_global_expert_indices >= 0).all()):  # ranks come or go
                 return rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_ranks, old_global_expert_indices)
             old = old_global_expert_indices.cpu().numpy()
+            rebalancer = rebalancers.get(tuple(weight.shape))
+            if rebalancer is None:
+                return old_global_expert_indices.clone()
             counts = weight.detach().to("cpu", torch.float64).numpy()[None]
             if not counts.any():
                 return old_global_expert_indices.clone()
@@ -146,7 +169,10 @@ def _rearrange(original):
         watched = not is_profile and not self.is_async
         states = list(self.model_states.values()) if watched else []
         old = [state.physical_to_logical_map.clone() for state in states]
-        with _watch() as watchdog:
+        settings = getattr(self, _SETTINGS, None)
+        if settings is None:
+            return original(self, is_profile, *args, **kwargs)
+        with Watchdog(_watchdog_limit(settings), report=logger.warning) as watchdog:
             layers = tuple(range(sum(state.model.num_moe_layers for state in self.model_states.values())))
             watchdog.waits_for(WaitingFor("rearrange and all-reduce of the load", layers, peers=_others()))
             result = original(self, is_profile, *args, **kwargs)
@@ -173,15 +199,16 @@ def _move_to_workspace(original):
 def _step(original):
     def step(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
-        if self.is_async:
+        settings = getattr(self, _SETTINGS, None)
+        if self.is_async and settings is not None:
             for state in self.model_states.values():
-                _report_stalled(state)
+                _report_stalled(state, _watchdog_limit(settings))
         return result
 
     return step
 
 
-def _report_stalled(state: Any) -> None:
+def _report_stalled(state: Any, limit: float) -> None:
     """Say what an async rebalance waits for when it has made no progress for too long (vLLM issue 57883)."""
     pending = state.pending_result
     layer = None if pending is None else pending.layer_idx
@@ -189,7 +216,6 @@ def _report_stalled(state: Any) -> None:
     since, seen, reported = getattr(state, _PROGRESS, (now, None, 0))
     if not state.rebalanced or seen != (state.rebalanced, layer):
         since, reported = now, 0
-    limit = _watchdog_limit()
     if state.rebalanced and now - since > limit * (reported + 1):
         reported += 1
         what = (
@@ -201,13 +227,8 @@ def _report_stalled(state: Any) -> None:
     setattr(state, _PROGRESS, (since, (state.rebalanced, layer), reported))
 
 
-def _watchdog_limit() -> float:
-    settings = arrived()
-    return policy_from(None if settings is None else settings["rebalance"], REBALANCE_FLAG).watchdog
-
-
-def _watch() -> Watchdog:
-    return Watchdog(_watchdog_limit())
+def _watchdog_limit(settings: PlacementSettings) -> float:
+    return policy_from(settings["rebalance"], REBALANCE_FLAG).watchdog
 
 
 def _others() -> tuple[int, ...]:

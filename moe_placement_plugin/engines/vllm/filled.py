@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ...errors import PlacementError
 from ..patching import Patch
-from .layers import num_logical, slot_experts
+from .layers import EXPECTED, num_logical, slot_experts
+
+logger = logging.getLogger("vllm.moe_placement_plugin")
 
 _FILLED = "_moe_placement_filled"
 
@@ -24,6 +27,10 @@ def watch(layer: Any, by_position: bool) -> None:
 def _weight_loader(original):
     def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs):
         done = original(self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs)
+        if hasattr(self, EXPECTED):
+            # New weights for a model that serves (reload_weights, reinforcement learning): the digests are of the old ones.
+            logger.warning("moe_placement_plugin: %s gets new weights; it is not verified any more", self.layer_name)
+            object.__delattr__(self, EXPECTED)
         watched = getattr(self, _FILLED, None)
         if watched is not None:
             by_position, filled = watched

@@ -6,8 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from .settings import layer_id_of
+
 EPLB_ROW = "_moe_placement_eplb_row"
 """Attribute of a ``RoutedExperts`` that EPLB moves: (EPLB's model state, row of the layer in its tables)."""
+
+EXPECTED = "_moe_placement_expected"
+"""Attribute of a ``RoutedExperts`` that was verified: (its number, digest of every logical expert)."""
 
 
 def routed_layers(model: Any) -> dict[str, Any]:
@@ -17,9 +22,18 @@ def routed_layers(model: Any) -> dict[str, Any]:
     return {module.layer_name: module for module in model.modules() if isinstance(module, RoutedExperts)}
 
 
+def numbered(layers: dict[str, Any]) -> dict[str, int]:
+    """A number for each layer: its index in the model where that is known and its own, else a negative one.
+
+    A draft model's layers have no index of their own, and two towers of a model may both have a layer 3.
+    """
+    ids = [layer_id_of(name) for name in layers]
+    return {name: -1 - row if n is None or ids.count(n) > 1 else n for row, (name, n) in enumerate(zip(layers, ids))}
+
+
 def num_logical(layer: Any) -> int:
     """Logical experts of a layer, without redundant and fused shared ones."""
-    return layer.moe_config.num_logical_experts
+    return min(layer.moe_config.num_logical_experts, layer.expert_map_manager.global_num_experts)
 
 
 def logical_of_physical(layer: Any) -> np.ndarray:

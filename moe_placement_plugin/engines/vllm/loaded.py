@@ -25,15 +25,20 @@ def _load_model(original):
         if settings is None:
             return original(self, vllm_config, model_config, *args, **kwargs)
         level = settings["verify"]
-        clean = clean_load(original, self, vllm_config, model_config, *args, **kwargs) if level == "checkpoint" else None
+        clean = clean_load(original, settings, self, vllm_config, model_config, *args, **kwargs) if level == "checkpoint" else None
         model = original(self, vllm_config, model_config, *args, **kwargs)
         # A draft model comes through here too, with a config of its own.
-        whole = model_config is vllm_config.model_config and vllm_config.parallel_config.pipeline_parallel_size == 1
-        if settings["eplb"]:
+        main = model_config is vllm_config.model_config
+        whole = main and vllm_config.parallel_config.pipeline_parallel_size == 1
+        if settings["eplb"] and main and (settings.placement is not None or settings.strategy == "eplb"):
             check_supported(model)
         _report(routed_layers(model), settings, whole)
         if level != "off":
-            verify_loaded(model, clean)
+            if whole and settings["verify_asked"] and not routed_layers(model):
+                raise PlacementError(
+                    f"--expert-placement-verify {level}: {type(model).__name__} has no MoE layer of vLLM's own kind: leave the flag out"
+                )
+            verify_loaded(model, clean, settings)
         return model
 
     return load_model

@@ -18,6 +18,8 @@ from .recording import record_settings
 from .request import FILE_KEY, REBALANCE_KEY, VERIFY_KEY
 from .settings import KEY, PlacementSettings, remember
 
+_LOADERS_OF_THEIR_OWN = ("tensorizer", "ipc_cache", "modelexpress")
+
 SUPPORTED = ("0.25", "0.34")
 """First supported version of vLLM and the first that is not."""
 
@@ -73,7 +75,9 @@ def resolve(vllm_config: Any) -> Any:
     model = vllm_config.model_config
     ep_size = ep_size_of(parallel)
     record = record_settings(vllm_config)
-    verify = check_level(extra.get(VERIFY_KEY), explicit)
+    verify = _level(extra.get(VERIFY_KEY), explicit, vllm_config.load_config.load_format)
+    eplb = bool(parallel.enable_eplb and (explicit or verify != "off"))
+    rebalance = _rebalance(extra.get(REBALANCE_KEY), explicit and eplb and strategy in ("eplb", "linear"))
     if explicit:
         _check(vllm_config, model, parallel, ep_size, flag)
     if verify != "off":
@@ -82,7 +86,6 @@ def resolve(vllm_config: Any) -> Any:
         ep_size == 1 or not parallel.enable_expert_parallel or not model.is_moe or not current_platform.is_cpu()
     ):
         return vllm_config
-    moved = bool(explicit and parallel.enable_eplb)
     placement = None
     if explicit:
         shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
@@ -93,8 +96,10 @@ def resolve(vllm_config: Any) -> Any:
             _check_back_ends(vllm_config, parallel, placement)
         # linear is the flag's default: with a file it means that the file decides.
         strategy = "eplb" if strategy == "linear" else strategy
-    rebalance = _rebalance(extra.get(REBALANCE_KEY), moved and strategy == "eplb")
-    settings = PlacementSettings.make(strategy, placement, ep_size, record, file is not None, verify, moved, rebalance)
+    settings = PlacementSettings.make(
+        strategy, placement, ep_size, record, exact=file is not None, verify=verify, eplb=eplb, rebalance=rebalance,
+        verify_asked=extra.get(VERIFY_KEY) is not None,
+    )  # fmt: skip
     remember(settings)
     if settings.static is not None:
         # A process in which the patches are missing refuses this value; "linear" it would serve.
@@ -122,6 +127,11 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
         raise PlacementError(
             f"{flag} with one EP rank (tensor and data parallel size 1): all experts lie on that rank; add "
             "--tensor-parallel-size or --data-parallel-size, or leave the flag out"
+        )
+    if vllm_config.load_config.load_format in _LOADERS_OF_THEIR_OWN:
+        raise PlacementError(
+            f"{flag} together with --load-format {vllm_config.load_config.load_format}: it puts weights where they were when they were "
+            "saved, past the map of experts; use --load-format auto"
         )
     if getattr(parallel, "enable_elastic_ep", False):
         raise PlacementError(
@@ -157,15 +167,29 @@ def _first_placement(asked: str, file: Any, shape: ModelShape, ep_size: int, red
     return resolve_placement(asked, file, shape, Topology(ep_size), redundant, (slots // ep_size,) * ep_size)
 
 
+def _level(value: str | None, placed: bool, load_format: Any) -> str:
+    """How far weights are verified; dummy weights, which differ from replica to replica, are not."""
+    level = check_level(value, placed)
+    if str(getattr(load_format, "value", load_format)) == "dummy" and level != "off":
+        if value is not None:
+            raise PlacementError(
+                f"--expert-placement-verify {level} with --load-format dummy: weights are random, replicas of an expert differ; leave one "
+                "of the two out"
+            )
+        return "off"
+    return level
+
+
 def _check_verify(vllm_config: Any, parallel: Any, level: str) -> None:
     if not (parallel.enable_expert_parallel and vllm_config.model_config.is_moe):
         raise PlacementError(
             f"--expert-placement-verify {level} without --enable-expert-parallel and a Mixture-of-Experts model: no rank holds whole "
             "experts; add --enable-expert-parallel, or leave the flag out"
         )
-    if level == "checkpoint" and vllm_config.load_config.load_format == "dummy":
+    if getattr(parallel, "enable_elastic_ep", False):
         raise PlacementError(
-            "--expert-placement-verify checkpoint with --load-format dummy: there is no checkpoint to compare with; use replicas"
+            f"--expert-placement-verify {level} together with --enable-elastic-ep: ranks come and go and cannot check each other; leave one "
+            "of the two out"
         )
 
 

@@ -41,6 +41,7 @@ class PlacementSettings(dict):
         verify: str = "off",
         eplb: bool = False,
         rebalance: dict[str, Any] | None = None,
+        verify_asked: bool = False,
     ) -> PlacementSettings:
         """Settings that hold the whole placement, so that other hosts need no file.
 
@@ -53,6 +54,7 @@ class PlacementSettings(dict):
                 that needs none can place layers that were not foreseen.
             verify: how far weights are verified, see `fingerprint.level`.
             eplb: vLLM's EPLB moves the experts, beginning with ``placement``.
+            verify_asked: the user named the level, so that what cannot be verified is refused.
             rebalance: rules for rebalancing that the user gave, see `rebalancing.policy_from`.
         """
         from ... import __version__
@@ -67,6 +69,7 @@ class PlacementSettings(dict):
             "verify": verify,
             "eplb": eplb,
             "rebalance": rebalance,
+            "verify_asked": verify_asked,
         }
         if placement is not None:
             table = placement.physical_to_logical.astype("<i4").tobytes()

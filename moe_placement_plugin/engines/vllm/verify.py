@@ -5,59 +5,80 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
 from ...errors import PlacementError
 from ...fingerprint.compare import ExpertDigests, RankDigests, check_experts, expert_digests
 from ...fingerprint.report import RESTORE, Pass, digest_ranks, verify
-from ...fingerprint.slots import expert_tensors
+from ...fingerprint.slots import Unverifiable, expert_tensors
 from ..load_recorder import count_event
-from .layers import num_logical, routed_layers, slot_experts
-from .settings import KEY, layer_id_of
+from .layers import EXPECTED, num_logical, numbered, routed_layers, slot_experts
+from .settings import KEY, PlacementSettings, arrived
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
-_EXPECTED = "_moe_placement_expected"
 _NO_WEIGHTS = frozenset(
     ("_expert_map", "expert_map", "expert_mask", "e_score_correction_bias", "expert_global_to_physical", "expert_physical_to_global",
      "expert_local_to_global")
 )  # fmt: skip
 
 
-def digest_model(model: Any) -> Pass:
+# Per slot, but from a maximum over experts: over all of them under EPLB, over the rank's own without (and in vLLM 0.25 always).
+_REDUCED = re.compile(r"(input_scale|alphas?|gscale|weight_scale_2)$")
+
+
+def digest_model(model: Any, settings: PlacementSettings | None = None) -> Pass:
     """Digests of every slot of this rank's MoE layers, read where the weights are.
 
+    Args:
+        model: a loaded model.
+        settings: the engine's settings; None reads every layer or fails.
+
     Raises:
-        PlacementError: for a layer whose tensors are not understood.
+        PlacementError: for a layer whose tensors are not understood, if the user asked for the level by name.
     """
     result = Pass()
-    for row, (name, layer) in enumerate(routed_layers(model).items()):
+    layers = routed_layers(model)
+    for name, number in numbered(layers).items():
+        layer = layers[name]
         experts = slot_experts(layer)
         every = frozenset((num_logical(layer), layer.expert_map_manager.global_num_experts))
         ignore = _NO_WEIGHTS
         if getattr(layer.quant_method, "use_global_sf", False):
             # Activation scales of all experts, which the kernel reduces to one before it reads them.
             ignore |= {"w13_input_scale", "w2_input_scale"}
-        tensors = expert_tensors(layer, experts.size, every, ignore, name)
-        result.add(_number(row, name), experts, tensors)
+        try:
+            tensors = expert_tensors(layer, experts.size, every, ignore, name)
+        except Unverifiable as error:
+            if settings is None or settings["verify_asked"]:
+                raise
+            logger.warning("moe_placement_plugin: %s is not verified: %s", name, error)
+            continue
+        if settings is not None and settings["eplb"]:
+            tensors = {key: tensor for key, tensor in tensors.items() if not _REDUCED.search(key)}
+        result.add(number, experts, tensors)
     return result
 
 
-def _digest_ranks(model: Any) -> tuple[Pass, list[RankDigests]]:
+def _digest_ranks(model: Any, settings: PlacementSettings) -> tuple[Pass, list[RankDigests]]:
     from vllm.distributed import parallel_state
 
     group = parallel_state.get_ep_group()
-    return digest_ranks(lambda: digest_model(model), group.cpu_group, group.world_size)
+    return digest_ranks(lambda: digest_model(model, settings), group.cpu_group, group.world_size)
 
 
-def clean_load(load: Callable, loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> ExpertDigests:
+def clean_load(
+    load: Callable, settings: PlacementSettings, loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
+) -> ExpertDigests:
     """Load the model with vLLM's own placement and without our patches, digest its experts, and drop it again.
 
     Nothing else is in memory yet, so that the peak is that of one model.
 
     Args:
-        load: vLLM's own ``BaseModelLoader.load_model``; the rest are its arguments.
+        load: vLLM's own ``BaseModelLoader.load_model``; what follows the settings are its arguments.
+        settings: the engine's settings.
     """
     clean = copy.copy(vllm_config)
     clean.additional_config = {key: value for key, value in (vllm_config.additional_config or {}).items() if key != KEY}
@@ -67,13 +88,15 @@ def clean_load(load: Callable, loader: Any, vllm_config: Any, model_config: Any,
     clean.parallel_config.enable_eplb = False
     clean.parallel_config.eplb_config = copy.copy(vllm_config.parallel_config.eplb_config)
     clean.parallel_config.eplb_config.num_redundant_experts = 0
+    # Building a model renames what its quantisation leaves out, and a second time would rename it again.
+    clean.quant_config = copy.deepcopy(vllm_config.quant_config)
     # Layers register themselves here by name; those of the model that is dropped must not stay.
     clean.compilation_config = copy.copy(vllm_config.compilation_config)
     for name, value in vars(clean.compilation_config).items():
         if isinstance(value, (dict, list, set)):
             setattr(clean.compilation_config, name, copy.copy(value))
     model = load(loader, clean, model_config, *args, **kwargs)
-    found = expert_digests(_digest_ranks(model)[1])
+    found = expert_digests(_digest_ranks(model, settings)[1])
     del model
     gc.collect()
     import torch
@@ -82,7 +105,7 @@ def clean_load(load: Callable, loader: Any, vllm_config: Any, model_config: Any,
     return found
 
 
-def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
+def verify_loaded(model: Any, clean: ExpertDigests | None, settings: PlacementSettings) -> None:
     """Check a model that was just loaded, on all EP ranks together, and keep its experts' digests for later.
 
     Raises:
@@ -91,42 +114,45 @@ def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
     layers = routed_layers(model)
     if not layers:
         return
-    mine, ranks = _digest_ranks(model)
-    expected = verify(mine, ranks, max(map(num_logical, layers.values())), clean, logger)
-    for row, (name, layer) in enumerate(layers.items()):
-        number = _number(row, name)
-        object.__setattr__(layer, _EXPECTED, (number, expected[number]))
+    mine, ranks = _digest_ranks(model, settings)
+    numbers = numbered(layers)
+    expected = verify(mine, ranks, {numbers[name]: num_logical(layer) for name, layer in layers.items()}, clean, logger)
+    for name, layer in layers.items():
+        if numbers[name] in expected:
+            object.__setattr__(layer, EXPECTED, (numbers[name], expected[numbers[name]]))
     count_event("verified_slots", mine.num_slots)
-
-
-def _number(row: int, name: str) -> int:
-    layer_id = layer_id_of(name)
-    # A draft model's layers have no number of their own.
-    return -1 - row if layer_id is None else layer_id
 
 
 def is_verified(model: Any) -> bool:
     """Whether the model's experts were digested when it was loaded."""
-    return any(hasattr(layer, _EXPECTED) for layer in routed_layers(model).values())
+    return any(hasattr(layer, EXPECTED) for layer in routed_layers(model).values())
 
 
-def check_again(model: Any, what: str) -> int:
-    """Check the experts against what they were when the model was loaded; all EP ranks together.
+def check_again(model: Any, what: str, settings: PlacementSettings | None = None) -> int:
+    """Check this rank's experts against what they were when the model was loaded.
+
+    Every rank knows every expert's digest, so that it checks itself and waits for no other: ranks of different data parallel
+    engines meet only in forward passes.
 
     Args:
         model: the model, or the part of it that EPLB knows.
         what: beginning of the message for a mismatch.
+        settings: the engine's settings; those of this process by default.
 
     Returns:
         Slots of this rank that were verified.
 
     Raises:
-        WeightsMismatch: on every rank alike, naming layer, slot, expert and rank.
+        WeightsMismatch: naming layer, slot, expert and rank; it ends this worker, and with it the engine.
     """
-    expected = dict(getattr(layer, _EXPECTED) for layer in routed_layers(model).values())
-    mine, ranks = _digest_ranks(model)
+    layers = routed_layers(model)
+    numbers = {number for name, number in numbered(layers).items() if hasattr(layers[name], EXPECTED)}
+    expected = dict(getattr(layer, EXPECTED) for layer in layers.values() if hasattr(layer, EXPECTED))
+    rank = next(iter(layers.values())).expert_map_manager.ep_rank
+    mine = digest_model(model, settings or arrived())
+    mine.layers = {number: layer for number, layer in mine.layers.items() if number in numbers}
     try:
-        check_experts(expected, ranks, what, RESTORE)
+        check_experts(expected, [mine.layers], what, RESTORE, first_rank=rank)
     except PlacementError:
         count_event("verify_failures")
         raise
@@ -139,9 +165,11 @@ def recheck(worker: Any) -> int:
 
     Raises:
         WeightsMismatch: naming layer, slot, expert and rank.
-        PlacementError: when nothing was verified at start-up.
+        PlacementError: when nothing was verified at start-up, or weights were updated since.
     """
     model = worker.model_runner.model
     if not is_verified(model):
-        raise PlacementError("nothing to compare with: the server was started with --expert-placement-verify off")
+        raise PlacementError(
+            "nothing to compare with: the server was started with --expert-placement-verify off, or its weights were updated since"
+        )
     return check_again(model, "expert weights have changed while serving")

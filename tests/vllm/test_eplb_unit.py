@@ -1,0 +1,94 @@
+"""What EPLB is told, without an engine: models, drafts, rules."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+import torch  # noqa: E402
+
+from moe_placement_plugin import PlacementError  # noqa: E402
+from moe_placement_plugin.engines.rebalancing import Rebalancer, policy_from  # noqa: E402
+from moe_placement_plugin.engines.vllm import eplb, layers, preflight  # noqa: E402
+from moe_placement_plugin.engines.vllm.eplb import REBALANCE_FLAG, logger  # noqa: E402
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def policy(*shapes, **rules):
+    return eplb.planner_policy({s: Rebalancer(policy_from(rules, REBALANCE_FLAG), range(s[0]), 1000, logger) for s in shapes})
+
+
+def tables(rows, experts, slots):
+    return torch.arange(slots).remainder(experts).expand(rows, slots).clone()
+
+
+def test_a_model_and_its_draft_have_a_planner_each():
+    ours = policy((3, 8), (1, 8), min_gain=0.0, hysteresis=0.0)
+    skewed = torch.tensor([[500, 400, 300, 200, 100, 10, 10, 10]])
+    for rows in (3, 1):
+        old = tables(rows, 8, 10)
+        new = ours.rebalance_experts(skewed.expand(rows, -1), 10, 1, 1, 2, old)
+        assert new.shape == old.shape and not new.equal(old)
+        load = skewed[0].double() / torch.bincount(new[0], minlength=8)
+        by_rank = load[new[0]].view(2, 5).sum(1)
+        assert by_rank.max() / by_rank.mean() < 1.05
+
+
+def test_a_model_that_is_not_planned_stays_where_it_is_and_so_does_one_without_load():
+    ours, old = policy((3, 8)), tables(2, 8, 10)
+    assert ours.rebalance_experts(torch.ones(2, 8), 10, 1, 1, 2, old).equal(old)
+    assert ours.rebalance_experts(torch.zeros(3, 8), 10, 1, 1, 2, tables(3, 8, 10)).equal(tables(3, 8, 10))
+
+
+def test_what_does_not_pay_is_declined():
+    old = tables(3, 8, 8)
+    nearly = torch.tensor([[100, 101, 100, 99, 100, 100, 101, 99]]).expand(3, -1)
+    assert policy((3, 8)).rebalance_experts(nearly, 8, 1, 1, 2, old).equal(old)
+
+
+def test_layers_are_numbered_by_their_own_index_where_it_is_theirs_alone():
+    names = ["model.layers.3.mlp.experts", "vision_model.layers.3.mlp.experts", "model.layers.4.mlp.experts", "mtp.layers.0.mlp.experts"]
+    assert layers.numbered(dict.fromkeys(names)) == dict(zip(names, (-1, -2, 4, -4)))
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ({"nonsense": 1}, "'nonsense' is not one of min_gain"),
+        ({"min_gain": "0.02"}, "min_gain '0.02': give a number"),
+        ({"min_gain": 2}, "min_gain 2: give a share of at least 0 and below 1"),
+        ({"small_batches": "no"}, "small_batches 'no': give true or false"),
+        ({"tokens_per_step": 5}, "tokens_per_step 5: give tokens by phase"),
+        ({"watchdog": 0}, "watchdog 0: give a positive number"),
+        ([1], "give a JSON object"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(rules, message):
+    with pytest.raises(PlacementError, match=message):
+        policy_from(rules, REBALANCE_FLAG)
+
+
+def test_rules_without_anything_that_rebalances_are_refused():
+    with pytest.raises(PlacementError, match="--expert-rebalance without --enable-eplb and --expert-placement-strategy eplb"):
+        preflight._rebalance({"min_gain": 0.1}, used=False)
+
+
+@pytest.mark.parametrize("load_format", ["dummy", SimpleNamespace(value="dummy")])
+def test_dummy_weights_are_not_verified(load_format):
+    assert preflight._level(None, True, load_format) == "off"
+    assert preflight._level("off", True, load_format) == "off"
+    with pytest.raises(PlacementError, match="--expert-placement-verify replicas with --load-format dummy"):
+        preflight._level("replicas", True, load_format)
+
+
+def test_the_first_table_is_vllms():
+    manager = SimpleNamespace(global_num_experts=10, expert_map=torch.tensor([-1] * 5 + [0, 1, 2, 3, 4]), num_fused_shared_experts=0)
+    layer = SimpleNamespace(moe_config=SimpleNamespace(num_logical_experts=8), expert_map_manager=manager, local_num_experts=5)
+    np.testing.assert_array_equal(layers.slot_experts(layer), [5, 6, 7, 0, 1])
+    state = SimpleNamespace(physical_to_logical_map=torch.tensor([[7, 6, 5, 4, 3, 2, 1, 0, 0, 1]]))
+    setattr(layer, layers.EPLB_ROW, (state, 0))
+    np.testing.assert_array_equal(layers.slot_experts(layer), [2, 1, 0, 0, 1])
