@@ -84,11 +84,11 @@ def _sglang(result: dict[str, Any]) -> None:
 
     result["supported"] = f"{versions.OLDEST} to {versions.NEWEST}"
     versions.check_version(sglang.__version__)
-    from ..engines.sglang import loaded, recording, worker
+    from ..engines.sglang import eplb, loaded, recording, worker
 
     groups = (
         ("flags", launcher.LAUNCHER), ("placement", launcher.ON_REQUEST), ("placement", worker.hooks()),
-        ("verification", loaded.hooks()), ("recording", recording.ON_REQUEST), ("recording", recording.hooks()),
+        ("eplb", eplb.hooks()), ("verification", loaded.hooks()), ("recording", recording.ON_REQUEST), ("recording", recording.hooks()),
     )  # fmt: skip
     for concern, hooks in groups:
         result["patches"] += [{"concern": concern, **row} for row in hooks.report()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,32 @@ from ..load import ExpertLoad
 from ..placement import Placement
 from ..topology import Topology
 from .load_recorder import count_event
+
+REBALANCE_FLAG = "--expert-rebalance"
+
+
+def add_argument(group: Any) -> None:
+    """Add `REBALANCE_FLAG` to an argparse group."""
+    group.add_argument(
+        REBALANCE_FLAG,
+        default=None,
+        type=_json_object,
+        metavar="JSON",
+        help="When strategy eplb rebalances under --enable-eplb: an object with some of min_gain, max_phase_loss, hysteresis, "
+        "max_bytes, max_pause, bandwidth (docs/exchange.md).",
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    import argparse
+
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:

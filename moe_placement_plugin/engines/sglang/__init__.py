@@ -7,19 +7,22 @@ def register() -> None:
     """Make SGLang accept the flags, or, in a worker of a server that was given them, honour them."""
     import sys
 
-    from . import loaded, recording, settings
+    from . import eplb, loaded, recording, settings
 
-    if settings.current() is None and recording.current() is None and loaded.current() is None:
+    asked = settings.current()
+    if asked is None and recording.current() is None and loaded.current() is None:
         from .launcher import LAUNCHER
 
         LAUNCHER.register()
     elif "sglang.srt.managers.scheduler" in sys.modules:
         # Processes without a model (detokenizer, data parallel controller) need not import the model runner. Should a
         # worker ever come without this module, `settings.SENTINEL` stops it.
-        if settings.current() is not None:
+        if asked is not None:
             from .worker import hooks
 
             hooks().register()
+            if asked.moves:
+                eplb.hooks().register()
         if loaded.current() is not None:
             loaded.hooks().register()
         if recording.current() is not None:

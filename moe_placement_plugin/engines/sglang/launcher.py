@@ -9,11 +9,13 @@ from typing import Any
 from ...errors import PlacementError
 from ...strategies.registry import ALIASES, get_strategy, strategy_names
 from ..patching import Patch
+from ..rebalancing import REBALANCE_FLAG
+from ..rebalancing import add_argument as add_rebalance_argument
 from . import loaded, recording, settings
 from .hooks import Hook, HookSet
 from .versions import check_version
 
-FLAGS = ("expert_placement_strategy", "expert_placement_file")
+FLAGS = ("expert_placement_strategy", "expert_placement_file", "expert_rebalance")
 
 
 def request(values: dict[str, Any]) -> settings.Settings | None:
@@ -24,8 +26,10 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
     Raises:
         PlacementError: unknown strategy, conflicting flags, unsupported SGLang.
     """
-    strategy, file = (values.pop(flag, None) for flag in FLAGS)
+    strategy, file, rebalance = (values.pop(flag, None) for flag in FLAGS)
     if strategy is None and file is None:
+        if rebalance is not None:
+            raise PlacementError(f"{REBALANCE_FLAG} without --expert-placement-strategy eplb: nothing of ours rebalances; add it, or leave it out")
         return None
     import sglang
 
@@ -39,7 +43,7 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
             "reads the same files)"
         )
     values["init_expert_location"] = settings.SENTINEL
-    return settings.Settings(strategy, str(file) if file is not None else None, values.get("ep_dispatch_algorithm"))
+    return settings.Settings(strategy, str(file) if file is not None else None, values.get("ep_dispatch_algorithm"), rebalance=rebalance)
 
 
 def build(original: Callable[..., Any], values: dict[str, Any]) -> Any:
@@ -80,6 +84,7 @@ def _add_cli_args(original: Callable, *args: Any, **kwargs: Any) -> Any:
         default=None,
         help="A plan (decides alone) or a recorded load (for eplb), told apart by content.",
     )
+    add_rebalance_argument(group)
     loaded.add_arguments(group)
     recording.add_arguments(group)
     return result

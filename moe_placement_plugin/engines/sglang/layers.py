@@ -117,7 +117,12 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
         layers = check_layers(self.model, asked.placement, asked.reads)
         if not layers and asked.stages == 1:
             raise PlacementError(f"{type(self.model).__name__} has no FusedMoE layer: serve it without the placement flags")
+        from . import eplb
         from .worker import hooks
+
+        if asked.moves:
+            eplb.list_weights(self.model)
+            eplb.warm_up(asked)
 
         logger.info(
             "moe_placement_plugin: EP rank %s: expert placement %s is in force in %d layers (plan %s); patches used so far: %s",

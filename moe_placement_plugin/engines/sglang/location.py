@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import PlacementError
-from . import loaded, settings, versions
+from . import eplb, loaded, settings, versions
 from .dispatch import dispatch_table
 
 
@@ -25,6 +25,8 @@ def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
     from .worker import hooks
 
     hooks().require_applied()
+    if asked.moves:
+        eplb.hooks().require_applied()
     if loaded.current() is not None:
         loaded.hooks().require_applied()
     from sglang.srt.eplb.expert_location import ExpertLocationMetadata, ModelConfigForExpertLocation

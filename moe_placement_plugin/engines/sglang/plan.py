@@ -12,7 +12,7 @@ from ...placement import Placement
 from ...strategies.resolve import ModelShape, check_plan, read_file, resolve_placement
 from ...topology import Topology
 from ..model_shape import model_shape
-from . import versions
+from . import eplb, versions
 from .settings import Settings
 from .support import OPTIONS, Combination, check
 
@@ -68,12 +68,13 @@ def finish(server_args: Any, asked: Settings) -> None:
         )
     from .worker import hooks
 
-    differences = hooks().check()
+    differences = hooks().check() + (eplb.hooks().check() if cfg.enable_eplb else [])
     if differences:
         raise PlacementError(
             f"SGLang {sglang.__version__} differs from what this plugin was written for: {'; '.join(differences)}. Use a "
             "supported version or leave the placement flags out"
         )
+    eplb.settle(asked, cfg)
     asked.placement = place(asked, shape, ranks, int(getattr(cfg, "nnodes", 1) or 1), wanted, padding)
     asked.padding = padding
     asked.reads = str(cfg.load_format) != "dummy"
@@ -126,6 +127,9 @@ def place(asked: Settings, shape: ModelShape, ranks: int, nodes: int, wanted: in
                 plan = fill_up(plan, per_rank[0])
             _check_slots(plan, shape, ranks, wanted, padding, asked.file)
             return check_plan(plan, shape, topology, redundant, per_rank, asked.file)
+    elif asked.moves and asked.strategy == "eplb":  # which plans from what EPLB records, beginning where EPLB does
+        row = np.arange(shape.num_experts + redundant) % shape.num_experts
+        return Placement(np.tile(row, (len(shape.layer_ids), 1)), shape.num_experts, per_rank, shape.layer_ids, "eplb")
     return resolve_placement(asked.strategy, asked.file, shape, topology, redundant, per_rank)
 
 

@@ -109,6 +109,8 @@ def _install_metrics(server_args: Any, asked: RecordSettings) -> None:
 
     def placement_of(load):
         placed = settings.of(server_args)
+        if placed is not None and placed.moves:
+            return None
         if placed is not None and placed.placement is not None and placed.placement.layer_ids == load.layer_ids:
             return placed.placement
         values = resolved(server_args)

@@ -33,6 +33,8 @@ class Settings:
         padding: redundant slots added so that the slots divide over the ranks.
         reads: whether weights come from a checkpoint (a dummy load format fills no slot by name).
         stages: pipeline stages; one of several may have no MoE layer.
+        rebalance: rules that the user gave, see `rebalancing.policy_from`.
+        moves: whether SGLang's EPLB moves experts while serving; the placement is then where it begins.
     """
 
     strategy: str
@@ -42,6 +44,13 @@ class Settings:
     padding: int = 0
     reads: bool = True
     stages: int = 1
+    rebalance: dict[str, Any] | None = None
+    moves: bool = False
+
+    @property
+    def plans(self) -> bool:
+        """Whether our planner rebalances under EPLB: with strategy eplb, which linear, the flag's default, means where a file decides."""
+        return self.strategy == "eplb" or (self.strategy == "linear" and self.file is not None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -246,6 +246,12 @@ RIGHT: tuple[Right, ...] = (
         "served on the CPU engine",
     ),
     Right(
+        "`--enable-eplb`",
+        "SGLang updates its own maps, in place; what has moved is verified before the next forward pass",
+        "served on the CPU engine, redundant experts, no all-to-all back end: logprobs equal a static placement's over 4 and more rebalances "
+        "(Qwen3-MoE; GLM-4-MoE by hand)",
+    ),
+    Right(
         "fused (3D) unquantized checkpoints, as gpt-oss in bf16",
         "each rank takes the rows of its slots",
         "unit test of the loader; not served",

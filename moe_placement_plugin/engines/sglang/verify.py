@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,12 @@ def expert_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
 
 
-def digest_model(model: Any) -> Pass:
+def digest_model(model: Any, only: Collection[int] | None = None) -> Pass:
     """Digests of every slot of this rank's MoE layers, read where the weights are.
+
+    Args:
+        model: the model.
+        only: ids of the layers; None for all.
 
     Raises:
         PlacementError: for a layer whose tensors are not understood, or a placement that contradicts itself.
@@ -94,6 +99,8 @@ def digest_model(model: Any) -> Pass:
         check_map(metadata)
     result = Pass()
     for name, layer in expert_layers(model).items():
+        if only is not None and layer.layer_id not in only:
+            continue
         every = {layer.num_experts, layer._num_global_routed}
         if metadata is not None:
             every |= {metadata.num_logical_experts, metadata.num_physical_experts}
@@ -102,7 +109,7 @@ def digest_model(model: Any) -> Pass:
     return result
 
 
-def digest_ranks(model: Any) -> tuple[Pass, list[RankDigests]]:
+def digest_ranks(model: Any, only: Collection[int] | None = None) -> tuple[Pass, list[RankDigests]]:
     """Digests of this rank and of every EP rank that holds the same part of each expert.
 
     With fewer EP than TP ranks each expert is cut over the MoE-TP ranks; SGLang's MoE EP group has the ranks with the same part.
@@ -113,7 +120,7 @@ def digest_ranks(model: Any) -> tuple[Pass, list[RankDigests]]:
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
     group = get_moe_ep_group()
-    return report.digest_ranks(lambda: digest_model(model), group.cpu_group, group.world_size)
+    return report.digest_ranks(lambda: digest_model(model, only), group.cpu_group, group.world_size)
 
 
 def _num_logical(model: Any) -> int:
@@ -139,10 +146,15 @@ def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
     object.__setattr__(model, _EXPECTED, expected)
 
 
-def recheck(model: Any) -> None:
+def recheck(model: Any, what: str = "expert weights have changed since the model was loaded", only: Collection[int] | None = None) -> None:
     """Check a serving worker's experts against what they were when the model was loaded.
 
     All TP ranks must call it together, between two batches: ``POST /weights_checker`` with the action `loaded.ACTION` does.
+
+    Args:
+        model: the target model, on which `verify_loaded` was called.
+        what: beginning of the message when they differ.
+        only: ids of the layers; None for all.
 
     Raises:
         PlacementError: on every rank alike, naming layer, slot, expert and rank.
@@ -151,8 +163,9 @@ def recheck(model: Any) -> None:
 
     verdict = ""
     try:
-        mine, ranks = digest_ranks(model)
-        check_experts(getattr(model, _EXPECTED), ranks, "expert weights have changed since the model was loaded", _RESTART)
+        mine, ranks = digest_ranks(model, only)
+        expected = {layer: digests for layer, digests in getattr(model, _EXPECTED).items() if only is None or layer in only}
+        check_experts(expected, ranks, what, _RESTART)
         check_replicas(ranks, _num_logical(model) if mine.layers else 0)
         logger.info("moe_placement_plugin: verified %d slots again in %.3f s", mine.num_slots, mine.seconds)
     except PlacementError as error:

@@ -18,14 +18,12 @@ from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
 from ...placement import Placement
 from ..patching import Patch
-from ..rebalancing import Rebalancer, policy_from
+from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
 from . import verify
 from .layers import EPLB_ROW, num_logical, routed_layers
 from .settings import PlacementSettings, arrived, layer_id_of, settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
-
-REBALANCE_FLAG = "--expert-rebalance"
 
 _STATE = "vllm.distributed.eplb.eplb_state"
 _PROGRESS = "_moe_placement_progress"

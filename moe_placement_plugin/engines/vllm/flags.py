@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import typing
 from typing import Any
 
 from ...fingerprint.level import HELP, LEVELS
 from ...strategies import ALIASES, get_strategy, strategy_names
+from .. import rebalancing
 from ..patching import Patch, PatchSet
 from .request import FILE_KEY, KEYS, RECORD_KEY
 
@@ -67,19 +67,6 @@ class StrategyChoices(Patch):
         arg_utils._compute_kwargs.cache_clear()
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """A JSON object from the command line."""
-    import argparse
-
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
-
-
 def _add_cli_args(original):
     def add_cli_args(parser, *args, **kwargs):
         parser = original(parser, *args, **kwargs)
@@ -92,14 +79,7 @@ def _add_cli_args(original):
                 help="A placement plan, which wins over --expert-placement-strategy, or a recorded expert load that strategy "
                 "eplb plans from.",
             )
-            group.add_argument(
-                "--expert-rebalance",
-                default=None,
-                type=json_object,
-                metavar="JSON",
-                help="When strategy eplb rebalances under --enable-eplb: an object with some of min_gain, max_phase_loss, hysteresis, "
-                "max_bytes, max_pause, bandwidth (docs/exchange.md).",
-            )
+            rebalancing.add_argument(group)
             group.add_argument("--expert-placement-verify", default=None, choices=LEVELS, help=HELP)
             group.add_argument(
                 "--expert-load-record",

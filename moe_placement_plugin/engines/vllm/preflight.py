@@ -144,8 +144,7 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
 def _rebalance(values: Any, used: bool) -> dict[str, Any] | None:
     if values is None:
         return None
-    from ..rebalancing import policy_from
-    from .eplb import REBALANCE_FLAG
+    from ..rebalancing import REBALANCE_FLAG, policy_from
 
     if not used:
         raise PlacementError(

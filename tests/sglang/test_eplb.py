@@ -1,0 +1,256 @@
+"""SGLang's EPLB with our placement to begin with and our planner to rebalance: live, on the CPU engine, and its parts without one."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from moe_placement_plugin.engines.rebalancing import Rebalancer
+from moe_placement_plugin.engines.sglang import eplb, settings
+from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.exchange.decision import RebalancePolicy
+from moe_placement_plugin.exchange.watchdog import Watchdog
+from tests.sglang.engines import Outcome, case, run_cases
+from tests.sglang.test_flags import TWO, arguments, plugins, refused, resolve  # noqa: F401
+from tests.support.children import engine_lock
+
+EPLB = ("--enable-eplb", "--expert-placement-strategy", "eplb")
+LAYERS, EXPERTS, RANKS = 3, 8, 2
+TOLERANCE = 1e-4
+"""Of a log probability between two placements, float32; what differs is the order in which the ranks' partial sums are added."""
+
+
+def test_strategy_eplb_begins_where_eplb_does(models):
+    asked = settings.of(
+        resolve(arguments(models["qwen32"], *TWO, *EPLB, "--ep-num-redundant-experts", "4", "--expert-rebalance", '{"min_gain": 0.1}'))
+    )
+    assert asked.placement.physical_to_logical[3].tolist() == [*range(32), 0, 1, 2, 3]
+    arrived = pickle.loads(pickle.dumps(asked))
+    assert arrived.moves and arrived.rebalance == {"min_gain": 0.1}
+    padded = settings.of(resolve(arguments(models["qwen30"], "--tp-size", "4", "--ep-size", "4", *EPLB)))
+    assert padded.padding == 2 and padded.placement.physical_to_logical[0].tolist() == [*range(30), 0, 1]
+
+
+def test_other_strategies_and_loads_are_where_eplb_begins(models, files):
+    zigzag = settings.of(resolve(arguments(models["qwen32"], *TWO, "--enable-eplb", "--expert-placement-strategy", "zigzag")))
+    assert zigzag.moves and zigzag.placement.physical_to_logical[0].tolist() == [*range(0, 32, 2), *range(1, 32, 2)]
+    planned = settings.of(resolve(arguments(models["qwen32"], *TWO, *EPLB, "--expert-placement-file", str(files["load"]))))
+    assert planned.plans and not zigzag.plans
+    by_file = settings.of(resolve(arguments(models["qwen32"], *TWO, "--enable-eplb", "--expert-placement-file", str(files["permutation"]))))
+    assert by_file.moves and by_file.plans
+    assert planned.moves and planned.placement.physical_to_logical[0].tolist() != list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ((*TWO, "--expert-placement-strategy", "eplb", "--expert-rebalance", "{}"), "without --enable-eplb"),
+        ((*TWO, "--expert-placement-strategy", "zigzag", "--enable-eplb", "--expert-rebalance", "{}"), "nothing of ours rebalances"),
+        ((*TWO, "--enable-eplb", "--expert-rebalance", "{}"), "add it, or leave it out"),
+        ((*TWO, *EPLB, "--expert-rebalance", '{"min_gian": 1}'), "'min_gian' is not one of min_gain"),
+        ((*TWO, *EPLB, "--eplb-algorithm", "deepseek"), "--eplb-algorithm deepseek.*both decide"),
+        (("--tp-size", "4", "--ep-size", "2", *EPLB), "--tp-size 4 and --ep-size 2.*make them equal"),
+        ((*TWO, *EPLB, "--load-format", "dummy"), "--load-format dummy"),
+    ],
+)
+def test_what_would_not_go_well_is_refused(models, more, words):
+    assert re.search(words, message := refused(arguments(models["qwen32"], *more))), message
+
+
+def test_a_model_that_does_not_list_its_experts(monkeypatch):
+    layer = torch.nn.Module()
+    layer.layer_id, layer.num_local_experts, layer.num_fused_shared_experts = 2, 5, 0
+    layer.w2_weight, layer.correction_bias = torch.nn.Parameter(torch.ones(5, 3)), torch.nn.Parameter(torch.ones(5))
+    monkeypatch.setattr(eplb, "expert_layers", lambda model: {"mlp.experts": layer})
+    model = torch.nn.Module()
+    eplb.list_weights(model)
+    layer.w2_weight.data = torch.zeros(5, 3)  # as a transformation after loading does
+    assert [t.data_ptr() for t in model.routed_experts_weights_of_layer[2]] == [layer.w2_weight.data_ptr()]
+    listed = types.SimpleNamespace(routed_experts_weights_of_layer={})
+    eplb.list_weights(listed)
+    assert listed.routed_experts_weights_of_layer == {}
+    layer.num_fused_shared_experts = 1
+    with pytest.raises(PlacementError, match="--disable-shared-experts-fusion"):
+        eplb.list_weights(torch.nn.Module())
+
+
+def test_forward_passes_are_put_together_into_windows():
+    counts = np.zeros((40, 1, 2), dtype=np.int32)
+    counts[:34, 0, 0] = 1
+    found = eplb.windows(counts, 16)
+    assert found.shape == (16, 1, 2) and found.sum() == 34 and set(found[:, 0, 0]) == {2, 3}
+    assert eplb.windows(counts[:3], 16)[:, 0, 0].tolist() == [1, 1, 1]
+    assert not eplb.windows(counts[34:], 16).any() and len(eplb.windows(counts[34:], 16)) == 1
+
+
+def metadata(table) -> types.SimpleNamespace:
+    return types.SimpleNamespace(physical_to_logical_map_cpu=torch.tensor(np.asarray(table)))
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    """Layers 0 (dense), 1 and 2 of 8 experts in 10 slots on 2 ranks, as SGLang begins."""
+    from sglang.srt.eplb import expert_location
+
+    in_force = metadata(np.tile(np.arange(10) % EXPERTS, (LAYERS, 1)))
+    monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: in_force)
+    monkeypatch.setattr(eplb, "_others", lambda: (1,))
+    return in_force
+
+
+def under_way(monkeypatch, **policy):
+    here = eplb._Rebalance(Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger()))
+    monkeypatch.setattr(eplb, "_under_way", here)
+    return here
+
+
+def planned(counts):
+    def theirs(*args):
+        raise AssertionError("SGLang's own algorithm was asked")
+
+    return eplb.plan(theirs, torch.tensor(counts), 10, 5, None, 1, None)
+
+
+def hot(expert: int) -> np.ndarray:
+    counts = np.full((4, LAYERS, EXPERTS), 10)
+    counts[:, 1, expert] = 100
+    counts[:, 0] = 0
+    return counts
+
+
+def test_our_plan_moves_little_and_leaves_what_is_no_moe_layer(serving, monkeypatch):
+    here = under_way(monkeypatch)
+    table, to_physical, count = planned(hot(3))
+    assert here.planner.last.rebalance
+    old = serving.physical_to_logical_map_cpu
+    assert table[0].equal(old[0]) and table[2].equal(old[2])  # nothing recorded, nothing to gain
+    assert int(count[1, 3]) >= 2, "the hot expert has no replica"
+    assert 1 <= int((table[1] != old[1]).sum()) <= 4
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            slots = [s for s in to_physical[layer, expert].tolist() if s >= 0]
+            assert len(slots) == int(count[layer, expert]) and {int(table[layer, s]) for s in slots} == {expert}
+
+
+@pytest.mark.parametrize("counts", [hot(3), np.zeros((4, LAYERS, EXPERTS), dtype=int)])
+def test_declined_keeps_the_placement(serving, monkeypatch, counts):
+    here = under_way(monkeypatch, min_gain=0.99)
+    table, _, _ = planned(counts)
+    assert table.equal(serving.physical_to_logical_map_cpu)
+    assert here.planner.last is None or not here.planner.last.rebalance
+
+
+def test_without_strategy_eplb_the_algorithm_is_sglangs(monkeypatch):
+    monkeypatch.setattr(eplb, "_under_way", eplb._Rebalance(Watchdog(), None))
+    assert eplb.plan(lambda *args: args, 1, 2, 3, 4, 5, 6) == (1, 2, 3, 4, 5, 6)
+
+
+def test_layers_that_stay_are_passed_over(serving, monkeypatch):
+    here = under_way(monkeypatch)
+    asked = []
+    new = metadata(serving.physical_to_logical_map_cpu.numpy())
+    assert eplb.update(lambda *args, **kwargs: asked.append(args), None, {}, new, [1, 2], nnodes=1, rank=0) == {} and not asked
+    new.physical_to_logical_map_cpu[2] = new.physical_to_logical_map_cpu[2].flip(0)
+    eplb.update(lambda *args, **kwargs: asked.append((args[3], kwargs)), None, {}, new, [1, 2], nnodes=1, rank=0)
+    assert asked == [([2], {"nnodes": 1, "rank": 0})] and here.moved == [2]
+
+
+class Manager:
+    """What `eplb.rebalance` asks of SGLang's manager."""
+
+    def _get_model(self):
+        return types.SimpleNamespace(routed_experts_weights_of_layer={1: [torch.zeros(5, 2)], 2: [torch.zeros(5, 2)]})
+
+
+@pytest.fixture
+def rebalancing(serving, monkeypatch):
+    """Layers that were checked, for a rebalance in two chunks."""
+    checked = []
+    monkeypatch.setattr(eplb, "recheck", lambda model, what, only: checked.append(list(only)))
+    monkeypatch.setattr(eplb.loaded, "current", lambda: object())
+    settings.set_current(settings.Settings("eplb", rebalance={"watchdog": 0.05}, moves=True))
+    yield checked
+    settings.set_current(None)
+
+
+def chunks(self):
+    for layer in (1, 2):
+        yield
+        eplb._under_way.moved.append(layer)
+
+
+def test_what_moved_is_verified_before_the_next_forward_pass(rebalancing):
+    steps = eplb.rebalance(chunks, Manager())
+    seen = []
+    for _ in steps:
+        seen.append(list(rebalancing))
+        assert eplb._under_way is None, "a forward pass is no part of a rebalance"
+    assert seen == [[], [[1]]] and rebalancing == [[1], [2]]
+
+
+def test_a_damaged_exchange_ends_the_server(rebalancing, monkeypatch):
+    def damaged(model, what, only):
+        raise PlacementError(what)
+
+    monkeypatch.setattr(eplb, "recheck", damaged)
+    with pytest.raises(PlacementError, match="damaged by an exchange"):
+        list(eplb.rebalance(chunks, Manager()))
+    assert eplb._under_way is None
+
+
+def test_an_exchange_that_does_not_finish_says_what_it_waits_for(rebalancing, caplog):
+    def slow(self):
+        eplb._under_way.watchdog.waits_for(eplb.WaitingFor("transfers", (1, 2), peers=(1,)))
+        time.sleep(0.08)
+        yield
+
+    with caplog.at_level(logging.WARNING, "moe_placement_plugin.engines.sglang.eplb"):
+        list(eplb.rebalance(slow, Manager()))
+    assert "waiting for: transfers, layers 1..2, ranks [1]" in caplog.records[0].getMessage()
+
+
+@pytest.fixture(scope="module")
+def outcomes(models, tmp_path_factory) -> dict[str, Outcome]:
+    """A static placement, and one that moves all the time: two starts."""
+    moving = {"enable_eplb": True, "eplb_rebalance_num_iterations": 2, "eplb_rebalance_layers_per_chunk": 3}
+    rules = {"min_gain": 0.0, "hysteresis": 0.0, "small_batches": False}
+    cases = [
+        case("static", models["qwen32"], 2, 2, expert_placement_strategy="zigzag", ep_num_redundant_experts=4),
+        case("moving", models["qwen32"], 2, 2, expert_placement_strategy="eplb", ep_num_redundant_experts=4, expert_rebalance=rules, **moving),
+    ]
+    with engine_lock():
+        return run_cases([c | {"max_new_tokens": 48} for c in cases], tmp_path_factory.mktemp("engines"))
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_answers_stay_while_experts_move(outcomes):
+    static, moving = outcomes["static"], outcomes["moving"]
+    assert "rows" in static.result and "rows" in moving.result, moving.log[-3000:]
+    assert moving.ids == static.ids
+    difference = np.abs(np.array(moving.values) - np.array(static.values)).max()
+    print(f"log probabilities differ by at most {difference:.1e}")
+    assert difference < TOLERANCE
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_experts_moved_at_least_four_times_and_were_verified_each_time(outcomes):
+    log = outcomes["moving"].log
+    for rank in (0, 1):
+        mine = [line for line in log.splitlines() if f"TP{rank} EP{rank}]" in line]
+        accepted = [line for line in mine if "expert rebalance accepted" in line]
+        assert len(accepted) >= 4, log[-3000:]
+        assert len([line for line in mine if re.search(r"verified \d+ slots again", line)]) >= len(accepted)
+    decisions = [re.findall(rf"TP{rank} .*expert rebalance (.*)", log) for rank in (0, 1)]
+    assert decisions[0] == decisions[1], "the ranks disagree"
+    for patch in ("eplb-rebalance", "eplb-plan", "eplb-update"):
+        assert outcomes["moving"].processes_with(f"patch {patch} in use") == {"TP0 EP0", "TP1 EP1"}
+    assert "eplb-" not in outcomes["static"].log
