@@ -30,24 +30,26 @@ def make_plan(rng):
     return plan_exchange(old, new)
 
 
-def check_survivors(plan, results, victim: int | None) -> str:
-    """What became of the exchange: the number of layers on the new map, or ``complete``."""
+def check_survivors(plan, results, victim: int | None) -> tuple[str, bool]:
+    """(what became of the exchange: the number of layers on the new map, or ``complete``; whether a rank came too late to go on)."""
     survivors = [rank for rank in range(WORLD) if results[rank] is not None]
     assert set(range(WORLD)) - set(survivors) <= {victim}
     committed = results[survivors[0]][1]
+    late = set()
     for rank in survivors:
         weights, done, live, reason, _ = results[rank]
         assert (done == committed).all(), f"rank {rank} differs from rank {survivors[0]}"
         check_weights(weights, plan.new, rank, np.flatnonzero(done).tolist())
         check_weights(weights, plan.old, rank, np.flatnonzero(~done).tolist())
         if not done.all():
-            assert list(live) == survivors, (live, survivors, reason)
             assert reason
-    return "complete" if committed.all() else f"{int(committed.sum())} layers"
+            assert set(live) <= set(survivors) and (rank in live or "went on without" in reason), (live, survivors, reason)
+            late |= set(survivors) - set(live)
+    return "complete" if committed.all() else f"{int(committed.sum())} layers", bool(late)
 
 
-def trial(ranks, number: int) -> tuple[str, bool]:
-    """One exchange with a death; (what became of it, whether the victim died in it)."""
+def trial(ranks, number: int) -> tuple[str, bool, bool]:
+    """One exchange with a death; (what became of it, whether a rank came too late, whether the victim died in it)."""
     from .ranks import exchange_with_a_death
 
     rng = np.random.default_rng([7, number])
@@ -68,19 +70,22 @@ def trial(ranks, number: int) -> tuple[str, bool]:
             os.kill(processes[victim].pid, signal.SIGKILL)
 
     results = ranks.run(exchange_with_a_death, WORLD, plan, victim, event, limits, meanwhile=kill)
-    return check_survivors(plan, results, victim), results[victim] is None
+    return *check_survivors(plan, results, victim), results[victim] is None
 
 
 def run_trials(ranks, numbers) -> None:
     # A trial mostly waits for its survivors to find each other.
     with ThreadPoolExecutor(3) as pool:
         outcomes = list(pool.map(lambda number: trial(ranks, number), numbers))
-    died = sum(dead for _, dead in outcomes)
-    kinds = {kind for kind, dead in outcomes if dead}
-    print(f"{died} of {len(outcomes)} victims died in the exchange; {sorted(kinds)}")
+    died = sum(dead for *_, dead in outcomes)
+    late = sum(late for _, late, _ in outcomes)
+    kinds = {kind for kind, _, dead in outcomes if dead}
+    print(f"{died} of {len(outcomes)} victims died in the exchange; {late} times a rank came too late; {sorted(kinds)}")
     # Deaths must be spread over the exchange: before its beginning or after its end they would prove nothing.
     assert died >= 0.6 * len(outcomes)
     assert len(kinds) >= 3
+    # Stopping in time is right, and stopping too often would be no survival: half a second to notice is short on a busy machine only.
+    assert late <= 0.25 * len(outcomes)
 
 
 def test_nobody_dies(ranks):
@@ -88,7 +93,7 @@ def test_nobody_dies(ranks):
 
     plan = make_plan(np.random.default_rng(0))
     results = ranks.run(exchange_with_a_death, WORLD, plan, 0, 0, {"max_layers": 1})
-    assert check_survivors(plan, results, None) == "complete"
+    assert check_survivors(plan, results, None) == ("complete", False)
 
 
 def test_a_death_at_random(ranks):
