@@ -114,7 +114,7 @@ class Rebalancer:
         Returns:
             (int32 ``[layers, slots]``, equal to ``old`` where a rebalance does not pay; the plan, empty then).
         """
-        from .vllm.eplb_policy import rebalance_table
+        from .eplb_table import rebalance_table
 
         began = time.perf_counter()
         slots = (old.shape[1] // num_ranks,) * num_ranks

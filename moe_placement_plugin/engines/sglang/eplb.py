@@ -103,14 +103,13 @@ def _slot_tensors(layer: Any) -> list[Any]:
 
 
 def warm_up(asked: settings.Settings) -> None:
-    """Compile the planner while the model loads; else the first rebalance on a machine stalls the server for that long."""
+    """Compile the planner while the model loads."""
     if not asked.plans:
         return
-    from ..vllm.eplb_policy import rebalance_table
+    from .. import eplb_table
 
     placement = asked.placement
-    load = np.tile(1.0 + np.arange(placement.num_logical_experts), (placement.num_layers, 1))
-    rebalance_table(load, placement.num_slots, 1, 1, placement.num_ranks, placement.physical_to_logical)
+    eplb_table.warm_up(placement.physical_to_logical, placement.num_logical_experts, placement.num_ranks)
 
 
 @dataclass

@@ -94,6 +94,10 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
         rebalancers = eplb.__dict__.setdefault(_REBALANCERS, {})
         rebalancers[shape] = Rebalancer(rules, range(len(layers)), sizes, logger)
         eplb.policy = planner_policy(rebalancers)
+        from ..eplb_table import warm_up  # not earlier: see there
+
+        ranks = next(iter(layers.values())).expert_map_manager.ep_size
+        warm_up(state.physical_to_logical_map.cpu().numpy(), shape[1], ranks)
     placement = settings.placement
     if placement is None:
         return
