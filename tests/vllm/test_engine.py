@@ -111,7 +111,8 @@ def test_patches_ran_in_every_worker_process(placed, name):
     layers = 4 if name.startswith("qwen") else 3
     for worker in placed[name]["workers"]:
         hits = worker["hits"]
-        assert hits["layer-placement"] == hits["expert-map"] == layers and hits["load-report"] == 1
+        times = 2 if name == "glm balanced" else 1  # it is loaded twice to be compared with a clean load
+        assert hits["layer-placement"] == hits["expert-map"] == layers * times and hits["load-report"] == 1
         assert hits["cpu-cpu_moe-CPUUnquantizedExperts"] > 0
         assert (hits["weight-filter"] == 1) == ("filter" in name)
 
