@@ -112,6 +112,7 @@ class Layer:
         from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
         self.quant_method = type("Method", (), {"experts_cls": TritonExperts})()
+        self.moe_config = type("Config", (), {"num_logical_experts": 6})
 
 
 @pytest.mark.parametrize(
