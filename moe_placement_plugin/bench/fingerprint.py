@@ -37,7 +37,7 @@ def measure(gigabytes: float, device: str, slots: int = 64) -> dict[str, Any]:
     words = int(gigabytes * 1e9) // 2 // 8 // slots
     if words < 1:
         raise PlacementError(f"--gb {gigabytes}: less than a word for each of {slots} slots; use a larger size")
-    weights = [torch.randint(0, 2**62, (slots, words * share), device=device) for share in (1, 1)]
+    weights = [torch.randint(0, 2**62, (slots, words), device=device) for _ in range(2)]
     num_bytes = sum(tensor.numel() * 8 for tensor in weights)
 
     def digest() -> np.ndarray:

@@ -7,9 +7,8 @@ import time
 from types import SimpleNamespace
 
 from moe_placement_plugin.engines.vllm import eplb
-from moe_placement_plugin.engines.vllm.settings import PlacementSettings
 
-QUICK = {eplb._SETTINGS: PlacementSettings.make("eplb", None, 2, eplb=True, rebalance={"watchdog": 0.05})}
+QUICK = {eplb._WATCHDOG: 0.05}
 
 
 def test_an_async_rebalance_without_progress_is_reported_again_and_again(caplog):

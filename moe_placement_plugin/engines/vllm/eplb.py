@@ -27,7 +27,7 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 
 _STATE = "vllm.distributed.eplb.eplb_state"
 _PROGRESS = "_moe_placement_progress"
-_SETTINGS = "_moe_placement_settings"
+_WATCHDOG = "_moe_placement_watchdog"  # seconds; only an EplbState of a server with our settings has it
 _REBALANCERS = "_moe_placement_rebalancers"
 
 
@@ -69,7 +69,7 @@ def _add_model(original):
         settings = arrived() if config is None else settings_of(config)
         if settings is None or not settings["eplb"]:
             return
-        self.__dict__[_SETTINGS] = settings
+        self.__dict__[_WATCHDOG] = policy_from(settings["rebalance"], REBALANCE_FLAG).watchdog
         for key, state in self.model_states.items():
             if key not in known:
                 _begin(self, state, settings)
@@ -170,13 +170,13 @@ def planner_policy(rebalancers: dict[tuple[int, int], Rebalancer]) -> type:
 
 def _rearrange(original):
     def rearrange(self, is_profile=False, *args, **kwargs):
+        limit = getattr(self, _WATCHDOG, None)
+        if limit is None:
+            return original(self, is_profile, *args, **kwargs)
         watched = not is_profile and not self.is_async
         states = list(self.model_states.values()) if watched else []
         old = [state.physical_to_logical_map.clone() for state in states]
-        settings = getattr(self, _SETTINGS, None)
-        if settings is None:
-            return original(self, is_profile, *args, **kwargs)
-        with Watchdog(_watchdog_limit(settings), report=logger.warning) as watchdog:
+        with Watchdog(limit, report=logger.warning) as watchdog:
             layers = tuple(range(sum(state.model.num_moe_layers for state in self.model_states.values())))
             watchdog.waits_for(WaitingFor("rearrange and all-reduce of the load", layers, peers=_others()))
             result = original(self, is_profile, *args, **kwargs)
@@ -203,10 +203,10 @@ def _move_to_workspace(original):
 def _step(original):
     def step(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
-        settings = getattr(self, _SETTINGS, None)
-        if self.is_async and settings is not None:
+        limit = getattr(self, _WATCHDOG, None)
+        if self.is_async and limit is not None:
             for state in self.model_states.values():
-                _report_stalled(state, _watchdog_limit(settings))
+                _report_stalled(state, limit)
         return result
 
     return step
@@ -229,10 +229,6 @@ def _report_stalled(state: Any, limit: float) -> None:
         )
         logger.warning("moe_placement_plugin: async rebalance without progress for %.0f s; waiting for: %s", now - since, what)
     setattr(state, _PROGRESS, (since, (state.rebalanced, layer), reported))
-
-
-def _watchdog_limit(settings: PlacementSettings) -> float:
-    return policy_from(settings["rebalance"], REBALANCE_FLAG).watchdog
 
 
 def _others() -> tuple[int, ...]:
