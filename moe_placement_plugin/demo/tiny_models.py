@@ -38,7 +38,9 @@ class Size:
     heads: int = 8
 
 
-def write_qwen3_moe(path: str | Path, num_experts: int = 30, top_k: int = 4, seed: int = 0, size: Size = Size()) -> Path:
+def write_qwen3_moe(
+    path: str | Path, num_experts: int = 30, top_k: int = 4, seed: int = 0, size: Size = Size(), weights: bool = True
+) -> Path:
     """A Qwen3-MoE checkpoint: softmax router, no groups, every layer an MoE layer.
 
     Args:
@@ -47,6 +49,7 @@ def write_qwen3_moe(path: str | Path, num_experts: int = 30, top_k: int = 4, see
         top_k: experts per token.
         seed: of the random weights.
         size: width of the model.
+        weights: False for a checkpoint without weights, which engines load with ``--load-format dummy``.
 
     Returns:
         The directory.
@@ -68,7 +71,7 @@ def write_qwen3_moe(path: str | Path, num_experts: int = 30, top_k: int = 4, see
     def mlp(prefix: str, layer: int) -> Tensors:
         return _router(rng, prefix, num_experts, size) | _experts(rng, prefix, num_experts, size)
 
-    return _write(path, config, _tensors(rng, size, mlp))
+    return _write(path, config, _tensors(rng, size, mlp) if weights else None)
 
 
 def write_glm4_moe(path: str | Path, num_experts: int = 32, num_groups: int = 4, top_k: int = 4, seed: int = 0, size: Size = Size()) -> Path:
@@ -192,14 +195,15 @@ def _tensors(rng: np.random.Generator, size: Size, mlp: Callable[[str, int], Ten
     return tensors
 
 
-def _write(path: str | Path, config: dict[str, Any], tensors: Tensors) -> Path:
+def _write(path: str | Path, config: dict[str, Any], tensors: Tensors | None) -> Path:
     from safetensors.numpy import save_file
 
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config, indent=2))
     (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 256, "eos_token_id": 257}))
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    if tensors is not None:
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(path)
     return path
 

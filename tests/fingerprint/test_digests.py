@@ -114,3 +114,14 @@ def test_the_triton_kernel_gives_the_reference_under_the_interpreter():
         [sys.executable, "-c", INTERPRETED], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.uint8, torch.int64])
+def test_a_gpu_gives_the_same_digests_as_the_cpu(dtype):
+    for shape in [(3, 1), (2, 37), (5, 64, 96), (3, definition.BLOCK * 16 + 3), (2, 129, 2 * definition.BLOCK)]:
+        tensor = torch.randint(0, 100, shape, dtype=torch.int64).to(dtype)
+        expected = tensor_digests(tensor).tolist()
+        assert tensor_digests(tensor.cuda()).tolist() == expected, shape
+        if tensor.dim() == 3:
+            assert tensor_digests(tensor.cuda().transpose(1, 2)).tolist() == expected, shape

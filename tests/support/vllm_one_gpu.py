@@ -1,0 +1,143 @@
+"""Two ranks of the installed vLLM on one GPU, against its own single rank; prints a table.
+
+    python -m tests.support.vllm_one_gpu [--dtype float32] [CASE ...]
+
+Everything but NCCL and CUDA graphs is what two GPUs run: Triton kernels, weight loaders, expert maps, EPLB's exchange. On a machine
+without a GPU it ends with 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from moe_placement_plugin import ExpertLoad
+from tests.support.children import python, run_child
+
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "examples" / "tiny_moe"
+PROMPTS = ["sum: 12+34=", "sort: dbca=", "copy: hello=", "brackets: (()[])=", "reverse: abcde=", "sum: 7+85="] * 2
+TOLERANCE = {"float32": 0.02, "bfloat16": 0.5}
+"""Of a log probability. Triton multiplies float32 as TF32; in bfloat16 experts are summed in another order."""
+
+
+def cases(folder: Path) -> list[dict]:
+    """What is run; "plugins": "" is the engine without this plugin."""
+    ranks = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    eplb = {"enable_eplb": True}
+
+    def moving(interval: int, redundant: int, **more) -> dict:
+        return {"eplb_config": {"window_size": interval, "step_interval": interval, "num_redundant_experts": redundant, **more}}
+
+    rows = []
+    for name in ("qwen3-moe", "glm4-moe"):
+        load = folder / f"{name}.safetensors"
+        layers = json.loads((MODELS / name / "config.json").read_text())
+        count = layers["num_hidden_layers"] - layers.get("first_k_dense_replace", 0)
+        first = layers.get("first_k_dense_replace", 0)
+        ExpertLoad(np.random.default_rng(1).zipf(1.5, (1, count, 32)), tuple(range(first, first + count))).write(load)
+        strategy = {"expert_placement_strategy": "zigzag"}
+        from_load = {"expert_placement_strategy": "eplb", "expert_placement_file": str(load)}
+        rows += [
+            (f"{name}: one rank", {}, ""),
+            (f"{name}: one rank again", {}, ""),
+            (f"{name}: stock linear", ranks, ""),
+            (f"{name}: stock EPLB, 4 redundant, nothing moved", {**ranks, **eplb, **moving(10**6, 4)}, ""),
+            (f"{name}: stock EPLB, 4 redundant, moving", {**ranks, **eplb, **moving(4, 4)}, ""),
+            (f"{name}: zigzag, checkpoint verified", {**ranks, **strategy, "expert_placement_verify": "checkpoint"}, None),
+            (f"{name}: eplb from a load", {**ranks, **from_load}, None),
+            (f"{name}: zigzag under EPLB, 4 redundant, moving", {**ranks, **eplb, **moving(4, 4), **strategy}, None),
+            (f"{name}: eplb under EPLB, 4 redundant, moving", {**ranks, **eplb, **moving(4, 4), **from_load,
+             "additional_config": {"expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5}}}, None),
+        ]  # fmt: skip
+    return [
+        {"name": name, "model": name.partition(":")[0], "engine": {"model": str(MODELS / name.partition(":")[0]), **engine}, "plugins": plugins}
+        for name, engine, plugins in rows
+    ]
+
+
+def run(case: dict, folder: Path, dtype: str) -> tuple[dict, str]:
+    """The case's result and its log."""
+    shared = {"distributed_executor_backend": "mp", "disable_custom_all_reduce": True, "kv_cache_memory_bytes": 1 << 28, "dtype": dtype}
+    task = {"name": case["name"], "engine": shared | case["engine"], "prompts": PROMPTS}
+    if case["plugins"] is None:
+        task["probe"] = True
+    (folder / "cases.json").write_text(json.dumps([task]))
+    results = folder / "results.json"
+    results.unlink(missing_ok=True)
+    env = {"PYTHONPATH": _python_path(), "VLLM_DISABLE_PYNCCL": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+           "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}  # fmt: skip
+    if case["plugins"] is not None:
+        env["VLLM_PLUGINS"] = case["plugins"]
+    done = run_child(python("-m", "tests.support.vllm_runner", str(folder / "cases.json"), str(results)), 150, env, ROOT)
+    if not results.exists():
+        return {"error": f"the engine's process ended with {done.code}"}, done.output
+    return json.loads(results.read_text())[case["name"]], done.output
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(Path(__file__).parent / "shared_gpu"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+def apart(ours: dict, theirs: dict) -> tuple[int, float, float]:
+    """(answers with other tokens, greatest and mean difference of log probabilities up to the first other token)."""
+    different, gaps = 0, []
+    for a, b in zip(ours["answers"], theirs["answers"]):
+        same = [x == y for x, y in zip(a["ids"], b["ids"])]
+        different += not all(same)
+        until = same.index(False) if False in same else len(same)
+        gaps += [abs(x - y) for x, y in zip(a["logprobs"][:until], b["logprobs"][:until])]
+    return different, max(gaps, default=float("inf")), float(np.mean(gaps)) if gaps else float("inf")
+
+
+def main() -> int:
+    """0 when every placement gives what one rank gives."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("only", nargs="*", help="parts of names of cases")
+    parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
+    parser.add_argument("--logs", type=Path, help="keep the engine's logs here")
+    given = parser.parse_args()
+    import torch
+    import vllm
+
+    if not torch.cuda.is_available():
+        print("no GPU here")
+        return 2
+    print(f"vllm {vllm.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}, {given.dtype}", flush=True)
+    failed, references = 0, {}
+    with tempfile.TemporaryDirectory() as name:
+        every = cases(Path(name))
+        wanted = {c["name"] for c in every if not given.only or any(part in c["name"] for part in given.only)}
+        wanted |= {f"{c['model']}: one rank" for c in every if c["name"] in wanted}
+        for case in every:
+            if case["name"] not in wanted:
+                continue
+            result, log = run(case, Path(name), given.dtype)
+            if given.logs:
+                given.logs.mkdir(parents=True, exist_ok=True)
+                (given.logs / (re.sub(r"\W+", "-", case["name"]) + ".log")).write_text(log + "\n" + result.get("traceback", ""))
+            if "error" in result:
+                failed += 1
+                print(f"  {case['name']:50} FAILED {result['error'][:300]}", flush=True)
+                continue
+            reference = references.setdefault(case["model"], result)
+            different, most, mean = apart(result, reference)
+            good = most <= TOLERANCE[given.dtype] and (given.dtype != "float32" or different == 0)
+            failed += not good
+            moved = len(re.findall(r"Rearranged experts", log))
+            print(
+                f"  {case['name']:50} {'ok   ' if good else 'WRONG'} start {result['start_s']:5.1f} s, {different} answers differ, log probabilities "
+                f"{most:.1e} apart at most, {mean:.1e} in the mean; {moved} rearrangements",
+                flush=True,
+            )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
