@@ -45,8 +45,9 @@ from moe_placement_plugin.moe.reference import reference_moe
 from moe_placement_plugin.moe.stages import keep_local, select
 from moe_placement_plugin.placement import even_slots
 
-ROUNDING = 2.0**-7
-"""Chunked and whole may differ by this share of the largest value in bfloat16: two roundings of a partial sum."""
+ROUNDING = 2.0**-6
+"""Chunked and whole may differ by this share of the largest value in bfloat16, twice what either may differ from the reference: tiles
+depend on the batch, and the kernels round gate and up before the activation only if they have multiplied all columns at once."""
 
 
 def main() -> int:

@@ -30,6 +30,8 @@ class Stopwatch:
         self._cuda = device.type == "cuda"
         self._graphs = graphs and self._cuda
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+        # One for all captures: the allocator keeps what is freed for the stream that it was used on.
+        self._stream = torch.cuda.Stream(device) if self._graphs else None
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self._cuda else None
 
     def prepare(self, function: Callable[[], Any], warmups: int = 2) -> Callable[[], float]:
@@ -46,7 +48,7 @@ class Stopwatch:
 
     def _captured(self, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         # Not torch.cuda.graph(), which collects garbage every time: seconds, over thousands of captures beside an engine's modules.
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        graph, stream = torch.cuda.CUDAGraph(), self._stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             # Graphs are replayed one at a time, so they may share their memory.

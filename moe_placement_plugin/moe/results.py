@@ -31,20 +31,22 @@ class Selection:
 class RouteOutput:
     """What the matmuls of one rank need, the same for both exchanges.
 
-    The rows are the tokens that lie on this rank after the exchange. All four fields are filtered to this rank's
+    The rows are the tokens that lie on this rank after the exchange. All fields are filtered to this rank's
     slots together: an entry of ``local_slots`` that is -1 is in no group and has weight 0.
 
     Attributes:
         group_sizes: int64 ``[local slots]``, assignments (row, choice) of each local slot; sums to the number of
             entries of ``local_slots`` that are not -1.
-        local_slots: int32 ``[rows, top_k]``, local slot of each choice, -1 where the choice lies on another rank
-            or the row is padding.
+        local_slots: int32 ``[rows, top_k]``, contiguous (the engines' kernels read it by address), local slot of each choice, -1 where
+            the choice lies on another rank or the row is padding.
+        buckets: int32 ``[rows, top_k]``, the same with ``num_slots`` in place of -1: the group that a choice is counted in.
         weights: float32 ``[rows, top_k]``, router weight of each choice, 0 where ``local_slots`` is -1.
         complete: whether it is known on the host that no entry of ``local_slots`` is -1 (one rank, no padding).
     """
 
     group_sizes: torch.Tensor
     local_slots: torch.Tensor
+    buckets: torch.Tensor
     weights: torch.Tensor
     complete: bool
 

@@ -189,13 +189,17 @@ def keep_local(local_slots: torch.Tensor, weights: torch.Tensor, num_local: int,
     MaxText's ring of experts filtered the group sizes alone, and everything indexed like them was read at the wrong
     expert (review of PR 3981).
     """
-    sizes = torch.zeros(num_local + 1, dtype=torch.int64, device=local_slots.device)
-    flat = local_slots.flatten().long()
-    # Entries of other ranks (-1) are counted in the last bucket, which is cut off.
-    sizes.scatter_add_(0, flat if complete else torch.where(flat < 0, num_local, flat), torch.ones_like(flat))
+    local_slots = local_slots.int().contiguous()
+    buckets = local_slots
     if not complete:
-        weights = torch.where(local_slots >= 0, weights, 0)
-    return RouteOutput(sizes[:num_local], local_slots, weights, complete)
+        elsewhere = local_slots < 0
+        buckets = local_slots.masked_fill(elsewhere, num_local)
+        weights = weights.masked_fill(elsewhere, 0)
+    # Entries of other ranks are counted in the last bucket, which is cut off.
+    sizes = torch.zeros(num_local + 1, dtype=torch.int64, device=local_slots.device)
+    flat = buckets.flatten().long()
+    sizes.scatter_add_(0, flat, torch.ones_like(flat))
+    return RouteOutput(sizes[:num_local], local_slots, buckets, weights.contiguous(), complete)
 
 
 def gmm_up(

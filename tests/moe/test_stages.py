@@ -24,6 +24,7 @@ from moe_placement_plugin.moe import (
     select_experts,
     unroute,
 )
+from moe_placement_plugin.moe.stages import keep_local
 
 from .cases import HIDDEN, Case, layer, make
 
@@ -50,6 +51,20 @@ def test_route_filters_everything_together(ranks, use_ring):
         assert {k: sorted(v) for k, v in found.items()} == {k: sorted(v) for k, v in wanted[rank].items()}
         assert group_sizes.tolist() == [len(found.get(s, ())) for s in range(made.placement.slots_per_rank[rank])]
         assert (weights[slots < 0] == 0).all()
+
+
+@pytest.mark.parametrize("use_ring", [True, False], ids=["ring", "all-to-all"])
+def test_engines_kernels_can_read_what_route_returns_by_address(use_ring):
+    """vLLM's align step takes a pointer: on a GPU the two halves of what the all-to-all brings made it read weights as slots."""
+    made = make(Case(ep=1, tokens=(23,)))
+    placed = layer(Case(ep=1), made, EpGroup.single()).placed
+    _, output, _ = route(made.xs[0], made.logits[0], made.routing, placed, use_ring=use_ring)
+    assert all(t.is_contiguous() for t in (output.local_slots, output.buckets, output.weights))
+    local = torch.tensor([[0, -1, 2], [-1, 1, 0]])
+    kept = keep_local(local.T, torch.ones(3, 2), 3, False)
+    assert kept.local_slots.is_contiguous() and kept.local_slots.dtype == kept.buckets.dtype == torch.int32
+    assert kept.buckets.tolist() == [[0, 3], [3, 1], [2, 0]] and kept.weights.tolist() == [[1, 0], [0, 1], [1, 1]]
+    assert kept.group_sizes.tolist() == [2, 1, 1]
 
 
 def test_every_field_is_documented():

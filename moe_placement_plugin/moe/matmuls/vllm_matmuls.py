@@ -60,13 +60,12 @@ class VllmMatmuls(EngineMatmuls):
 
     def align(self, output, config):
         rows, top_k = output.local_slots.shape
-        slots, expert_map, experts = output.local_slots, None, output.num_slots
+        expert_map, experts = None, output.num_slots
         if not output.complete:
             # vLLM's align step takes no -1, but drops what its map sends there: one slot more stands for all others.
-            slots = torch.where(slots < 0, experts, slots)
-            expert_map, experts = self._elsewhere_map(experts, slots.device), experts + 1
+            expert_map, experts = self._elsewhere_map(experts, output.buckets.device), experts + 1
         return self._assign(
-            topk_ids=slots, config=config, num_tokens=rows, top_k_num=top_k, global_num_experts=experts, expert_map=expert_map,
+            topk_ids=output.buckets, config=config, num_tokens=rows, top_k_num=top_k, global_num_experts=experts, expert_map=expert_map,
             ignore_invalid_experts=True,
         )  # fmt: skip
 
