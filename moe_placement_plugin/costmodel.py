@@ -65,6 +65,13 @@ class Calibration(BaseModel):
     provenance: dict[str, Any] = Field(default_factory=dict)
     measurements: list[Measurement]
 
+    @property
+    def summary(self) -> str:
+        """What was measured, in one line."""
+        known = (("shape", "shape {}"), ("hidden_size", "hidden size {}"), ("intermediate_size", "experts of {}"), ("dtype", "{}"), ("kernel", "{}"),
+                 ("phase", "{}"))  # fmt: skip
+        return ", ".join([self.device, *(text.format(self.layer[key]) for key, text in known if key in self.layer)])
+
     @classmethod
     def read(cls, path: str | Path) -> Calibration:
         """Read a calibration file.
@@ -97,7 +104,11 @@ class Calibration(BaseModel):
         """Write as JSON, atomically."""
         from .files import write_atomically
 
-        write_atomically(path, (json.dumps(self.model_dump(), indent=1) + "\n").encode())
+        data = self.model_dump()
+        lines = [json.dumps(m) for m in data.pop("measurements")]
+        head = json.dumps(data, indent=1).removesuffix("\n}")
+        body = ",\n  ".join(lines)
+        write_atomically(path, f'{head},\n "measurements": [\n  {body}\n ]\n}}\n'.encode())
 
 
 def shipped() -> dict[str, Calibration]:

@@ -29,6 +29,8 @@ from .timing import Stopwatch, in_turn
 
 HELD_OUT_EVERY = 4
 """Of the measurements, sorted by tokens, every so manieth is held out of the fit."""
+CALIBRATION_SIZE = 480
+"""A calibration keeps so many measurements at most."""
 SPARE_MEMORY = 0.9
 
 
@@ -210,8 +212,12 @@ class LayerBench:
             self._weights = ExpertWeights(random(slots, 2 * shape.intermediate, shape.hidden), random(slots, shape.hidden, shape.intermediate))
 
     def calibration(self, phase: str, facts: Mapping[str, Any], command: str) -> Calibration:
-        """The measurements of a phase so far, in the form that `simulate` reads, every fourth held out."""
+        """The measurements of a phase so far, in the form that `simulate` reads, every fourth held out.
+
+        Of more than `CALIBRATION_SIZE`, sorted by tokens, evenly spaced ones are kept.
+        """
         ordered = sorted(self.measurements.get(phase, []), key=lambda m: (m.tokens, m.active_experts))
+        ordered = ordered[:: -(-len(ordered) // CALIBRATION_SIZE) or 1]
         held = [m.model_copy(update={"held_out": i % HELD_OUT_EVERY == HELD_OUT_EVERY // 2}) for i, m in enumerate(ordered)]
         layer = {
             "shape": self.name,

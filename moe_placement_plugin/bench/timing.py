@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,7 +30,8 @@ class Stopwatch:
         self.device = device
         self._cuda = device.type == "cuda"
         self._graphs = graphs and self._cuda
-        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+        self._pool: Any = None
+        self._captures: weakref.WeakSet = weakref.WeakSet()
         # One for all captures: the allocator keeps what is freed for the stream that it was used on.
         self._stream = torch.cuda.Stream(device) if self._graphs else None
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self._cuda else None
@@ -43,12 +45,18 @@ class Stopwatch:
         torch.cuda.synchronize(self.device)
         run = function
         if self._graphs:
+            if torch.cuda.memory_reserved(self.device) > torch.cuda.get_device_properties(self.device).total_memory // 2:
+                torch.cuda.empty_cache()  # what the warm-up used is not the pool's to take
             run = self._captured(function).replay
         return lambda: self._by_events(run)
 
     def _captured(self, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         # Not torch.cuda.graph(), which collects garbage every time: seconds, over thousands of captures beside an engine's modules.
         graph, stream = torch.cuda.CUDAGraph(), self._stream
+        if not self._captures:
+            # A pool goes with the last graph that uses it, and capturing into it then fails.
+            self._pool = torch.cuda.graph_pool_handle()
+        self._captures.add(graph)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             # Graphs are replayed one at a time, so they may share their memory.

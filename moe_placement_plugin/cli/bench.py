@@ -153,10 +153,12 @@ def layer(
         **device_facts(where),
         "kernel": bench.matmuls.name,
         "rows": "all-gather" if use_ring else "all-to-all",
-        "load": ", ".join(map(str, loads)) if loads else load.metadata["source"],
-        "planned on": ", ".join(map(str, plan_on)) if plan_on else "the same",
+        "load": ", ".join(path.name for path in loads) if loads else load.metadata["source"],
+        "planned on": ", ".join(path.name for path in plan_on) if plan_on else "the same",
     }
-    files = {phase: bench.calibration(phase, facts, shlex.join(["moe-placement", *sys.argv[1:]])) for phase in dict(batches)}
+    # Calibrations travel: the names of files say enough, their folders mean nothing elsewhere.
+    command = shlex.join(["moe-placement", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
+    files = {phase: bench.calibration(phase, facts, command) for phase in dict(batches)}
     fits = {phase: engine.fitted(found) for phase, found in files.items()}
     print_report(outcomes, fits, facts, Console(width=160))
     if calibrations is not None:

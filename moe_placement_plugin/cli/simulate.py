@@ -97,5 +97,5 @@ def simulate(
 
     out = console()
     if cost is not None:
-        out.print(f"Times: {measured.device}, {measured.layer}; {cost.accuracy}")
+        out.print(f"Times: {measured.summary}; {cost.accuracy}")
     out.print(simulation_table(found))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementError, Topology, get_strategy
-from moe_placement_plugin.costmodel import Calibration, LayerCost, Measurement, fit
+from moe_placement_plugin.costmodel import Calibration, LayerCost, Measurement, find_calibration, fit, shipped
 from moe_placement_plugin.moves import compare, expert_bytes_of
 from moe_placement_plugin.simulate import Cluster, Workload, align, dead_zone, simulate, step_time
 
@@ -144,3 +144,17 @@ def test_expert_bytes():
     assert expert_bytes_of(r1, "R1") == 3 * 7168 * 2048
     with pytest.raises(PlacementError, match="--expert-bytes"):
         expert_bytes_of({"hidden_size": 8}, "x")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_calibration_fits_and_says_where_it_comes_from(name):
+    found = find_calibration(name)
+    cost = fit(found.measurements)
+    assert cost.held_out >= 100 and cost.error < 0.08 and cost.per_token > 0
+    assert {"command", "date", "torch", "kernel", "load"} <= found.provenance.keys()
+    assert "/" not in found.provenance["command"], "a folder of the machine that measured"
+    assert found.summary.startswith(found.device) and found.layer["kernel"] in found.summary
+
+
+def test_calibrations_are_shipped_for_prefill_and_decode():
+    assert {find_calibration(name).layer["phase"] for name in shipped()} == {"prefill", "decode"}
