@@ -15,9 +15,6 @@ from typing import Any
 
 import numpy as np
 
-_KV_HEADS, _HEAD_DIM = 2, 32
-_VOCAB = 320
-
 Tensors = dict[str, np.ndarray]
 
 
@@ -30,12 +27,18 @@ class Size:
         expert: intermediate size of an expert.
         layers: layers of the model.
         heads: query heads of its attention.
+        kv_heads: key and value heads.
+        head_dim: width of a head.
+        vocab: rows of the embedding.
     """
 
     hidden: int = 64
     expert: int = 64
     layers: int = 4
     heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 32
+    vocab: int = 320
 
 
 def write_qwen3_moe(
@@ -55,18 +58,7 @@ def write_qwen3_moe(
         The directory.
     """
     rng = np.random.default_rng(seed)
-    config = _common(size) | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "num_experts": num_experts,
-        "num_experts_per_tok": top_k,
-        "moe_intermediate_size": size.expert,
-        "intermediate_size": 2 * size.expert,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
-        "router_aux_loss_coef": 0.0,
-    }
+    config = qwen3_moe_config(size, num_experts, top_k)
 
     def mlp(prefix: str, layer: int) -> Tensors:
         return _router(rng, prefix, num_experts, size) | _experts(rng, prefix, num_experts, size)
@@ -89,7 +81,41 @@ def write_glm4_moe(path: str | Path, num_experts: int = 32, num_groups: int = 4,
         The directory.
     """
     rng = np.random.default_rng(seed)
-    config = _common(size) | {
+    config = glm4_moe_config(size, num_experts, num_groups, top_k)
+
+    def mlp(prefix: str, layer: int) -> Tensors:
+        if layer == 0:
+            return _dense(rng, f"{prefix}.", size.hidden, 2 * size.expert)
+        bias = {f"{prefix}.gate.e_score_correction_bias": rng.normal(0, 0.1, num_experts).astype(np.float32)}
+        shared = _dense(rng, f"{prefix}.shared_experts.", size.hidden, size.expert)
+        return _router(rng, prefix, num_experts, size) | bias | shared | _experts(rng, prefix, num_experts, size)
+
+    return _write(path, config, _tensors(rng, size, mlp))
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {"qwen3-moe": write_qwen3_moe, "glm4-moe": write_glm4_moe}
+"""Name -> writer of the models of the demonstration."""
+
+
+def qwen3_moe_config(size: Size, num_experts: int, top_k: int) -> dict[str, Any]:
+    """config.json of `write_qwen3_moe`."""
+    return _common(size) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "moe_intermediate_size": size.expert,
+        "intermediate_size": 2 * size.expert,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.0,
+    }
+
+
+def glm4_moe_config(size: Size, num_experts: int, num_groups: int, top_k: int) -> dict[str, Any]:
+    """config.json of `write_glm4_moe`."""
+    return _common(size) | {
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
         "n_routed_experts": num_experts,
@@ -107,19 +133,6 @@ def write_glm4_moe(path: str | Path, num_experts: int = 32, num_groups: int = 4,
         "num_nextn_predict_layers": 0,
     }
 
-    def mlp(prefix: str, layer: int) -> Tensors:
-        if layer == 0:
-            return _dense(rng, f"{prefix}.", size.hidden, 2 * size.expert)
-        bias = {f"{prefix}.gate.e_score_correction_bias": rng.normal(0, 0.1, num_experts).astype(np.float32)}
-        shared = _dense(rng, f"{prefix}.shared_experts.", size.hidden, size.expert)
-        return _router(rng, prefix, num_experts, size) | bias | shared | _experts(rng, prefix, num_experts, size)
-
-    return _write(path, config, _tensors(rng, size, mlp))
-
-
-MODELS: dict[str, Callable[[Path], Path]] = {"qwen3-moe": write_qwen3_moe, "glm4-moe": write_glm4_moe}
-"""Name -> writer of the models of the demonstration."""
-
 
 def _common(size: Size) -> dict[str, Any]:
     return {
@@ -128,14 +141,14 @@ def _common(size: Size) -> dict[str, Any]:
         "bos_token_id": 256,
         "eos_token_id": 257,
         "pad_token_id": 258,
-        "head_dim": _HEAD_DIM,
+        "head_dim": size.head_dim,
         "hidden_act": "silu",
         "hidden_size": size.hidden,
         "initializer_range": 0.02,
         "max_position_embeddings": 2048,
         "num_attention_heads": size.heads,
         "num_hidden_layers": size.layers,
-        "num_key_value_heads": _KV_HEADS,
+        "num_key_value_heads": size.kv_heads,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "rope_scaling": None,
@@ -144,7 +157,7 @@ def _common(size: Size) -> dict[str, Any]:
         "use_cache": True,
         "use_sliding_window": False,
         "sliding_window": None,
-        "vocab_size": _VOCAB,
+        "vocab_size": size.vocab,
     }
 
 
@@ -175,23 +188,23 @@ def _experts(rng: np.random.Generator, prefix: str, num_experts: int, size: Size
 
 def _tensors(rng: np.random.Generator, size: Size, mlp: Callable[[str, int], Tensors]) -> Tensors:
     ones, hidden, heads = np.ones, size.hidden, size.heads
-    tensors = {"model.embed_tokens.weight": _matrix(rng, _VOCAB, hidden, 8.0)}
+    tensors = {"model.embed_tokens.weight": _matrix(rng, size.vocab, hidden, 8.0)}
     for layer in range(size.layers):
         prefix = f"model.layers.{layer}"
         attention = f"{prefix}.self_attn"
         tensors |= {
-            f"{attention}.q_proj.weight": _matrix(rng, heads * _HEAD_DIM, hidden),
-            f"{attention}.k_proj.weight": _matrix(rng, _KV_HEADS * _HEAD_DIM, hidden),
-            f"{attention}.v_proj.weight": _matrix(rng, _KV_HEADS * _HEAD_DIM, hidden),
-            f"{attention}.o_proj.weight": _matrix(rng, hidden, heads * _HEAD_DIM),
-            f"{attention}.q_norm.weight": ones(_HEAD_DIM, np.float32),
-            f"{attention}.k_norm.weight": ones(_HEAD_DIM, np.float32),
+            f"{attention}.q_proj.weight": _matrix(rng, heads * size.head_dim, hidden),
+            f"{attention}.k_proj.weight": _matrix(rng, size.kv_heads * size.head_dim, hidden),
+            f"{attention}.v_proj.weight": _matrix(rng, size.kv_heads * size.head_dim, hidden),
+            f"{attention}.o_proj.weight": _matrix(rng, hidden, heads * size.head_dim),
+            f"{attention}.q_norm.weight": ones(size.head_dim, np.float32),
+            f"{attention}.k_norm.weight": ones(size.head_dim, np.float32),
             f"{prefix}.input_layernorm.weight": ones(hidden, np.float32),
             f"{prefix}.post_attention_layernorm.weight": ones(hidden, np.float32),
         }
         tensors |= mlp(f"{prefix}.mlp", layer)
     tensors["model.norm.weight"] = ones(hidden, np.float32)
-    tensors["lm_head.weight"] = _matrix(rng, _VOCAB, hidden, 2.0)
+    tensors["lm_head.weight"] = _matrix(rng, size.vocab, hidden, 2.0)
     return tensors
 
 

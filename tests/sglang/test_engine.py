@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_placement_plugin import ExpertLoad
 from moe_placement_plugin.engines.sglang import versions
 from tests.sglang.engines import ENV, PROMPTS, Outcome, case, run_cases, threads
 from tests.support.children import end_group, engine_lock
@@ -152,7 +153,7 @@ def test_a_worker_without_the_plugin_dies(models, tmp_path):
 
 
 def test_the_http_server_takes_the_flag_and_answers(models, outcomes, tmp_path):
-    """`sglang serve` with the flag; a completion request gets one rank's answer."""
+    """`sglang serve` with the flag; a completion request gets one rank's answer, and /metrics what was recorded of it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -160,6 +161,8 @@ def test_the_http_server_takes_the_flag_and_answers(models, outcomes, tmp_path):
     command += f"--port {port} --tp-size 2 --ep-size 2 --expert-placement-strategy zigzag --device cpu --dtype float32".split()
     command += "--attention-backend torch_native --sampling-backend pytorch --grammar-backend none --skip-server-warmup".split()
     command += "--disable-overlap-schedule --max-total-tokens 4096 --max-running-requests 8 --mem-fraction-static 0.3".split()
+    record = tmp_path / "load"
+    command += ["--enable-metrics", "--expert-load-record", str(record), "--expert-load-interval", "0.5"]
     log = tmp_path / "server.log"
     with open(log, "wb") as output:
         server = subprocess.Popen(
@@ -179,6 +182,7 @@ def test_the_http_server_takes_the_flag_and_answers(models, outcomes, tmp_path):
             )
             completion = _post(port, "/v1/completions", {"model": "m", "prompt": "hello", "max_tokens": 4, "temperature": 0})
             verified = _post(port, "/weights_checker", {"action": "expert_placement"})
+            metrics = _scrape(port, "moe_expert_recording_timestamp_seconds", after=time.time() + 0.5)
         finally:
             end_group(server)
     assert verified["success"]
@@ -187,6 +191,12 @@ def test_the_http_server_takes_the_flag_and_answers(models, outcomes, tmp_path):
     difference = np.abs(np.array([value for value, *_ in answer["meta_info"]["output_token_logprobs"]]) - row["logprobs"]).max()
     assert difference < TOLERANCE
     assert completion["usage"]["completion_tokens"] == 4
+    # Every prompt token and all generated ones but the last of each answer, 4 experts each, in 4 layers.
+    routed = (len(PROMPTS[0]) + 12 - 1 + completion["usage"]["prompt_tokens"] + 4 - 1) * 4 * 4
+    assert metrics['moe_expert_tokens_total{phase="prefill"}'] + metrics['moe_expert_tokens_total{phase="decode"}'] == routed
+    assert ExpertLoad.read(record).counts.sum() == routed
+    assert sum(name.startswith("moe_expert_balancedness{") for name in metrics) == 4 and 0.5 <= metrics["moe_expert_balancedness_overall"] <= 1
+    assert metrics['moe_placement_events_total{event="verified_slots"}'] >= 4 * 16
     assert "expert placement zigzag is in force" in log.read_text()
     assert server.returncode in (0, -signal.SIGTERM, -signal.SIGKILL)
 
@@ -197,6 +207,19 @@ def _post(port: int, path: str, body: dict) -> dict:
     )
     with urllib.request.urlopen(request, timeout=120) as response:
         return json.load(response)
+
+
+def _scrape(port: int, stamp: str, after: float, seconds: float = 20) -> dict[str, float]:
+    """Our metrics of the server, once the one named ``stamp`` is later than ``after`` (seconds since 1970)."""
+    end = time.monotonic() + seconds
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        found = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line.startswith("moe_"))}
+        if found.get(stamp, 0) > after or time.monotonic() > end:
+            assert any(line.startswith("sglang:") for line in lines), "the engine's own metrics are gone"
+            return found
+        time.sleep(0.5)
 
 
 def _wait_until_ready(server: subprocess.Popen, port: int, log: Path, seconds: float = 240) -> None:

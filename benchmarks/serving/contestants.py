@@ -1,0 +1,153 @@
+"""The servers that are compared: one engine, one model, a placement each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_placement_plugin import PlacementError
+from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettings
+
+OURS = {"min_gain": 0.02, "hysteresis": 0}
+CACHE_BYTES = 6 << 30
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One server.
+
+    Attributes:
+        name: as in the tables.
+        strategy: our strategy; None for the engine without this plugin.
+        redundant: redundant experts per layer.
+        load: whether the strategy plans from the recorded load.
+        moving: None, or how the engine's EPLB is switched on: ``sync`` or ``async``.
+        even: serve the model whose router loads all experts alike, the ideal.
+        engines: where it exists.
+    """
+
+    name: str
+    strategy: str | None = None
+    redundant: int = 0
+    load: bool = False
+    moving: str | None = None
+    even: bool = False
+    engines: tuple[str, ...] = ("vllm", "sglang")
+    extra: dict = field(default_factory=dict)
+
+
+CONTESTANTS = {
+    c.name: c
+    for c in (
+        Contestant("stock"),
+        Contestant("ideal", even=True),
+        Contestant("linear", "linear"),
+        Contestant("balanced", "balanced"),
+        Contestant("zigzag", "zigzag"),
+        Contestant("eplb", "eplb", load=True),
+        Contestant("eplb+8", "eplb", 8, load=True),
+        Contestant("eplb+16", "eplb", 16, load=True),
+        Contestant("engine EPLB", None, 8, moving="sync"),
+        Contestant("engine EPLB async", None, 8, moving="async", engines=("vllm",)),
+        Contestant("our EPLB", "eplb", 8, load=True, moving="sync"),
+        Contestant("our EPLB async", "eplb", 8, load=True, moving="async", engines=("vllm",)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all servers of a run share.
+
+    Attributes:
+        engine: ``vllm`` or ``sglang``.
+        ranks: EP ranks.
+        layout: ``tp`` (tensor-parallel attention) or ``dp`` (data-parallel attention).
+        cpu: whether it runs without a GPU.
+        dtype: of the weights.
+        graphs: CUDA graphs.
+        memory: share of a GPU's memory for each server; all are there at once.
+        interval: forward passes between two rebalances.
+    """
+
+    engine: str
+    ranks: int
+    layout: str
+    cpu: bool
+    dtype: str
+    graphs: bool
+    memory: float
+    interval: int
+
+
+def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port: int, record: Path | None = None) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of a contestant's server.
+
+    Raises:
+        PlacementError: when it needs a recorded load and there is none.
+    """
+    if one.load and load is None:
+        raise PlacementError(f"{one.name} plans from a recorded load: give --load, or let the run record one")
+    arguments = _vllm(one, setup) if setup.engine == "vllm" else _sglang(one, setup)
+    settings = ServerSettings(setup.cpu, setup.dtype, 2048, setup.ranks, tuple(arguments))
+    placed = None
+    if one.strategy is not None:
+        redundant = one.redundant if setup.engine == "sglang" else 0
+        placed = Placed(one.strategy, setup.ranks, load if one.load else None, redundant, record)
+    line, env = DEMO_ENGINES[setup.engine].command(model, port, placed, settings)
+    if setup.layout == "dp":
+        line = _data_parallel(line, setup)
+    return line, env | ({"VLLM_USE_FLASHINFER_SAMPLER": "0", "NCCL_NVLS_ENABLE": "0"} if setup.engine == "vllm" else {"NCCL_NVLS_ENABLE": "0"})
+
+
+def _vllm(one: Contestant, setup: Setup) -> list[str]:
+    words = ["--no-enable-prefix-caching"]
+    if one.strategy is None:
+        words.append("--enable-expert-parallel")
+    if not setup.cpu:
+        # The cache's size is given: vLLM would else take other servers' memory for its own while it measures.
+        words += ["--gpu-memory-utilization", str(setup.memory), "--kv-cache-memory-bytes", str(CACHE_BYTES), "--max-num-batched-tokens", "8192",
+                  "--max-num-seqs", "256"]  # fmt: skip
+        if not setup.graphs:
+            words.append("--enforce-eager")
+    if one.redundant or one.moving:
+        # Redundant experts exist under EPLB only; an interval that is never reached keeps them where they are.
+        interval = setup.interval if one.moving else 10**9
+        eplb = {
+            "num_redundant_experts": one.redundant,
+            "window_size": min(interval, 1000),
+            "step_interval": interval,
+            "use_async": one.moving == "async",
+        }
+        words += ["--enable-eplb", "--eplb-config", json.dumps(eplb)]
+    if one.moving and one.strategy:
+        words += ["--expert-rebalance", json.dumps(OURS)]
+    return words
+
+
+def _sglang(one: Contestant, setup: Setup) -> list[str]:
+    words = ["--disable-radix-cache"]
+    if one.strategy is None:
+        words += ["--ep-size", str(setup.ranks)]
+        if one.redundant:
+            words += ["--ep-num-redundant-experts", str(one.redundant)]
+    if not setup.cpu:
+        words += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
+        words += ["--mem-fraction-static", str(setup.memory), "--max-total-tokens", "400000", "--chunked-prefill-size", "8192"]
+        words.append("--enforce-disable-flashinfer-allreduce-fusion")
+        if not setup.graphs:
+            words.append("--disable-cuda-graph")
+    if one.moving:
+        words += ["--enable-eplb", "--eplb-rebalance-num-iterations", str(setup.interval), "--expert-distribution-recorder-mode", "stat"]
+        if one.strategy:
+            words += ["--expert-rebalance", json.dumps(OURS)]
+    return words
+
+
+def _data_parallel(line: list[str], setup: Setup) -> list[str]:
+    """The same server with data-parallel attention in place of tensor-parallel."""
+    if setup.engine == "sglang":
+        return [*line, "--dp-size", str(setup.ranks), "--enable-dp-attention"]
+    at = line.index("--tensor-parallel-size")
+    return [*line[:at], "--data-parallel-size", str(setup.ranks), *line[at + 2 :]]

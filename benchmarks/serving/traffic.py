@@ -1,0 +1,121 @@
+"""Requests to a running server over its OpenAI API, streamed, and what a user sees of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+
+import aiohttp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked.
+
+    Attributes:
+        requests: how many.
+        prompt: tokens of each.
+        answer: tokens generated for each.
+        concurrency: requests under way at once.
+    """
+
+    requests: int
+    prompt: int
+    answer: int
+    concurrency: int
+
+    def prompts(self, vocab: int, seed: int) -> list[str]:
+        """Random words, other ones for every seed, so that no prefix is cached."""
+        words = np.random.default_rng(seed).integers(4, vocab, (self.requests, self.prompt))
+        return [" ".join(f"w{w}" for w in row) for row in words.tolist()]
+
+
+WORKLOADS = {
+    "prefill": Workload(256, 1024, 8, 64),
+    "decode": Workload(256, 64, 256, 128),
+    "mixed": Workload(256, 512, 64, 64),
+    "tiny": Workload(16, 24, 8, 4),
+}
+"""``tiny`` is for machines without a GPU."""
+
+
+@dataclass
+class Seen:
+    """One round of a workload.
+
+    Attributes:
+        seconds: from the first request to the last answer.
+        tokens: prompt and generated tokens of all requests.
+        first: seconds to each request's first token.
+        between: mean seconds between its later tokens.
+        longest: the longest wait between two pieces of one answer, seconds: a rebalance that stops the server shows here.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    longest: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """Throughput and percentiles, times in milliseconds."""
+
+        def at(values: list[float], percent: int) -> float:
+            return float(np.percentile(values, percent)) * 1e3 if values else float("nan")
+
+        return {
+            "tokens_per_s": self.tokens / self.seconds,
+            "ttft_p50": at(self.first, 50),
+            "ttft_p99": at(self.first, 99),
+            "tpot_p50": at(self.between, 50),
+            "tpot_p99": at(self.between, 99),
+            "longest_gap": self.longest * 1e3,
+        }
+
+
+def drive(url: str, workload: Workload, vocab: int, seed: int) -> Seen:
+    """Run one round.
+
+    Raises:
+        RuntimeError: when a request fails.
+    """
+    return asyncio.run(_drive(url, workload, vocab, seed))
+
+
+async def _drive(url: str, workload: Workload, vocab: int, seed: int) -> Seen:
+    seen, slots = Seen(), asyncio.Semaphore(workload.concurrency)
+    began = time.perf_counter()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def one(prompt: str) -> None:
+            async with slots:
+                await _request(session, url, prompt, workload, seen)
+
+        await asyncio.gather(*(one(prompt) for prompt in workload.prompts(vocab, seed)))
+    seen.seconds = time.perf_counter() - began
+    return seen
+
+
+async def _request(session: aiohttp.ClientSession, url: str, prompt: str, workload: Workload, seen: Seen) -> None:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": workload.answer, "temperature": 0, "stream": True, "ignore_eos": True}
+    began, times = time.perf_counter(), []
+    async with session.post(f"{url}/v1/completions", json=body) as answer:
+        if answer.status != 200:
+            raise RuntimeError(f"{url} answered {answer.status}: {(await answer.text())[:300]}")
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                piece = json.loads(line[6:])
+                if piece.get("error"):
+                    raise RuntimeError(f"{url}: {piece['error']}")
+                if piece.get("choices"):
+                    times.append(time.perf_counter())
+    if not times:
+        raise RuntimeError(f"{url} answered nothing")
+    seen.tokens += workload.prompt + workload.answer
+    seen.first.append(times[0] - began)
+    if len(times) > 1:
+        seen.between.append((times[-1] - times[0]) / max(1, workload.answer - 1))
+        seen.longest = max(seen.longest, float(np.diff(times).max()))

@@ -1,0 +1,115 @@
+"""The parts of the serving benchmark that need no engine: checkpoints, command lines, traffic, what a user sees of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="checkpoints are made with torch")
+pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohttp, which both engines bring")
+
+from safetensors import safe_open  # noqa: E402
+
+from benchmarks.serving.checkpoints import MODELS, fit_bias, wanted_shares, write  # noqa: E402
+from benchmarks.serving.contestants import CONTESTANTS, Setup, command  # noqa: E402
+from benchmarks.serving.traffic import Workload, drive  # noqa: E402
+from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
+from moe_placement_plugin.moe import select_experts  # noqa: E402
+
+
+def skewed(layers: int, experts: int) -> ExpertLoad:
+    return ExpertLoad(np.random.default_rng(0).zipf(1.6, (layers, experts)).clip(max=400) * 100)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-grouped"])
+def test_the_router_follows_the_load_and_its_twin_is_even(name, tmp_path):
+    model = MODELS[name]
+    made = write(tmp_path / "model", model, skewed(4, 40), torch.float32, "cpu")
+    write(tmp_path / "even", model, None, torch.float32, "cpu")
+    wanted, reached = np.array(made["shares"]), np.array(made["reached"])
+    assert wanted.shape == (len(model.moe_layers), model.experts) and np.abs(wanted - reached).sum(axis=1).max() < 0.03
+    assert wanted.max() * model.experts > 2, "the load is not skewed"
+    tensors = {}
+    for folder in ("model", "even"):
+        index = json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())["weight_map"]
+        tensors[folder] = {}
+        for key, file in index.items():
+            with safe_open(tmp_path / folder / file, "pt") as handle:
+                tensors[folder][key] = handle.get_tensor(key)
+    same = {key for key in tensors["model"] if torch.equal(tensors["model"][key], tensors["even"][key])}
+    assert tensors["model"].keys() - same == {f"model.layers.{layer}.mlp.gate.weight" for layer in model.moe_layers}
+    # Nothing writes to the dimension that carries the bias.
+    assert all(not t[0].any() for k, t in tensors["model"].items() if k.endswith(("o_proj.weight", "down_proj.weight")))
+
+
+def test_shares_stay_within_what_a_token_can_choose():
+    model = MODELS["tiny"]
+    one_hot = ExpertLoad(np.eye(1, model.experts, dtype=np.int64).repeat(3, axis=0) * 10**6)
+    shares = wanted_shares(one_hot, model)
+    assert shares.max() <= 0.9 / model.top_k * 1.01 and shares.sum(axis=1) == pytest.approx(1)
+    noise = torch.randn(4096, model.experts)
+    bias, reached = fit_bias(noise, torch.from_numpy(shares[0]).float(), model.routing())
+    chosen, _ = select_experts(noise + bias, model.routing())
+    assert torch.bincount(chosen.flatten(), minlength=model.experts).tolist() == (reached * chosen.numel()).round().long().tolist()
+    with pytest.raises(PlacementError, match="record a model at least as large"):
+        wanted_shares(skewed(2, 8), model)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("layout", ["tp", "dp"])
+def test_command_lines(engine, layout, tmp_path):
+    setup = Setup(engine, 4, layout, False, "bfloat16", True, 0.1, 200)
+    for one in CONTESTANTS.values():
+        if one.load:
+            with pytest.raises(PlacementError, match="plans from a recorded load"):
+                command(one, setup, tmp_path, None, 1)
+        line, env = command(one, setup, tmp_path, tmp_path / "load", 1)
+        off = env.get("VLLM_PLUGINS" if engine == "vllm" else "SGLANG_PLUGINS")
+        assert (off is None) == (one.strategy is not None) == ("--expert-placement-strategy" in line)
+        ranks = {
+            ("vllm", "tp"): "--tensor-parallel-size",
+            ("vllm", "dp"): "--data-parallel-size",
+            ("sglang", "tp"): "--tp-size",
+            ("sglang", "dp"): "--dp-size",
+        }
+        assert line[line.index(ranks[engine, layout]) + 1] == "4"
+        assert ("--enable-eplb" in line) == (bool(one.moving) or engine == "vllm" and bool(one.redundant))
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Streams as an engine does: the first token after 50 ms, the others 10 ms apart, one of them after 200 ms."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(500 if "w4 " in asked["prompt"] else 200)
+        self.end_headers()
+        for number in range(asked["max_tokens"]):
+            time.sleep(0.05 if number == 0 else 0.2 if number == 3 else 0.01)
+            self.wfile.write(b"data: " + json.dumps({"choices": [{"text": "x"}]}).encode() + b"\n\n")
+            self.wfile.flush()
+        self.wfile.write(b'data: {"choices": [], "usage": {}}\n\ndata: [DONE]\n\n')
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_traffic_measures_what_a_user_sees():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        seen = drive(url, Workload(4, 3, 6, 2), 10**6, 0)
+        figures = seen.figures()
+        assert seen.tokens == 4 * 9 and len(seen.first) == len(seen.between) == 4
+        assert figures["ttft_p50"] >= 50 and figures["longest_gap"] >= 200 and figures["tpot_p50"] >= (200 + 4 * 10) / 5
+        # Two at a time: two batches, one after the other.
+        assert seen.seconds >= 2 * (0.05 + 0.2 + 4 * 0.01) and figures["tokens_per_s"] == pytest.approx(36 / seen.seconds)
+        with pytest.raises(RuntimeError, match="answered 500"):
+            drive(url, Workload(1, 2, 2, 1), 5, 0)  # the only word is w4
+    finally:
+        server.shutdown()
