@@ -23,7 +23,7 @@ from moe_placement_plugin.moe import select_experts  # noqa: E402
 
 
 def skewed(layers: int, experts: int) -> ExpertLoad:
-    return ExpertLoad(np.random.default_rng(0).zipf(1.6, (layers, experts)).clip(max=400) * 100)
+    return ExpertLoad((1000 * np.random.default_rng(0).lognormal(0, 0.6, (layers, experts))).astype(np.int64))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-grouped"])
