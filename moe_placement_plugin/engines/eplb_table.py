@@ -58,13 +58,21 @@ def _in_service(old: np.ndarray, load_shape: tuple[int, int], num_replicas: int)
     return bool(held.all())
 
 
-def warm_up(table: np.ndarray, num_experts: int, num_ranks: int) -> None:
-    """Compile the planner; else the first rebalance on a machine stalls the server for that long (about 15 s).
+def warm_up(table: np.ndarray, num_experts: int, num_ranks: int, plans: bool = True) -> None:
+    """Compile planner and exchange; else the first rebalance on a machine stalls the server for that long (about 15 s).
 
     Args:
         table: int ``[layers, slots]``, a placement.
         num_experts: logical experts.
         num_ranks: EP ranks.
+        plans: whether this package's planner rebalances; else the exchange only.
     """
-    load = np.tile(1.0 + np.arange(num_experts), (table.shape[0], 1))
-    rebalance_table(load, table.shape[1], 1, 1, num_ranks, table)
+    from ..exchange.plan import plan_exchange
+    from ..placement import Placement
+
+    if plans:
+        load = np.tile(1.0 + np.arange(num_experts), (table.shape[0], 1))
+        rebalance_table(load, table.shape[1], 1, 1, num_ranks, table)
+    slots = (table.shape[1] // num_ranks,) * num_ranks
+    here, there = (Placement(t, num_experts, slots) for t in (table, np.roll(table, slots[0], axis=1)))
+    plan_exchange(here, there).chunks()

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 class ExpertReader(Protocol):
-    """Reads an expert that no live rank holds; `checkpoint.CheckpointReader` is one."""
+    """Reads an expert that no live rank holds; `checkpoint.CheckpointReader` is one.
+
+    A reader that is quicker with several at once has also ``read_all(wanted)``, which takes a list of `read`'s arguments.
+    """
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
         """Fill ``out``, one tensor for each tensor of the layer, of the shape of one slot; returns the bytes read."""
@@ -148,6 +151,11 @@ class Exchange:
                 on_commit(rows)
         return self.report
 
+    @property
+    def staging(self) -> torch.Tensor | None:
+        """The staging memory, for the next exchange."""
+        return self._memory
+
     def steps(self) -> Iterator[tuple[int, ...]]:
         """Carry out one chunk at each step; yields the rows of its layers, whose new maps must come into force before the next forward pass.
 
@@ -222,15 +230,22 @@ class Exchange:
 
     def _read(self, chunk: Chunk, staged: Staged) -> None:
         """Read what this rank needs from the checkpoint, while the network is busy."""
+        wanted = []
         for row, expert, rank, slot in chunk.reads.tolist():
-            if rank != self.rank:
-                continue
-            parameters = self._layers[row]
-            tensors = staged.take(parameters)
-            self._wait_for(chunk, "read", size=sum(p.bytes for p in parameters))
-            typed = [p.typed(t) for p, t in zip(parameters, tensors)]
-            self.report.bytes_read += self._reader.read(self.plan.new.layer_ids[row], expert, typed)
-            staged.experts.append((row, slot, tensors))
+            if rank == self.rank:
+                parameters = self._layers[row]
+                tensors = staged.take(parameters)
+                wanted.append((self.plan.new.layer_ids[row], expert, [p.typed(t) for p, t in zip(parameters, tensors)]))
+                staged.experts.append((row, slot, tensors))
+        if not wanted:
+            return
+        self._wait_for(chunk, "read", size=sum(t.nbytes for _, _, typed in wanted for t in typed))
+        read_all = getattr(self._reader, "read_all", None)
+        if read_all is not None:
+            self.report.bytes_read += read_all(wanted)
+            return
+        for layer, expert, typed in wanted:
+            self.report.bytes_read += self._reader.read(layer, expert, typed)
 
     def _commit(self, chunk: Chunk, staged: Staged) -> None:
         """Overwrite the chunk's slots; nothing here can fail or needs another rank."""

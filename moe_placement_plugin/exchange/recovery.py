@@ -46,4 +46,4 @@ def place_lost(old: Placement, live_ranks: Sequence[int], load: np.ndarray | Non
             copies[expert] += 1
             held[at] = expert
         row[slots] = held
-    return Placement(table, experts, old.slots_per_rank, old.layer_ids, old.strategy)
+    return type(old)(table, experts, old.slots_per_rank, old.layer_ids, old.strategy)

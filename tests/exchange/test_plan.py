@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange.plan import plan_exchange
 from moe_placement_plugin.moves import compare
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.placement import EngineTable, Placement
 from moe_placement_plugin.topology import Topology
 
 from .cases import SimulatedRanks, exchanges, random_placement
@@ -45,6 +45,25 @@ def test_every_slot_gets_its_expert_however_the_plan_is_cut(plan, max_layers, ti
     for chunk in chunks:
         assert len(chunk.rows) <= max_layers
         assert bound is None or chunk.staging_bytes.max() <= bound
+
+
+@RUNS
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 6))
+def test_an_engines_table_may_hold_an_expert_twice_on_a_rank(seed, ranks, slots):
+    rng = np.random.default_rng(seed)
+    experts = int(rng.integers(1, ranks * slots + 1))
+
+    def table() -> EngineTable:
+        rows = [rng.permutation(np.concatenate([np.arange(experts), rng.integers(experts, size=ranks * slots - experts)])) for _ in range(3)]
+        return EngineTable(np.array(rows), experts, (slots,) * ranks)
+
+    plan = plan_exchange(table(), table())
+    ran = simulated(plan)
+    ran.carry_out(plan, plan.chunks(max_layers=1))
+    ran.check(plan.new, plan.live_ranks)
+    half = plan.metadata()
+    half.committed[1] = True
+    assert half.in_force().physical_to_logical[1].tolist() == plan.new.physical_to_logical[1].tolist()
 
 
 @RUNS

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from moe_placement_plugin.engines.rebalancing import Rebalancer
+from moe_placement_plugin.engines.exchanger import Exchanger
 from moe_placement_plugin.engines.sglang import eplb, settings
+from moe_placement_plugin.engines.sglang.eplb_algorithm import inverse_maps
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange.decision import RebalancePolicy
 from moe_placement_plugin.exchange.watchdog import Watchdog
@@ -90,8 +92,20 @@ def test_forward_passes_are_put_together_into_windows():
     assert not eplb.windows(counts[34:], 16).any() and len(eplb.windows(counts[34:], 16)) == 1
 
 
-def metadata(table) -> types.SimpleNamespace:
-    return types.SimpleNamespace(physical_to_logical_map_cpu=torch.tensor(np.asarray(table)))
+class Metadata(types.SimpleNamespace):
+    """The tables of SGLang's metadata, and its `update`."""
+
+    def update(self, other, update_layer_ids):
+        for name in vars(self):
+            getattr(self, name)[update_layer_ids] = getattr(other, name)[update_layer_ids]
+
+
+def metadata(table, usable=None) -> Metadata:
+    table = np.array(table)
+    to_physical, _ = inverse_maps(table, EXPERTS, usable)
+    wide = np.full((*to_physical.shape[:2], table.shape[1]), -1)
+    wide[..., : to_physical.shape[2]] = to_physical
+    return Metadata(physical_to_logical_map_cpu=torch.tensor(table), logical_to_all_physical_map_cpu=torch.tensor(wide))
 
 
 @pytest.fixture
@@ -102,6 +116,7 @@ def serving(monkeypatch):
     in_force = metadata(np.tile(np.arange(10) % EXPERTS, (LAYERS, 1)))
     monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: in_force)
     monkeypatch.setattr(eplb, "_others", lambda: (1,))
+    monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: None)
     return in_force
 
 
@@ -152,14 +167,59 @@ def test_without_strategy_eplb_the_algorithm_is_sglangs(monkeypatch):
     assert eplb.plan(lambda *args: args, 1, 2, 3, 4, 5, 6) == (1, 2, 3, 4, 5, 6)
 
 
+class Recorded(Exchanger):
+    """Plans, and moves nothing."""
+
+    def __init__(self):
+        self.num_experts, self.num_slots, self.ranks, self.topology = EXPERTS, 5, 2, None
+        self.expert_bytes, self.plans = {1: 100, 2: 100}, []
+
+    def exchange(self, plan, on_commit=None, reader=None, watchdog=None):
+        self.plans.append((plan, reader))
+        on_commit(tuple(plan.changed_rows.tolist()))
+
+
+def updated(new, layers=(1, 2)):
+    updater = types.SimpleNamespace(**{eplb._EXCHANGER: Recorded()})
+
+    def theirs(*args, **kwargs):
+        raise AssertionError("SGLang's own exchange was asked")
+
+    assert eplb.update(theirs, updater, {}, new, list(layers), nnodes=1, rank=0) == {}
+    return getattr(updater, eplb._EXCHANGER).plans
+
+
 def test_layers_that_stay_are_passed_over(serving, monkeypatch):
     here = under_way(monkeypatch)
-    asked = []
-    new = metadata(serving.physical_to_logical_map_cpu.numpy())
-    assert eplb.update(lambda *args, **kwargs: asked.append(args), None, {}, new, [1, 2], nnodes=1, rank=0) == {} and not asked
-    new.physical_to_logical_map_cpu[2] = new.physical_to_logical_map_cpu[2].flip(0)
-    eplb.update(lambda *args, **kwargs: asked.append((args[3], kwargs)), None, {}, new, [1, 2], nnodes=1, rank=0)
-    assert asked == [([2], {"nnodes": 1, "rank": 0})] and here.moved == [2]
+    table = serving.physical_to_logical_map_cpu.numpy()
+    assert not updated(metadata(table)) and not here.moved
+    goal = table.copy()
+    goal[2] = goal[2][::-1]
+    ((plan, reader),) = updated(metadata(goal))
+    assert plan.new.layer_ids == (2,) and here.moved == [2] and reader is None
+    assert serving.physical_to_logical_map_cpu.tolist() == goal.tolist()
+
+
+def test_a_dead_rank_gets_no_expert_and_no_token(serving, monkeypatch):
+    """Rank 1 of two dies: experts 0 to 4 and their replicas 0, 1 are with rank 0 only for 0..4; the others are placed there from nowhere."""
+    here = under_way(monkeypatch)
+    monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: (0,))
+    with pytest.raises(PlacementError, match="5 slots for 8 experts"):
+        planned(hot(3))
+    table = np.tile([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7], (LAYERS, 1))  # both ranks hold all
+    serving.__dict__.update(vars(metadata(table)))
+    kept, to_physical, count = eplb.plan(None, torch.tensor(hot(3)), 16, 8, None, 1, None)
+    assert kept.tolist() == table.tolist() and not here.planner.last.rebalance
+    assert to_physical.shape[2] == 1 and int(to_physical.max()) == 7 and (count == 1).all()
+
+
+def test_maps_alone_change_where_a_dead_rank_held_replicas_only(serving, monkeypatch):
+    here = under_way(monkeypatch)
+    table = serving.physical_to_logical_map_cpu.numpy()
+    goal = metadata(table, usable=np.arange(10) != 8)
+    assert not updated(goal) and not here.moved  # nothing moves
+    assert serving.logical_to_all_physical_map_cpu[1].equal(goal.logical_to_all_physical_map_cpu[1])
+    assert 8 in serving.logical_to_all_physical_map_cpu[0]  # which was not to be updated
 
 
 class Manager:
@@ -173,8 +233,9 @@ class Manager:
 def rebalancing(serving, monkeypatch):
     """Layers that were checked, for a rebalance in two chunks."""
     checked = []
-    monkeypatch.setattr(eplb, "recheck", lambda model, what, only: checked.append(list(only)))
+    monkeypatch.setattr(eplb, "recheck", lambda model, what, only, alone: checked.append(list(only)))
     monkeypatch.setattr(eplb.loaded, "current", lambda: object())
+    monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
     settings.set_current(settings.Settings("eplb", rebalance={"watchdog": 0.05}, moves=True))
     yield checked
     settings.set_current(None)
@@ -196,7 +257,7 @@ def test_what_moved_is_verified_before_the_next_forward_pass(rebalancing):
 
 
 def test_a_damaged_exchange_ends_the_server(rebalancing, monkeypatch):
-    def damaged(model, what, only):
+    def damaged(model, what, only, alone):
         raise PlacementError(what)
 
     monkeypatch.setattr(eplb, "recheck", damaged)

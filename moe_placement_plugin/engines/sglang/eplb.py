@@ -1,6 +1,6 @@
-"""Under SGLang's EPLB (``--enable-eplb``): our placement to begin with, our planner to rebalance, and a check of what moved.
+"""Under SGLang's EPLB (``--enable-eplb``): our placement to begin with, our planner to rebalance, our exchange, and a check of what moved.
 
-SGLang's manager, recorder and updater do what they do; they are told less often to move experts, and watched.
+SGLang's manager and recorder do what they do; they are told less often to move experts, and watched.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from ...errors import PlacementError
 from ...exchange.decision import RebalancePolicy
 from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
+from ..exchanger import Exchanger, Meeting
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import loaded, settings
+from . import elastic, loaded, reload, settings
 from .eplb_algorithm import inverse_maps
 from .hooks import Hook, HookSet
 from .verify import expert_layers, recheck
@@ -29,9 +30,11 @@ MOST_WINDOWS = 16
 """Into how many windows the recorder's forward passes, up to a thousand, are put together to judge a plan."""
 
 _PLANNER = "_moe_placement_planner"  # attribute of the EPLBManager
+_EXCHANGER = "_moe_placement_exchanger"  # attribute of the ExpertLocationUpdater
 _END = object()
 
 _under_way: _Rebalance | None = None
+_met: _Met | None = None
 
 
 def settle(asked: settings.Settings, cfg: Any) -> None:
@@ -69,7 +72,8 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
             f"{flag} and --load-format dummy: most models list the weights to move only while they load a checkpoint; leave --enable-eplb out"
         )
     algorithm = str(getattr(cfg, "eplb_algorithm", "auto"))
-    if ours and algorithm != "auto":
+    asked.elastic = bool(getattr(cfg, "elastic_ep_backend", None))
+    if ours and algorithm != "auto" and not (asked.elastic and algorithm == "elasticity_aware"):  # SGLang's own choice then
         raise PlacementError(
             f"--eplb-algorithm {algorithm} together with --expert-placement-strategy eplb: both decide how to rebalance; leave one of the two out"
         )
@@ -102,14 +106,29 @@ def _slot_tensors(layer: Any) -> list[Any]:
     return [p.data for name, p in layer.named_parameters() if name != "correction_bias" and filter_moe_weight_param_global_expert(name, p, slots)]
 
 
+@dataclass
+class _Met:
+    """What was learned while the model was loaded: of the other ranks, and which model is served."""
+
+    meeting: Meeting
+    model: Any
+    reader: reload.EngineReader | None = None
+
+
+def meet(asked: settings.Settings, model: Any) -> None:
+    """Learn of the other ranks what an exchange needs, while all of them are there; a collective call."""
+    global _met
+    from sglang.srt.distributed.parallel_state import get_moe_ep_group
+
+    _met = _Met(Meeting.of(get_moe_ep_group().cpu_group, asked.elastic), model)
+
+
 def warm_up(asked: settings.Settings) -> None:
-    """Compile the planner while the model loads."""
-    if not asked.plans:
-        return
+    """Compile planner and exchange while the model loads."""
     from .. import eplb_table
 
     placement = asked.placement
-    eplb_table.warm_up(placement.physical_to_logical, placement.num_logical_experts, placement.num_ranks)
+    eplb_table.warm_up(placement.physical_to_logical, placement.num_logical_experts, placement.num_ranks, asked.plans)
 
 
 @dataclass
@@ -149,7 +168,7 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
                 ended = next(steps, _END) is _END
                 if here.moved and loaded.current() is not None:
                     here.watchdog.waits_for(WaitingFor("verification", tuple(here.moved), peers=_others()))
-                    recheck(model, "expert weights were damaged by an exchange", here.moved)
+                    recheck(model, "expert weights were damaged by an exchange", here.moved, elastic.may_lose_ranks())
         finally:
             _under_way = None
         if ended:
@@ -188,10 +207,13 @@ def plan(
     rows = list(planner.layer_ids)
     counts = windows(tokens_per_expert.cpu().numpy()[:, rows])
     table = in_force.copy()
+    ranks, live = num_physical_experts // num_local_physical_experts, elastic.live_ranks()
+    if live is not None and not counts.any():
+        counts = np.ones_like(counts)  # what was lost must find a place, whether or not anything was recorded
     if counts.any():
-        ranks = num_physical_experts // num_local_physical_experts
-        table[rows], _ = planner.propose(ExpertLoad(counts, planner.layer_ids), in_force[rows], ranks, num_groups or 1, num_nodes)
-    to_physical, count = inverse_maps(table, tokens_per_expert.shape[-1])
+        table[rows], _ = planner.propose(ExpertLoad(counts, planner.layer_ids), in_force[rows], ranks, num_groups or 1, num_nodes, live)
+    usable = None if live is None else np.isin(np.arange(num_physical_experts) // num_local_physical_experts, live)
+    to_physical, count = inverse_maps(table, tokens_per_expert.shape[-1], usable)
     return torch.from_numpy(table.astype(np.int64)), torch.from_numpy(to_physical), torch.from_numpy(count)
 
 
@@ -218,17 +240,89 @@ def update(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`ExpertLocationUpdater.update` of the layers that change; the others cost neither a buffer nor a look at their experts."""
+    """`ExpertLocationUpdater.update` by our exchange: the layers that change, from live ranks, what none of them holds from the checkpoint.
+
+    Returns:
+        SGLang's experts that are missing by layer: none.
+
+    Raises:
+        ExchangeAborted: on all live ranks alike, each layer's maps being those of its weights.
+        ExchangeLost: when the outcome cannot be known.
+        PlacementError: when an expert is not to be had.
+    """
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
-    old, new = (m.physical_to_logical_map_cpu for m in (get_global_expert_location_metadata(), new_expert_location_metadata))
-    changed = [layer for layer in update_layer_ids if not old[layer].equal(new[layer])]
+    in_force, goal = get_global_expert_location_metadata(), new_expert_location_metadata
+    changed = [layer for layer in update_layer_ids if _differs(in_force, goal, layer)]
     if not changed:
         return {}
+    exchanger = _exchanger(self, routed_experts_weights_of_layer, in_force)
+    tables = (m.physical_to_logical_map_cpu.numpy()[changed] for m in (in_force, goal))
+    exchange = exchanger.plan(*(exchanger.placement(table, changed) for table in tables), elastic.live_ranks())
+    watchdog = None
     if _under_way is not None:
-        _under_way.moved += changed
-        _under_way.watchdog.waits_for(WaitingFor("transfers", tuple(changed), peers=_others()))
-    return original(self, routed_experts_weights_of_layer, new_expert_location_metadata, changed, *args, **kwargs)
+        _under_way.moved += [exchange.new.layer_ids[row] for row in exchange.changed_rows]
+        watchdog = _under_way.watchdog
+        watchdog.waits_for(WaitingFor("transfers", tuple(changed), peers=_others()))
+    reader = _reader(routed_experts_weights_of_layer) if len(exchange.reads) else None
+    left = set(changed)
+
+    def commit(rows: tuple[int, ...]) -> None:
+        layers = [exchange.new.layer_ids[row] for row in rows]
+        in_force.update(goal, update_layer_ids=layers)
+        left.difference_update(layers)
+
+    if len(exchange.changed_rows):
+        exchanger.exchange(exchange, commit, reader, watchdog)
+    if left:  # layers in which only replicas on dead ranks are not to be used any more
+        in_force.update(goal, update_layer_ids=sorted(left))
+    return {}
+
+
+def _differs(old: Any, new: Any, layer: int) -> bool:
+    """Whether slots or replicas to use differ; a table of fewer replicas may be narrower."""
+    if not old.physical_to_logical_map_cpu[layer].equal(new.physical_to_logical_map_cpu[layer]):
+        return True
+    a, b = (m.logical_to_all_physical_map_cpu[layer].numpy() for m in (old, new))
+    width = max(a.shape[-1], b.shape[-1])
+    a, b = (np.pad(t, ((0, 0), (0, width - t.shape[-1])), constant_values=-1) for t in (a, b))
+    return not np.array_equal(np.sort(a, axis=-1), np.sort(b, axis=-1))
+
+
+def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
+    found = getattr(updater, _EXCHANGER, None)
+    if found is None:
+        from sglang.srt.distributed.parallel_state import get_moe_ep_group
+
+        if _met is None:
+            raise PlacementError("experts are to move before the model has been loaded: this start of SGLang is not understood")
+        policy = policy_from(settings.current().rebalance, REBALANCE_FLAG)
+        tensors = {layer: weights[layer] for layer in weights.keys()}
+        first = next(iter(tensors.values()))[0]
+        group = get_moe_ep_group()
+        found = Exchanger(
+            tensors,
+            in_force.num_logical_experts,
+            group.cpu_group if first.device.type == "cpu" else group.device_group,
+            _met.meeting,
+            "sglang",
+            logger,
+            policy.staging_bytes,
+            max(60.0, 2 * policy.watchdog),
+        )
+        setattr(updater, _EXCHANGER, found)
+    return found
+
+
+def _reader(weights: Any) -> reload.EngineReader:
+    if _met.reader is None:
+        _met.reader = reload.EngineReader(_met.model, weights)
+    return _met.reader
+
+
+def needed(original: Callable, self: Any, *args: Any, **kwargs: Any) -> bool:
+    """`EPLBManager._check_rebalance_needed`: always after a rank has died."""
+    return elastic.live_ranks() is not None or original(self, *args, **kwargs)
 
 
 def _others() -> tuple[int, ...]:
@@ -266,8 +360,28 @@ def hooks() -> HookSet:
                 target="sglang.srt.eplb.expert_location_updater:ExpertLocationUpdater.update",
                 hook=update,
                 relies_on=("routed_experts_weights_of_layer", "new_expert_location_metadata", "update_layer_ids"),
-                why="a layer whose placement stays is worked through all the same",
-                removable_when="the updater passes over layers that do not change",
+                why="layers that stay are worked through, all is staged in a buffer of a whole layer, a rank that dies leaves a mix, and an expert "
+                "whose chosen sender is dead goes to disk though a live rank holds it, with a full reload for all models but DeepSeek",
+                upstream="SGLang #12068, #8345",
+                removable_when="the updater takes executors from plugins",
+            ),
+            Hook(
+                name="eplb-needed",
+                target="sglang.srt.eplb.eplb_manager:EPLBManager._check_rebalance_needed",
+                hook=needed,
+                relies_on=("self",),
+                why="with --eplb-min-rebalancing-utilization-threshold a server whose ranks have died may not place their experts anew",
+                removable_when="the threshold is not asked after a rank fault",
+                optional=True,
+            ),
+            Hook(
+                name="eplb-names",
+                target="sglang.srt.model_loader.loader:DefaultModelLoader._get_weights_iterator",
+                hook=reload.weights,
+                relies_on=("source",),
+                why="which tensors hold an expert is known to the model's loader only",
+                upstream="SGLang #12068",
+                removable_when="every model can name the tensors of an expert (generate_weight_name_filter)",
             ),
         ]
     )

@@ -35,6 +35,7 @@ class Settings:
         stages: pipeline stages; one of several may have no MoE layer.
         rebalance: rules that the user gave, see `rebalancing.policy_from`.
         moves: whether SGLang's EPLB moves experts while serving; the placement is then where it begins.
+        elastic: whether the server goes on when ranks die.
     """
 
     strategy: str
@@ -46,6 +47,7 @@ class Settings:
     stages: int = 1
     rebalance: dict[str, Any] | None = None
     moves: bool = False
+    elastic: bool = False
 
     @property
     def plans(self) -> bool:
