@@ -134,6 +134,8 @@ class Exchanger:
         self._bound = staging_bytes
         self._share = int(STAGING_SHARE * self.num_slots * max(sizes))
         self._staging: torch.Tensor | None = None
+        # Of the exchange before this one some rank may still read the outcome; of the one before that none does: all took part since.
+        self._ended: list[Callable[[], None]] = []
         self._epoch = 0
         self._prefix = f"{name}/{meeting.first}"
         self.last: ExchangeReport | None = None
@@ -186,9 +188,11 @@ class Exchanger:
             timeout=self._timeout,
             watchdog=_Told(watchdog) if watchdog is not None else None,
             staging=self._staging,
+            meanwhile=self._ended.pop(0) if len(self._ended) > 1 else None,
         )
         self.last = found.run(on_commit)
         self._staging = found.staging
+        self._ended.append(found.forget)
         report = self.last
         self.log.info(
             "moe_placement_plugin: exchanged experts of %d layers in %.4f s (%d chunks of at most %.4f s): %.1f MB in, %.1f MB out, %.1f MB read, "

@@ -76,6 +76,7 @@ class Exchange:
         watchdog: one that only warns, after 30 s, when left out.
         staging: uint8 memory to stage in, kept from one exchange to the next; allocated when left out or too small.
         batch_bytes: rounds of transfers are put together until each holds this much; all ranks must give the same.
+        meanwhile: called once while the first transfers run, such as `forget` of an exchange that all ranks have ended.
 
     Raises:
         PlacementError: when the arguments do not fit together. Nothing was sent then.
@@ -96,6 +97,7 @@ class Exchange:
         watchdog: Watchdog | None = None,
         staging: torch.Tensor | None = None,
         batch_bytes: int = BATCH_BYTES,
+        meanwhile: Callable[[], None] | None = None,
     ):
         import torch
         import torch.distributed as dist
@@ -116,7 +118,7 @@ class Exchange:
         self.metadata = plan.metadata()
         self.report = ExchangeReport()
         device = next((p.rows.device for parameters in self._layers for p in parameters), torch.device("cpu"))
-        self._reader, self._timeout, self._memory = reader, timeout, staging
+        self._reader, self._timeout, self._memory, self._meanwhile = reader, timeout, staging, meanwhile
         self._watchdog = watchdog or Watchdog()
         self._transfers = Transfers(self._layers, self.rank, peers, group, device, timeout, batch_bytes, self._watchdog)
         self._agreement = Agreement(
@@ -180,6 +182,8 @@ class Exchange:
                         for next_one in range(index, min(index + 1 + ahead, len(self.chunks))):
                             if next_one not in staged:
                                 staged[next_one] = self._transfers.begin(self.chunks[next_one], halves[next_one % len(halves)], self._named)
+                        if index == 0 and self._meanwhile is not None:
+                            self._meanwhile()
                         self._read(chunk, staged[index])
                         self._transfers.finish(staged[index])
                 except Exception as error:
@@ -200,9 +204,11 @@ class Exchange:
             self.report.chunks += 1
             self.report.bytes_sent, self.report.bytes_received = self._transfers.sent, self._transfers.received
             yield chunk.rows
+
+    def forget(self) -> None:
+        """Delete from the store what this exchange was agreed on with, for servers that run long; when all ranks have ended it, not before."""
         if self.rank == self.plan.live_ranks[0]:
-            # Whoever voted for the last chunk has read the fate of all before it.
-            for index in range(len(self.chunks) - 1):
+            for index in range(len(self.chunks)):
                 self._agreement.forget(index)
 
     def _staging(self, ahead: bool) -> list[torch.Tensor]:
