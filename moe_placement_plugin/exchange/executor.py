@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import PlacementError
-from .agreement import Agreement, ExchangeAborted
+from .agreement import Agreement, ExchangeAborted, ExchangeLost
 from .plan import SCRATCH, Chunk, ExchangePlan
 from .transfers import BATCH_BYTES, Staged, Transfers
 from .watchdog import WaitingFor, Watchdog
@@ -207,9 +208,8 @@ class Exchange:
 
     def forget(self) -> None:
         """Delete from the store what this exchange was agreed on with, for servers that run long; when all ranks have ended it, not before."""
-        if self.rank == self.plan.live_ranks[0]:
-            for index in range(len(self.chunks)):
-                self._agreement.forget(index)
+        with suppress(ExchangeLost):  # its store has died since, and the keys with it
+            self._agreement.forget(len(self.chunks))
 
     def _staging(self, ahead: bool) -> list[torch.Tensor]:
         """Memory for the chunks: one part, or two that take turns."""
