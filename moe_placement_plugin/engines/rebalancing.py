@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..costmodel import LayerCost, find_calibration, fit
 from ..errors import PlacementError
 from ..exchange.decision import Decision, RebalancePolicy, announce, decide
 from ..exchange.plan import ExchangePlan, plan_exchange
@@ -31,7 +32,7 @@ def add_argument(group: Any) -> None:
         type=_json_object,
         metavar="JSON",
         help="When strategy eplb rebalances under --enable-eplb: an object with some of min_gain, max_phase_loss, hysteresis, "
-        "max_bytes, max_pause, staging_bytes, bandwidth (docs/exchange.md).",
+        "max_bytes, max_pause, staging_bytes, calibration, bandwidth (docs/exchange.md).",
     )
 
 
@@ -64,11 +65,17 @@ def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:
         if name not in known:
             raise PlacementError(f"{flag}: {name!r} is not one of {', '.join(known)}")
     try:
-        return RebalancePolicy(**(values or {}))
+        policy = RebalancePolicy(**(values or {}))
+        _cost(policy)  # read where the server starts, not at its first rebalance
+        return policy
     except PlacementError as error:
         raise PlacementError(f"{flag}: {error}") from error
     except TypeError as error:
         raise PlacementError(f"{flag} {dict(values or {})}: {error}") from error
+
+
+def _cost(policy: RebalancePolicy) -> LayerCost | None:
+    return None if policy.calibration is None else fit(find_calibration(policy.calibration).measurements)
 
 
 class Rebalancer:
@@ -95,6 +102,7 @@ class Rebalancer:
         self.layer_ids = tuple(layer_ids)
         self.expert_bytes = np.broadcast_to(np.asarray(expert_bytes, dtype=np.int64), (len(self.layer_ids),))
         self.topology = topology
+        self._cost = _cost(policy)
         self.last: Decision | None = None
         self.phases: np.ndarray | None = None
         """Load by phase, int64 ``[phases, layers, experts]``, where the engine adds it up before it asks; for the next `propose` only."""
@@ -108,7 +116,7 @@ class Rebalancer:
         The decision is logged, counted and kept as `last`.
 
         Args:
-            load: recent windows, by phase where the engine tells them apart.
+            load: recent windows, by phase where the engine tells them apart; each token once, which a cost model needs.
             old: int ``[layers, slots]``, the placement in force.
             num_ranks: EP ranks, with equally many slots.
             groups, nodes: expert groups and nodes; groups that divide over the nodes stay whole.
@@ -127,7 +135,7 @@ class Rebalancer:
         exchange = plan_exchange(before, after, self.topology, live_ranks, self.expert_bytes)
         fits = self.policy.staging_bytes is None or exchange.min_staging_bytes <= self.policy.staging_bytes
         chunks = exchange.chunks(self.policy.staging_bytes) if fits else None
-        self.last = decision = decide(exchange, load, self.policy, achieved=self._achieved, chunks=chunks)
+        self.last = decision = decide(exchange, load, self.policy, self._cost, self._achieved, chunks)
         announce(decision, log=self.log)
         if not decision.rebalance:
             return before.physical_to_logical, plan_exchange(before, before, self.topology, live_ranks, self.expert_bytes)

@@ -53,6 +53,8 @@ class RebalancePolicy:
         small_batches: whether decode steps are small, a few tokens per expert: without a cost model the dead zone then holds.
         tokens_per_step: tokens of a step over all ranks, of each phase, for a cost model.
         top_k: experts per token, for a cost model.
+        calibration: cost model of this device: the name of one that comes with the package, or a file of ``moe-placement bench layer``. With
+            it the gain is in time; without it, in the greatest rank load.
         watchdog: seconds after which an exchange that has not finished is reported, again and again, with what it waits for.
 
     Raises:
@@ -71,6 +73,7 @@ class RebalancePolicy:
     small_batches: bool = True
     tokens_per_step: Mapping[str, int] = field(default_factory=lambda: {"prefill": 8192, "decode": 1024, "mixed": 4096})
     top_k: int = 8
+    calibration: str | None = None
     watchdog: float = 30.0
 
     def __post_init__(self) -> None:
@@ -79,6 +82,9 @@ class RebalancePolicy:
             if f.name == "tokens_per_step":
                 if not isinstance(value, Mapping) or not all(isinstance(n, int) and n > 0 for n in value.values()):
                     raise PlacementError(f'tokens_per_step {value!r}: give tokens by phase, such as {{"prefill": 8192, "decode": 1024}}')
+            elif f.name == "calibration":
+                if value is not None and not isinstance(value, str):
+                    raise PlacementError(f"calibration {value!r}: give the name of a calibration that comes with the package, or a path")
             elif f.name == "small_batches":
                 if not isinstance(value, bool):
                     raise PlacementError(f"small_batches {value!r}: give true or false")

@@ -60,6 +60,8 @@ def test_other_strategies_and_loads_are_where_eplb_begins(models, files):
         ((*TWO, *EPLB, "--eplb-algorithm", "deepseek"), "--eplb-algorithm deepseek.*both decide"),
         (("--tp-size", "4", "--ep-size", "2", *EPLB), "--tp-size 4 and --ep-size 2.*make them equal"),
         ((*TWO, *EPLB, "--load-format", "dummy"), "--load-format dummy"),
+        ((*TWO, "--eplb-algorithm", "expert_placement"), "expert_placement without --enable-eplb"),
+        ((*TWO, *EPLB, "--expert-rebalance", '{"calibration": "/no/such"}'), "calibration '/no/such' is neither a file"),
     ],
 )
 def test_what_would_not_go_well_is_refused(models, more, words):
@@ -83,13 +85,43 @@ def test_a_model_that_does_not_list_its_experts(monkeypatch):
         eplb.list_weights(torch.nn.Module())
 
 
-def test_forward_passes_are_put_together_into_windows():
+def test_forward_passes_are_put_together_into_windows_of_their_phase():
     counts = np.zeros((40, 1, 2), dtype=np.int32)
     counts[:34, 0, 0] = 1
-    found = eplb.windows(counts, 16)
-    assert found.shape == (16, 1, 2) and found.sum() == 34 and set(found[:, 0, 0]) == {2, 3}
-    assert eplb.windows(counts[:3], 16)[:, 0, 0].tolist() == [1, 1, 1]
-    assert not eplb.windows(counts[34:], 16).any() and len(eplb.windows(counts[34:], 16)) == 1
+    found, of = eplb.windows(counts, ["decode"] * 40, 16)
+    assert found.shape == (16, 1, 2) and found.sum() == 34 and set(found[:, 0, 0]) == {2, 3} and set(of) == {"decode"}
+    assert eplb.windows(counts[:3], ["mixed"] * 3)[0][:, 0, 0].tolist() == [1, 1, 1]
+    none, _ = eplb.windows(counts[34:], ["decode"] * 6)
+    assert not none.any() and len(none) == 1
+    found, of = eplb.windows(counts, ["prefill", "decode"] * 20, 4)
+    assert found[:, 0, 0].sum() == 34 and of == ("prefill",) * 4 + ("decode",) * 4
+
+
+def test_a_pass_is_what_its_batch_was_where_the_recorder_keeps_it(monkeypatch):
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from moe_placement_plugin.engines.sglang import phases
+
+    monkeypatch.setattr(phases, "_of", {})
+    monkeypatch.setattr(phases, "_one_batch", lambda: True)
+    accumulator = types.SimpleNamespace(_global_physical_count_of_buffered_step=types.SimpleNamespace(_curr_index=2))
+
+    def append(self, *args):
+        self._global_physical_count_of_buffered_step._curr_index = (self._global_physical_count_of_buffered_step._curr_index + 1) % 4
+
+    for mode in (ForwardMode.EXTEND, ForwardMode.DECODE, ForwardMode.MIXED):
+        phases._start(lambda *args: None, None, types.SimpleNamespace(forward_mode=mode))
+        phases._append(append, accumulator, 0, "", {}, {})
+    assert phases.of_passes(4) == ["mixed", "mixed", "prefill", "decode"]
+    monkeypatch.setattr(phases, "_one_batch", lambda: False)
+    assert phases.of_passes(4) == ["mixed"] * 4
+
+
+def test_our_planner_as_an_algorithm_with_any_strategy(models):
+    zigzag = resolve(arguments(models["qwen32"], *TWO, "--enable-eplb", "--expert-placement-strategy", "zigzag", "--eplb-algorithm", "expert_placement"))
+    assert settings.of(zigzag).plans and settings.of(zigzag).placement.strategy == "zigzag"
+    alone = resolve(arguments(models["qwen32"], *TWO, "--enable-eplb", "--eplb-algorithm", "expert_placement"))
+    assert settings.of(alone).plans and settings.of(alone).strategy == "eplb"
 
 
 class Metadata(types.SimpleNamespace):
@@ -117,6 +149,7 @@ def serving(monkeypatch):
     monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: in_force)
     monkeypatch.setattr(eplb, "_others", lambda: (1,))
     monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: None)
+    monkeypatch.setattr(eplb.phases, "ranks_that_count_alike", lambda: 1)
     return in_force
 
 
@@ -201,7 +234,6 @@ def test_layers_that_stay_are_passed_over(serving, monkeypatch):
 
 
 def test_a_dead_rank_gets_no_expert_and_no_token(serving, monkeypatch):
-    """Rank 1 of two dies: experts 0 to 4 and their replicas 0, 1 are with rank 0 only for 0..4; the others are placed there from nowhere."""
     here = under_way(monkeypatch)
     monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: (0,))
     with pytest.raises(PlacementError, match="5 slots for 8 experts"):

@@ -6,7 +6,7 @@ SGLang's manager and recorder do what they do; they are told less often to move 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,7 +19,7 @@ from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
 from ..exchanger import Exchanger, Meeting
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import elastic, loaded, reload, settings
+from . import elastic, loaded, phases, reload, settings
 from .eplb_algorithm import inverse_maps
 from .hooks import Hook, HookSet
 from .verify import expert_layers, recheck
@@ -55,6 +55,8 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
                 f"{REBALANCE_FLAG} without --enable-eplb and --expert-placement-strategy eplb: nothing of ours rebalances; add both, or leave it out"
             )
         policy_from(asked.rebalance, REBALANCE_FLAG)
+    if asked.planner and not asked.moves:
+        raise PlacementError("--eplb-algorithm expert_placement without --enable-eplb: nothing rebalances; add it, or leave the algorithm out")
     if not asked.moves:
         return
     flag = "--enable-eplb with an expert placement"
@@ -205,30 +207,38 @@ def plan(
 
     in_force = get_global_expert_location_metadata().physical_to_logical_map_cpu.numpy()
     rows = list(planner.layer_ids)
-    counts = windows(tokens_per_expert.cpu().numpy()[:, rows])
+    counts, of = windows(tokens_per_expert.cpu().numpy()[:, rows], phases.of_passes(len(tokens_per_expert)))
     table = in_force.copy()
     ranks, live = num_physical_experts // num_local_physical_experts, elastic.live_ranks()
     if live is not None and not counts.any():
         counts = np.ones_like(counts)  # what was lost must find a place, whether or not anything was recorded
     if counts.any():
-        table[rows], _ = planner.propose(ExpertLoad(counts, planner.layer_ids), in_force[rows], ranks, num_groups or 1, num_nodes, live)
+        load = ExpertLoad(counts / phases.ranks_that_count_alike(), planner.layer_ids, of)
+        table[rows], _ = planner.propose(load, in_force[rows], ranks, num_groups or 1, num_nodes, live)
     usable = None if live is None else np.isin(np.arange(num_physical_experts) // num_local_physical_experts, live)
     to_physical, count = inverse_maps(table, tokens_per_expert.shape[-1], usable)
     return torch.from_numpy(table.astype(np.int64)), torch.from_numpy(to_physical), torch.from_numpy(count)
 
 
-def windows(counts: np.ndarray, most: int = MOST_WINDOWS) -> np.ndarray:
-    """At most ``most`` windows of consecutive forward passes, without those that saw no token.
+def windows(counts: np.ndarray, phases: Sequence[str], most: int = MOST_WINDOWS) -> tuple[np.ndarray, tuple[str, ...]]:
+    """At most ``most`` windows of each phase, of consecutive forward passes, without those that saw no token.
 
     Args:
         counts: ``[forward passes, layers, experts]``.
+        phases: of each forward pass.
 
     Returns:
-        float64 ``[windows, layers, experts]``.
+        float64 ``[windows, layers, experts]``, and the phase of each.
     """
-    served = counts[counts.any(axis=(1, 2))]
-    first = np.linspace(0, len(served), min(most, len(served)) + 1).astype(int)[:-1]
-    return np.add.reduceat(served, first, axis=0, dtype=np.float64) if len(first) else np.zeros((1, *counts.shape[1:]))
+    seen = counts.any(axis=(1, 2))
+    parts, of = [], []
+    for phase in dict.fromkeys(phases):
+        served = counts[seen & (np.asarray(phases) == phase)]
+        first = np.linspace(0, len(served), min(most, len(served)) + 1).astype(int)[:-1]
+        if len(first):
+            parts.append(np.add.reduceat(served, first, axis=0, dtype=np.float64))
+            of += [phase] * len(first)
+    return (np.concatenate(parts), tuple(of)) if parts else (np.zeros((1, *counts.shape[1:])), ("mixed",))
 
 
 def update(
@@ -365,6 +375,7 @@ def hooks() -> HookSet:
                 upstream="SGLang #12068, #8345",
                 removable_when="the updater takes executors from plugins",
             ),
+            *phases.phase_hooks(),
             Hook(
                 name="eplb-needed",
                 target="sglang.srt.eplb.eplb_manager:EPLBManager._check_rebalance_needed",

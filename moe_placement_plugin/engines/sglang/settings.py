@@ -36,6 +36,7 @@ class Settings:
         rebalance: rules that the user gave, see `rebalancing.policy_from`.
         moves: whether SGLang's EPLB moves experts while serving; the placement is then where it begins.
         elastic: whether the server goes on when ranks die.
+        planner: whether the user chose our planner by ``--eplb-algorithm``, whatever the strategy.
     """
 
     strategy: str
@@ -48,11 +49,12 @@ class Settings:
     rebalance: dict[str, Any] | None = None
     moves: bool = False
     elastic: bool = False
+    planner: bool = False
 
     @property
     def plans(self) -> bool:
-        """Whether our planner rebalances under EPLB: with strategy eplb, which linear, the flag's default, means where a file decides."""
-        return self.strategy == "eplb" or (self.strategy == "linear" and self.file is not None)
+        """Whether our planner rebalances under EPLB: with `planner` or strategy eplb, which linear, the flag's default, means where a file decides."""
+        return self.planner or self.strategy == "eplb" or (self.strategy == "linear" and self.file is not None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

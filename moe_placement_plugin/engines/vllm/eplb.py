@@ -187,10 +187,18 @@ def planner_policy(rebalancers: dict[tuple[int, int], Rebalancer]) -> type:
 def _by_phase(rebalancer: Rebalancer, counts: np.ndarray) -> ExpertLoad:
     """The load of each phase if that is what vLLM has added up to ``counts`` [layers, experts], else just that."""
     of_phases, rebalancer.phases = rebalancer.phases, None
+    ranks = _tensor_parallel_ranks()  # each of them has counted every token
     if of_phases is None or not np.array_equal(of_phases.sum(axis=0), counts):
-        return ExpertLoad(counts[None], rebalancer.layer_ids)
+        return ExpertLoad(counts[None] / ranks, rebalancer.layer_ids)
     seen = of_phases.any(axis=(1, 2))
-    return ExpertLoad(of_phases[seen], rebalancer.layer_ids, tuple(p for p, some in zip(eplb_phases.PHASES, seen) if some))
+    return ExpertLoad(of_phases[seen] / ranks, rebalancer.layer_ids, tuple(p for p, some in zip(eplb_phases.PHASES, seen) if some))
+
+
+def _tensor_parallel_ranks() -> int:
+    from vllm.distributed import parallel_state
+
+    group = getattr(parallel_state, "_TP", None)
+    return 1 if group is None else group.world_size
 
 
 def _note_phases(eplb: Any) -> None:
