@@ -46,6 +46,7 @@ class Recorder:
 
 def start(server_args, port_args, rank: int):
     """What a scheduler process does up to the loaded model."""
+    import sglang.srt.managers.scheduler  # noqa: F401  (by which a plugin knows a process with a model)
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
