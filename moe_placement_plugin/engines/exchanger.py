@@ -146,6 +146,10 @@ class Exchanger:
 
         self._staging = torch.empty(self._share if self._bound is None else min(self._bound, 2 * self._share), dtype=torch.uint8, device=self.device)
 
+    def release(self) -> None:
+        """Give the staging memory back until the next exchange."""
+        self._staging = None
+
     def placement(self, table: np.ndarray, layer_ids: Sequence[int]) -> Placement:
         """An engine's table, int ``[layers, physical experts]``, with as many slots on every rank."""
         return EngineTable(np.asarray(table), self.num_experts, (self.num_slots,) * self.ranks, tuple(layer_ids))

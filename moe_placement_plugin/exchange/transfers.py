@@ -97,8 +97,8 @@ class Transfers:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def connect(self) -> None:
-        """NCCL makes its communicator at the first call on a group, which all members must take part in."""
-        if self._device.type == "cpu" or self._group.group_name in _connected:
+        """NCCL makes its communicator at the first call on a group, which all members must take part in: not when some are dead."""
+        if self._device.type == "cpu" or self._group.group_name in _connected or len(self._peers) < self._group.size():
             return
         import torch
         import torch.distributed as dist

@@ -17,7 +17,7 @@ from ...errors import PlacementError
 from ...exchange.decision import RebalancePolicy
 from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
-from ..exchanger import Exchanger, Meeting
+from ..exchanger import Exchanger, Meeting, connect
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
 from . import elastic, loaded, phases, reload, settings
 from .eplb_algorithm import inverse_maps
@@ -122,7 +122,9 @@ def meet(asked: settings.Settings, model: Any) -> None:
     global _met
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
-    _met = _Met(Meeting.of(get_moe_ep_group().cpu_group, asked.elastic), model)
+    group = get_moe_ep_group()
+    _met = _Met(Meeting.of(group.cpu_group, asked.elastic), model)
+    connect(group.device_group, next(model.parameters()).device)
 
 
 def warm_up(asked: settings.Settings) -> None:

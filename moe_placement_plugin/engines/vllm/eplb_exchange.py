@@ -38,13 +38,13 @@ def adopt(eplb: Any, state: Any, staging_bytes: int | None, timeout: float) -> E
     Returns:
         None where the user chose a communicator that transfers in a way of its own.
     """
-    from vllm.distributed.parallel_state import get_eplb_group
+    from vllm.distributed.parallel_state import get_ep_group
 
     backend = eplb.parallel_config.eplb_config.communicator
     if backend == _OWN_TRANSPORT and not eplb.is_async:
         logger.info("moe_placement_plugin: EPLB's communicator is %s: it exchanges experts, not this plugin", backend)
         return None
-    group = get_eplb_group()
+    group = get_ep_group()  # not EPLB's own: with most communicators that one has no NCCL communicator, which takes memory
     weights = state.model.expert_weights
     device_group = group.cpu_group if weights[0][0].device.type == "cpu" else group.device_group
     name = f"vllm/{len(_exchangers)}"
@@ -60,7 +60,10 @@ def adopt(eplb: Any, state: Any, staging_bytes: int | None, timeout: float) -> E
 def settle(eplb: Any, state: Any) -> None:
     """Take the staging memory that is kept, in place of the buffer that vLLM has for it, and connect the ranks."""
     exchanger = getattr(state, EXCHANGER, None)
-    if exchanger is None or eplb.is_async:
+    if exchanger is None:
+        return
+    if eplb.is_async:
+        exchanger.release()
         return
     state.expert_buffer = []  # one whole layer of this rank's experts
     exchanger.reserve()
