@@ -14,7 +14,7 @@ from tests.support.children import engine_lock, python, run_child
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 EXPERTS, SLOTS = 32, 16
-EXPERT_BYTES = 3 * 32 * 64 * 4
+EXPERT_BYTES = 3 * 64 * 64 * 4
 """Of the tiny checkpoint: gate, up and down in float32."""
 
 
