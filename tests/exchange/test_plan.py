@@ -231,3 +231,19 @@ def test_quick_at_the_size_of_r1(ranks):
 
     once()
     assert min(once() for _ in range(5)) < 0.15  # nearly every slot moves; a few hundredths of a second on a slow core
+
+
+def test_what_was_lost_is_read_by_all_live_ranks_alike():
+    """60 experts on 6 ranks, the first 4 ranks hold 15 each, the last two replicas of all that rank 0 and 1 hold: ranks 2 and 3 die."""
+    from moe_placement_plugin.exchange.recovery import place_lost
+
+    table = np.tile(np.concatenate([np.arange(60), np.arange(15), np.arange(15, 30)]), (3, 1))
+    old = Placement(table, 60, (15,) * 6)
+    live = [0, 1, 4, 5]
+    load = np.random.default_rng(0).zipf(1.3, (3, 60)).astype(float)
+    plan = plan_exchange(old, place_lost(old, live, load), live_ranks=live)
+    assert not len(plan.transfers) and len(plan.reads) == 3 * 30
+    for row in range(3):
+        per_rank = np.bincount(plan.reads[plan.reads[:, 0] == row, 2], minlength=6)
+        assert per_rank[live].max() - per_rank[live].min() <= 1, per_rank
+    assert np.bincount(plan.reads[:, 2], minlength=6)[live].max() <= 23
