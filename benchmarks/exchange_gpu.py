@@ -184,7 +184,7 @@ class Bench:
     def everything(self) -> dict[str, float]:
         """Nearly every slot changes rank, and back."""
         there = np.roll(self.first, self.slots, axis=1)
-        moves = self.exchanger.plan(self.exchanger.placement(self.first, range(self.shape.layers)), self.exchanger.placement(there, range(self.shape.layers)))
+        moves = self.exchanger.plan(*(self.exchanger.placement(table, range(self.shape.layers)) for table in (self.first, there)))
         busiest = int((moves.incoming * moves.expert_bytes[:, None]).sum(axis=0).max())
         times, longest = [], []
         for turn in range(2 * self.repeats + 2):
@@ -308,7 +308,8 @@ def show(result: dict) -> None:
     print(json.dumps(result["machine"]), f"shape {result['shape']}, {result['ranks']} ranks", *([result["missing"]] if "missing" in result else []))
     every = result["all"]
     print(
-        f"exchange, all: {every['bytes'] / 1e6:.1f} MB into the busiest rank in {every['seconds'] * 1e3:.2f} ms = {every['bytes_per_s'] / 1e9:.2f} GB/s, "
+        f"exchange, all: {every['bytes'] / 1e6:.1f} MB into the busiest rank in {every['seconds'] * 1e3:.2f} ms = "
+        f"{every['bytes_per_s'] / 1e9:.2f} GB/s, "
         f"{every['chunks']} chunks of at most {every['longest_chunk'] * 1e3:.2f} ms, {every['staging_bytes'] / 1e6:.1f} MB of staging memory"
     )
     for name, rate in result["plain"].items():

@@ -107,7 +107,8 @@ class _Processes:
         processes, pipes = [], []
         for rank in range(moves.new.num_ranks):
             here, there = self._context.Pipe()
-            process = self._context.Process(target=measure, args=(rank, self._store.port, name, there, folder, sizes, moves, staging_bytes), daemon=True)
+            arguments = (rank, self._store.port, name, there, folder, sizes, moves, staging_bytes)
+            process = self._context.Process(target=measure, args=arguments, daemon=True)
             process.start()
             there.close()
             processes.append(process)

@@ -41,8 +41,8 @@ def _dead(rows: list[dict], sizes: dict, console: Console) -> None:
         lines.append(cells)
     disk = rows[0]["disk"]
     title = (
-        f"8 processes over gloo, {sizes['layers']} layers of {sizes['experts']} experts of {sizes['expert_bytes'] / 1e6:.2f} MB; cold: the checkpoint was "
-        f"dropped from the page cache before each measurement (at most {max(r['cold']['cached'] for r in rows):.0%} left)"
+        f"8 processes over gloo, {sizes['layers']} layers of {sizes['experts']} experts of {sizes['expert_bytes'] / 1e6:.2f} MB; cold: the "
+        f"checkpoint was dropped from the page cache before each measurement (at most {max(r['cold']['cached'] for r in rows):.0%} left)"
         + (f", the disk reads {disk / 1e9:.2f} GB/s" if disk else "")
     )
     columns = ["case", "goal", "live slots", "from peers", "from disk"]

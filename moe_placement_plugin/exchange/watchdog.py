@@ -43,7 +43,8 @@ class WaitingFor:
 class Watchdog:
     """Times an exchange; a context manager around it (or around each of its steps, when a server serves between them).
 
-    One thread for all watchdogs of the process wakes only when a limit passes; to enter and to leave costs microseconds. The first limit logs a warning with what is waited for, again at each further multiple.
+    One thread for all watchdogs of the process wakes only when a limit passes; to enter and to leave costs microseconds. The first limit logs a
+    warning with what is waited for, again at each further multiple.
 
     Args:
         limit: seconds after which it warns.

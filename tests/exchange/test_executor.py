@@ -97,7 +97,7 @@ def test_exchanges_of_a_server_keep_their_staging_memory_and_leave_no_keys_behin
         for _ in range(number):
             placements.append(drifted(rng, placements[-1], share=0.2))
         results = ranks.run(by_an_exchanger, 3, placements, None)
-        for rank, (weights, found, buffers) in enumerate(results):
+        for rank, (weights, _, buffers) in enumerate(results):
             check_weights(weights, placements[-1], rank)
             assert buffers == 1, "staging memory was allocated again"
         keys.append(max(found for _, found, _ in results))

@@ -109,7 +109,7 @@ def rank_process(server_args, port_args, rank: int, folder: str, pipe) -> None:
         from sglang.srt.elastic_ep.elastic_ep import ElasticEPStateManager, maybe_rebalance_after_rank_fault
         from sglang.srt.eplb import eplb_manager
 
-        from moe_placement_plugin.engines.sglang import eplb
+        from moe_placement_plugin.engines.sglang import eplb, eplb_update
 
         state = ElasticEPStateManager._build_state(ep_size=RANKS, device=torch.device("cpu"))
         ElasticEPStateManager._instance = state
@@ -125,7 +125,7 @@ def rank_process(server_args, port_args, rank: int, folder: str, pipe) -> None:
                 assert maybe_rebalance_after_rank_fault(eplb_manager=runner.eplb_manager)
             else:
                 list(runner.eplb_manager.rebalance())
-            exchanger = getattr(runner.expert_location_updater, eplb._EXCHANGER, None)
+            exchanger = getattr(runner.expert_location_updater, eplb_update._EXCHANGER, None)
             planner = getattr(runner.eplb_manager, eplb._PLANNER)
             report = exchanger.last if exchanger is not None else None
             pipe.send(

@@ -1,4 +1,4 @@
-"""Ranks that die under SGLang's EPLB: real processes, SGLang's model, loader, manager and updater; see `dead_ranks_child` for what is not SGLang's."""
+"""Ranks that die under SGLang's EPLB: real processes, SGLang's model, loader, manager and updater; what is not SGLang's says `dead_ranks_child`."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_placement_plugin.engines.rebalancing import Rebalancer
 from moe_placement_plugin.engines.exchanger import Exchanger
-from moe_placement_plugin.engines.sglang import eplb, settings
+from moe_placement_plugin.engines.rebalancing import Rebalancer
+from moe_placement_plugin.engines.sglang import eplb, eplb_update, settings
 from moe_placement_plugin.engines.sglang.eplb_algorithm import inverse_maps
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange.decision import RebalancePolicy
@@ -118,9 +118,10 @@ def test_a_pass_is_what_its_batch_was_where_the_recorder_keeps_it(monkeypatch):
 
 
 def test_our_planner_as_an_algorithm_with_any_strategy(models):
-    zigzag = resolve(arguments(models["qwen32"], *TWO, "--enable-eplb", "--expert-placement-strategy", "zigzag", "--eplb-algorithm", "expert_placement"))
+    ours = ("--enable-eplb", "--eplb-algorithm", "expert_placement")
+    zigzag = resolve(arguments(models["qwen32"], *TWO, *ours, "--expert-placement-strategy", "zigzag"))
     assert settings.of(zigzag).plans and settings.of(zigzag).placement.strategy == "zigzag"
-    alone = resolve(arguments(models["qwen32"], *TWO, "--enable-eplb", "--eplb-algorithm", "expert_placement"))
+    alone = resolve(arguments(models["qwen32"], *TWO, *ours))
     assert settings.of(alone).plans and settings.of(alone).strategy == "eplb"
 
 
@@ -147,15 +148,15 @@ def serving(monkeypatch):
 
     in_force = metadata(np.tile(np.arange(10) % EXPERTS, (LAYERS, 1)))
     monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: in_force)
-    monkeypatch.setattr(eplb, "_others", lambda: (1,))
+    monkeypatch.setattr(eplb_update, "others", lambda: (1,))
     monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: None)
     monkeypatch.setattr(eplb.phases, "ranks_that_count_alike", lambda: 1)
     return in_force
 
 
 def under_way(monkeypatch, **policy):
-    here = eplb._Rebalance(Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger()))
-    monkeypatch.setattr(eplb, "_under_way", here)
+    here = eplb_update.Rebalance(Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger()))
+    monkeypatch.setattr(eplb_update, "under_way", here)
     return here
 
 
@@ -196,7 +197,7 @@ def test_declined_keeps_the_placement(serving, monkeypatch, counts):
 
 
 def test_without_strategy_eplb_the_algorithm_is_sglangs(monkeypatch):
-    monkeypatch.setattr(eplb, "_under_way", eplb._Rebalance(Watchdog(), None))
+    monkeypatch.setattr(eplb_update, "under_way", eplb_update.Rebalance(Watchdog(), None))
     assert eplb.plan(lambda *args: args, 1, 2, 3, 4, 5, 6) == (1, 2, 3, 4, 5, 6)
 
 
@@ -213,13 +214,13 @@ class Recorded(Exchanger):
 
 
 def updated(new, layers=(1, 2)):
-    updater = types.SimpleNamespace(**{eplb._EXCHANGER: Recorded()})
+    updater = types.SimpleNamespace(**{eplb_update._EXCHANGER: Recorded()})
 
     def theirs(*args, **kwargs):
         raise AssertionError("SGLang's own exchange was asked")
 
-    assert eplb.update(theirs, updater, {}, new, list(layers), nnodes=1, rank=0) == {}
-    return getattr(updater, eplb._EXCHANGER).plans
+    assert eplb_update.update(theirs, updater, {}, new, list(layers), nnodes=1, rank=0) == {}
+    return getattr(updater, eplb_update._EXCHANGER).plans
 
 
 def test_layers_that_stay_are_passed_over(serving, monkeypatch):
@@ -276,7 +277,7 @@ def rebalancing(serving, monkeypatch):
 def chunks(self):
     for layer in (1, 2):
         yield
-        eplb._under_way.moved.append(layer)
+        eplb_update.under_way.moved.append(layer)
 
 
 def test_what_moved_is_verified_before_the_next_forward_pass(rebalancing):
@@ -284,7 +285,7 @@ def test_what_moved_is_verified_before_the_next_forward_pass(rebalancing):
     seen = []
     for _ in steps:
         seen.append(list(rebalancing))
-        assert eplb._under_way is None, "a forward pass is no part of a rebalance"
+        assert eplb_update.under_way is None, "a forward pass is no part of a rebalance"
     assert seen == [[], [[1]]] and rebalancing == [[1], [2]]
 
 
@@ -295,12 +296,12 @@ def test_a_damaged_exchange_ends_the_server(rebalancing, monkeypatch):
     monkeypatch.setattr(eplb, "recheck", damaged)
     with pytest.raises(PlacementError, match="damaged by an exchange"):
         list(eplb.rebalance(chunks, Manager()))
-    assert eplb._under_way is None
+    assert eplb_update.under_way is None
 
 
 def test_an_exchange_that_does_not_finish_says_what_it_waits_for(rebalancing, caplog):
     def slow(self):
-        eplb._under_way.watchdog.waits_for(eplb.WaitingFor("transfers", (1, 2), peers=(1,)))
+        eplb_update.under_way.watchdog.waits_for(eplb.WaitingFor("transfers", (1, 2), peers=(1,)))
         time.sleep(0.08)
         yield
 

@@ -6,8 +6,7 @@ SGLang's manager and recorder do what they do; they are told less often to move 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,9 +16,8 @@ from ...errors import PlacementError
 from ...exchange.decision import RebalancePolicy
 from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
-from ..exchanger import Exchanger, Meeting, connect
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import elastic, loaded, phases, reload, settings
+from . import elastic, eplb_update, loaded, phases, reload, settings
 from .eplb_algorithm import inverse_maps
 from .hooks import Hook, HookSet
 from .verify import expert_layers, recheck
@@ -30,11 +28,7 @@ MOST_WINDOWS = 16
 """Into how many windows the recorder's forward passes, up to a thousand, are put together to judge a plan."""
 
 _PLANNER = "_moe_placement_planner"  # attribute of the EPLBManager
-_EXCHANGER = "_moe_placement_exchanger"  # attribute of the ExpertLocationUpdater
 _END = object()
-
-_under_way: _Rebalance | None = None
-_met: _Met | None = None
 
 
 def settle(asked: settings.Settings, cfg: Any) -> None:
@@ -108,25 +102,6 @@ def _slot_tensors(layer: Any) -> list[Any]:
     return [p.data for name, p in layer.named_parameters() if name != "correction_bias" and filter_moe_weight_param_global_expert(name, p, slots)]
 
 
-@dataclass
-class _Met:
-    """What was learned while the model was loaded: of the other ranks, and which model is served."""
-
-    meeting: Meeting
-    model: Any
-    reader: reload.EngineReader | None = None
-
-
-def meet(asked: settings.Settings, model: Any) -> None:
-    """Learn of the other ranks what an exchange needs, while all of them are there; a collective call."""
-    global _met
-    from sglang.srt.distributed.parallel_state import get_moe_ep_group
-
-    group = get_moe_ep_group()
-    _met = _Met(Meeting.of(group.cpu_group, asked.elastic), model)
-    connect(group.device_group, next(model.parameters()).device)
-
-
 def warm_up(asked: settings.Settings) -> None:
     """Compile planner and exchange while the model loads."""
     from .. import eplb_table
@@ -135,46 +110,30 @@ def warm_up(asked: settings.Settings) -> None:
     eplb_table.warm_up(placement.physical_to_logical, placement.num_logical_experts, placement.num_ranks, asked.plans)
 
 
-@dataclass
-class _Rebalance:
-    """One rebalance of this rank, from the dump of the load to the last chunk of layers.
-
-    Attributes:
-        watchdog: around everything but the forward passes between two chunks.
-        planner: ours, None where SGLang's own algorithm rebalances.
-        moved: layers whose slots changed since they were last checked.
-    """
-
-    watchdog: Watchdog
-    planner: Rebalancer | None
-    moved: list[int] = field(default_factory=list)
-
-
 def rebalance(original: Callable, self: Any) -> Iterator[None]:
     """`EPLBManager.rebalance`, a generator that lets forward passes run between two chunks of layers, watched and checked.
 
     Raises:
         PlacementError: on every rank alike, which ends the server, when a slot holds something else than its expert.
     """
-    global _under_way
     asked = settings.current()
     model = self._get_model()
     policy = policy_from(asked.rebalance, REBALANCE_FLAG)
     if asked.plans and not hasattr(self, _PLANNER):
         setattr(self, _PLANNER, _planner(policy, model.routed_experts_weights_of_layer))
-    here = _Rebalance(Watchdog(policy.watchdog, report=logger.warning), getattr(self, _PLANNER, None))
+    here = eplb_update.Rebalance(Watchdog(policy.watchdog, report=logger.warning), getattr(self, _PLANNER, None))
     steps = original(self)
     while True:
-        _under_way = here
+        eplb_update.under_way = here
         try:
             with here.watchdog:
-                here.watchdog.waits_for(WaitingFor("all-reduce of the load", peers=_others()))
+                here.watchdog.waits_for(WaitingFor("all-reduce of the load", peers=eplb_update.others()))
                 ended = next(steps, _END) is _END
                 if here.moved and loaded.current() is not None:
-                    here.watchdog.waits_for(WaitingFor("verification", tuple(here.moved), peers=_others()))
+                    here.watchdog.waits_for(WaitingFor("verification", tuple(here.moved), peers=eplb_update.others()))
                     recheck(model, "expert weights were damaged by an exchange", here.moved, elastic.may_lose_ranks())
         finally:
-            _under_way = None
+            eplb_update.under_way = None
         if ended:
             return
         here.moved = []
@@ -201,7 +160,7 @@ def plan(
     Args:
         tokens_per_expert: ``[forward passes, layers, experts]``, alike on all ranks.
     """
-    planner = None if _under_way is None else _under_way.planner
+    planner = None if eplb_update.under_way is None else eplb_update.under_way.planner
     if planner is None:
         return original(tokens_per_expert, num_physical_experts, num_local_physical_experts, num_groups, num_nodes, algorithm)
     import torch
@@ -243,105 +202,9 @@ def windows(counts: np.ndarray, phases: Sequence[str], most: int = MOST_WINDOWS)
     return (np.concatenate(parts), tuple(of)) if parts else (np.zeros((1, *counts.shape[1:])), ("mixed",))
 
 
-def update(
-    original: Callable,
-    self: Any,
-    routed_experts_weights_of_layer: Any,
-    new_expert_location_metadata: Any,
-    update_layer_ids: Collection[int],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """`ExpertLocationUpdater.update` by our exchange: the layers that change, from live ranks, what none of them holds from the checkpoint.
-
-    Returns:
-        SGLang's experts that are missing by layer: none.
-
-    Raises:
-        ExchangeAborted: on all live ranks alike, each layer's maps being those of its weights.
-        ExchangeLost: when the outcome cannot be known.
-        PlacementError: when an expert is not to be had.
-    """
-    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
-
-    in_force, goal = get_global_expert_location_metadata(), new_expert_location_metadata
-    changed = [layer for layer in update_layer_ids if _differs(in_force, goal, layer)]
-    if not changed:
-        return {}
-    exchanger = _exchanger(self, routed_experts_weights_of_layer, in_force)
-    tables = (m.physical_to_logical_map_cpu.numpy()[changed] for m in (in_force, goal))
-    exchange = exchanger.plan(*(exchanger.placement(table, changed) for table in tables), elastic.live_ranks())
-    watchdog = None
-    if _under_way is not None:
-        _under_way.moved += [exchange.new.layer_ids[row] for row in exchange.changed_rows]
-        watchdog = _under_way.watchdog
-        watchdog.waits_for(WaitingFor("transfers", tuple(changed), peers=_others()))
-    reader = _reader(routed_experts_weights_of_layer) if len(exchange.reads) else None
-    left = set(changed)
-
-    def commit(rows: tuple[int, ...]) -> None:
-        layers = [exchange.new.layer_ids[row] for row in rows]
-        in_force.update(goal, update_layer_ids=layers)
-        left.difference_update(layers)
-
-    if len(exchange.changed_rows):
-        exchanger.exchange(exchange, commit, reader, watchdog)
-    if left:  # layers in which only replicas on dead ranks are not to be used any more
-        in_force.update(goal, update_layer_ids=sorted(left))
-    return {}
-
-
-def _differs(old: Any, new: Any, layer: int) -> bool:
-    """Whether slots or replicas to use differ; a table of fewer replicas may be narrower."""
-    if not old.physical_to_logical_map_cpu[layer].equal(new.physical_to_logical_map_cpu[layer]):
-        return True
-    a, b = (m.logical_to_all_physical_map_cpu[layer].numpy() for m in (old, new))
-    width = max(a.shape[-1], b.shape[-1])
-    a, b = (np.pad(t, ((0, 0), (0, width - t.shape[-1])), constant_values=-1) for t in (a, b))
-    return not np.array_equal(np.sort(a, axis=-1), np.sort(b, axis=-1))
-
-
-def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
-    found = getattr(updater, _EXCHANGER, None)
-    if found is None:
-        from sglang.srt.distributed.parallel_state import get_moe_ep_group
-
-        if _met is None:
-            raise PlacementError("experts are to move before the model has been loaded: this start of SGLang is not understood")
-        policy = policy_from(settings.current().rebalance, REBALANCE_FLAG)
-        tensors = {layer: weights[layer] for layer in weights.keys()}
-        first = next(iter(tensors.values()))[0]
-        group = get_moe_ep_group()
-        found = Exchanger(
-            tensors,
-            in_force.num_logical_experts,
-            group.cpu_group if first.device.type == "cpu" else group.device_group,
-            _met.meeting,
-            "sglang",
-            logger,
-            policy.staging_bytes,
-            max(60.0, 2 * policy.watchdog),
-        )
-        setattr(updater, _EXCHANGER, found)
-    return found
-
-
-def _reader(weights: Any) -> reload.EngineReader:
-    if _met.reader is None:
-        _met.reader = reload.EngineReader(_met.model, weights)
-    return _met.reader
-
-
 def needed(original: Callable, self: Any, *args: Any, **kwargs: Any) -> bool:
     """`EPLBManager._check_rebalance_needed`: always after a rank has died."""
     return elastic.live_ranks() is not None or original(self, *args, **kwargs)
-
-
-def _others() -> tuple[int, ...]:
-    from sglang.srt.distributed.parallel_state import get_moe_ep_group
-
-    group = get_moe_ep_group()
-    return tuple(rank for rank in range(group.world_size) if rank != group.rank_in_group)
 
 
 @lru_cache(maxsize=1)
@@ -370,7 +233,7 @@ def hooks() -> HookSet:
             Hook(
                 name="eplb-update",
                 target="sglang.srt.eplb.expert_location_updater:ExpertLocationUpdater.update",
-                hook=update,
+                hook=eplb_update.update,
                 relies_on=("routed_experts_weights_of_layer", "new_expert_location_metadata", "update_layer_ids"),
                 why="layers that stay are worked through, all is staged in a buffer of a whole layer, a rank that dies leaves a mix, and an expert "
                 "whose chosen sender is dead goes to disk though a live rank holds it, with a full reload for all models but DeepSeek",

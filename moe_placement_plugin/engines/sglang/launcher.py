@@ -50,7 +50,8 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
             "reads the same files)"
         )
     values["init_expert_location"] = settings.SENTINEL
-    return settings.Settings(strategy, str(file) if file is not None else None, values.get("ep_dispatch_algorithm"), rebalance=rebalance, planner=planner)
+    file = None if file is None else str(file)
+    return settings.Settings(strategy, file, values.get("ep_dispatch_algorithm"), rebalance=rebalance, planner=planner)
 
 
 def build(original: Callable[..., Any], values: dict[str, Any]) -> Any:

@@ -122,12 +122,12 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
         layers = check_layers(self.model, asked.placement, asked.reads)
         if not layers and asked.stages == 1:
             raise PlacementError(f"{type(self.model).__name__} has no FusedMoE layer: serve it without the placement flags")
-        from . import eplb
+        from . import eplb, eplb_update
         from .worker import hooks
 
         if asked.moves:
             eplb.list_weights(self.model)
-            eplb.meet(asked, self.model)
+            eplb_update.meet(asked, self.model)
             eplb.warm_up(asked)
 
         logger.info(
