@@ -7,6 +7,7 @@ given to the model's ``load_weights``; what its ``FusedMoE`` layers would write 
 from __future__ import annotations
 
 import bisect
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,11 +43,15 @@ class Names:
     _starts: list[int] = field(default_factory=list)
     _ranges: dict[int, tuple[int, str]] = field(default_factory=dict)
     _last: str | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def comes(self, name: str, tensor: torch.Tensor) -> None:
         """The checkpoint brings a tensor."""
-        begin = tensor.data_ptr()
-        end = begin + tensor.nbytes
+        with self._lock:
+            self._comes(name, tensor.data_ptr(), tensor.nbytes)
+
+    def _comes(self, name: str, begin: int, size: int) -> None:
+        end = begin + size
         at = bisect.bisect_left(self._starts, begin)
         while at and self._ranges[self._starts[at - 1]][0] > begin:
             at -= 1
@@ -60,13 +65,14 @@ class Names:
 
     def goes(self, layer: int, expert: int | None, weight_name: str, shard: str, tensor: torch.Tensor) -> None:
         """A tensor, or a part of one, goes to an expert: found by where it lies in memory, since loaders may work in threads."""
-        at = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
-        name = self._last
-        if at >= 0 and self._ranges[self._starts[at]][0] > tensor.data_ptr():
-            name = self._ranges[self._starts[at]][1]
-        if name is not None:
-            self.of[layer, ALL if expert is None else int(expert)][name] = None
-            self.parts[layer].add((weight_name, shard))
+        with self._lock:
+            at = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
+            name = self._last
+            if at >= 0 and self._ranges[self._starts[at]][0] > tensor.data_ptr():
+                name = self._ranges[self._starts[at]][1]
+            if name is not None:
+                self.of[layer, ALL if expert is None else int(expert)][name] = None
+                self.parts[layer].add((weight_name, shard))
 
     def settle(self) -> None:
         """Loading has ended."""
