@@ -21,6 +21,7 @@ from ..exchange.watchdog import Watchdog
 from ..exchange.weights import padded_bytes, view_parameter
 from ..placement import EngineTable, Placement
 from ..topology import Topology
+from .load_recorder import count_event
 
 if TYPE_CHECKING:
     import torch
@@ -198,6 +199,8 @@ class Exchanger:
         self._staging = found.staging
         self._ended.append(found.forget)
         report = self.last
+        count_event("exchanges")
+        count_event("exchange_seconds", report.seconds)
         self.log.info(
             "moe_placement_plugin: exchanged experts of %d layers in %.4f s (%d chunks of at most %.4f s): %.1f MB in, %.1f MB out, %.1f MB read, "
             "%.1f MB of staging memory",

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from moe_placement_plugin.engines.eplb_table import inverse_maps
 from moe_placement_plugin.engines.exchanger import Exchanger
 from moe_placement_plugin.engines.rebalancing import Rebalancer
 from moe_placement_plugin.engines.sglang import eplb, eplb_update, settings
-from moe_placement_plugin.engines.sglang.eplb_algorithm import inverse_maps
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange.decision import RebalancePolicy
 from moe_placement_plugin.exchange.watchdog import Watchdog

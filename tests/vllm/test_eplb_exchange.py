@@ -82,3 +82,21 @@ def test_the_window_is_told_apart_by_phase(monkeypatch):
     assert told.phases == ("prefill", "decode", "mixed") and rebalancer.phases is None
     rebalancer.phases = load + 1  # of another window than that which vLLM has added up
     assert eplb._by_phase(rebalancer, load.sum(axis=0).astype(float)).phases == ("mixed",)
+
+
+def test_maps_are_vllms():
+    from vllm.distributed.eplb.eplb_state import compute_logical_maps
+
+    from moe_placement_plugin.engines.vllm.eplb_exchange import _logical_maps
+
+    original = getattr(compute_logical_maps, "__wrapped__", compute_logical_maps)
+    ours = _logical_maps(lambda *args: pytest.fail("vLLM's own was asked"))
+    rng = np.random.default_rng(0)
+    for case in range(8):
+        table = np.stack([rng.permutation(np.concatenate([np.arange(7), rng.integers(7, size=5)])) for _ in range(3)])
+        if case % 2:  # slots of ranks that come hold nothing yet
+            table[:, rng.integers(12, size=2)] = -1
+        table = torch.from_numpy(table)
+        for given in (table, table[1]):
+            for a, b in zip(ours(given, 7), original(given, 7)):
+                assert a.equal(b) and a.dtype == b.dtype

@@ -16,9 +16,9 @@ from ...errors import PlacementError
 from ...exchange.decision import RebalancePolicy
 from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
+from ..eplb_table import inverse_maps
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
 from . import elastic, eplb_update, loaded, phases, reload, settings
-from .eplb_algorithm import inverse_maps
 from .hooks import Hook, HookSet
 from .verify import expert_layers, recheck
 

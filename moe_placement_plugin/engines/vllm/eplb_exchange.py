@@ -198,6 +198,24 @@ def fill_buffer(
     )  # fmt: skip
 
 
+def _logical_maps(original):
+    def compute_logical_maps(physical_to_logical_map, num_logical_experts):
+        import torch
+
+        from ..eplb_table import inverse_maps
+
+        held = physical_to_logical_map.numpy()
+        whole_table = held[None] if held.ndim == 1 else held
+        usable = whole_table >= 0
+        if not usable.any():
+            return original(physical_to_logical_map, num_logical_experts)
+        to_physical, count = inverse_maps(whole_table, num_logical_experts, None if usable.all() else usable)
+        maps = tuple(torch.from_numpy(t).to(physical_to_logical_map.dtype) for t in (to_physical, count))
+        return tuple(t.squeeze(0) for t in maps) if held.ndim == 1 else maps
+
+    return compute_logical_maps
+
+
 def exchange_patches() -> list[Patch]:
     """The patches that put our exchange under EPLB."""
     return [
@@ -210,6 +228,14 @@ def exchange_patches() -> list[Patch]:
             why="layers that do not change are worked through, all is staged in a buffer of a whole layer, and a rank that dies leaves a mix",
             upstream="vLLM issues 50647, 43219",
             removable_when="EPLB takes executors from plugins",
+        ),
+        Patch(
+            "eplb-maps",
+            "vllm.distributed.eplb.eplb_state:compute_logical_maps",
+            _logical_maps,
+            relies_on=("physical_to_logical_map", "num_logical_experts"),
+            why="a loop in Python over all slots makes the pause longer than the transfers of a small rebalance",
+            removable_when="vLLM computes them by array operations",
         ),
         Patch(
             "eplb-senders",
