@@ -1,6 +1,10 @@
 """Child process: four ranks of SGLang on the CPU with their real model, loader, EPLBManager and ExpertLocationUpdater, of which two are killed.
 
     python -m tests.sglang.dead_ranks_child MODEL RESULTS.json
+    python -m tests.sglang.dead_ranks_child MODEL RESULTS.json 8     eight ranks, of which four are killed one after the other
+
+Each step also says how long it took, and how long SGLang's own full reload of the model took afterwards (``update_weights_from_disk``, to which
+it goes for every lost expert of every model but DeepSeek).
 
 SGLang's elastic EP needs mooncake's process groups, which no CPU machine has: here the groups are gloo, nobody runs a forward pass after a
 death (its all-reduces would wait for the dead), the recorded load is given, and ``active_ranks`` is set by hand as mooncake's kernels would.
@@ -14,6 +18,7 @@ import multiprocessing as mp
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -21,13 +26,15 @@ RANKS = 4
 STEPS = (("skewed", ()), ("after one death", (3,)), ("after the death of the store's rank", (0,)), ("another load", ()))
 """Name of each rebalance and who dies before it."""
 
+STEPS_OF_EIGHT = (("skewed", ()), ("1 dead", (7,)), ("2 dead", (0,)), ("3 dead", (4,)), ("4 dead", (2,)), ("another load", ()))
 
-def counts(step: int):
+
+def counts(step: int, layers: int, experts: int):
     """A load ``[forward passes, layers, experts]``, the same on all ranks."""
     import numpy as np
 
     rng = np.random.default_rng(step)
-    return rng.zipf(1.3, (6, 4, 32)).clip(max=500)
+    return rng.zipf(1.3, (6, layers, experts)).clip(max=500)
 
 
 class Recorder:
@@ -35,13 +42,13 @@ class Recorder:
 
     recording = True
 
-    def __init__(self):
-        self.step = 0
+    def __init__(self, layers: int, experts: int):
+        self.step, self.shape = 0, (layers, experts)
 
     def dump_record(self, output_mode: str):
         import torch
 
-        return {"logical_count": torch.from_numpy(counts(self.step)), "average_utilization_rate_over_window": None}
+        return {"logical_count": torch.from_numpy(counts(self.step, *self.shape)), "average_utilization_rate_over_window": None}
 
 
 def start(server_args, port_args, rank: int):
@@ -101,43 +108,61 @@ def tables(runner) -> dict:
     return {"held": metadata.physical_to_logical_map.tolist(), "slots_of": metadata.logical_to_all_physical_map.tolist()}
 
 
-def rank_process(server_args, port_args, rank: int, folder: str, pipe) -> None:
+def reload(runner, folder: str) -> float | str:
+    """Seconds of SGLang's own full reload; or why it cannot be had."""
+    began = time.perf_counter()
+    done, message = runner.weight_updater.update_weights_from_disk(folder, "auto")
+    return time.perf_counter() - began if done else message
+
+
+def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pipe) -> None:
     """One rank: loads, then rebalances whenever it is told who is dead."""
     try:
         runner = start(server_args, port_args, rank)
         import torch
         from sglang.srt.elastic_ep.elastic_ep import ElasticEPStateManager, maybe_rebalance_after_rank_fault
         from sglang.srt.eplb import eplb_manager
+        from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
         from moe_placement_plugin.engines.sglang import eplb, eplb_update
 
-        state = ElasticEPStateManager._build_state(ep_size=RANKS, device=torch.device("cpu"))
+        state = ElasticEPStateManager._build_state(ep_size=ranks, device=torch.device("cpu"))
         ElasticEPStateManager._instance = state
-        recorder = Recorder()
+        at = get_global_expert_location_metadata()
+        recorder = Recorder(at.num_layers, at.num_logical_experts)
         eplb_manager.get_global_expert_distribution_recorder = lambda: recorder
         pipe.send({"wrong": wrong_slots(runner, folder), **tables(runner)})
         while True:
             step, dead = pipe.recv()
             recorder.step = step
+            before = getattr(getattr(runner.expert_location_updater, eplb_update._EXCHANGER, None), "last", None)
+            began = time.perf_counter()
             for gone in dead:
                 state.active_ranks[gone] = 0
             if dead:
                 assert maybe_rebalance_after_rank_fault(eplb_manager=runner.eplb_manager)
             else:
                 list(runner.eplb_manager.rebalance())
+            taken = time.perf_counter() - began
             exchanger = getattr(runner.expert_location_updater, eplb_update._EXCHANGER, None)
             planner = getattr(runner.eplb_manager, eplb._PLANNER)
-            report = exchanger.last if exchanger is not None else None
-            pipe.send(
-                {"wrong": wrong_slots(runner, folder), "decision": planner.last.reason, "accepted": planner.last.rebalance, **tables(runner)}
-                | ({} if report is None else {"received": report.bytes_received, "read": report.bytes_read, "staging": report.staging_bytes})
-            )
+            report = exchanger.last if exchanger is not None and exchanger.last is not before else None  # of this step
+            wrong = wrong_slots(runner, folder)
+            again = reload(runner, folder)
+            seen = {"wrong": wrong, "after reload": wrong_slots(runner, folder), "seconds": taken, "reload": again, **tables(runner)}
+            seen |= {"decision": planner.last.reason, "accepted": planner.last.rebalance}
+            if report is not None:
+                seen |= {"received": report.bytes_received, "read": report.bytes_read, "staging": report.staging_bytes, "exchange": report.seconds}
+            pipe.send(seen)
     except BaseException:
         pipe.send({"error": traceback.format_exc()})
 
 
 def main() -> None:
-    model, results = sys.argv[1:]
+    model, results = sys.argv[1:3]
+    ranks = int(sys.argv[3]) if len(sys.argv) > 3 else RANKS
+    steps = STEPS if ranks == RANKS else STEPS_OF_EIGHT
+    experts = json.loads((Path(model) / "config.json").read_text())["num_experts"]
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -148,8 +173,8 @@ def main() -> None:
     common = "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch --grammar-backend none --log-level info"
     eplb = "--enable-eplb --expert-placement-strategy eplb --max-total-tokens 512 --mem-fraction-static 0.2"
     rules = json.dumps({"min_gain": 0.0, "hysteresis": 0.0, "max_phase_loss": 0.5, "small_batches": False})
-    argv = ["--model-path", model, *common.split(), *eplb.split(), "--tp-size", str(RANKS), "--ep-size", str(RANKS), "--expert-rebalance", rules]
-    argv += ["--skip-tokenizer-init", "--ep-num-redundant-experts", "32"]
+    argv = ["--model-path", model, *common.split(), *eplb.split(), "--tp-size", str(ranks), "--ep-size", str(ranks), "--expert-rebalance", rules]
+    argv += ["--skip-tokenizer-init", "--ep-num-redundant-experts", str(experts)]  # two replicas of each on average
     server_args = prepare_server_args(argv)
     if hasattr(server_args, "resolve_once"):
         server_args.resolve_once()
@@ -158,16 +183,16 @@ def main() -> None:
     port_args = PortArgs.init_new(server_args)
     context = mp.get_context("spawn")
     processes, pipes = [], []
-    for rank in range(RANKS):
+    for rank in range(ranks):
         here, there = context.Pipe()
-        process = context.Process(target=rank_process, args=(server_args, port_args, rank, model, there), daemon=True)
+        process = context.Process(target=rank_process, args=(server_args, port_args, rank, ranks, model, there), daemon=True)
         process.start()
         there.close()
         processes.append(process)
         pipes.append(here)
     found = [{"name": "begin", "ranks": {rank: pipe.recv() for rank, pipe in enumerate(pipes)}}]
-    alive = list(range(RANKS))
-    for step, (name, dead) in enumerate(STEPS):
+    alive = list(range(ranks))
+    for step, (name, dead) in enumerate(steps):
         if any("error" in r for r in found[-1]["ranks"].values()):
             break
         for rank in dead:
