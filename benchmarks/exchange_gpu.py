@@ -1,7 +1,7 @@
 """Moving experts between GPUs: bandwidth against plain peer-to-peer copies, and the pause against vLLM's own sync EPLB, all in one run.
 
     torchrun --nproc-per-node 2 benchmarks/exchange_gpu.py                     5 layers of 64 + 8 experts of 17.3 MB, bfloat16
-    torchrun --nproc-per-node 2 benchmarks/exchange_gpu.py --shape r1          4 layers of 64 + 8 experts of 44 MB, FP8
+    torchrun --nproc-per-node 2 benchmarks/exchange_gpu.py --shape r1          4 layers of 64 + 8 experts of 44 MB, one byte per parameter
     torchrun --nproc-per-node 2 benchmarks/exchange_gpu.py --shape tiny        on a machine without a GPU: shows that it runs, nothing else
 
 What is printed, medians of ``--repeats``:
@@ -55,7 +55,7 @@ class Shape:
 
 SHAPES = {
     "5-layer": Shape(5, 64, 8, 2048, 1408, torch.bfloat16),
-    "r1": Shape(4, 64, 8, 7168, 2048, torch.float8_e4m3fn),
+    "r1": Shape(4, 64, 8, 7168, 2048, torch.uint8),  # a byte per parameter, as FP8, which NCCL knows as bytes only
     "tiny": Shape(3, 8, 4, 32, 16, torch.bfloat16),
 }
 
