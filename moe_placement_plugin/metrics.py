@@ -11,7 +11,7 @@ The process that answers ``/metrics`` holds no model. It reads the recording tha
 | `moe_expert_rank_load_ratio` | rank | load of the rank / mean over ranks, all layers, newest window |
 | `moe_expert_hottest_load_ratio` | layer, expert | tokens of the layer's three hottest experts / mean of its experts, newest window |
 | `moe_expert_recording_timestamp_seconds` | | when the newest window was written |
-| `moe_placement_events_total` | event | rebalances, moved_bytes, verified_slots, verify_failures, rebalance_accepted and _declined, also by reason |
+| `moe_placement_events_total` | event | rebalances, moved_bytes, exchange_seconds, verified_slots, verify_failures, rebalance_* also by reason |
 
 Rank metrics need expert parallelism; while an engine's own EPLB moves experts they are left out, because only
 it knows where they lie.

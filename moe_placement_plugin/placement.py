@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class Placement:
     layer_ids: tuple[int, ...] = ()
     strategy: str = "custom"
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    _may_repeat: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         table = _as_int32_table(self.physical_to_logical)
@@ -94,7 +95,7 @@ class Placement:
                 "every layer; give the expert a slot"
             )
         twice = np.argwhere(on_rank > 1)
-        if twice.size:
+        if twice.size and not self._may_repeat:
             layer, rank, expert = (int(i) for i in twice[0])
             raise PlacementError(
                 f"layer {self.layer_ids[layer]} holds expert {expert} {int(on_rank[layer, rank, expert])} times on rank "
@@ -239,7 +240,7 @@ class Placement:
             PlacementError: if one of them is missing.
         """
         rows = [self.row(i) for i in layer_ids]
-        return Placement(
+        return type(self)(
             self.physical_to_logical[rows],
             self.num_logical_experts,
             self.slots_per_rank,
@@ -327,6 +328,12 @@ class Placement:
         from .files import read_json
 
         return cls.from_dict(read_json(path, "plan"), str(path))
+
+
+class EngineTable(Placement):
+    """What an engine's own algorithm has put into force: a rank may hold an expert twice there, which a plan of ours never does."""
+
+    _may_repeat: ClassVar[bool] = True
 
 
 def _as_int32_table(values: Any) -> np.ndarray:

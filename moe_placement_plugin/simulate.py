@@ -262,7 +262,7 @@ def rows_for(plan: Placement, load: ExpertLoad, name: str) -> Placement:
     if set(load.layer_ids) <= set(plan.layer_ids):
         return plan.select_layers(load.layer_ids)
     if plan.num_layers == load.num_layers:  # one of the two numbers MoE layers only
-        return Placement(
+        return type(plan)(
             plan.physical_to_logical, plan.num_logical_experts, plan.slots_per_rank, load.layer_ids, plan.strategy, plan.metadata
         )
     raise PlacementError(

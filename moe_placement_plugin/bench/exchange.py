@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..engines.exchanger import STAGING_SHARE
 from ..errors import PlacementError
 from ..exchange.plan import ExchangePlan, plan_exchange
 from ..exchange.recovery import place_lost
@@ -32,15 +33,35 @@ TOLERANCES = (0.01, 0.008, 0.006, 0.005, 0.004, 0.003, 0.002, 0.001)
 """`replan`'s, tried from the loosest until its plans are as balanced as the engine's."""
 
 
-def cached_share(folder: Path) -> str:
-    """Whether the checkpoint's files are in memory: what can be said about it without dropping anything."""
+def cached_share(folder: Path) -> float | None:
+    """Share of the checkpoint's pages that are in the page cache, from a sample of them; None where that cannot be asked."""
+    page, seen, hits = bytearray(4096), 0, 0
     try:
-        free = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        cached = int(free["Cached"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return "unknown"
-    size = sum(f.stat().st_size for f in folder.iterdir())
-    return "cached (just written, and read once before)" if cached > size else "larger than the page cache"
+        for file in sorted(folder.iterdir()):
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                for offset in range(0, os.fstat(handle).st_size, 1 << 20):
+                    seen += 1
+                    try:
+                        hits += os.preadv(handle, [page], offset, os.RWF_NOWAIT) > 0
+                    except BlockingIOError:
+                        continue
+            finally:
+                os.close(handle)
+    except (OSError, AttributeError):
+        return None
+    return hits / seen if seen else None
+
+
+def drop_cache(folder: Path) -> None:
+    """Ask the system to forget the checkpoint's pages, which must be on the disk and in no mapping."""
+    for file in folder.iterdir():
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
 
 
 def disk_rate(folder: Path) -> float | None:
@@ -71,8 +92,11 @@ class _Processes:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._numbers = itertools.count()
 
-    def run(self, folder: Path, sizes, moves: ExchangePlan, max_layers: int | None) -> list[dict]:
-        """What the survivors measured.
+    def run(self, folder: Path, sizes, moves: ExchangePlan, staging_bytes: int | None, cold: bool) -> tuple[list[dict], float]:
+        """What the survivors measured, and the greatest share of the checkpoint that was in the page cache when a measurement began.
+
+        Args:
+            cold: whether the checkpoint is dropped from the page cache before each measurement.
 
         Raises:
             PlacementError: when one of them fails.
@@ -83,7 +107,8 @@ class _Processes:
         processes, pipes = [], []
         for rank in range(moves.new.num_ranks):
             here, there = self._context.Pipe()
-            process = self._context.Process(target=measure, args=(rank, self._store.port, name, there, folder, sizes, moves, max_layers), daemon=True)
+            arguments = (rank, self._store.port, name, there, folder, sizes, moves, staging_bytes)
+            process = self._context.Process(target=measure, args=arguments, daemon=True)
             process.start()
             there.close()
             processes.append(process)
@@ -93,13 +118,24 @@ class _Processes:
                 pipe.recv()
             for rank in np.flatnonzero(~moves.live).tolist():
                 os.kill(processes[rank].pid, signal.SIGKILL)
+            for rank in np.flatnonzero(~moves.live).tolist():
+                processes[rank].join()
             survivors = [pipes[rank] for rank in moves.live_ranks]
             for pipe in survivors:
                 pipe.send("go")
+            cached = 0.0
+            for _ in range(3):  # the exchange and both ways to reload
+                for pipe in survivors:
+                    pipe.recv()
+                if cold:
+                    drop_cache(folder)
+                    cached = max(cached, cached_share(folder) or 0.0)
+                for pipe in survivors:
+                    pipe.send("go")
             found = [pipe.recv() for pipe in survivors]
             for pipe in survivors:
                 pipe.send("end")
-            return found
+            return found, cached
         except EOFError:
             raise PlacementError("a process of the bench ended early; its error is above") from None
         finally:
@@ -123,9 +159,9 @@ def survivors_placements(old: Placement, load: np.ndarray, live: Sequence[int]) 
 
 
 def dead_suite(sizes, most_dead: int, report: Callable[[str], None], repeats: int = 3, folder: Path | None = None) -> list[dict]:
-    """Exchanges after the loss of 1 to ``most_dead`` of 8 ranks, against every survivor reading all its slots again.
+    """Exchanges after the loss of 1 to ``most_dead`` of 8 ranks, against a full reload (`exchange_ranks`), from the disk and from memory.
 
-    The row without a loss moves nearly all slots: it shows the bandwidth.
+    The row without a loss moves nearly all slots: it shows the bandwidth. Staging memory is what engines get, half of a layer.
 
     Raises:
         PlacementError: when torch is missing, or the weights after an exchange are not those of the checkpoint.
@@ -148,27 +184,38 @@ def dead_suite(sizes, most_dead: int, report: Callable[[str], None], repeats: in
             for goal, new in goals.items():
                 report(f"{replicas} replicas, {dead} dead, {goal}")
                 moves = plan_exchange(old, new, live_ranks=live, expert_bytes=sizes.expert_bytes)
-                runs = [processes.run(checkpoint, sizes, moves, max_layers=1) for _ in range(repeats)]
-                rows.append(
-                    {"goal": goal, "replicas": replicas, "dead": dead, "cache": cached_share(checkpoint), "disk": disk} | _figures(moves, runs)
-                )
+                staging = max(int(STAGING_SHARE * max(old.slots_per_rank) * sizes.expert_bytes), moves.min_staging_bytes)
+                row: dict = {"goal": goal, "replicas": replicas, "dead": dead, "disk": disk}
+                for kind in ("cold", "cached"):
+                    runs = [processes.run(checkpoint, sizes, moves, staging, kind == "cold") for _ in range(repeats)]
+                    row[kind] = _times([run for run, _ in runs]) | {"cached": max(share for _, share in runs)}
+                    row |= _figures(moves, [run for run, _ in runs])
+                rows.append(row)
     return rows
 
 
-def _figures(moves: ExchangePlan, runs: list[list[dict]]) -> dict:
-    """Medians over the runs, of the slowest rank of each."""
+def _times(runs: list[list[dict]]) -> dict:
+    """Seconds, medians over the runs, of the slowest rank of each."""
     if not all(r["equal"] for run in runs for r in run):
         raise PlacementError("weights after the exchange differ from the checkpoint's: this is a bug of the exchange; report it")
-    seconds, reload, raw, longest = (np.array([max(r[key] for r in run) for run in runs]) for key in ("seconds", "reload", "raw", "longest"))
+    exchange, every, own = (np.array([max(r["seconds"][key] for r in run) for run in runs]) for key in ("exchange", "reload all", "reload own"))
+    return {
+        "exchange": float(np.median(exchange)),
+        "reload all": float(np.median(every)),
+        "reload own": float(np.median(own)),
+        "shorter": float(np.median(every / exchange)),
+        "shorter than own": float(np.median(own / exchange)),
+    }
+
+
+def _figures(moves: ExchangePlan, runs: list[list[dict]]) -> dict:
+    raw, longest = (np.array([max(r[key] for r in run) for run in runs]) for key in ("raw", "longest"))
     return {
         "slots": int(sum(moves.new.slots_per_rank[r] for r in moves.live_ranks)) * moves.new.num_layers,
         "from_peers": len(moves.transfers),
         "from_disk": len(moves.reads),
         "bytes_moved": moves.bytes_moved,
         "bytes_read": moves.bytes_read,
-        "seconds": float(np.median(seconds)),
-        "reload": float(np.median(reload)),
-        "ratio": float(np.median(reload / seconds)),
         "raw": float(np.median(raw)),
         "longest": float(np.median(longest)),
         "staging": max(r["staging"] for run in runs for r in run),

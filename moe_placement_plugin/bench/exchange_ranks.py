@@ -1,7 +1,13 @@
-"""What each process of ``moe-placement bench exchange`` does: hold weights, lose peers, exchange, reload, compare."""
+"""What each process of ``moe-placement bench exchange`` does: hold weights, lose peers, exchange, reload, compare.
+
+Two ways to reload are measured. `reload_all` is what engines do: every rank goes through all tensors of the checkpoint and its loader keeps
+those of its own slots (SGLang's ``update_weights_from_disk``, to which a lost expert sends all models but DeepSeek). `reload_own` reads a
+rank's slots and nothing else, which no engine does.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,13 +65,35 @@ def _empty(sizes: Sizes, slots: int) -> list[list[torch.Tensor]]:
     ]
 
 
-def _reload(folder: Path, placement: Placement, rank: int, weights) -> None:
-    """Read every slot of the rank, as a server that starts does."""
+def reload_own(folder: Path, placement: Placement, rank: int, weights) -> None:
+    """Read every slot of the rank, and nothing else."""
     checkpoint = Checkpoint(folder)
     reader = CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
     for row, layer in enumerate(placement.layer_ids):
         for slot, expert in enumerate(placement.local_experts(row, rank).tolist()):
             reader.read(layer, expert, [t[slot] for t in weights[row]])
+
+
+_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def reload_all(folder: Path, placement: Placement, rank: int, weights) -> None:
+    """Go through all tensors of the checkpoint as an engine's loader does, and copy each into the slots of this rank that hold its expert."""
+    from safetensors import safe_open
+
+    slots: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for row, layer in enumerate(placement.layer_ids):
+        for slot, expert in enumerate(placement.local_experts(row, rank).tolist()):
+            slots.setdefault((layer, expert), []).append((row, slot))
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            for name in opened.keys():
+                tensor = opened.get_tensor(name)
+                layer, expert, part = _NAME.fullmatch(name).groups()
+                for row, slot in slots.get((int(layer), int(expert)), ()):
+                    into, down = (t[slot] for t in weights[row])
+                    half = into.shape[0] // 2
+                    {"gate": into[:half], "up": into[half:], "down": down}[part].copy_(tensor)
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -76,11 +104,14 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def measure(rank: int, port: int, name: str, pipe, folder: Path, sizes: Sizes, plan: ExchangePlan, max_layers: int | None) -> None:
-    """One process: exchange by ``plan`` (whose dead ranks end here), then a full reload of the same placement, and compare."""
+def measure(rank: int, port: int, name: str, pipe, folder: Path, sizes: Sizes, plan: ExchangePlan, staging_bytes: int | None) -> None:
+    """One process: exchange by ``plan`` (whose dead ranks end here), then both reloads of the same placement, and compare.
+
+    The parent says when each begins: it may have dropped the checkpoint from the page cache.
+    """
     store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
     weights = _empty(sizes, plan.old.slots_per_rank[rank])
-    _reload(folder, plan.old, rank, weights)
+    reload_own(folder, plan.old, rank, weights)
     pipe.send("loaded")
     if not plan.live[rank]:
         pipe.recv()  # the parent kills this process here
@@ -90,20 +121,30 @@ def measure(rank: int, port: int, name: str, pipe, folder: Path, sizes: Sizes, p
     dist.init_process_group(
         "gloo", store=dist.PrefixStore("survivors", store), rank=live.index(rank), world_size=len(live), timeout=timedelta(seconds=120)
     )
-    checkpoint = Checkpoint(folder)
-    found = Exchange(
-        plan, weights, epoch=1, store=store, max_layers=max_layers, reader=CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
-    )
-    seconds = _timed(found.run)
-    fresh = _empty(sizes, plan.new.slots_per_rank[rank])
-    reload = _timed(lambda: _reload(folder, plan.new, rank, fresh))
-    equal = all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for x, y in zip(weights, fresh) for a, b in zip(x, y))
-    raw = _ring(len(live), live.index(rank), found.report.bytes_received)
-    report = found.report
-    pipe.send(
-        {"seconds": seconds, "reload": reload, "raw": raw, "equal": equal}
-        | {"longest": report.longest, "staging": report.staging_bytes, "chunks": report.chunks}
-    )
+    connect = torch.zeros(1)
+    for peer in range(len(live)):  # as in a server that has run for a while
+        dist.broadcast(connect, peer)
+    pipe.send("connected")
+    pipe.recv()
+    reports = []
+
+    def exchange() -> None:
+        checkpoint = Checkpoint(folder) if len(plan.reads) else None
+        reader = checkpoint and CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
+        reports.append(Exchange(plan, weights, epoch=1, store=store, staging_bytes=staging_bytes, reader=reader).run())
+
+    seconds = {"exchange": _timed(exchange)}  # no file stays open: what is mapped stays in the page cache
+    equal = True
+    for kind, reload in (("reload all", reload_all), ("reload own", reload_own)):
+        fresh = _empty(sizes, plan.new.slots_per_rank[rank])
+        pipe.send(kind)
+        pipe.recv()
+        seconds[kind] = _timed(lambda reload=reload, fresh=fresh: reload(folder, plan.new, rank, fresh))
+        equal &= all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for x, y in zip(weights, fresh) for a, b in zip(x, y))
+        del fresh
+    raw = _ring(len(live), live.index(rank), reports[0].bytes_received)
+    report = reports[0]
+    pipe.send({"seconds": seconds, "raw": raw, "equal": equal, "longest": report.longest, "staging": report.staging_bytes, "chunks": report.chunks})
     pipe.recv()
 
 

@@ -58,13 +58,45 @@ def _in_service(old: np.ndarray, load_shape: tuple[int, int], num_replicas: int)
     return bool(held.all())
 
 
-def warm_up(table: np.ndarray, num_experts: int, num_ranks: int) -> None:
-    """Compile the planner; else the first rebalance on a machine stalls the server for that long (about 15 s).
+def inverse_maps(table: np.ndarray, num_experts: int, usable: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(logical to physical, int64 [layers, experts, most replicas] padded with -1; replicas, int64 [layers, experts]).
+
+    Args:
+        table: int [layers, slots].
+        num_experts: logical experts.
+        usable: bool [slots] or [layers, slots], False for slots that no token may go to; all when left out.
+    """
+    layers, slots = table.shape
+    experts = table.astype(np.int64)
+    if usable is not None:
+        experts = np.where(usable, experts, num_experts)  # beyond the last one
+    count = np.zeros((layers, num_experts + 1), np.int64)
+    np.add.at(count, (np.arange(layers)[:, None], experts), 1)
+    order = np.argsort(experts, axis=1, kind="stable")
+    sorted_experts = np.take_along_axis(experts, order, axis=1)
+    first = np.cumsum(count, axis=1) - count
+    nth = np.arange(slots) - np.take_along_axis(first, sorted_experts, axis=1)
+    to_physical = np.full((layers, num_experts + 1, int(count.max())), -1, np.int64)
+    to_physical[np.arange(layers)[:, None], sorted_experts, nth] = order
+    count = count[:, :num_experts]
+    return np.ascontiguousarray(to_physical[:, :num_experts, : int(count.max())]), count
+
+
+def warm_up(table: np.ndarray, num_experts: int, num_ranks: int, plans: bool = True) -> None:
+    """Compile planner and exchange; else the first rebalance on a machine stalls the server for that long (about 15 s).
 
     Args:
         table: int ``[layers, slots]``, a placement.
         num_experts: logical experts.
         num_ranks: EP ranks.
+        plans: whether this package's planner rebalances; else the exchange only.
     """
-    load = np.tile(1.0 + np.arange(num_experts), (table.shape[0], 1))
-    rebalance_table(load, table.shape[1], 1, 1, num_ranks, table)
+    from ..exchange.plan import plan_exchange
+    from ..placement import Placement
+
+    if plans:
+        load = np.tile(1.0 + np.arange(num_experts), (table.shape[0], 1))
+        rebalance_table(load, table.shape[1], 1, 1, num_ranks, table)
+    slots = (table.shape[1] // num_ranks,) * num_ranks
+    here, there = (Placement(t, num_experts, slots) for t in (table, np.roll(table, slots[0], axis=1)))
+    plan_exchange(here, there).chunks()

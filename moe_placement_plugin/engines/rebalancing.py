@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ..costmodel import LayerCost, find_calibration, fit
 from ..errors import PlacementError
 from ..exchange.decision import Decision, RebalancePolicy, announce, decide
 from ..exchange.plan import ExchangePlan, plan_exchange
+from ..exchange.recovery import place_lost
 from ..load import ExpertLoad
-from ..placement import Placement
+from ..placement import EngineTable, Placement
 from ..topology import Topology
 from .load_recorder import count_event
 
@@ -30,7 +32,7 @@ def add_argument(group: Any) -> None:
         type=_json_object,
         metavar="JSON",
         help="When strategy eplb rebalances under --enable-eplb: an object with some of min_gain, max_phase_loss, hysteresis, "
-        "max_bytes, max_pause, bandwidth (docs/exchange.md).",
+        "max_bytes, max_pause, staging_bytes, calibration, bandwidth (docs/exchange.md).",
     )
 
 
@@ -63,11 +65,17 @@ def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:
         if name not in known:
             raise PlacementError(f"{flag}: {name!r} is not one of {', '.join(known)}")
     try:
-        return RebalancePolicy(**(values or {}))
+        policy = RebalancePolicy(**(values or {}))
+        _cost(policy)  # read where the server starts, not at its first rebalance
+        return policy
     except PlacementError as error:
         raise PlacementError(f"{flag}: {error}") from error
     except TypeError as error:
         raise PlacementError(f"{flag} {dict(values or {})}: {error}") from error
+
+
+def _cost(policy: RebalancePolicy) -> LayerCost | None:
+    return None if policy.calibration is None else fit(find_calibration(policy.calibration).measurements)
 
 
 class Rebalancer:
@@ -94,7 +102,10 @@ class Rebalancer:
         self.layer_ids = tuple(layer_ids)
         self.expert_bytes = np.broadcast_to(np.asarray(expert_bytes, dtype=np.int64), (len(self.layer_ids),))
         self.topology = topology
+        self._cost = _cost(policy)
         self.last: Decision | None = None
+        self.phases: np.ndarray | None = None
+        """Load by phase, int64 ``[phases, layers, experts]``, where the engine adds it up before it asks; for the next `propose` only."""
         self._achieved: float | None = None
 
     def propose(
@@ -105,25 +116,26 @@ class Rebalancer:
         The decision is logged, counted and kept as `last`.
 
         Args:
-            load: recent windows, by phase where the engine tells them apart.
+            load: recent windows, by phase where the engine tells them apart; each token once, which a cost model needs.
             old: int ``[layers, slots]``, the placement in force.
             num_ranks: EP ranks, with equally many slots.
             groups, nodes: expert groups and nodes; groups that divide over the nodes stay whole.
-            live_ranks: ranks that are up; None for all.
+            live_ranks: ranks that are up; None for all. The others get nothing, and their slots stay as they are. If experts lie on none of
+                these, they are placed and nothing else moves: a server without an expert waits.
 
         Returns:
             (int32 ``[layers, slots]``, equal to ``old`` where a rebalance does not pay; the plan, empty then).
         """
-        from .eplb_table import rebalance_table
-
         began = time.perf_counter()
         slots = (old.shape[1] // num_ranks,) * num_ranks
-        before = Placement(old, load.num_experts, slots, load.layer_ids, "in force")
+        before = EngineTable(old, load.num_experts, slots, load.layer_ids, "in force")
         budget = None if self.policy.max_bytes is None else int(self.policy.max_bytes // max(int(self.expert_bytes.max()), 1))
-        table = rebalance_table(load.counts.sum(axis=0), old.shape[1], groups, nodes, num_ranks, old, max_moves=budget)
-        after = Placement(table, load.num_experts, slots, load.layer_ids, "eplb")
+        table = self._table(load.counts.sum(axis=0), before, groups, nodes, live_ranks, budget)
+        after = EngineTable(table, load.num_experts, slots, load.layer_ids, "eplb")
         exchange = plan_exchange(before, after, self.topology, live_ranks, self.expert_bytes)
-        self.last = decision = decide(exchange, load, self.policy, achieved=self._achieved)
+        fits = self.policy.staging_bytes is None or exchange.min_staging_bytes <= self.policy.staging_bytes
+        chunks = exchange.chunks(self.policy.staging_bytes) if fits else None
+        self.last = decision = decide(exchange, load, self.policy, self._cost, self._achieved, chunks)
         announce(decision, log=self.log)
         if not decision.rebalance:
             return before.physical_to_logical, plan_exchange(before, before, self.topology, live_ranks, self.expert_bytes)
@@ -132,3 +144,19 @@ class Rebalancer:
         count_event("moved_bytes", decision.bytes)
         count_event("planning_seconds", time.perf_counter() - began)
         return table, exchange
+
+    def _table(
+        self, load: np.ndarray, before: Placement, groups: int, nodes: int, live_ranks: Sequence[int] | None, budget: int | None
+    ) -> np.ndarray:
+        from .eplb_table import rebalance_table
+
+        table, ranks = before.physical_to_logical, before.num_ranks
+        if live_ranks is None or len(live_ranks) == ranks:
+            return rebalance_table(load, table.shape[1], groups, nodes, ranks, table, max_moves=budget)
+        kept = place_lost(before, live_ranks, load).physical_to_logical
+        if (kept != table).any():
+            return kept
+        slots = np.flatnonzero(np.isin(before.rank_of_slot, list(live_ranks)))
+        result = kept.copy()
+        result[:, slots] = rebalance_table(load, slots.size, 1, 1, len(live_ranks), np.ascontiguousarray(kept[:, slots]), max_moves=budget)
+        return result

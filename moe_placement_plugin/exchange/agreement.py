@@ -152,11 +152,14 @@ class Agreement:
             raise ExchangeLost(f"ranks {list(live)} went on without rank {self._rank}, which answered too late: stop this rank")
         return live
 
-    def forget(self, chunk: int) -> None:
-        """Delete the keys of a chunk whose fate every rank has read."""
-        self._ask(lambda s: s.delete_key(f"fate/{chunk}"))
-        for word in {r // VOTES_PER_WORD for r in self._ranks}:
-            self._ask(lambda s, word=word: s.delete_key(f"vote/{chunk}/{word}"))
+    def forget(self, chunks: int) -> None:
+        """Delete this rank's keys of an exchange of so many chunks, which every rank has ended; the lowest rank deletes those of all."""
+        keys = [f"entered/{self._rank}"]
+        if self._rank == min(self._ranks):
+            words = {rank // VOTES_PER_WORD for rank in self._ranks}
+            keys += ["plan", *(f"fate/{chunk}" for chunk in range(chunks)), *(f"vote/{chunk}/{word}" for chunk in range(chunks) for word in words)]
+        for key in keys:
+            self._ask(lambda s, key=key: s.delete_key(key))
 
     def _word(self, what: str, chunk: int, rank: int) -> int:
         return self._ask(lambda s: s.add(f"{what}/{chunk}/{rank // VOTES_PER_WORD}", 0))

@@ -30,6 +30,7 @@ REASONS = {
     "min_gain": "the gain is below the minimum",
     "phase_loss": "a phase would lose",
     "max_bytes": "it moves more bytes than the budget; plan with fewer moves",
+    "staging": "a layer takes in more than the bound on staging memory; plan with fewer moves, or give more",
     "max_pause": "it would pause longer than allowed; plan with fewer moves, or in smaller chunks",
     "payback": "the time saved does not make up for the exchange",
 }
@@ -46,11 +47,14 @@ class RebalancePolicy:
         hysteresis: balancedness that must have been lost since the last rebalance.
         max_bytes: most bytes between ranks and from the checkpoint.
         max_pause: seconds that one chunk may take.
+        staging_bytes: most staging memory of a rank; half of the slots of the largest layer when left out, and more where a layer takes it.
         bandwidth, disk_bandwidth: bytes per second that a rank receives, and reads from the checkpoint.
         horizon: for how many times the recorded load the new placement is expected to serve, for the payback.
         small_batches: whether decode steps are small, a few tokens per expert: without a cost model the dead zone then holds.
         tokens_per_step: tokens of a step over all ranks, of each phase, for a cost model.
         top_k: experts per token, for a cost model.
+        calibration: cost model of this device: the name of one that comes with the package, or a file of ``moe-placement bench layer``. With
+            it the gain is in time; without it, in the greatest rank load.
         watchdog: seconds after which an exchange that has not finished is reported, again and again, with what it waits for.
 
     Raises:
@@ -62,12 +66,14 @@ class RebalancePolicy:
     hysteresis: float = 0.01
     max_bytes: int | None = None
     max_pause: float | None = None
+    staging_bytes: int | None = None
     bandwidth: float = 25e9
     disk_bandwidth: float = 1e9
     horizon: float = 1.0
     small_batches: bool = True
     tokens_per_step: Mapping[str, int] = field(default_factory=lambda: {"prefill": 8192, "decode": 1024, "mixed": 4096})
     top_k: int = 8
+    calibration: str | None = None
     watchdog: float = 30.0
 
     def __post_init__(self) -> None:
@@ -76,6 +82,9 @@ class RebalancePolicy:
             if f.name == "tokens_per_step":
                 if not isinstance(value, Mapping) or not all(isinstance(n, int) and n > 0 for n in value.values()):
                     raise PlacementError(f'tokens_per_step {value!r}: give tokens by phase, such as {{"prefill": 8192, "decode": 1024}}')
+            elif f.name == "calibration":
+                if value is not None and not isinstance(value, str):
+                    raise PlacementError(f"calibration {value!r}: give the name of a calibration that comes with the package, or a path")
             elif f.name == "small_batches":
                 if not isinstance(value, bool):
                     raise PlacementError(f"small_batches {value!r}: give true or false")
@@ -84,7 +93,7 @@ class RebalancePolicy:
         for name in ("min_gain", "max_phase_loss", "hysteresis"):
             if not 0 <= getattr(self, name) < 1:
                 raise PlacementError(f"{name} {getattr(self, name)}: give a share of at least 0 and below 1, 0.02 for 2%")
-        for name in ("max_bytes", "max_pause", "bandwidth", "disk_bandwidth", "horizon", "top_k", "watchdog"):
+        for name in ("max_bytes", "max_pause", "staging_bytes", "bandwidth", "disk_bandwidth", "horizon", "top_k", "watchdog"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise PlacementError(f"{name} {value}: give a positive number")
@@ -182,11 +191,13 @@ def decide(
     facts |= {"gain": _gain(before, after), "phases": {phase: _gain(*both) for phase, both in spent.items()}}
     if cost is not None:
         facts["saved"] = float(before - after) * policy.horizon
-    reason = _refusal(policy, facts, load, old, cost, achieved)
+    reason = _refusal(policy, facts, load, old, cost, achieved, plan.min_staging_bytes)
     return Decision(reason is None, reason or "pays", **facts)
 
 
-def _refusal(policy: RebalancePolicy, facts: Mapping, load: ExpertLoad, old: Placement, cost: LayerCost | None, achieved: float | None) -> str | None:
+def _refusal(
+    policy: RebalancePolicy, facts: Mapping, load: ExpertLoad, old: Placement, cost: LayerCost | None, achieved: float | None, staging: int
+) -> str | None:
     # The dead zone is a rule of thumb that stands in for a cost model, which knows what active experts cost.
     small = policy.small_batches and set(load.phases) == {"decode"}
     rules = {
@@ -195,6 +206,7 @@ def _refusal(policy: RebalancePolicy, facts: Mapping, load: ExpertLoad, old: Pla
         "min_gain": facts["gain"] < policy.min_gain,
         "phase_loss": min(facts["phases"].values()) < -policy.max_phase_loss,
         "max_bytes": policy.max_bytes is not None and facts["bytes"] > policy.max_bytes,
+        "staging": policy.staging_bytes is not None and staging > policy.staging_bytes,
         "max_pause": policy.max_pause is not None and facts["pause"] > policy.max_pause,
         "payback": cost is not None and facts["saved"] < facts["seconds"],
     }
@@ -243,4 +255,4 @@ def _live_part(placement: Placement, live: np.ndarray) -> Placement:
         return placement
     slots = live[placement.rank_of_slot]
     sizes = tuple(np.array(placement.slots_per_rank)[live].tolist())
-    return Placement(placement.physical_to_logical[:, slots], placement.num_logical_experts, sizes, placement.layer_ids, placement.strategy)
+    return type(placement)(placement.physical_to_logical[:, slots], placement.num_logical_experts, sizes, placement.layer_ids, placement.strategy)

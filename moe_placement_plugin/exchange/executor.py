@@ -3,19 +3,22 @@
 Per chunk: everything that comes in is received or read into staging memory, all ranks agree (`agreement`), and only then are weights
 overwritten: copies within the rank, then the staged experts. Weights are untouched until the agreement, and the rest is local.
 
-The experts' tensors are moved as bytes, all of an expert's tensors in the same round: no type is converted, NaNs keep their bits.
+While one chunk is agreed on and committed the next one's transfers run already, into the other half of the staging memory: a layer belongs
+to one chunk only, so that nothing is sent that the commit overwrites.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import PlacementError
-from .agreement import Agreement, ExchangeAborted
+from .agreement import Agreement, ExchangeAborted, ExchangeLost
 from .plan import SCRATCH, Chunk, ExchangePlan
+from .transfers import BATCH_BYTES, Staged, Transfers
 from .watchdog import WaitingFor, Watchdog
 from .weights import Parameter, layout_digest, padded_bytes, view_weights
 
@@ -24,12 +27,11 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 
-_TAG = 0x6D6F65
-"""Of the receive that is never answered (`Exchange._give_up_transfers`)."""
-
-
 class ExpertReader(Protocol):
-    """Reads an expert that no live rank holds; `checkpoint.CheckpointReader` is one."""
+    """Reads an expert that no live rank holds; `checkpoint.CheckpointReader` is one.
+
+    A reader that is quicker with several at once has also ``read_all(wanted)``, which takes a list of `read`'s arguments.
+    """
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
         """Fill ``out``, one tensor for each tensor of the layer, of the shape of one slot; returns the bytes read."""
@@ -45,7 +47,7 @@ class ExchangeReport:
         longest: seconds of the longest chunk: the pause, when a server serves between chunks.
         chunks: how many were committed.
         bytes_sent, bytes_received, bytes_read: of experts, without padding; read is from the checkpoint.
-        staging_bytes: allocated for staging.
+        staging_bytes: used for staging.
     """
 
     seconds: float = 0.0
@@ -57,29 +59,13 @@ class ExchangeReport:
     staging_bytes: int = 0
 
 
-@dataclass
-class _Staged:
-    """Experts in staging memory: where each goes, its parameters as rows of bytes."""
-
-    buffer: torch.Tensor
-    used: int = 0
-    experts: list[tuple[int, int, list[torch.Tensor]]] = field(default_factory=list)
-
-    def take(self, parameters: Sequence[Parameter]) -> list[torch.Tensor]:
-        rows = []
-        for parameter in parameters:
-            rows.append(self.buffer[self.used : self.used + parameter.bytes])
-            self.used += parameter.padded
-        return rows
-
-
 class Exchange:
     """One exchange on one rank.
 
     Args:
         plan: the same on all ranks.
         weights: this rank's tensors ``[slots, ...]`` of each layer, changed in place: ``{layer: [tensor, ...]}`` by index of the layer within
-            the model, or a list of lists in the order of the placement's rows.
+            the model, or a list of lists in the order of the placement's rows; or what `weights.view_parameter` made of them.
         group: process group of all EP ranks, or of the live ones only; the default group when left out. An aborted exchange leaves it
             unusable: give the exchange a group of its own.
         epoch: number of the exchange, equal on all ranks and never used twice.
@@ -89,6 +75,9 @@ class Exchange:
         reader: for experts that no live rank holds.
         timeout: seconds that a transfer or a vote may take before the exchange is aborted.
         watchdog: one that only warns, after 30 s, when left out.
+        staging: uint8 memory to stage in, kept from one exchange to the next; allocated when left out or too small.
+        batch_bytes: rounds of transfers are put together until each holds this much; all ranks must give the same.
+        meanwhile: called once while the first transfers run, such as `forget` of an exchange that all ranks have ended.
 
     Raises:
         PlacementError: when the arguments do not fit together. Nothing was sent then.
@@ -97,7 +86,7 @@ class Exchange:
     def __init__(
         self,
         plan: ExchangePlan,
-        weights: Mapping[int, Sequence[torch.Tensor]] | Sequence[Sequence[torch.Tensor]],
+        weights: Mapping[int, Sequence[torch.Tensor | Parameter]] | Sequence[Sequence[torch.Tensor | Parameter]],
         group: dist.ProcessGroup | None = None,
         *,
         epoch: int,
@@ -107,6 +96,9 @@ class Exchange:
         reader: ExpertReader | None = None,
         timeout: float = 60.0,
         watchdog: Watchdog | None = None,
+        staging: torch.Tensor | None = None,
+        batch_bytes: int = BATCH_BYTES,
+        meanwhile: Callable[[], None] | None = None,
     ):
         import torch
         import torch.distributed as dist
@@ -118,17 +110,18 @@ class Exchange:
                 "the checkpoint"
             )
         self.plan = plan
-        self.group = dist.group.WORLD if group is None else group
-        self.rank, self._global_rank = _ranks_of(plan, self.group)
+        group = dist.group.WORLD if group is None else group
+        self.rank, peers = _ranks_of(plan, group)
         self._layers = view_weights(weights, plan.old, plan.new, self.rank)
-        sizes = padded_bytes(self._layers)
-        self.chunks = plan.chunks(staging_bytes, max_layers, sizes)
+        self._sizes = padded_bytes(self._layers)
+        self._limits = (staging_bytes, max_layers, batch_bytes)
+        self.chunks = plan.chunks(staging_bytes, max_layers, self._sizes)
         self.metadata = plan.metadata()
-        self.report = ExchangeReport(staging_bytes=max((int(c.staging_bytes[self.rank]) for c in self.chunks), default=0))
-        self._device = next((p.rows.device for parameters in self._layers for p in parameters), torch.device("cpu"))
-        self._reader, self._timeout = reader, timeout
+        self.report = ExchangeReport()
+        device = next((p.rows.device for parameters in self._layers for p in parameters), torch.device("cpu"))
+        self._reader, self._timeout, self._memory, self._meanwhile = reader, timeout, staging, meanwhile
         self._watchdog = watchdog or Watchdog()
-        self._limits = (staging_bytes, max_layers)
+        self._transfers = Transfers(self._layers, self.rank, peers, group, device, timeout, batch_bytes, self._watchdog)
         self._agreement = Agreement(
             dist.distributed_c10d._get_default_store() if store is None else store,
             epoch,
@@ -139,7 +132,7 @@ class Exchange:
         )
 
     def run(self, on_commit: Callable[[tuple[int, ...]], None] | None = None) -> ExchangeReport:
-        """Carry out all chunks.
+        """Carry out all chunks, each one's transfers while the one before is committed.
 
         Args:
             on_commit: called after each chunk with the rows of its layers, to put their new maps into force.
@@ -148,31 +141,52 @@ class Exchange:
             ExchangeAborted: on all survivors alike, when any rank fails before the last chunk is agreed on.
             ExchangeLost: when the outcome cannot be known.
         """
-        for rows in self.steps():
+        bound, layers, _ = self._limits
+        half = None if bound is None else bound // 2
+        if len(self.chunks) > 1 and (half is None or self.plan.staging_needed(self._sizes).max(initial=0) <= half):
+            if half is not None:
+                self.chunks = self.plan.chunks(half, layers, self._sizes)
+            steps = self._carry_out(ahead=True)
+        else:
+            steps = self._carry_out(ahead=False)
+        for rows in steps:
             if on_commit is not None:
                 on_commit(rows)
         return self.report
 
+    @property
+    def staging(self) -> torch.Tensor | None:
+        """The staging memory, for the next exchange."""
+        return self._memory
+
     def steps(self) -> Iterator[tuple[int, ...]]:
         """Carry out one chunk at each step; yields the rows of its layers, whose new maps must come into force before the next forward pass.
 
-        Between steps the server may serve; all ranks must take as many steps.
+        Between steps the server may serve, and nothing is under way then; all ranks must take as many steps.
 
         Raises:
             ExchangeAborted, ExchangeLost: as `run`.
         """
-        import torch
+        return self._carry_out(ahead=False)
 
-        staging = torch.empty(self.report.staging_bytes, dtype=torch.uint8, device=self._device)
+    def _carry_out(self, ahead: bool) -> Iterator[tuple[int, ...]]:
+        halves = self._staging(ahead)
+        staged: dict[int, Staged] = {}
         for index, chunk in enumerate(self.chunks):
             begin = time.perf_counter()
-            with self._watchdog.watch(self._give_up_transfers):
-                staged = _Staged(staging)
+            with self._watchdog.watch(self._transfers.give_up):
                 reason = self._agreement.enter(self._digest()) if index == 0 else None
                 try:
                     if reason is None:
-                        self._connect(index)
-                        self._stage(chunk, staged)
+                        if index == 0:
+                            self._transfers.connect()
+                        for next_one in range(index, min(index + 1 + ahead, len(self.chunks))):
+                            if next_one not in staged:
+                                staged[next_one] = self._transfers.begin(self.chunks[next_one], halves[next_one % len(halves)], self._named)
+                        if index == 0 and self._meanwhile is not None:
+                            self._meanwhile()
+                        self._read(chunk, staged[index])
+                        self._transfers.finish(staged[index])
                 except Exception as error:
                     # Whatever it was, the others wait for this rank: they are told before anybody is.
                     self._end(index, self._describe(error), error)
@@ -183,15 +197,28 @@ class Exchange:
                 if reason is not None:
                     self._end(None, reason)
                 self._wait_for(chunk, "commit")
-                self._commit(chunk, staged)
+                self._commit(chunk, staged.pop(index))
             self.metadata.committed[list(chunk.rows)] = True
-            if index and self.rank == self.plan.live_ranks[0]:
-                self._agreement.forget(index - 1)
             taken = time.perf_counter() - begin
             self.report.seconds += taken
             self.report.longest = max(self.report.longest, taken)
             self.report.chunks += 1
+            self.report.bytes_sent, self.report.bytes_received = self._transfers.sent, self._transfers.received
             yield chunk.rows
+
+    def forget(self) -> None:
+        """Delete from the store what this exchange was agreed on with, for servers that run long; when all ranks have ended it, not before."""
+        with suppress(ExchangeLost):  # its store has died since, and the keys with it
+            self._agreement.forget(len(self.chunks))
+
+    def _staging(self, ahead: bool) -> list[torch.Tensor]:
+        """Memory for the chunks: one part, or two that take turns."""
+        need = max((int(c.staging_bytes[self.rank]) for c in self.chunks), default=0)
+        parts = 2 if ahead else 1
+        if self._memory is None or self._memory.numel() < parts * need:
+            self._memory = self._transfers.allocate(parts * need)
+        self.report.staging_bytes = parts * need
+        return [self._memory[k * need : (k + 1) * need] for k in range(parts)]
 
     def survivors(self, grace: float | None = None) -> tuple[int, ...]:
         """EP ranks that are alive after an abort, the same on all of them.
@@ -207,86 +234,26 @@ class Exchange:
     def _digest(self) -> str:
         return f"{self.plan.digest} {layout_digest(self._layers)} {self._limits}"
 
-    def _connect(self, index: int) -> None:
-        """NCCL makes its communicator at the first call on a group, which all members must take part in."""
-        import torch
-        import torch.distributed as dist
-
-        if index == 0 and self._device.type != "cpu":
-            dist.all_reduce(torch.zeros(1, device=self._device), group=self.group)
-
-    def _stage(self, chunk: Chunk, staged: _Staged) -> None:
-        """Bring everything that the chunk brings to this rank into staging memory, and send what others need."""
-        import torch.distributed as dist
-
-        mine = (chunk.transfers[:, 2] == self.rank) | (chunk.transfers[:, 4] == self.rank)
-        rounds: dict[int, list[list[int]]] = {}
-        for number, transfer in zip(chunk.round_of[mine].tolist(), chunk.transfers[mine].tolist()):
-            rounds.setdefault(number, []).append(transfer)
-        reads = iter([read for read in chunk.reads.tolist() if read[2] == self.rank])
-        for number, transfers in rounds.items():
-            operations, peers, size = [], [], 0
-            for row, _expert, source, slot, rank, to in transfers:
+    def _read(self, chunk: Chunk, staged: Staged) -> None:
+        """Read what this rank needs from the checkpoint, while the network is busy."""
+        wanted = []
+        for row, expert, rank, slot in chunk.reads.tolist():
+            if rank == self.rank:
                 parameters = self._layers[row]
-                amount = sum(p.bytes for p in parameters)
-                if source == self.rank:
-                    operation, peer, tensors = dist.isend, rank, [p.rows[slot] for p in parameters]
-                    self.report.bytes_sent += amount
-                else:
-                    operation, peer, tensors = dist.irecv, source, staged.take(parameters)
-                    staged.experts.append((row, to, tensors))
-                    self.report.bytes_received += amount
-                operations += [dist.P2POp(operation, t, self._global_rank[peer], self.group) for t in tensors if t.numel()]
-                peers.append(peer)
-                size += amount
-            pending = dist.batch_isend_irecv(operations)
-            self._read_next(chunk, reads, staged)
-            self._wait_for(chunk, "receive", number, peers, size)
-            self._finish(pending)
-        while self._read_next(chunk, reads, staged):
-            pass
-        self._settle()
-
-    def _read_next(self, chunk: Chunk, reads: Iterator[list[int]], staged: _Staged) -> bool:
-        """Read one expert from the checkpoint while the network is busy."""
-        found = next(reads, None)
-        if found is None:
-            return False
-        row, expert, _rank, slot = found
-        parameters = self._layers[row]
-        tensors = staged.take(parameters)
-        self._wait_for(chunk, "read", size=sum(p.bytes for p in parameters))
-        typed = [p.typed(t) for p, t in zip(parameters, tensors)]
-        self.report.bytes_read += self._reader.read(self.plan.new.layer_ids[row], expert, typed)
-        staged.experts.append((row, slot, tensors))
-        return True
-
-    def _finish(self, pending: list[dist.Work]) -> None:
-        from datetime import timedelta
-
-        for work in pending:
-            if self._device.type == "cpu":
-                work.wait(timedelta(seconds=self._timeout))
-            else:
-                work.wait()  # orders the stream only; `_settle` waits for the device
-
-    def _settle(self) -> None:
-        """Wait until the device has received everything, without blocking where no interruption would be noticed."""
-        if self._device.type == "cpu":
+                tensors = staged.take(parameters)
+                wanted.append((self.plan.new.layer_ids[row], expert, [p.typed(t) for p, t in zip(parameters, tensors)]))
+                staged.experts.append((row, slot, tensors))
+        if not wanted:
             return
-        import torch
+        self._wait_for(chunk, "read", size=sum(t.nbytes for _, _, typed in wanted for t in typed))
+        read_all = getattr(self._reader, "read_all", None)
+        if read_all is not None:
+            self.report.bytes_read += read_all(wanted)
+            return
+        for layer, expert, typed in wanted:
+            self.report.bytes_read += self._reader.read(layer, expert, typed)
 
-        done = torch.get_device_module(self._device).Event()
-        done.record()
-        deadline = time.monotonic() + self._timeout
-        while not done.query():
-            if self._watchdog.expired:
-                raise TimeoutError("interrupted by the watchdog")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"transfers not finished after {self._timeout:g} s")
-            time.sleep(20e-6)
-
-    def _commit(self, chunk: Chunk, staged: _Staged) -> None:
+    def _commit(self, chunk: Chunk, staged: Staged) -> None:
         """Overwrite the chunk's slots; nothing here can fail or needs another rank."""
         scratch: list[torch.Tensor] | None = None
         for row, rank, source, to in chunk.copies.tolist():
@@ -304,9 +271,11 @@ class Exchange:
             for parameter, tensor in zip(self._layers[row], tensors):
                 parameter.rows[slot].copy_(tensor)
 
-    def _wait_for(self, chunk: Chunk, step: str, number: int | None = None, peers: Sequence[int] = (), size: int = 0) -> None:
-        layers = tuple(self.plan.new.layer_ids[row] for row in chunk.rows)
-        self._watchdog.waits_for(WaitingFor(step, layers, number, tuple(peers), size))
+    def _wait_for(self, chunk: Chunk, step: str, peers: Sequence[int] = (), size: int = 0) -> None:
+        self._watchdog.waits_for(WaitingFor(step, self._named(chunk), None, tuple(peers), size))
+
+    def _named(self, chunk: Chunk) -> tuple[int, ...]:
+        return tuple(self.plan.new.layer_ids[row] for row in chunk.rows)
 
     def _describe(self, error: Exception) -> str:
         return f"rank {self.rank}, {self._watchdog.waiting}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -317,28 +286,8 @@ class Exchange:
             if refuse is not None:
                 reason = self._agreement.abort(refuse, reason)
         finally:
-            self._give_up_transfers()
+            self._transfers.give_up()
         raise ExchangeAborted(reason, self.metadata) from cause
-
-    def _give_up_transfers(self) -> None:
-        """Break the group's connections, so that no rank goes on waiting for this one."""
-        from datetime import timedelta
-
-        import torch
-        import torch.distributed as dist
-
-        if dist.get_backend(self.group) != "gloo":
-            self.group.abort()
-            return
-        # gloo has no abort: a receive that runs out of its time closes all connections of the group. Its tag is not that of any
-        # transfer: gloo ends the process when a message is longer than the buffer it meets.
-        nothing = torch.empty(1, dtype=torch.uint8)
-        for rank in self.plan.live_ranks:
-            if rank != self.rank:
-                try:
-                    dist.irecv(nothing, self._global_rank[rank], self.group, tag=_TAG).wait(timedelta(milliseconds=1))
-                except (RuntimeError, ValueError):
-                    continue
 
 
 def _ranks_of(plan: ExchangePlan, group: dist.ProcessGroup) -> tuple[int, dict[int, int]]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import PlacementError
 from ..moves import check_comparable
-from ..placement import Placement
+from ..placement import EngineTable, Placement
 from ..topology import Topology
 
 SCRATCH = -1
@@ -66,7 +66,8 @@ class CommitMetadata:
                 f"{self.old.num_slots}: one placement cannot hold both; take the maps layer by layer (row_in_force)"
             )
         table = np.where(self.committed[:, None], self.new.physical_to_logical, self.old.physical_to_logical)
-        return Placement(table, self.new.num_logical_experts, self.new.slots_per_rank, self.new.layer_ids, self.new.strategy)
+        kind = EngineTable if EngineTable in (type(self.old), type(self.new)) else Placement
+        return kind(table, self.new.num_logical_experts, self.new.slots_per_rank, self.new.layer_ids, self.new.strategy)
 
     def undo(self, topology: Topology | None = None, live_ranks: Sequence[int] | None = None, expert_bytes: int | Sequence[int] = 1) -> ExchangePlan:
         """The exchange that brings every layer back to its old map.

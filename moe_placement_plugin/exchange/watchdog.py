@@ -43,7 +43,8 @@ class WaitingFor:
 class Watchdog:
     """Times an exchange; a context manager around it (or around each of its steps, when a server serves between them).
 
-    A thread wakes only when a limit passes. The first limit logs a warning with what is waited for, again at each further multiple.
+    One thread for all watchdogs of the process wakes only when a limit passes; to enter and to leave costs microseconds. The first limit logs a
+    warning with what is waited for, again at each further multiple.
 
     Args:
         limit: seconds after which it warns.
@@ -71,8 +72,7 @@ class Watchdog:
         self._report = report or logger.warning
         self.waiting = WaitingFor("start")
         self._interrupt: Callable[[], None] | None = None
-        self._stop: threading.Event | None = None
-        self._thread: threading.Thread | None = None
+        self._begin = self._warn_at = 0.0
         self.expired: str | None = None
         """What was waited for when it gave up; None while it has not."""
 
@@ -87,33 +87,69 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self.expired = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(self._stop, time.monotonic()), name="exchange-watchdog", daemon=True)
-        self._thread.start()
+        self._begin = time.monotonic()
+        self._warn_at = self._begin + self.limit
+        _Monitor.of_this_process().add(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        _Monitor.of_this_process().remove(self)
 
-    def _run(self, stop: threading.Event, begin: float) -> None:
-        warn_at = begin + self.limit
-        end_at = None if self.give_up is None else begin + self.give_up
-        while True:
-            until = warn_at if end_at is None else min(warn_at, end_at)
-            if stop.wait(max(0.0, until - time.monotonic())):
-                return
-            now = time.monotonic()
-            waiting = str(self.waiting)
-            if end_at is not None and now >= end_at:
-                self.expired = waiting
-                what = "ending this process" if self.action == "abort" else "interrupting it"
-                self._report(f"expert exchange not finished after {now - begin:.1f} s, {what}; waiting for: {waiting}")
-                if self.action == "abort":
-                    os.abort()
-                if self._interrupt is not None:
-                    self._interrupt()
-                return
-            if now >= warn_at:
-                self._report(f"expert exchange not finished after {now - begin:.1f} s; waiting for: {waiting}")
-                warn_at += self.limit
+    @property
+    def _next(self) -> float:
+        return self._warn_at if self.give_up is None else min(self._warn_at, self._begin + self.give_up)
+
+    def _passed(self, now: float) -> bool:
+        """A limit has passed: say so, and act; whether the watchdog has done all that it will."""
+        waiting = str(self.waiting)
+        if self.give_up is not None and now >= self._begin + self.give_up:
+            self.expired = waiting
+            what = "ending this process" if self.action == "abort" else "interrupting it"
+            self._report(f"expert exchange not finished after {now - self._begin:.1f} s, {what}; waiting for: {waiting}")
+            if self.action == "abort":
+                os.abort()
+            if self._interrupt is not None:
+                threading.Thread(target=self._interrupt, name="exchange-interrupt", daemon=True).start()
+            return True
+        self._report(f"expert exchange not finished after {now - self._begin:.1f} s; waiting for: {waiting}")
+        self._warn_at += self.limit
+        return False
+
+
+class _Monitor:
+    """The thread that looks after all watchdogs of this process."""
+
+    _of: tuple[int, _Monitor] | None = None
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._watched: list[Watchdog] = []
+        self._wakes_at: float | None = None
+        threading.Thread(target=self._run, name="exchange-watchdog", daemon=True).start()
+
+    @classmethod
+    def of_this_process(cls) -> _Monitor:
+        if cls._of is None or cls._of[0] != os.getpid():  # a forked process has the object and not the thread
+            cls._of = os.getpid(), cls()
+        return cls._of[1]
+
+    def add(self, watchdog: Watchdog) -> None:
+        with self._changed:
+            self._watched.append(watchdog)
+            if self._wakes_at is None or watchdog._next < self._wakes_at:
+                self._changed.notify()
+
+    def remove(self, watchdog: Watchdog) -> None:
+        with self._changed:  # which is held while it reports: nothing is said after this
+            if watchdog in self._watched:
+                self._watched.remove(watchdog)
+
+    def _run(self) -> None:
+        with self._changed:
+            while True:
+                self._wakes_at = min((w._next for w in self._watched), default=None)
+                self._changed.wait(None if self._wakes_at is None else max(0.0, self._wakes_at - time.monotonic()))
+                now = time.monotonic()
+                for watchdog in [w for w in self._watched if now >= w._next]:
+                    if watchdog._passed(now):
+                        self._watched.remove(watchdog)

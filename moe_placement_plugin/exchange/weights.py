@@ -79,13 +79,16 @@ def view_parameter(tensor: torch.Tensor, name: str) -> Parameter:
 
 
 def view_weights(
-    weights: Mapping[int, Sequence[torch.Tensor]] | Sequence[Sequence[torch.Tensor]], old: Placement, new: Placement, rank: int
+    weights: Mapping[int, Sequence[torch.Tensor | Parameter]] | Sequence[Sequence[torch.Tensor | Parameter]],
+    old: Placement,
+    new: Placement,
+    rank: int,
 ) -> list[list[Parameter]]:
     """All parameters of all layers, rows in the placement's order.
 
     Args:
         weights: this rank's tensors ``[slots, ...]`` of each layer: by index of the layer within the model (SGLang), or a list in the
-            order of the placement's rows (vLLM).
+            order of the placement's rows (vLLM). Parameters are taken as they are: viewing costs some 10 us for each tensor.
         old, new: the placements of the exchange.
         rank: this EP rank.
 
@@ -104,7 +107,7 @@ def view_weights(
     slots = max(old.slots_per_rank[rank], new.slots_per_rank[rank])
     result = []
     for layer, tensors in zip(new.layer_ids, rows):
-        parameters = [view_parameter(t, f"layer {layer}, tensor {k}") for k, t in enumerate(tensors)]
+        parameters = [t if isinstance(t, Parameter) else view_parameter(t, f"layer {layer}, tensor {k}") for k, t in enumerate(tensors)]
         for k, parameter in enumerate(parameters):
             if parameter.rows.shape[0] < slots:
                 raise PlacementError(

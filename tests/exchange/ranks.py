@@ -211,3 +211,34 @@ def recovering(rank: int, world: int, store, plan: ExchangePlan, victim: int):
     after = plan_exchange(in_force, place_lost(in_force, live), live_ranks=live)
     start(rank, store, after, weights, epoch=2, reader=reader).run()
     return as_bytes(weights), in_force, live, reader.asked
+
+
+def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
+    """Exchanges one after the other as an engine has them, of which ``dies`` leaves after the second; keys of the agreement in the store."""
+    import logging
+
+    from moe_placement_plugin.engines.exchanger import Exchanger, Meeting
+
+    weights = weights_of(placements[0], rank, placements[0].slots_per_rank[rank])
+    meeting = Meeting.of(dist.group.WORLD, outlive=dies is not None)
+    exchanger = Exchanger(
+        dict(enumerate(weights)), placements[0].num_logical_experts, dist.group.WORLD, meeting, "test", logging.getLogger(), timeout=20
+    )
+    exchanger.reserve()
+    live = None
+    staging = set()
+    before = store.num_keys()
+    for number, (old, new) in enumerate(zip(placements, placements[1:])):
+        if number == 2 and dies is not None:
+            # Between two exchanges: who still asks the store of a rank that dies stops, which is tested elsewhere.
+            store.add("two", 1)
+            while store.add("two", 0) < world:
+                time.sleep(0.001)
+            if rank == dies:
+                os._exit(0)
+            live = [r for r in range(world) if r != dies]
+        committed: list[int] = []
+        exchanger.exchange(exchanger.plan(old, new, live), lambda rows, committed=committed: committed.extend(rows), Reader())
+        assert committed == exchanger.plan(old, new, live).changed_rows.tolist()
+        staging.add(exchanger._staging.data_ptr())
+    return as_bytes(weights), store.num_keys() - before, len(staging)

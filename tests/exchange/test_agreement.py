@@ -40,7 +40,7 @@ def test_all_vote():
     assert all_at_once(agreements, lambda a: a.enter("digest")) == [None] * len(RANKS)
     for chunk in range(3):
         assert all_at_once(agreements, lambda a, chunk=chunk: a.vote(chunk)) == [None] * len(RANKS)
-    agreements[0].forget(1)
+    agreements[0].forget(2)
     assert agreements[0].missing(1) == RANKS and agreements[0].missing(2) == []
 
 

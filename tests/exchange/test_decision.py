@@ -41,6 +41,7 @@ def test_a_gain_is_taken_and_told():
         ("min_gain", {"min_gain": 0.26}, [HOT], (), None),
         ("max_bytes", {"max_bytes": 1_999_999}, [HOT], (), None),
         ("max_pause", {"max_pause": 3.9e-5}, [HOT], (), None),
+        ("staging", {"staging_bytes": 999_999}, [HOT], (), None),
         ("hysteresis", {"hysteresis": 0.1}, [HOT], (), 0.8),
         ("phase_loss", {}, [[300, 300, 100, 100], [30, 10, 30, 10]], ("prefill", "decode"), None),
         ("dead_zone", {"min_gain": 0.001}, [[1005, 1005, 995, 995]], ("decode",), None),
@@ -53,7 +54,7 @@ def test_each_refusal(reason, change, windows, phases, achieved):
 
 
 def test_just_within_every_bound():
-    policy = RebalancePolicy(min_gain=0.24, max_bytes=2_000_000, max_pause=4.1e-5, hysteresis=0.1)
+    policy = RebalancePolicy(min_gain=0.24, max_bytes=2_000_000, max_pause=4.1e-5, hysteresis=0.1, staging_bytes=1_000_000)
     assert decide(PLAN, load(HOT), policy, achieved=0.851).rebalance
 
 

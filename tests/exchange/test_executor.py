@@ -49,7 +49,7 @@ def test_chunked_and_whole_end_alike(ranks, slots, experts):
     whole = carry_out(ranks, plan, {})
     padded = plan.staging_needed([64 * len(SHAPES)] * 4).max()
     cut = carry_out(ranks, plan, {"staging_bytes": int(padded)}, by_layer=True)
-    single = carry_out(ranks, plan, {"max_layers": 1})
+    single = carry_out(ranks, plan, {"max_layers": 1, "batch_bytes": 1})  # a round a batch
     for a, b, c in zip(whole, cut, single):
         for x, y, z in zip(a[0], b[0], c[0]):
             assert all((p == q).all() and (p == r).all() for p, q, r in zip(x, y, z))
@@ -85,3 +85,35 @@ def test_a_few_moves(ranks):
     old = random_placement(rng, 6, 16, [5] * 4)
     plan = plan_exchange(old, drifted(rng, old, share=0.1))
     carry_out(ranks, plan, {"max_layers": 2})
+
+
+def test_exchanges_of_a_server_keep_their_staging_memory_and_leave_no_keys_behind(ranks):
+    from .ranks import by_an_exchanger
+
+    rng = np.random.default_rng(6)
+    keys = []
+    for number in (6, 12):
+        placements = [random_placement(rng, 4, 12, [6] * 3)]
+        for _ in range(number):
+            placements.append(drifted(rng, placements[-1], share=0.2))
+        results = ranks.run(by_an_exchanger, 3, placements, None)
+        for rank, (weights, _, buffers) in enumerate(results):
+            check_weights(weights, placements[-1], rank)
+            assert buffers == 1, "staging memory was allocated again"
+        keys.append(max(found for _, found, _ in results))
+    assert 0 < keys[1] <= keys[0] + 8, keys  # of the last two exchanges, which may have more chunks
+
+
+@pytest.mark.parametrize("dies", [0, 2])
+def test_a_server_goes_on_when_a_rank_has_died_be_it_the_stores(ranks, dies):
+    from .ranks import by_an_exchanger
+
+    rng = np.random.default_rng(7)
+    live = [r for r in range(3) if r != dies]
+    placements = [random_placement(rng, 3, 8, [6] * 3) for _ in range(3)]
+    placements += [random_placement(rng, 3, 8, [6] * 3, live), drifted(rng, placements[2])]
+    placements[4] = random_placement(rng, 3, 8, [6] * 3, live)
+    results = ranks.run(by_an_exchanger, 3, placements, dies)
+    assert results[dies] is None
+    for rank in live:
+        check_weights(results[rank][0], placements[-1], rank)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange.plan import plan_exchange
 from moe_placement_plugin.moves import compare
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.placement import EngineTable, Placement
 from moe_placement_plugin.topology import Topology
 
 from .cases import SimulatedRanks, exchanges, random_placement
@@ -45,6 +45,25 @@ def test_every_slot_gets_its_expert_however_the_plan_is_cut(plan, max_layers, ti
     for chunk in chunks:
         assert len(chunk.rows) <= max_layers
         assert bound is None or chunk.staging_bytes.max() <= bound
+
+
+@RUNS
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 6))
+def test_an_engines_table_may_hold_an_expert_twice_on_a_rank(seed, ranks, slots):
+    rng = np.random.default_rng(seed)
+    experts = int(rng.integers(1, ranks * slots + 1))
+
+    def table() -> EngineTable:
+        rows = [rng.permutation(np.concatenate([np.arange(experts), rng.integers(experts, size=ranks * slots - experts)])) for _ in range(3)]
+        return EngineTable(np.array(rows), experts, (slots,) * ranks)
+
+    plan = plan_exchange(table(), table())
+    ran = simulated(plan)
+    ran.carry_out(plan, plan.chunks(max_layers=1))
+    ran.check(plan.new, plan.live_ranks)
+    half = plan.metadata()
+    half.committed[1] = True
+    assert half.in_force().physical_to_logical[1].tolist() == plan.new.physical_to_logical[1].tolist()
 
 
 @RUNS
@@ -212,3 +231,19 @@ def test_quick_at_the_size_of_r1(ranks):
 
     once()
     assert min(once() for _ in range(5)) < 0.15  # nearly every slot moves; a few hundredths of a second on a slow core
+
+
+def test_what_was_lost_is_read_by_all_live_ranks_alike():
+    """60 experts on 6 ranks, the first 4 ranks hold 15 each, the last two replicas of all that rank 0 and 1 hold: ranks 2 and 3 die."""
+    from moe_placement_plugin.exchange.recovery import place_lost
+
+    table = np.tile(np.concatenate([np.arange(60), np.arange(15), np.arange(15, 30)]), (3, 1))
+    old = Placement(table, 60, (15,) * 6)
+    live = [0, 1, 4, 5]
+    load = np.random.default_rng(0).zipf(1.3, (3, 60)).astype(float)
+    plan = plan_exchange(old, place_lost(old, live, load), live_ranks=live)
+    assert not len(plan.transfers) and len(plan.reads) == 3 * 30
+    for row in range(3):
+        per_rank = np.bincount(plan.reads[plan.reads[:, 0] == row, 2], minlength=6)
+        assert per_rank[live].max() - per_rank[live].min() <= 1, per_rank
+    assert np.bincount(plan.reads[:, 2], minlength=6)[live].max() <= 23

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from moe_placement_plugin.engines.eplb_table import inverse_maps
+from moe_placement_plugin.engines.exchanger import Exchanger
 from moe_placement_plugin.engines.rebalancing import Rebalancer
-from moe_placement_plugin.engines.sglang import eplb, settings
+from moe_placement_plugin.engines.sglang import eplb, eplb_update, settings
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange.decision import RebalancePolicy
 from moe_placement_plugin.exchange.watchdog import Watchdog
@@ -58,6 +60,8 @@ def test_other_strategies_and_loads_are_where_eplb_begins(models, files):
         ((*TWO, *EPLB, "--eplb-algorithm", "deepseek"), "--eplb-algorithm deepseek.*both decide"),
         (("--tp-size", "4", "--ep-size", "2", *EPLB), "--tp-size 4 and --ep-size 2.*make them equal"),
         ((*TWO, *EPLB, "--load-format", "dummy"), "--load-format dummy"),
+        ((*TWO, "--eplb-algorithm", "expert_placement"), "expert_placement without --enable-eplb"),
+        ((*TWO, *EPLB, "--expert-rebalance", '{"calibration": "/no/such"}'), "calibration '/no/such' is neither a file"),
     ],
 )
 def test_what_would_not_go_well_is_refused(models, more, words):
@@ -81,17 +85,60 @@ def test_a_model_that_does_not_list_its_experts(monkeypatch):
         eplb.list_weights(torch.nn.Module())
 
 
-def test_forward_passes_are_put_together_into_windows():
+def test_forward_passes_are_put_together_into_windows_of_their_phase():
     counts = np.zeros((40, 1, 2), dtype=np.int32)
     counts[:34, 0, 0] = 1
-    found = eplb.windows(counts, 16)
-    assert found.shape == (16, 1, 2) and found.sum() == 34 and set(found[:, 0, 0]) == {2, 3}
-    assert eplb.windows(counts[:3], 16)[:, 0, 0].tolist() == [1, 1, 1]
-    assert not eplb.windows(counts[34:], 16).any() and len(eplb.windows(counts[34:], 16)) == 1
+    found, of = eplb.windows(counts, ["decode"] * 40, 16)
+    assert found.shape == (16, 1, 2) and found.sum() == 34 and set(found[:, 0, 0]) == {2, 3} and set(of) == {"decode"}
+    assert eplb.windows(counts[:3], ["mixed"] * 3)[0][:, 0, 0].tolist() == [1, 1, 1]
+    none, _ = eplb.windows(counts[34:], ["decode"] * 6)
+    assert not none.any() and len(none) == 1
+    found, of = eplb.windows(counts, ["prefill", "decode"] * 20, 4)
+    assert found[:, 0, 0].sum() == 34 and of == ("prefill",) * 4 + ("decode",) * 4
 
 
-def metadata(table) -> types.SimpleNamespace:
-    return types.SimpleNamespace(physical_to_logical_map_cpu=torch.tensor(np.asarray(table)))
+def test_a_pass_is_what_its_batch_was_where_the_recorder_keeps_it(monkeypatch):
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from moe_placement_plugin.engines.sglang import phases
+
+    monkeypatch.setattr(phases, "_of", {})
+    monkeypatch.setattr(phases, "_one_batch", lambda: True)
+    accumulator = types.SimpleNamespace(_global_physical_count_of_buffered_step=types.SimpleNamespace(_curr_index=2))
+
+    def append(self, *args):
+        self._global_physical_count_of_buffered_step._curr_index = (self._global_physical_count_of_buffered_step._curr_index + 1) % 4
+
+    for mode in (ForwardMode.EXTEND, ForwardMode.DECODE, ForwardMode.MIXED):
+        phases._start(lambda *args: None, None, types.SimpleNamespace(forward_mode=mode))
+        phases._append(append, accumulator, 0, "", {}, {})
+    assert phases.of_passes(4) == ["mixed", "mixed", "prefill", "decode"]
+    monkeypatch.setattr(phases, "_one_batch", lambda: False)
+    assert phases.of_passes(4) == ["mixed"] * 4
+
+
+def test_our_planner_as_an_algorithm_with_any_strategy(models):
+    ours = ("--enable-eplb", "--eplb-algorithm", "expert_placement")
+    zigzag = resolve(arguments(models["qwen32"], *TWO, *ours, "--expert-placement-strategy", "zigzag"))
+    assert settings.of(zigzag).plans and settings.of(zigzag).placement.strategy == "zigzag"
+    alone = resolve(arguments(models["qwen32"], *TWO, *ours))
+    assert settings.of(alone).plans and settings.of(alone).strategy == "eplb"
+
+
+class Metadata(types.SimpleNamespace):
+    """The tables of SGLang's metadata, and its `update`."""
+
+    def update(self, other, update_layer_ids):
+        for name in vars(self):
+            getattr(self, name)[update_layer_ids] = getattr(other, name)[update_layer_ids]
+
+
+def metadata(table, usable=None) -> Metadata:
+    table = np.array(table)
+    to_physical, _ = inverse_maps(table, EXPERTS, usable)
+    wide = np.full((*to_physical.shape[:2], table.shape[1]), -1)
+    wide[..., : to_physical.shape[2]] = to_physical
+    return Metadata(physical_to_logical_map_cpu=torch.tensor(table), logical_to_all_physical_map_cpu=torch.tensor(wide))
 
 
 @pytest.fixture
@@ -101,13 +148,15 @@ def serving(monkeypatch):
 
     in_force = metadata(np.tile(np.arange(10) % EXPERTS, (LAYERS, 1)))
     monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: in_force)
-    monkeypatch.setattr(eplb, "_others", lambda: (1,))
+    monkeypatch.setattr(eplb_update, "others", lambda: (1,))
+    monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: None)
+    monkeypatch.setattr(eplb.phases, "ranks_that_count_alike", lambda: 1)
     return in_force
 
 
 def under_way(monkeypatch, **policy):
-    here = eplb._Rebalance(Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger()))
-    monkeypatch.setattr(eplb, "_under_way", here)
+    here = eplb_update.Rebalance(Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger()))
+    monkeypatch.setattr(eplb_update, "under_way", here)
     return here
 
 
@@ -148,18 +197,62 @@ def test_declined_keeps_the_placement(serving, monkeypatch, counts):
 
 
 def test_without_strategy_eplb_the_algorithm_is_sglangs(monkeypatch):
-    monkeypatch.setattr(eplb, "_under_way", eplb._Rebalance(Watchdog(), None))
+    monkeypatch.setattr(eplb_update, "under_way", eplb_update.Rebalance(Watchdog(), None))
     assert eplb.plan(lambda *args: args, 1, 2, 3, 4, 5, 6) == (1, 2, 3, 4, 5, 6)
+
+
+class Recorded(Exchanger):
+    """Plans, and moves nothing."""
+
+    def __init__(self):
+        self.num_experts, self.num_slots, self.ranks, self.topology = EXPERTS, 5, 2, None
+        self.expert_bytes, self.plans = {1: 100, 2: 100}, []
+
+    def exchange(self, plan, on_commit=None, reader=None, watchdog=None):
+        self.plans.append((plan, reader))
+        on_commit(tuple(plan.changed_rows.tolist()))
+
+
+def updated(new, layers=(1, 2)):
+    updater = types.SimpleNamespace(**{eplb_update._EXCHANGER: Recorded()})
+
+    def theirs(*args, **kwargs):
+        raise AssertionError("SGLang's own exchange was asked")
+
+    assert eplb_update.update(theirs, updater, {}, new, list(layers), nnodes=1, rank=0) == {}
+    return getattr(updater, eplb_update._EXCHANGER).plans
 
 
 def test_layers_that_stay_are_passed_over(serving, monkeypatch):
     here = under_way(monkeypatch)
-    asked = []
-    new = metadata(serving.physical_to_logical_map_cpu.numpy())
-    assert eplb.update(lambda *args, **kwargs: asked.append(args), None, {}, new, [1, 2], nnodes=1, rank=0) == {} and not asked
-    new.physical_to_logical_map_cpu[2] = new.physical_to_logical_map_cpu[2].flip(0)
-    eplb.update(lambda *args, **kwargs: asked.append((args[3], kwargs)), None, {}, new, [1, 2], nnodes=1, rank=0)
-    assert asked == [([2], {"nnodes": 1, "rank": 0})] and here.moved == [2]
+    table = serving.physical_to_logical_map_cpu.numpy()
+    assert not updated(metadata(table)) and not here.moved
+    goal = table.copy()
+    goal[2] = goal[2][::-1]
+    ((plan, reader),) = updated(metadata(goal))
+    assert plan.new.layer_ids == (2,) and here.moved == [2] and reader is None
+    assert serving.physical_to_logical_map_cpu.tolist() == goal.tolist()
+
+
+def test_a_dead_rank_gets_no_expert_and_no_token(serving, monkeypatch):
+    here = under_way(monkeypatch)
+    monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: (0,))
+    with pytest.raises(PlacementError, match="5 slots for 8 experts"):
+        planned(hot(3))
+    table = np.tile([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7], (LAYERS, 1))  # both ranks hold all
+    serving.__dict__.update(vars(metadata(table)))
+    kept, to_physical, count = eplb.plan(None, torch.tensor(hot(3)), 16, 8, None, 1, None)
+    assert kept.tolist() == table.tolist() and not here.planner.last.rebalance
+    assert to_physical.shape[2] == 1 and int(to_physical.max()) == 7 and (count == 1).all()
+
+
+def test_maps_alone_change_where_a_dead_rank_held_replicas_only(serving, monkeypatch):
+    here = under_way(monkeypatch)
+    table = serving.physical_to_logical_map_cpu.numpy()
+    goal = metadata(table, usable=np.arange(10) != 8)
+    assert not updated(goal) and not here.moved  # nothing moves
+    assert serving.logical_to_all_physical_map_cpu[1].equal(goal.logical_to_all_physical_map_cpu[1])
+    assert 8 in serving.logical_to_all_physical_map_cpu[0]  # which was not to be updated
 
 
 class Manager:
@@ -173,8 +266,9 @@ class Manager:
 def rebalancing(serving, monkeypatch):
     """Layers that were checked, for a rebalance in two chunks."""
     checked = []
-    monkeypatch.setattr(eplb, "recheck", lambda model, what, only: checked.append(list(only)))
+    monkeypatch.setattr(eplb, "recheck", lambda model, what, only, alone: checked.append(list(only)))
     monkeypatch.setattr(eplb.loaded, "current", lambda: object())
+    monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
     settings.set_current(settings.Settings("eplb", rebalance={"watchdog": 0.05}, moves=True))
     yield checked
     settings.set_current(None)
@@ -183,7 +277,7 @@ def rebalancing(serving, monkeypatch):
 def chunks(self):
     for layer in (1, 2):
         yield
-        eplb._under_way.moved.append(layer)
+        eplb_update.under_way.moved.append(layer)
 
 
 def test_what_moved_is_verified_before_the_next_forward_pass(rebalancing):
@@ -191,23 +285,23 @@ def test_what_moved_is_verified_before_the_next_forward_pass(rebalancing):
     seen = []
     for _ in steps:
         seen.append(list(rebalancing))
-        assert eplb._under_way is None, "a forward pass is no part of a rebalance"
+        assert eplb_update.under_way is None, "a forward pass is no part of a rebalance"
     assert seen == [[], [[1]]] and rebalancing == [[1], [2]]
 
 
 def test_a_damaged_exchange_ends_the_server(rebalancing, monkeypatch):
-    def damaged(model, what, only):
+    def damaged(model, what, only, alone):
         raise PlacementError(what)
 
     monkeypatch.setattr(eplb, "recheck", damaged)
     with pytest.raises(PlacementError, match="damaged by an exchange"):
         list(eplb.rebalance(chunks, Manager()))
-    assert eplb._under_way is None
+    assert eplb_update.under_way is None
 
 
 def test_an_exchange_that_does_not_finish_says_what_it_waits_for(rebalancing, caplog):
     def slow(self):
-        eplb._under_way.watchdog.waits_for(eplb.WaitingFor("transfers", (1, 2), peers=(1,)))
+        eplb_update.under_way.watchdog.waits_for(eplb.WaitingFor("transfers", (1, 2), peers=(1,)))
         time.sleep(0.08)
         yield
 

@@ -38,7 +38,9 @@ def with_(**changes) -> Combination:
         ({"device": "cpu", "options": frozenset({"cpu_amx"})}, "AMX"),
         ({"dispatch": "static", "redundant": 4}, "counts several times"),
         ({"dispatch": "fake"}, "random numbers"),
-        ({"options": frozenset({"elastic_ep_backend"})}, "--elastic-ep-backend"),
+        ({"options": frozenset({"elastic_ep_backend"})}, "--elastic-ep-backend.*add --enable-eplb"),
+        ({"options": frozenset({"elastic_ep_backend", "enable_eplb", "max_ep_size"})}, "ranks that join"),
+        ({"options": frozenset({"elastic_ep_backend", "enable_eplb"}), "quantization": "awq"}, "packs its weights anew"),
         ({"speculative": "EAGLE"}, "speculative decoding before 0.5.23"),
         ({"options": frozenset({"enable_lora"})}, "--enable-lora"),
     ],
@@ -63,6 +65,7 @@ def test_refused_with_the_reason(changes, words):
         {"quantization": "moe_wna16", "version": "0.5.23"},
         {"runner_backend": "triton"},
         {"device": "cpu"},
+        {"options": frozenset({"elastic_ep_backend", "enable_eplb"}), "quantization": "fp8", "a2a_backend": "mooncake"},
     ],
 )
 def test_allowed(changes):
@@ -85,6 +88,7 @@ def test_every_rule_can_refuse_and_says_what_to_do_instead():
         with_(dispatch="lp", redundant=1),
         with_(dispatch="fake"),
         with_(options=frozenset({"elastic_ep_backend"})),
+        with_(options=frozenset({"elastic_ep_backend", "enable_eplb", "ep_join_mode", "enable_elastic_expert_backup"}), quantization="awq"),
         with_(speculative="EAGLE3"),
         with_(options=frozenset({"enable_waterfill"})),
     ]

@@ -117,7 +117,8 @@ MOVING = {
     "qwen zigzag": ("qwen", {"expert_placement_strategy": "zigzag"}),
     "qwen eplb load": ("qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": "qwen"}),
     "glm eplb": ("glm", {"expert_placement_strategy": "eplb",
-                         "additional_config": {"expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5}}}),
+                         "additional_config": {"expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5,
+                                                                   "small_batches": False}}}),
     "qwen fused checkpoint": ("fused", {"expert_placement_strategy": "zigzag", "expert_placement_verify": "checkpoint"}),
 }
 """Case -> (checkpoint, arguments) of servers whose experts EPLB moves; the name's first word is the stock case."""

@@ -13,8 +13,8 @@ QUICK = {eplb._WATCHDOG: 0.05}
 
 def test_an_async_rebalance_without_progress_is_reported_again_and_again(caplog):
     state = SimpleNamespace(rebalanced=True, pending_result=None)
-    step = eplb._step(lambda self: "done")
-    server = SimpleNamespace(is_async=True, model_states={"m": state}, **QUICK)
+    step = eplb._step(lambda self, *args: "done")
+    server = SimpleNamespace(is_async=True, model_states={"m": state}, _should_record_current_step=lambda log_stats: False, **QUICK)
     with caplog.at_level(logging.WARNING, "vllm.moe_placement_plugin"):
         assert step(server) == "done" and not caplog.records
         time.sleep(0.06)

@@ -1,13 +1,12 @@
-"""Under SGLang's EPLB (``--enable-eplb``): our placement to begin with, our planner to rebalance, and a check of what moved.
+"""Under SGLang's EPLB (``--enable-eplb``): our placement to begin with, our planner to rebalance, our exchange, and a check of what moved.
 
-SGLang's manager, recorder and updater do what they do; they are told less often to move experts, and watched.
+SGLang's manager and recorder do what they do; they are told less often to move experts, and watched.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,9 +16,9 @@ from ...errors import PlacementError
 from ...exchange.decision import RebalancePolicy
 from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
+from ..eplb_table import inverse_maps
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import loaded, settings
-from .eplb_algorithm import inverse_maps
+from . import elastic, eplb_update, loaded, phases, reload, settings
 from .hooks import Hook, HookSet
 from .verify import expert_layers, recheck
 
@@ -30,8 +29,6 @@ MOST_WINDOWS = 16
 
 _PLANNER = "_moe_placement_planner"  # attribute of the EPLBManager
 _END = object()
-
-_under_way: _Rebalance | None = None
 
 
 def settle(asked: settings.Settings, cfg: Any) -> None:
@@ -52,6 +49,8 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
                 f"{REBALANCE_FLAG} without --enable-eplb and --expert-placement-strategy eplb: nothing of ours rebalances; add both, or leave it out"
             )
         policy_from(asked.rebalance, REBALANCE_FLAG)
+    if asked.planner and not asked.moves:
+        raise PlacementError("--eplb-algorithm expert_placement without --enable-eplb: nothing rebalances; add it, or leave the algorithm out")
     if not asked.moves:
         return
     flag = "--enable-eplb with an expert placement"
@@ -69,7 +68,8 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
             f"{flag} and --load-format dummy: most models list the weights to move only while they load a checkpoint; leave --enable-eplb out"
         )
     algorithm = str(getattr(cfg, "eplb_algorithm", "auto"))
-    if ours and algorithm != "auto":
+    asked.elastic = bool(getattr(cfg, "elastic_ep_backend", None))
+    if ours and algorithm != "auto" and not (asked.elastic and algorithm == "elasticity_aware"):  # SGLang's own choice then
         raise PlacementError(
             f"--eplb-algorithm {algorithm} together with --expert-placement-strategy eplb: both decide how to rebalance; leave one of the two out"
         )
@@ -103,28 +103,11 @@ def _slot_tensors(layer: Any) -> list[Any]:
 
 
 def warm_up(asked: settings.Settings) -> None:
-    """Compile the planner while the model loads."""
-    if not asked.plans:
-        return
+    """Compile planner and exchange while the model loads."""
     from .. import eplb_table
 
     placement = asked.placement
-    eplb_table.warm_up(placement.physical_to_logical, placement.num_logical_experts, placement.num_ranks)
-
-
-@dataclass
-class _Rebalance:
-    """One rebalance of this rank, from the dump of the load to the last chunk of layers.
-
-    Attributes:
-        watchdog: around everything but the forward passes between two chunks.
-        planner: ours, None where SGLang's own algorithm rebalances.
-        moved: layers whose slots changed since they were last checked.
-    """
-
-    watchdog: Watchdog
-    planner: Rebalancer | None
-    moved: list[int] = field(default_factory=list)
+    eplb_table.warm_up(placement.physical_to_logical, placement.num_logical_experts, placement.num_ranks, asked.plans)
 
 
 def rebalance(original: Callable, self: Any) -> Iterator[None]:
@@ -133,25 +116,24 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
     Raises:
         PlacementError: on every rank alike, which ends the server, when a slot holds something else than its expert.
     """
-    global _under_way
     asked = settings.current()
     model = self._get_model()
     policy = policy_from(asked.rebalance, REBALANCE_FLAG)
     if asked.plans and not hasattr(self, _PLANNER):
         setattr(self, _PLANNER, _planner(policy, model.routed_experts_weights_of_layer))
-    here = _Rebalance(Watchdog(policy.watchdog, report=logger.warning), getattr(self, _PLANNER, None))
+    here = eplb_update.Rebalance(Watchdog(policy.watchdog, report=logger.warning), getattr(self, _PLANNER, None))
     steps = original(self)
     while True:
-        _under_way = here
+        eplb_update.under_way = here
         try:
             with here.watchdog:
-                here.watchdog.waits_for(WaitingFor("all-reduce of the load", peers=_others()))
+                here.watchdog.waits_for(WaitingFor("all-reduce of the load", peers=eplb_update.others()))
                 ended = next(steps, _END) is _END
                 if here.moved and loaded.current() is not None:
-                    here.watchdog.waits_for(WaitingFor("verification", tuple(here.moved), peers=_others()))
-                    recheck(model, "expert weights were damaged by an exchange", here.moved)
+                    here.watchdog.waits_for(WaitingFor("verification", tuple(here.moved), peers=eplb_update.others()))
+                    recheck(model, "expert weights were damaged by an exchange", here.moved, elastic.may_lose_ranks())
         finally:
-            _under_way = None
+            eplb_update.under_way = None
         if ended:
             return
         here.moved = []
@@ -178,7 +160,7 @@ def plan(
     Args:
         tokens_per_expert: ``[forward passes, layers, experts]``, alike on all ranks.
     """
-    planner = None if _under_way is None else _under_way.planner
+    planner = None if eplb_update.under_way is None else eplb_update.under_way.planner
     if planner is None:
         return original(tokens_per_expert, num_physical_experts, num_local_physical_experts, num_groups, num_nodes, algorithm)
     import torch
@@ -186,56 +168,43 @@ def plan(
 
     in_force = get_global_expert_location_metadata().physical_to_logical_map_cpu.numpy()
     rows = list(planner.layer_ids)
-    counts = windows(tokens_per_expert.cpu().numpy()[:, rows])
+    counts, of = windows(tokens_per_expert.cpu().numpy()[:, rows], phases.of_passes(len(tokens_per_expert)))
     table = in_force.copy()
+    ranks, live = num_physical_experts // num_local_physical_experts, elastic.live_ranks()
+    if live is not None and not counts.any():
+        counts = np.ones_like(counts)  # what was lost must find a place, whether or not anything was recorded
     if counts.any():
-        ranks = num_physical_experts // num_local_physical_experts
-        table[rows], _ = planner.propose(ExpertLoad(counts, planner.layer_ids), in_force[rows], ranks, num_groups or 1, num_nodes)
-    to_physical, count = inverse_maps(table, tokens_per_expert.shape[-1])
+        load = ExpertLoad(counts / phases.ranks_that_count_alike(), planner.layer_ids, of)
+        table[rows], _ = planner.propose(load, in_force[rows], ranks, num_groups or 1, num_nodes, live)
+    usable = None if live is None else np.isin(np.arange(num_physical_experts) // num_local_physical_experts, live)
+    to_physical, count = inverse_maps(table, tokens_per_expert.shape[-1], usable)
     return torch.from_numpy(table.astype(np.int64)), torch.from_numpy(to_physical), torch.from_numpy(count)
 
 
-def windows(counts: np.ndarray, most: int = MOST_WINDOWS) -> np.ndarray:
-    """At most ``most`` windows of consecutive forward passes, without those that saw no token.
+def windows(counts: np.ndarray, phases: Sequence[str], most: int = MOST_WINDOWS) -> tuple[np.ndarray, tuple[str, ...]]:
+    """At most ``most`` windows of each phase, of consecutive forward passes, without those that saw no token.
 
     Args:
         counts: ``[forward passes, layers, experts]``.
+        phases: of each forward pass.
 
     Returns:
-        float64 ``[windows, layers, experts]``.
+        float64 ``[windows, layers, experts]``, and the phase of each.
     """
-    served = counts[counts.any(axis=(1, 2))]
-    first = np.linspace(0, len(served), min(most, len(served)) + 1).astype(int)[:-1]
-    return np.add.reduceat(served, first, axis=0, dtype=np.float64) if len(first) else np.zeros((1, *counts.shape[1:]))
+    seen = counts.any(axis=(1, 2))
+    parts, of = [], []
+    for phase in dict.fromkeys(phases):
+        served = counts[seen & (np.asarray(phases) == phase)]
+        first = np.linspace(0, len(served), min(most, len(served)) + 1).astype(int)[:-1]
+        if len(first):
+            parts.append(np.add.reduceat(served, first, axis=0, dtype=np.float64))
+            of += [phase] * len(first)
+    return (np.concatenate(parts), tuple(of)) if parts else (np.zeros((1, *counts.shape[1:])), ("mixed",))
 
 
-def update(
-    original: Callable,
-    self: Any,
-    routed_experts_weights_of_layer: Any,
-    new_expert_location_metadata: Any,
-    update_layer_ids: Collection[int],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """`ExpertLocationUpdater.update` of the layers that change; the others cost neither a buffer nor a look at their experts."""
-    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
-
-    old, new = (m.physical_to_logical_map_cpu for m in (get_global_expert_location_metadata(), new_expert_location_metadata))
-    changed = [layer for layer in update_layer_ids if not old[layer].equal(new[layer])]
-    if not changed:
-        return {}
-    if _under_way is not None:
-        _under_way.moved += changed
-        _under_way.watchdog.waits_for(WaitingFor("transfers", tuple(changed), peers=_others()))
-    return original(self, routed_experts_weights_of_layer, new_expert_location_metadata, changed, *args, **kwargs)
-
-
-def _others() -> tuple[int, ...]:
-    from sglang.srt.distributed.parallel_state import get_moe_ep_group
-
-    group = get_moe_ep_group()
-    return tuple(rank for rank in range(group.world_size) if rank != group.rank_in_group)
+def needed(original: Callable, self: Any, *args: Any, **kwargs: Any) -> bool:
+    """`EPLBManager._check_rebalance_needed`: always after a rank has died."""
+    return elastic.live_ranks() is not None or original(self, *args, **kwargs)
 
 
 @lru_cache(maxsize=1)
@@ -264,10 +233,31 @@ def hooks() -> HookSet:
             Hook(
                 name="eplb-update",
                 target="sglang.srt.eplb.expert_location_updater:ExpertLocationUpdater.update",
-                hook=update,
+                hook=eplb_update.update,
                 relies_on=("routed_experts_weights_of_layer", "new_expert_location_metadata", "update_layer_ids"),
-                why="a layer whose placement stays is worked through all the same",
-                removable_when="the updater passes over layers that do not change",
+                why="layers that stay are worked through, all is staged in a buffer of a whole layer, a rank that dies leaves a mix, and an expert "
+                "whose chosen sender is dead goes to disk though a live rank holds it, with a full reload for all models but DeepSeek",
+                upstream="SGLang #12068, #8345",
+                removable_when="the updater takes executors from plugins",
+            ),
+            *phases.phase_hooks(),
+            Hook(
+                name="eplb-needed",
+                target="sglang.srt.eplb.eplb_manager:EPLBManager._check_rebalance_needed",
+                hook=needed,
+                relies_on=("self",),
+                why="with --eplb-min-rebalancing-utilization-threshold a server whose ranks have died may not place their experts anew",
+                removable_when="the threshold is not asked after a rank fault",
+                optional=True,
+            ),
+            Hook(
+                name="eplb-names",
+                target="sglang.srt.model_loader.loader:DefaultModelLoader._get_weights_iterator",
+                hook=reload.weights,
+                relies_on=("source",),
+                why="which tensors hold an expert is known to the model's loader only",
+                upstream="SGLang #12068",
+                removable_when="every model can name the tensors of an expert (generate_weight_name_filter)",
             ),
         ]
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import PlacementError
 from ...planner import plan
+from ..eplb_table import inverse_maps
 
 if TYPE_CHECKING:
     import torch
@@ -69,18 +70,3 @@ def rebalance_table(load, num_physical_experts, num_local_physical_experts, num_
         num_groups=num_groups if hierarchical else 1,
         locality="node" if hierarchical else "none",
     ).physical_to_logical
-
-
-def inverse_maps(table: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """(logical to physical, int64 [layers, experts, most replicas] padded with -1; replicas, int64 [layers, experts])."""
-    layers, slots = table.shape
-    experts = table.astype(np.int64)
-    count = np.zeros((layers, num_experts), np.int64)
-    np.add.at(count, (np.arange(layers)[:, None], experts), 1)
-    order = np.argsort(experts, axis=1, kind="stable")
-    sorted_experts = np.take_along_axis(experts, order, axis=1)
-    first = np.cumsum(count, axis=1) - count
-    nth = np.arange(slots) - np.take_along_axis(first, sorted_experts, axis=1)
-    to_physical = np.full((layers, num_experts, int(count.max())), -1, np.int64)
-    to_physical[np.arange(layers)[:, None], sorted_experts, nth] = order
-    return to_physical, count

@@ -15,6 +15,9 @@ from . import loaded, recording, settings
 from .hooks import Hook, HookSet
 from .versions import check_version
 
+ALGORITHM = "expert_placement"
+"""Value of ``--eplb-algorithm`` for our planner, with any strategy to begin with."""
+
 FLAGS = ("expert_placement_strategy", "expert_placement_file", "expert_rebalance")
 
 
@@ -27,6 +30,10 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
         PlacementError: unknown strategy, conflicting flags, unsupported SGLang.
     """
     strategy, file, rebalance = (values.pop(flag, None) for flag in FLAGS)
+    planner = values.get("eplb_algorithm") == ALGORITHM
+    if planner:
+        values["eplb_algorithm"] = "auto"  # SGLang's list is closed; our hook is asked whatever it names
+        strategy = "eplb" if strategy is None and file is None else strategy
     if strategy is None and file is None:
         if rebalance is not None:
             raise PlacementError(f"{REBALANCE_FLAG} without --expert-placement-strategy eplb: nothing of ours rebalances; add it, or leave it out")
@@ -43,7 +50,8 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
             "reads the same files)"
         )
     values["init_expert_location"] = settings.SENTINEL
-    return settings.Settings(strategy, str(file) if file is not None else None, values.get("ep_dispatch_algorithm"), rebalance=rebalance)
+    file = None if file is None else str(file)
+    return settings.Settings(strategy, file, values.get("ep_dispatch_algorithm"), rebalance=rebalance, planner=planner)
 
 
 def build(original: Callable[..., Any], values: dict[str, Any]) -> Any:

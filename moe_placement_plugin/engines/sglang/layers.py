@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import PlacementError
 from ...placement import Placement
-from . import settings
+from . import reload, settings
 from .routing import LAYER
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ def load(
 ) -> None:
     """`FusedMoE.weight_loader`, noting which logical experts the checkpoint brings."""
     if _placement() is not None:
+        if expert_id is not None and reload.intercepted(self, param, loaded_weight, weight_name, shard_id, expert_id):
+            return
         if expert_id is None:
             raise PlacementError(
                 f"layer {self.layer_id}: the checkpoint brings {weight_name} of all experts at once, past the map of experts: "
@@ -96,6 +98,8 @@ def load_fused(
                 "experts at once, so that it is not known which: use a checkpoint with a tensor per expert, or leave the "
                 "placement flags out"
             )
+        if reload.intercepted(self, param, loaded_weight, weight_name, shard_id, None, original):
+            return
         local = placement.local_experts(placement.row(self.layer_id), self.moe_ep_rank)
         loaded_weight = loaded_weight[local.tolist()]
         _loaded[self.layer_id, shard_id].update(range(placement.num_logical_experts))
@@ -111,17 +115,19 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     draft = bool(getattr(self, "is_draft_worker", False))
     if not draft:
         forget_loaded()
-    result = original(self, *args, **kwargs)
     asked = settings.current()
+    with reload.learning(asked is not None and asked.elastic and not draft):
+        result = original(self, *args, **kwargs)
     if asked is not None and asked.placement is not None and not draft:
         layers = check_layers(self.model, asked.placement, asked.reads)
         if not layers and asked.stages == 1:
             raise PlacementError(f"{type(self.model).__name__} has no FusedMoE layer: serve it without the placement flags")
-        from . import eplb
+        from . import eplb, eplb_update
         from .worker import hooks
 
         if asked.moves:
             eplb.list_weights(self.model)
+            eplb_update.meet(asked, self.model)
             eplb.warm_up(asked)
 
         logger.info(

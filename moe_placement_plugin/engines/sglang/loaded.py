@@ -13,7 +13,7 @@ from ...errors import PlacementError
 from ...fingerprint.compare import ExpertDigests, expert_digests
 from ...fingerprint.level import HELP, LEVELS, check_level
 from ...placement import Placement
-from . import layers, settings, versions
+from . import elastic, layers, settings, versions
 from .hooks import Hook, HookSet
 from .verify import digest_ranks, recheck, verify_loaded
 
@@ -237,7 +237,7 @@ def _check_weights(original: Callable, self: Any, action: str, *args: Any, **kwa
     if action != ACTION:
         return original(self, action, *args, **kwargs)
     if not getattr(self, "is_draft_worker", False):
-        recheck(self.model)
+        recheck(self.model, alone=elastic.may_lose_ranks())
     return None
 
 

@@ -35,6 +35,8 @@ class Settings:
         stages: pipeline stages; one of several may have no MoE layer.
         rebalance: rules that the user gave, see `rebalancing.policy_from`.
         moves: whether SGLang's EPLB moves experts while serving; the placement is then where it begins.
+        elastic: whether the server goes on when ranks die.
+        planner: whether the user chose our planner by ``--eplb-algorithm``, whatever the strategy.
     """
 
     strategy: str
@@ -46,11 +48,13 @@ class Settings:
     stages: int = 1
     rebalance: dict[str, Any] | None = None
     moves: bool = False
+    elastic: bool = False
+    planner: bool = False
 
     @property
     def plans(self) -> bool:
-        """Whether our planner rebalances under EPLB: with strategy eplb, which linear, the flag's default, means where a file decides."""
-        return self.strategy == "eplb" or (self.strategy == "linear" and self.file is not None)
+        """Whether our planner rebalances under EPLB: if chosen, or by strategy eplb, which linear, the default, means where a file decides."""
+        return self.planner or self.strategy == "eplb" or (self.strategy == "linear" and self.file is not None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

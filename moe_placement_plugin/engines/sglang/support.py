@@ -187,10 +187,31 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "option",
-        "`--elastic-ep-backend`",
-        "ranks that come and go change the number of slots under a static placement",
-        "leave one of the two out",
-        lambda c: "elastic_ep_backend" in c.options,
+        "`--elastic-ep-backend` without `--enable-eplb`",
+        "only EPLB places the experts of a rank that has died anew",
+        "add --enable-eplb, or leave --elastic-ep-backend out",
+        lambda c: "elastic_ep_backend" in c.options and "enable_eplb" not in c.options,
+    ),
+    Rule(
+        "option",
+        "ranks that join an elastic EP server (`--elastic-ep-join-mode`, `--elastic-ep-rejoin`, `--max-ep-size`)",
+        "they change the number of slots, or hold experts that no check has seen",
+        "leave them out: ranks may die, the server goes on with the others until it is restarted",
+        lambda c: bool(c.options & {"elastic_ep_rejoin", "ep_join_mode", "max_ep_size"}),
+    ),
+    Rule(
+        "option",
+        "`--enable-elastic-expert-backup`",
+        "experts that no live rank holds are read from the checkpoint, one by one, and the backup would never be asked",
+        "leave it out",
+        lambda c: "enable_elastic_expert_backup" in c.options,
+    ),
+    Rule(
+        "option",
+        "`--elastic-ep-backend` with quantized checkpoints other than FP8",
+        "a kernel that packs its weights anew after loading cannot take a single expert as the loader makes it",
+        "use an FP8 or bf16 checkpoint, or leave --elastic-ep-backend out",
+        lambda c: "elastic_ep_backend" in c.options and c.quantization not in ("", "fp8"),
     ),
     Rule(
         "option",
@@ -211,7 +232,8 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
-OPTIONS = ("elastic_ep_backend", "enable_waterfill", "enable_lora", "kt_weight_path")
+OPTIONS = ("elastic_ep_backend", "enable_eplb", "elastic_ep_rejoin", "ep_join_mode", "max_ep_size", "enable_elastic_expert_backup",
+           "enable_waterfill", "enable_lora", "kt_weight_path")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -247,9 +269,15 @@ RIGHT: tuple[Right, ...] = (
     ),
     Right(
         "`--enable-eplb`",
-        "SGLang updates its own maps, in place; what has moved is verified before the next forward pass",
+        "experts move by this package's exchange, SGLang updates its own maps in place; what has moved is verified before the next forward pass",
         "served on the CPU engine, redundant experts, no all-to-all back end: logprobs equal a static placement's over 4 and more rebalances "
         "(Qwen3-MoE; GLM-4-MoE by hand)",
+    ),
+    Right(
+        "`--elastic-ep-backend mooncake` with `--enable-eplb`",
+        "dead ranks get no expert and no token; experts come from live ranks, and what none of them holds from the checkpoint, through the "
+        "model's own loader",
+        "SGLang's EPLBManager, ExpertLocationUpdater and Qwen3-MoE on four gloo processes of which some are killed; mooncake itself was not run",
     ),
     Right(
         "fused (3D) unquantized checkpoints, as gpt-oss in bf16",

@@ -146,7 +146,9 @@ def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
     object.__setattr__(model, _EXPECTED, expected)
 
 
-def recheck(model: Any, what: str = "expert weights have changed since the model was loaded", only: Collection[int] | None = None) -> None:
+def recheck(
+    model: Any, what: str = "expert weights have changed since the model was loaded", only: Collection[int] | None = None, alone: bool = False
+) -> None:
     """Check a serving worker's experts against what they were when the model was loaded.
 
     All TP ranks must call it together, between two batches: ``POST /weights_checker`` with the action `loaded.ACTION` does.
@@ -155,12 +157,19 @@ def recheck(model: Any, what: str = "expert weights have changed since the model
         model: the target model, on which `verify_loaded` was called.
         what: beginning of the message when they differ.
         only: ids of the layers; None for all.
+        alone: this rank by itself, where others may be dead; every rank knows every expert's digest.
 
     Raises:
-        PlacementError: on every rank alike, naming layer, slot, expert and rank.
+        PlacementError: on every rank alike (alone: on the rank that is wrong), naming layer, slot, expert and rank.
     """
-    from sglang.srt.distributed.parallel_state import get_moe_tp_group, get_tp_group
+    from sglang.srt.distributed.parallel_state import get_moe_ep_group, get_moe_tp_group, get_tp_group
 
+    if alone:
+        mine = digest_model(model, only)
+        expected = {layer: digests for layer, digests in getattr(model, _EXPECTED).items() if only is None or layer in only}
+        check_experts(expected, [mine.layers], what, _RESTART, first_rank=get_moe_ep_group().rank_in_group)
+        logger.info("moe_placement_plugin: verified %d slots of this rank again in %.3f s", mine.num_slots, mine.seconds)
+        return
     verdict = ""
     try:
         mine, ranks = digest_ranks(model, only)

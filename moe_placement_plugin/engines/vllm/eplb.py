@@ -1,4 +1,4 @@
-"""Under vLLM's EPLB (``--enable-eplb``): our placement to begin with, our planner to rebalance, and a check of what moved.
+"""Under vLLM's EPLB (``--enable-eplb``): our placement to begin with, our planner to rebalance, our exchange, and a check of what moved.
 
 vLLM numbers physical experts in contiguous blocks per rank and keeps a table from physical to logical ones, which begins
 with the same row in every layer. A placement therefore changes no expert map here: after the model has been registered,
@@ -19,7 +19,7 @@ from ...load import ExpertLoad
 from ...placement import Placement
 from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import verify
+from . import eplb_exchange, eplb_phases, verify
 from .layers import EPLB_ROW, num_logical, routed_layers
 from .settings import PlacementSettings, arrived, layer_id_of, settings_of
 
@@ -70,6 +70,7 @@ def _add_model(original):
         if settings is None or not settings["eplb"]:
             return
         self.__dict__[_WATCHDOG] = policy_from(settings["rebalance"], REBALANCE_FLAG).watchdog
+        self.__dict__.setdefault(_REBALANCERS, {})
         for key, state in self.model_states.items():
             if key not in known:
                 _begin(self, state, settings)
@@ -86,18 +87,30 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
         )
     for row, layer in enumerate(layers.values()):
         object.__setattr__(layer, EPLB_ROW, (state, row))
+    rules = policy_from(settings["rebalance"], REBALANCE_FLAG)
+    exchanger = eplb_exchange.adopt(eplb, state, rules.staging_bytes, max(60.0, 2 * rules.watchdog))
     if settings.strategy == "eplb":
-        sizes = [sum(w[0].numel() * w.element_size() for w in weights) for weights in state.model.expert_weights]
-        rules = policy_from(settings["rebalance"], REBALANCE_FLAG)
+        if exchanger is None:
+            sizes = [sum(w[0].numel() * w.element_size() for w in weights) for weights in state.model.expert_weights]
+        else:
+            sizes = list(exchanger.expert_bytes.values())
         # vLLM has one policy for the model and its draft, and hands it nothing but their loads: told apart by shape.
         shape = (len(layers), state.logical_replica_count.shape[1])
-        rebalancers = eplb.__dict__.setdefault(_REBALANCERS, {})
-        rebalancers[shape] = Rebalancer(rules, range(len(layers)), sizes, logger)
+        rebalancers = eplb.__dict__[_REBALANCERS]
+        rebalancers[shape] = Rebalancer(rules, range(len(layers)), sizes, logger, None if exchanger is None else exchanger.topology)
         eplb.policy = planner_policy(rebalancers)
-        from ..eplb_table import warm_up  # not earlier: see there
+    from ..eplb_table import warm_up  # not earlier: see there
 
-        ranks = next(iter(layers.values())).expert_map_manager.ep_size
-        warm_up(state.physical_to_logical_map.cpu().numpy(), shape[1], ranks)
+    warm_up(state.physical_to_logical_map.cpu().numpy(), state.logical_replica_count.shape[1], _num_ranks(layers), settings.strategy == "eplb")
+    _place(eplb, state, settings, layers)
+    eplb_exchange.settle(eplb, state)
+
+
+def _num_ranks(layers: dict[str, Any]) -> int:
+    return next(iter(layers.values())).expert_map_manager.ep_size
+
+
+def _place(eplb: Any, state: Any, settings: PlacementSettings, layers: dict[str, Any]) -> None:
     placement = settings.placement
     if placement is None:
         return
@@ -117,19 +130,22 @@ def _move(state: Any, placement: Placement, rows: list[int]) -> None:
     from vllm.distributed.eplb import eplb_state
     from vllm.distributed.parallel_state import get_ep_group
 
+    old = state.physical_to_logical_map.cpu()
     table = torch.from_numpy(placement.physical_to_logical[rows].astype(np.int64))
     eplb_state.rearrange_expert_weights_inplace(
         state.physical_to_logical_map, table, state.model.expert_weights, state.expert_buffer, get_ep_group().device_group,
         state.communicator,
     )  # fmt: skip
     eplb_state._commit_eplb_maps(state, new_physical_to_logical_map=table)
-    _check(state)
+    _check(state, old)
 
 
-def _check(state: Any) -> None:
-    if verify.is_verified(state.model):
+def _check(state: Any, old: Any) -> None:
+    """Verify the layers whose table is not ``old`` any more, int ``[layers, physical experts]`` on the host."""
+    rows = (old != state.physical_to_logical_map.cpu()).any(dim=1).nonzero().flatten().tolist()
+    if rows and verify.is_verified(state.model):
         began = time.perf_counter()
-        slots = verify.check_again(state.model, "expert weights were damaged by an exchange")
+        slots = verify.check_again(state.model, "expert weights were damaged by an exchange", rows=rows)
         logger.info("moe_placement_plugin: verified %d slots after the exchange in %.3f s", slots, time.perf_counter() - began)
 
 
@@ -158,14 +174,42 @@ def planner_policy(rebalancers: dict[tuple[int, int], Rebalancer]) -> type:
             rebalancer = rebalancers.get(tuple(weight.shape))
             if rebalancer is None:
                 return old_global_expert_indices.clone()
-            counts = weight.detach().to("cpu", torch.float64).numpy()[None]
+            counts = weight.detach().to("cpu", torch.float64).numpy()
             if not counts.any():
                 return old_global_expert_indices.clone()
-            load = ExpertLoad(counts, rebalancer.layer_ids)
+            load = _by_phase(rebalancer, counts)
             table, _ = rebalancer.propose(load, old, num_ranks, num_groups, num_nodes)
             return torch.from_numpy(table.astype(np.int64))
 
     return PlannerPolicy
+
+
+def _by_phase(rebalancer: Rebalancer, counts: np.ndarray) -> ExpertLoad:
+    """The load of each phase if that is what vLLM has added up to ``counts`` [layers, experts], else just that."""
+    of_phases, rebalancer.phases = rebalancer.phases, None
+    ranks = _tensor_parallel_ranks()  # each of them has counted every token
+    if of_phases is None or not np.array_equal(of_phases.sum(axis=0), counts):
+        return ExpertLoad(counts[None] / ranks, rebalancer.layer_ids)
+    seen = of_phases.any(axis=(1, 2))
+    return ExpertLoad(of_phases[seen] / ranks, rebalancer.layer_ids, tuple(p for p, some in zip(eplb_phases.PHASES, seen) if some))
+
+
+def _tensor_parallel_ranks() -> int:
+    from vllm.distributed import parallel_state
+
+    group = getattr(parallel_state, "_TP", None)
+    return 1 if group is None else group.world_size
+
+
+def _note_phases(eplb: Any) -> None:
+    rebalancers = eplb.__dict__.get(_REBALANCERS)
+    if not rebalancers:
+        return
+    states = list(eplb.model_states.values())
+    for state, load in zip(states, eplb_phases.loads(eplb, states)):
+        rebalancer = rebalancers.get(tuple(state.logical_replica_count.shape))
+        if rebalancer is not None:
+            rebalancer.phases = load
 
 
 def _rearrange(original):
@@ -175,14 +219,19 @@ def _rearrange(original):
             return original(self, is_profile, *args, **kwargs)
         watched = not is_profile and not self.is_async
         states = list(self.model_states.values()) if watched else []
-        old = [state.physical_to_logical_map.clone() for state in states]
+        old = [state.physical_to_logical_map.cpu() for state in states]
         with Watchdog(limit, report=logger.warning) as watchdog:
             layers = tuple(range(sum(state.model.num_moe_layers for state in self.model_states.values())))
             watchdog.waits_for(WaitingFor("rearrange and all-reduce of the load", layers, peers=_others()))
-            result = original(self, is_profile, *args, **kwargs)
-        for state, before in zip(states, old):
-            if not before.equal(state.physical_to_logical_map):
-                _check(state)
+            if not is_profile:
+                _note_phases(self)
+            eplb_exchange.watched(watchdog)
+            try:
+                result = original(self, is_profile, *args, **kwargs)
+            finally:
+                eplb_exchange.watched(None)
+            for state, before in zip(states, old):
+                _check(state, before)
         return result
 
     return rearrange
@@ -190,21 +239,23 @@ def _rearrange(original):
 
 def _move_to_workspace(original):
     def _move_to_workspace(model_state, *args, **kwargs):
-        last = model_state.pending_result.layer_idx == model_state.model.num_moe_layers - 1
+        row = model_state.pending_result.layer_idx
+        old = model_state.physical_to_logical_map.cpu() if verify.is_verified(model_state.model) else None
         result = original(model_state, *args, **kwargs)
-        # Between its layers an async rebalance has moved some and not others, each of them whole; one check covers all.
-        if last:
-            _check(model_state)
+        if old is not None and not old[row].equal(model_state.physical_to_logical_map[row].cpu()):
+            _check(model_state, old)
         return result
 
     return _move_to_workspace
 
 
 def _step(original):
-    def step(self, *args, **kwargs):
-        result = original(self, *args, **kwargs)
+    def step(self, is_dummy=False, is_profile=False, log_stats=False, **kwargs):
         limit = getattr(self, _WATCHDOG, None)
-        if self.is_async and limit is not None:
+        if limit is not None and not is_profile:
+            eplb_phases.recorded(self, is_dummy, log_stats)
+        result = original(self, is_dummy, is_profile, log_stats, **kwargs)
+        if limit is not None and self.is_async:
             for state in self.model_states.values():
                 _report_stalled(state, limit)
         return result
@@ -295,6 +346,7 @@ def eplb_patches() -> list[Patch]:
             "eplb-watchdog",
             f"{_STATE}:EplbState.step",
             _step,
+            relies_on=("is_dummy", "is_profile", "log_stats"),
             why="an async rebalance that hangs is never reported",
             upstream="vLLM issue 57883",
             removable_when="vLLM reports an exchange that does not finish",
@@ -308,4 +360,6 @@ def eplb_patches() -> list[Patch]:
             upstream="vLLM issue 55228",
             removable_when="RoutedExperts.load_weights fills redundant experts of fused checkpoints",
         ),
+        *eplb_exchange.exchange_patches(),
+        *eplb_phases.phase_patches(),
     ]

@@ -6,7 +6,7 @@ import copy
 import gc
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from ...errors import PlacementError
@@ -29,12 +29,13 @@ _NO_WEIGHTS = frozenset(
 _REDUCED = re.compile(r"(input_scale|alphas?|gscale|weight_scale_2)$")
 
 
-def digest_model(model: Any, settings: PlacementSettings | None = None) -> Pass:
+def digest_model(model: Any, settings: PlacementSettings | None = None, only: Collection[int] | None = None) -> Pass:
     """Digests of every slot of this rank's MoE layers, read where the weights are.
 
     Args:
         model: a loaded model.
         settings: the engine's settings; None reads every layer or fails.
+        only: numbers of the layers (`numbered`); None for all.
 
     Raises:
         PlacementError: for a layer whose tensors are not understood, if the user asked for the level by name.
@@ -42,6 +43,8 @@ def digest_model(model: Any, settings: PlacementSettings | None = None) -> Pass:
     result = Pass()
     layers = routed_layers(model)
     for name, number in numbered(layers).items():
+        if only is not None and number not in only:
+            continue
         layer = layers[name]
         experts = slot_experts(layer)
         every = frozenset((num_logical(layer), layer.expert_map_manager.global_num_experts))
@@ -128,7 +131,7 @@ def is_verified(model: Any) -> bool:
     return any(hasattr(layer, EXPECTED) for layer in routed_layers(model).values())
 
 
-def check_again(model: Any, what: str, settings: PlacementSettings | None = None) -> int:
+def check_again(model: Any, what: str, settings: PlacementSettings | None = None, rows: Collection[int] | None = None) -> int:
     """Check this rank's experts against what they were when the model was loaded.
 
     Every rank knows every expert's digest, so that it checks itself and waits for no other: ranks of different data parallel
@@ -138,6 +141,7 @@ def check_again(model: Any, what: str, settings: PlacementSettings | None = None
         model: the model, or the part of it that EPLB knows.
         what: beginning of the message for a mismatch.
         settings: the engine's settings; those of this process by default.
+        rows: which of the model's MoE layers, counted from 0 in its order; None for all.
 
     Returns:
         Slots of this rank that were verified.
@@ -145,12 +149,11 @@ def check_again(model: Any, what: str, settings: PlacementSettings | None = None
     Raises:
         WeightsMismatch: naming layer, slot, expert and rank; it ends this worker, and with it the engine.
     """
-    layers = routed_layers(model)
-    numbers = {number for name, number in numbered(layers).items() if hasattr(layers[name], EXPECTED)}
-    expected = dict(getattr(layer, EXPECTED) for layer in layers.values() if hasattr(layer, EXPECTED))
-    rank = next(iter(layers.values())).expert_map_manager.ep_rank
-    mine = digest_model(model, settings or arrived())
-    mine.layers = {number: layer for number, layer in mine.layers.items() if number in numbers}
+    layers = list(routed_layers(model).values())
+    chosen = layers if rows is None else [layers[row] for row in rows]
+    expected = dict(getattr(layer, EXPECTED) for layer in chosen if hasattr(layer, EXPECTED))
+    rank = layers[0].expert_map_manager.ep_rank
+    mine = digest_model(model, settings or arrived(), expected.keys())
     try:
         check_experts(expected, [mine.layers], what, RESTORE, first_rank=rank)
     except PlacementError:

@@ -1,0 +1,41 @@
+"""Ranks that have died under SGLang's elastic EP: who is left."""
+
+from __future__ import annotations
+
+from ...errors import PlacementError
+from . import settings
+
+
+def live_ranks() -> tuple[int, ...] | None:
+    """EP ranks that SGLang counts as alive; None while all are, or without elastic EP.
+
+    Raises:
+        PlacementError: when this rank is not among them.
+    """
+    from sglang.srt.elastic_ep.elastic_ep import ElasticEPStateManager
+
+    asked = settings.current()
+    state = ElasticEPStateManager.instance()
+    if state is None or asked is None or asked.placement is None:
+        return None
+    ranks = asked.placement.num_ranks
+    alive = tuple(rank for rank, up in enumerate(state.active_ranks_cpu[:ranks].tolist()) if up)
+    if len(alive) == ranks:
+        return None
+    if own_rank() not in alive:
+        raise PlacementError(f"EP rank {own_rank()} counts as dead on itself, alive are {list(alive)}: stop this rank")
+    return alive
+
+
+def own_rank() -> int:
+    """This process's EP rank."""
+    from sglang.srt.distributed.parallel_state import get_moe_ep_group
+
+    return get_moe_ep_group().rank_in_group
+
+
+def may_lose_ranks() -> bool:
+    """Whether this server is to go on when ranks die: no check may then wait for all of them."""
+    from sglang.srt.elastic_ep.elastic_ep import ElasticEPStateManager
+
+    return ElasticEPStateManager.instance() is not None

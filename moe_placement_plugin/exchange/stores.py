@@ -1,0 +1,62 @@
+"""A key-value store on every rank: an exchange can be agreed on whoever has died."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+
+def own_address() -> str:
+    """An address of this machine that the other ranks reach: that which leads to the default group's store."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store: Any = _get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    host, port = getattr(store, "host", None), getattr(store, "port", None)
+    if host is None or port is None:  # a store in a file: all ranks on one machine
+        return "127.0.0.1"
+    kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return probe.getsockname()[0]
+
+
+class Stores:
+    """One store per rank of a group; a collective to make.
+
+    Any one of them will do for an exchange in which its rank takes part: all must choose the same.
+
+    Args:
+        group: one that carries CPU tensors.
+        timeout: seconds to reach a store.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float = 30.0):
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        self._timeout = timedelta(seconds=timeout)
+        self._rank = group.rank()
+        own = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+        found: list[Any] = [None] * group.size()
+        dist.all_gather_object(found, (own_address(), own.port), group=group)
+        self._addresses: list[tuple[str, int]] = found
+        self._stores: dict[int, dist.Store] = {self._rank: own}
+
+    def of(self, rank: int) -> dist.Store:
+        """The store in the process of a rank that is alive.
+
+        Raises:
+            DistStoreError: when it does not answer.
+        """
+        if rank not in self._stores:
+            import torch.distributed as dist
+
+            host, port = self._addresses[rank]
+            self._stores[rank] = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=self._timeout)
+        return self._stores[rank]

@@ -1,0 +1,72 @@
+"""What is proposed to an engine: few moves, within the ranks that are alive, and what was lost first."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from moe_placement_plugin.costmodel import Calibration, Measurement
+from moe_placement_plugin.engines.rebalancing import Rebalancer, policy_from
+from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.load import ExpertLoad
+
+LAYERS, EXPERTS, RANKS, SLOTS = 3, 12, 4, 6
+
+
+def rebalancer(**rules) -> Rebalancer:
+    rules = {"min_gain": 0.0, "hysteresis": 0.0, "small_batches": False} | rules
+    return Rebalancer(policy_from(rules, "--flag"), range(LAYERS), 1000, logging.getLogger())
+
+
+def in_force() -> np.ndarray:
+    """Experts 0 to 11 twice; the last rank alone holds 11, once, and the third replica of 0 in its place."""
+    row = np.concatenate([np.arange(12), np.arange(12)])
+    row[11] = 0
+    return np.tile(row, (LAYERS, 1))
+
+
+def load() -> ExpertLoad:
+    return ExpertLoad(np.random.default_rng(0).zipf(1.4, (2, LAYERS, EXPERTS)).clip(max=400), phases=("prefill", "decode"))
+
+
+def on(table: np.ndarray, ranks) -> np.ndarray:
+    return table[:, np.isin(np.arange(table.shape[1]) // SLOTS, ranks)]
+
+
+def test_what_was_lost_comes_first_and_nothing_else_moves():
+    planner = rebalancer(min_gain=0.9)  # which an ordinary rebalance would not reach
+    old = in_force()
+    table, exchange = planner.propose(load(), old, RANKS, live_ranks=[0, 1, 2])
+    assert planner.last.rebalance and planner.last.reason == "lost_experts"
+    assert not len(exchange.transfers) and sorted(map(tuple, exchange.reads[:, :2].tolist())) == [(row, 11) for row in range(LAYERS)]
+    assert (table != old).sum() == LAYERS and (on(table, [3]) == on(old, [3])).all()
+    # Then, with all of them there, balance decides, and a dead rank is neither source nor goal.
+    planner = rebalancer()
+    after, exchange = planner.propose(load(), table, RANKS, live_ranks=[0, 1, 2])
+    assert planner.last.reason == "pays" and not len(exchange.reads) and len(exchange.transfers)
+    assert not (exchange.transfers[:, [2, 4]] == 3).any() and (on(after, [3]) == on(table, [3])).all()
+    for row in range(LAYERS):
+        assert set(on(after, [0, 1, 2])[row]) == set(range(EXPERTS))
+
+
+def test_too_few_slots_are_refused():
+    with pytest.raises(PlacementError, match="6 slots for 12 experts"):
+        rebalancer().propose(load(), in_force(), RANKS, live_ranks=[1])
+
+
+def test_more_staging_memory_than_is_allowed():
+    planner = rebalancer(staging_bytes=1)
+    table, exchange = planner.propose(load(), in_force(), RANKS)
+    assert planner.last.reason == "staging" and (table == in_force()).all() and not len(exchange.changed_rows)
+
+
+def test_with_a_calibration_the_gain_is_a_time(tmp_path):
+    times = [Measurement(tokens=t, active_experts=e, microseconds=5.0 + 0.01 * t + 2.0 * e) for t in (10, 100, 1000, 5000) for e in (1, 4, 6)]
+    Calibration(device="a GPU", layer={}, measurements=times).write(tmp_path / "gpu.json")
+    planner = rebalancer(calibration=str(tmp_path / "gpu.json"), top_k=2)
+    planner.propose(load(), in_force(), RANKS)
+    assert planner.last.saved is not None and "saves" in str(planner.last)
+    with pytest.raises(PlacementError, match="--flag: calibration '/no/such' is neither a file"):
+        policy_from({"calibration": "/no/such"}, "--flag")

@@ -1,0 +1,140 @@
+"""What processes do in test_eplb_exchange: vLLM's tables, buffers and communicator, with our exchange in sync and in async mode."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+EXPERTS, SLOTS, LAYERS = 10, 5, 3
+
+
+def tables(number: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Old and new table, int64 ``[layers, physical experts]``; as vLLM's policy does, a rank may hold an expert twice."""
+    rng = np.random.default_rng(number)
+
+    def one() -> np.ndarray:
+        return rng.permutation(np.concatenate([np.arange(EXPERTS), rng.integers(EXPERTS, size=ranks * SLOTS - EXPERTS)]))
+
+    old = np.stack([one() for _ in range(LAYERS)])
+    new = np.stack([one() for _ in range(LAYERS)])
+    new[number % LAYERS] = old[number % LAYERS]  # one layer stays
+    return old, new
+
+
+def weights_of(table: np.ndarray, rank: int) -> list[list[torch.Tensor]]:
+    local = torch.from_numpy(table[:, rank * SLOTS : (rank + 1) * SLOTS])
+    return [
+        [
+            (1000.0 * layer + local[layer])[:, None].expand(-1, 6).contiguous(),
+            (local[layer].to(torch.uint8) + 16 * layer)[:, None].expand(-1, 3).contiguous(),
+        ]
+        for layer in range(LAYERS)
+    ]
+
+
+def state_of(table: np.ndarray, weights) -> SimpleNamespace:
+    """As much of vLLM's model state as an exchange needs, with real maps."""
+    from vllm.distributed.eplb.eplb_state import compute_logical_maps
+
+    to_physical, count = compute_logical_maps(torch.from_numpy(table), EXPERTS)
+    wide = torch.full((LAYERS, EXPERTS, table.shape[1]), -1)
+    wide[..., : to_physical.shape[2]] = to_physical
+    model = SimpleNamespace(expert_weights=weights, num_moe_layers=LAYERS)
+    held = torch.from_numpy(table.copy())
+    return SimpleNamespace(
+        physical_to_logical_map=held, physical_to_logical_map_buffer=held, logical_to_physical_map=wide, logical_replica_count=count, model=model,
+        communicator=None,
+    )  # fmt: skip
+
+
+def exchanger_of(state, name: str):
+    from moe_placement_plugin.engines.exchanger import Exchanger, Meeting
+    from moe_placement_plugin.engines.vllm import eplb_exchange
+
+    group = dist.group.WORLD
+    found = Exchanger(dict(enumerate(state.model.expert_weights)), EXPERTS, group, Meeting.of(group), name, eplb_exchange.logger, timeout=10)
+    setattr(state, eplb_exchange.EXCHANGER, found)
+    return found
+
+
+def equal(weights, table: np.ndarray, rank: int) -> bool:
+    return all(a.equal(b) for x, y in zip(weights, weights_of(table, rank)) for a, b in zip(x, y))
+
+
+def both_modes(rank: int, world: int, store, numbers) -> dict:
+    from vllm.distributed.eplb import eplb_state, rebalance_execute
+    from vllm.distributed.eplb.eplb_communicator import TorchDistNcclEplbCommunicator
+
+    from moe_placement_plugin.engines.vllm import eplb_exchange
+
+    result = {"async": [], "sync": [], "unchanged layers sent": 0}
+    rearrange = eplb_exchange._rearrange_weights(rebalance_execute.rearrange_expert_weights_inplace)
+    transfer = eplb_exchange._transfer_layer(rebalance_execute.transfer_layer)
+    for number in numbers:
+        old, new = tables(number, world)
+        weights = weights_of(old, rank)
+        state = state_of(old, weights)
+        exchanger_of(state, f"sync{number}")
+        eplb_exchange._exchangers[id(weights)] = (state, getattr(state, eplb_exchange.EXCHANGER))
+        rearrange(torch.from_numpy(old), torch.from_numpy(new), weights, [], dist.group.WORLD, None)
+        result["sync"].append(equal(weights, new, rank))
+
+        weights = weights_of(old, rank)
+        state = state_of(old, weights)
+        exchanger = exchanger_of(state, f"async{number}")
+        sent = []
+        communicator = TorchDistNcclEplbCommunicator(ep_group=dist.group.WORLD)
+        add_send = communicator.add_send
+        communicator.add_send = lambda tensors, to, expert_id, add_send=add_send, sent=sent: (sent.append(to), add_send(tensors, to, expert_id))
+        state.communicator = communicator
+        eplb_exchange._exchangers[id(weights)] = (state, exchanger)
+        buffer = [torch.empty_like(w) for w in weights[0]]
+        for layer in range(LAYERS):
+            before = len(sent)
+            metadata = transfer(
+                old_layer_indices=torch.from_numpy(old[layer]), new_layer_indices=torch.from_numpy(new[layer]), expert_weights=weights[layer],
+                expert_weights_buffer=buffer, communicator=communicator, ep_group=dist.group.WORLD, is_profile=False, layer_idx=layer,
+            )  # fmt: skip
+            if (old[layer] == new[layer]).all():
+                result["unchanged layers sent"] += len(sent) - before
+            rebalance_execute.move_from_buffer(weights[layer], buffer, metadata, new[layer], rank)
+            eplb_state._commit_eplb_maps_for_layer(state, torch.from_numpy(new[layer]), layer)
+        result["async"].append(equal(weights, new, rank) and state.physical_to_logical_map.numpy().tolist() == new.tolist())
+    return result
+
+
+def with_a_rank_that_fails(rank: int, world: int, store, number: int) -> tuple[str, bool, bool, int]:
+    """Rank 1 cannot finish its second chunk: what every rank is told, and whether maps and weights agree, layer by layer."""
+    from moe_placement_plugin.engines.vllm import eplb_exchange
+    from moe_placement_plugin.exchange.agreement import ExchangeAborted
+    from moe_placement_plugin.exchange.transfers import Transfers
+
+    old, new = tables(number, world)
+    weights = weights_of(old, rank)
+    state = state_of(old, weights)
+    exchanger = exchanger_of(state, "fails")
+    exchanger._share = 1  # a layer a chunk
+    finish, seen = Transfers.finish, []
+
+    def failing(self, staged):
+        finish(self, staged)
+        seen.append(1)
+        if rank == 1 and len(seen) == 2:
+            raise OSError("the link is down")
+
+    Transfers.finish = failing
+    try:
+        eplb_exchange.exchange(state, old, new)
+    except ExchangeAborted as aborted:
+        in_force = state.physical_to_logical_map.numpy()
+        mixed = [row for row in in_force.tolist() if row not in old.tolist() + new.tolist()]
+        return aborted.reason, equal(weights, in_force, rank), not mixed, int((in_force == new).all(axis=1).sum())
+    return "not noticed", False, False, 0
+
+
+def all_of_it(rank: int, world: int, store, numbers) -> tuple[dict, tuple]:
+    """Both in one start, since importing vLLM takes longer than either; the failure comes last, it breaks the group."""
+    return both_modes(rank, world, store, numbers), with_a_rank_that_fails(rank, world, store, 1)
