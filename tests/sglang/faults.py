@@ -43,6 +43,8 @@ def register() -> None:
         HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.check_weights", _check_weights, HookType.AROUND)
         method = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
         HookRegistry.register(f"{method}.process_weights_after_loading", _attach, HookType.AROUND)
+    elif fault == "hook-lost":
+        _lose_a_hook(HookRegistry)
     elif fault == "wrong-everywhere":
         HookRegistry.register("sglang.srt.eplb.expert_location.ExpertLocationMetadata.logical_to_all_physical", _wrong_slots, HookType.AROUND)
     elif fault == "replica-left-out":
@@ -268,3 +270,15 @@ def _wrong_slots(original: Callable, self: Any, layer_id: int, logical_expert_id
     if layer_id == LAYER and not trivial:
         logical_expert_id = {6: 7, 7: 6}.get(logical_expert_id, logical_expert_id)
     return original(self, layer_id, logical_expert_id, *args, **kwargs)
+
+
+def _lose_a_hook(registry: Any) -> None:
+    """The registry loses the hook that sends routing through the map (where SGLang needs it), and only logs that."""
+    apply = registry.apply_hooks
+
+    def apply_hooks() -> None:
+        routing = "sglang.srt.layers.moe.topk._post_process_topk_ids"
+        registry._hooks.pop(routing if routing in registry._hooks else "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.weight_loader", None)
+        apply()
+
+    registry.apply_hooks = apply_hooks

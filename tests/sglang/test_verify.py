@@ -170,6 +170,7 @@ STARTS = {
     "replica-left-out": "replicas",
     "replica-of-another": "replicas",
     "wrong-everywhere": "checkpoint",
+    "hook-lost": "replicas",
 }
 """Fault of the start-up -> the level that must notice it."""
 
@@ -205,7 +206,7 @@ def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
 
 
 class TestEngines:
-    """The engine tier: three engines that serve, and three that must not."""
+    """The engine tier: three engines that serve, and four that must not."""
 
     pytestmark = ENGINE
 
@@ -262,6 +263,7 @@ class TestEngines:
             "replica-left-out": f"nothing filled {replica} with w[123] of expert {row[faults.REPLICA]}: a loader went round",
             "replica-of-another": differ,
             "wrong-everywhere": r"not those of the checkpoint: layer 2, slot \d+ of rank \d should hold expert (6|7): .*, which hold expert (7|6)",
+            "hook-lost": "SGLang did not apply the hooks (remap|loader) in this process",
         }[fault]
         outcome = outcomes[fault]
         found = re.search(rf"(PlacementError|WeightsMismatch): [^\n]*{message}[^\n]*", outcome.log)
