@@ -8,13 +8,32 @@ rewards a step that helps one of several busy ranks. Which layers get how many m
 
 import numpy as np
 
+from .coarse import empty_list, keep_lists, see_rank
 from .compiled import kernel
 from .layer import busiest, busiest_free, exchange, part
-from .steps import best_new_replica, best_swap, empty_list, has, keep_lists, list_slots, relist, see_rank, split_largest
+from .steps import best_new_replica, best_swap, has, list_slots, relist, split_largest
 
 
 @kernel
-def _set_shares(sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, load, count, rank_of, foreign, share_of, rank_load, seen_load, first_slot, next_slot, expert):
+def _set_shares(
+    sizes,
+    guest,
+    guest_at,
+    guest_value,
+    spare,
+    spare_at,
+    spare_value,
+    load,
+    count,
+    rank_of,
+    foreign,
+    share_of,
+    rank_load,
+    seen_load,
+    first_slot,
+    next_slot,
+    expert,
+):
     """Bring the load of every replica of `expert`, and of their ranks, to its count; these ranks have to be seen anew."""
     share = part(load[expert], count[expert])
     s = first_slot[expert]
@@ -100,7 +119,9 @@ def descend_moves(
         j = -1
         before = -1
         if splitting:
-            slot, expert = split_largest(sizes, spare, cap, node_slots, load, count, rank_of, slowness, expert_of, share_of, rank_load, first_slot, next_slot)
+            slot, expert = split_largest(
+                sizes, spare, cap, node_slots, load, count, rank_of, slowness, expert_of, share_of, rank_load, first_slot, next_slot
+            )
             splitting = slot >= 0
         if not splitting:
             if hot < 0:
@@ -218,7 +239,25 @@ def descend_moves(
                 keep_lists(sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, s, foreign[s], count[expert_of[s]])
         if i < 0:
             for e in (before, expert):
-                _set_shares(sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, load, count, rank_of, foreign, share_of, rank_load, seen_load, first_slot, next_slot, e)
+                _set_shares(
+                    sizes,
+                    guest,
+                    guest_at,
+                    guest_value,
+                    spare,
+                    spare_at,
+                    spare_value,
+                    load,
+                    count,
+                    rank_of,
+                    foreign,
+                    share_of,
+                    rank_load,
+                    seen_load,
+                    first_slot,
+                    next_slot,
+                    e,
+                )
         stuck[:] = False
         hot, high = busiest(rank_load, slowness, 0, ranks)
         step_moves[steps] = moves

@@ -24,7 +24,7 @@ from tests.support.children import engine_lock
 EPLB = ("--enable-eplb", "--expert-placement-strategy", "eplb")
 LAYERS, EXPERTS, RANKS = 3, 8, 2
 TOLERANCE = 1e-4
-"""Of a log probability between two placements, one of them on one rank, float32; what differs is the order in which the ranks' partial sums are added."""
+"""Of a log probability between two placements, one of them on one rank, float32; what differs is the order in which partial sums are added."""
 
 
 def test_strategy_eplb_begins_where_eplb_does(models):
