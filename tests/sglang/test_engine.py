@@ -37,14 +37,13 @@ VLLM_LOAD = Path(__file__).parent / "data" / "vllm-qwen3-moe-load.safetensors"
 """Recorded by vLLM 0.32.0 with --expert-load-record while it served the same tiny model (`moe-placement demo --engine vllm --keep`)."""
 
 REFERENCE = {
-    "linear-tp4-ep2": "qwen32",
     "zigzag": "qwen32",
     "eplb-redundant": "qwen32",
     "zigzag-30": "qwen30",
     "load-of-vllm": "qwen30",
     "plan-of-vllm": "qwen30",
     "glm-zigzag": "glm",
-    "glm-redundant": "glm",
+    "glm-redundant-tp4-ep2": "glm",
 }
 """Case with a placement -> the model whose one-rank answer it must give."""
 
@@ -61,14 +60,13 @@ def outcomes(models, files, stock, served, tmp_path_factory) -> dict[str, Outcom
     """Every case, started once."""
     q32, q30, glm = models["qwen32"], models["qwen30"], models["glm"]
     placed = [
-        case("linear-tp4-ep2", q32, 4, 2, expert_placement_strategy="linear"),
         case("eplb-redundant", q32, 2, 2, expert_placement_strategy="eplb", expert_placement_file=str(files["load"]),
              ep_num_redundant_experts=4),
         case("zigzag-30", q30, 2, 2, expert_placement_strategy="zigzag"),
         case("load-of-vllm", q30, 2, 2, expert_placement_strategy="eplb", expert_placement_file=str(VLLM_LOAD)),
         case("plan-of-vllm", q30, 4, 4, expert_placement_file=str(files["uneven-four-ranks"])),
         case("glm-zigzag", glm, 2, 2, expert_placement_strategy="zigzag"),
-        case("glm-redundant", glm, 2, 2, expert_placement_strategy="zigzag", ep_num_redundant_experts=4),
+        case("glm-redundant-tp4-ep2", glm, 4, 2, expert_placement_strategy="zigzag", ep_num_redundant_experts=4),
     ]  # fmt: skip
     wrong = case("wrong-experts", swapped_experts(q32, tmp_path_factory.mktemp("wrong") / "model"))
     unloaded = case(UNLOADED, q32, 2, 2, {"SGLANG_PLUGINS": "another"}, expert_placement_strategy="zigzag")

@@ -113,7 +113,6 @@ def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
 
 
 MOVING = {
-    "qwen zigzag": ("qwen", {"expert_placement_strategy": "zigzag"}),
     "qwen eplb load": ("qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": "qwen"}),
     "glm eplb": ("glm", {"expert_placement_strategy": "eplb",
                          "additional_config": {"expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5}}}),
@@ -129,7 +128,7 @@ def moving(checkpoints, files, tmp_path_factory) -> tuple[dict[str, dict], dict[
     for name, (model, more) in MOVING.items():
         more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}
         eplb = {"enable_eplb": True, "eplb_config": {"window_size": 2, "step_interval": 2, "num_redundant_experts": 2}}
-        env = OWN_CORE if name == "qwen zigzag" else ONE_EACH
+        env = OWN_CORE if name == "glm eplb" else ONE_EACH
         cases.append({"name": name, "engine": {"model": checkpoints[model], **TWO_RANKS, **eplb, **more}, "env": env, "probe": True})
     folder = tmp_path_factory.mktemp("moving")
     results = run_cases(folder, cases, {}, 1200)
