@@ -34,6 +34,26 @@ def busiest_times(load, plan, start, inverse_speed, times):
 
 
 @kernel
+def missing_expert(table, experts):
+    """(layer, expert) of the first expert without a slot; (-1, -1) if there is none.
+
+    Args:
+        table: int32 [layers, slots], experts in [0, experts).
+    """
+    held = np.full(experts, -1, np.int64)
+    for layer in range(table.shape[0]):
+        found = 0
+        for s in range(table.shape[1]):
+            found += held[table[layer, s]] != layer
+            held[table[layer, s]] = layer
+        if found < experts:
+            for e in range(experts):
+                if held[e] != layer:
+                    return layer, e
+    return -1, -1
+
+
+@kernel
 def moved_slots(old, new, start, moved):
     """Write moved[l], int64: replicas of layer l that their rank has to fetch.
 
@@ -44,7 +64,9 @@ def moved_slots(old, new, start, moved):
         moved[layer] = 0
         for r in range(start.size - 1):
             for s in range(start[r], start[r + 1]):
-                held = False
+                held = old[layer, s] == new[layer, s]
+                if held:
+                    continue
                 for t in range(start[r], start[r + 1]):
                     held = held or old[layer, t] == new[layer, s]
                 moved[layer] += 0 if held else 1
@@ -63,6 +85,11 @@ def keep_slots(old, new, start):
         before[:] = new[layer]
         used[:] = False
         for r in range(start.size - 1):
+            same = True
+            for s in range(start[r], start[r + 1]):
+                same = same and old[layer, s] == new[layer, s]
+            if same:
+                continue
             for s in range(start[r], start[r + 1]):
                 new[layer, s] = -1
                 for k in range(start[r], start[r + 1]):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import PlacementError
+from .evaluate import missing_expert
 from .replicate import MAX_EXPERTS
 
 _SLOWNESS_SCALE = 1 << 20
@@ -129,10 +130,8 @@ def as_old(old, num_layers: int, num_experts: int, ranks: Ranks) -> np.ndarray:
         raise PlacementError(f"an old placement of shape {table.shape} for {num_layers} layers of {ranks.num_slots} slots: give the one in service")
     if table.min() < 0 or table.max() >= num_experts:
         raise PlacementError(f"an old placement with experts {table.min()} to {table.max()}: experts are numbered 0 to {num_experts - 1}")
-    held = np.zeros((num_layers, num_experts), bool)
-    np.put_along_axis(held, table.astype(np.int64), True, axis=1)
-    if not held.all():
-        layer, expert = np.argwhere(~held)[0]
+    layer, expert = missing_expert(table, num_experts)
+    if expert >= 0:
         raise PlacementError(f"an old placement without expert {expert} in layer {layer}: every expert needs a slot")
     return table
 

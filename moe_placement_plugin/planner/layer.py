@@ -39,6 +39,14 @@ def count_replicas(expert_of, count):
 
 
 @kernel
+def part(load, parts):
+    """Load of one of `parts` replicas; one and two, which is nearly all, without a division, 40 cycles on many processors."""
+    if parts == 1:
+        return load
+    return load >> 1 if parts == 2 else load // parts
+
+
+@kernel
 def over(time, target):
     """How far a time is above a target, 0 if it is not."""
     return max(np.int64(0), time - target)

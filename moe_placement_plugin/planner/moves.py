@@ -67,7 +67,6 @@ def _run_layers(
             start,
             rank_of,
             slowness,
-            old[layer],
             plan[layer],
             share_of,
             rank_load,

@@ -2,19 +2,32 @@
 
 Which slots hold an expert is kept in linked lists, now (`first_slot`, `next_slot`) and in the placement in service (`first_old`,
 `next_old`): most experts have one or two replicas, so that whether a rank holds one is told by fewer looks than the rank has slots.
+What else the searches are given is explained in `coarse`.
 """
 
 import numpy as np
 
+from .coarse import (
+    EVEN_BITS,
+    FREE,
+    FREE_BITS,
+    GUESTS,
+    NEVER,
+    ROOM,
+    ROUNDING,
+    SPARES,
+    UNEVEN_BITS,
+    coarse,
+    excess_removed,
+    gain_uneven,
+    gains,
+    guest_gains,
+    most_promising,
+    padded,
+    replica_gains,
+)
 from .compiled import kernel
-from .layer import over
-
-FREE = 4.0
-"""What the gain of a step counts that costs nothing, since replicas go home."""
-
-_ROOM = 5
-"""Of swaps that gain alike the one that moves more load is better: it leaves room on the busy rank for swaps to come, which is worth
-1 / 2**5 of that load (5% fewer moves in all, over recordings and synthetic drift)."""
+from .layer import over, part
 
 
 @kernel
@@ -52,32 +65,6 @@ def relist(first_slot, next_slot, slot, before, after):
 
 
 @kernel
-def _gains(top, most, shares, slack, gain):
-    """Write the excess removed, and the room made, by exchanging a replica of load `top` with each slot, equal ranks; returns the largest.
-
-    Args:
-        most: the busy rank's excess; shares: int64 [slots]; slack: int64 [slots], time by which each slot's rank is below the target.
-    """
-    best = np.int64(0)
-    for s in range(shares.size):
-        step = top - shares[s]
-        gain[s] = min(step, most) - max(0, step - slack[s]) + (step >> _ROOM)
-        best = max(best, gain[s])
-    return best
-
-
-@kernel
-def _gains_uneven(top, most, slow_here, shares, slack, slowness, gain):
-    """As `_gains` for ranks of different speed; slowness: int64 [slots]."""
-    best = np.int64(0)
-    for s in range(shares.size):
-        step = top - shares[s]
-        gain[s] = min(step * slow_here, most) - max(0, step * slowness[s] - slack[s]) + max(0, -slack[s]) + (step * slow_here >> _ROOM)
-        best = max(best, gain[s])
-    return best
-
-
-@kernel
 def _swap_rate(i, j, gain, best_rate, hot, rank_of, foreign, expert_of, first_slot, next_slot, first_old, next_old):
     """Excess removed per move by exchanging slots `i` (on `hot`) and `j`; -1 where that is not better or not allowed."""
     q = rank_of[j]
@@ -92,34 +79,51 @@ def _swap_rate(i, j, gain, best_rate, hot, rank_of, foreign, expert_of, first_sl
 
 
 @kernel
+def _try_swap(i, j, best_rate, target, hot, rank_of, slowness, foreign, expert_of, share_of, rank_load, first_slot, next_slot, first_old, next_old):
+    """`_swap_rate` of an exchange, -1 where it removes no excess."""
+    q = rank_of[j]
+    step = share_of[i] - share_of[j]
+    slow = slowness[hot]
+    gain = excess_removed(step, rank_load[hot] * slow - target, slow, slowness[q], target - rank_load[q] * slowness[q])
+    if q == hot or gain <= 0:
+        return -1.0
+    gain += step * slow >> ROOM
+    return _swap_rate(i, j, gain, best_rate, hot, rank_of, foreign, expert_of, first_slot, next_slot, first_old, next_old)
+
+
+@kernel
 def best_swap(
+    near_share,
+    near_slack,
+    sizes,
+    guest,
+    guest_value,
     hot,
     low_slot,
     high_slot,
     target,
     best_rate,
+    even,
     start,
     rank_of,
     slowness,
-    slot_slowness,
     foreign,
     expert_of,
     share_of,
     rank_load,
-    slack,
-    gain,
-    likely,
     first_slot,
     next_slot,
     first_old,
     next_old,
+    gain,
+    largest,
 ):
     """Best swap off rank `hot`, with slots [low_slot, high_slot), by excess removed per move.
 
     A swap costs two moves, one where either replica is no longer on its old rank anyway, none where such a replica goes home.
 
     Args:
-        slot_slowness: int64 [slots], or empty if all ranks are equal; slack: see `_gains`; gain, likely: int64 [2 * slots], scratch.
+        even: all ranks are equal; gain: int32 [most slots of a rank, slots and some], largest: int64 [most slots of a rank], scratch.
 
     Returns:
         (rate, slot here, slot there); slots -1 if none beats `best_rate`.
@@ -128,69 +132,172 @@ def best_swap(
     best_j = -1
     slow = slowness[hot]
     most = rank_load[hot] * slow - target
-    guests = 0
-    for j in range(low_slot, high_slot):
-        likely[guests] = j
-        guests += foreign[j]
-    for i in range(start[hot], start[hot + 1]):
+    bits = EVEN_BITS if even else UNEVEN_BITS
+    coarse_most = coarse(most, bits)
+    first = start[hot]
+    width = start[hot + 1] - first
+    # What may come for less first: replicas that are not at home, and slots of the ranks that this one came from.
+    guests = sizes[GUESTS]
+    guest_share = guest_value[0, : padded(guests)]
+    guest_slack = guest_value[1, : padded(guests)]
+    guest_bits = guest_value[2, : padded(guests)]
+    for m in range(guests):
+        guest_value[2, m] = FREE_BITS * has(expert_of[guest[m]], hot, rank_of, first_old, next_old)
+    for k in range(width):
+        i = first + k
+        e = expert_of[i]
         top = share_of[i]
+        largest[k] = 0
         # No swap gains more than the load that leaves.
-        bar = min(most, top * slow) + (top * slow >> _ROOM)
-        if FREE * bar <= best_rate:
+        if guests == 0 or FREE * (min(most, top * slow) + (top * slow >> ROOM)) <= best_rate:
             continue
-        # What may come for less first: replicas that are not at home, and slots of the ranks that this one came from.
-        size = guests
-        if foreign[i]:
-            t = first_old[expert_of[i]]
-            while t >= 0:
-                q = rank_of[t]
-                if low_slot <= t < high_slot and size + start[q + 1] - start[q] <= likely.size:
-                    for j in range(start[q], start[q + 1]):
-                        likely[size] = j
-                        size += 1
-                t = next_old[t]
-        for k in range(size):
-            j = likely[k]
+        more_bits = np.int32(FREE_BITS if foreign[i] or next_old[first_old[e]] >= 0 else 0)  # it may go home too
+        if even:
+            largest[k] = 2 * guest_gains(np.int32(top >> bits), coarse_most, guest_share, guest_slack, guest_bits, more_bits, gain[k])
+            continue
+        for m in range(guests):
+            j = guest[m]
             q = rank_of[j]
-            step = top - share_of[j]
-            v = min(step * slow, most) - over(step * slowness[q], slack[j]) + max(np.int64(0), -slack[j])
-            if v <= 0 or q == hot:
-                continue
-            v += step * slow >> _ROOM
-            if FREE * v > best_rate:
-                rate = _swap_rate(i, j, v, best_rate, hot, rank_of, foreign, expert_of, first_slot, next_slot, first_old, next_old)
-                if rate > best_rate:
-                    best_rate = rate
-                    best_i = i
-                    best_j = j
+            v = gain_uneven(top - share_of[j], most, slow, slowness[q], target - rank_load[q] * slowness[q])
+            gain[k, m] = v << (guest_value[2, m] | more_bits)
+            largest[k] = max(largest[k], 2 * np.int64(gain[k, m]))
+    while True:
+        # The replica that could do best next: seldom is there need to look at a second.
+        k = most_promising(largest, width, bits, best_rate)
+        if k < 0:
+            break
+        largest[k] = 0
+        bar = np.int64(best_rate) >> bits
+        for m in range(guests):
+            if gain[k, m] + ROUNDING > bar:
+                j = guest[m]
+                if low_slot <= j < high_slot:
+                    rate = _try_swap(
+                        first + k,
+                        j,
+                        best_rate,
+                        target,
+                        hot,
+                        rank_of,
+                        slowness,
+                        foreign,
+                        expert_of,
+                        share_of,
+                        rank_load,
+                        first_slot,
+                        next_slot,
+                        first_old,
+                        next_old,
+                    )
+                    if rate > best_rate:
+                        best_rate = rate
+                        best_i = first + k
+                        best_j = j
+                        bar = np.int64(best_rate) >> bits
+    for i in range(first, first + width):
+        if not foreign[i]:
+            continue
+        t = first_old[expert_of[i]]
+        while t >= 0:
+            q = rank_of[t]
+            slack = target - rank_load[q] * slowness[q]
+            if low_slot <= t < high_slot and (slack > 0 or not even):
+                for j in range(start[q], start[q + 1]):
+                    step = share_of[i] - share_of[j]
+                    if step > 0 and FREE * (excess_removed(step, most, slow, slowness[q], slack) + (step * slow >> ROOM)) > best_rate:
+                        rate = _try_swap(
+                            i,
+                            j,
+                            best_rate,
+                            target,
+                            hot,
+                            rank_of,
+                            slowness,
+                            foreign,
+                            expert_of,
+                            share_of,
+                            rank_load,
+                            first_slot,
+                            next_slot,
+                            first_old,
+                            next_old,
+                        )
+                        if rate > best_rate:
+                            best_rate = rate
+                            best_i = i
+                            best_j = j
+            t = next_old[t]
+    # All others. No swap between equal ranks gains more than fits below the target where the load goes.
+    fits = most
+    if even:
+        lightest = rank_load[rank_of[low_slot]]
+        for r in range(rank_of[low_slot], rank_of[high_slot - 1] + 1):
+            if start[r + 1] > start[r]:
+                lightest = min(lightest, rank_load[r])
+        fits = min(most, target - lightest)
+    shares = near_share[low_slot:high_slot]
+    slacks = near_slack[low_slot:high_slot]
+    for k in range(width):
+        i = first + k
+        top = share_of[i]
         cost = 2 - foreign[i]
-        if bar <= cost * best_rate:
+        largest[k] = 0
+        if min(fits, top * slow) + (top * slow >> ROOM) <= cost * best_rate:
             continue
-        if slot_slowness.size:
-            largest = _gains_uneven(top, most, slow, share_of[low_slot:high_slot], slack[low_slot:high_slot], slot_slowness[low_slot:high_slot], gain)
+        by_two_moves = 1 + foreign[i]
+        if even:
+            largest[k] = by_two_moves * gains(np.int32(top >> bits), coarse_most, shares, slacks, gain[k, low_slot:high_slot])
         else:
-            largest = _gains(top, most, share_of[low_slot:high_slot], slack[low_slot:high_slot], gain)
-        if largest <= cost * best_rate:
-            continue
-        for k in range(high_slot - low_slot):
-            j = low_slot + k
-            if gain[k] > cost * best_rate and rank_of[j] != hot and gain[k] > (top - share_of[j]) * slow >> _ROOM:
-                rate = _swap_rate(i, j, gain[k], best_rate, hot, rank_of, foreign, expert_of, first_slot, next_slot, first_old, next_old)
+            for j in range(low_slot, high_slot):
+                q = rank_of[j]
+                gain[k, j] = gain_uneven(top - share_of[j], most, slow, slowness[q], target - rank_load[q] * slowness[q])
+                largest[k] = max(largest[k], by_two_moves * gain[k, j])
+    while True:
+        k = most_promising(largest, width, bits, best_rate)
+        if k < 0:
+            return best_rate, best_i, best_j
+        largest[k] = 0
+        cost = 2 - foreign[first + k]
+        bar = np.int64(best_rate * cost) >> bits
+        for j in range(low_slot, high_slot):
+            if gain[k, j] + ROUNDING > bar:
+                rate = _try_swap(
+                    first + k,
+                    j,
+                    best_rate,
+                    target,
+                    hot,
+                    rank_of,
+                    slowness,
+                    foreign,
+                    expert_of,
+                    share_of,
+                    rank_load,
+                    first_slot,
+                    next_slot,
+                    first_old,
+                    next_old,
+                )
                 if rate > best_rate:
                     best_rate = rate
-                    best_i = i
+                    best_i = first + k
                     best_j = j
-    return best_rate, best_i, best_j
+                    bar = np.int64(best_rate * cost) >> bits
 
 
 @kernel
 def best_new_replica(
+    sizes,
+    spare,
+    spare_at,
+    spare_value,
+    give_up,
     hot,
     low_slot,
     high_slot,
     target,
-    cap,
     best_rate,
+    even,
     load,
     count,
     start,
@@ -204,79 +311,94 @@ def best_new_replica(
     next_slot,
     first_old,
     next_old,
-    spare,
-    give_up,
+    gain,
+    largest,
 ):
     """Best change of one of the slots [low_slot, high_slot) into a replica of an expert of rank `hot`, by excess removed per move.
 
     Args:
-        cap: no replica may become heavier by giving up others of its expert.
-        spare, give_up: int64 [slots], scratch.
+        even, gain, largest: as for `best_swap`.
 
     Returns:
         (rate, slot, expert); slot -1 if none beats `best_rate`.
     """
     best_slot = -1
     best_expert = -1
-    # The slots that may change, and what it costs the other replicas of an expert that one of its slots is given up.
-    spares = 0
-    least = np.int64(1 << 62)
-    for head in range(low_slot, high_slot):
-        f = expert_of[head]
-        if count[f] < 2 or first_slot[f] != head:
-            continue
-        share = load[f] // (count[f] - 1)
-        if share > cap:
-            continue
-        rise = share - share_of[head]
-        total = np.int64(0)
-        first = spares
-        t = head
-        while t >= 0:
-            r = rank_of[t]
-            risen = over((rank_load[r] + rise) * slowness[r], target)
-            total += risen - over(rank_load[r] * slowness[r], target)
-            if r != hot:
-                spare[spares] = t
-                give_up[spares] = -risen
-                spares += 1
-            t = next_slot[t]
-        for k in range(first, spares):
-            give_up[k] += total
-            least = min(least, give_up[k])
-    for i in range(start[hot], start[hot + 1]):
-        e = expert_of[i]
-        share_new = load[e] // (count[e] + 1)
-        drop = share_of[i] - share_new
+    spares = sizes[SPARES]
+    price = spare_value[0, : padded(spares)]
+    room = spare_value[1, : padded(spares)]
+    free_bits = spare_value[2, : padded(spares)]
+    bits = EVEN_BITS if even else UNEVEN_BITS
+    first = start[hot]
+    width = start[hot + 1] - first
+    for s in range(first, first + width):  # not for itself
+        if spare_at[s] >= 0:
+            spare_value[0, spare_at[s]] = coarse(NEVER, bits)
+    for k in range(width):
+        e = expert_of[first + k]
+        share_new = part(load[e], count[e] + 1)
+        drop = share_of[first + k] - share_new
         relief = np.int64(0)
         t = first_slot[e]
         while t >= 0:
             r = rank_of[t]
             relief += over(rank_load[r] * slowness[r], target) - over((rank_load[r] - drop) * slowness[r], target)
             t = next_slot[t]
-        if relief - least <= best_rate:
-            continue
-        for k in range(spares):
-            # The slot's own rank may be over the target too: giving up there gains as well.
-            gain = relief - give_up[k]
-            s = spare[k]
-            if gain <= best_rate and foreign[s] == 0:
+        if even:
+            largest[k] = 2 * replica_gains(
+                coarse(relief, bits),
+                coarse(share_new, bits),
+                price,
+                room,
+                free_bits,
+                gain[k],
+            )
+        else:
+            largest[k] = 0
+            for m in range(spares):
+                here = coarse(share_new * slowness[rank_of[spare[m]]], bits)
+                v = coarse(relief, bits) - spare_value[0, m] - max(0, here - spare_value[1, m])
+                gain[k, m] = np.int32(v << spare_value[2, m])
+                largest[k] = max(largest[k], 2 * np.int64(gain[k, m]))
+    while True:
+        k = most_promising(largest, width, bits, best_rate)
+        if k < 0:
+            break
+        largest[k] = 0
+        e = expert_of[first + k]
+        share_new = part(load[e], count[e] + 1)
+        drop = share_of[first + k] - share_new
+        relief = np.int64(0)
+        t = first_slot[e]
+        while t >= 0:
+            r = rank_of[t]
+            relief += over(rank_load[r] * slowness[r], target) - over((rank_load[r] - drop) * slowness[r], target)
+            t = next_slot[t]
+        bar = np.int64(best_rate) >> bits
+        for m in range(spares):
+            if gain[k, m] + ROUNDING <= bar:
                 continue
+            s = spare[m]
             r = rank_of[s]
-            gain -= over((rank_load[r] - share_of[s] + share_new) * slowness[r], target)
-            if gain <= 0 or FREE * gain <= best_rate or expert_of[s] == e:
+            # The slot's own rank may be over the target too: giving up there gains as well.
+            value = relief - give_up[s] - over((rank_load[r] - share_of[s] + share_new) * slowness[r], target)
+            if value <= 0 or r == hot or expert_of[s] == e or not low_slot <= s < high_slot:
                 continue
-            rate = FREE * gain if foreign[s] or has(e, r, rank_of, first_old, next_old) else 1.0 * gain
+            rate = FREE * value if foreign[s] or has(e, r, rank_of, first_old, next_old) else 1.0 * value
             if rate <= best_rate or has(e, r, rank_of, first_slot, next_slot):
                 continue
             best_rate = rate
             best_slot = s
             best_expert = e
+            bar = np.int64(best_rate) >> bits
+    for s in range(first, first + width):
+        if spare_at[s] >= 0:
+            spare_value[0, spare_at[s]] = coarse(give_up[s], bits)
     return best_rate, best_slot, best_expert
 
 
 @kernel
-def split_largest(cap, node_slots, load, count, rank_of, slowness, expert_of, share_of, rank_load, first_slot, next_slot):
+def split_largest(sizes, spare, cap, node_slots, load, count, rank_of, slowness, expert_of, share_of, rank_load, first_slot, next_slot):
     """The best slot to turn into a replica of the expert with the largest replica: (slot, expert), slot -1 if none is above `cap`.
 
     Args:
@@ -291,14 +413,17 @@ def split_largest(cap, node_slots, load, count, rank_of, slowness, expert_of, sh
     while share_of[at] < largest:
         at += 1
     e = expert_of[at]
-    share_new = load[e] // (count[e] + 1)
+    share_new = part(load[e], count[e] + 1)
     best = np.int64(1 << 62)
     best_slot = -1
-    for head in range(node_slots[rank_of[at], 0], node_slots[rank_of[at], 1]):
+    low_slot = node_slots[rank_of[at], 0]
+    high_slot = node_slots[rank_of[at], 1]
+    for k in range(sizes[SPARES]):
+        head = spare[k]
         f = expert_of[head]
-        if f == e or count[f] < 2 or first_slot[f] != head:
+        if f == e or first_slot[f] != head or not low_slot <= head < high_slot:
             continue
-        share = load[f] // (count[f] - 1)
+        share = part(load[f], count[f] - 1)
         if share > cap:
             continue
         rise = share - share_of[head]

@@ -8,19 +8,40 @@ rewards a step that helps one of several busy ranks. Which layers get how many m
 
 import numpy as np
 
+from .coarse import empty_list, keep_lists, see_rank
 from .compiled import kernel
-from .layer import busiest, busiest_free, exchange
+from .layer import busiest, busiest_free, exchange, part
 from .steps import best_new_replica, best_swap, has, list_slots, relist, split_largest
 
 
 @kernel
-def _set_shares(load, count, rank_of, share_of, rank_load, first_slot, next_slot, expert):
-    """Bring the load of every replica of `expert`, and of their ranks, to its count."""
-    share = load[expert] // count[expert]
+def _set_shares(
+    sizes,
+    guest,
+    guest_at,
+    guest_value,
+    spare,
+    spare_at,
+    spare_value,
+    load,
+    count,
+    rank_of,
+    foreign,
+    share_of,
+    rank_load,
+    seen_load,
+    first_slot,
+    next_slot,
+    expert,
+):
+    """Bring the load of every replica of `expert`, and of their ranks, to its count; these ranks have to be seen anew."""
+    share = part(load[expert], count[expert])
     s = first_slot[expert]
     while s >= 0:
         rank_load[rank_of[s]] += share - share_of[s]
         share_of[s] = share
+        seen_load[rank_of[s]] = -1
+        keep_lists(sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, s, foreign[s], count[expert])
         s = next_slot[s]
 
 
@@ -32,7 +53,6 @@ def descend_moves(
     start,
     rank_of,
     slowness,
-    old,
     expert_of,
     share_of,
     rank_load,
@@ -43,12 +63,12 @@ def descend_moves(
     step_moves,
     step_time,
 ):
-    """Lower one layer's ranks to `target` from the placement in `expert_of`, busiest rank first, by what gains most per move.
+    """Lower one layer's ranks to `target` from the placement in service, busiest rank first, by what gains most per move.
 
     Args:
         load: int64 [experts]; count: int64 [experts], updated; start: int64 [ranks + 1]; rank_of: int64 [slots];
         node_slots: int64 [ranks, 2], first and last + 1 of the slots of the rank's node: no expert leaves its node; slowness: int64 [ranks];
-        old: int32 [slots], the placement in service; expert_of: int32 [slots], updated; share_of: int64 [slots], rank_load: int64 [ranks],
+        expert_of: int32 [slots], the placement in service, updated; share_of: int64 [slots], rank_load: int64 [ranks],
         as `measure` wrote them, updated; target: time.
         cap: no replica may become heavier than this by giving up others of its expert, and heavier ones are split first.
         step_slot: int64 [steps, 2], step_expert: int32 [steps, 2]: which slots each step wrote and with what, slot -1 if only one.
@@ -62,24 +82,32 @@ def descend_moves(
     hot, high = busiest(rank_load, slowness, 0, ranks)
     if high <= target:
         return 0  # what is balanced is left alone
+    even = slowness.min() == slowness.max()
+    width = 0
+    for r in range(ranks):
+        width = max(width, start[r + 1] - start[r])
+    near_share = np.empty(slots, np.int32)
+    near_slack = np.empty(slots, np.int32)
+    sizes = np.zeros(2, np.int64)
+    guest, guest_at, guest_value = empty_list(slots)
+    spare, spare_at, spare_value = empty_list(slots)
     give_up = np.empty(slots, np.int64)
-    spare = np.empty(slots, np.int64)
-    gain = np.empty(slots, np.int64)
-    likely = np.empty(2 * slots, np.int64)
-    slack = np.empty(slots, np.int64)
-    seen_load = np.full(ranks, -1, np.int64)  # rank loads that `slack` stands for
-    slot_slowness = slowness[rank_of] if slowness.min() != slowness.max() else np.empty(0, np.int64)
-    foreign = np.empty(slots, np.int64)  # 1 if the slot's rank did not hold its expert in the old placement, else 0
+    seen_load = np.full(ranks, -1, np.int64)  # rank loads that the coarse values stand for
+    valued = np.full(load.size, -1, np.int64)
+    gain = np.empty((width, slots + 8), np.int32)
+    largest = np.empty(width, np.int64)
+    foreign = np.zeros(slots, np.int64)  # 1 if the slot's rank did not hold its expert in the old placement, else 0
     first_slot = np.empty(load.size, np.int64)
     next_slot = np.empty(slots, np.int64)
     first_old = np.empty(load.size, np.int64)
     next_old = np.empty(slots, np.int64)
     list_slots(expert_of, first_slot, next_slot)
-    list_slots(old, first_old, next_old)
+    first_old[:] = first_slot
+    next_old[:] = next_slot
     moves = 0
     for s in range(slots):
-        foreign[s] = not has(expert_of[s], rank_of[s], rank_of, first_old, next_old)
-        moves += foreign[s]
+        if count[expert_of[s]] > 1:
+            keep_lists(sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, s, 0, count[expert_of[s]])
     stuck = np.zeros(ranks, np.bool_)
     redundant = slots > load.size
     splitting = redundant
@@ -89,8 +117,11 @@ def descend_moves(
         expert = -1
         i = -1
         j = -1
+        before = -1
         if splitting:
-            slot, expert = split_largest(cap, node_slots, load, count, rank_of, slowness, expert_of, share_of, rank_load, first_slot, next_slot)
+            slot, expert = split_largest(
+                sizes, spare, cap, node_slots, load, count, rank_of, slowness, expert_of, share_of, rank_load, first_slot, next_slot
+            )
             splitting = slot >= 0
         if not splitting:
             if hot < 0:
@@ -100,16 +131,45 @@ def descend_moves(
             for r in range(ranks):
                 if rank_load[r] != seen_load[r]:
                     seen_load[r] = rank_load[r]
-                    slack[start[r] : start[r + 1]] = target - rank_load[r] * slowness[r]
+                    see_rank(
+                        near_share,
+                        near_slack,
+                        guest_at,
+                        guest_value,
+                        spare_at,
+                        spare_value,
+                        give_up,
+                        r,
+                        steps,
+                        valued,
+                        even,
+                        target,
+                        cap,
+                        load,
+                        count,
+                        start,
+                        rank_of,
+                        slowness,
+                        expert_of,
+                        share_of,
+                        rank_load,
+                        first_slot,
+                        next_slot,
+                    )
             rate = 0.0
             if redundant:
                 rate, slot, expert = best_new_replica(
+                    sizes,
+                    spare,
+                    spare_at,
+                    spare_value,
+                    give_up,
                     hot,
                     low_slot,
                     high_slot,
                     target,
-                    cap,
                     rate,
+                    even,
                     load,
                     count,
                     start,
@@ -123,30 +183,34 @@ def descend_moves(
                     next_slot,
                     first_old,
                     next_old,
-                    spare,
-                    give_up,
+                    gain,
+                    largest,
                 )
             rate, i, j = best_swap(
+                near_share,
+                near_slack,
+                sizes,
+                guest,
+                guest_value,
                 hot,
                 low_slot,
                 high_slot,
                 target,
                 rate,
+                even,
                 start,
                 rank_of,
                 slowness,
-                slot_slowness,
                 foreign,
                 expert_of,
                 share_of,
                 rank_load,
-                slack,
-                gain,
-                likely,
                 first_slot,
                 next_slot,
                 first_old,
                 next_old,
+                gain,
+                largest,
             )
         if i >= 0:
             relist(first_slot, next_slot, i, expert_of[i], expert_of[j])
@@ -159,8 +223,6 @@ def descend_moves(
             count[before] -= 1
             count[expert] += 1
             expert_of[slot] = expert
-            _set_shares(load, count, rank_of, share_of, rank_load, first_slot, next_slot, before)
-            _set_shares(load, count, rank_of, share_of, rank_load, first_slot, next_slot, expert)
         else:
             stuck[hot] = True
             hot = busiest_free(rank_load, slowness, target, stuck)
@@ -174,6 +236,28 @@ def descend_moves(
                 moves -= foreign[s]
                 foreign[s] = not has(expert_of[s], rank_of[s], rank_of, first_old, next_old)
                 moves += foreign[s]
+                keep_lists(sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, s, foreign[s], count[expert_of[s]])
+        if i < 0:
+            for e in (before, expert):
+                _set_shares(
+                    sizes,
+                    guest,
+                    guest_at,
+                    guest_value,
+                    spare,
+                    spare_at,
+                    spare_value,
+                    load,
+                    count,
+                    rank_of,
+                    foreign,
+                    share_of,
+                    rank_load,
+                    seen_load,
+                    first_slot,
+                    next_slot,
+                    e,
+                )
         stuck[:] = False
         hot, high = busiest(rank_load, slowness, 0, ranks)
         step_moves[steps] = moves

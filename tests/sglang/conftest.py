@@ -11,6 +11,8 @@ import pytest
 
 from moe_placement_plugin.load import ExpertLoad
 from moe_placement_plugin.placement import Placement
+from tests.sglang.engines import LONG, Outcome, case, run_cases
+from tests.support.children import engine_lock
 
 collect_ignore_glob = [] if importlib.util.find_spec("sglang") else ["test_*.py"]
 
@@ -77,6 +79,15 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
         torch.save({"rank": 0, "logical_count": torch.from_numpy(counts)}, made["load-pt"])
     return made
+
+
+@pytest.fixture(scope="session")
+def stock(models, tmp_path_factory) -> dict[str, Outcome]:
+    """What each model answers on one rank with nothing asked of the plugin; `LONG` for qwen32."""
+    cases = [case(name, models[name]) for name in ("qwen32", "qwen30", "glm")]
+    cases[0]["max_new_tokens"] = LONG
+    with engine_lock():
+        return run_cases(cases, tmp_path_factory.mktemp("stock"))
 
 
 def _with_copies(permutation: np.ndarray) -> np.ndarray:

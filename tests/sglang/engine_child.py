@@ -37,19 +37,22 @@ def run(case: dict) -> dict:
         return_logprob=True,
         logprob_start_len=0,
     )
-    rows = [
-        {
-            "ids": [token for _, token, *_ in output["meta_info"]["output_token_logprobs"]],
-            "logprobs": [value for value, *_ in output["meta_info"]["output_token_logprobs"]],
-            "prompt_logprobs": [value for value, *_ in output["meta_info"]["input_token_logprobs"][1:]],
-        }
-        for output in outputs
-    ]
+    rows = [row_of(output) for output in outputs]
     checks = [_check(engine, action) for action in case["actions"]]
     info = engine.get_server_info()
     engine.shutdown()
     keys = ("ep_num_redundant_experts", "ep_dispatch_algorithm", "init_expert_location", "ep_size", "tp_size")
     return {"rows": rows, "checks": checks, "info": {key: info.get(key) for key in keys}, "start_s": ready - began}
+
+
+def row_of(output: dict) -> dict:
+    """One prompt's part of a result, from what SGLang answers with log probabilities from the first token on."""
+    meta = output["meta_info"]
+    return {
+        "ids": [token for _, token, *_ in meta["output_token_logprobs"]],
+        "logprobs": [value for value, *_ in meta["output_token_logprobs"]],
+        "prompt_logprobs": [value for value, *_ in meta["input_token_logprobs"][1:]],
+    }
 
 
 def _check(engine, action: str) -> tuple[bool, str]:

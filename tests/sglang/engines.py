@@ -40,6 +40,8 @@ ENGINE: dict[str, Any] = {
 _random = random.Random(0)
 PROMPTS = [[_random.randrange(256) for _ in range(length)] for length in (24, 40, 9, 17)]
 MAX_NEW_TOKENS = 12
+LONG = 48
+"""Output tokens of the cases whose experts move meanwhile, and of what they are compared with."""
 
 
 def threads(ranks: int) -> str:
@@ -82,6 +84,11 @@ class Outcome:
     def ids(self) -> list[list[int]]:
         """Greedy token ids per prompt."""
         return [row["ids"] for row in self.result["rows"]]
+
+    def first(self, tokens: int) -> Outcome:
+        """The same with only so many output tokens per prompt."""
+        rows = [{**row, "ids": row["ids"][:tokens], "logprobs": row["logprobs"][:tokens]} for row in self.result["rows"]]
+        return Outcome({**self.result, "rows": rows}, self.log)
 
     def processes_with(self, text: str) -> set[str]:
         """Names of the scheduler processes ("TP0 EP0") whose log has a line with ``text``."""

@@ -183,7 +183,7 @@ def plan(files) -> Placement:
 
 @pytest.fixture(scope="module")
 def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
-    """Every engine, one after another; those that die take their caller along, so each has its own."""
+    """Every engine, one after another; those that die take their caller along, so each is the last of its own."""
     env = {"PYTHONPATH": faults.install(tmp_path_factory.mktemp("plugin"))}
     placed = {"expert_placement_file": str(files["redundant"]), "ep_num_redundant_experts": 4}
     spoiled = [action for fault in SPOILED for action in (f"fault:{fault}", CHECK, "restore", CHECK)]
@@ -194,11 +194,14 @@ def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
              expert_placement_verify="checkpoint"),
         case("alone", models["qwen32"], 2, 2, actions=(CHECK,), ep_num_redundant_experts=4, expert_placement_verify="replicas"),
     ]  # fmt: skip
+    faulty = [
+        case(fault, models["qwen32"], 2, 2, {faults.VARIABLE: fault}, actions=(CHECK,), expert_placement_verify=verify, **placed)
+        for fault, verify in STARTS.items()
+    ]
     with engine_lock():
-        found = run_cases(cases, tmp_path_factory.mktemp("serving"), env=env)
-        for fault, verify in STARTS.items():
-            start = case(fault, models["qwen32"], 2, 2, actions=(CHECK,), expert_placement_verify=verify, **placed)
-            found |= run_cases([start], tmp_path_factory.mktemp(fault), env=env | {faults.VARIABLE: fault})
+        found = run_cases([*cases, faulty[0]], tmp_path_factory.mktemp("serving"), env=env)
+        for start in faulty[1:]:
+            found |= run_cases([start], tmp_path_factory.mktemp(start["name"]), env=env)
     return found
 
 

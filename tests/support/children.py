@@ -20,12 +20,23 @@ from pathlib import Path
 LOCK = Path(tempfile.gettempdir()) / "moe-placement-engine.lock"
 
 
+_held = False
+
+
 @contextmanager
 def engine_lock() -> Iterator[None]:
-    """Hold the machine's engine lock."""
+    """Hold the machine's engine lock; who holds it may take it once more."""
+    global _held
+    if _held:
+        yield
+        return
     with open(LOCK, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        _held = True
+        try:
+            yield
+        finally:
+            _held = False
 
 
 @dataclass(frozen=True)

@@ -98,20 +98,26 @@ def configs(requests: list[dict]) -> list[dict]:
     return results
 
 
-def parser(argv: list[str]) -> dict:
-    """What ``vllm serve``'s parser makes of a command line."""
-    sys.argv = ["api_server", *argv]
+def parser(argvs: list[list[str]]) -> list[dict]:
+    """What ``vllm serve``'s parser makes of each command line; vLLM loads its plugins for the first."""
+    sys.argv = ["api_server", *argvs[0]]
     try:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
     except ImportError:  # before 0.30
         from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    engine_args = AsyncEngineArgs.from_cli_args(args)
-    return {"strategy": engine_args.expert_placement_strategy, "additional_config": engine_args.additional_config}
+    found = []
+    for argv in argvs:
+        sys.argv = ["api_server", *argv]
+        try:
+            engine_args = AsyncEngineArgs.from_cli_args(make_arg_parser(FlexibleArgumentParser()).parse_args(argv))
+        except SystemExit as refused:
+            found.append({"exit": refused.code})
+        else:
+            found.append({"strategy": engine_args.expert_placement_strategy, "additional_config": engine_args.additional_config})
+    return found
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ from moe_placement_plugin.demo.tiny_models import write_glm4_moe, write_qwen3_mo
 from tests.support.checkpoints import fuse_experts
 from tests.support.children import engine_lock, run_child
 from tests.support.faults import WEIGHT_FAULTS
+from tests.support.vllm_runner import CORE_HERE
 
 HERE = Path(__file__).parent
 
 TWO_RANKS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-ONE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-BOTH = {"VLLM_CPU_OMP_THREADS_BIND": "0,1"}
+ONE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", **CORE_HERE}
+OWN_CORE = {**ONE_EACH, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+BOTH = {"VLLM_CPU_OMP_THREADS_BIND": "0,1", **CORE_HERE}
 
 FAULTS = (*WEIGHT_FAULTS, "map changed without moving weights", "two ranks claim one expert",
           "tensor as long as the model has experts", "tensor lost")  # fmt: skip
@@ -76,7 +78,7 @@ def run_cases(folder: Path, cases: list[dict], env: dict[str, str], timeout: flo
 def stock(checkpoints, tmp_path_factory) -> dict[str, dict]:
     """Answers of vLLM without this plugin, on one rank without expert parallelism."""
     cases = [
-        {"name": "qwen", "engine": {"model": checkpoints["qwen"]}, "env": BOTH, "profile": True},
+        {"name": "qwen", "engine": {"model": checkpoints["qwen"]}, "env": BOTH},
         {"name": "glm", "engine": {"model": checkpoints["glm"]}, "env": BOTH},
         {"name": "qwen-bf16", "engine": {"model": checkpoints["qwen"], "dtype": "bfloat16"}, "env": BOTH},
     ]
@@ -94,27 +96,23 @@ def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
         case("qwen linear", "qwen", {}, profile=True),
         case("qwen zigzag", "qwen", {"expert_placement_strategy": "zigzag"}, profile=True, sabotage=True),
         case("qwen balanced", "qwen", {"expert_placement_strategy": "balanced"}, faults=FAULTS),
-        case("qwen round_robin filter", "qwen", {"expert_placement_strategy": "round_robin", "enable_ep_weight_filter": True}),
         case("qwen eplb filter", "qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": files["qwen"],
                                          "enable_ep_weight_filter": True}),
         case("qwen uneven plan filter", "qwen", {"expert_placement_file": files["uneven"], "enable_ep_weight_filter": True}),
         case("qwen zigzag compiled", "qwen", {"expert_placement_strategy": "zigzag", "enforce_eager": False}),
         case("qwen-bf16 zigzag", "qwen", {"expert_placement_strategy": "zigzag", "dtype": "bfloat16"}),
-        case("glm linear", "glm", {}),
         case("glm zigzag filter", "glm", {"expert_placement_strategy": "zigzag", "enable_ep_weight_filter": True}),
         case("glm balanced", "glm", {"expert_placement_strategy": "balanced", "expert_placement_verify": "checkpoint"}),
-        case("glm eplb", "glm", {"expert_placement_strategy": "eplb", "expert_placement_file": files["glm"]}),
     ]  # fmt: skip
-    spawned = case("glm round_robin spawned", "glm", {"expert_placement_strategy": "round_robin"})
-    spawned["env"] = {**ONE_EACH, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    own_core = case("glm round_robin own core", "glm", {"expert_placement_strategy": "round_robin"})
+    own_core["env"] = OWN_CORE
     four = case("qwen zigzag four ranks", "qwen", {"expert_placement_strategy": "zigzag", "tensor_parallel_size": 4})
-    four["env"] = {"VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
+    four["env"] = {**ONE_EACH, "VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
     folder = tmp_path_factory.mktemp("placed", numbered=False)
-    return run_cases(folder, [*cases, spawned, four], {}, 1500)
+    return run_cases(folder, [*cases, own_core, four], {}, 1500)
 
 
 MOVING = {
-    "qwen zigzag": ("qwen", {"expert_placement_strategy": "zigzag"}),
     "qwen eplb load": ("qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": "qwen"}),
     "glm eplb": ("glm", {"expert_placement_strategy": "eplb",
                          "additional_config": {"expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5,
@@ -131,7 +129,8 @@ def moving(checkpoints, files, tmp_path_factory) -> tuple[dict[str, dict], dict[
     for name, (model, more) in MOVING.items():
         more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}
         eplb = {"enable_eplb": True, "eplb_config": {"window_size": 2, "step_interval": 2, "num_redundant_experts": 2}}
-        cases.append({"name": name, "engine": {"model": checkpoints[model], **TWO_RANKS, **eplb, **more}, "env": ONE_EACH, "probe": True})
+        env = OWN_CORE if name == "glm eplb" else ONE_EACH
+        cases.append({"name": name, "engine": {"model": checkpoints[model], **TWO_RANKS, **eplb, **more}, "env": env, "probe": True})
     folder = tmp_path_factory.mktemp("moving")
     results = run_cases(folder, cases, {}, 1200)
     parts = (folder / "log").read_text().split("=== case ")

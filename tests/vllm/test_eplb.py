@@ -43,7 +43,7 @@ def test_experts_were_rebalanced_at_least_four_times_and_verified_each_time(movi
 
 
 def test_the_first_placement_is_the_strategys(moving):
-    assert re.search(r"EPLB begins with placement \w+ \(zigzag\), policy DefaultEplbPolicy", moving[1]["qwen zigzag"])
+    assert re.search(r"EPLB begins with placement \w+ \(zigzag\), policy DefaultEplbPolicy", moving[1]["qwen fused checkpoint"])
     assert re.search(r"policy PlannerPolicy", moving[1]["qwen eplb load"])
 
 

@@ -49,25 +49,23 @@ def test_with_the_flag_the_arguments_differ_and_nothing_else():
     assert all(name.startswith(("vllm.config.parallel:", "vllm.engine.arg_utils:")) for name in answer["changed"])
 
 
-@pytest.mark.parametrize("how", ["flags", "yaml"])
-def test_the_parser_takes_the_flags(tmp_path, checkpoints, how):
+def test_the_parser_takes_the_flags_and_refuses_an_unknown_strategy(tmp_path, checkpoints):
     plan = tmp_path / "plan.json"
-    argv = {
-        "flags": ["--expert-placement-strategy=zigzag", "--expert_placement_file", str(plan)],
-        "yaml": ["--config", str(tmp_path / "config.yaml")],
-    }[how]
-    (tmp_path / "config.yaml").write_text(f"expert-placement-strategy: zigzag\nexpert-placement-file: {plan}\n")
-    answer, finished = child("parser", ["--model", str(checkpoints["qwen"]), *argv])
+    taken = ["--model", str(checkpoints["qwen"]), "--expert-placement-strategy=zigzag", "--expert_placement_file", str(plan)]
+    answer, finished = child("parser", [taken, ["--model", "m", "--expert-placement-strategy", "zigzga"]])
     assert answer is not None, finished.output
-    assert answer == {"strategy": "zigzag", "additional_config": {"expert_placement_file": str(plan)}}
-
-
-def test_the_parser_refuses_an_unknown_strategy_and_lists_the_known_ones():
-    answer, finished = child("parser", ["--model", "m", "--expert-placement-strategy", "zigzga"])
-    assert answer is None and finished.code == 2
+    assert answer == [{"strategy": "zigzag", "additional_config": {"expert_placement_file": str(plan)}}, {"exit": 2}]
     assert "invalid choice: 'zigzga'" in finished.output
     for name in ("linear", "round_robin", "zigzag", "balanced", "eplb"):
         assert name in finished.output.rpartition("invalid choice")[2]
+
+
+def test_the_parser_takes_a_yaml_file(tmp_path, checkpoints):
+    plan, config = tmp_path / "plan.json", tmp_path / "config.yaml"
+    config.write_text(f"expert-placement-strategy: zigzag\nexpert-placement-file: {plan}\n")
+    answer, finished = child("parser", [["--model", str(checkpoints["qwen"]), "--config", str(config)]])
+    assert answer is not None, finished.output
+    assert answer == [{"strategy": "zigzag", "additional_config": {"expert_placement_file": str(plan)}}]
 
 
 @pytest.fixture(scope="module")

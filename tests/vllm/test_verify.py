@@ -40,15 +40,17 @@ LOADING = {
 
 @pytest.fixture(scope="module")
 def loading(checkpoints, files, tmp_path_factory):
-    """Fault -> (result, log); each is a start of its own that must not come to an end."""
-    found = {}
-    for number, (fault, (more, *_)) in enumerate(LOADING.items()):
-        folder = tmp_path_factory.mktemp(f"loading{number}")
+    """Fault -> (result, log); each is a start of its own that must not come to an end, one after the other in one process."""
+    cases = []
+    for fault, (more, *_) in LOADING.items():
         more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}
+        # The fault is in the workers: they are started with the case's environment.
         env = {**ONE_EACH, "TEST_LOAD_FAULT": fault, "PYTHONPATH": f"{FAULTS_SITE}:{Path(__file__).parents[2]}"}
-        case = {"name": fault, "engine": {"model": checkpoints["qwen"], **TWO_RANKS, **more}, "env": env}
-        found[fault] = run_cases(folder, [case], {}, 300)[fault], (folder / "log").read_text()
-    return found
+        cases.append({"name": fault, "engine": {"model": checkpoints["qwen"], **TWO_RANKS, **more}, "env": env})
+    folder = tmp_path_factory.mktemp("loading")
+    results = run_cases(folder, cases, {}, 600)
+    logs = {part.partition("\n")[0].strip(): part for part in (folder / "log").read_text().split("=== case ")}
+    return {fault: (results[fault], logs.get(fault, "")) for fault in LOADING}
 
 
 def test_every_fault_in_a_serving_engine_is_found_and_what_is_put_back_passes(placed):

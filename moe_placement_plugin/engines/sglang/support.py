@@ -270,7 +270,7 @@ RIGHT: tuple[Right, ...] = (
     Right(
         "`--enable-eplb`",
         "experts move by this package's exchange, SGLang updates its own maps in place; what has moved is verified before the next forward pass",
-        "served on the CPU engine, redundant experts, no all-to-all back end: logprobs equal a static placement's over 4 and more rebalances "
+        "served on the CPU engine, redundant experts, no all-to-all back end: logprobs equal one rank's over 4 and more rebalances "
         "(Qwen3-MoE; GLM-4-MoE by hand)",
     ),
     Right(
