@@ -120,7 +120,8 @@ class Rebalancer:
         slots = (old.shape[1] // num_ranks,) * num_ranks
         before = Placement(old, load.num_experts, slots, load.layer_ids, "in force")
         budget = None if self.policy.max_bytes is None else int(self.policy.max_bytes // max(int(self.expert_bytes.max()), 1))
-        table = rebalance_table(load.counts.sum(axis=0), old.shape[1], groups, nodes, num_ranks, old, max_moves=budget)
+        where = None if self.topology is None else self.topology.node_of_rank
+        table = rebalance_table(load.counts.sum(axis=0), old.shape[1], groups, nodes, num_ranks, old, max_moves=budget, node_of_rank=where)
         after = Placement(table, load.num_experts, slots, load.layer_ids, "eplb")
         exchange = plan_exchange(before, after, self.topology, live_ranks, self.expert_bytes)
         self.last = decision = decide(exchange, load, self.policy, achieved=self._achieved)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import PlacementError
 from ...strategies.registry import ALIASES, get_strategy, strategy_names
+from .. import host_flags
 from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG
 from ..rebalancing import add_argument as add_rebalance_argument
@@ -15,7 +16,7 @@ from . import loaded, recording, settings
 from .hooks import Hook, HookSet
 from .versions import check_version
 
-FLAGS = ("expert_placement_strategy", "expert_placement_file", "expert_rebalance")
+FLAGS = ("expert_placement_strategy", "expert_placement_file", "expert_rebalance", "expert_placement_locality", "expert_host_timeout")
 
 
 def request(values: dict[str, Any]) -> settings.Settings | None:
@@ -26,10 +27,13 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
     Raises:
         PlacementError: unknown strategy, conflicting flags, unsupported SGLang.
     """
-    strategy, file, rebalance = (values.pop(flag, None) for flag in FLAGS)
+    strategy, file, rebalance, locality, host_timeout = (values.pop(flag, None) for flag in FLAGS)
     if strategy is None and file is None:
         if rebalance is not None:
             raise PlacementError(f"{REBALANCE_FLAG} without --expert-placement-strategy eplb: nothing of ours rebalances; add it, or leave it out")
+        for flag, value in ((host_flags.LOCALITY_FLAG, locality), (host_flags.TIMEOUT_FLAG, host_timeout)):
+            if value is not None:
+                raise PlacementError(f"{flag} {value} without an expert placement: add --expert-placement-strategy, or leave it out")
         return None
     import sglang
 
@@ -43,7 +47,14 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
             "reads the same files)"
         )
     values["init_expert_location"] = settings.SENTINEL
-    return settings.Settings(strategy, str(file) if file is not None else None, values.get("ep_dispatch_algorithm"), rebalance=rebalance)
+    return settings.Settings(
+        strategy,
+        str(file) if file is not None else None,
+        values.get("ep_dispatch_algorithm"),
+        rebalance=rebalance,
+        locality=locality or "none",
+        host_timeout=host_timeout,
+    )
 
 
 def build(original: Callable[..., Any], values: dict[str, Any]) -> Any:
@@ -85,6 +96,7 @@ def _add_cli_args(original: Callable, *args: Any, **kwargs: Any) -> Any:
         help="A plan (decides alone) or a recorded load (for eplb), told apart by content.",
     )
     add_rebalance_argument(group)
+    host_flags.add_arguments(group)
     loaded.add_arguments(group)
     recording.add_arguments(group)
     return result

@@ -35,6 +35,11 @@ class Settings:
         stages: pipeline stages; one of several may have no MoE layer.
         rebalance: rules that the user gave, see `rebalancing.policy_from`.
         moves: whether SGLang's EPLB moves experts while serving; the placement is then where it begins.
+        locality: value of ``--expert-placement-locality``.
+        host_timeout: value of ``--expert-host-timeout``, None when not given.
+        nodes: hosts, each of which reads the flags by itself.
+        adopts: this host has no file, the placement comes from the head.
+        error: why this host cannot have what was asked for; its workers tell the other hosts, and all stop.
     """
 
     strategy: str
@@ -46,6 +51,11 @@ class Settings:
     stages: int = 1
     rebalance: dict[str, Any] | None = None
     moves: bool = False
+    locality: str = "none"
+    host_timeout: float | None = None
+    nodes: int = 1
+    adopts: bool = False
+    error: str | None = None
 
     @property
     def plans(self) -> bool:
