@@ -23,7 +23,7 @@ switch=$name-switch
 names=${TMPDIR:-/tmp}/$name.hosts
 
 host() {
-    ip netns list | grep -q "^$name$1\b" || { echo "hosts.sh: there is no host $name$1: hosts.sh up $name" >&2; exit 1; }
+    ip netns list | grep -q "^$name$1\( \|$\)" || { echo "hosts.sh: there is no host $name$1: hosts.sh up $name" >&2; exit 1; }
 }
 
 down() {

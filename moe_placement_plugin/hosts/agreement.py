@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from typing import Any
 
 from ..errors import PlacementError
@@ -21,7 +20,6 @@ from .identity import number_hosts, ranges
 WAIT = 60.0
 """Seconds in which every rank must have said what it will serve: all have joined the process group by then."""
 
-_SLICE = 0.25
 _GRACE = 5.0
 _PREFIX = "moe-placement-agreement"
 
@@ -213,22 +211,18 @@ def _label(group: Sequence[Statement]) -> str:
 
 
 def _hear(asked: BoundedStore, keys: Sequence[str], wait: float) -> list[int]:
-    """Wait for all statements; the ranks that none has come from, the same on all ranks."""
-    from torch.distributed import DistNetworkError, DistStoreError
+    """Wait for all statements; the ranks that none has come from, the same on all ranks.
 
-    deadline = time.monotonic() + wait
-    while True:
-        try:
-            asked.ask(lambda s: s.wait(list(keys), timedelta(seconds=min(_SLICE, wait))))
-            return []
-        except DistNetworkError:
-            raise
-        except DistStoreError:
-            pass
-        decided = asked.ask(lambda s: s.check(["missing"]))
-        if decided or time.monotonic() > deadline:
-            absent = [rank for rank, key in enumerate(keys) if not asked.ask(lambda s, key=key: s.check([key]))]
-            return json.loads(asked.ask(lambda s: s.compare_set("missing", "", json.dumps(absent))))
+    By asking again and again: torch writes a stack trace into the log whenever a wait of its own runs out.
+    """
+    began = time.monotonic()
+    while not asked.ask(lambda s: s.check(list(keys))):
+        waited = time.monotonic() - began
+        if waited > wait or asked.ask(lambda s: s.check(["missing"])):
+            text = json.dumps([rank for rank, key in enumerate(keys) if not asked.ask(lambda s, key=key: s.check([key]))])
+            return json.loads(asked.ask(lambda s, text=text: s.compare_set("missing", "", text)))
+        time.sleep(0.001 if waited < 0.1 else 0.05)
+    return []
 
 
 def _order(ranks: int, missing: Sequence[int]) -> list[int]:

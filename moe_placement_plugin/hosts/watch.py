@@ -23,8 +23,8 @@ logger = logging.getLogger("moe_placement_plugin")
 DEFAULT_TIMEOUT = 60.0
 """Seconds without a sign of life after which a host counts as gone."""
 
-JOIN_TIMEOUT = 600.0
-"""Seconds that the others are waited for at start-up; at least `DEFAULT_TIMEOUT`'s value where that is longer."""
+JOIN_TIMEOUT = 10 * DEFAULT_TIMEOUT
+"""Seconds that the others are waited for at start-up: ten times the timeout of a host."""
 
 _PREFIX = "moe-placement-hosts"
 
@@ -155,7 +155,13 @@ class JoinWatch:
 
     every = 30.0
 
-    def __init__(self, what: str, timeout: float = JOIN_TIMEOUT, end: Callable[[str], None] = end_process, report: Callable[[str], None] = logger.warning):
+    def __init__(
+        self,
+        what: str,
+        timeout: float = JOIN_TIMEOUT,
+        end: Callable[[str], None] = end_process,
+        report: Callable[[str], None] = logger.warning,
+    ):
         self._what, self._timeout, self._end, self._report = what, timeout, end, report
         self._done = threading.Event()
 

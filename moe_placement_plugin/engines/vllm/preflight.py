@@ -183,7 +183,7 @@ def _host_timeout(value: Any, parallel: Any, used: bool) -> float | None:
     if value is None:
         return None
     if not (used and spans_hosts(parallel)):
-        raise PlacementError(f"{TIMEOUT_FLAG} {value} without an expert placement on several hosts (--nnodes, Ray, data parallel hosts): leave it out")
+        raise PlacementError(f"{TIMEOUT_FLAG} {value} without a placement on several hosts (--nnodes, Ray, data parallel hosts): leave it out")
     return check_timeout(value, TIMEOUT_FLAG)
 
 
