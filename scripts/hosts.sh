@@ -5,7 +5,7 @@
 #   scripts/hosts.sh exec NAME NUMBER COMMAND...  run a command on host NUMBER, in its network and under its name
 #   scripts/hosts.sh link NAME NUMBER down|up     pull host NUMBER's cable: its packets and those for it are lost without a word
 #   scripts/hosts.sh bytes NAME NUMBER            "received sent": bytes that crossed host NUMBER's interface so far
-#   scripts/hosts.sh down NAME                    take all of it away again
+#   scripts/hosts.sh down NAME                    take all of it away again, and end what still runs there
 #
 # Needs root and iproute2. The switch is a namespace too: nothing changes in the machine's own network.
 set -euo pipefail
@@ -29,6 +29,7 @@ host() {
 down() {
     local namespace
     for namespace in $(ip netns list | awk '{print $1}' | grep -E "^$name([0-9]+|-switch)$" || true); do
+        ip netns pids "$namespace" | xargs -r kill -KILL 2> /dev/null || true
         ip netns del "$namespace"
     done
     rm -f "$names"

@@ -113,7 +113,9 @@ def agree(
             asked.ask(lambda s: s.set("parcel", json.dumps(parcel)))
         asked.ask(lambda s: s.set(keys[mine.rank], json.dumps(asdict(mine))))
         missing = _hear(asked, keys, wait)
-        statements = {r: Statement(**json.loads(asked.ask(lambda s, k=keys[r]: s.get(k)))) for r in _order(ranks, missing)}
+        heard = [rank for rank in range(ranks) if rank not in missing]
+        texts = asked.ask(lambda s: _read(s, [keys[rank] for rank in heard]))
+        statements = {rank: Statement(**json.loads(text)) for rank, text in zip(heard, texts)}
         problem = _verdict(asked, differences(list(statements.values()), missing, wait, name_rank))
         if problem is not None:
             _farewell(asked, mine.rank, len(statements))
@@ -225,8 +227,9 @@ def _hear(asked: BoundedStore, keys: Sequence[str], wait: float) -> list[int]:
     return []
 
 
-def _order(ranks: int, missing: Sequence[int]) -> list[int]:
-    return [rank for rank in range(ranks) if rank not in missing]
+def _read(store: Any, keys: list[str]) -> list[bytes]:
+    """All values, at once where the store can."""
+    return store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
 
 
 def _verdict(asked: BoundedStore, problem: str | None) -> str | None:
