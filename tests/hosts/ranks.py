@@ -96,9 +96,8 @@ def moe(job: dict, rank: int, world: int, address: str) -> dict:
     sys.stdin.readline()
     total = 0.0
     for row in range(len(ids)):
-        layer = StagedMoE(
-            Routing(experts, ids.shape[2]), PlacedExperts.of(plan, row, rank), weights.shard(plan, row, rank), find_matmuls("torch"), group, use_ring=False
-        )
+        placed, shard = PlacedExperts.of(plan, row, rank), weights.shard(plan, row, rank)
+        layer = StagedMoE(Routing(experts, ids.shape[2]), placed, shard, find_matmuls("torch"), group, use_ring=False)
         logits = torch.full((job["tokens"], experts), -10.0).scatter_(1, torch.from_numpy(later[row, mine]), 1.0)
         x = torch.randn(job["tokens"], hidden, generator=torch.Generator().manual_seed(row * world + rank))
         total += float(layer(x, logits).double().abs().sum())

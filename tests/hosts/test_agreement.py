@@ -50,7 +50,7 @@ DIFFERENCES = {
     "another strategy": ({"strategy": "zigzag"}, "strategy zigzag, the head has eplb"),
     "another level of verification": ({"rules": {"--expert-placement-verify": "off"}}, "--expert-placement-verify off, the head has None"),
     "the engine's own placement": ({"digest": "", "source": ""}, "the engine's own placement, the head has placement dddddddddddd"),
-    "a file that does not fit": ({"error": "/plans/plan.json is a plan for 8 EP ranks"}, "cannot have what was asked for: /plans/plan.json is a plan"),
+    "a file that does not fit": ({"error": "plan.json is for 8 EP ranks"}, "cannot have what was asked for: plan.json is for 8 EP ranks"),
 }
 
 
