@@ -7,12 +7,18 @@ without AVX-512, preloads the wrong kernels (illegal instruction).
 from __future__ import annotations
 
 
-def main() -> None:
-    import vllm.entrypoints.cli.serve as serve
+def parser():
+    """Of ``vllm serve``."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args()
+    return make_arg_parser(FlexibleArgumentParser())
+
+
+def main() -> None:
+    import vllm.entrypoints.cli.serve as serve
+
+    args = parser().parse_args()
     args.api_server_count = 0
     serve.run_headless(args)
 
