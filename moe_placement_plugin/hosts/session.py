@@ -22,6 +22,11 @@ def agreed() -> Agreed | None:
     return _agreed
 
 
+def host_names() -> str | None:
+    """``"2: name (address), ranks 0-3; ..."`` for a recording; None on one host."""
+    return None if _agreed is None else f"{len(_agreed.names())}: {'; '.join(_agreed.names())}"
+
+
 def topology(ranks: Sequence[int]) -> Topology | None:
     """The nodes of an EP group, as its ranks said themselves; None where nothing was asked.
 
