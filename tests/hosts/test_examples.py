@@ -61,3 +61,14 @@ def test_slurm_gives_vllm_flags_that_it_has(tmp_path):
     assert parsed.returncode == 0, parsed.stderr[-2000:]
     for part in ("nnodes=2", "node_rank=1", "master_addr='node0'", "expert_placement_strategy='eplb'", "expert_host_timeout=60.0"):
         assert part in parsed.stdout
+
+
+def test_docs_name_flags_and_keys_that_there_are():
+    """docs/hosts.md and README say the flags as the parsers have them, and the numbers of the code."""
+    from moe_placement_plugin.engines import host_flags
+    from moe_placement_plugin.hosts import parcel, watch
+
+    text = (ROOT / "docs" / "hosts.md").read_text()
+    for flag in (host_flags.LOCALITY_FLAG, host_flags.TIMEOUT_FLAG):
+        assert flag in text and flag in (ROOT / "README.md").read_text()
+    assert f"({watch.DEFAULT_TIMEOUT:g} s;" in text and f"{parcel.LIMIT // 2**20} MiB" in text and watch.JOIN_TIMEOUT == 10 * watch.DEFAULT_TIMEOUT

@@ -153,9 +153,10 @@ def ray_nodes(folder, starts: list[tuple[list[str], str]]):
         yield head
     finally:
         for process in reversed(processes):
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=15)
+            if not starts[0][0]:  # on hosts of our own it is ended with them; here Ray takes half a minute to drain
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=60)
             end_group(process)
 
 
