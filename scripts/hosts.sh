@@ -32,7 +32,7 @@ down() {
         ip netns pids "$namespace" | xargs -r kill -KILL 2> /dev/null || true
         ip netns del "$namespace"
     done
-    rm -f "$names"
+    rm -f "$names" "$names.dns"
 }
 
 up() {
@@ -40,9 +40,10 @@ up() {
     down
     trap 'down' ERR
     ip netns add "$switch"
-    ip -n "$switch" link add bridge type bridge
+    ip -n "$switch" link add bridge type bridge forward_delay 0 # else a link carries nothing for 15 s after it comes up
     ip -n "$switch" link set bridge up
     echo "127.0.0.1 localhost" > "$names"
+    echo "nameserver 127.0.0.1" > "$names.dns"
     for ((number = 0; number < count; number++)); do
         ip netns add "$name$number"
         ip -n "$name$number" link set lo up
@@ -70,10 +71,11 @@ case $action in
         host "${1:?}"
         number=$1
         shift
-        # A host has a name of its own and knows those of the others.
+        # A host has a name of its own and knows those of the others. It asks no name server, which would be waited for.
         # shellcheck disable=SC2016
         exec ip netns exec "$name$number" unshare --uts bash -c \
-            'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"' hosts.sh "$name$number" "$names" "$@"
+            'hostname "$1" && mount --bind "$2" /etc/hosts && mount --bind "$2.dns" /etc/resolv.conf && shift 2 && exec "$@"' \
+            hosts.sh "$name$number" "$names" "$@"
         ;;
     *) usage ;;
 esac

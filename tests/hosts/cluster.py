@@ -1,4 +1,4 @@
-"""Ranks on the hosts of `network`: rank r lies on host r mod hosts, so that neighbouring ranks never share one."""
+"""Ranks on two hosts of `network`, in turn, so that neighbouring ranks never share one."""
 
 from __future__ import annotations
 
@@ -20,18 +20,24 @@ _ports = itertools.count(20_000)
 
 
 class Cluster:
-    """Processes that wait for jobs (`ranks`)."""
+    """Processes that wait for jobs (`ranks`).
 
-    def __init__(self, hosts: Hosts, world: int):
-        self.hosts, self.world = hosts, world
+    Args:
+        hosts: of which this takes two.
+        world: ranks.
+        first: number of the host with rank 0 and every second rank; the others lie on the next one.
+    """
+
+    def __init__(self, hosts: Hosts, world: int, first: int = 0):
+        self.hosts, self.world, self.first = hosts, world, first
         self._said: list[queue.Queue] = []
         self._processes: list[subprocess.Popen] = []
         self.errors: list[list[str]] = [[] for _ in range(world)]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
         for rank in range(world):
-            command = [sys.executable, "-m", "tests.hosts.ranks", str(rank), str(world), hosts.address(0)]
+            command = [sys.executable, "-m", "tests.hosts.ranks", str(rank), str(world), hosts.address(first)]
             process = subprocess.Popen(
-                hosts.on(rank % hosts.count, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                hosts.on(first + rank % 2, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                 env=environment, start_new_session=True,
             )  # fmt: skip
             said: queue.Queue = queue.Queue()

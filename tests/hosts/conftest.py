@@ -9,5 +9,5 @@ from .network import made
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Two hosts, see `network.Hosts`."""
-    yield from made("moe")
+    """Six hosts, see `network.Hosts`; most tests need two."""
+    yield from made("moe", 6)

@@ -40,6 +40,7 @@ def test_kubernetes():
     lint(tool("kubernetes-validate"), "--strict", manifest)
 
 
+@pytest.mark.engine  # no engine starts, but vLLM is imported
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed in this environment")
 def test_slurm_gives_vllm_flags_that_it_has(tmp_path):
     """Run with a Slurm of one line: what each node would start."""
