@@ -46,17 +46,20 @@ class Cluster:
         topology: the EP ranks.
         num_redundant: redundant experts per layer.
         num_groups: expert groups of grouped top-k routing.
+        locality: see `PlacementRequest.locality`.
     """
 
     topology: Topology
     num_redundant: int = 0
     num_groups: int = 1
+    locality: str = "none"
 
     def request(self, load: ExpertLoad) -> PlacementRequest:
         """The request to place the load's model here."""
         return PlacementRequest(
-            load.num_layers, load.num_experts, self.topology, self.num_redundant, (), load.layer_ids, self.num_groups, load
-        )
+            load.num_layers, load.num_experts, self.topology, self.num_redundant, (), load.layer_ids, self.num_groups, load,
+            self.locality,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,13 @@ def _examine(name: str) -> dict[str, Any]:
 def _vllm(result: dict[str, Any]) -> None:
     from ..engines.vllm import kernels, preflight
     from ..engines.vllm.flags import FLAGS
-    from ..engines.vllm.patches import eplb_set, load_set, patch_set, recording_set
+    from ..engines.vllm.patches import eplb_set, host_set, load_set, patch_set, recording_set
 
     result["supported"] = f"{preflight.SUPPORTED[0]} to {preflight.SUPPORTED[1]} (exclusive)"
     preflight.check_version()
     for concern, patches in (
         ("flags", FLAGS), ("placement", patch_set()), ("verification", load_set()), ("rebalancing", eplb_set()),
-        ("recording", recording_set()),
+        ("recording", recording_set()), ("several hosts", host_set()),
     ):
         result["patches"] += [{"concern": concern, **row} for row in patches.report()]
     result["refused"] = [
@@ -84,11 +84,12 @@ def _sglang(result: dict[str, Any]) -> None:
 
     result["supported"] = f"{versions.OLDEST} to {versions.NEWEST}"
     versions.check_version(sglang.__version__)
-    from ..engines.sglang import eplb, loaded, recording, worker
+    from ..engines.sglang import eplb, hosts, loaded, recording, worker
 
     groups = (
         ("flags", launcher.LAUNCHER), ("placement", launcher.ON_REQUEST), ("placement", worker.hooks()),
         ("eplb", eplb.hooks()), ("verification", loaded.hooks()), ("recording", recording.ON_REQUEST), ("recording", recording.hooks()),
+        ("several hosts", hosts.hooks()),
     )  # fmt: skip
     for concern, hooks in groups:
         result["patches"] += [{"concern": concern, **row} for row in hooks.report()]

@@ -96,7 +96,7 @@ def _name(path: Path, paths: Sequence[Path]) -> str:
     return path.stem if sum(p.stem == path.stem for p in paths) == 1 else str(path)
 
 
-def cluster(ranks: int, nodes: int, redundant: int, groups: int, speed: str | None) -> Cluster:
+def cluster(ranks: int, nodes: int, redundant: int, groups: int, speed: str | None, locality: str = "none") -> Cluster:
     """The cluster that the options describe.
 
     Raises:
@@ -109,7 +109,7 @@ def cluster(ranks: int, nodes: int, redundant: int, groups: int, speed: str | No
         except ValueError:
             raise PlacementError(f"--speed {speed}: give one number per rank, separated by commas") from None
         topology = Topology(ranks, topology.node_of_rank, speeds)
-    return Cluster(topology, redundant, groups)
+    return Cluster(topology, redundant, groups, locality)
 
 
 def check_writable(path: Path) -> None:

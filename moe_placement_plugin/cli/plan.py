@@ -19,6 +19,14 @@ def plan(
     redundant: Annotated[int, typer.Option("--redundant", help="Redundant experts per layer.", min=0)] = 0,
     nodes: Annotated[int, typer.Option("--nodes", help="Nodes that the ranks lie on, the same number on each.", min=1)] = 1,
     groups: Annotated[int, typer.Option("--groups", help="Expert groups of grouped top-k routing.", min=1)] = 1,
+    locality: Annotated[
+        str,
+        typer.Option(
+            "--locality",
+            help="Nodes: none; node (the experts of a group on one node); soft (load leaves its node at a price; without groups, experts that "
+            "are chosen together share a node: needs recorded co-activation).",
+        ),
+    ] = "none",
     speed: Annotated[str | None, typer.Option("--speed", help="Relative speed of each rank: 1,1,0.5,...")] = None,
     phase: Annotated[str | None, typer.Option("--phase", help="Use only windows of this phase: prefill, decode or mixed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the prediction as JSON.")] = False,
@@ -40,11 +48,13 @@ def plan(
     planner = get_strategy(strategy)
     workloads = align(read_loads(loads, phase))
     together = ExpertLoad.concatenate([w.load for w in workloads])
-    request = cluster(ranks, nodes, redundant, groups, speed).request(together)
+    request = cluster(ranks, nodes, redundant, groups, speed, locality).request(together)
     made = planner.place(request)
     metadata = {"loads": [p.name for p in loads], "windows": together.num_windows}
     if "model" in together.metadata:
         metadata["model"] = together.metadata["model"]
+    if nodes > 1:
+        metadata |= {"node_of_rank": list(request.topology.node_of_rank), "locality": locality}
     made = Placement(
         made.physical_to_logical, made.num_logical_experts, made.slots_per_rank, made.layer_ids, made.strategy,
         {**made.metadata, **metadata},

@@ -14,15 +14,20 @@ REGROUP_GAIN = 0.05
 """Groups change nodes, for which almost every slot has to be fetched, where that raises balancedness by more than this fraction."""
 
 
-def rebalance_table(load, num_replicas, num_groups, num_nodes, num_ranks, old=None, max_moves=None) -> np.ndarray:
-    """`rebalance_experts` over numpy arrays, with at most `max_moves` slots that change rank; int32 [layers, num_replicas]."""
+def rebalance_table(load, num_replicas, num_groups, num_nodes, num_ranks, old=None, max_moves=None, node_of_rank=None) -> np.ndarray:
+    """`rebalance_experts` over numpy arrays, with at most `max_moves` slots that change rank; int32 [layers, num_replicas].
+
+    ``node_of_rank`` int [ranks] is what the ranks said themselves; without it equal runs of ranks are taken to share a node.
+    """
     slots = even_slots_or_raise(num_replicas, num_ranks)
     hierarchical = num_nodes > 1 and num_groups % num_nodes == 0
     if old is not None and not _in_service(old, load.shape, num_replicas):
         old = None
     if not hierarchical:
         return (plan(load, slots) if old is None else replan(load, old, slots, max_moves=max_moves)).physical_to_logical
-    where = {"node_of_rank": np.arange(num_ranks) // max(1, num_ranks // num_nodes), "num_groups": num_groups, "locality": "node"}
+    if node_of_rank is None or len(set(node_of_rank)) != num_nodes:
+        node_of_rank = np.arange(num_ranks) // max(1, num_ranks // num_nodes)
+    where = {"node_of_rank": np.asarray(node_of_rank), "num_groups": num_groups, "locality": "node"}
     fresh = plan(load, slots, old=old, **where)
     if old is None:
         return fresh.physical_to_logical

@@ -152,7 +152,8 @@ class Rebalancer:
 
         table, ranks = before.physical_to_logical, before.num_ranks
         if live_ranks is None or len(live_ranks) == ranks:
-            return rebalance_table(load, table.shape[1], groups, nodes, ranks, table, max_moves=budget)
+            where = None if self.topology is None else self.topology.node_of_rank
+            return rebalance_table(load, table.shape[1], groups, nodes, ranks, table, max_moves=budget, node_of_rank=where)
         kept = place_lost(before, live_ranks, load).physical_to_logical
         if (kept != table).any():
             return kept

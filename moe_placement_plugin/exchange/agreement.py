@@ -4,6 +4,9 @@ A chunk's fate is one key that is written once (`compare_set`): ``commit`` by wh
 whoever fails or waits too long. Whatever is written first holds for all. A rank votes only when all that the chunk brings it lies in
 its staging memory, so after ``commit`` every survivor can finish by itself, whoever dies; before it, no rank has touched a weight.
 
+Every answer of the store is waited for only so long: when its host vanishes (a link down, power lost) no connection closes and torch's
+client would wait for ever.
+
 The store must outlive the ranks: torchrun's and both engines' stores live in one process, and when that process is the one that dies no
 decision can be read any more; then every rank stops with `ExchangeLost`.
 """
@@ -17,6 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlacementError
+from ..hosts.bounded import BoundedStore, StoreSilent
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 VOTES_PER_WORD = 60
 """Ranks whose votes share a counter: each adds a power of two of its own."""
 
+
+LEAST_ANSWER = 5.0
+"""Seconds that an answer of the store is waited for at least, however short the timeout: a busy machine is no silent one."""
 
 _SLICE = 1.0
 """Seconds that one wait for the others' votes blocks: between two an interruption is noticed."""
@@ -75,7 +82,7 @@ class Agreement:
     ):
         from torch.distributed import PrefixStore
 
-        self._store = PrefixStore(f"moe-placement-exchange/{int(epoch)}", store)
+        self._store = BoundedStore(PrefixStore(f"moe-placement-exchange/{int(epoch)}", store), max(timeout, LEAST_ANSWER))
         self._epoch, self._rank, self._ranks, self._timeout = epoch, rank, tuple(ranks), timeout
         self._interrupted = interrupted
 
@@ -190,8 +197,8 @@ class Agreement:
         from torch.distributed import DistNetworkError, DistStoreError
 
         try:
-            self._store.wait([key], timedelta(seconds=seconds))
-        except DistNetworkError as error:
+            self._store.ask(lambda s: s.wait([key], timedelta(seconds=seconds)))
+        except (DistNetworkError, StoreSilent) as error:
             raise _lost(error) from error
         except DistStoreError:
             return False
@@ -199,7 +206,7 @@ class Agreement:
 
     def _ask(self, call: Callable[[Any], Any]) -> Any:
         try:
-            return call(self._store)
+            return self._store.ask(call)
         except RuntimeError as error:
             raise _lost(error) from error
 

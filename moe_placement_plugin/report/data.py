@@ -71,7 +71,7 @@ def make_report(names: Sequence[str], loads: Sequence[ExpertLoad], placements: M
     Raises:
         PlacementError: when a placement does not fit, or the layer was not recorded.
     """
-    from .tables import count, describe
+    from .tables import FACTS, count, describe
 
     together = ExpertLoad.concatenate(list(loads))
     total = together.total.astype(float)
@@ -93,7 +93,7 @@ def make_report(names: Sequence[str], loads: Sequence[ExpertLoad], placements: M
                 describe(placement),
             )
         )
-    facts = [(key, str(together.metadata[key])) for key in ("model", "engine", "started") if together.metadata.get(key)]
+    facts = [(key, str(together.metadata[key])) for key in FACTS if together.metadata.get(key)]
     facts += [
         ("layers", str(together.num_layers)),
         ("experts per layer", str(together.num_experts)),

@@ -86,12 +86,21 @@ def plan_summary(made: Placement, before: Placement, workloads: Sequence[Workloa
     )  # fmt: skip
 
 
+FACTS = ("model", "engine", "started", "hosts")
+"""What a report says of a recording, where the recording knows."""
+
+
+def _nodes(plan: Placement) -> str:
+    nodes = plan.metadata.get("node_of_rank")
+    return f" on {len(set(nodes))} nodes" if isinstance(nodes, list) and len(nodes) == plan.num_ranks else ""
+
+
 def describe(plan: Placement) -> str:
     """A plan in one line."""
     slots = str(plan.slots_per_rank[0]) if plan.is_even else f"{min(plan.slots_per_rank)} to {max(plan.slots_per_rank)}"
     return (
         f"Plan {plan.digest[:12]} ({plan.strategy}): {plan.num_layers} layers x {plan.num_logical_experts} experts on {plan.num_ranks} "
-        f"ranks, {slots} slots each, {plan.num_redundant} redundant"
+        f"ranks{_nodes(plan)}, {slots} slots each, {plan.num_redundant} redundant"
     )
 
 
@@ -111,7 +120,7 @@ def load_table(workload: Workload, limit: int | None = 12) -> Group:
             str(load.layer_ids[row]), sparkline(total[row]), count(float(total[row].sum())), f"{skew[row]:.2f}",
             str(int((total[row] == 0).sum())), "  ".join(f"{e} ({total[row, e] / mean[row]:.1f}x)" for e in hottest),
         )  # fmt: skip
-    facts = "  ".join(f"{key} {load.metadata[key]}" for key in ("model", "engine", "started") if load.metadata.get(key))
+    facts = "  ".join(f"{key} {load.metadata[key]}" for key in FACTS if load.metadata.get(key))
     head = f"{workload.name}: {load.num_layers} layers x {load.num_experts} experts, windows: {phases}"
     return Group(Text(head, style="bold"), *([Text(facts)] if facts else []), Text(), _heading(f"Load by layer{of}"), table)
 

@@ -14,6 +14,8 @@ from ..load import ExpertLoad
 from ..placement import Placement, even_slots
 from ..topology import Topology
 
+LOCALITIES = ("none", "node", "soft")
+
 
 @dataclass(frozen=True)
 class PlacementRequest:
@@ -28,6 +30,8 @@ class PlacementRequest:
         layer_ids: index of each layer within the model, ``[layers]``; ``0..layers-1`` when left empty.
         num_groups: expert groups of grouped top-k routing, 1 when the model has none.
         load: the recorded load, ``[windows, layers, experts]``, for strategies that plan from one.
+        locality: how strategies that plan from a load treat nodes: ``none``; ``node``: the experts of a group stay on one node; ``soft``: load
+            leaves its node at a price, and experts that are chosen together share one where the load has co-activation.
 
     Raises:
         PlacementError: when the numbers do not fit together.
@@ -41,6 +45,7 @@ class PlacementRequest:
     layer_ids: tuple[int, ...] = ()
     num_groups: int = 1
     load: ExpertLoad | None = None
+    locality: str = "none"
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,6 +69,8 @@ class PlacementRequest:
             )
         object.__setattr__(self, "slots_per_rank", per_rank)
         object.__setattr__(self, "layer_ids", tuple(self.layer_ids) or tuple(range(self.num_layers)))
+        if self.locality not in LOCALITIES:
+            raise PlacementError(f"locality {self.locality!r}: choose one of {', '.join(LOCALITIES)}")
         if self.load is not None and self.load.counts.shape[1:] != (self.num_layers, self.num_experts):
             raise PlacementError(
                 f"the load has {self.load.num_layers} layers of {self.load.num_experts} experts, the model has "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import PlacementError
 from ..placement import Placement
 from .base import PlacementRequest, Strategy
@@ -26,5 +28,24 @@ class Eplb(Strategy):
             request.slots_per_rank,
             node_of_rank=request.topology.node_of_rank,
             speed=request.topology.speed,
+            **_near(request),
         )
         return self._placement(request, found.physical_to_logical)
+
+
+def _near(request: PlacementRequest) -> dict[str, Any]:
+    """The planner's arguments for `PlacementRequest.locality`."""
+    if request.locality == "none":
+        return {}
+    nodes, groups, pairs = request.topology.num_nodes, request.num_groups, request.load.coactivation
+    if nodes == 1:
+        raise PlacementError(f"locality {request.locality} with all {request.topology.num_ranks} EP ranks on one node: leave it out")
+    if request.locality == "soft" and pairs is not None and groups == 1:
+        return {"coactivation": pairs, "coactivation_goal": "node"}
+    if groups % nodes or groups < nodes:
+        raise PlacementError(
+            f"locality {request.locality}: {groups} expert groups do not divide over {nodes} nodes"
+            + ("; soft also takes a load with co-activation (--expert-load-coactivation)" if request.locality == "soft" else "")
+            + "; leave it out, or use another number of nodes"
+        )
+    return {"num_groups": groups, "locality": request.locality}

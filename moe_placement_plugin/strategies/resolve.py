@@ -69,6 +69,7 @@ def resolve_placement(
     topology: Topology,
     num_redundant: int = 0,
     slots_per_rank: tuple[int, ...] = (),
+    locality: str = "none",
 ) -> Placement:
     """The placement that ``--expert-placement-strategy`` and ``--expert-placement-file`` ask for.
 
@@ -82,6 +83,7 @@ def resolve_placement(
         topology: the EP ranks.
         num_redundant: redundant experts per layer that the engine is started with.
         slots_per_rank: slots of each rank where the engine prescribes them.
+        locality: see `PlacementRequest.locality`; for a strategy that plans from a load.
 
     Raises:
         PlacementError: when the request cannot be honoured.
@@ -91,6 +93,11 @@ def resolve_placement(
     if file is not None:
         given = read_file(file, shape, topology.num_ranks)
         if isinstance(given, Placement):
+            if locality != "none":
+                raise PlacementError(
+                    f"--expert-placement-locality {locality} with {file}, which is a plan and decides alone: make it with `moe-placement plan "
+                    f"--locality {locality}`, or leave the flag out"
+                )
             return check_plan(given, shape, topology, num_redundant, slots_per_rank, str(file))
         if not planner.needs_load:
             if planner.name != "linear":
@@ -112,6 +119,11 @@ def resolve_placement(
             f"strategy {strategy} places experts by a recorded load and has none: add --expert-placement-file with a "
             "recorded load or a plan, or choose zigzag or balanced"
         )
+    if locality != "none" and load is None:
+        raise PlacementError(
+            f"--expert-placement-locality {locality} with strategy {strategy}, which does not plan from a load: use eplb with a recorded load, "
+            "or leave the flag out"
+        )
     request = PlacementRequest(
         len(shape.layer_ids),
         shape.num_experts,
@@ -121,7 +133,10 @@ def resolve_placement(
         shape.layer_ids,
         shape.num_groups,
         load,
-        {"model": shape.name} | ({"load": Path(file).name} if file is not None else {}),
+        locality,
+        {"model": shape.name}
+        | ({"load": Path(file).name} if file is not None else {})
+        | ({"locality": locality, "node_of_rank": list(topology.node_of_rank)} if locality != "none" else {}),
     )
     return planner.place(request)
 

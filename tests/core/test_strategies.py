@@ -152,3 +152,50 @@ def test_topology():
     ]:
         with pytest.raises(PlacementError, match=message):
             make()
+
+
+def near(locality="soft", topology=None, groups=1, pairs=None):
+    """A load of 2 layers, 16 experts, the even ones always chosen together when ``pairs`` is asked for."""
+    counts = np.random.default_rng(3).integers(50, 100, (1, 2, 16))
+    together = None
+    if pairs:
+        together = np.zeros((2, 16, 16), np.int64)
+        together[:, ::2, ::2] = together[:, 1::2, 1::2] = 1000
+        together[:, range(16), range(16)] = 0
+    topology = topology or Topology(4, (0, 1, 0, 1))
+    load = ExpertLoad(counts, coactivation=together)
+    return get_strategy("eplb").place(PlacementRequest(2, 16, topology, num_groups=groups, load=load, locality=locality))
+
+
+def nodes_of(placement, topology, layer):
+    return np.array(topology.node_of_rank)[placement.rank_of_slot[np.argsort(placement.physical_to_logical[layer])]]
+
+
+def test_soft_locality_brings_together_what_is_chosen_together():
+    topology = Topology(4, (0, 1, 0, 1))  # ranks in no order of nodes
+    placement = near(pairs=True)
+    for layer in range(2):
+        nodes = nodes_of(placement, topology, layer)
+        assert len(set(nodes[::2])) == 1 and len(set(nodes[1::2])) == 1 and nodes[0] != nodes[1]
+
+
+@pytest.mark.parametrize("locality", ["node", "soft"])
+def test_groups_stay_on_their_nodes(locality):
+    topology = Topology(4, (0, 1, 0, 1))
+    placement = near(locality, groups=4)
+    crossing = sum(len(set(nodes_of(placement, topology, layer)[g * 4 : g * 4 + 4])) - 1 for layer in range(2) for g in range(4))
+    assert crossing == 0 if locality == "node" else crossing < 8
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"locality": "near"}, "choose one of none, node, soft"),
+        ({"topology": Topology(4)}, "all 4 EP ranks on one node"),
+        ({"groups": 1}, "1 expert groups do not divide over 2 nodes; soft also takes a load with co-activation"),
+        ({"locality": "node", "groups": 3}, "3 expert groups do not divide over 2 nodes"),
+    ],
+)
+def test_locality_that_cannot_be_had(more, words):
+    with pytest.raises(PlacementError, match=words):
+        near(**more)

@@ -54,6 +54,21 @@ def test_plan_and_show(cli, load_file, tmp_path):
     assert "4 ranks" in cli("show", plan).stdout
 
 
+def test_plan_for_nodes(cli, tmp_path):
+    """Experts that are chosen together share a node, and the plan says which nodes it is for; so does a recording of several hosts."""
+    pairs = np.zeros((1, 8, 8), np.int64)
+    pairs[:, ::2, ::2] = pairs[:, 1::2, 1::2] = 10
+    pairs[:, range(8), range(8)] = 0
+    path, plan = tmp_path / "load.safetensors", tmp_path / "plan.json"
+    ExpertLoad(np.full((1, 1, 8), 100), coactivation=pairs, metadata={"hosts": "2: a, ranks 0-1; b, ranks 2-3"}).write(path)
+    cli("plan", path, "--ranks", 4, "--nodes", 2, "--locality", "soft", "-o", plan)
+    made = Placement.read(plan)
+    assert made.metadata["node_of_rank"] == [0, 0, 1, 1] and made.metadata["locality"] == "soft"
+    assert {frozenset(part % 2) for part in np.split(made.physical_to_logical[0], 2)} == {frozenset([0]), frozenset([1])}
+    assert "4 ranks on 2 nodes" in cli("show", plan).stdout.replace("\n", " ")
+    assert "hosts 2: a, ranks 0-1; b, ranks 2-3" in cli("show", path).stdout.replace("\n", " ")
+
+
 def test_plan_for_one_phase(cli, tmp_path):
     counts = np.ones((2, 1, 4), np.int64)
     counts[0, 0, 0], counts[1, 0, 3] = 100, 100

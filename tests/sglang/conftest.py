@@ -68,6 +68,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     text("neither", json.dumps({"weights": [1, 2]}))
     counts = (1e4 / (1 + rng.permutation(32)) ** 1.2 * rng.uniform(0.5, 1, (3, 4, 32))).astype(np.int64)
     text("load", json.dumps({"logical_count": counts.tolist()}))
+    text("load-three", json.dumps({"logical_count": counts[:, :3].tolist()}))
     text("load-negative", json.dumps({"logical_count": (counts - 10**6).tolist()}))
     text("load-nan", json.dumps({"logical_count": (counts * np.nan).tolist()}))
     text("load-other-experts", json.dumps({"logical_count": counts[..., :30].tolist()}))

@@ -4,7 +4,8 @@
 
 A case is {"name", "engine": {arguments of Engine}, "prompts": [[token id, ...], ...], "max_new_tokens", "threads": cores per
 rank, "late_env": {variables set between the launcher's plugins and its workers}, "actions": [asked of SGLang's weight checker in the
-end]}. Its result holds per prompt the greedy ``ids``, their ``logprobs`` and the ``prompt_logprobs``, and per action whether it succeeded
+end], "vanish": [a command after which one more answer is asked for, which must fail]}.
+Its result holds per prompt the greedy ``ids``, their ``logprobs`` and the ``prompt_logprobs``, and per action whether it succeeded
 and what was said. SGLang ends its caller when one of its processes dies: results are written after
 each case.
 """
@@ -13,13 +14,18 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 
-def run(case: dict) -> dict:
-    """Start, generate, stop."""
+def run(case: dict, keep) -> dict:
+    """Start, generate, stop.
+
+    Args:
+        keep: takes the result so far, before something that may end this process.
+    """
     import sglang
 
     os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = case["threads"]
@@ -31,14 +37,23 @@ def run(case: dict) -> dict:
     began = time.monotonic()
     engine = sglang.Engine(**case["engine"])
     ready = time.monotonic()
-    outputs = case["prompts"] and engine.generate(
-        input_ids=case["prompts"],
-        sampling_params={"temperature": 0.0, "max_new_tokens": case["max_new_tokens"], "ignore_eos": True},
-        return_logprob=True,
-        logprob_start_len=0,
-    )
+
+    def generate():
+        return engine.generate(
+            input_ids=case["prompts"],
+            sampling_params={"temperature": 0.0, "max_new_tokens": case["max_new_tokens"], "ignore_eos": True},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+
+    outputs = case["prompts"] and generate()
     rows = [row_of(output) for output in outputs]
     checks = [_check(engine, action) for action in case["actions"]]
+    if case.get("vanish"):
+        keep({"rows": rows, "checks": checks, "vanished": time.time()})
+        subprocess.run(case["vanish"], check=True)
+        generate()
+        return {"rows": rows, "checks": checks, "error": "a request was answered without the other host"}
     info = engine.get_server_info()
     engine.shutdown()
     keys = ("ep_num_redundant_experts", "ep_dispatch_algorithm", "init_expert_location", "ep_size", "tp_size")
@@ -67,8 +82,12 @@ def main() -> None:
     results = {}
     for case in cases:
         print(f"=== case {case['name']}", flush=True)
+
+        def keep(result, name=case["name"]):
+            Path(sys.argv[2]).write_text(json.dumps(results | {name: result}))
+
         try:
-            results[case["name"]] = run(case)
+            results[case["name"]] = run(case, keep)
         except Exception as error:
             results[case["name"]] = {"error": f"{type(error).__name__}: {error}"}
         Path(sys.argv[2]).write_text(json.dumps(results))

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,12 @@ class Outcome:
         return set(re.findall(r"\[[-\d]+ [:\d]+ (TP\d+ EP\d+)\] [^\n]*" + re.escape(text), self.log))
 
 
-def run_cases(cases: list[dict], folder: Path, timeout_per_case: float = 150, env: dict[str, str] | None = None) -> dict[str, Outcome]:
+def run_cases(
+    cases: list[dict], folder: Path, timeout_per_case: float = 150, env: dict[str, str] | None = None, on: Callable[[list[str]], list[str]] = list
+) -> dict[str, Outcome]:
     """Run the cases one after another in one child process; the log is cut into cases.
+
+    ``on`` makes the child's command run somewhere else.
 
     The caller holds the machine's engine lock (`tests.support.children.engine_lock`).
     """
@@ -105,7 +110,7 @@ def run_cases(cases: list[dict], folder: Path, timeout_per_case: float = 150, en
     wanted.write_text(json.dumps(cases))
     began = time.monotonic()
     command = python("-m", "tests.sglang.engine_child", str(wanted), str(given))
-    finished = run_child(command, timeout_per_case * len(cases), ENV | (env or {}), ROOT)
+    finished = run_child(on(command), timeout_per_case * len(cases), ENV | (env or {}), ROOT)
     (folder / "log.txt").write_text(finished.output)
     print(f"{len(cases)} engine starts in {time.monotonic() - began:.0f} s, log in {folder}")
     results = json.loads(given.read_text()) if given.exists() else {}

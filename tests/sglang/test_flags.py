@@ -299,6 +299,31 @@ def test_a_changed_contract_is_named(models, monkeypatch):
     assert "loader" in message and "expected also loaded_weight, weight_name, shard_id, expert_id" in message
 
 
+def test_hosts_with_and_without_the_heads_file(models, files, tmp_path):
+    """What each host makes of the same flags: --nnodes 2, the file on the head only, or not what it should be."""
+    two = (*TWO, "--nnodes", "2", "--dist-init-addr", "10.0.0.1:5000", "--node-rank")
+    absent = str(tmp_path / "absent.json")
+    eplb = ("--expert-placement-strategy", "eplb", "--expert-placement-file")
+
+    def asked(*more: str):
+        return settings.of(resolve(arguments(models["glm"], *more)))
+
+    head = asked(*two, "0", *eplb, str(files["load-three"]), "--expert-placement-locality", "soft", "--expert-host-timeout", "20")
+    assert head.placement.metadata["node_of_rank"] == [0, 1] and head.host_timeout == 20 and not head.adopts
+    for second in (asked(*two, "1", *eplb, absent), asked(*two, "1", "--expert-placement-strategy", "eplb")):
+        assert second.adopts and second.placement is None and second.error is None
+    # An error that may be this host's only is told to the others by the workers; on one host it is raised at once.
+    other = asked(*two, "1", "--expert-placement-file", str(files["other-experts"]))
+    assert "is a plan for 30 experts" in other.error and other.placement is None
+    assert absent in asked(*two, "0", "--expert-placement-file", absent).error
+    assert absent in refused(arguments(models["glm"], *TWO, "--expert-placement-file", absent))
+    assert asked(*two, "1", "--expert-placement-strategy", "zigzag").nodes == 2
+    zigzag = (*TWO, "--expert-placement-strategy", "zigzag")
+    assert "there is no other host" in refused(arguments(models["glm"], *zigzag, "--expert-host-timeout", "20"))
+    assert "on one node" in refused(arguments(models["glm"], *TWO, *eplb, str(files["load-three"]), "--expert-placement-locality", "node"))
+    assert "without an expert placement" in refused(arguments(models["glm"], *TWO, "--expert-host-timeout", "20"))
+
+
 def test_every_strategy_is_offered():
     for name in ("linear", "balanced", "zigzag", "eplb"):
         assert get_strategy(name).name == name

@@ -90,7 +90,8 @@ def configs(requests: list[dict]) -> list[dict]:
             config = EngineArgs(max_model_len=256, **request).create_engine_config()
             settings = config.additional_config.get("moe_placement_plugin")
             results.append({"strategy": settings and settings.strategy, "digest": settings and settings["plan"] and settings["plan"]["digest"],
-                            "value": config.parallel_config.expert_placement_strategy})  # fmt: skip
+                            "value": config.parallel_config.expert_placement_strategy, "hosts": settings and settings["hosts"],
+                            "nodes": settings and settings["plan"] and settings["plan"].get("node_of_rank")})  # fmt: skip
         except Exception as error:
             results.append({"error": type(error).__name__, "message": str(error)})
         finally:

@@ -3,7 +3,8 @@
     python -m tests.support.vllm_runner CASES.json RESULTS.json
 
 A case is {"name", "engine": {LLM arguments}} and, at will, "env": {...}, "prompts": [...], "probe" (what the
-plugin did in every worker), "faults" (corrupts weights and checks), "profile" (operators of one more answer), "sabotage" (answers once more after
+plugin did in every worker), "follower" (a command that runs beside it, on another host), "vanish" (a command after which one more answer is
+asked for, which must fail), "faults" (corrupts weights and checks), "profile" (operators of one more answer), "sabotage" (answers once more after
 the expert maps were broken). Results are written after each case, so that a crash loses only the running one.
 """
 
@@ -11,10 +12,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tests.support.children import end_group
 
 PROMPTS = ["hello world", "The quick brown fox", "0123456789 abcdefg", "zzzz yyy xx w"]
 
@@ -171,6 +176,15 @@ def run(case: dict) -> dict:
     if "faults" in case:
         llm.collective_rpc(try_fault, args=("prepare",))
         result["faults"] = {name: llm.collective_rpc(try_fault, args=(name,)) for name in case["faults"]}
+    if "vanish" in case:
+        subprocess.run(case["vanish"], check=True)
+        vanished = time.monotonic()
+        try:
+            generate(llm, prompts)
+            result["vanished"] = {"error": None}
+        except Exception as error:
+            result["vanished"] = {"error": f"{type(error).__name__}: {error}"}
+        result["vanished"]["seconds"] = time.monotonic() - vanished
     if "sabotage" in case:
         llm.collective_rpc(sabotage)
         result["sabotaged"] = generate(llm, prompts)
@@ -193,6 +207,22 @@ def forget_environment() -> None:
     getattr(envs, "disable_envs_cache", lambda: None)()
 
 
+@contextmanager
+def follower(case: dict):
+    """The engine's part on another host, ended with the case."""
+    if "follower" not in case:
+        yield
+        return
+    with open(case["follower_log"], "w") as log:
+        process = subprocess.Popen(case["follower"], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield
+        with suppress(subprocess.TimeoutExpired):  # it ends by itself when the head has ended
+            process.wait(timeout=15)
+    finally:
+        end_group(process)
+
+
 def main() -> None:
     if os.environ.get("VLLM_PLUGINS") != "":
         import moe_placement_plugin
@@ -207,7 +237,8 @@ def main() -> None:
         forget_environment()
         print(f"=== case {case['name']}", flush=True)
         try:
-            results[case["name"]] = run(case)
+            with follower(case):
+                results[case["name"]] = run(case)
         except BaseException as error:
             results[case["name"]] = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         Path(sys.argv[2]).write_text(json.dumps(results))

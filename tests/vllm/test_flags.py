@@ -135,7 +135,8 @@ def test_accepted_requests_carry_the_whole_placement(results, files):
     assert results["round_robin"] == results["zigzag"]
     assert results["file only"]["digest"] == results["file in additional_config"]["digest"] == digest
     # On the CPU build, expert parallelism itself needs the plugin; the placement is the engine's own.
-    assert results["linear"] == {"strategy": "linear", "digest": None, "value": "linear"}
+    linear = results["linear"]
+    assert linear["strategy"] == linear["value"] == "linear" and linear["digest"] is linear["hosts"] is None
 
 
 @pytest.mark.parametrize(
@@ -169,3 +170,47 @@ def test_bad_input_is_refused_with_one_clear_message(results, name, words):
     for word in words:
         assert word in result["message"]
     assert "\n" not in result["message"]
+
+
+def test_hosts_with_and_without_the_head_s_file(checkpoints, tmp_path):
+    """What each host makes of the same flags: --nnodes 2, the file on the head only, or not what it should be."""
+    load, other, absent = tmp_path / "load.safetensors", tmp_path / "other.json", tmp_path / "absent.json"
+    ExpertLoad(np.random.default_rng(2).zipf(1.5, (2, 3, 32)), (1, 2, 3)).write(load)
+    Placement([np.arange(30)] * 4, 30, (10, 10, 10)).write(other)
+    glm = {"model": str(checkpoints["glm"]), "tensor_parallel_size": 2, "enable_expert_parallel": True}
+    two = glm | {"nnodes": 2, "master_addr": "10.0.0.1", "distributed_executor_backend": "mp"}
+    head, second = two | {"node_rank": 0}, two | {"node_rank": 1}
+    eplb = {"expert_placement_strategy": "eplb", "expert_placement_file": str(load)}
+    requests = {
+        "head": head | eplb | {"expert_placement_locality": "soft", "expert_host_timeout": 20},
+        "no file": second | eplb | {"expert_placement_file": str(absent), "expert_placement_locality": "soft"},
+        "no file flag": second | {"expert_placement_strategy": "eplb"},
+        "same file": second | eplb,
+        "bad file": second | {"expert_placement_file": str(other)},
+        "head without the file": head | {"expert_placement_file": str(absent)},
+        "one host without the file": glm | {"expert_placement_file": str(absent)},
+        "zigzag": second | {"expert_placement_strategy": "zigzag"},
+        "one host": glm | {"expert_placement_strategy": "zigzag"},
+        "timeout on one host": glm | {"expert_placement_strategy": "zigzag", "expert_host_timeout": 20},
+        "bad timeout": head | {"expert_placement_strategy": "zigzag", "expert_host_timeout": 0.5},
+        "locality on one host": glm | eplb | {"expert_placement_locality": "node"},
+        "locality without a load": head | {"expert_placement_strategy": "zigzag", "expert_placement_locality": "node"},
+    }
+    answer, finished = child("configs", list(requests.values()))
+    assert answer is not None, finished.output
+    found = dict(zip(requests, answer))
+    # The nodes reach the planner, and the timeout the workers.
+    assert found["head"]["nodes"] == [0, 1] and found["head"]["hosts"]["timeout"] == 20 and not found["head"]["hosts"]["adopt"]
+    for name in ("no file", "no file flag"):
+        assert found[name]["hosts"]["adopt"] and found[name]["digest"] is None and found[name]["value"] == "eplb", found[name]
+    assert found["same file"]["digest"] and found["same file"]["hosts"] == {"timeout": 60, "source": str(load), "adopt": False, "error": None}
+    # Errors that may be this host's only are told to the others by the workers; on one host they are raised at once.
+    assert "is a plan for 30 experts" in found["bad file"]["hosts"]["error"] and found["bad file"]["value"] == "eplb"
+    assert str(absent) in found["head without the file"]["hosts"]["error"]
+    assert str(absent) in found["one host without the file"]["message"]
+    assert found["zigzag"]["digest"] and found["zigzag"]["hosts"]["error"] is None
+    assert found["one host"]["hosts"] is None
+    assert "several hosts" in found["timeout on one host"]["message"] and "2 or more" in found["bad timeout"]["message"]
+    assert "on one node" in found["locality on one host"]["message"]
+    # Not a host's own mistake: every host says so by itself.
+    assert "does not plan from a load" in found["locality without a load"]["message"]

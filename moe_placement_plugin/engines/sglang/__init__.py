@@ -7,7 +7,7 @@ def register() -> None:
     """Make SGLang accept the flags, or, in a worker of a server that was given them, honour them."""
     import sys
 
-    from . import eplb, loaded, recording, settings
+    from . import eplb, hosts, loaded, recording, settings
 
     asked = settings.current()
     if asked is None and recording.current() is None and loaded.current() is None:
@@ -23,6 +23,8 @@ def register() -> None:
             hooks().register()
             if asked.moves:
                 eplb.hooks().register()
+            if asked.nodes > 1:
+                hosts.hooks().register()
         if loaded.current() is not None:
             loaded.hooks().register()
         if recording.current() is not None:

@@ -20,6 +20,7 @@ from ..eplb_table import inverse_maps
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
 from . import elastic, eplb_update, loaded, phases, reload, settings
 from .hooks import Hook, HookSet
+from .hosts import real_topology
 from .verify import expert_layers, recheck
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
 def _planner(policy: RebalancePolicy, weights: Any) -> Rebalancer:
     layers = sorted(weights.keys())
     sizes = [sum(tensor[0].numel() * tensor.element_size() for tensor in weights[layer]) for layer in layers]
-    return Rebalancer(policy, layers, sizes, logger)
+    return Rebalancer(policy, layers, sizes, logger, real_topology())
 
 
 def plan(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import PlacementError
 from ...strategies.registry import ALIASES, get_strategy, strategy_names
+from .. import host_flags
 from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG
 from ..rebalancing import add_argument as add_rebalance_argument
@@ -18,7 +19,7 @@ from .versions import check_version
 ALGORITHM = "expert_placement"
 """Value of ``--eplb-algorithm`` for our planner, with any strategy to begin with."""
 
-FLAGS = ("expert_placement_strategy", "expert_placement_file", "expert_rebalance")
+FLAGS = ("expert_placement_strategy", "expert_placement_file", "expert_rebalance", "expert_placement_locality", "expert_host_timeout")
 
 
 def request(values: dict[str, Any]) -> settings.Settings | None:
@@ -29,7 +30,7 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
     Raises:
         PlacementError: unknown strategy, conflicting flags, unsupported SGLang.
     """
-    strategy, file, rebalance = (values.pop(flag, None) for flag in FLAGS)
+    strategy, file, rebalance, locality, host_timeout = (values.pop(flag, None) for flag in FLAGS)
     planner = values.get("eplb_algorithm") == ALGORITHM
     if planner:
         values["eplb_algorithm"] = "auto"  # SGLang's list is closed; our hook is asked whatever it names
@@ -37,6 +38,9 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
     if strategy is None and file is None:
         if rebalance is not None:
             raise PlacementError(f"{REBALANCE_FLAG} without --expert-placement-strategy eplb: nothing of ours rebalances; add it, or leave it out")
+        for flag, value in ((host_flags.LOCALITY_FLAG, locality), (host_flags.TIMEOUT_FLAG, host_timeout)):
+            if value is not None:
+                raise PlacementError(f"{flag} {value} without an expert placement: add --expert-placement-strategy, or leave it out")
         return None
     import sglang
 
@@ -50,8 +54,15 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
             "reads the same files)"
         )
     values["init_expert_location"] = settings.SENTINEL
-    file = None if file is None else str(file)
-    return settings.Settings(strategy, file, values.get("ep_dispatch_algorithm"), rebalance=rebalance, planner=planner)
+    return settings.Settings(
+        strategy,
+        None if file is None else str(file),
+        values.get("ep_dispatch_algorithm"),
+        rebalance=rebalance,
+        planner=planner,
+        locality=locality or "none",
+        host_timeout=host_timeout,
+    )
 
 
 def build(original: Callable[..., Any], values: dict[str, Any]) -> Any:
@@ -93,6 +104,7 @@ def _add_cli_args(original: Callable, *args: Any, **kwargs: Any) -> Any:
         help="A plan (decides alone) or a recorded load (for eplb), told apart by content.",
     )
     add_rebalance_argument(group)
+    host_flags.add_arguments(group)
     loaded.add_arguments(group)
     recording.add_arguments(group)
     return result

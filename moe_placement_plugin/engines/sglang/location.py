@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import PlacementError
-from . import eplb, loaded, settings, versions
+from . import eplb, hosts, loaded, settings, versions
 from .dispatch import dispatch_table
 
 
@@ -16,6 +16,7 @@ def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
     asked = settings.current()
     if asked is None:
         return original(*args, **kwargs)
+    hosts.agree(asked)
     if asked.placement is None:
         raise PlacementError(
             "an expert placement was asked for, but this server was started in a way that never resolved it (the launcher did "

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from ...errors import PlacementError
+from ...hosts.parcel import pack
 from ...placement import Placement
+from ...strategies import get_strategy
 from ...strategies.resolve import ModelShape, check_plan, read_file, resolve_placement
 from ...topology import Topology
 from ..model_shape import model_shape
-from . import eplb, versions
+from . import eplb, hosts, versions
 from .settings import Settings
 from .support import OPTIONS, Combination, check
 
@@ -25,7 +27,7 @@ def finish(server_args: Any, asked: Settings) -> None:
     Raises:
         PlacementError: when the request cannot be honoured.
     """
-    if asked.placement is not None:
+    if asked.placement is not None or asked.adopts or asked.error is not None:
         return
     import sglang
 
@@ -75,7 +77,17 @@ def finish(server_args: Any, asked: Settings) -> None:
             "supported version or leave the placement flags out"
         )
     eplb.settle(asked, cfg)
-    asked.placement = place(asked, shape, ranks, int(getattr(cfg, "nnodes", 1) or 1), wanted, padding)
+    hosts.settle(asked, cfg)
+    if not asked.adopts:
+        try:
+            asked.placement = place(asked, shape, ranks, asked.nodes, wanted, padding)
+            pack(asked.placement)  # it must fit on the way to the workers
+        except PlacementError as refused:
+            if asked.nodes == 1 or (asked.file is None and not get_strategy(asked.strategy).needs_load):
+                raise
+            # The other hosts would wait for this one: its workers tell them, and all stop with the reason.
+            logger.error("%s", refused)
+            asked.error = str(refused)
     asked.padding = padding
     asked.reads = str(cfg.load_format) != "dummy"
     asked.stages = int(cfg.pp_size)
@@ -126,11 +138,12 @@ def place(asked: Settings, shape: ModelShape, ranks: int, nodes: int, wanted: in
             if plan.num_redundant == wanted and padding and plan.num_ranks == ranks:
                 plan = fill_up(plan, per_rank[0])
             _check_slots(plan, shape, ranks, wanted, padding, asked.file)
-            return check_plan(plan, shape, topology, redundant, per_rank, asked.file)
+            if asked.locality == "none":  # else resolve_placement refuses
+                return check_plan(plan, shape, topology, redundant, per_rank, asked.file)
     elif asked.moves and asked.strategy == "eplb":  # which plans from what EPLB records, beginning where EPLB does
         row = np.arange(shape.num_experts + redundant) % shape.num_experts
         return Placement(np.tile(row, (len(shape.layer_ids), 1)), shape.num_experts, per_rank, shape.layer_ids, "eplb")
-    return resolve_placement(asked.strategy, asked.file, shape, topology, redundant, per_rank)
+    return resolve_placement(asked.strategy, asked.file, shape, topology, redundant, per_rank, asked.locality)
 
 
 def _check_slots(plan: Placement, shape: ModelShape, ranks: int, wanted: int, padding: int, file: str) -> None:
@@ -182,6 +195,10 @@ def _arguments(combination: Combination, asked: Settings) -> dict[str, Any]:
 
 def _report(asked: Settings, shape: ModelShape, wanted: int) -> None:
     placement = asked.placement
+    if placement is None:
+        if asked.adopts:
+            logger.info("expert placement %s: this host has no file, the head's placement holds", asked.strategy)
+        return
     if asked.padding:
         logger.warning(
             "%d experts%s do not divide over %d ranks: %d redundant slots per layer are added so that SGLang can start "

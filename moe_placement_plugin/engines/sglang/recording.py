@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import PlacementError
+from ...hosts import session
 from ..load_counters import LoadCounters
 from ..load_recorder import DEFAULT_INTERVAL, LoadRecorder, Windows, check_interval, check_path
 from .hooks import Hook, HookSet
@@ -191,6 +192,7 @@ class LoadRecording:
             "tensor_parallel_size": args.tp_size,
             "data_parallel_size": args.dp_size,
             "expert_parallel": getattr(args, "ep_size", 1) > 1,
+            "hosts": session.host_names(),
             "top_k": getattr(config, "num_experts_per_tok", None),
         }
         windows = Windows(tuple(routers), shape.num_experts, asked.interval, metadata)

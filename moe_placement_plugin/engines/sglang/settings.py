@@ -37,6 +37,11 @@ class Settings:
         moves: whether SGLang's EPLB moves experts while serving; the placement is then where it begins.
         elastic: whether the server goes on when ranks die.
         planner: whether the user chose our planner by ``--eplb-algorithm``, whatever the strategy.
+        locality: value of ``--expert-placement-locality``.
+        host_timeout: value of ``--expert-host-timeout``, None when not given.
+        nodes: hosts, each of which reads the flags by itself.
+        adopts: this host has no file, the placement comes from the head.
+        error: why this host cannot have what was asked for; its workers tell the other hosts, and all stop.
     """
 
     strategy: str
@@ -50,6 +55,11 @@ class Settings:
     moves: bool = False
     elastic: bool = False
     planner: bool = False
+    locality: str = "none"
+    host_timeout: float | None = None
+    nodes: int = 1
+    adopts: bool = False
+    error: str | None = None
 
     @property
     def plans(self) -> bool:

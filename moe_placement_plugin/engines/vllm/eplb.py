@@ -20,6 +20,7 @@ from ...placement import Placement
 from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
 from . import eplb_exchange, eplb_phases, verify
+from .hosts import real_topology
 from .layers import EPLB_ROW, num_logical, routed_layers
 from .settings import PlacementSettings, arrived, layer_id_of, settings_of
 
@@ -97,7 +98,8 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
         # vLLM has one policy for the model and its draft, and hands it nothing but their loads: told apart by shape.
         shape = (len(layers), state.logical_replica_count.shape[1])
         rebalancers = eplb.__dict__[_REBALANCERS]
-        rebalancers[shape] = Rebalancer(rules, range(len(layers)), sizes, logger, None if exchanger is None else exchanger.topology)
+        topology = real_topology() if exchanger is None else exchanger.topology
+        rebalancers[shape] = Rebalancer(rules, range(len(layers)), sizes, logger, topology)
         eplb.policy = planner_policy(rebalancers)
     from ..eplb_table import warm_up  # not earlier: see there
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...fingerprint.level import HELP, LEVELS
 from ...strategies import ALIASES, get_strategy, strategy_names
-from .. import rebalancing
+from .. import host_flags, rebalancing
 from ..patching import Patch, PatchSet
 from .request import FILE_KEY, KEYS, RECORD_KEY
 
@@ -80,6 +80,7 @@ def _add_cli_args(original):
                 "eplb plans from.",
             )
             rebalancing.add_argument(group)
+            host_flags.add_arguments(group)
             group.add_argument("--expert-placement-verify", default=None, choices=LEVELS, help=HELP)
             group.add_argument(
                 "--expert-load-record",

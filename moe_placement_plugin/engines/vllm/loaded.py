@@ -11,6 +11,7 @@ from ...errors import PlacementError
 from ..patching import Patch
 from .eplb import check_supported
 from .filled import check_filled
+from .hosts import check_adoption
 from .kernels import check_experts
 from .layers import num_logical, routed_layers
 from .settings import PlacementSettings, layer_id_of, settings_of
@@ -24,6 +25,7 @@ def _load_model(original):
         settings = settings_of(vllm_config)
         if settings is None:
             return original(self, vllm_config, model_config, *args, **kwargs)
+        check_adoption(settings)
         level = settings["verify"]
         clean = clean_load(original, settings, self, vllm_config, model_config, *args, **kwargs) if level == "checkpoint" else None
         model = original(self, vllm_config, model_config, *args, **kwargs)

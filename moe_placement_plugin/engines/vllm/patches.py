@@ -38,6 +38,14 @@ def load_set() -> PatchSet:
 
 
 @lru_cache(maxsize=1)
+def host_set() -> PatchSet:
+    """The patch that makes the workers of several hosts agree."""
+    from .hosts import host_patches
+
+    return PatchSet(host_patches())
+
+
+@lru_cache(maxsize=1)
 def recording_set() -> PatchSet:
     """The patches that record the expert load."""
     from .recording import recording_patches
@@ -56,10 +64,13 @@ def patch_sets(settings: Mapping[str, Any]) -> list[PatchSet]:
     sets = []
     if settings["eplb"]:
         sets.append(eplb_set())
-    if settings["plan"] is not None or settings["eplb"] or (settings["ep_size"] > 1 and is_cpu_build()):
+    to_come = settings["hosts"] is not None and settings["hosts"]["adopt"]
+    if settings["plan"] is not None or to_come or settings["eplb"] or (settings["ep_size"] > 1 and is_cpu_build()):
         sets.append(patch_set())
     if sets or settings["verify"] != "off":
         sets.append(load_set())
+    if settings["hosts"] is not None:
+        sets.append(host_set())
     if settings["record"] is not None:
         sets.append(recording_set())
     return sets

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
 from ...errors import PlacementError
 from ...fingerprint.level import check_level
+from ...hosts.watch import check_timeout
 from ...placement import Placement
 from ...strategies import ALIASES, get_strategy
+from ...strategies.base import LOCALITIES
 from ...strategies.resolve import ModelShape, resolve_placement
 from ...topology import Topology
+from ..host_flags import LOCALITY_FLAG, TIMEOUT_FLAG
 from ..model_shape import model_shape
+from .hosts import host_settings, is_head, planned_topology, resolves_on_every_host, spans_hosts
 from .kernels import check_all2all, check_moe_backend
 from .recording import record_settings
-from .request import FILE_KEY, REBALANCE_KEY, VERIFY_KEY
+from .request import FILE_KEY, HOST_TIMEOUT_KEY, LOCALITY_KEY, REBALANCE_KEY, VERIFY_KEY
 from .settings import KEY, PlacementSettings, remember
+
+logger = logging.getLogger("vllm.moe_placement_plugin")
 
 _LOADERS_OF_THEIR_OWN = ("tensorizer", "ipc_cache", "modelexpress")
 
@@ -78,30 +86,40 @@ def resolve(vllm_config: Any) -> Any:
     verify = _level(extra.get(VERIFY_KEY), explicit, vllm_config.load_config.load_format)
     eplb = bool(parallel.enable_eplb and (explicit or verify != "off"))
     rebalance = _rebalance(extra.get(REBALANCE_KEY), explicit and eplb and strategy in ("eplb", "linear"))
+    timeout = _host_timeout(extra.get(HOST_TIMEOUT_KEY), parallel, explicit or verify != "off")
     if explicit:
         _check(vllm_config, model, parallel, ep_size, flag)
+    elif extra.get(LOCALITY_KEY) is not None:
+        raise PlacementError(f"{LOCALITY_FLAG} without a recorded load to plan from: add --expert-placement-file, or leave it out")
     if verify != "off":
         _check_verify(vllm_config, parallel, verify)
     elif not explicit and record is None and (
         ep_size == 1 or not parallel.enable_expert_parallel or not model.is_moe or not current_platform.is_cpu()
     ):
         return vllm_config
-    placement = None
+    placement, error = None, None
+    adopt = explicit and resolves_on_every_host(parallel) and not is_head(parallel) and _waits_for_head(asked, file, eplb)
     if explicit:
         shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
-        if parallel.enable_eplb:
-            placement = _first_placement(asked, file, shape, ep_size, parallel.eplb_config.num_redundant_experts)
-        else:
-            placement = resolve_placement(asked, file, shape, Topology(ep_size))
-            _check_back_ends(vllm_config, parallel, placement)
+        locality = _locality(extra.get(LOCALITY_KEY), parallel)
+        try:
+            if not adopt:
+                placement = _place(vllm_config, asked, file, shape, ep_size, locality)
+        except PlacementError as refused:
+            if not resolves_on_every_host(parallel) or (file is None and not get_strategy(asked).needs_load):
+                raise
+            # The other hosts would wait for this one: its workers tell them, and all stop with the reason.
+            logger.error("moe_placement_plugin: %s", refused)
+            error = str(refused)
         # linear is the flag's default: with a file it means that the file decides.
         strategy = "eplb" if strategy == "linear" else strategy
     settings = PlacementSettings.make(
         strategy, placement, ep_size, record, exact=file is not None, verify=verify, eplb=eplb, rebalance=rebalance,
         verify_asked=extra.get(VERIFY_KEY) is not None,
+        hosts=host_settings(parallel, timeout, file, adopt, error) if explicit or verify != "off" else None,
     )  # fmt: skip
     remember(settings)
-    if settings.static is not None:
+    if settings.static is not None or ((adopt or error is not None) and not eplb):
         # A process in which the patches are missing refuses this value; "linear" it would serve.
         parallel.expert_placement_strategy = strategy
     elif explicit:
@@ -152,6 +170,45 @@ def _rebalance(values: Any, used: bool) -> dict[str, Any] | None:
         )
     policy_from(values, REBALANCE_FLAG)
     return dict(values)
+
+
+def _waits_for_head(asked: str, file: Any, eplb: bool) -> bool:
+    """Whether this host, which is not the head, lacks the file that the placement comes from."""
+    if file is not None:
+        return not Path(file).exists()
+    return get_strategy(asked).needs_load and not eplb
+
+
+def _host_timeout(value: Any, parallel: Any, used: bool) -> float | None:
+    if value is None:
+        return None
+    if not (used and spans_hosts(parallel)):
+        raise PlacementError(f"{TIMEOUT_FLAG} {value} without a placement on several hosts (--nnodes, Ray, data parallel hosts): leave it out")
+    return check_timeout(value, TIMEOUT_FLAG)
+
+
+def _locality(value: str | None, parallel: Any) -> str:
+    if value is None or value == "none":
+        return "none"
+    if value not in LOCALITIES:
+        raise PlacementError(f"{LOCALITY_FLAG} {value}: choose one of {', '.join(LOCALITIES)}")
+    if parallel.use_ray:
+        raise PlacementError(
+            f"{LOCALITY_FLAG} {value} with Ray, which decides where ranks lie after the placement is made: make a plan with `moe-placement plan "
+            f"--nodes N --locality {value}` and give that, or use --nnodes"
+        )
+    if parallel.enable_eplb:
+        raise PlacementError(f"{LOCALITY_FLAG} {value} with --enable-eplb, which has its own rule for groups and nodes: leave it out")
+    return value
+
+
+def _place(vllm_config: Any, asked: str, file: Any, shape: ModelShape, ep_size: int, locality: str) -> Placement | None:
+    parallel = vllm_config.parallel_config
+    if parallel.enable_eplb:
+        return _first_placement(asked, file, shape, ep_size, parallel.eplb_config.num_redundant_experts)
+    placement = resolve_placement(asked, file, shape, planned_topology(parallel, ep_size), locality=locality)
+    _check_back_ends(vllm_config, parallel, placement)
+    return placement
 
 
 def _first_placement(asked: str, file: Any, shape: ModelShape, ep_size: int, redundant: int) -> Placement | None:

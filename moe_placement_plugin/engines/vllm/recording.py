@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import PlacementError
+from ...hosts import session
 from ..load_counters import LoadCounters
 from ..load_recorder import DEFAULT_INTERVAL, LoadRecorder, Windows, check_interval, check_path
 from ..model_shape import model_shape
@@ -122,6 +123,7 @@ class LoadRecording:
             "tensor_parallel_size": self.tp_size,
             "data_parallel_size": parallel.data_parallel_size,
             "expert_parallel": bool(parallel.enable_expert_parallel),
+            "hosts": session.host_names(),
             "top_k": vllm_config.model_config.get_num_experts_per_tok()
             if hasattr(vllm_config.model_config, "get_num_experts_per_tok")
             else None,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-PREFIXES = ("expert-placement-", "expert-load-", "expert-rebalance")
+PREFIXES = ("expert-placement-", "expert-load-", "expert-rebalance", "expert-host-")
 """Every flag of this plugin begins with one of these (dashes or underscores)."""
 
 FILE_KEY = "expert_placement_file"
@@ -29,7 +29,13 @@ VERIFY_KEY = "expert_placement_verify"
 REBALANCE_KEY = "expert_rebalance"
 """Key of ``additional_config``: when EPLB rebalances, see `exchange.decision.RebalancePolicy`."""
 
-KEYS = (FILE_KEY, VERIFY_KEY, REBALANCE_KEY, RECORD_KEY, INTERVAL_KEY, COACTIVATION_KEY)
+LOCALITY_KEY = "expert_placement_locality"
+"""Key of ``additional_config``: how a plan from a load treats nodes, see `strategies.PlacementRequest`."""
+
+HOST_TIMEOUT_KEY = "expert_host_timeout"
+"""Key of ``additional_config``: seconds after which a silent host counts as gone."""
+
+KEYS = (FILE_KEY, LOCALITY_KEY, VERIFY_KEY, REBALANCE_KEY, HOST_TIMEOUT_KEY, RECORD_KEY, INTERVAL_KEY, COACTIVATION_KEY)
 
 _enabled = False
 

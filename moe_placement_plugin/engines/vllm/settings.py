@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import re
-import zlib
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ...errors import PlacementError
+from ...hosts.parcel import pack, unpack
 from ...placement import Placement, even_slots
 from ...strategies import PlacementRequest, get_strategy
 from ...topology import Topology
@@ -42,6 +40,7 @@ class PlacementSettings(dict):
         eplb: bool = False,
         rebalance: dict[str, Any] | None = None,
         verify_asked: bool = False,
+        hosts: dict[str, Any] | None = None,
     ) -> PlacementSettings:
         """Settings that hold the whole placement, so that other hosts need no file.
 
@@ -63,24 +62,15 @@ class PlacementSettings(dict):
             "plugin": __version__,
             "strategy": strategy,
             "ep_size": ep_size,
-            "plan": None,
+            "plan": None if placement is None else pack(placement),
             "record": record,
             "exact": exact,
             "verify": verify,
             "eplb": eplb,
             "rebalance": rebalance,
             "verify_asked": verify_asked,
+            "hosts": hosts,
         }
-        if placement is not None:
-            table = placement.physical_to_logical.astype("<i4").tobytes()
-            data["plan"] = {
-                "num_logical_experts": placement.num_logical_experts,
-                "slots_per_rank": list(placement.slots_per_rank),
-                "layer_ids": list(placement.layer_ids),
-                "physical_to_logical": base64.b64encode(zlib.compress(table)).decode(),
-                "strategy": placement.strategy,
-                "digest": placement.digest,
-            }
         return cls(data)
 
     @property
@@ -94,20 +84,16 @@ class PlacementSettings(dict):
         plan = self["plan"]
         if plan is None:
             return None
-        raw = np.frombuffer(zlib.decompress(base64.b64decode(plan["physical_to_logical"])), dtype="<i4")
-        placement = Placement(
-            raw.reshape(len(plan["layer_ids"]), -1),
-            plan["num_logical_experts"],
-            tuple(plan["slots_per_rank"]),
-            tuple(plan["layer_ids"]),
-            plan["strategy"],
-        )
-        if placement.digest != plan["digest"]:
-            raise PlacementError(
-                f"the placement arrived with digest {placement.digest[:12]}, it was sent with {plan['digest'][:12]}: the "
-                "engine's processes run different versions of this plugin; install one version everywhere"
-            )
-        return placement
+        return unpack(plan)
+
+    def parcel(self) -> dict[str, Any]:
+        """What the head sends to the other hosts."""
+        return {"plan": self["plan"], "exact": self["exact"]}
+
+    def adopt(self, parcel: dict[str, Any]) -> None:
+        """Take the head's placement, in place: everything in this process that holds these settings follows it."""
+        self.update(parcel, hosts={**self["hosts"], "adopt": False})
+        self.__dict__.pop("placement", None)
 
     @property
     def static(self) -> Placement | None:
