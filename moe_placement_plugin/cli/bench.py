@@ -124,6 +124,7 @@ def layer(
     from ..bench.layer_report import as_json, print_report
     from ..bench.layer_shapes import find_shape, read_load, synthetic_load
     from ..bench.timing import device_facts
+    from ..files import write_atomically
     from ..moe import find_matmuls
     from .inputs import check_writable
 
@@ -144,11 +145,6 @@ def layer(
 
     bench = engine.LayerBench(shape, known, where, find_matmuls(matmuls, where), repeats, use_ring)
     batches = [("prefill", n) for n in (prefill or [4096]) if n] + [("decode", n) for n in (decode or [128]) if n]
-    outcomes = []
-    for ranks in ep or [2, 4, 8, 16, 32, 64]:
-        plans = engine.plan_all(strategy or ["linear", "balanced", "zigzag", "eplb"], planned, ranks, known.groups)
-        for phase, tokens in batches:
-            outcomes += bench.measure(plans, load, rows, phase, tokens, report)
     facts = {
         **device_facts(where),
         "kernel": bench.matmuls.name,
@@ -158,14 +154,20 @@ def layer(
     }
     # Calibrations travel: the names of files say enough, their folders mean nothing elsewhere.
     command = shlex.join(["moe-placement", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
-    files = {phase: bench.calibration(phase, facts, command) for phase in dict(batches)}
-    fits = {phase: engine.fitted(found) for phase, found in files.items()}
-    print_report(outcomes, fits, facts, Console(width=160))
-    if calibrations is not None:
-        for phase, found in files.items():
-            found.write(calibrations / f"{shape}-{phase}.json")
-    if json_path is not None:
-        json_path.write_text(json.dumps({"facts": facts, "outcomes": as_json(outcomes)}, indent=1))
+    outcomes = []
+    files: dict = {}
+    for ranks in ep or [2, 4, 8, 16, 32, 64]:
+        plans = engine.plan_all(strategy or ["linear", "balanced", "zigzag", "eplb"], planned, ranks, known.groups)
+        for phase, tokens in batches:
+            outcomes += bench.measure(plans, load, rows, phase, tokens, report)
+        # After every number of ranks: a run that is cut short has measured something.
+        files = {phase: bench.calibration(phase, facts, command) for phase in dict(batches)}
+        if calibrations is not None:
+            for phase, found in files.items():
+                found.write(calibrations / f"{shape}-{phase}.json")
+        if json_path is not None:
+            write_atomically(json_path, json.dumps({"facts": facts, "outcomes": as_json(outcomes)}, indent=1).encode())
+    print_report(outcomes, {phase: engine.fitted(found) for phase, found in files.items()}, facts, Console(width=160))
 
 
 @app.command()
