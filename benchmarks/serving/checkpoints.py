@@ -200,12 +200,16 @@ def _files(model: Model, shares: np.ndarray, device: str, seed: int) -> Iterator
         yield tensors, found
 
 
+SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
+
+
 def _write_tokenizer(path: Path, vocab: int) -> None:
-    """A word is a token: ``w17`` is token 17."""
+    """A word is a token: ``w17`` is token 17. The first four are special ones, which must not be the beginning of a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w3"))
+    words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), vocab))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[3]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(path / "tokenizer.json"))
-    special = {"bos_token": "w0", "eos_token": "w1", "pad_token": "w2", "unk_token": "w3"}
+    special = dict(zip(("bos_token", "eos_token", "pad_token", "unk_token"), SPECIAL))
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, **special}))

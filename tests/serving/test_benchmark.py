@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="checkpoints are made with torch")
 pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohttp, which both engines bring")
 
 from safetensors import safe_open  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from benchmarks.serving.checkpoints import MODELS, fit_bias, wanted_shares, write  # noqa: E402
 from benchmarks.serving.contestants import CONTESTANTS, Setup, command  # noqa: E402
@@ -43,6 +44,9 @@ def test_the_router_follows_the_load_and_its_twin_is_even(name, tmp_path):
                 tensors[folder][key] = handle.get_tensor(key)
     same = {key for key in tensors["model"] if torch.equal(tensors["model"][key], tensors["even"][key])}
     assert tensors["model"].keys() - same == {f"model.layers.{layer}.mlp.gate.weight" for layer in model.moe_layers}
+    words = Workload(3, 40, 1, 1).prompts(model.size.vocab, 0)
+    tokens = [[int(word[1:]) for word in prompt.split()] for prompt in words]
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(words).input_ids == tokens
     # Nothing writes to the dimension that carries the bias.
     assert all(not t[0].any() for k, t in tensors["model"].items() if k.endswith(("o_proj.weight", "down_proj.weight")))
 
