@@ -126,6 +126,7 @@ def measure(rank: int, port: int, name: str, pipe, folder: Path, sizes: Sizes, p
         dist.broadcast(connect, peer)
     pipe.send("connected")
     pipe.recv()
+    plan.chunks(staging_bytes)  # loads the compiled kernels, as a server has while its model loads: seconds in a fresh process
     reports = []
 
     def exchange() -> None:

@@ -84,19 +84,20 @@ def start(server_args, port_args, rank: int):
 
 def wrong_slots(runner, folder: str) -> list[tuple[int, int]]:
     """Layer and slot of this rank's slots that do not hold their expert, by the checkpoint's own names."""
-    import torch
-
-    from moe_placement_plugin.exchange.checkpoint import Checkpoint, CheckpointReader, hugging_face_experts
+    from moe_placement_plugin.exchange.checkpoint import Checkpoint, hugging_face_experts
 
     checkpoint = Checkpoint(folder)
-    reader = CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
+    locate = hugging_face_experts(checkpoint)
     held = tables(runner)["held"]
     wrong = []
-    for layer, tensors in runner.model.routed_experts_weights_of_layer.items():
-        for slot in range(tensors[0].shape[0]):
-            expected = [torch.empty_like(t[slot]) for t in tensors]
-            reader.read(layer, held[layer][runner.ps.moe_ep_rank * tensors[0].shape[0] + slot], expected)
-            if not all(a.equal(t[slot]) for a, t in zip(expected, tensors)):
+    for layer, (first, down) in runner.model.routed_experts_weights_of_layer.items():
+        half = first.shape[1] // 2  # the CPU engine makes experts wider, filled up behind each part
+        for slot in range(first.shape[0]):
+            expert = held[layer][runner.ps.moe_ep_rank * first.shape[0] + slot]
+            part = {role: checkpoint.read(source) for role, source in locate(layer, expert).items()}
+            width = part["gate"].shape[0]
+            here = {"gate": first[slot, :width], "up": first[slot, half : half + width], "down": down[slot, :, :width]}
+            if not all(tensor.equal(part[role]) for role, tensor in here.items()):
                 wrong.append((layer, slot))
     return wrong
 
