@@ -20,19 +20,24 @@ action=$1 name=$2
 shift 2
 [[ $name =~ ^[a-z][a-z0-9-]*$ ]] || { echo "hosts.sh: NAME $name: give lower-case letters, digits and dashes" >&2; exit 2; }
 switch=$name-switch
-names=${TMPDIR:-/tmp}/$name.hosts
+state=${TMPDIR:-/tmp}/$name.hosts # what the hosts have in place of the machine's own files
 
 host() {
     ip netns list | grep -q "^$name$1\( \|$\)" || { echo "hosts.sh: there is no host $name$1: hosts.sh up $name" >&2; exit 1; }
 }
 
 down() {
-    local namespace
+    local namespace shared
     for namespace in $(ip netns list | awk '{print $1}' | grep -E "^$name([0-9]+|-switch)$" || true); do
         ip netns pids "$namespace" | xargs -r kill -KILL 2> /dev/null || true
         ip netns del "$namespace"
     done
-    rm -f "$names" "$names.dns"
+    for shared in "$state"/shm*; do
+        if mountpoint -q "$shared"; then
+            umount --lazy "$shared"
+        fi
+    done
+    rm -rf "$state"
 }
 
 up() {
@@ -42,8 +47,9 @@ up() {
     ip netns add "$switch"
     ip -n "$switch" link add bridge type bridge forward_delay 0 # else a link carries nothing for 15 s after it comes up
     ip -n "$switch" link set bridge up
-    echo "127.0.0.1 localhost" > "$names"
-    echo "nameserver 127.0.0.1" > "$names.dns"
+    mkdir -p "$state"
+    echo "127.0.0.1 localhost" > "$state/hosts"
+    echo "nameserver 127.0.0.1" > "$state/resolv.conf"
     for ((number = 0; number < count; number++)); do
         ip netns add "$name$number"
         ip -n "$name$number" link set lo up
@@ -52,7 +58,9 @@ up() {
         ip -n "$name$number" addr add "10.77.0.$((number + 1))/24" dev eth0
         ip -n "$name$number" link set eth0 up
         ip -n "$name$number" route add default via "10.77.0.$((number + 1))"
-        echo "10.77.0.$((number + 1)) $name$number" >> "$names"
+        echo "10.77.0.$((number + 1)) $name$number" >> "$state/hosts"
+        mkdir "$state/shm$number"
+        mount -t tmpfs tmpfs "$state/shm$number"
     done
 }
 
@@ -71,11 +79,17 @@ case $action in
         host "${1:?}"
         number=$1
         shift
-        # A host has a name of its own and knows those of the others. It asks no name server, which would be waited for.
+        # A host has a name and shared memory of its own, and knows the others' names. It asks no name server, which would be waited for.
         # shellcheck disable=SC2016
-        exec ip netns exec "$name$number" unshare --uts bash -c \
-            'hostname "$1" && mount --bind "$2" /etc/hosts && mount --bind "$2.dns" /etc/resolv.conf && shift 2 && exec "$@"' \
-            hosts.sh "$name$number" "$names" "$@"
+        exec ip netns exec "$name$number" unshare --uts bash -c '
+            set -e
+            name=$1 state=$2 number=$3
+            shift 3
+            hostname "$name$number"
+            mount --bind "$state/hosts" /etc/hosts
+            mount --bind "$state/resolv.conf" /etc/resolv.conf
+            mount --bind "$state/shm$number" /dev/shm
+            exec "$@"' hosts.sh "$name" "$state" "$number" "$@"
         ;;
     *) usage ;;
 esac

@@ -13,10 +13,18 @@ server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 _runs = itertools.count()
 
 
+_clients: list[TCPStore] = []
+
+
 def connections(count: int) -> list[PrefixStore]:
-    """As many connections to a store that nobody has written to."""
+    """As many connections to a store that nobody has written to.
+
+    Made once: torch looks up the name of whoever connects, which takes seconds where a name server is slow.
+    """
     name = f"run-{next(_runs)}"
-    return [PrefixStore(name, TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)) for _ in range(count)]
+    while len(_clients) < count:
+        _clients.append(TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False))
+    return [PrefixStore(name, client) for client in _clients[:count]]
 
 
 def statement(rank: int, host: int | None = None, **more) -> Statement:

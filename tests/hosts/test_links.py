@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,7 +78,9 @@ def test_exchanges_take_experts_from_their_own_host_first(cluster, hosts):
     assert near < 0.01 * sent < 0.2 * sent < anywhere
 
 
-TRIALS = 20
+TRIALS = int(os.environ.get("MOE_LINK_TRIALS", "6"))
+"""A few with every run of the suite; MOE_LINK_TRIALS=20 for the numbers in docs/hosts.md."""
+
 STATED = 3 * TIMEOUT + 5
 """Seconds in which an exchange ends: a transfer, a vote and the last answer of the store may each run into the timeout."""
 

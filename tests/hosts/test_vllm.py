@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementRequest, Topology, get_strategy
-from moe_placement_plugin.demo.tiny_models import write_glm4_moe, write_qwen3_moe
+from moe_placement_plugin.demo.tiny_models import write_glm4_moe
 from tests.support.children import end_group
 from tests.vllm.conftest import BOTH, run_cases
 from tests.vllm.test_engine import FLOAT32_TOLERANCE, answers_of, check_maps, largest_difference
@@ -37,20 +37,20 @@ GRACE = 20
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Checkpoints, a load with two windows, a plan and another plan of the same shape."""
+    """A checkpoint, a load with two windows, a plan and another plan of the same shape."""
     folder = tmp_path_factory.mktemp("hosts")
     rng = np.random.default_rng(5)
     load = ExpertLoad(rng.zipf(1.5, (2, 3, 32)), (1, 2, 3))
     load.write(folder / "load.safetensors")
     for name in ("plan", "stale"):
-        Placement([rng.permutation(30) for _ in range(4)], 30, (15, 15)).write(folder / f"{name}.json")
-    return {"qwen": write_qwen3_moe(folder / "qwen"), "glm": write_glm4_moe(folder / "glm"), "folder": folder, "load": load}
+        Placement([rng.permutation(32) for _ in range(3)], 32, (16, 16), (1, 2, 3)).write(folder / f"{name}.json")
+    return {"model": write_glm4_moe(folder / "glm"), "folder": folder, "load": load}
 
 
 @pytest.fixture(scope="module")
 def one_host(made):
     """Answers of vLLM without this plugin, on one host and one rank."""
-    cases = [{"name": name, "engine": {"model": made[name]}, "env": BOTH} for name in ("qwen", "glm")]
+    cases = [{"name": "stock", "engine": {"model": made["model"]}, "env": BOTH}]
     return run_cases(made["folder"], cases, {"VLLM_PLUGINS": ""}, 300)
 
 
@@ -58,15 +58,14 @@ def one_host(made):
 def served(hosts, made):
     """(results, logs) of the cases with ``--nnodes 2``; files are on the head only."""
     folder = made["folder"]
-    strict = {"expert_host_timeout": TIMEOUT}
     absent = folder / "not-on-this-host"
-    glm = {"model": made["glm"], "expert_placement_strategy": "eplb", "expert_placement_locality": "soft"}
+    model = {"model": made["model"], "expert_host_timeout": TIMEOUT}
+    soft = {"expert_placement_strategy": "eplb", "expert_placement_locality": "soft"}
     cases = [
-        case(hosts, folder, "zigzag", {"model": made["qwen"], "expert_placement_strategy": "zigzag", **strict}),
-        case(hosts, folder, "stale", {"model": made["qwen"], "expert_placement_file": folder / "plan.json", **strict},
-             {"expert_placement_file": folder / "stale.json"}),
+        case(hosts, folder, "zigzag", {**model, "expert_placement_strategy": "zigzag"}),
+        case(hosts, folder, "stale", {**model, "expert_placement_file": folder / "plan.json"}, {"expert_placement_file": folder / "stale.json"}),
         # Both hosts are given the same flags; the second one does not have the file.
-        case(hosts, folder, "eplb", {**glm, "expert_placement_file": folder / "load.safetensors", **strict},
+        case(hosts, folder, "eplb", {**model, **soft, "expert_placement_file": folder / "load.safetensors"},
              {"expert_placement_file": absent / "load.safetensors"}, vanish=hosts.command("link", 1, "down")),
     ]  # fmt: skip
     try:
@@ -77,10 +76,10 @@ def served(hosts, made):
 
 def test_zigzag_on_two_hosts_gives_the_tokens_of_one(one_host, served):
     results, logs = served
-    expected, answers = answers_of(one_host, "qwen"), answers_of(results, "zigzag")
+    expected, answers = answers_of(one_host, "stock"), answers_of(results, "zigzag")
     assert [a["ids"] for a in answers] == [a["ids"] for a in expected]
     assert largest_difference(answers, expected) < FLOAT32_TOLERANCE
-    check_maps(results["zigzag"]["workers"], get_strategy("zigzag").place(PlacementRequest(4, 30, Topology(2))))
+    check_maps(results["zigzag"]["workers"], get_strategy("zigzag").place(PlacementRequest(3, 32, Topology(2), layer_ids=(1, 2, 3))))
 
 
 def test_the_hosts_agree_in_time_and_say_who_they_are(hosts, served):
@@ -91,7 +90,7 @@ def test_the_hosts_agree_in_time_and_say_who_they_are(hosts, served):
 
 def test_a_plan_from_a_file_that_only_the_head_has(made, one_host, served):
     results, logs = served
-    expected, answers = answers_of(one_host, "glm"), answers_of(results, "eplb")
+    expected, answers = answers_of(one_host, "stock"), answers_of(results, "eplb")
     assert [a["ids"] for a in answers] == [a["ids"] for a in expected]
     assert largest_difference(answers, expected) < FLOAT32_TOLERANCE
     request = PlacementRequest(3, 32, Topology.even(2, 2), layer_ids=(1, 2, 3), num_groups=4, load=made["load"], locality="soft")
@@ -166,7 +165,7 @@ def test_ray_gives_the_tokens_of_one_host(made, one_host):
     reason = why_not()
     folder = made["folder"] / "ray"
     folder.mkdir()
-    engine = {"model": made["qwen"], "tensor_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "ray"}
+    engine = {"model": made["model"], "tensor_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "ray"}
     asked = {"name": "ray", "engine": engine | {"expert_placement_file": made["folder"] / "plan.json"}, "env": {}, "probe": True}
     if reason is None:
         hosts = Hosts(f"ray-{os.getpid()}-", 2)
@@ -181,7 +180,7 @@ def test_ray_gives_the_tokens_of_one_host(made, one_host):
         print(f"Ray on one host only: {reason}")
         with ray_nodes(folder, [([], socket.gethostbyname(socket.gethostname()))]) as head:
             results = run_cases(folder, [asked], {"RAY_ADDRESS": head, "PYTHONPATH": ray_path()}, 300)
-    expected, answers = answers_of(one_host, "qwen"), answers_of(results, "ray")
+    expected, answers = answers_of(one_host, "stock"), answers_of(results, "ray")
     assert [a["ids"] for a in answers] == [a["ids"] for a in expected]
     assert largest_difference(answers, expected) < FLOAT32_TOLERANCE
     check_maps(results["ray"]["workers"], Placement.read(made["folder"] / "plan.json"))
