@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_placement_plugin import PlacementError
-from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettings
+from moe_placement_plugin.demo.engines import DEMO_ENGINES, NEVER, Placed, ServerSettings
 
 OURS = {"min_gain": 0.02, "hysteresis": 0}
 CACHE_BYTES = 6 << 30
@@ -113,7 +113,7 @@ def _vllm(one: Contestant, setup: Setup) -> list[str]:
             words.append("--enforce-eager")
     if one.redundant or one.moving:
         # Redundant experts exist under EPLB only; an interval that is never reached keeps them where they are.
-        interval = setup.interval if one.moving else 10**9
+        interval = setup.interval if one.moving else NEVER
         eplb = {
             "num_redundant_experts": one.redundant,
             "window_size": min(interval, 1000),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import PlacementError
+NEVER = 10**9
+"""Forward passes between two rebalances of an EPLB that shall not rebalance."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,6 @@ class Vllm(DemoEngine):
     name = "vllm"
 
     def command(self, model: Path, port: int, placed: Placed | None, settings: ServerSettings = ServerSettings()) -> tuple[list[str], dict[str, str]]:
-        if placed is not None and placed.redundant:
-            raise PlacementError(
-                f"{placed.redundant} redundant experts with vLLM: it has them only with its EPLB, which a static placement excludes; "
-                "leave them out, or choose SGLang"
-            )
         length = str(settings.max_model_len)
         # The module, not the `vllm` command: the CPU build's command fails to find its own version.
         command = [
@@ -140,6 +137,10 @@ class Vllm(DemoEngine):
             env["VLLM_PLUGINS"] = ""
         else:
             command += ["--enable-expert-parallel", *placed.flags()]
+            if placed.redundant:
+                # vLLM has redundant experts under its EPLB only; an interval that is never reached leaves them where they are.
+                eplb = {"num_redundant_experts": placed.redundant, "window_size": 1000, "step_interval": NEVER}
+                command += ["--enable-eplb", "--eplb-config", json.dumps(eplb)]
         return [*command, *settings.arguments], env
 
     def complete(self, url: str, model: str, prompt: str, tokens: int) -> Answer:
@@ -190,5 +191,6 @@ DEMO_ENGINES: dict[str, DemoEngine] = {engine.name: engine for engine in (Vllm()
 
 def report_of_workers(log: Path) -> str:
     """The line of a server's log in which an engine's worker reports the placement in force; empty without one."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if "moe_placement_plugin:" in line and "EP rank" in line]
+    said = [line for line in log.read_text(errors="replace").splitlines() if "moe_placement_plugin:" in line]
+    lines = [line for line in said if "EP rank" in line] or [line for line in said if "EPLB begins with placement" in line]
     return lines[0].partition("moe_placement_plugin:")[2].strip() if lines else ""

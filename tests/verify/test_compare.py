@@ -164,8 +164,10 @@ def test_configurations(tmp_path):
 def test_server_commands():
     model, file = Path("model"), Path("load")
     placed = Placed("eplb", 4, file, 4)
-    with pytest.raises(PlacementError, match="4 redundant experts with vLLM: .*choose SGLang"):
-        DEMO_ENGINES["vllm"].command(model, 1, placed)
+    command, _ = DEMO_ENGINES["vllm"].command(model, 1, placed)
+    eplb = json.loads(command[command.index("--eplb-config") + 1])
+    assert "--enable-eplb" in command and eplb["num_redundant_experts"] == 4 and eplb["step_interval"] >= 10**9
+    assert "--enable-eplb" not in DEMO_ENGINES["vllm"].command(model, 1, Placed("eplb", 4, file))[0]
     command, env = DEMO_ENGINES["sglang"].command(model, 1, placed)
     words = " ".join(command)
     assert "--tp-size 4" in words and "--ep-size 4" in words and "--ep-num-redundant-experts 4" in words and "--device cpu" in words
