@@ -6,10 +6,8 @@ Views of the weights, staging memory and connections are made once, so that a re
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from ..exchange.plan import ExchangePlan, plan_exchange
 from ..exchange.stores import Stores
 from ..exchange.watchdog import Watchdog
 from ..exchange.weights import padded_bytes, view_parameter
+from ..hosts.identity import host_key, number_hosts
 from ..placement import EngineTable, Placement
 from ..topology import Topology
 from .load_recorder import count_event
@@ -55,14 +54,9 @@ class Meeting:
         """
         import torch.distributed as dist
 
-        try:
-            machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        except OSError:
-            machine = platform.node()
         found: list[Any] = [None] * cpu_group.size()
-        dist.all_gather_object(found, machine, group=cpu_group)
-        nodes = {name: number for number, name in enumerate(dict.fromkeys(found))}
-        topology = Topology(len(found), tuple(nodes[name] for name in found))
+        dist.all_gather_object(found, host_key(), group=cpu_group)
+        topology = Topology(len(found), number_hosts(found))
         return cls(topology, Stores(cpu_group) if outlive else None, dist.get_global_rank(cpu_group, 0))
 
     def store(self, live_ranks: Sequence[int]) -> dist.Store:
