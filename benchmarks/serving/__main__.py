@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where checkpoints, the recording and logs are kept")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    # The servers end with this process, also when a time limit ends it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as folder:
         try:
             result = Run(given, given.folder or Path(folder)).all()

@@ -62,12 +62,14 @@ class Agreed:
     Attributes:
         statements: of every rank, in order.
         parcel: the head's placement (`parcel.pack`), None for the engine's own.
-        seconds: what it took on this rank, waiting for others included.
+        seconds: what it took on this rank once every rank had come.
+        waited: seconds that this rank waited for the last one to come, which it would have done at the next collective.
     """
 
     statements: tuple[Statement, ...]
     parcel: dict[str, Any] | None
     seconds: float
+    waited: float = 0.0
 
     @property
     def node_of_rank(self) -> tuple[int, ...]:
@@ -79,7 +81,8 @@ class Agreed:
         return tuple(_label(group) for group in _by_host(self.statements))
 
     def __str__(self) -> str:
-        return f"{len(self.names())} hosts agree after {self.seconds * 1000:.1f} ms: {'; '.join(self.names())}"
+        late = f" (the last rank came {self.waited * 1000:.0f} ms after this one)" if self.waited > 0.01 else ""
+        return f"{len(self.names())} hosts agree after {self.seconds * 1000:.1f} ms{late}: {'; '.join(self.names())}"
 
 
 def agree(
@@ -112,7 +115,9 @@ def agree(
         if mine.rank == 0:
             asked.ask(lambda s: s.set("parcel", json.dumps(parcel)))
         asked.ask(lambda s: s.set(keys[mine.rank], json.dumps(asdict(mine))))
+        spoken = time.perf_counter()
         missing = _hear(asked, keys, wait)
+        waited = time.perf_counter() - spoken
         heard = [rank for rank in range(ranks) if rank not in missing]
         texts = asked.ask(lambda s: _read(s, [keys[rank] for rank in heard]))
         statements = {rank: Statement(**json.loads(text)) for rank, text in zip(heard, texts)}
@@ -126,7 +131,7 @@ def agree(
             f"the hosts could not compare their placements: the store on the host of rank 0 does not answer ({_first_line(error)}); "
             "look for the reason there"
         ) from error
-    return Agreed(tuple(statements[rank] for rank in range(ranks)), head, time.perf_counter() - began)
+    return Agreed(tuple(statements[rank] for rank in range(ranks)), head, time.perf_counter() - began - waited, waited)
 
 
 def differences(
