@@ -57,8 +57,8 @@ def trial(ranks, number: int) -> tuple[str, bool, bool]:
     victim = int(rng.integers(WORLD))
     limits = [{"max_layers": 1}, {"max_layers": 2}, {}][number % 3]
     # Half of the victims are killed from outside at a random time, half kill themselves at a random piece of work.
-    event = int(rng.integers(1, [90, 70, 50][number % 3])) if number % 2 else 0
-    delay = float(rng.uniform(0, 0.06))
+    event = int(rng.integers(1, [60, 48, 36][number % 3])) if number % 2 else 0
+    delay = float(rng.uniform(0, 0.04))
 
     def kill(processes, store):
         if event:

@@ -132,7 +132,7 @@ def _move(state: Any, placement: Placement, rows: list[int]) -> None:
     from vllm.distributed.eplb import eplb_state
     from vllm.distributed.parallel_state import get_ep_group
 
-    old = state.physical_to_logical_map.cpu()
+    old = _copy_of_map(state)
     table = torch.from_numpy(placement.physical_to_logical[rows].astype(np.int64))
     eplb_state.rearrange_expert_weights_inplace(
         state.physical_to_logical_map, table, state.model.expert_weights, state.expert_buffer, get_ep_group().device_group,
@@ -140,6 +140,11 @@ def _move(state: Any, placement: Placement, rows: list[int]) -> None:
     )  # fmt: skip
     eplb_state._commit_eplb_maps(state, new_physical_to_logical_map=table)
     _check(state, old)
+
+
+def _copy_of_map(state: Any) -> Any:
+    """int ``[layers, physical experts]`` on the host; a copy there too, since maps are changed in place."""
+    return state.physical_to_logical_map.to("cpu", copy=True)
 
 
 def _check(state: Any, old: Any) -> None:
@@ -221,7 +226,7 @@ def _rearrange(original):
             return original(self, is_profile, *args, **kwargs)
         watched = not is_profile and not self.is_async
         states = list(self.model_states.values()) if watched else []
-        old = [state.physical_to_logical_map.cpu() for state in states]
+        old = [_copy_of_map(state) for state in states]
         with Watchdog(limit, report=logger.warning) as watchdog:
             layers = tuple(range(sum(state.model.num_moe_layers for state in self.model_states.values())))
             watchdog.waits_for(WaitingFor("rearrange and all-reduce of the load", layers, peers=_others()))
@@ -242,7 +247,7 @@ def _rearrange(original):
 def _move_to_workspace(original):
     def _move_to_workspace(model_state, *args, **kwargs):
         row = model_state.pending_result.layer_idx
-        old = model_state.physical_to_logical_map.cpu() if verify.is_verified(model_state.model) else None
+        old = _copy_of_map(model_state) if verify.is_verified(model_state.model) else None
         result = original(model_state, *args, **kwargs)
         if old is not None and not old[row].equal(model_state.physical_to_logical_map[row].cpu()):
             _check(model_state, old)
