@@ -249,7 +249,7 @@ def test_dispatch_that_differs_by_rank_with_redundant_experts(models):
 def test_elastic_expert_parallelism(models):
     flags = ("--expert-placement-strategy", "zigzag", "--elastic-ep-backend", "mooncake", "--moe-a2a-backend", "mooncake")
     message = refused(arguments(models["qwen32"], *TWO, *flags))
-    assert "--elastic-ep-backend" in message and "leave one of the two out" in message
+    assert "`--elastic-ep-backend` without `--enable-eplb`" in message and "leave --elastic-ep-backend out" in message
 
 
 def test_a_model_that_sglang_keeps_no_map_for(models, tmp_path):

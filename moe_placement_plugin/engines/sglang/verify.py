@@ -13,6 +13,7 @@ from ...fingerprint import report
 from ...fingerprint.compare import ExpertDigests, RankDigests, check_experts, check_replicas
 from ...fingerprint.report import Pass, gather, verify
 from ...fingerprint.slots import expert_tensors
+from ..load_recorder import count_event
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
     mine, ranks = digest_ranks(model)
     expected = verify(mine, ranks, _num_logical(model), clean, logger) if mine.layers else {}
     object.__setattr__(model, _EXPECTED, expected)
+    count_event("verified_slots", mine.num_slots)
 
 
 def recheck(
@@ -168,6 +170,7 @@ def recheck(
         mine = digest_model(model, only)
         expected = {layer: digests for layer, digests in getattr(model, _EXPECTED).items() if only is None or layer in only}
         check_experts(expected, [mine.layers], what, _RESTART, first_rank=get_moe_ep_group().rank_in_group)
+        count_event("verified_slots", mine.num_slots)
         logger.info("moe_placement_plugin: verified %d slots of this rank again in %.3f s", mine.num_slots, mine.seconds)
         return
     verdict = ""
@@ -176,8 +179,10 @@ def recheck(
         expected = {layer: digests for layer, digests in getattr(model, _EXPECTED).items() if only is None or layer in only}
         check_experts(expected, ranks, what, _RESTART)
         check_replicas(ranks, _num_logical(model) if mine.layers else 0)
+        count_event("verified_slots", mine.num_slots)
         logger.info("moe_placement_plugin: verified %d slots again in %.3f s", mine.num_slots, mine.seconds)
     except PlacementError as error:
+        count_event("verify_failures")
         part = get_moe_tp_group()
         verdict = f"MoE-TP rank {part.rank_in_group}: {error}" if part.world_size > 1 else str(error)
     group = get_tp_group()
