@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_placement_plugin import PlacementError
-from moe_placement_plugin.demo.engines import DEMO_ENGINES, NEVER, Placed, ServerSettings
+from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettings
 
 OURS = {"min_gain": 0.02, "hysteresis": 0}
 CACHE_BYTES = 6 << 30
@@ -93,7 +93,8 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
     settings = ServerSettings(setup.cpu, setup.dtype, 2048, setup.ranks, tuple(arguments))
     placed = None
     if one.strategy is not None:
-        redundant = one.redundant if setup.engine == "sglang" else 0
+        # Where vLLM's EPLB moves experts, their number is in its own configuration below.
+        redundant = 0 if setup.engine == "vllm" and one.moving else one.redundant
         placed = Placed(one.strategy, setup.ranks, load if one.load else None, redundant, record)
     line, env = DEMO_ENGINES[setup.engine].command(model, port, placed, settings)
     if setup.layout == "dp":
@@ -111,13 +112,11 @@ def _vllm(one: Contestant, setup: Setup) -> list[str]:
                   "--max-num-seqs", "256"]  # fmt: skip
         if not setup.graphs:
             words.append("--enforce-eager")
-    if one.redundant or one.moving:
-        # Redundant experts exist under EPLB only; an interval that is never reached keeps them where they are.
-        interval = setup.interval if one.moving else NEVER
+    if one.moving:
         eplb = {
             "num_redundant_experts": one.redundant,
-            "window_size": min(interval, 1000),
-            "step_interval": interval,
+            "window_size": min(setup.interval, 1000),
+            "step_interval": setup.interval,
             "use_async": one.moving == "async",
         }
         words += ["--enable-eplb", "--eplb-config", json.dumps(eplb)]
