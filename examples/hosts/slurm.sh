@@ -16,7 +16,8 @@ placement=(--expert-placement-strategy zigzag)
 if [[ $# -gt 1 ]]; then
     placement=(--expert-placement-strategy eplb --expert-placement-file "$2")
 fi
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# The whole list is read: a pipe closed early would end scontrol, and with pipefail this script, now and then.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 
 # Every node runs the same command; all but the first have no API server. Should one of them vanish, the others
 # stop within a minute, and Slurm ends the step.

@@ -46,7 +46,8 @@ def test_slurm_gives_vllm_flags_that_it_has(tmp_path):
     """Run with a Slurm of one line: what each node would start."""
     fake = {
         "srun": '#!/bin/bash\nshift\nfor n in 0 1; do SLURM_NODEID=$n "$@"; done',
-        "scontrol": "#!/bin/bash\nprintf 'node0\\nnode1\\n'",
+        # Its last line comes late: whoever closed the pipe after the first ends this with SIGPIPE.
+        "scontrol": "#!/bin/bash\necho node0; sleep .2; echo node1",
         "vllm": '#!/bin/bash\necho "$@"',
     }
     for name, text in fake.items():
@@ -54,6 +55,7 @@ def test_slurm_gives_vllm_flags_that_it_has(tmp_path):
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2"}
     done = subprocess.run(["bash", EXAMPLES / "slurm.sh", "MODEL", "load.safetensors"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert "--headless" not in first and "--headless" in second and "--node-rank 0" in first and "--node-rank 1" in second
     assert first.replace("--node-rank 0", "") == second.replace("--headless ", "").replace("--node-rank 1", "")
