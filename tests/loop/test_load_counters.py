@@ -56,13 +56,37 @@ def test_counts_pairs_phases_and_padding(device):
 
 def test_the_hosts_own_way_counts_alike():
     plain, fast = (LoadCounters(LAYERS, EXPERTS, 64, "cpu") for _ in range(2))
-    plain._on_host = None
+    plain._on_host = plain._kept = None
     for seed in range(5):
         batch = Batch([seed + 1, 1, 3], [True, False, True], seed, seed)
         run(plain, batch)
         run(fast, batch)
     np.testing.assert_array_equal(plain.snapshot()[0], fast.snapshot()[0])
     assert fast.snapshot()[0].sum() > 0
+
+
+def test_snapshots_beside_the_host_lose_and_double_nothing():
+    """Batches of one shape, of other shapes and too large to be kept, while another thread takes snapshots all the time."""
+    counters, taken, done = LoadCounters(LAYERS, EXPERTS, 600, "cpu"), [], threading.Event()
+    counters.mark(np.array([1]), np.array([False]))
+
+    def watch():
+        while not done.is_set():
+            taken.append(counters.snapshot()[0])
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    batches = [Batch([1] * 7, [False] * 7, 0, seed) for seed in range(100)]
+    batches += [Batch([seed % 300 + 1, 2], [True, False], seed % 3, seed) for seed in range(0, 900, 45)]
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                run(counters, batch)
+    finally:
+        done.set()
+        thread.join()
+    np.testing.assert_array_equal(counters.snapshot()[0], sum(b.counts for b in batches))
+    assert len(taken) > 3 and all((later >= earlier).all() for earlier, later in zip(taken, taken[1:]))
 
 
 def test_dummy_batches_do_not_count():

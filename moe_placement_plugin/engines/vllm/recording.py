@@ -111,8 +111,9 @@ class LoadRecording:
         largest_graph = getattr(vllm_config.compilation_config, "max_cudagraph_capture_size", None) or 0
         tokens = max(scheduler.max_num_batched_tokens, largest_graph) + self.tp_size
         self.counters = LoadCounters(len(self.layers), record["num_experts"], tokens, device, record["coactivation"])
+        alone = parallel.data_parallel_size == self.shards == 1
         for row, set_capture in enumerate(self.layers.values()):
-            set_capture(partial(self.capture, row))
+            set_capture(partial(self.counters.count if alone else self.capture, row))
         stages, stage = parallel.pipeline_parallel_size, _pipeline_rank()
         part = (self.dp_rank * stages + stage) * self.shards + (self.tp_rank if self.shards > 1 else 0)
         metadata = {
