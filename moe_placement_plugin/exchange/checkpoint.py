@@ -6,12 +6,15 @@ Where an expert lies in the checkpoint and how its tensors become the engine's i
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import PlacementError
 from ..files import read_json
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
 PROJECTIONS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
 """Role -> names in Hugging Face checkpoints (Mixtral's are the second)."""
+
+
+_READ_AHEAD = 128 * 1024
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Checkpoint:
         self.path = Path(path)
         self.bytes_read = 0
         self._open: dict[Path, Any] = {}
+        self._headers: dict[Path, tuple[dict[str, Any], int]] = {}
         self._file_of = self._find()
 
     def _find(self) -> dict[str, Path]:
@@ -116,6 +123,38 @@ class Checkpoint:
         return tensor
 
 
+    def prefetch(self, sources: Iterable[Source]) -> None:
+        """Have the system read what is needed soon, without waiting for it.
+
+        Tensors are mapped: a disk that is asked for one page after the other gives a tenth of its bandwidth. What cannot be found is left
+        to `read`, which says so.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        by_file: dict[Path, list[Source]] = {}
+        for source in sources:
+            if source.name in self._file_of:
+                by_file.setdefault(self._file_of[source.name], []).append(source)
+        for file, wanted in by_file.items():
+            with suppress(OSError, ValueError, KeyError), file.open("rb") as opened:
+                tensors, start = self._header(file, opened)
+                for source in wanted:
+                    begin, end = tensors[source.name]["data_offsets"]
+                    if source.index is not None:
+                        size = (end - begin) // tensors[source.name]["shape"][0]
+                        begin, end = begin + source.index * size, begin + (source.index + 1) * size
+                    # The kernel cuts a longer request to what it reads ahead at once.
+                    for at in range(start + begin, start + end, _READ_AHEAD):
+                        os.posix_fadvise(opened.fileno(), at, min(_READ_AHEAD, start + end - at), os.POSIX_FADV_WILLNEED)
+
+    def _header(self, file: Path, opened: BinaryIO) -> tuple[dict[str, Any], int]:
+        """Of a safetensors file: what its header says of each tensor, and where the data begin."""
+        if file not in self._headers:
+            size = int.from_bytes(opened.read(8), "little")
+            self._headers[file] = json.loads(opened.read(size)), 8 + size
+        return self._headers[file]
+
+
 class CheckpointReader:
     """Reads whole experts, as `executor.ExpertReader` asks.
 
@@ -132,6 +171,10 @@ class CheckpointReader:
         fill: Callable[[Mapping[str, torch.Tensor], Sequence[torch.Tensor]], None] | None = None,
     ):
         self._checkpoint, self._locate, self._fill = checkpoint, locate, fill or fill_gate_up_down
+
+    def prefetch(self, experts: Iterable[tuple[int, int]]) -> None:
+        """(layer, expert) that `read` will be asked for soon."""
+        self._checkpoint.prefetch(source for layer, expert in experts for source in self._locate(layer, expert).values())
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
         """Fill ``out`` with expert ``expert`` of the model's layer ``layer``; returns the bytes read.

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class ExpertReader(Protocol):
     """Reads an expert that no live rank holds; `checkpoint.CheckpointReader` is one.
 
-    A reader that is quicker with several at once has also ``read_all(wanted)``, which takes a list of `read`'s arguments.
+    One that is quicker with several at once has also ``read_all(wanted)``, which takes a list of `read`'s arguments; one that can have the
+    disk begin early has ``prefetch(experts)``, which takes all pairs (layer, expert) of an exchange as it begins.
     """
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
@@ -179,6 +180,7 @@ class Exchange:
                 try:
                     if reason is None:
                         if index == 0:
+                            self._prefetch()
                             self._transfers.connect()
                         for next_one in range(index, min(index + 1 + ahead, len(self.chunks))):
                             if next_one not in staged:
@@ -233,6 +235,13 @@ class Exchange:
 
     def _digest(self) -> str:
         return f"{self.plan.digest} {layout_digest(self._layers)} {self._limits}"
+
+    def _prefetch(self) -> None:
+        """Tell the reader of all experts that this rank will read, of all chunks, if it cares."""
+        prefetch = getattr(self._reader, "prefetch", None)
+        if prefetch is not None:
+            reads = self.plan.reads
+            prefetch([(self.plan.new.layer_ids[row], expert) for row, expert in reads[reads[:, 2] == self.rank, :2].tolist()])
 
     def _read(self, chunk: Chunk, staged: Staged) -> None:
         """Read what this rank needs from the checkpoint, while the network is busy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -65,6 +66,37 @@ def test_only_the_expert_is_read(sharded):
     check(reader, 1, 2)
 
 
+def advised(monkeypatch, reader: CheckpointReader, experts) -> bytes:
+    """What a prefetch asks the system to read."""
+    asked = b""
+
+    def advise(fd, begin, size, advice):
+        nonlocal asked
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked += os.pread(fd, size, begin)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    reader.prefetch(experts)
+    return asked
+
+
+def test_prefetch_asks_for_just_the_experts(sharded, monkeypatch):
+    checkpoint = Checkpoint(sharded)
+    monkeypatch.setattr("moe_placement_plugin.exchange.checkpoint._READ_AHEAD", 10)  # a tensor takes several requests
+    asked = advised(monkeypatch, CheckpointReader(checkpoint, hugging_face_experts(checkpoint)), [(2, 1), (1, 0)])
+    wanted = (*expert(2, 1), *expert(1, 0))
+    assert asked == b"".join(t.numpy().tobytes() for t in wanted) and checkpoint.bytes_read == 0
+
+
+def test_prefetch_of_what_is_missing_is_left_to_reading(sharded, monkeypatch):
+    checkpoint = Checkpoint(sharded)
+    reader = CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
+    (sharded / "model-2.safetensors").unlink()
+    assert advised(monkeypatch, reader, [(2, 1), (9, 9)]) == b""
+    with pytest.raises(PlacementError, match="model-2.safetensors cannot be read"):
+        check(reader, 2, 1)
+
+
 def test_without_an_index(sharded):
     (sharded / "model.safetensors.index.json").unlink()
     checkpoint = Checkpoint(sharded)
@@ -82,7 +114,7 @@ def test_mixtral_names(tmp_path):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_all_experts_in_one_tensor(tmp_path, transposed):
+def test_all_experts_in_one_tensor(tmp_path, transposed, monkeypatch):
     gate_up = torch.stack([torch.cat(expert(0, e)[:2]) for e in range(EXPERTS)])
     down = torch.stack([expert(0, e)[2] for e in range(EXPERTS)])
     if transposed:
@@ -94,6 +126,7 @@ def test_all_experts_in_one_tensor(tmp_path, transposed):
     checkpoint = Checkpoint(tmp_path)
     reader = CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
     check(reader, 0, 2)
+    assert advised(monkeypatch, reader, [(0, 2)]) == gate_up[2].numpy().tobytes() + down[2].numpy().tobytes()
     with pytest.raises(PlacementError, match="holds 3 experts, expert 3"):
         reader.read(0, 3, [torch.zeros(1), torch.zeros(1)])
 

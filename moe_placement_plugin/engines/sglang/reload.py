@@ -9,8 +9,8 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,6 +198,26 @@ class EngineReader:
         self._model, self._tensors = model, tensors
         self._checkpoint: Checkpoint | None = None
 
+    def prefetch(self, experts: Iterable[tuple[int, int]]) -> None:
+        """Have the disk begin with (layer, expert) that will be read."""
+        with suppress(PlacementError):  # said when they are read
+            names = self._names(experts)
+            self._checkpoint.prefetch(Source(name.removeprefix(_known.prefix)) for name in names)
+
+    def _names(self, experts: Iterable[tuple[int, int]]) -> dict[str, None]:
+        """Tensors that hold them; opens the checkpoint."""
+        if _known is None or _known.folder is None:
+            raise PlacementError("lost experts cannot be read: the model did not come from a safetensors checkpoint; restart the server with one")
+        chosen: dict[str, None] = {}
+        for layer, expert in experts:
+            found = {**_known.of.get((layer, expert), {}), **_known.of.get((layer, ALL), {})}
+            if not found:
+                raise PlacementError(f"layer {layer}, expert {expert}: no tensor of the checkpoint was seen to hold it; restart the server")
+            chosen |= found
+        if self._checkpoint is None:
+            self._checkpoint = Checkpoint(Path(_known.folder))
+        return chosen
+
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
         """One expert; see `read_all`."""
         return self.read_all([(layer, expert, out)])
@@ -214,9 +234,6 @@ class EngineReader:
         global _into
         from . import layers  # which imports this module
 
-        names = _known
-        if names is None or names.folder is None:
-            raise PlacementError("lost experts cannot be read: the model did not come from a safetensors checkpoint; restart the server with one")
         # One expert may be wanted for several slots: it is read once.
         first: dict[tuple[int, int], Sequence[torch.Tensor]] = {}
         again = []
@@ -225,23 +242,16 @@ class EngineReader:
                 again.append((first[layer, expert], out))
             else:
                 first[layer, expert] = out
-        chosen: dict[str, None] = {}
-        for layer, expert in first:
-            found = {**names.of.get((layer, expert), {}), **names.of.get((layer, ALL), {})}
-            if not found:
-                raise PlacementError(f"layer {layer}, expert {expert}: no tensor of the checkpoint was seen to hold it; restart the server")
-            chosen |= found
-        if self._checkpoint is None:
-            self._checkpoint = Checkpoint(Path(names.folder))
+        chosen = self._names(first)
         before = self._checkpoint.bytes_read
         _into = _Staging(first, self._tensors)
         try:
-            self._load((name, self._checkpoint.read(Source(name.removeprefix(names.prefix)))) for name in chosen)
+            self._load((name, self._checkpoint.read(Source(name.removeprefix(_known.prefix)))) for name in chosen)
         finally:
             into, _into = _into, None
             layers.forget_loaded()
         for (layer, expert), _ in first.items():
-            missing = names.parts[layer] - into.filled[layer, expert]
+            missing = _known.parts[layer] - into.filled[layer, expert]
             if missing:
                 raise PlacementError(
                     f"layer {layer}, expert {expert}: {type(self._model).__name__}'s loader did not bring {sorted(missing)}; restart the server"
