@@ -26,8 +26,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_placement_plugin import ExpertLoad, PlacementError, __version__, get_strategy
+from moe_placement_plugin import ExpertLoad, Placement, PlacementError, __version__, get_strategy
 from moe_placement_plugin.bench.planner import machine
+from moe_placement_plugin.costmodel import find_calibration, fit
 from moe_placement_plugin.demo.engines import DEMO_ENGINES, Answer
 from moe_placement_plugin.demo.server import Server, free_port
 from moe_placement_plugin.simulate import Cluster
@@ -35,6 +36,7 @@ from moe_placement_plugin.topology import Topology
 
 from .checkpoints import MODELS, wanted_shares, write
 from .contestants import CONTESTANTS, Contestant, Setup, command
+from .prediction import layer_times, predict, step_tokens
 from .traffic import WORKLOADS, drive
 
 ASKED, ANSWERED = 12, 16
@@ -55,6 +57,7 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=0.13, help="share of a GPU's memory for each server")
     parser.add_argument("--interval", type=int, default=200, help="forward passes between two rebalances of EPLB")
     parser.add_argument("--starts", type=int, default=3, help="servers that start at once")
+    parser.add_argument("--calibration", help="of `moe-placement bench layer`, to compare what it predicts with what is measured")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--folder", type=Path, help="where checkpoints, the recording and logs are kept")
     parser.add_argument("--json", type=Path)
@@ -91,6 +94,7 @@ class Run:
         self.workloads = given.workload or ["prefill", "decode", "mixed"]
         self.console = Console(width=200, highlight=False)
         self.recording = folder / "load.safetensors"
+        self.cost = fit(find_calibration(given.calibration).measurements) if given.calibration else None
 
     def all(self) -> dict:
         """Every phase; plain data."""
@@ -110,6 +114,8 @@ class Run:
             servers = self.start(stack)
             result["answers"] = self.compare_answers(servers)
             result["rounds"] = self.rounds(servers)
+        if self.cost is not None:
+            result["predicted"] = {name: self.predict(name, result["rounds"][name]) for name in self.workloads}
         self.report(result)
         return result
 
@@ -135,11 +141,7 @@ class Run:
         total = load.total / np.maximum(load.total.sum(axis=1, keepdims=True), 1)
         wanted = wanted_shares(ExpertLoad.read(self.given.load) if self.given.load else None, self.model)
         apart = np.abs(total - wanted).sum(axis=1) / 2
-        balance = {}
-        for one in self.contestants:
-            if one.strategy and not one.moving:
-                cluster = Cluster(Topology.even(self.given.ranks), one.redundant, self.model.groups or 1)
-                balance[one.name] = get_strategy(one.strategy).place(cluster.request(load)).overall_balancedness(load.total)
+        balance = {name: placement.overall_balancedness(load.total) for name, placement in self.placements(load).items()}
         self.say(f"recorded: {int(load.counts.sum())} choices, {apart.mean():.1%} of them elsewhere than in the recorded load; balancedness "
                  + ", ".join(f"{k} {v:.3f}" for k, v in balance.items()))  # fmt: skip
         return {"apart": apart.tolist(), "balancedness": balance}
@@ -196,6 +198,25 @@ class Run:
                         found[workload][name].append(figures)
         return found
 
+    def placements(self, load: ExpertLoad) -> dict[str, Placement]:
+        """Of the contestants whose placement stays. Without a strategy it is linear."""
+        placed = {}
+        for one in self.contestants:
+            if not one.moving and not one.even:
+                cluster = Cluster(Topology.even(self.given.ranks), one.redundant, self.model.groups or 1)
+                placed[one.name] = get_strategy(one.strategy or "linear").place(cluster.request(load))
+        return placed
+
+    def predict(self, workload: str, rounds: dict) -> dict:
+        """What the cost model says of each server; see `prediction`."""
+        load = ExpertLoad.read(self.recording).moe_layers()
+        placements = self.placements(load)
+        even = get_strategy("linear").place(Cluster(Topology.even(self.given.ranks)).request(load))
+        tokens = step_tokens(workload, WORKLOADS[workload])
+        layers = layer_times(placements, load.total, even, tokens, self.model.top_k, self.cost)
+        measured = {name: float(np.median([r["tokens_per_s"] for r in rows])) for name, rows in rounds.items()}
+        return {"step_tokens": tokens, "layer_us": layers, "servers": predict(layers, measured, self.contestants[0].name)}
+
     def report(self, result: dict) -> None:
         """A table per workload."""
         first = self.contestants[0].name
@@ -225,6 +246,17 @@ class Run:
                     "" if answers is None else f"{answers['different']} of {ASKED} differ, logprobs {answers['logprobs']:.1e}",
                 )  # fmt: skip
             self.console.print(table)
+            predicted = result.get("predicted", {}).get(workload)
+            if predicted is not None:
+                self.say("  " + _in_words(predicted))
+
+
+def _in_words(predicted: dict) -> str:
+    """One line of what the cost model predicted."""
+    if not predicted["servers"]:
+        return "cost model: no prediction, the first server's MoE layers and the ideal ones take the same time, or one of the two is missing"
+    each = (f"{name} {p['predicted']:.0f} tokens/s ({p['error']:+.1%})" for name, p in predicted["servers"].items())
+    return f"cost model, steps of {predicted['step_tokens']} tokens, between the first server and the ideal one: " + ", ".join(each)
 
 
 def _difference(found: list[Answer], reference: list[Answer]) -> dict[str, float]:

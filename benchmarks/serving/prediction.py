@@ -1,0 +1,68 @@
+"""What `simulate`'s cost model says of each server's throughput, and how far off it is.
+
+A server's time per token is taken as ``rest + share * layer``, where ``layer`` is the predicted time of its MoE layers. ``rest`` and
+``share`` follow from the two servers that are farthest apart, the first one and the ideal; the others' throughput is then predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from moe_placement_plugin import Placement
+from moe_placement_plugin.costmodel import LayerCost
+from moe_placement_plugin.simulate import step_time
+
+from .traffic import Workload
+
+LARGEST_STEP = 8192
+"""Tokens that a server takes in one forward pass at most, as `contestants` starts it."""
+
+MIN_APART = 0.01
+"""Relative difference of the two servers' predicted layers below which nothing can be told from them."""
+
+
+def step_tokens(name: str, workload: Workload) -> int:
+    """Tokens of a typical forward pass: of prompts, or one of each request under way."""
+    if name == "decode":
+        return workload.concurrency
+    return min(LARGEST_STEP, workload.concurrency * workload.prompt)
+
+
+def layer_times(
+    placements: Mapping[str, Placement], counts: np.ndarray, ideal: Placement, tokens: int, top_k: int, cost: LayerCost
+) -> dict[str, float]:
+    """Microseconds of all MoE layers in one forward pass, by server.
+
+    Args:
+        placements: of the servers whose placement stays.
+        counts: what was recorded, ``[layers, experts]``.
+        ideal: the placement of the server that is called ``ideal``, whose experts are all loaded alike.
+        tokens: per forward pass.
+        top_k: experts per token.
+        cost: the fitted cost model.
+    """
+    found = {name: step_time(placement, counts, tokens, top_k, cost).layer_us.sum() for name, placement in placements.items()}
+    return found | {"ideal": step_time(ideal, np.ones_like(counts), tokens, top_k, cost).layer_us.sum()}
+
+
+def predict(layers: Mapping[str, float], measured: Mapping[str, float], first: str) -> dict[str, dict[str, float]]:
+    """Tokens per second of the servers between the first and the ideal one, and the prediction's relative error.
+
+    Args:
+        layers: of `layer_times`.
+        measured: tokens per second, by server.
+        first: the server that the others are compared with.
+
+    Returns:
+        server -> ``predicted`` tokens per second and its ``error``; empty when the two servers' layers are alike, so that nothing can be told.
+    """
+    if not {first, "ideal"} <= layers.keys() & measured.keys() or abs(layers[first] / layers["ideal"] - 1) < MIN_APART:
+        return {}
+    share = (1 / measured[first] - 1 / measured["ideal"]) / (layers[first] - layers["ideal"])
+    result = {}
+    for name in layers.keys() & measured.keys() - {first, "ideal"}:
+        predicted = 1 / (1 / measured[first] + share * (layers[name] - layers[first]))
+        result[name] = {"predicted": predicted, "error": predicted / measured[name] - 1}
+    return dict(sorted(result.items()))

@@ -1,0 +1,49 @@
+"""The comparison of measured throughput with what the cost model says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohttp, which both engines bring")
+
+from benchmarks.serving.prediction import layer_times, predict, step_tokens  # noqa: E402
+from benchmarks.serving.traffic import WORKLOADS  # noqa: E402
+from moe_placement_plugin import ExpertLoad, get_strategy  # noqa: E402
+from moe_placement_plugin.costmodel import LayerCost  # noqa: E402
+from moe_placement_plugin.simulate import Cluster  # noqa: E402
+from moe_placement_plugin.topology import Topology  # noqa: E402
+
+COST = LayerCost(fixed=10.0, per_expert=0.5, per_token=0.01)
+
+
+@pytest.fixture
+def layers():
+    load = ExpertLoad((1000 * np.random.default_rng(0).lognormal(0, 1.0, (6, 64))).astype(np.int64))
+    placements = {name: get_strategy(name).place(Cluster(Topology.even(8)).request(load)) for name in ("linear", "zigzag", "eplb")}
+    return layer_times(placements, load.total, placements["linear"], 8192, 8, COST)
+
+
+def test_layers_of_a_better_placement_are_shorter_and_the_ideal_ones_shortest(layers):
+    assert layers["linear"] > layers["eplb"] > layers["ideal"]
+    assert layers["ideal"] == pytest.approx(6 * (10 + 0.5 * 8 + 0.01 * 8192), rel=0.05)
+
+
+def test_a_server_that_follows_the_model_is_predicted(layers):
+    """Attention and all else take 700 us per step, the MoE layers what the model says, or for one server 10% more."""
+    measured = {name: 8192e6 / (700 + time) for name, time in layers.items()} | {"our EPLB": 1.0}
+    found = predict(layers, measured, "linear")
+    assert set(found) == {"zigzag", "eplb"}
+    for name, one in found.items():
+        assert one["predicted"] == pytest.approx(measured[name]) and one["error"] == pytest.approx(0, abs=1e-9)
+    measured["eplb"] /= 1.1
+    assert predict(layers, measured, "linear")["eplb"]["error"] == pytest.approx(0.1)
+
+
+def test_nothing_is_predicted_from_servers_that_are_alike(layers):
+    assert predict(layers | {"linear": layers["ideal"] * 1.005}, dict.fromkeys(layers, 1.0), "linear") == {}
+    assert predict({"linear": 2.0, "eplb": 1.0}, {"linear": 1.0, "eplb": 1.0}, "linear") == {}
+
+
+def test_tokens_of_a_step():
+    assert step_tokens("prefill", WORKLOADS["prefill"]) == 8192 and step_tokens("decode", WORKLOADS["decode"]) == 128
