@@ -3,6 +3,8 @@
 PYTHON ?= python3
 ENGINE ?= vllm
 ENVS ?= .envs
+# Where the time goes: an engine tier is mostly starts.
+SLOWEST = --durations=25 --durations-min=5
 
 .PHONY: demo test test-fast test-vllm test-sglang lint clean env-vllm env-sglang
 
@@ -18,13 +20,13 @@ test:
 
 # No engine is started.
 test-fast: env-vllm
-	$(ENVS)/vllm/bin/python -m pytest -q -m "not engine" --ignore=tests/sglang tests
+	$(ENVS)/vllm/bin/python -m pytest -q $(SLOWEST) -m "not engine" --ignore=tests/sglang tests
 
 test-vllm: env-vllm
-	$(ENVS)/vllm/bin/python -m pytest -q -m engine --ignore=tests/sglang tests
+	$(ENVS)/vllm/bin/python -m pytest -q $(SLOWEST) -m engine --ignore=tests/sglang tests
 
 test-sglang: env-sglang
-	$(ENVS)/sglang/bin/python -m pytest -q tests/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py tests/verify/test_accuracy_sglang.py tests/moe/test_engine_matmuls.py
+	$(ENVS)/sglang/bin/python -m pytest -q $(SLOWEST) tests/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py tests/verify/test_accuracy_sglang.py tests/moe/test_engine_matmuls.py
 
 lint: env-vllm
 	$(ENVS)/vllm/bin/ruff check .
