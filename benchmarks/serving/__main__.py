@@ -133,6 +133,7 @@ class Run:
 
     def record(self) -> dict:
         """Serve once with linear and record what is really routed."""
+        self.recording.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
         with self.server(CONTESTANTS["linear"], self.recording) as server:
             for name in self.workloads:
                 drive(server.url, WORKLOADS[name], self.model.size.vocab, 1)

@@ -152,32 +152,38 @@ def _files(model: Model, shares: np.ndarray, device: str, seed: int) -> Iterator
     size = model.size
     generator = torch.Generator(device).manual_seed(seed)
 
-    def random(rows: int, columns: int, gain: float, constant: bool = True) -> torch.Tensor:
-        tensor = torch.randn(rows, columns, generator=generator, device=device) * gain / columns**0.5
-        if not constant:
-            tensor[0] = 0  # writes to the residual stream, but not to its dimension 0
+    # Dimension 0 of the residual stream carries the routers' bias. What else read it would write something that all tokens share,
+    # which shifts the next routers; what wrote it would change the bias.
+    def reads(rows: int, gain: float) -> torch.Tensor:
+        tensor = torch.randn(rows, size.hidden, generator=generator, device=device) * gain / size.hidden**0.5
+        tensor[:, 0] = 0
+        return tensor
+
+    def writes(columns: int, gain: float) -> torch.Tensor:
+        tensor = torch.randn(size.hidden, columns, generator=generator, device=device) * gain / columns**0.5
+        tensor[0] = 0
         return tensor
 
     def dense(prefix: str, width: int, gain: float) -> dict[str, torch.Tensor]:
         return {
-            f"{prefix}.gate_proj.weight": random(width, size.hidden, 1.0),
-            f"{prefix}.up_proj.weight": random(width, size.hidden, 1.0),
-            f"{prefix}.down_proj.weight": random(size.hidden, width, gain, constant=False),
+            f"{prefix}.gate_proj.weight": reads(width, 1.0),
+            f"{prefix}.up_proj.weight": reads(width, 1.0),
+            f"{prefix}.down_proj.weight": writes(width, gain),
         }
 
     embedding = torch.randn(size.vocab, size.hidden, generator=generator, device=device)
     embedding[:, 0] = CONSTANT
     ones = torch.ones(size.hidden)
-    yield {"model.embed_tokens.weight": embedding, "model.norm.weight": ones, "lm_head.weight": random(size.vocab, size.hidden, 4.0)}, None
+    yield {"model.embed_tokens.weight": embedding, "model.norm.weight": ones, "lm_head.weight": reads(size.vocab, 4.0)}, None
     normal = embedding / embedding.square().mean(dim=1, keepdim=True).sqrt()
     heads, kv_heads = size.heads * size.head_dim, size.kv_heads * size.head_dim
     for layer in range(size.layers):
         prefix = f"model.layers.{layer}"
         tensors = {
-            f"{prefix}.self_attn.q_proj.weight": random(heads, size.hidden, 1.0),
-            f"{prefix}.self_attn.k_proj.weight": random(kv_heads, size.hidden, 1.0),
-            f"{prefix}.self_attn.v_proj.weight": random(kv_heads, size.hidden, 1.0),
-            f"{prefix}.self_attn.o_proj.weight": random(size.hidden, heads, 0.3, constant=False),
+            f"{prefix}.self_attn.q_proj.weight": reads(heads, 1.0),
+            f"{prefix}.self_attn.k_proj.weight": reads(kv_heads, 1.0),
+            f"{prefix}.self_attn.v_proj.weight": reads(kv_heads, 1.0),
+            f"{prefix}.self_attn.o_proj.weight": writes(heads, 0.3),
             f"{prefix}.self_attn.q_norm.weight": torch.ones(size.head_dim),
             f"{prefix}.self_attn.k_norm.weight": torch.ones(size.head_dim),
             f"{prefix}.input_layernorm.weight": ones,
@@ -186,8 +192,7 @@ def _files(model: Model, shares: np.ndarray, device: str, seed: int) -> Iterator
         if layer not in model.moe_layers:
             yield tensors | dense(f"{prefix}.mlp", 2 * size.expert, 0.3), None
             continue
-        gate = random(model.experts, size.hidden, 1.0)
-        gate[:, 0] = 0
+        gate = reads(model.experts, 1.0)
         row = torch.from_numpy(shares[layer - model.moe_layers.start]).float().to(device)
         bias, found = fit_bias(normal @ gate.T, row, model.routing(device))
         gate[:, 0] = bias.to(gate) / float(normal[:, 0].mean())

@@ -41,7 +41,7 @@ CONTESTANTS = {
     c.name: c
     for c in (
         Contestant("stock"),
-        Contestant("ideal", even=True),
+        Contestant("ideal", "linear", even=True),
         Contestant("linear", "linear"),
         Contestant("balanced", "balanced"),
         Contestant("zigzag", "zigzag"),

@@ -207,7 +207,7 @@ class LoadRecorder:
         self._seen: tuple[np.ndarray, np.ndarray | None] | None = None
         self._served = False
         self._warned = False
-        self._blind = False
+        self._empty = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -265,12 +265,14 @@ class LoadRecorder:
 
     def _collect(self) -> bool:
         counts, pairs = self._snapshot()
-        if self._served and not self._blind and not counts.any():
-            self._blind = True
-            logger.warning(
-                "expert load: requests are served but no routing is seen, because the MoE kernel in use chooses experts by itself: "
-                "choose another one, such as --moe-backend triton (vLLM) or --moe-runner-backend triton (SGLang)"
-            )
+        if self._served and not counts.any():
+            self._empty += 1
+            # The second time: the first may fall between the beginning of the first forward pass and its first layer.
+            if self._empty == 2:
+                logger.warning(
+                    "expert load: requests are served but no routing is seen, because the MoE kernel in use chooses experts by itself: "
+                    "choose another one, such as --moe-backend triton (vLLM) or --moe-runner-backend triton (SGLang)"
+                )
         before, pairs_before = self._seen or (np.zeros_like(counts), None if pairs is None else np.zeros_like(pairs))
         if self._seen is not None and np.array_equal(counts, before) and not self._warned:
             return False

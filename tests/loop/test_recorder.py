@@ -233,3 +233,17 @@ def test_check_interval(value):
     with pytest.raises(PlacementError, match="--expert-load-interval"):
         check_interval(value)
     assert check_interval("2.5") == 2.5
+
+
+def test_routing_that_is_not_seen_is_said_once(tmp_path, caplog):
+    """Not at the first look, which may fall before the first layer of the first batch."""
+    source = Source()
+    r = recorder(tmp_path / "load", source)
+    r.served()
+    for count in range(4):
+        r.flush()
+        assert len([record for record in caplog.records if "no routing is seen" in record.getMessage()]) == (count > 0)
+    source.counts += 1
+    r.flush()
+    r.close()
+    assert len(caplog.records) == 1 and (ExpertLoad.read(tmp_path / "load").total == 2).all()
