@@ -132,17 +132,18 @@ class Run:
         return {"wanted": made["shares"], "apart": apart.tolist()}
 
     def record(self) -> dict:
-        """Serve once with linear and record what is really routed."""
+        """Serve once with linear, record what is really routed, and place the experts by it."""
         self.recording.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
         with self.server(CONTESTANTS["linear"], self.recording) as server:
             for name in self.workloads:
                 drive(server.url, WORKLOADS[name], self.model.size.vocab, 1)
             _wait_for(self.recording, server)
         load = ExpertLoad.read(self.recording)
+        self.recorded, self.placed = load, self.placements(load)
         total = load.total / np.maximum(load.total.sum(axis=1, keepdims=True), 1)
         wanted = wanted_shares(ExpertLoad.read(self.given.load) if self.given.load else None, self.model)
         apart = np.abs(total - wanted).sum(axis=1) / 2
-        balance = {name: placement.overall_balancedness(load.total) for name, placement in self.placements(load).items()}
+        balance = {name: placement.overall_balancedness(load.total) for name, placement in self.placed.items()}
         self.say(f"recorded: {int(load.counts.sum())} choices, {apart.mean():.1%} of them elsewhere than in the recorded load; balancedness "
                  + ", ".join(f"{k} {v:.3f}" for k, v in balance.items()))  # fmt: skip
         return {"apart": apart.tolist(), "balancedness": balance}
@@ -209,12 +210,10 @@ class Run:
         return placed
 
     def predict(self, workload: str, rounds: dict) -> dict:
-        """What the cost model says of each server; see `prediction`."""
-        load = ExpertLoad.read(self.recording).moe_layers()
-        placements = self.placements(load)
-        even = get_strategy("linear").place(Cluster(Topology.even(self.given.ranks)).request(load))
+        """What the cost model says of each server, from what `record` saw; see `prediction`."""
+        even = get_strategy("linear").place(Cluster(Topology.even(self.given.ranks)).request(self.recorded))
         tokens = step_tokens(workload, WORKLOADS[workload])
-        layers = layer_times(placements, load.total, even, tokens, self.model.top_k, self.cost)
+        layers = layer_times(self.placed, self.recorded.total, even, tokens, self.model.top_k, self.cost)
         measured = {name: float(np.median([r["tokens_per_s"] for r in rows])) for name, rows in rounds.items()}
         return {"step_tokens": tokens, "layer_us": layers, "servers": predict(layers, measured, self.contestants[0].name)}
 

@@ -47,6 +47,10 @@ def test_the_router_follows_the_load_and_its_twin_is_even(name, tmp_path):
     words = Workload(3, 40, 1, 1).prompts(model.size.vocab, 0)
     tokens = [[int(word[1:]) for word in prompt.split()] for prompt in words]
     assert AutoTokenizer.from_pretrained(tmp_path / "model")(words).input_ids == tokens
+    # Nothing writes to the dimension that carries the bias, and nothing but the routers reads it.
+    assert all(not t[0].any() for k, t in tensors["model"].items() if k.endswith(("o_proj.weight", "down_proj.weight")))
+    readers = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight", "lm_head.weight")
+    assert all(not t[:, 0].any() for k, t in tensors["model"].items() if k.endswith(readers))
     served = shares_in_a_forward_pass(tmp_path / "model", model)
     apart = np.abs(served - wanted).sum(axis=1) / 2
     assert apart.max() < 0.1, f"served shares are {apart} apart from the wanted ones"
