@@ -136,19 +136,36 @@ def test_reads_sglangs_pt(cli, tmp_path):
     assert Placement.read(plan).num_layers == 4
 
 
+IMPORT_SECONDS = 0.7
+"""Importing numba's compiler on the machine that the two seconds were stated for (two cores of an AMD EPYC, otherwise idle)."""
+
+
 def test_r1_plan_and_page_within_two_seconds(cli, traces, tmp_path):
+    """Two seconds on that machine, as many more as another one needs more for a process that only imports numba.
+
+    Seven tenths of the loop are imports of this kind, so that a slow or busy machine stretches both alike; what this project
+    adds to them (a kernel compiled again, a module imported needlessly, a slow page) stretches the loop alone.
+    """
     trace, plan, page = traces / "deepseek_r1_decode_in1000out1000.json", tmp_path / "plan.json", tmp_path / "page.html"
 
-    def loop() -> float:
+    def seconds(work) -> float:
         # What a user waits for; processor time where other work on the machine adds to that (it counts helper threads as well).
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        cli("plan", trace, "--ranks", 32, "--redundant", 32, "-o", plan)
-        cli("show", trace, plan, "--html", page)
+        work()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return min(time.monotonic() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
+    def loop() -> None:
+        cli("plan", trace, "--ranks", 32, "--redundant", 32, "-o", plan)
+        cli("show", trace, plan, "--html", page)
+
+    def imports() -> None:
+        subprocess.run([sys.executable, "-c", "import numba.np.arraymath"], check=True, timeout=60)
+
     loop()
-    assert min(loop() for _ in range(5)) < 2
+    rounds = [(seconds(loop), seconds(imports)) for _ in range(5)]  # side by side: the machine's speed changes
+    taken, reference = map(min, zip(*rounds))
+    assert taken < 2 * max(1, reference / IMPORT_SECONDS), rounds
     assert page.stat().st_size > 50_000
 
 
