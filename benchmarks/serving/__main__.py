@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help="repeat; default: prefill, decode, mixed")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--memory", type=float, default=0.13, help="share of a GPU's memory for each server")
+    parser.add_argument("--memory", type=float, default=0.08, help="share of a GPU's memory that a vLLM server wants to find free")
     parser.add_argument("--interval", type=int, default=200, help="forward passes between two rebalances of EPLB")
     parser.add_argument("--starts", type=int, default=3, help="servers that start at once")
     parser.add_argument("--calibration", help="of `moe-placement bench layer`, to compare what it predicts with what is measured")

@@ -10,7 +10,11 @@ from moe_placement_plugin import PlacementError
 from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettings
 
 OURS = {"min_gain": 0.02, "hysteresis": 0}
-CACHE_BYTES = 6 << 30
+CACHE_TOKENS = 131_072
+"""Keys and values of each server: more than any workload has under way at once (`traffic.WORKLOADS`), and little, since all servers share the GPUs."""
+CACHE_BYTES = 1280 << 20
+"""The same in bytes, for 8 layers of 2 KiB per token on two tensor-parallel ranks and something over; with data-parallel attention a rank has half of the
+requests and twice the bytes of each."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Setup:
         cpu: whether it runs without a GPU.
         dtype: of the weights.
         graphs: CUDA graphs.
-        memory: share of a GPU's memory for each server; all are there at once.
+        memory: share of a GPU's memory that must be free when a vLLM server starts; all servers are there at once.
         interval: forward passes between two rebalances.
     """
 
@@ -99,7 +103,9 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
     line, env = DEMO_ENGINES[setup.engine].command(model, port, placed, settings)
     if setup.layout == "dp":
         line = _data_parallel(line, setup)
-    return line, env | ({"VLLM_USE_FLASHINFER_SAMPLER": "0", "NCCL_NVLS_ENABLE": "0"} if setup.engine == "vllm" else {"NCCL_NVLS_ENABLE": "0"})
+    # Servers that start side by side take memory of the two GPUs at different times, which SGLang would take for a fault.
+    own = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} if setup.engine == "vllm" else {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    return line, env | own | {"NCCL_NVLS_ENABLE": "0"}
 
 
 def _vllm(one: Contestant, setup: Setup) -> list[str]:
@@ -126,14 +132,16 @@ def _vllm(one: Contestant, setup: Setup) -> list[str]:
 
 
 def _sglang(one: Contestant, setup: Setup) -> list[str]:
-    words = ["--disable-radix-cache"]
+    # A server that waits for its turn would else take a core for each rank.
+    words = ["--disable-radix-cache", "--sleep-on-idle"]
     if one.strategy is None:
         words += ["--ep-size", str(setup.ranks)]
         if one.redundant:
             words += ["--ep-num-redundant-experts", str(one.redundant)]
     if not setup.cpu:
         words += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
-        words += ["--mem-fraction-static", str(setup.memory), "--max-total-tokens", "400000", "--chunked-prefill-size", "8192"]
+        # SGLang takes a share of what was free before it loaded, less whatever others took since: the share is large and the tokens are bounded.
+        words += ["--mem-fraction-static", "0.9", "--max-total-tokens", str(CACHE_TOKENS), "--chunked-prefill-size", "8192"]
         words.append("--enforce-disable-flashinfer-allreduce-fusion")
         if not setup.graphs:
             words.append("--disable-cuda-graph")

@@ -11,7 +11,9 @@ import numpy as np
 from .coarse import empty_list, keep_lists, see_rank
 from .compiled import kernel
 from .layer import busiest, busiest_free, exchange, part
-from .steps import best_new_replica, best_swap, has, list_slots, relist, split_largest
+from .new_replicas import best_new_replica, split_largest
+from .slot_lists import has, list_slots, relist
+from .swaps import best_swap
 
 
 @kernel
