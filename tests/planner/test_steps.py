@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_placement_plugin.planner import coarse, plan, steps
+from moe_placement_plugin.planner import coarse, new_replicas, plan, slot_lists, swaps
 from moe_placement_plugin.planner.inputs import as_ranks
 from moe_placement_plugin.planner.layer import LOAD_SCALE, measure
 
@@ -69,8 +69,8 @@ class Layer:
         count = self.count
         measure(self.load, count, self.ranks.start, self.expert_of, self.share_of, self.rank_load)
         self.now, self.before = ((np.empty(EXPERTS, np.int64), np.empty(slots, np.int64)) for _ in range(2))
-        steps.list_slots(self.expert_of, *self.now)
-        steps.list_slots(self.old, *self.before)
+        slot_lists.list_slots(self.expert_of, *self.now)
+        slot_lists.list_slots(self.old, *self.before)
         self.foreign = np.array([self.expert_of[s] not in self.held(self.old, self.ranks.rank_of[s]) for s in range(slots)], np.int64)
         self.sizes = np.zeros(2, np.int64)
         self.guests, self.spares = coarse.empty_list(slots), coarse.empty_list(slots)
@@ -90,7 +90,7 @@ class Layer:
 
     def best_swap(self) -> float:
         self.kernels()
-        return steps.best_swap(
+        return swaps.best_swap(
             *self.near, self.sizes, self.guests[0], self.guests[2], self.hot, 0, self.expert_of.size, self.target, 0.0, self.even,
             self.ranks.start, self.ranks.rank_of, self.ranks.slowness, self.foreign, self.expert_of, self.share_of, self.rank_load,
             *self.now, *self.before, *self.scratch,
@@ -98,7 +98,7 @@ class Layer:
 
     def best_new_replica(self) -> float:
         count = self.kernels()
-        return steps.best_new_replica(
+        return new_replicas.best_new_replica(
             self.sizes, *self.spares, self.give_up, self.hot, 0, self.expert_of.size, self.target, 0.0, self.even, self.load, count,
             self.ranks.start, self.ranks.rank_of, self.ranks.slowness, self.foreign, self.expert_of, self.share_of, self.rank_load,
             *self.now, *self.before, *self.scratch,
