@@ -4,7 +4,8 @@
 #   benchmarks/staged_moe.sh OUT [check] [overhead] [overlap] [layer]
 #
 # overlap needs two GPUs, the others one. layer measures DeepSeek-R1 under the recorded loads in TRACES (../shared/traces),
-# the other shapes under a synthetic one. Sections are independent: each fits into ten minutes on an H100.
+# the other shapes under a synthetic one. Sections are independent: each fits into ten minutes on an H100. Without a GPU check, overhead and
+# overlap run a tiny shape, GPUS=2 as many processes, and say nothing about time.
 set -euo pipefail
 
 out=$(mkdir -p "${1:?usage: staged_moe.sh OUT [check] [overhead] [overlap] [layer]}" && cd "$1" && pwd)
@@ -12,13 +13,15 @@ shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 traces=${TRACES:-$root/../shared/traces}
 python=${PYTHON:-python3}
-gpus=${GPUS:-$("$python" -c "import torch; print(torch.cuda.device_count())")}
+cuda=$("$python" -c "import torch; print(torch.cuda.device_count())")
+gpus=${GPUS:-$cuda}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 staged() { "$python" "$root/benchmarks/staged_moe.py" "$@"; }
 ranks() { "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" "$root/benchmarks/staged_moe.py" "$@"; }
 layer() { "$python" -c "from moe_placement_plugin.cli import main; main()" bench layer "$@"; }
 
-for section in ${*:-check overhead overlap layer}; do
+(($#)) || set -- check overhead overlap layer
+for section; do
     {
         case $section in
         check)
@@ -26,14 +29,14 @@ for section in ${*:-check overhead overlap layer}; do
             if ((gpus > 1)); then ranks check --json "$out/check-$gpus.json"; fi
             ;;
         overhead)
-            for shape in v2-lite qwen3-30b-a3b qwen3-235b-a22b gpt-oss-20b; do
-                staged overhead --shape $shape --json "$out/overhead-$shape.json"
+            for shape in $( ((cuda)) && echo v2-lite qwen3-30b-a3b qwen3-235b-a22b gpt-oss-20b || echo tiny); do
+                staged overhead --shape "$shape" --json "$out/overhead-$shape.json"
             done
-            staged overhead --shape r1 --ep 8 --json "$out/overhead-r1-ep8.json"
+            if ((cuda)); then staged overhead --shape r1 --ep 8 --json "$out/overhead-r1-ep8.json"; fi
             ;;
         overlap)
-            for shape in qwen3-30b-a3b qwen3-235b-a22b v2-lite; do
-                ranks overlap --shape $shape --json "$out/overlap-$shape.json"
+            for shape in $( ((cuda)) && echo qwen3-30b-a3b qwen3-235b-a22b v2-lite || echo tiny); do
+                ranks overlap --shape "$shape" --json "$out/overlap-$shape.json"
             done
             ;;
         layer)

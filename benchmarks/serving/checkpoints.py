@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moe_placement_plugin import ExpertLoad, PlacementError
 from moe_placement_plugin.demo.tiny_models import Size, glm4_moe_config, qwen3_moe_config
@@ -120,10 +120,13 @@ def fit_bias(noise: torch.Tensor, shares: torch.Tensor, routing: Routing, steps:
     return best[1], best[2]
 
 
-def write(path: Path, model: Model, load: ExpertLoad | None, dtype: torch.dtype, device: str, seed: int = 0) -> dict:
-    """Write a checkpoint, a file per layer.
+GATE = ".mlp.gate.weight"
+GATES = "gates.safetensors"
+"""The routers are in a file of their own, the only one in which a model and its even twin differ."""
 
-    With the same seed only the gates depend on the load: without one the model is what a perfect balance would make of it.
+
+def write(path: Path, model: Model, load: ExpertLoad | None, dtype: torch.dtype, device: str, seed: int = 0) -> dict:
+    """Write a checkpoint, a file per layer and one for all routers.
 
     Returns:
         {"shares": wanted, "reached": by the embeddings}, float ``[MoE layers, experts]`` each, as lists.
@@ -134,18 +137,59 @@ def write(path: Path, model: Model, load: ExpertLoad | None, dtype: torch.dtype,
     (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
     _write_tokenizer(path, model.size.vocab)
     index: dict[str, str] = {}
+    gates: dict[str, torch.Tensor] = {}
     shares = wanted_shares(load, model)
     reached = []
     for number, (tensors, found) in enumerate(_files(model, shares, device, seed)):
+        gates |= {key: tensors.pop(key) for key in list(tensors) if key.endswith(GATE)}
         name = f"model-{number:05d}.safetensors"
-        save_file(
-            {k: t.to(dtype).cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}, path / name, metadata={"format": "pt"}
-        )
+        _save(tensors, dtype, path / name)
         index |= dict.fromkeys(tensors, name)
         if found is not None:
             reached.append(found.tolist())
+    _save(gates, dtype, path / GATES)
+    index |= dict.fromkeys(gates, GATES)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return {"shares": shares.tolist(), "reached": reached}
+
+
+def write_even_twin(path: Path, of: Path, model: Model, device: str) -> None:
+    """What a perfect balance would make of a model that `write` wrote: all its files but the routers', which load all experts alike.
+
+    Args:
+        path: of the twin; the other files are links to those of ``of``, since a model may be tens of gigabytes.
+        of: the model.
+        model: its shape.
+        device: where the routers are fitted.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    for file in of.iterdir():
+        if file.name != GATES:
+            (path / file.name).unlink(missing_ok=True)
+            (path / file.name).symlink_to(file.resolve())
+    normal = _normal(load_file(of / "model-00000.safetensors", device)["model.embed_tokens.weight"].float())
+    even = torch.from_numpy(wanted_shares(None, model)).float().to(device)
+    gates = load_file(of / GATES, device)
+    for (key, gate), row in zip(sorted(gates.items(), key=lambda item: int(item[0].split(".")[2])), even):
+        gates[key] = _fitted(gate.float() * (torch.arange(gate.shape[1], device=device) > 0), normal, row, model.routing(device))[0].to(gate.dtype)
+    _save(gates, next(iter(gates.values())).dtype, path / GATES)
+
+
+def _save(tensors: dict[str, torch.Tensor], dtype: torch.dtype, path: Path) -> None:
+    found = {k: t.to(dtype).cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    save_file(found, path, metadata={"format": "pt"})
+
+
+def _normal(embedding: torch.Tensor) -> torch.Tensor:
+    """What RMSNorm makes of the embeddings."""
+    return embedding / embedding.square().mean(dim=1, keepdim=True).sqrt()
+
+
+def _fitted(gate: torch.Tensor, normal: torch.Tensor, shares: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the gate ``[experts, hidden]`` with a bias in column 0, which was zero; the share of each expert)."""
+    bias, found = fit_bias(normal @ gate.T, shares, routing)
+    gate[:, 0] = bias.to(gate) / float(normal[:, 0].mean())
+    return gate, found
 
 
 def _files(model: Model, shares: np.ndarray, device: str, seed: int) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
@@ -175,7 +219,7 @@ def _files(model: Model, shares: np.ndarray, device: str, seed: int) -> Iterator
     embedding[:, 0] = CONSTANT
     ones = torch.ones(size.hidden)
     yield {"model.embed_tokens.weight": embedding, "model.norm.weight": ones, "lm_head.weight": reads(size.vocab, 4.0)}, None
-    normal = embedding / embedding.square().mean(dim=1, keepdim=True).sqrt()
+    normal = _normal(embedding)
     heads, kv_heads = size.heads * size.head_dim, size.kv_heads * size.head_dim
     for layer in range(size.layers):
         prefix = f"model.layers.{layer}"
@@ -194,9 +238,7 @@ def _files(model: Model, shares: np.ndarray, device: str, seed: int) -> Iterator
             continue
         gate = reads(model.experts, 1.0)
         row = torch.from_numpy(shares[layer - model.moe_layers.start]).float().to(device)
-        bias, found = fit_bias(normal @ gate.T, row, model.routing(device))
-        gate[:, 0] = bias.to(gate) / float(normal[:, 0].mean())
-        tensors[f"{prefix}.mlp.gate.weight"] = gate
+        tensors[prefix + GATE], found = _fitted(gate, normal, row, model.routing(device))
         if model.groups:
             tensors[f"{prefix}.mlp.gate.e_score_correction_bias"] = torch.zeros(model.experts)
             tensors |= dense(f"{prefix}.mlp.shared_experts", size.expert, 0.3)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moe_placement_plugin import PlacementError
 from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettings
 
 OURS = {"min_gain": 0.02, "hysteresis": 0}
+MOST_REQUESTS = 128
+"""Under way in a server at once, and the largest batch that CUDA graphs are captured for."""
 CACHE_TOKENS = 131_072
-"""Keys and values of each server: more than any workload has under way at once (`traffic.WORKLOADS`), and little, since all servers share the GPUs."""
+"""Keys and values of each server: more than any workload has under way at once, and little, since all servers share the GPUs."""
 CACHE_BYTES = 1280 << 20
-"""The same in bytes, for 8 layers of 2 KiB per token on two tensor-parallel ranks and something over; with data-parallel attention a rank has half of the
-requests and twice the bytes of each."""
+"""The same in bytes, for 8 layers of 1 KiB per token and rank with tensor-parallel attention and something over; with data-parallel
+attention a rank has half of the requests and twice the bytes of each."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Contestant:
         load: whether the strategy plans from the recorded load.
         moving: None, or how the engine's EPLB is switched on: ``sync`` or ``async``.
         even: serve the model whose router loads all experts alike, the ideal.
+        recording: with ``--expert-load-record``.
         engines: where it exists.
     """
 
@@ -37,8 +41,8 @@ class Contestant:
     load: bool = False
     moving: str | None = None
     even: bool = False
+    recording: bool = False
     engines: tuple[str, ...] = ("vllm", "sglang")
-    extra: dict = field(default_factory=dict)
 
 
 CONTESTANTS = {
@@ -47,6 +51,7 @@ CONTESTANTS = {
         Contestant("stock"),
         Contestant("ideal", "linear", even=True),
         Contestant("linear", "linear"),
+        Contestant("linear+recording", "linear", recording=True),
         Contestant("balanced", "balanced"),
         Contestant("zigzag", "zigzag"),
         Contestant("eplb", "eplb", load=True),
@@ -58,6 +63,20 @@ CONTESTANTS = {
         Contestant("our EPLB async", "eplb", 8, load=True, moving="async", engines=("vllm",)),
     )
 }
+
+
+def batches(contestants: Sequence[Contestant], at_once: int) -> list[list[Contestant]]:
+    """The contestants in groups of at most ``at_once``, each with the first one and the ideal, so that every ratio is of servers that took turns.
+
+    Raises:
+        PlacementError: when ``at_once`` leaves no room beside those two.
+    """
+    always = [c for i, c in enumerate(contestants) if i == 0 or c.even]
+    others = [c for c in contestants if c not in always]
+    room = at_once - len(always)
+    if room < 1:
+        raise PlacementError(f"--at-once {at_once}: {', '.join(c.name for c in always)} are always up and at least one more: give {len(always) + 1}")
+    return [always + others[i : i + room] for i in range(0, max(len(others), 1), room)]
 
 
 @dataclass(frozen=True)
@@ -115,7 +134,7 @@ def _vllm(one: Contestant, setup: Setup) -> list[str]:
     if not setup.cpu:
         # The cache's size is given: vLLM would else take other servers' memory for its own while it measures.
         words += ["--gpu-memory-utilization", str(setup.memory), "--kv-cache-memory-bytes", str(CACHE_BYTES), "--max-num-batched-tokens", "8192",
-                  "--max-num-seqs", "256"]  # fmt: skip
+                  "--max-num-seqs", str(MOST_REQUESTS)]  # fmt: skip
         if not setup.graphs:
             words.append("--enforce-eager")
     if one.moving:
@@ -142,9 +161,10 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
         words += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
         # SGLang takes a share of what was free before it loaded, less whatever others took since: the share is large and the tokens are bounded.
         words += ["--mem-fraction-static", "0.9", "--max-total-tokens", str(CACHE_TOKENS), "--chunked-prefill-size", "8192"]
+        words += ["--max-running-requests", str(MOST_REQUESTS), "--cuda-graph-max-bs-decode", str(MOST_REQUESTS)]
         words.append("--enforce-disable-flashinfer-allreduce-fusion")
-        if not setup.graphs:
-            words.append("--disable-cuda-graph")
+        # Graphs of decoding only: steps of thousands of tokens gain nothing from one, and capturing those takes a minute and a half.
+        words.append("--disable-prefill-cuda-graph" if setup.graphs else "--disable-cuda-graph")
     if one.moving:
         words += ["--enable-eplb", "--eplb-rebalance-num-iterations", str(setup.interval), "--expert-distribution-recorder-mode", "stat"]
         if one.strategy:

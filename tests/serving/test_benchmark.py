@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +20,13 @@ pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohtt
 from safetensors import safe_open  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from benchmarks.serving.checkpoints import MODELS, fit_bias, wanted_shares, write  # noqa: E402
-from benchmarks.serving.contestants import CONTESTANTS, Setup, command  # noqa: E402
+from benchmarks.serving.checkpoints import GATES, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
+from benchmarks.serving.contestants import CONTESTANTS, Setup, batches, command  # noqa: E402
 from benchmarks.serving.traffic import Workload, drive  # noqa: E402
 from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
 from moe_placement_plugin.moe import select_experts  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def skewed(layers: int, experts: int) -> ExpertLoad:
@@ -31,7 +37,7 @@ def skewed(layers: int, experts: int) -> ExpertLoad:
 def test_the_router_follows_the_load_and_its_twin_is_even(name, tmp_path):
     model = MODELS[name]
     made = write(tmp_path / "model", model, skewed(4, 40), torch.float32, "cpu")
-    write(tmp_path / "even", model, None, torch.float32, "cpu")
+    write_even_twin(tmp_path / "even", tmp_path / "model", model, "cpu")
     wanted, reached = np.array(made["shares"]), np.array(made["reached"])
     assert wanted.shape == (len(model.moe_layers), model.experts) and np.abs(wanted - reached).sum(axis=1).max() < 0.03
     assert wanted.max() * model.experts > 2, "the load is not skewed"
@@ -44,6 +50,9 @@ def test_the_router_follows_the_load_and_its_twin_is_even(name, tmp_path):
                 tensors[folder][key] = handle.get_tensor(key)
     same = {key for key in tensors["model"] if torch.equal(tensors["model"][key], tensors["even"][key])}
     assert tensors["model"].keys() - same == {f"model.layers.{layer}.mlp.gate.weight" for layer in model.moe_layers}
+    assert {file.name for file in (tmp_path / "even").iterdir() if not file.is_symlink()} == {GATES}
+    even = shares_in_a_forward_pass(tmp_path / "even", model)
+    assert even.max() * model.experts < 1.5 and even.min() * model.experts > 0.6, even
     words = Workload(3, 40, 1, 1).prompts(model.size.vocab, 0)
     tokens = [[int(word[1:]) for word in prompt.split()] for prompt in words]
     assert AutoTokenizer.from_pretrained(tmp_path / "model")(words).input_ids == tokens
@@ -109,6 +118,16 @@ def test_command_lines(engine, layout, tmp_path):
         assert ("--enable-eplb" in line) == (bool(one.moving) or engine == "vllm" and bool(one.redundant))
 
 
+def test_batches_share_what_the_others_are_compared_with():
+    made = [[one.name for one in batch] for batch in batches(list(CONTESTANTS.values()), 6)]
+    assert all(names[:2] == ["stock", "ideal"] and len(names) <= 6 for names in made)
+    assert [name for names in made for name in names[2:]] == [n for n in CONTESTANTS if n not in ("stock", "ideal")]
+    alone = [CONTESTANTS["zigzag"], CONTESTANTS["eplb"]]
+    assert batches(alone, 2) == [alone] and batches(alone[:1], 2) == [alone[:1]]
+    with pytest.raises(PlacementError, match="--at-once 2: stock, ideal are always up and at least one more: give 3"):
+        batches(list(CONTESTANTS.values()), 2)
+
+
 class Slow(BaseHTTPRequestHandler):
     """Streams as an engine does: the first token after 50 ms, the others 10 ms apart, one of them after 200 ms."""
 
@@ -141,3 +160,16 @@ def test_traffic_measures_what_a_user_sees():
             drive(url, Workload(1, 2, 2, 1), 5, 0)  # the only word is w4
     finally:
         server.shutdown()
+
+
+def test_the_script_for_gpu_hosts_goes_through_its_steps(tmp_path):
+    def run(*steps: str) -> subprocess.CompletedProcess:
+        env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run([ROOT / "benchmarks/gpus.sh", tmp_path / "out", *steps], capture_output=True, text=True, env=env, timeout=300)
+
+    refused = run("fingerprints", "servings")
+    assert refused.returncode == 2 and "unknown step servings; usage" in refused.stderr and not (tmp_path / "out" / "fingerprints.json").exists()
+    done = run("fingerprints")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "=== fingerprints, vllm, 2 ranks" in done.stdout and (tmp_path / "out" / "fingerprints-vllm.txt").stat().st_size
+    assert json.loads((tmp_path / "out" / "fingerprints.json").read_text())

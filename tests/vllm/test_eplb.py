@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from benchmarks.serving.server_logs import moved
 from moe_placement_plugin.engines.vllm.layers import EPLB_ROW
 from tests.vllm.conftest import MOVING
 
@@ -40,6 +41,10 @@ def test_experts_were_rebalanced_at_least_four_times_and_verified_each_time(movi
     if name == "glm eplb":  # told to move for any gain at all
         assert len(re.findall(r"expert rebalance accepted, the gain is worth the move", log)) >= 4
     assert re.search(r"verified \d+ slots after the exchange", log)
+    # The serving benchmark reads the same lines.
+    found = moved(log, "vllm")
+    assert found["engine_rebalances"] >= 4 and found["exchanges"] and found["exchange_ms"] >= found["chunk_ms"] > 0 and found["verify_ms"]
+    assert found["moved_bytes"] and bool(found["accepted"] + found["declined"]) == ("eplb" in name)
 
 
 def test_the_first_placement_is_the_strategys(moving):

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Everything that needs GPUs, on one host, into OUT; all steps or some:
+#
+#   ENGINE=vllm|sglang benchmarks/gpus.sh OUT [STEP...]
+#
+#   exchange         moving experts: bandwidth and pause, against plain copies and vLLM's own (all GPUs; vLLM)
+#   overlap          what chunking hides of the staged layer's exchange (all GPUs)
+#   kernels          the staged layer against the reference and the engine's fused call (one GPU)
+#   recording        what recording the load costs (one GPU; vLLM)
+#   fingerprints     their time (one GPU)
+#   serving          all servers, tensor-parallel attention; serving-grouped: a grouped model; serving-dp: data-parallel attention;
+#   serving-eager    without CUDA graphs (all GPUs)
+#
+# ENGINE must be installed with this plugin. GPUS: how many to use. TRACES: folder of recorded loads. LIMIT: seconds for each step; what was
+# measured until then stays. Without a GPU small shapes run on the CPU, which shows that the scripts work, and nothing else.
+set -uo pipefail
+
+steps=(exchange overlap kernels recording fingerprints serving serving-grouped serving-dp serving-eager)
+usage="usage: benchmarks/gpus.sh OUT [STEP...], steps: ${steps[*]}"
+out=$(mkdir -p "${1:?$usage}" && cd "$1" && pwd) || exit 2
+shift
+for name; do
+    if [[ " ${steps[*]} " != *" $name "* ]]; then
+        echo "unknown step $name; $usage" >&2
+        exit 2
+    fi
+done
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export ENGINE=${ENGINE:-vllm} PYTHON=${PYTHON:-python3} TRACES=${TRACES:-$root/../shared/traces} PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+found=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())") || exit 2
+export GPUS=${GPUS:-$((found ? found : 2))}
+# The same for all communicators, whether or not there is room left for multicast buffers when they are made.
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+
+serve() { # FILE LOAD MODEL WORKLOAD... [-- ARGUMENT...]
+    local file=$out/$1-$ENGINE.json load=$TRACES/$2 model=$3 arguments=()
+    local folder=$work/$1
+    shift 3
+    while (($#)) && [[ $1 != -- ]]; do
+        arguments+=(--workload "$1")
+        shift
+    done
+    if ((found == 0)); then
+        model=tiny-grouped arguments=(--cpu --workload tiny --repeats 1)
+    fi
+    "$PYTHON" -m benchmarks.serving --engine "$ENGINE" --ranks "$GPUS" --load "$load" --model "$model" --folder "$folder" --json "$file" "${arguments[@]}" "${@:2}"
+}
+
+step() {
+    local few=(--contestant linear --contestant ideal --contestant zigzag --contestant eplb)
+    if ((found)); then few=(--contestant stock "${few[@]}"); fi
+    case $1 in
+    exchange)
+        for shape in $( ((found)) && echo 5-layer r1 || echo tiny); do
+            "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$root/benchmarks/exchange_gpu.py" --shape "$shape" \
+                --json "$out/exchange-$shape.json"
+        done
+        ;;
+    overlap) "$root/benchmarks/staged_moe.sh" "$out" overlap ;;
+    kernels) "$root/benchmarks/staged_moe.sh" "$out" check overhead ;;
+    recording) "$PYTHON" -m moe_placement_plugin.bench.recording --rounds 24 ;;
+    fingerprints)
+        local size=(--gb 1)
+        if ((found)); then size=(--gb 16 --device cuda); fi
+        "$PYTHON" -c "from moe_placement_plugin.cli import main; main()" bench verify --json "$out/fingerprints.json" "${size[@]}"
+        ;;
+    serving) serve serving deepseek_r1_prefill_in1024.json qwen3-30b-a3b prefill decode mixed ;;
+    serving-grouped) serve serving-grouped deepseek_r1_prefill_in1024.json v2-lite prefill decode mixed -- "${few[@]}" ;;
+    serving-dp) serve serving-dp deepseek_r1_decode_in1000out1000.json qwen3-30b-a3b prefill decode mixed -- --layout dp "${few[@]}" ;;
+    serving-eager) serve serving-eager deepseek_r1_prefill_in1024.json v2-lite prefill -- --eager "${few[@]}" ;;
+    esac
+}
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export -f serve step
+export out root work found
+failed=()
+for name in "${@:-${steps[@]}}"; do
+    echo "=== $name, $ENGINE, $GPUS ranks"
+    timeout --kill-after 60 "${LIMIT:-3600}" bash -ec "step $name" 2>&1 | tee "$out/$name-$ENGINE.txt"
+    if ((PIPESTATUS[0])); then failed+=("$name"); fi
+done
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi

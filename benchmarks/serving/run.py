@@ -1,0 +1,253 @@
+"""The run: checkpoints, a recording, then batch after batch of servers that take turns."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from moe_placement_plugin import ExpertLoad, Placement, PlacementError, __version__, get_strategy
+from moe_placement_plugin.bench.planner import machine
+from moe_placement_plugin.costmodel import find_calibration, fit
+from moe_placement_plugin.demo.engines import DEMO_ENGINES, Answer
+from moe_placement_plugin.demo.server import Server, free_port
+from moe_placement_plugin.simulate import Cluster
+from moe_placement_plugin.topology import Topology
+
+from .checkpoints import MODELS, wanted_shares, write, write_even_twin
+from .contestants import CONTESTANTS, Contestant, Setup, batches, command
+from .prediction import layer_times, predict, step_tokens
+from .report import prediction_in_words, table
+from .server_logs import in_words, moved
+from .traffic import WORKLOADS, drive
+
+ASKED, ANSWERED = 12, 16
+"""Prompts whose answers are compared, and tokens of each."""
+
+
+class Run:
+    """One engine, one model, all contestants.
+
+    Args:
+        given: the command line.
+        folder: for checkpoints, the recording and logs.
+    """
+
+    def __init__(self, given: argparse.Namespace, folder: Path):
+        self.given, self.folder, self.model = given, folder, MODELS[given.model]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.dtype, self.device = (torch.float32, "cpu") if given.cpu else (torch.bfloat16, "cuda")
+        self.setup = Setup(
+            given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory, given.interval
+        )
+        # On CPUs stock vLLM dies with expert parallelism.
+        names = given.contestant or [n for n in CONTESTANTS if n != "stock" or not given.cpu]
+        contestants = [CONTESTANTS[n] for n in names if given.engine in CONTESTANTS[n].engines]
+        if not contestants:
+            raise PlacementError(f"{given.engine} has none of {', '.join(names)}: name another --contestant")
+        if not given.contestant and given.cpu:
+            contestants.sort(key=lambda one: one.name != "linear")
+        self.batches = batches(contestants, given.at_once)
+        self.workloads = given.workload or ["prefill", "decode", "mixed"]
+        self.console = Console(width=200, highlight=False)
+        self.recording = folder / "load.safetensors"
+        self.cost = fit(find_calibration(given.calibration).measurements) if given.calibration else None
+        self.result: dict = {}
+
+    def all(self) -> dict:
+        """Every phase; plain data, which is saved after each step: a time limit loses no more than the last."""
+        self.note("facts", self.facts())
+        self.note("router", self.make_models())
+        self.note("recorded", self.record())
+        self.note("batches", [])
+        for contestants in self.batches:
+            self.batch(contestants)
+        return self.result
+
+    def note(self, key: str, value: object) -> None:
+        """Keep a part of the result."""
+        self.result[key] = value
+        self.save()
+
+    def save(self) -> None:
+        """Write what there is so far."""
+        if self.given.json:
+            self.given.json.write_text(json.dumps(self.result, indent=1))
+
+    def say(self, text: str) -> None:
+        self.console.print(text)
+
+    def facts(self) -> dict:
+        """Machine, versions, command."""
+        words = (Path(word).name if "/" in word else word for word in sys.argv[1:])
+        found = {
+            **machine(),
+            "gpus": [] if self.given.cpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "plugin": __version__,
+            self.given.engine: _engine_version(self.given.engine),
+            "command": " ".join(["python -m benchmarks.serving", *words]),
+        }
+        self.say("; ".join(f"{k} {v}" for k, v in found.items()))
+        return found
+
+    def make_models(self) -> dict:
+        """Writes both checkpoints; how far the router's shares are from the wanted ones."""
+        load = ExpertLoad.read(self.given.load) if self.given.load else None
+        made = write(self.folder / "model", self.model, load, self.dtype, self.device)
+        write_even_twin(self.folder / "even", self.folder / "model", self.model, self.device)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # the servers need it
+        apart = np.abs(np.array(made["shares"]) - np.array(made["reached"])).sum(axis=1) / 2
+        self.say(f"checkpoint: router within {apart.max():.2%} of the recorded shares on its embeddings")
+        return {"wanted": made["shares"], "apart": apart.tolist()}
+
+    def record(self) -> dict:
+        """Serve once with linear, record what is really routed, and place the experts by it."""
+        self.recording.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
+        with self.server(CONTESTANTS["linear"], self.recording) as server:
+            for name in self.workloads:
+                drive(server.url, WORKLOADS[name], self.model.size.vocab, 1)
+            _wait_for(self.recording, server)
+        load = ExpertLoad.read(self.recording)
+        self.recorded, self.placed = load, self.placements(load)
+        total = load.total / np.maximum(load.total.sum(axis=1, keepdims=True), 1)
+        wanted = wanted_shares(ExpertLoad.read(self.given.load) if self.given.load else None, self.model)
+        apart = np.abs(total - wanted).sum(axis=1) / 2
+        balance = {name: placement.overall_balancedness(load.total) for name, placement in self.placed.items()}
+        self.say(f"recorded: {int(load.counts.sum())} choices, {apart.mean():.1%} of them elsewhere than in the recorded load; balancedness "
+                 + ", ".join(f"{k} {v:.3f}" for k, v in balance.items()))  # fmt: skip
+        return {"apart": apart.tolist(), "balancedness": balance}
+
+    def placements(self, load: ExpertLoad) -> dict[str, Placement]:
+        """Of the contestants whose placement stays. Without a strategy it is linear."""
+        placed = {}
+        for one in {one.name: one for batch in self.batches for one in batch}.values():
+            if not one.moving and not one.even:
+                cluster = Cluster(Topology.even(self.given.ranks), one.redundant, self.model.groups or 1)
+                placed[one.name] = get_strategy(one.strategy or "linear").place(cluster.request(load))
+        return placed
+
+    def server(self, one: Contestant, record: Path | None = None) -> Server:
+        port = free_port()
+        model = self.folder / ("even" if one.even else "model")
+        load = self.recording if self.recording.exists() else None
+        name = one.name.replace(" ", "-") + ("-first" if record else "")
+        if one.recording and record is None:
+            record = self.folder / f"{name}.safetensors"
+        line, env = command(one, self.setup, model, load, port, record)
+        return Server(line, port, env, self.folder / f"{name}.log", 400)
+
+    def batch(self, contestants: Sequence[Contestant]) -> None:
+        """Serve some contestants at once."""
+        found: dict = {"answers": {}, "rounds": {}, "predicted": {}, "moved": {}}
+        self.result["batches"].append(found)
+        with ExitStack() as stack:
+            servers = self.start(contestants, stack)
+            found["answers"] = self.compare_answers(servers)
+            for workload in self.workloads:
+                found["rounds"][workload] = rounds = self.rounds(workload, servers)
+                self.console.print(table(workload, rounds, found["answers"], ASKED))
+                if self.cost is not None:
+                    found["predicted"][workload] = self.predict(workload, rounds)
+                    self.say("  " + prediction_in_words(found["predicted"][workload]))
+                self.save()
+            for name, server in servers.items():
+                found["moved"][name] = moved(server.log.read_text(errors="replace"), self.given.engine)
+                if words := in_words(found["moved"][name]):
+                    self.say(f"{name}: {words}")
+        self.save()
+
+    def start(self, contestants: Sequence[Contestant], stack: ExitStack) -> dict[str, Server]:
+        """All servers of a batch; one that cannot start is reported and left out, unless it is the first."""
+        made = [(one, self.server(one)) for one in contestants]
+
+        def enter(server: Server) -> str | None:
+            try:
+                server.__enter__()
+            except PlacementError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(self.given.starts) as pool:
+            for _, server in made:
+                stack.callback(server.stop)
+            errors = list(pool.map(enter, [server for _, server in made]))
+        servers = {}
+        for (one, server), error in zip(made, errors):
+            if error is None:
+                servers[one.name] = server
+            else:
+                self.say(f"{one.name} did not start: {error[-600:]}")
+        if contestants[0].name not in servers:
+            raise PlacementError(f"{contestants[0].name}, which the others are compared with, did not start")
+        return servers
+
+    def compare_answers(self, servers: dict[str, Server]) -> dict:
+        """Greedy answers of every server against the first one's."""
+        engine = DEMO_ENGINES[self.given.engine]
+        prompts = WORKLOADS["tiny"].prompts(self.model.size.vocab, 7)[:ASKED]
+        answers = {name: [engine.complete(server.url, "tiny", p, ANSWERED) for p in prompts] for name, server in servers.items()
+                   if not CONTESTANTS[name].even}  # fmt: skip
+        reference = next(iter(answers.values()))
+        return {name: _difference(found, reference) for name, found in answers.items()}
+
+    def rounds(self, workload: str, servers: dict[str, Server]) -> dict[str, list[dict]]:
+        """Server -> the figures of each round."""
+        found: dict = {name: [] for name in servers}
+        for number in range(-1, self.given.repeats):  # the first only warms up
+            for name in servers if number % 2 == 0 else reversed(servers):
+                figures = drive(servers[name].url, WORKLOADS[workload], self.model.size.vocab, 100 + number).figures()
+                if number >= 0:
+                    found[name].append(figures)
+        return found
+
+    def predict(self, workload: str, rounds: dict) -> dict:
+        """What the cost model says of each server, from what `record` saw; see `prediction`."""
+        even = get_strategy("linear").place(Cluster(Topology.even(self.given.ranks)).request(self.recorded))
+        tokens = step_tokens(workload, WORKLOADS[workload])
+        placed = {name: placement for name, placement in self.placed.items() if name in rounds}
+        layers = layer_times(placed, self.recorded.total, even, tokens, self.model.top_k, self.cost)
+        measured = {name: float(np.median([r["tokens_per_s"] for r in rows])) for name, rows in rounds.items()}
+        return {"step_tokens": tokens, "layer_us": layers, "servers": predict(layers, measured, next(iter(rounds)))}
+
+
+def _difference(found: list[Answer], reference: list[Answer]) -> dict[str, float]:
+    """Answers with another token, and how far log probabilities are apart up to and with the first one: at a near tie that is little."""
+    different, gaps = 0, [0.0]
+    for ours, theirs in zip(found, reference):
+        same = [a == b for a, b in zip(ours.token_ids, theirs.token_ids)]
+        different += not all(same)
+        until = same.index(False) + 1 if False in same else len(same)
+        gaps += [abs(a - b) for a, b in zip(ours.logprobs[:until], theirs.logprobs[:until])]
+    return {"different": different, "logprobs": max(gaps)}
+
+
+def _wait_for(path: Path, server: Server, seconds: float = 30) -> None:
+    """Wait until the recording has been written after the last answer."""
+    after, end = time.time() + 1, time.monotonic() + seconds
+    while not path.exists() or path.stat().st_mtime < after:
+        # An idle server writes nothing: another request makes it.
+        drive(server.url, WORKLOADS["tiny"], 256, 3)
+        if time.monotonic() > end:
+            raise PlacementError(f"{path} was not written: {server.tail(5)}")
+        time.sleep(0.5)
+
+
+def _engine_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return __import__(name).__version__

@@ -1,0 +1,59 @@
+"""What a server's log says of experts that moved and of fingerprints that were compared.
+
+The engines' own rebalancing reports how often and how long, ours also how much: what vLLM and SGLang move by themselves they do not say.
+"""
+
+from __future__ import annotations
+
+import re
+
+EXCHANGED = re.compile(r"exchanged experts of \d+ layers in ([\d.]+) s \(\d+ chunks of at most ([\d.]+) s\): ([\d.]+) MB in")
+VERIFIED = re.compile(r"verified \d+ slots .*?in ([\d.]+) s")
+ENGINE = {
+    "vllm": re.compile(r"Rearranged experts (?!.*profile).*?in ([\d.]+) s"),
+    "sglang": re.compile(r"\[EPLBManager\] rebalance end time=([\d.]+)s"),
+}
+DECIDED = re.compile(r"expert rebalance (accepted|declined)")
+
+
+def moved(text: str, engine: str) -> dict[str, float]:
+    """Counts and times of one server, of all ranks that wrote to its log.
+
+    Args:
+        text: the log.
+        engine: ``vllm`` or ``sglang``.
+
+    Returns:
+        ``accepted`` and ``declined``: lines on rebalances that our planner proposed, as many for each as ranks tell;
+        ``exchanges`` and ``moved_bytes``, received by all ranks; ``exchange_ms`` and ``chunk_ms``, the longest;
+        ``engine_rebalances`` and ``engine_ms``, the engine's own lines and the longest of them; ``verify_ms``, the longest.
+    """
+    decisions = DECIDED.findall(text)
+    ours = [tuple(map(float, found)) for found in EXCHANGED.findall(text)]
+    own = [float(seconds) for seconds in ENGINE[engine].findall(text)]
+    verified = [float(seconds) for seconds in VERIFIED.findall(text)]
+    return {
+        "accepted": decisions.count("accepted"),
+        "declined": decisions.count("declined"),
+        "exchanges": len(ours),
+        "moved_bytes": sum(megabytes for _, _, megabytes in ours) * 1e6,
+        "exchange_ms": 1e3 * max((seconds for seconds, _, _ in ours), default=0.0),
+        "chunk_ms": 1e3 * max((chunk for _, chunk, _ in ours), default=0.0),
+        "engine_rebalances": len(own),
+        "engine_ms": 1e3 * max(own, default=0.0),
+        "verify_ms": 1e3 * max(verified, default=0.0),
+    }
+
+
+def in_words(found: dict[str, float]) -> str:
+    """One line; empty when nothing moved and nothing was compared."""
+    parts = []
+    if found["accepted"] or found["declined"]:
+        parts.append(f"rebalances {found['accepted']} accepted, {found['declined']} declined")
+    if found["exchanges"]:
+        parts.append(f"{found['moved_bytes'] / 1e6:.1f} MB moved, longest exchange {found['exchange_ms']:.1f} ms, chunk {found['chunk_ms']:.1f} ms")
+    if found["engine_rebalances"]:
+        parts.append(f"{found['engine_rebalances']} rebalances told by the engine, longest {found['engine_ms']:.0f} ms")
+    if found["verify_ms"]:
+        parts.append(f"fingerprints at most {found['verify_ms']:.0f} ms")
+    return "; ".join(parts)
