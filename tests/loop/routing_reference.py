@@ -22,6 +22,12 @@ class Reference:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
+    def greedy(self, prompt: list[int], tokens: int) -> list[int]:
+        """The answer of so many tokens to a prompt of token ids."""
+        ids = self._torch.tensor([prompt])
+        found = self.network.generate(ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        return found[0, len(prompt) :].tolist()
+
     def expected(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Counts per phase ``[layers, experts]`` and pairs ``[layers, experts, experts]`` of greedy answers to prompts of token ids."""
         config = self.network.config

@@ -18,6 +18,7 @@ from moe_placement_plugin.demo.tiny_models import write_qwen3_moe
 
 from ..support.children import end_group, engine_lock
 from ..support.vllm_runner import ENVIRONMENT
+from .routing_reference import Reference, check
 
 pytest.importorskip("vllm", reason="vLLM is not installed here")
 
@@ -59,6 +60,10 @@ def test_record_scrape_and_plan(tmp_path, cli):
     # Every prompt token and all generated ones but the last of each answer, 4 experts each, in 4 layers.
     routed = (sent["sent"]["prompt_tokens"] + 15 - 3) * 4 * 4
     assert sent["routed_tokens"] == routed == ExpertLoad.read(path).counts.sum()
+    # Expert parallelism is off: an operator records before deciding.
+    reference = Reference(model)
+    tokens = [reference.tokenizer(prompt)["input_ids"] for prompt in ("hello world", "The quick brown fox", "0123456789")]
+    check(ExpertLoad.read(path), reference.expected(tokens, [reference.greedy(prompt, 5) for prompt in tokens])[0], None)
     ours = {line.split(" ")[0]: float(line.split(" ")[1]) for line in metrics.splitlines() if line.startswith("moe_")}
     assert sum(v for k, v in ours.items() if k.startswith("moe_expert_tokens_total")) == routed
     assert sum(k.startswith("moe_expert_hottest_load_ratio") for k in ours) == 12

@@ -87,7 +87,11 @@ def stock(checkpoints, tmp_path_factory) -> dict[str, dict]:
 
 @pytest.fixture(scope="session")
 def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
-    """Answers and probes of vLLM with this plugin on two ranks, a case per strategy and model."""
+    """Answers and probes of vLLM with this plugin on two ranks, a case per strategy and model; some record their load."""
+    folder = tmp_path_factory.mktemp("placed", numbered=False)
+
+    def record(name: str, **more) -> dict:
+        return {"additional_config": {"expert_load_record": str(folder / name), "expert_load_interval": 0.5, **more}}
 
     def case(name, model, more, **extra):
         return {"name": name, "engine": {"model": checkpoints[model], **TWO_RANKS, **more}, "env": ONE_EACH, "probe": True, **extra}
@@ -97,9 +101,9 @@ def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
         case("qwen zigzag", "qwen", {"expert_placement_strategy": "zigzag"}, profile=True, sabotage=True),
         case("qwen balanced", "qwen", {"expert_placement_strategy": "balanced"}, faults=FAULTS),
         case("qwen eplb filter", "qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": files["qwen"],
-                                         "enable_ep_weight_filter": True}),
+                                         "enable_ep_weight_filter": True, **record("eager", expert_load_coactivation=True)}),
         case("qwen uneven plan filter", "qwen", {"expert_placement_file": files["uneven"], "enable_ep_weight_filter": True}),
-        case("qwen zigzag compiled", "qwen", {"expert_placement_strategy": "zigzag", "enforce_eager": False}),
+        case("qwen zigzag compiled", "qwen", {"expert_placement_strategy": "zigzag", "enforce_eager": False, **record("compiled")}),
         case("qwen-bf16 zigzag", "qwen", {"expert_placement_strategy": "zigzag", "dtype": "bfloat16"}),
         case("glm zigzag filter", "glm", {"expert_placement_strategy": "zigzag", "enable_ep_weight_filter": True}),
         case("glm balanced", "glm", {"expert_placement_strategy": "balanced", "expert_placement_verify": "checkpoint"}),
@@ -108,7 +112,6 @@ def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
     own_core["env"] = OWN_CORE
     four = case("qwen zigzag four ranks", "qwen", {"expert_placement_strategy": "zigzag", "tensor_parallel_size": 4})
     four["env"] = {**ONE_EACH, "VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
-    folder = tmp_path_factory.mktemp("placed", numbered=False)
     return run_cases(folder, [*cases, own_core, four], {}, 1500)
 
 
@@ -135,6 +138,14 @@ def moving(checkpoints, files, tmp_path_factory) -> tuple[dict[str, dict], dict[
     results = run_cases(folder, cases, {}, 1200)
     parts = (folder / "log").read_text().split("=== case ")
     return results, {part.partition("\n")[0].strip(): part for part in parts}
+
+
+@pytest.fixture(scope="session")
+def recordings(placed, tmp_path_factory) -> dict[str, tuple[list[dict], ExpertLoad]]:
+    """Name -> (answers, what was recorded while they were given)."""
+    folder = tmp_path_factory.getbasetemp() / "placed"
+    of = {"eager": "qwen eplb filter", "compiled": "qwen zigzag compiled"}
+    return {name: (placed[case]["answers"], ExpertLoad.read(folder / name)) for name, case in of.items()}
 
 
 @pytest.fixture(scope="session")
