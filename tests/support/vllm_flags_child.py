@@ -1,13 +1,22 @@
 """Child process: what vLLM's arguments do with our flags, without starting an engine.
 
-    python -m tests.support.vllm_flags_child attributes|configs|parser [JSON]
+    python -m tests.support.vllm_flags_child attributes|configs|parser JSON
+    python -m tests.support.vllm_flags_child
+
+Without arguments a line on standard input is a question, ``[attributes|configs|parser, JSON]``, and a line that begins with ANSWER holds
+``{"answer": ..., "output": ...}``. vLLM's modules are imported once then, which takes longer than all questions, and each is answered in a process
+forked from there, before vLLM has loaded its general plugins. What depends on the command line or the environment while vLLM is imported is
+asked in the first form.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
+import tempfile
+import traceback
 import types
 
 MODULES = [
@@ -44,11 +53,16 @@ def snapshot() -> dict[str, object]:
     return seen
 
 
-def attributes(argv: list[str]) -> dict:
-    """Names that differ after vLLM loaded its plugins and built its parser, and names that hold code of ours."""
+def import_all() -> None:
+    """Import what the questions are about, as a server without our flag does."""
     sys.argv = ["api_server"]
     for name in MODULES:
         importlib.import_module(name)
+
+
+def attributes(argv: list[str]) -> dict:
+    """Names that differ after vLLM loaded its plugins and built its parser, and names that hold code of ours."""
+    import_all()
     before = snapshot()
     sys.argv = ["api_server", *argv]
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -121,6 +135,37 @@ def parser(argvs: list[list[str]]) -> list[dict]:
     return found
 
 
+def in_a_fork(what: str, argument: object) -> dict:
+    """The answer, None when the process died over the question, and what was printed."""
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as found:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(printed.fileno(), 1)
+                os.dup2(printed.fileno(), 2)
+                json.dump(globals()[what](argument), found)
+                found.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
+        os.waitpid(child, 0)
+        for file in (printed, found):
+            file.seek(0)
+        text = found.read()
+        return {"answer": json.loads(text) if text else None, "output": printed.read()}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print("ANSWER " + json.dumps(globals()[sys.argv[1]](json.loads(sys.argv[2]))))
+        return
+    import_all()
+    for line in sys.stdin:
+        print("ANSWER " + json.dumps(in_a_fork(*json.loads(line))), flush=True)
+
+
 if __name__ == "__main__":
-    answer = globals()[sys.argv[1]](json.loads(sys.argv[2]))
-    print("ANSWER " + json.dumps(answer))
+    main()

@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement
-from tests.support.children import python, run_child
+from tests.support.children import Finished, end_group, python, run_child
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # no engine starts, but each child imports vLLM
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # no engine starts, but a child imports vLLM
 
 ROOT = Path(__file__).parents[2]
 
 
-def child(what, argument, env=None):
-    finished = run_child(
-        python("-m", "tests.support.vllm_flags_child", what, json.dumps(argument, default=str)),
-        200,
-        {"HF_HUB_OFFLINE": "1", **(env or {})},
-        ROOT,
-    )
+def alone(what, argument, env=None):
+    """Asks a process of its own: (answer or None, `Finished`)."""
+    command = python("-m", "tests.support.vllm_flags_child", what, json.dumps(argument))
+    finished = run_child(command, 200, {"HF_HUB_OFFLINE": "1", **(env or {})}, ROOT)
     lines = [line for line in finished.output.splitlines() if line.startswith("ANSWER ")]
     return (json.loads(lines[-1][7:]) if lines else None), finished
 
 
-def test_without_the_flag_no_attribute_differs():
+@pytest.fixture(scope="module")
+def child():
+    """Asks a process that has imported vLLM: (answer or None, `Finished`)."""
+    process = subprocess.Popen(
+        python("-m", "tests.support.vllm_flags_child"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, start_new_session=True,
+    )  # fmt: skip
+
+    def ask(what, argument):
+        process.stdin.write(json.dumps([what, argument], default=str) + "\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if line.startswith("ANSWER "):
+                found = json.loads(line[7:])
+                return found["answer"], Finished(0, found["output"])
+        raise AssertionError(f"the process that imports vLLM ended with {process.wait(timeout=10)}")
+
+    yield ask
+    end_group(process)
+
+
+def test_without_the_flag_no_attribute_differs(child):
     answer, finished = child("attributes", ["--model", "m", "--tensor-parallel-size", "2"])
     assert answer is not None, finished.output
     assert answer["count"] > 10_000 and answer["loaded"]
@@ -35,14 +55,14 @@ def test_without_the_flag_no_attribute_differs():
 
 
 def test_excluded_by_vllm_plugins_no_attribute_differs_in_spite_of_the_flag():
-    answer, finished = child(
+    answer, finished = alone(
         "attributes", ["--model", "m", "--enable-expert-parallel", "--expert-placement-strategy", "zigzag"], {"VLLM_PLUGINS": ""}
     )
     assert answer is not None, finished.output
     assert answer["changed"] == [] and answer["ours"] == [] and not answer["loaded"]
 
 
-def test_with_the_flag_the_arguments_differ_and_nothing_else():
+def test_with_the_flag_the_arguments_differ_and_nothing_else(child):
     answer, finished = child("attributes", ["--model", "m", "--enable-expert-parallel", "--expert-placement-strategy", "zigzag"])
     assert answer is not None, finished.output
     assert "vllm.engine.arg_utils:EngineArgs.create_engine_config" in answer["changed"] and answer["ours"]
@@ -52,7 +72,7 @@ def test_with_the_flag_the_arguments_differ_and_nothing_else():
 def test_the_parser_takes_the_flags_and_refuses_an_unknown_strategy(tmp_path, checkpoints):
     plan = tmp_path / "plan.json"
     taken = ["--model", str(checkpoints["qwen"]), "--expert-placement-strategy=zigzag", "--expert_placement_file", str(plan)]
-    answer, finished = child("parser", [taken, ["--model", "m", "--expert-placement-strategy", "zigzga"]])
+    answer, finished = alone("parser", [taken, ["--model", "m", "--expert-placement-strategy", "zigzga"]])
     assert answer is not None, finished.output
     assert answer == [{"strategy": "zigzag", "additional_config": {"expert_placement_file": str(plan)}}, {"exit": 2}]
     assert "invalid choice: 'zigzga'" in finished.output
@@ -63,13 +83,13 @@ def test_the_parser_takes_the_flags_and_refuses_an_unknown_strategy(tmp_path, ch
 def test_the_parser_takes_a_yaml_file(tmp_path, checkpoints):
     plan, config = tmp_path / "plan.json", tmp_path / "config.yaml"
     config.write_text(f"expert-placement-strategy: zigzag\nexpert-placement-file: {plan}\n")
-    answer, finished = child("parser", [["--model", str(checkpoints["qwen"]), "--config", str(config)]])
+    answer, finished = alone("parser", [["--model", str(checkpoints["qwen"]), "--config", str(config)]])
     assert answer is not None, finished.output
     assert answer == [{"strategy": "zigzag", "additional_config": {"expert_placement_file": str(plan)}}]
 
 
 @pytest.fixture(scope="module")
-def results(checkpoints, files, tmp_path_factory):
+def results(child, checkpoints, files, tmp_path_factory):
     """Request name -> what came of it; all in one child."""
     folder = tmp_path_factory.mktemp("bad")
 
@@ -172,7 +192,7 @@ def test_bad_input_is_refused_with_one_clear_message(results, name, words):
     assert "\n" not in result["message"]
 
 
-def test_hosts_with_and_without_the_head_s_file(checkpoints, tmp_path):
+def test_hosts_with_and_without_the_head_s_file(child, checkpoints, tmp_path):
     """What each host makes of the same flags: --nnodes 2, the file on the head only, or not what it should be."""
     load, other, absent = tmp_path / "load.safetensors", tmp_path / "other.json", tmp_path / "absent.json"
     ExpertLoad(np.random.default_rng(2).zipf(1.5, (2, 3, 32)), (1, 2, 3)).write(load)
