@@ -13,7 +13,8 @@ ENGINE = {
     "vllm": re.compile(r"Rearranged experts (?!.*profile).*?in ([\d.]+) s"),
     "sglang": re.compile(r"\[EPLBManager\] rebalance end time=([\d.]+)s"),
 }
-DECIDED = re.compile(r"expert rebalance (accepted|declined)")
+DECIDED = re.compile(r"(?:EP|DP)0\b.*expert rebalance (accepted|declined)")
+"""Every rank tells the same decision: the first one's lines count."""
 
 
 def moved(text: str, engine: str) -> dict[str, float]:
@@ -24,7 +25,7 @@ def moved(text: str, engine: str) -> dict[str, float]:
         engine: ``vllm`` or ``sglang``.
 
     Returns:
-        ``accepted`` and ``declined``: lines on rebalances that our planner proposed, as many for each as ranks tell;
+        ``accepted`` and ``declined``: rebalances that our planner proposed;
         ``exchanges`` and ``moved_bytes``, received by all ranks; ``exchange_ms`` and ``chunk_ms``, the longest;
         ``engine_rebalances`` and ``engine_ms``, the engine's own lines and the longest of them; ``verify_ms``, the longest.
     """
