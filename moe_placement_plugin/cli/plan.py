@@ -46,6 +46,10 @@ def plan(
 
     check_writable(output)
     planner = get_strategy(strategy)
+    if planner.needs_load:
+        from ..planner.compiled import without_blas
+
+        without_blas()
     workloads = align(read_loads(loads, phase))
     together = ExpertLoad.concatenate([w.load for w in workloads])
     request = cluster(ranks, nodes, redundant, groups, speed, locality).request(together)

@@ -10,6 +10,7 @@ other. So here the stamp of every kernel is that of all the planner's files.
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 from numba import njit
@@ -33,3 +34,18 @@ def kernel(function):
     if hasattr(files, "_source_stamp"):
         files._source_stamp = (files._source_stamp, _SOURCES)
     return compiled
+
+
+def without_blas() -> None:
+    """Keep numba from importing scipy.linalg, which takes a fifth of a second and serves np.dot alone, of which the planner has none.
+
+    Only for a process in which nobody else compiles with numba, as the command line's: a kernel with np.dot would be refused there.
+    """
+    blas = "scipy.linalg.cython_blas"
+    if blas in sys.modules:
+        return
+    sys.modules[blas] = None  # the import system's own sign for a module that cannot be imported
+    try:
+        import numba.np.arraymath  # noqa: F401  it looks for scipy when it is imported, never again
+    finally:
+        del sys.modules[blas]

@@ -56,3 +56,21 @@ def test_an_installation_that_cannot_be_written_caches_elsewhere(installed, tmp_
     # Any file of the planner counts: a kernel that calls one of another file must not outlive it.
     (installed / "planner" / "bound.py").write_text((installed / "planner" / "bound.py").read_text() + "\n# changed\n")
     assert run(installed, home, **more)[:2] == (0, 1)
+
+
+def test_a_plan_without_scipys_linear_algebra():
+    """In a process of its own: numba plans without it, and who imports it afterwards has it."""
+    code = (
+        "import sys\n"
+        "from moe_placement_plugin.planner.compiled import without_blas\n"
+        "without_blas()\n"
+        "import numpy as np\n"
+        "from moe_placement_plugin.planner import plan\n"
+        "plan(np.arange(1, 17)[None], (8, 8))\n"
+        "assert 'scipy.linalg' not in sys.modules\n"
+        "import scipy.linalg.cython_blas\n"
+        "without_blas()\n"
+        "assert sys.modules['scipy.linalg.cython_blas'] is not None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
