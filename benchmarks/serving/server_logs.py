@@ -11,8 +11,9 @@ EXCHANGED = re.compile(r"exchanged experts of \d+ layers in ([\d.]+) s \(\d+ chu
 VERIFIED = re.compile(r"verified \d+ slots .*?in ([\d.]+) s")
 ENGINE = {
     "vllm": re.compile(r"Rearranged experts (?!.*profile).*?in ([\d.]+) s"),
-    "sglang": re.compile(r"\[EPLBManager\] rebalance end time=([\d.]+)s"),
+    "sglang": re.compile(r"(?:EP|DP)0\b.*\[EPLBManager\] rebalance end(?: time=([\d.]+)s)?"),
 }
+"""The first rank's lines; SGLang leaves the time out where it rebalances in chunks of layers."""
 DECIDED = re.compile(r"(?:EP|DP)0\b.*expert rebalance (accepted|declined)")
 """Every rank tells the same decision: the first one's lines count."""
 
@@ -31,7 +32,7 @@ def moved(text: str, engine: str) -> dict[str, float]:
     """
     decisions = DECIDED.findall(text)
     ours = [tuple(map(float, found)) for found in EXCHANGED.findall(text)]
-    own = [float(seconds) for seconds in ENGINE[engine].findall(text)]
+    own = [float(seconds or 0) for seconds in ENGINE[engine].findall(text)]
     verified = [float(seconds) for seconds in VERIFIED.findall(text)]
     return {
         "accepted": decisions.count("accepted"),
@@ -54,7 +55,8 @@ def in_words(found: dict[str, float]) -> str:
     if found["exchanges"]:
         parts.append(f"{found['moved_bytes'] / 1e6:.1f} MB moved, longest exchange {found['exchange_ms']:.1f} ms, chunk {found['chunk_ms']:.1f} ms")
     if found["engine_rebalances"]:
-        parts.append(f"{found['engine_rebalances']} rebalances told by the engine, longest {found['engine_ms']:.0f} ms")
+        longest = f", longest {found['engine_ms']:.0f} ms" if found["engine_ms"] else ""
+        parts.append(f"{found['engine_rebalances']} rebalances told by the engine{longest}")
     if found["verify_ms"]:
         parts.append(f"fingerprints at most {found['verify_ms']:.0f} ms")
     return "; ".join(parts)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from benchmarks.serving.checkpoints import GATES, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
 from benchmarks.serving.contestants import CONTESTANTS, Setup, batches, command  # noqa: E402
+from benchmarks.serving.server_logs import in_words, moved  # noqa: E402
 from benchmarks.serving.traffic import Workload, drive  # noqa: E402
 from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
 from moe_placement_plugin.moe import select_experts  # noqa: E402
@@ -126,6 +127,15 @@ def test_batches_share_what_the_others_are_compared_with():
     assert batches(alone, 2) == [alone] and batches(alone[:1], 2) == [alone[:1]]
     with pytest.raises(PlacementError, match="--at-once 2: stock, ideal are always up and at least one more: give 3"):
         batches(list(CONTESTANTS.values()), 2)
+
+
+def test_sglangs_own_rebalances_are_counted_on_one_rank():
+    """Whole or in chunks of layers; what our planner and exchange log is read from servers, in the engines' tests."""
+    whole = "".join(f"[2026-11-24 22:19:58 TP{rank} EP{rank}] [EPLBManager] rebalance end time={t}s\n" for t in (0.12, 0.3) for rank in (0, 1))
+    found = moved(whole, "sglang")
+    assert (found["engine_rebalances"], found["engine_ms"]) == (2, 300) and in_words(found) == "2 rebalances told by the engine, longest 300 ms"
+    chunks = "[2026-11-24 22:19:58 DP0 TP0 EP0] [EPLBManager] rebalance end\n"
+    assert in_words(moved(chunks, "sglang")) == "1 rebalances told by the engine" and in_words(moved("", "vllm")) == ""
 
 
 class Slow(BaseHTTPRequestHandler):
