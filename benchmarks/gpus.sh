@@ -19,6 +19,7 @@ steps=(exchange overlap kernels recording fingerprints serving serving-grouped s
 usage="usage: benchmarks/gpus.sh OUT [STEP...], steps: ${steps[*]}"
 out=$(mkdir -p "${1:?$usage}" && cd "$1" && pwd) || exit 2
 shift
+(($#)) || set -- "${steps[@]}"
 for name; do
     if [[ " ${steps[*]} " != *" $name "* ]]; then
         echo "unknown step $name; $usage" >&2
@@ -76,7 +77,7 @@ trap 'rm -rf "$work"' EXIT
 export -f serve step
 export out root work found
 failed=()
-for name in "${@:-${steps[@]}}"; do
+for name; do
     echo "=== $name, $ENGINE, $GPUS ranks"
     timeout --kill-after 60 "${LIMIT:-3600}" bash -ec "step $name" 2>&1 | tee "$out/$name-$ENGINE.txt"
     if ((PIPESTATUS[0])); then failed+=("$name"); fi

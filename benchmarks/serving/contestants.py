@@ -13,6 +13,8 @@ from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettin
 OURS = {"min_gain": 0.02, "hysteresis": 0}
 MOST_REQUESTS = 128
 """Under way in a server at once, and the largest batch that CUDA graphs are captured for."""
+LARGEST_STEP = 8192
+"""Tokens that a server takes in one forward pass at most."""
 CACHE_TOKENS = 131_072
 """Keys and values of each server: more than any workload has under way at once, and little, since all servers share the GPUs."""
 CACHE_BYTES = 1280 << 20
@@ -133,8 +135,8 @@ def _vllm(one: Contestant, setup: Setup) -> list[str]:
         words.append("--enable-expert-parallel")
     if not setup.cpu:
         # The cache's size is given: vLLM would else take other servers' memory for its own while it measures.
-        words += ["--gpu-memory-utilization", str(setup.memory), "--kv-cache-memory-bytes", str(CACHE_BYTES), "--max-num-batched-tokens", "8192",
-                  "--max-num-seqs", str(MOST_REQUESTS)]  # fmt: skip
+        words += ["--gpu-memory-utilization", str(setup.memory), "--kv-cache-memory-bytes", str(CACHE_BYTES), "--max-num-batched-tokens",
+                  str(LARGEST_STEP), "--max-num-seqs", str(MOST_REQUESTS)]  # fmt: skip
         if not setup.graphs:
             words.append("--enforce-eager")
     if one.moving:
@@ -160,7 +162,7 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
     if not setup.cpu:
         words += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
         # SGLang takes a share of what was free before it loaded, less whatever others took since: the share is large and the tokens are bounded.
-        words += ["--mem-fraction-static", "0.9", "--max-total-tokens", str(CACHE_TOKENS), "--chunked-prefill-size", "8192"]
+        words += ["--mem-fraction-static", "0.9", "--max-total-tokens", str(CACHE_TOKENS), "--chunked-prefill-size", str(LARGEST_STEP)]
         words += ["--max-running-requests", str(MOST_REQUESTS), "--cuda-graph-max-bs-decode", str(MOST_REQUESTS)]
         words.append("--enforce-disable-flashinfer-allreduce-fusion")
         # Graphs of decoding only: steps of thousands of tokens gain nothing from one, and capturing those takes a minute and a half.

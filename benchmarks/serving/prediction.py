@@ -14,10 +14,8 @@ from moe_placement_plugin import Placement
 from moe_placement_plugin.costmodel import LayerCost
 from moe_placement_plugin.simulate import step_time
 
+from .contestants import LARGEST_STEP
 from .traffic import Workload
-
-LARGEST_STEP = 8192
-"""Tokens that a server takes in one forward pass at most, as `contestants` starts it."""
 
 MIN_APART = 0.01
 """Relative difference of the two servers' predicted layers below which nothing can be told from them."""

@@ -25,7 +25,7 @@ from moe_placement_plugin.demo.server import Server, free_port
 from moe_placement_plugin.simulate import Cluster
 from moe_placement_plugin.topology import Topology
 
-from .checkpoints import MODELS, wanted_shares, write, write_even_twin
+from .checkpoints import MODELS, write, write_even_twin
 from .contestants import CONTESTANTS, Contestant, Setup, batches, command
 from .prediction import layer_times, predict, step_tokens
 from .report import prediction_in_words, table
@@ -110,7 +110,7 @@ class Run:
         write_even_twin(self.folder / "even", self.folder / "model", self.model, self.device)
         if self.device == "cuda":
             torch.cuda.empty_cache()  # the servers need it
-        apart = np.abs(np.array(made["shares"]) - np.array(made["reached"])).sum(axis=1) / 2
+        apart = _apart(np.array(made["shares"]), np.array(made["reached"]))
         self.say(f"checkpoint: router within {apart.max():.2%} of the recorded shares on its embeddings")
         return {"wanted": made["shares"], "apart": apart.tolist()}
 
@@ -124,8 +124,7 @@ class Run:
         load = ExpertLoad.read(self.recording)
         self.recorded, self.placed = load, self.placements(load)
         total = load.total / np.maximum(load.total.sum(axis=1, keepdims=True), 1)
-        wanted = wanted_shares(ExpertLoad.read(self.given.load) if self.given.load else None, self.model)
-        apart = np.abs(total - wanted).sum(axis=1) / 2
+        apart = _apart(total, np.array(self.result["router"]["wanted"]))
         balance = {name: placement.overall_balancedness(load.total) for name, placement in self.placed.items()}
         self.say(f"recorded: {int(load.counts.sum())} choices, {apart.mean():.1%} of them elsewhere than in the recorded load; balancedness "
                  + ", ".join(f"{k} {v:.3f}" for k, v in balance.items()))  # fmt: skip
@@ -181,9 +180,8 @@ class Run:
                 return str(error)
             return None
 
+        stack.callback(_stop, [server for _, server in made])
         with ThreadPoolExecutor(self.given.starts) as pool:
-            for _, server in made:
-                stack.callback(server.stop)
             errors = list(pool.map(enter, [server for _, server in made]))
         servers = {}
         for (one, server), error in zip(made, errors):
@@ -222,6 +220,17 @@ class Run:
         layers = layer_times(placed, self.recorded.total, even, tokens, self.model.top_k, self.cost)
         measured = {name: float(np.median([r["tokens_per_s"] for r in rows])) for name, rows in rounds.items()}
         return {"step_tokens": tokens, "layer_us": layers, "servers": predict(layers, measured, next(iter(rounds)))}
+
+
+def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Share of each layer's choices that lie elsewhere, of two ``[layers, experts]`` of shares."""
+    return np.abs(ours - theirs).sum(axis=1) / 2
+
+
+def _stop(servers: Sequence[Server]) -> None:
+    """End all of them at once: each waits for its workers."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(Server.stop, servers))
 
 
 def _difference(found: list[Answer], reference: list[Answer]) -> dict[str, float]:
