@@ -59,8 +59,8 @@ class Stopwatch:
         self._captures.add(graph)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            # Graphs are replayed one at a time, so they may share their memory.
-            graph.capture_begin(pool=self._pool)
+            # Graphs are replayed one at a time, so they may share their memory. NCCL's watchdog is another thread, which asks for events meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             function()
             graph.capture_end()
         torch.cuda.current_stream(self.device).wait_stream(stream)

@@ -52,6 +52,18 @@ class EpGroup:
             self._all_gather(result, x.contiguous(), group=self._group)
         return result
 
+    def gather_others(self, x: torch.Tensor) -> torch.Tensor:
+        """``[n, ...]`` of every other rank, equal shapes, to ``[(ranks - 1) * n, ...]`` in order of rank."""
+        result = x.new_empty(((self.size - 1) * x.shape[0], *x.shape[1:]))
+        if result.numel():
+            x, others = x.contiguous(), [rank for rank in range(self.size) if rank != self.rank]
+            peers = [rank if self._group is None else dist.get_global_rank(self._group, rank) for rank in others]
+            pairs = [dist.P2POp(dist.isend, x, peer, self._group) for peer in peers]
+            pairs += [dist.P2POp(dist.irecv, part, peer, self._group) for part, peer in zip(result.view(len(peers), *x.shape).unbind(0), peers)]
+            for work in dist.batch_isend_irecv(pairs):
+                work.wait()
+        return result
+
     def all_gather_ints(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
         """The ranks' numbers, ``[ranks][n]``, on the host; waits for the device."""
         if self.size == 1:
@@ -79,13 +91,15 @@ class EpGroup:
             self._reduce_scatter(result, x.contiguous(), group=self._group)
             return result
         parts = self.all_to_all(x, [rows] * self.size, [rows] * self.size).view(self.size, rows, *x.shape[1:])
-        return add_in_order(parts.unbind(0)).to(x.dtype)
+        return add_in_order(parts.unbind(0))
 
 
 def add_in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum of equal shapes from the first to the last, in float32 or wider."""
+    """Sum of equal shapes from the first to the last in float32 or wider, rounded once to their own type."""
+    if len(parts) == 2:
+        return parts[0] + parts[1]  # of two, torch itself rounds once
     wide = torch.promote_types(parts[0].dtype, torch.float32)
     total = parts[0].to(wide, copy=True)
     for part in parts[1:]:
         total += part
-    return total
+    return total.to(parts[0].dtype)

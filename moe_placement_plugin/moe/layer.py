@@ -13,6 +13,7 @@ from ..placement import even_slots
 from .exchange import EpGroup
 from .matmuls.base import Matmuls
 from .matmuls.torch_matmuls import TILE
+from .own_first import add_own, bring_others, own_rows, return_others
 from .placed import PlacedExperts
 from .results import ExpertHidden, RouteMetadata, Selection
 from .select import Routing
@@ -24,7 +25,9 @@ class ExchangeLane:
     """Runs exchanges beside the computation: on a stream of its own on CUDA, at once elsewhere."""
 
     def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Before the matmuls, whose thousands of blocks would else let an exchange begin only when they end. NCCL has streams of its own:
+        # make the group with ``ProcessGroupNCCL.Options(is_high_priority_stream=True)``.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         """Begin ``function(*arguments)`` after what the caller's stream holds now; the result is waited for by calling the answer."""
@@ -94,6 +97,7 @@ class StagedMoE:
         token_chunks: int = 1,
         embedding_chunks: int = 1,
         tokens_per_rank: Sequence[int] | None = None,
+        own_first: bool = False,
     ) -> torch.Tensor:
         """The layer's output for this rank's tokens.
 
@@ -104,6 +108,8 @@ class StagedMoE:
             embedding_chunks: with the ring: split the embedding, gathering the next columns while these are multiplied,
                 and returning finished columns while the next are computed.
             tokens_per_rank: see `route`.
+            own_first: chunk by source: a rank's own tokens are computed while the others' come and while the others' results go, see
+                `own_first`. With one chunk of each.
 
         Returns:
             ``[tokens, hidden]``. On CPU with the torch matmuls the same bits for every number of chunks.
@@ -116,6 +122,8 @@ class StagedMoE:
             raise PlacementError(f"{token_chunks} token chunks and {embedding_chunks} embedding chunks: give 1 or more of one, 1 of the other")
         if embedding_chunks > 1 and not self.use_ring:
             raise PlacementError(f"{embedding_chunks} embedding chunks with the all-to-all exchange: use token_chunks, or the ring")
+        if own_first and max(token_chunks, embedding_chunks) > 1:
+            raise PlacementError(f"own_first with {token_chunks} token and {embedding_chunks} embedding chunks: give 1 of each, or leave own_first out")
         # Chosen for all tokens at once: a chunk must not choose or deal otherwise than the batch.
         selection = select(logits, self.routing, self.placed, 0, self.dealing)
         bounds = _bounds(x.shape[0], token_chunks)
@@ -126,6 +134,8 @@ class StagedMoE:
         plans = plan_dispatch(parts, self.placed, self.group, self.use_ring, per_chunk)
         if embedding_chunks > 1:
             return self._by_columns(x, selection, plans[0], embedding_chunks)
+        if own_first and self.group.size > 1:
+            return self._by_source(x, selection, plans[0])
         return self._by_tokens([x[start:stop] for start, stop in bounds], parts, plans)
 
     def _by_tokens(self, xs: list[torch.Tensor], parts: list[Selection], plans: list[RouteMetadata]) -> torch.Tensor:
@@ -142,6 +152,18 @@ class StagedMoE:
             going.append(self._lane.start(unroute, partial, metadata, self.group))
         finished = [wait() for wait in going]
         result = finished[0] if len(finished) == 1 else torch.cat(finished)
+        return result if shared is None else result + shared
+
+    def _by_source(self, x: torch.Tensor, selection: Selection, plan: RouteMetadata) -> torch.Tensor:
+        coming = self._lane.start(bring_others, x, selection, plan, self.placed, self.group)
+        rows, own = own_rows(x, selection, plan, self.placed)
+        own_hidden = gmm_up(rows, own, self.weights, self.matmuls)
+        shared = self._shared([x])
+        rows, others = coming()
+        partial = gmm_down(gmm_up(rows, others, self.weights, self.matmuls), others, self.weights, self.matmuls)
+        going = self._lane.start(return_others, partial, plan, self.group)
+        own_partial = gmm_down(own_hidden, own, self.weights, self.matmuls)
+        result = add_own(going(), own_partial, plan, self.group)
         return result if shared is None else result + shared
 
     def _shared(self, xs: list[torch.Tensor]) -> torch.Tensor | None:

@@ -164,20 +164,21 @@ def dispatch(
 
 def gather_tokens(x: torch.Tensor, plan: RouteMetadata, group: EpGroup) -> torch.Tensor:
     """Ring: ``[tokens, columns]`` of every rank to ``[ranks * max tokens, columns]``."""
-    return group.all_gather(_padded(x, max(plan.tokens_per_rank), 0))
+    return group.all_gather(padded(x, max(plan.tokens_per_rank), 0))
 
 
 def gather_selection(selection: Selection, plan: RouteMetadata, placed: PlacedExperts, group: EpGroup) -> RouteOutput:
     """Ring: every rank's choices, filtered to this rank's slots."""
     most = max(plan.tokens_per_rank)
-    slots = _padded(selection.slots.int(), most, placed.num_slots)
-    packed = torch.cat([slots, _padded(selection.weights, most, 0).view(torch.int32)], dim=1)
+    slots = padded(selection.slots.int(), most, placed.num_slots)
+    packed = torch.cat([slots, padded(selection.weights, most, 0).view(torch.int32)], dim=1)
     slots, weights = group.all_gather(packed).chunk(2, dim=1)
     # The extra entry of the table, -1, is for padding rows.
     return keep_local(placed.local_slot[slots], weights.contiguous().view(torch.float32), placed.num_local, group.size == 1)
 
 
-def _padded(x: torch.Tensor, rows: int, value: int) -> torch.Tensor:
+def padded(x: torch.Tensor, rows: int, value: int) -> torch.Tensor:
+    """``[n, ...]`` with rows of ``value`` appended, ``[rows, ...]``."""
     if x.shape[0] == rows:
         return x
     return torch.cat([x, x.new_full((rows - x.shape[0], *x.shape[1:]), value)])
@@ -277,13 +278,12 @@ def unroute(partial: torch.Tensor, metadata: RouteMetadata, group: EpGroup | Non
         result = group.reduce_scatter(partial)[: metadata.num_tokens]
     else:
         returned = group.all_to_all(partial, metadata.receive_counts, metadata.send_counts)
-        result = _add_returned(returned, metadata.return_rows) if group.size > 1 else returned
+        result = return_all_to_all(returned, metadata.return_rows) if group.size > 1 else returned
     return result if shared is None else result + shared
 
 
-def _add_returned(returned: torch.Tensor, return_rows: torch.Tensor) -> torch.Tensor:
+def return_all_to_all(returned: torch.Tensor, return_rows: torch.Tensor) -> torch.Tensor:
     """Each token's rows ``[rows sent, columns]`` added in ascending order of rank, ``[tokens, columns]``."""
     if not returned.shape[0]:
         return returned.new_zeros((return_rows.shape[0], returned.shape[1]))
-    parts = [torch.where((rows >= 0)[:, None], returned[rows.clamp_min(0)], 0) for rows in return_rows.unbind(1)]
-    return add_in_order(parts).to(returned.dtype)
+    return add_in_order([torch.where((rows >= 0)[:, None], returned[rows.clamp_min(0)], 0) for rows in return_rows.unbind(1)])

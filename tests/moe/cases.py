@@ -42,6 +42,7 @@ class Case:
     dealing: str = "hash"
     dtype: str = "float32"
     known_tokens: bool = False
+    own_first: bool = False
     seed: int = 0
 
     def but(self, **changes) -> Case:
@@ -120,6 +121,7 @@ def run(case: Case, group: EpGroup) -> torch.Tensor:
         case.token_chunks,
         case.embedding_chunks,
         case.tokens_per_rank if case.known_tokens else None,
+        case.own_first,
     )
 
 

@@ -150,3 +150,5 @@ def test_staged_benchmark_runs(tmp_path):
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["check"] is True and result["overhead"][0]["apart"] < 1e-5
     assert [row["exchange"] for row in result["overlap"]] == ["ring", "all-to-all"]
+    assert all("own tokens first" in row["chunked"] for row in result["overlap"])
+    assert done.output.count("own tokens first: error") == 2

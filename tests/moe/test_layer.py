@@ -70,6 +70,8 @@ CHUNKED = {
     "ring by uneven embedding": {"embedding_chunks": 2},
     "all-to-all by tokens": {"use_ring": False, "token_chunks": 3},
     "all-to-all by more chunks than tokens": {"use_ring": False, "token_chunks": 16},
+    "ring, own tokens first": {"own_first": True},
+    "all-to-all, own tokens first": {"own_first": True, "use_ring": False},
 }
 
 
@@ -81,10 +83,21 @@ def test_chunked_is_whole_bit_for_bit(ranks, how, matmuls):
         Case(experts=15, slots_per_rank=(3, 6, 1, 5), dtype="bfloat16", routing=DEEPSEEK[:1], tokens=(5, 18, 2, 33), known_tokens=True),
     ):
         chunked = kind.but(matmuls=matmuls, **CHUNKED[how])
-        whole = chunked.but(token_chunks=1, embedding_chunks=1)
+        whole = chunked.but(token_chunks=1, embedding_chunks=1, own_first=False)
         outputs = ranks.call("run", chunked)
         check(chunked, outputs)
         for one, other in zip(outputs, ranks.call("run", whole), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("use_ring", [True, False], ids=["ring", "all-to-all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_tokens_first(ranks, kind, use_ring):
+    for ep in (1, 2, 8) if kind == "even" else (4,):
+        case = KINDS[kind].but(ep=ep, own_first=True, use_ring=use_ring)
+        outputs = ranks.call("run", case)
+        check(case, outputs)
+        for one, other in zip(outputs, ranks.call("run", case.but(own_first=False)), strict=True):
             assert torch.equal(one, other)
 
 

@@ -117,6 +117,7 @@ def test_refusals():
         r"they must be \[tokens, hidden\]": lambda: route(x[1:], logits, made.routing, one.placed),
         "they must agree": lambda: one(x, logits, tokens_per_rank=[4]),
         "give 1 or more of one": lambda: one(x, logits, 2, 2),
+        "give 1 of each": lambda: one(x, logits, 2, 1, None, True),
         "at most 3": lambda: one(x, logits, 1, 4),
         "rows and 16 slots": lambda: gmm_up(x[1:], route(x, logits, made.routing, one.placed)[1], one.weights, one.matmuls),
         "in all, the weights": lambda: gmm_up(x.repeat(1, 2), route(x, logits, made.routing, one.placed)[1], one.weights, one.matmuls),

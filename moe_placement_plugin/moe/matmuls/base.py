@@ -59,4 +59,4 @@ class Matmuls(ABC):
 
 def sum_choices(values: torch.Tensor) -> torch.Tensor:
     """``[rows, top_k, columns]`` summed over the choices in order."""
-    return add_in_order(values.unbind(1)).to(values.dtype)
+    return add_in_order(values.unbind(1))
