@@ -123,7 +123,7 @@ class StagedMoE:
         if embedding_chunks > 1 and not self.use_ring:
             raise PlacementError(f"{embedding_chunks} embedding chunks with the all-to-all exchange: use token_chunks, or the ring")
         if own_first and max(token_chunks, embedding_chunks) > 1:
-            raise PlacementError(f"own_first with {token_chunks} token and {embedding_chunks} embedding chunks: give 1 of each, or leave own_first out")
+            raise PlacementError(f"own_first with {token_chunks} token and {embedding_chunks} embedding chunks: give 1 of each or leave it out")
         # Chosen for all tokens at once: a chunk must not choose or deal otherwise than the batch.
         selection = select(logits, self.routing, self.placed, 0, self.dealing)
         bounds = _bounds(x.shape[0], token_chunks)
