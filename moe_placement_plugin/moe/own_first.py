@@ -9,12 +9,14 @@ divide every expert's rows into as many pieces as there are chunks, each with a 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .exchange import EpGroup, add_in_order
 from .placed import PlacedExperts
 from .results import RouteMetadata, RouteOutput, Selection
-from .stages import keep_local, padded, return_all_to_all
+from .stages import dispatch, gather_selection, gather_tokens, keep_local, return_all_to_all
 
 
 def own_rows(x: torch.Tensor, selection: Selection, plan: RouteMetadata, placed: PlacedExperts) -> tuple[torch.Tensor, RouteOutput]:
@@ -41,16 +43,17 @@ def bring_others(
 ) -> tuple[torch.Tensor, RouteOutput]:
     """The other ranks' tokens, in order of rank. Shapes as in `own_rows`."""
     if plan.use_ring:
-        most = max(plan.tokens_per_rank)
-        packed = torch.cat([padded(selection.slots.int(), most, placed.num_slots), padded(selection.weights, most, 0).view(torch.int32)], dim=1)
-        slots, weights = group.gather_others(packed).chunk(2, dim=1)
-        return group.gather_others(padded(x, most, 0)), _filtered(placed.local_slot[slots], weights, placed)
+        output = gather_selection(selection, plan, placed, group, others=True)
+        return gather_tokens(x, plan, group, others=True), output
     start, stop = _own_segment(plan.send_counts, placed.rank)
-    tokens, slots = _without(plan.sent_tokens, start, stop), _without(plan.sent_slots, start, stop)
-    counts = _zero_at(plan.send_counts, placed.rank), _zero_at(plan.receive_counts, placed.rank)
-    packed = torch.cat([slots, selection.weights[tokens].view(torch.int32)], dim=1)
-    slots, weights = group.all_to_all(packed, *counts).chunk(2, dim=1)
-    return group.all_to_all(x[tokens], *counts), _filtered(slots, weights, placed)
+    without_own = replace(
+        plan,
+        send_counts=tuple(_zero_at(plan.send_counts, placed.rank)),
+        receive_counts=tuple(_zero_at(plan.receive_counts, placed.rank)),
+        sent_tokens=_without(plan.sent_tokens, start, stop),
+        sent_slots=_without(plan.sent_slots, start, stop),
+    )
+    return dispatch(x, selection, without_own, placed, group)[:2]
 
 
 def return_others(partial: torch.Tensor, plan: RouteMetadata, group: EpGroup) -> torch.Tensor:
@@ -75,10 +78,6 @@ def add_own(returned: torch.Tensor, own: torch.Tensor, plan: RouteMetadata, grou
         return add_in_order([*parts[: group.rank], own, *parts[group.rank :]])
     start, _ = _own_segment(plan.send_counts, group.rank)
     return return_all_to_all(torch.cat([returned[:start], own, returned[start:]]), plan.return_rows)
-
-
-def _filtered(slots: torch.Tensor, weights: torch.Tensor, placed: PlacedExperts) -> RouteOutput:
-    return keep_local(slots, weights.contiguous().view(torch.float32), placed.num_local, False)
 
 
 def _own_segment(counts, rank: int) -> tuple[int, int]:

@@ -162,23 +162,22 @@ def dispatch(
     return rows, output, plan
 
 
-def gather_tokens(x: torch.Tensor, plan: RouteMetadata, group: EpGroup) -> torch.Tensor:
-    """Ring: ``[tokens, columns]`` of every rank to ``[ranks * max tokens, columns]``."""
-    return group.all_gather(padded(x, max(plan.tokens_per_rank), 0))
+def gather_tokens(x: torch.Tensor, plan: RouteMetadata, group: EpGroup, others: bool = False) -> torch.Tensor:
+    """Ring: ``[tokens, columns]`` of every rank, or of every other rank, to ``[ranks * max tokens, columns]``."""
+    return (group.gather_others if others else group.all_gather)(_padded(x, max(plan.tokens_per_rank), 0))
 
 
-def gather_selection(selection: Selection, plan: RouteMetadata, placed: PlacedExperts, group: EpGroup) -> RouteOutput:
-    """Ring: every rank's choices, filtered to this rank's slots."""
+def gather_selection(selection: Selection, plan: RouteMetadata, placed: PlacedExperts, group: EpGroup, others: bool = False) -> RouteOutput:
+    """Ring: every rank's choices, or every other rank's, filtered to this rank's slots."""
     most = max(plan.tokens_per_rank)
-    slots = padded(selection.slots.int(), most, placed.num_slots)
-    packed = torch.cat([slots, padded(selection.weights, most, 0).view(torch.int32)], dim=1)
-    slots, weights = group.all_gather(packed).chunk(2, dim=1)
+    slots = _padded(selection.slots.int(), most, placed.num_slots)
+    packed = torch.cat([slots, _padded(selection.weights, most, 0).view(torch.int32)], dim=1)
+    slots, weights = (group.gather_others if others else group.all_gather)(packed).chunk(2, dim=1)
     # The extra entry of the table, -1, is for padding rows.
     return keep_local(placed.local_slot[slots], weights.contiguous().view(torch.float32), placed.num_local, group.size == 1)
 
 
-def padded(x: torch.Tensor, rows: int, value: int) -> torch.Tensor:
-    """``[n, ...]`` with rows of ``value`` appended, ``[rows, ...]``."""
+def _padded(x: torch.Tensor, rows: int, value: int) -> torch.Tensor:
     if x.shape[0] == rows:
         return x
     return torch.cat([x, x.new_full((rows - x.shape[0], *x.shape[1:]), value)])
