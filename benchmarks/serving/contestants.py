@@ -21,6 +21,9 @@ CACHE_BYTES = 1280 << 20
 """The same in bytes, for 8 layers of 1 KiB per token and rank with tensor-parallel attention and something over; with data-parallel
 attention a rank has half of the requests and twice the bytes of each."""
 
+STREAMED = 8
+"""Tokens that a server sends at once after the first: a hundred streams of single tokens take more of its processors than the model of the GPUs."""
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -115,6 +118,7 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
     if one.load and load is None:
         raise PlacementError(f"{one.name} plans from a recorded load: give --load, or let the run record one")
     arguments = _vllm(one, setup) if setup.engine == "vllm" else _sglang(one, setup)
+    arguments += ["--stream-interval", str(STREAMED)]
     settings = ServerSettings(setup.cpu, setup.dtype, 2048, setup.ranks, tuple(arguments))
     placed = None
     if one.strategy is not None:

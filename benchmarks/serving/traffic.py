@@ -27,10 +27,9 @@ class Workload:
     answer: int
     concurrency: int
 
-    def prompts(self, vocab: int, seed: int) -> list[str]:
-        """Random words, other ones for every seed, so that no prefix is cached."""
-        words = np.random.default_rng(seed).integers(4, vocab, (self.requests, self.prompt))
-        return [" ".join(f"w{w}" for w in row) for row in words.tolist()]
+    def prompts(self, vocab: int, seed: int) -> list[list[int]]:
+        """Random tokens, other ones for every seed, so that no prefix is cached: no time of the server's goes into tokenizing them."""
+        return np.random.default_rng(seed).integers(4, vocab, (self.requests, self.prompt)).tolist()
 
 
 WORKLOADS = {
@@ -51,7 +50,8 @@ class Seen:
         tokens: prompt and generated tokens of all requests.
         first: seconds to each request's first token.
         between: mean seconds between its later tokens.
-        longest: the longest wait between two pieces of one answer, seconds: a rebalance that stops the server shows here.
+        longest: the longest wait between two pieces of one answer, seconds: a rebalance that stops the server shows here. A piece is
+            as many tokens as the server streams at once.
     """
 
     seconds: float = 0.0
@@ -90,7 +90,7 @@ async def _drive(url: str, workload: Workload, vocab: int, seed: int) -> Seen:
     began = time.perf_counter()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def one(prompt: str) -> None:
+        async def one(prompt: list[int]) -> None:
             async with slots:
                 await _request(session, url, prompt, workload, seen)
 
@@ -99,9 +99,9 @@ async def _drive(url: str, workload: Workload, vocab: int, seed: int) -> Seen:
     return seen
 
 
-async def _request(session: aiohttp.ClientSession, url: str, prompt: str, workload: Workload, seen: Seen) -> None:
+async def _request(session: aiohttp.ClientSession, url: str, prompt: list[int], workload: Workload, seen: Seen) -> None:
     body = {"model": "tiny", "prompt": prompt, "max_tokens": workload.answer, "temperature": 0, "stream": True, "ignore_eos": True}
-    began, times = time.perf_counter(), []
+    began, times, at_first = time.perf_counter(), [], 0
     async with session.post(f"{url}/v1/completions", json=body) as answer:
         if answer.status != 200:
             raise RuntimeError(f"{url} answered {answer.status}: {(await answer.text())[:300]}")
@@ -112,10 +112,12 @@ async def _request(session: aiohttp.ClientSession, url: str, prompt: str, worklo
                     raise RuntimeError(f"{url}: {piece['error']}")
                 if piece.get("choices"):
                     times.append(time.perf_counter())
+                    # A word is a token. A server may have more than one of them ready by the time that it sends the first.
+                    at_first = at_first or max(1, len(piece["choices"][0]["text"].split()))
     if not times:
         raise RuntimeError(f"{url} answered nothing")
     seen.tokens += workload.prompt + workload.answer
     seen.first.append(times[0] - began)
-    if len(times) > 1:
-        seen.between.append((times[-1] - times[0]) / max(1, workload.answer - 1))
+    if len(times) > 1 and workload.answer > at_first:
+        seen.between.append((times[-1] - times[0]) / (workload.answer - at_first))
         seen.longest = max(seen.longest, float(np.diff(times).max()))

@@ -102,11 +102,11 @@ class DemoEngine(ABC):
         """
 
     @abstractmethod
-    def complete(self, url: str, model: str, prompt: str, tokens: int) -> Answer:
+    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int) -> Answer:
         """A greedy completion by the server, through the ``openai`` client."""
 
 
-def _completion(url: str, model: str, prompt: str, tokens: int, extra: Mapping[str, Any]) -> Any:
+def _completion(url: str, model: str, prompt: str | list[int], tokens: int, extra: Mapping[str, Any]) -> Any:
     from openai import OpenAI
 
     with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
@@ -143,7 +143,7 @@ class Vllm(DemoEngine):
                 command += ["--enable-eplb", "--eplb-config", json.dumps(eplb)]
         return [*command, *settings.arguments], env
 
-    def complete(self, url: str, model: str, prompt: str, tokens: int) -> Answer:
+    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int) -> Answer:
         choice = _completion(url, model, prompt, tokens, {"ignore_eos": True})
         ids = [int(token.partition(":")[2]) for token in choice.logprobs.tokens]
         return Answer(ids, list(choice.logprobs.token_logprobs))
@@ -180,7 +180,7 @@ class Sglang(DemoEngine):
                 command += ["--ep-num-redundant-experts", str(placed.redundant)]
         return [*command, *settings.arguments], env
 
-    def complete(self, url: str, model: str, prompt: str, tokens: int) -> Answer:
+    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int) -> Answer:
         choice = _completion(url, model, prompt, tokens, {"ignore_eos": True, "return_token_ids": True})
         return Answer(list(choice.token_ids), list(choice.logprobs.token_logprobs))
 

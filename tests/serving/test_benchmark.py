@@ -54,8 +54,8 @@ def test_the_router_follows_the_load_and_its_twin_is_even(name, tmp_path):
     assert {file.name for file in (tmp_path / "even").iterdir() if not file.is_symlink()} == {GATES}
     even = shares_in_a_forward_pass(tmp_path / "even", model)
     assert even.max() * model.experts < 1.5 and even.min() * model.experts > 0.6, even
-    words = Workload(3, 40, 1, 1).prompts(model.size.vocab, 0)
-    tokens = [[int(word[1:]) for word in prompt.split()] for prompt in words]
+    tokens = Workload(3, 40, 1, 1).prompts(model.size.vocab, 0)
+    words = [" ".join(f"w{token}" for token in prompt) for prompt in tokens]
     assert AutoTokenizer.from_pretrained(tmp_path / "model")(words).input_ids == tokens
     # Nothing writes to the dimension that carries the bias, and nothing but the routers reads it.
     assert all(not t[0].any() for k, t in tensors["model"].items() if k.endswith(("o_proj.weight", "down_proj.weight")))
@@ -143,7 +143,7 @@ class Slow(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(500 if "w4 " in asked["prompt"] else 200)
+        self.send_response(500 if 4 in asked["prompt"] else 200)
         self.end_headers()
         for number in range(asked["max_tokens"]):
             time.sleep(0.05 if number == 0 else 0.2 if number == 3 else 0.01)
@@ -167,7 +167,7 @@ def test_traffic_measures_what_a_user_sees():
         # Two at a time: two batches, one after the other.
         assert seen.seconds >= 2 * (0.05 + 0.2 + 4 * 0.01) and figures["tokens_per_s"] == pytest.approx(36 / seen.seconds)
         with pytest.raises(RuntimeError, match="answered 500"):
-            drive(url, Workload(1, 2, 2, 1), 5, 0)  # the only word is w4
+            drive(url, Workload(1, 2, 2, 1), 5, 0)  # the only token is 4
     finally:
         server.shutdown()
 
