@@ -15,6 +15,7 @@ import numpy as np
 from ..exchange.executor import Exchange, ExchangeReport, ExpertReader
 from ..exchange.plan import ExchangePlan, plan_exchange
 from ..exchange.stores import Stores
+from ..exchange.transfers import packing_bytes
 from ..exchange.watchdog import Watchdog
 from ..exchange.weights import padded_bytes, view_parameter
 from ..hosts.identity import host_key, number_hosts
@@ -95,7 +96,8 @@ class Exchanger:
         group: of all EP ranks, for the transfers.
         meeting: of the same ranks.
         name: tells this model's exchanges from those of others that share the store.
-        staging_bytes: bound on staging memory; half of the slots of the largest layer when left out, and more where a layer takes it.
+        staging_bytes: bound on the memory that experts are received in; half of the slots of the largest layer when left out, and more where a
+            layer takes it.
         timeout: seconds that a transfer or a vote may take.
 
     Raises:
@@ -139,7 +141,9 @@ class Exchanger:
         """Take the staging memory now, before the engine gives the rest of the device's away."""
         import torch
 
-        self._staging = torch.empty(self._share if self._bound is None else min(self._bound, 2 * self._share), dtype=torch.uint8, device=self.device)
+        bound = self._share if self._bound is None else min(self._bound, 2 * self._share)
+        size = bound + packing_bytes(max(self.expert_bytes.values()), bound)
+        self._staging = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def release(self) -> None:
         """Give the staging memory back until the next exchange."""
@@ -187,6 +191,7 @@ class Exchanger:
             timeout=self._timeout,
             watchdog=_Told(watchdog) if watchdog is not None else None,
             staging=self._staging,
+            double=self._bound is None,
             meanwhile=self._ended.pop(0) if len(self._ended) > 1 else None,
         )
         self.last = found.run(on_commit)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import PlacementError
 from .agreement import Agreement, ExchangeAborted, ExchangeLost
 from .plan import SCRATCH, Chunk, ExchangePlan
-from .transfers import BATCH_BYTES, Staged, Transfers
+from .transfers import BATCH_BYTES, Staged, Transfers, batch_size, copy_rows
 from .watchdog import WaitingFor, Watchdog
 from .weights import Parameter, layout_digest, padded_bytes, view_weights
 
@@ -39,6 +39,11 @@ class ExpertReader(Protocol):
         ...
 
 
+DOUBLE_LEAVES = 4
+"""Staging memory is doubled for the time of an exchange where the device has this many times the added part free: the rest is left to the
+engine, which may have to allocate for the next forward pass."""
+
+
 @dataclass
 class ExchangeReport:
     """What an exchange did on this rank.
@@ -48,7 +53,8 @@ class ExchangeReport:
         longest: seconds of the longest chunk: the pause, when a server serves between chunks.
         chunks: how many were committed.
         bytes_sent, bytes_received, bytes_read: of experts, without padding; read is from the checkpoint.
-        staging_bytes: used for staging.
+        staging_bytes: memory that experts were received in.
+        packing_bytes: memory that messages were packed in.
     """
 
     seconds: float = 0.0
@@ -58,6 +64,7 @@ class ExchangeReport:
     bytes_received: int = 0
     bytes_read: int = 0
     staging_bytes: int = 0
+    packing_bytes: int = 0
 
 
 class Exchange:
@@ -71,13 +78,17 @@ class Exchange:
             unusable: give the exchange a group of its own.
         epoch: number of the exchange, equal on all ranks and never used twice.
         store: for the agreement; the default group's when left out. See `agreement` on where it should live.
-        staging_bytes: bound on staging memory; None stages all layers at once. It must hold what the busiest rank takes in of one layer.
+        staging_bytes: bound on the memory that experts are received in; None receives all layers at once. It must hold what the busiest
+            rank takes in of one layer. Messages are packed in memory for two batches besides (`packing_bytes`).
         max_layers: most layers of a chunk.
         reader: for experts that no live rank holds.
         timeout: seconds that a transfer or a vote may take before the exchange is aborted.
         watchdog: one that only warns, after 30 s, when left out.
         staging: uint8 memory to stage in, kept from one exchange to the next; allocated when left out or too small.
-        batch_bytes: rounds of transfers are put together until each holds this much; all ranks must give the same.
+        batch_bytes: rounds of transfers are put together until each holds this much, or half of ``staging_bytes``; all ranks must give the
+            same.
+        double: where two layers do not fit into ``staging_bytes``, receive one while the other is committed nevertheless, in memory that is
+            given back at the end, if the device has several times as much free.
         meanwhile: called once while the first transfers run, such as `forget` of an exchange that all ranks have ended.
 
     Raises:
@@ -99,6 +110,7 @@ class Exchange:
         watchdog: Watchdog | None = None,
         staging: torch.Tensor | None = None,
         batch_bytes: int = BATCH_BYTES,
+        double: bool = False,
         meanwhile: Callable[[], None] | None = None,
     ):
         import torch
@@ -115,13 +127,14 @@ class Exchange:
         self.rank, peers = _ranks_of(plan, group)
         self._layers = view_weights(weights, plan.old, plan.new, self.rank)
         self._sizes = padded_bytes(self._layers)
-        self._limits = (staging_bytes, max_layers, batch_bytes)
+        self._limits, self._double = (staging_bytes, max_layers, batch_bytes), double
         self.chunks = plan.chunks(staging_bytes, max_layers, self._sizes)
         self.metadata = plan.metadata()
         self.report = ExchangeReport()
         device = next((p.rows.device for parameters in self._layers for p in parameters), torch.device("cpu"))
         self._reader, self._timeout, self._memory, self._meanwhile = reader, timeout, staging, meanwhile
         self._watchdog = watchdog or Watchdog()
+        batch_bytes = batch_size(batch_bytes, staging_bytes)
         self._transfers = Transfers(self._layers, self.rank, peers, group, device, timeout, batch_bytes, self._watchdog)
         self._agreement = Agreement(
             dist.distributed_c10d._get_default_store() if store is None else store,
@@ -144,12 +157,10 @@ class Exchange:
         """
         bound, layers, _ = self._limits
         half = None if bound is None else bound // 2
-        if len(self.chunks) > 1 and (half is None or self.plan.staging_needed(self._sizes).max(initial=0) <= half):
-            if half is not None:
-                self.chunks = self.plan.chunks(half, layers, self._sizes)
-            steps = self._carry_out(ahead=True)
-        else:
-            steps = self._carry_out(ahead=False)
+        ahead = half is None or self.plan.staging_needed(self._sizes).max(initial=0) <= half
+        if ahead and half is not None and len(self.chunks) > 1:
+            self.chunks = self.plan.chunks(half, layers, self._sizes)
+        steps = self._carry_out(ahead=len(self.chunks) > 1 and (ahead or self._double))
         for rows in steps:
             if on_commit is not None:
                 on_commit(rows)
@@ -172,6 +183,7 @@ class Exchange:
 
     def _carry_out(self, ahead: bool) -> Iterator[tuple[int, ...]]:
         halves = self._staging(ahead)
+        ahead = len(halves) > 1
         staged: dict[int, Staged] = {}
         for index, chunk in enumerate(self.chunks):
             begin = time.perf_counter()
@@ -214,13 +226,23 @@ class Exchange:
             self._agreement.forget(len(self.chunks))
 
     def _staging(self, ahead: bool) -> list[torch.Tensor]:
-        """Memory for the chunks: one part, or two that take turns."""
+        """Memory for the chunks: one part, or two that take turns.
+
+        Whether a rank receives ahead is its own affair: the order of its transfers stays the same.
+        """
         need = max((int(c.staging_bytes[self.rank]) for c in self.chunks), default=0)
-        parts = 2 if ahead else 1
-        if self._memory is None or self._memory.numel() < parts * need:
-            self._memory = self._transfers.allocate(parts * need)
-        self.report.staging_bytes = parts * need
-        return [self._memory[k * need : (k + 1) * need] for k in range(parts)]
+        out = self._transfers.outgoing_bytes(self.chunks)
+        bound = self._limits[0]
+        within = bound is None or 2 * need <= bound
+        kept = out + (2 if ahead and within else 1) * need
+        if self._memory is None or self._memory.numel() < kept:
+            self._memory = self._transfers.allocate(kept)
+        self._transfers.use_outgoing(self._memory[:out])
+        parts = list(self._memory[out:kept].split(need)) if need else [self._memory[:0]]
+        if ahead and not within and need and self._transfers.free_memory() >= DOUBLE_LEAVES * need:
+            parts.append(self._transfers.allocate(need))
+        self.report.staging_bytes, self.report.packing_bytes = sum(part.numel() for part in parts), out
+        return parts
 
     def survivors(self, grace: float | None = None) -> tuple[int, ...]:
         """EP ranks that are alive after an abort, the same on all of them.
@@ -248,10 +270,11 @@ class Exchange:
         wanted = []
         for row, expert, rank, slot in chunk.reads.tolist():
             if rank == self.rank:
-                parameters = self._layers[row]
-                tensors = staged.take(parameters)
+                parameters, unit = self._layers[row], self._transfers.unit
+                tensors = staged.take_expert(parameters)
                 wanted.append((self.plan.new.layer_ids[row], expert, [p.typed(t) for p, t in zip(parameters, tensors)]))
-                staged.experts.append((row, slot, tensors))
+                staged.sources += [t.view(unit) for t in tensors]
+                staged.targets += [p.units(unit)[slot] for p in parameters]
         if not wanted:
             return
         self._wait_for(chunk, "read", size=sum(t.nbytes for _, _, typed in wanted for t in typed))
@@ -271,14 +294,12 @@ class Exchange:
             parameters = self._layers[row]
             if to == SCRATCH:
                 used = staged.used
-                scratch = staged.take(parameters)
+                scratch = staged.take_expert(parameters)
                 staged.used = used  # one scratch expert serves all cycles, one after the other
             for k, parameter in enumerate(parameters):
                 read = scratch[k] if source == SCRATCH else parameter.rows[source]
                 (scratch[k] if to == SCRATCH else parameter.rows[to]).copy_(read)
-        for row, slot, tensors in staged.experts:
-            for parameter, tensor in zip(self._layers[row], tensors):
-                parameter.rows[slot].copy_(tensor)
+        copy_rows(staged.targets, staged.sources)
 
     def _wait_for(self, chunk: Chunk, step: str, peers: Sequence[int] = (), size: int = 0) -> None:
         self._watchdog.waits_for(WaitingFor(step, self._named(chunk), None, tuple(peers), size))

@@ -1,31 +1,33 @@
 """Experts on their way between ranks: from weights into staging memory, as bytes, all of an expert's tensors together.
 
-No type is converted, NaNs keep their bits. Nothing here waits for the device between two tensors: transfers of a chunk are queued
-in batches of rounds, and the host waits once, when all of the chunk must be there.
+No type is converted, NaNs keep their bits. Transfers of a chunk are queued in batches of rounds; in a batch, all that one rank sends
+another is one message: it is packed first, since a message for each tensor would take the host longer than the network (10 us, in
+which NVLink moves 3 MB). Nothing here waits for the device between two of them; the host waits once, when all of the chunk must be there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .plan import Chunk
 from .watchdog import WaitingFor, Watchdog
-from .weights import Parameter
+from .weights import Parameter, widest_unit
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
 BATCH_BYTES = 64 << 20
-"""A round in which every rank sends one expert costs a launch and a handshake, some 20 us on NVLink: rounds are put together until a rank
-sends this much in them, 0.2 ms or more."""
+"""A batch costs a launch and a handshake, some 20 us on NVLink: rounds, in each of which every rank sends one expert, are put together until a
+rank sends this much in them, 0.2 ms or more."""
 
 _TAG = 0x6D6F65
 """Of the receive that is never answered (`Transfers.give_up`)."""
@@ -40,22 +42,33 @@ class Staged:
     Attributes:
         buffer: uint8, staging memory.
         used: bytes of it that are taken.
-        experts: row, slot and the expert's parameters as rows of bytes.
+        sources, targets: what was staged and the slots it goes to, tensor by tensor, in `Transfers.unit`.
         pending: transfers under way, by what is waited for.
     """
 
     buffer: torch.Tensor
     used: int = 0
-    experts: list[tuple[int, int, list[torch.Tensor]]] = field(default_factory=list)
+    sources: list[torch.Tensor] = field(default_factory=list)
+    targets: list[torch.Tensor] = field(default_factory=list)
     pending: list[tuple[WaitingFor, list[dist.Work]]] = field(default_factory=list)
 
-    def take(self, parameters: Sequence[Parameter]) -> list[torch.Tensor]:
-        """Memory for one expert."""
-        rows = []
-        for parameter in parameters:
-            rows.append(self.buffer[self.used : self.used + parameter.bytes])
-            self.used += parameter.padded
-        return rows
+    def take(self, size: int) -> torch.Tensor:
+        """The next ``size`` bytes of staging memory."""
+        self.used += size
+        return self.buffer[self.used - size : self.used]
+
+    def take_expert(self, parameters: Sequence[Parameter]) -> list[torch.Tensor]:
+        """Memory for one expert, a row of bytes for each parameter."""
+        return [self.take(parameter.padded)[: parameter.bytes] for parameter in parameters]
+
+
+@dataclass
+class _Outgoing:
+    """Memory that messages are packed in: a batch's, and the one's before, which may be under way still."""
+
+    halves: tuple[torch.Tensor, torch.Tensor]
+    sending: list[list[dist.Work]] = field(default_factory=lambda: [[], []])
+    turn: int = 0
 
 
 class Transfers:
@@ -72,6 +85,7 @@ class Transfers:
         watchdog: is told what is waited for; ends the wait when it has given up.
 
     Attributes:
+        unit: the type that rows are copied as.
         sent, received: bytes of experts so far.
     """
 
@@ -89,6 +103,12 @@ class Transfers:
         self._layers, self._rank, self._peers, self._group = layers, rank, peers, group
         self._device, self._timeout, self._batch_bytes, self._watchdog = device, timeout, batch_bytes, watchdog
         self._bytes = [sum(p.bytes for p in parameters) for parameters in layers]
+        self._padded = [sum(p.padded for p in parameters) for parameters in layers]
+        self.unit = widest_unit(layers)
+        self._parts = [_parts(parameters, self.unit.itemsize) for parameters in layers]
+        self._outgoing: _Outgoing | None = None
+        # Packing goes beside what the engine has queued and beside the commit of the chunk before.
+        self._lane = None if device.type == "cpu" else _device_module(device).Stream()
         self.sent = self.received = 0
 
     def allocate(self, size: int) -> torch.Tensor:
@@ -96,6 +116,10 @@ class Transfers:
         import torch
 
         return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def free_memory(self) -> int:
+        """Bytes of the device's memory that nobody has taken; on CPU, where the system overcommits, none."""
+        return 0 if self._device.type == "cpu" else _device_module(self._device).mem_get_info(self._device)[0]
 
     def connect(self) -> None:
         """NCCL makes its communicator at the first call on a group, which all members must take part in: not when some are dead."""
@@ -107,6 +131,21 @@ class Transfers:
         dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)
         _connected.add(self._group.group_name)
 
+    def outgoing_bytes(self, chunks: Sequence[Chunk]) -> int:
+        """Memory that this rank's messages are packed in while it sends these chunks (`use_outgoing`)."""
+        largest = 0
+        for chunk in chunks:
+            sent = chunk.transfers[:, 2] == self._rank
+            numbers = chunk.round_of[sent] // self._rounds_per_batch(chunk)
+            sizes = np.asarray(self._padded, dtype=np.int64)[chunk.transfers[sent, 0]]
+            largest = max(largest, int(np.bincount(numbers, sizes).max(initial=0)))
+        return 2 * largest
+
+    def use_outgoing(self, memory: torch.Tensor) -> None:
+        """Pack messages in this memory, uint8 ``[outgoing_bytes]``, which nothing queued on the device uses."""
+        half = memory.numel() // 2
+        self._outgoing = _Outgoing((memory[:half], memory[half:]))
+
     def begin(self, chunk: Chunk, buffer: torch.Tensor, named: Callable[[Chunk], tuple[int, ...]]) -> Staged:
         """Start to receive what the chunk brings to this rank, and to send what others need.
 
@@ -114,40 +153,100 @@ class Transfers:
             chunk: of the plan.
             buffer: staging memory, not in use any more by what was queued on the device so far.
             named: indices of a chunk's layers within the model, for messages.
+
+        Raises:
+            RuntimeError, TimeoutError: as `finish`, when an earlier batch does not get away.
         """
         import torch.distributed as dist
 
         staged = Staged(buffer)
+        with self._beside():
+            for number, sends, receives in self._batches(chunk):
+                size = sum(self._bytes[t[0]] for transfers in (*sends.values(), *receives.values()) for t in transfers)
+                waiting = WaitingFor("receive", named(chunk), number, tuple(sorted(sends.keys() | receives.keys())), size)
+                self._watchdog.waits_for(waiting)
+                operations = [(dist.isend, peer, message) for peer, message in self._pack(sends)]
+                operations += [(dist.irecv, peer, self._unpack(transfers, staged)) for peer, transfers in receives.items()]
+                made = [dist.P2POp(call, message, self._peers[peer], self._group) for call, peer, message in operations if message.numel()]
+                works = dist.batch_isend_irecv(made) if made else []
+                staged.pending.append((waiting, works))
+                if sends:
+                    self._outgoing.sending[self._outgoing.turn] = works
+        return staged
+
+    def _batches(self, chunk: Chunk) -> Iterator[tuple[int, dict[int, list[list[int]]], dict[int, list[list[int]]]]]:
+        """(first round, transfers to each rank, transfers from each rank) of the batches that this rank takes part in."""
         per_batch = self._rounds_per_batch(chunk)
         mine = (chunk.transfers[:, 2] == self._rank) | (chunk.transfers[:, 4] == self._rank)
-        batches: dict[int, list[list[int]]] = {}
+        batches: dict[int, tuple[dict[int, list[list[int]]], dict[int, list[list[int]]]]] = {}
         for number, transfer in zip((chunk.round_of[mine] // per_batch).tolist(), chunk.transfers[mine].tolist()):
-            batches.setdefault(number, []).append(transfer)
-        for number, transfers in batches.items():
-            operations, others, size = [], set(), 0
-            for row, _expert, source, slot, rank, to in transfers:
-                parameters = self._layers[row]
-                if source == self._rank:
-                    operation, peer, tensors = dist.isend, rank, [p.rows[slot] for p in parameters]
-                    self.sent += self._bytes[row]
-                else:
-                    operation, peer, tensors = dist.irecv, source, staged.take(parameters)
-                    staged.experts.append((row, to, tensors))
-                    self.received += self._bytes[row]
-                others.add(peer)
-                size += self._bytes[row]
-                operations += [dist.P2POp(operation, t, self._peers[peer], self._group) for t in tensors if t.numel()]
-            waiting = WaitingFor("receive", named(chunk), number * per_batch, tuple(sorted(others)), size)
-            self._watchdog.waits_for(waiting)
-            staged.pending.append((waiting, dist.batch_isend_irecv(operations)))
-        return staged
+            sends, receives = batches.setdefault(number, ({}, {}))
+            if transfer[2] == self._rank:
+                sends.setdefault(transfer[4], []).append(transfer)
+            else:
+                receives.setdefault(transfer[2], []).append(transfer)
+        for number, (sends, receives) in batches.items():
+            yield number * per_batch, sends, receives
+
+    def _pack(self, sends: Mapping[int, list[list[int]]]) -> list[tuple[int, torch.Tensor]]:
+        """(rank, message to it) of a batch."""
+        if not sends:
+            return []
+        outgoing = self._outgoing
+        outgoing.turn = 1 - outgoing.turn
+        self._wait(outgoing.sending[outgoing.turn])
+        memory, used, messages = outgoing.halves[outgoing.turn], 0, []
+        targets: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        for peer, transfers in sends.items():
+            message = memory[used : used + sum(self._padded[t[0]] for t in transfers)]
+            used += message.numel()
+            messages.append((peer, message))
+            targets += self._split(message, [t[0] for t in transfers])
+            for row, _expert, _source, slot, _rank, _to in transfers:
+                sources += [p.units(self.unit)[slot] for p in self._layers[row] if p.bytes]
+                self.sent += self._bytes[row]
+        copy_rows(targets, sources)
+        return messages
+
+    def _unpack(self, transfers: Sequence[list[int]], staged: Staged) -> torch.Tensor:
+        """Where a rank's message goes; its parts are noted as staged."""
+        message = staged.take(sum(self._padded[t[0]] for t in transfers))
+        staged.sources += self._split(message, [t[0] for t in transfers])
+        for row, _expert, _source, _slot, _rank, to in transfers:
+            staged.targets += [p.units(self.unit)[to] for p in self._layers[row] if p.bytes]
+            self.received += self._bytes[row]
+        return message
+
+    def _split(self, message: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
+        """The parameters of experts of these rows' layers that lie one behind the other, without the padding between them."""
+        parts = [part for row in rows for part in self._parts[row]]
+        pieces = message.view(self.unit).split([length for length, _ in parts])
+        return [piece for piece, (_, is_weight) in zip(pieces, parts) if is_weight]
 
     def _rounds_per_batch(self, chunk: Chunk) -> int:
         """The same on all ranks: both ends of a transfer must queue it in the same batch."""
         if not chunk.transfers.size:
             return 1
-        size = int(np.asarray(self._bytes, dtype=np.int64)[chunk.transfers[:, 0]].max())
+        size = int(np.asarray(self._padded, dtype=np.int64)[chunk.transfers[:, 0]].max())
         return max(1, -(-self._batch_bytes // max(size, 1)))
+
+    def _beside(self) -> AbstractContextManager:
+        """What is queued within goes beside what the engine queues from now on, and behind what it has queued."""
+        if self._lane is None:
+            return nullcontext()
+        module = _device_module(self._device)
+        self._lane.wait_stream(module.current_stream())
+        return module.stream(self._lane)
+
+    def _wait(self, works: list[dist.Work]) -> None:
+        """On CPU until they are done; on a GPU what is queued from now on waits, and the host does not."""
+        if self._device.type != "cpu":
+            for work in works:
+                work.wait()
+            return
+        while works:  # gloo's can be waited for once only
+            works.pop(0).wait(timedelta(seconds=self._timeout))
 
     def finish(self, staged: Staged) -> None:
         """Wait until all of it is there, without blocking where no interruption would be noticed.
@@ -158,19 +257,13 @@ class Transfers:
         """
         for waiting, works in staged.pending:
             self._watchdog.waits_for(waiting)
-            for work in works:
-                if self._device.type == "cpu":
-                    work.wait(timedelta(seconds=self._timeout))
-                else:
-                    work.wait()  # orders the stream only
+            self._wait(works)
         staged.pending.clear()
         if self._device.type != "cpu":
             self._settle()
 
     def _settle(self) -> None:
-        import torch
-
-        done = torch.get_device_module(self._device).Event()
+        done = _device_module(self._device).Event()
         done.record()
         deadline = time.monotonic() + self._timeout
         while not done.query():
@@ -199,3 +292,38 @@ class Transfers:
                     dist.irecv(nothing, peer, self._group, tag=_TAG).wait(timedelta(milliseconds=1))
                 except (RuntimeError, ValueError):
                     continue
+
+
+def batch_size(batch_bytes: int, staging_bytes: int | None) -> int:
+    """What a batch must hold at least when experts are received in so much memory: little memory, small messages."""
+    return batch_bytes if staging_bytes is None else min(batch_bytes, max(1, staging_bytes // 2))
+
+
+def packing_bytes(expert_bytes: int, staging_bytes: int | None, batch_bytes: int = BATCH_BYTES) -> int:
+    """The most memory that a rank's messages are packed in: two batches, the last expert of each over its measure."""
+    return 2 * (batch_size(batch_bytes, staging_bytes) + expert_bytes)
+
+
+def copy_rows(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source to its target, all in a few launches; none of the targets may be a source."""
+    import torch
+
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+def _parts(parameters: Sequence[Parameter], width: int) -> list[tuple[int, bool]]:
+    """An expert as it is staged: (length in units of ``width`` bytes, whether it is a parameter and not padding)."""
+    found = []
+    for parameter in parameters:
+        if parameter.bytes:
+            found.append((parameter.bytes // width, True))
+        if parameter.padded > parameter.bytes:
+            found.append(((parameter.padded - parameter.bytes) // width, False))
+    return found
+
+
+def _device_module(device: torch.device) -> ModuleType:
+    import torch
+
+    return torch.get_device_module(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlacementError
@@ -31,6 +31,7 @@ class Parameter:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    _views: dict[torch.dtype, list[torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -41,6 +42,12 @@ class Parameter:
     def padded(self) -> int:
         """`bytes` up to the next multiple of `ALIGNMENT`."""
         return -(-self.bytes // ALIGNMENT) * ALIGNMENT
+
+    def units(self, unit: torch.dtype) -> list[torch.Tensor]:
+        """Each expert's bytes, read as numbers of this type (`widest_unit`), one tensor per slot."""
+        if unit not in self._views:
+            self._views[unit] = list(self.rows.view(unit).unbind(0))
+        return self._views[unit]
 
     def typed(self, row: torch.Tensor) -> torch.Tensor:
         """One expert's bytes as a tensor of the parameter's own type, shape and strides."""
@@ -119,6 +126,19 @@ def view_weights(
     if len(devices) > 1:
         raise PlacementError(f"weights lie on {sorted(map(str, devices))}: the experts of a rank must be on one device")
     return result
+
+
+def widest_unit(layers: Sequence[Sequence[Parameter]]) -> torch.dtype:
+    """The widest type that the bytes of all parameters can be read as: copies of many rows at once go as fast as their type is wide."""
+    import torch
+
+    for unit in (torch.int64, torch.int32, torch.int16):
+        width = unit.itemsize
+        if all(
+            number % width == 0 for parameters in layers for p in parameters for number in (p.bytes, p.rows.stride(0), p.rows.data_ptr())
+        ):
+            return unit
+    return torch.uint8
 
 
 def padded_bytes(layers: Sequence[Sequence[Parameter]]) -> list[int]:

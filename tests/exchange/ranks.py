@@ -78,7 +78,7 @@ def exchange(rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_
 
 
 def die_at(event: int) -> list[int]:
-    """Kill this process when it is about to do its ``event``-th piece of an exchange: a store call, a round, the copy of a tensor.
+    """Kill this process when it is about to do its ``event``-th piece of an exchange: a store call, a batch, the copy of tensors.
 
     Returns:
         A list whose only entry counts them.
@@ -97,6 +97,7 @@ def die_at(event: int) -> list[int]:
     Agreement._ask = counted(Agreement._ask)
     dist.batch_isend_irecv = counted(dist.batch_isend_irecv)
     torch.Tensor.copy_ = counted(torch.Tensor.copy_)
+    torch._foreach_copy_ = counted(torch._foreach_copy_)
     return seen
 
 
@@ -105,7 +106,7 @@ def exchange_with_a_death(rank: int, world: int, store, plan: ExchangePlan, vict
 
     Returns:
         (bytes of all weights, committed layers, survivors (None when nothing was noticed, empty for a rank that came too late to be
-        one), reason, events counted).
+        one), reason, events counted); no weights and no layers where the rank has to load its weights anew.
     """
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     found = Exchange(plan, weights, epoch=1, store=store, reader=Reader(), timeout=timeout, **limits)
@@ -120,6 +121,8 @@ def exchange_with_a_death(rank: int, world: int, store, plan: ExchangePlan, vict
         except ExchangeLost as lost:
             live, reason = (), str(lost)
         return as_bytes(weights), aborted.metadata.committed, live, reason, seen[0]
+    except ExchangeLost as lost:
+        return None, None, (), str(lost), seen[0]
     return as_bytes(weights), found.metadata.committed, None, "", seen[0]
 
 

@@ -34,16 +34,23 @@ def check_survivors(plan, results, victim: int | None) -> tuple[str, bool]:
     """(what became of the exchange: the number of layers on the new map, or ``complete``; whether a rank came too late to go on)."""
     survivors = [rank for rank in range(WORLD) if results[rank] is not None]
     assert set(range(WORLD)) - set(survivors) <= {victim}
-    committed = results[survivors[0]][1]
-    late = set()
-    for rank in survivors:
+    # The store is in this process: on a machine that stands still for seconds it gives no answer in time, and who asked must stop.
+    stopped = {rank for rank in survivors if results[rank][1] is None}
+    for rank in stopped:
+        assert "stop this rank and load its weights anew" in results[rank][3]
+    going_on = [rank for rank in survivors if rank not in stopped]
+    if not going_on:
+        return "lost", True
+    committed, late = results[going_on[0]][1], stopped
+    for rank in going_on:
         weights, done, live, reason, _ = results[rank]
-        assert (done == committed).all(), f"rank {rank} differs from rank {survivors[0]}"
+        assert (done == committed).all(), f"rank {rank} differs from rank {going_on[0]}"
         check_weights(weights, plan.new, rank, np.flatnonzero(done).tolist())
         check_weights(weights, plan.old, rank, np.flatnonzero(~done).tolist())
         if not done.all():
+            told = "went on without" in reason or "stop this rank" in reason
             assert reason
-            assert set(live) <= set(survivors) and (rank in live or "went on without" in reason), (live, survivors, reason)
+            assert set(live) <= set(survivors) and (rank in live or told), (live, survivors, reason)
             late |= set(survivors) - set(live)
     return "complete" if committed.all() else f"{int(committed.sum())} layers", bool(late)
 
@@ -55,9 +62,9 @@ def trial(ranks, number: int) -> tuple[str, bool, bool]:
     rng = np.random.default_rng([7, number])
     plan = make_plan(rng)
     victim = int(rng.integers(WORLD))
-    limits = [{"max_layers": 1}, {"max_layers": 2}, {}][number % 3]
+    limits = [{"max_layers": 1}, {"max_layers": 2, "batch_bytes": 1}, {}][number % 3]  # one byte: a round is a batch
     # Half of the victims are killed from outside at a random time, half kill themselves at a random piece of work.
-    event = int(rng.integers(1, [60, 48, 36][number % 3])) if number % 2 else 0
+    event = int(rng.integers(1, [48, 48, 24][number % 3])) if number % 2 else 0
     delay = float(rng.uniform(0, 0.04))
 
     def kill(processes, store):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,13 +137,18 @@ def ray_path() -> str:
 
 @contextmanager
 def ray_nodes(folder, starts: list[tuple[list[str], str]]):
-    """Ray on each host: (what runs a command there, its address); all of it is ended afterwards."""
+    """Ray on each host: (what runs a command there, its address); all of it is ended afterwards.
+
+    Yields:
+        (the head's address, a function that reads what the workers wrote: not all of it need have reached the driver by its end).
+    """
+    temporary = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets lie in it, whose paths must be short
     env = {**os.environ, "PYTHONPATH": ray_path(), "RAY_USAGE_STATS_ENABLED": "0"}
     processes = []
     head = f"{starts[0][1]}:6379"
     try:
         for number, (prefix, address) in enumerate(starts):
-            where = ["--head", "--port", "6379", "--include-dashboard", "false"] if number == 0 else ["--address", head]
+            where = ["--head", "--port", "6379", "--include-dashboard", "false", "--temp-dir", str(temporary)] if number == 0 else ["--address", head]
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--node-ip-address", address, "--num-cpus", "2",
                        "--num-gpus", str(2 // len(starts)), "--object-store-memory", "100000000", "--block"]  # fmt: skip
             log = open(folder / f"ray{number}.log", "w")
@@ -149,7 +157,7 @@ def ray_nodes(folder, starts: list[tuple[list[str], str]]):
             while "Ray runtime started" not in (folder / f"ray{number}.log").read_text():
                 assert time.monotonic() < deadline and processes[-1].poll() is None, (folder / f"ray{number}.log").read_text()[-2000:]
                 time.sleep(0.2)
-        yield head
+        yield head, lambda: "".join(f.read_text(errors="replace") for f in sorted(temporary.glob("session_2*/logs/worker-*")))
     finally:
         for process in reversed(processes):
             if not starts[0][0]:  # on hosts of our own it is ended with them; here Ray takes half a minute to drain
@@ -157,6 +165,7 @@ def ray_nodes(folder, starts: list[tuple[list[str], str]]):
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=60)
             end_group(process)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.mark.skipif(not RAY, reason="Ray is not installed in this environment")
@@ -171,14 +180,15 @@ def test_ray_gives_the_tokens_of_one_host(made, one_host):
         hosts = Hosts(f"ray-{os.getpid()}-", 2)
         starts = [(hosts.on(number, []), hosts.address(number)) for number in range(2)]
         try:
-            with ray_nodes(folder, starts) as head:
-                results, logs = run_on_head(hosts, folder, [asked], 300, {"RAY_ADDRESS": head, "PYTHONPATH": ray_path()})
+            with ray_nodes(folder, starts) as (head, workers):
+                results, _ = run_on_head(hosts, folder, [asked], 300, {"RAY_ADDRESS": head, "PYTHONPATH": ray_path()})
+                written = workers()
         finally:
             hosts.down()
-        assert f"{hosts.name}0 (10.77.0.1), rank 0; {hosts.name}1 (10.77.0.2), rank 1" in logs["ray"]
+        assert f"{hosts.name}0 (10.77.0.1), rank 0; {hosts.name}1 (10.77.0.2), rank 1" in written
     else:
         print(f"Ray on one host only: {reason}")
-        with ray_nodes(folder, [([], socket.gethostbyname(socket.gethostname()))]) as head:
+        with ray_nodes(folder, [([], socket.gethostbyname(socket.gethostname()))]) as (head, _):
             results = run_cases(folder, [asked], {"RAY_ADDRESS": head, "PYTHONPATH": ray_path()}, 300)
     expected, answers = answers_of(one_host, "stock"), answers_of(results, "ray")
     assert [a["ids"] for a in answers] == [a["ids"] for a in expected]
