@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..exchange.executor import Exchange, ExchangeReport, ExpertReader
+from ..exchange.peers import PeerMemory
 from ..exchange.plan import ExchangePlan, plan_exchange
 from ..exchange.stores import Stores
 from ..exchange.transfers import packing_bytes
@@ -134,15 +135,26 @@ class Exchanger:
         # Of the exchange before this one some rank may still read the outcome; of the one before that none does: all took part since.
         self._ended: list[Callable[[], None]] = []
         self._epoch = 0
+        self._peers: PeerMemory | None = None
         self._prefix = f"{name}/{meeting.first}"
         self.last: ExchangeReport | None = None
+
+    def look_at_peers(self, cpu_group: dist.ProcessGroup) -> None:
+        """See which ranks' experts this one can read where they lie, and let all know; a collective call, in which nobody may be dead.
+
+        Args:
+            cpu_group: of the EP ranks, for CPU tensors.
+        """
+        self._peers = PeerMemory.of(self._parameters, self.topology, cpu_group, self.log)
+        self.log.info("moe_placement_plugin: %s", self._peers)
 
     def reserve(self) -> None:
         """Take the staging memory now, before the engine gives the rest of the device's away."""
         import torch
 
         bound = self._share if self._bound is None else min(self._bound, 2 * self._share)
-        size = bound + packing_bytes(max(self.expert_bytes.values()), bound)
+        sends = self._peers is None or not (self._peers.reads | np.eye(self.ranks, dtype=bool)).all()
+        size = bound + (packing_bytes(max(self.expert_bytes.values()), bound) if sends else 0)
         self._staging = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def release(self) -> None:
@@ -192,6 +204,7 @@ class Exchanger:
             watchdog=_Told(watchdog) if watchdog is not None else None,
             staging=self._staging,
             double=self._bound is None,
+            peers=self._peers,
             meanwhile=self._ended.pop(0) if len(self._ended) > 1 else None,
         )
         self.last = found.run(on_commit)

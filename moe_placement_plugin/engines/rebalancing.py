@@ -32,7 +32,7 @@ def add_argument(group: Any) -> None:
         type=_json_object,
         metavar="JSON",
         help="When strategy eplb rebalances under --enable-eplb: an object with some of min_gain, max_phase_loss, hysteresis, "
-        "max_bytes, max_pause, staging_bytes, calibration, bandwidth (docs/exchange.md).",
+        "max_bytes, max_pause, staging_bytes, calibration, bandwidth, peer_memory (docs/exchange.md).",
     )
 
 

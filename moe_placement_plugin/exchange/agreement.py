@@ -31,6 +31,9 @@ VOTES_PER_WORD = 60
 """Ranks whose votes share a counter: each adds a power of two of its own."""
 
 
+MEETING = -1
+"""Voted on like a chunk: that all have come (`Agreement.meet`)."""
+
 LEAST_ANSWER = 5.0
 """Seconds that an answer of the store is waited for at least, however short the timeout: a busy machine is no silent one."""
 
@@ -103,6 +106,17 @@ class Agreement:
             return None
         return f"rank {self._rank} has another plan, or tensors of another layout, than the rank that came first"
 
+    def meet(self) -> str | None:
+        """Wait until all ranks have come this far.
+
+        Returns:
+            None, or why not all will.
+
+        Raises:
+            ExchangeLost: when the store is gone.
+        """
+        return self.vote(MEETING)
+
     def vote(self, chunk: int) -> str | None:
         """Say that the chunk is staged here, and wait for its fate.
 
@@ -164,7 +178,8 @@ class Agreement:
         keys = [f"entered/{self._rank}"]
         if self._rank == min(self._ranks):
             words = {rank // VOTES_PER_WORD for rank in self._ranks}
-            keys += ["plan", *(f"fate/{chunk}" for chunk in range(chunks)), *(f"vote/{chunk}/{word}" for chunk in range(chunks) for word in words)]
+            voted = range(MEETING, chunks)
+            keys += ["plan", *(f"fate/{chunk}" for chunk in voted), *(f"vote/{chunk}/{word}" for chunk in voted for word in words)]
         for key in keys:
             self._ask(lambda s, key=key: s.delete_key(key))
 

@@ -56,6 +56,7 @@ class RebalancePolicy:
         calibration: cost model of this device: the name of one that comes with the package, or a file of ``moe-placement bench layer``. With
             it the gain is in time; without it, in the greatest rank load.
         watchdog: seconds after which an exchange that has not finished is reported, again and again, with what it waits for.
+        peer_memory: whether ranks of one host read experts in each other's memory where they can, rather than send them.
 
     Raises:
         PlacementError: when a number makes no sense.
@@ -75,6 +76,7 @@ class RebalancePolicy:
     top_k: int = 8
     calibration: str | None = None
     watchdog: float = 30.0
+    peer_memory: bool = True
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -85,9 +87,9 @@ class RebalancePolicy:
             elif f.name == "calibration":
                 if value is not None and not isinstance(value, str):
                     raise PlacementError(f"calibration {value!r}: give the name of a calibration that comes with the package, or a path")
-            elif f.name == "small_batches":
+            elif f.name in ("small_batches", "peer_memory"):
                 if not isinstance(value, bool):
-                    raise PlacementError(f"small_batches {value!r}: give true or false")
+                    raise PlacementError(f"{f.name} {value!r}: give true or false")
             elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise PlacementError(f"{f.name} {value!r}: give a number")
         for name in ("min_gain", "max_phase_loss", "hysteresis"):

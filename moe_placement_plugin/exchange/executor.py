@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import PlacementError
-from .agreement import Agreement, ExchangeAborted, ExchangeLost
+from .agreement import MEETING, Agreement, ExchangeAborted, ExchangeLost
+from .peers import PeerMemory, SeenPeers
 from .plan import SCRATCH, Chunk, ExchangePlan
 from .transfers import BATCH_BYTES, Staged, Transfers, batch_size, copy_rows
 from .watchdog import WaitingFor, Watchdog
@@ -89,6 +90,7 @@ class Exchange:
             same.
         double: where two layers do not fit into ``staging_bytes``, receive one while the other is committed nevertheless, in memory that is
             given back at the end, if the device has several times as much free.
+        peers: the weights that ranks read in each other's memory; all experts are sent when left out.
         meanwhile: called once while the first transfers run, such as `forget` of an exchange that all ranks have ended.
 
     Raises:
@@ -111,6 +113,7 @@ class Exchange:
         staging: torch.Tensor | None = None,
         batch_bytes: int = BATCH_BYTES,
         double: bool = False,
+        peers: PeerMemory | None = None,
         meanwhile: Callable[[], None] | None = None,
     ):
         import torch
@@ -124,7 +127,7 @@ class Exchange:
             )
         self.plan = plan
         group = dist.group.WORLD if group is None else group
-        self.rank, peers = _ranks_of(plan, group)
+        self.rank, members = _ranks_of(plan, group)
         self._layers = view_weights(weights, plan.old, plan.new, self.rank)
         self._sizes = padded_bytes(self._layers)
         self._limits, self._double = (staging_bytes, max_layers, batch_bytes), double
@@ -135,7 +138,10 @@ class Exchange:
         self._reader, self._timeout, self._memory, self._meanwhile = reader, timeout, staging, meanwhile
         self._watchdog = watchdog or Watchdog()
         batch_bytes = batch_size(batch_bytes, staging_bytes)
-        self._transfers = Transfers(self._layers, self.rank, peers, group, device, timeout, batch_bytes, self._watchdog)
+        self._meets = peers is not None
+        self._direct = plan.transfers[:0] if peers is None else plan.transfers[peers.reads[plan.transfers[:, 4], plan.transfers[:, 2]]]
+        seen = SeenPeers.of(peers, plan.new.layer_ids) if peers is not None else None
+        self._transfers = Transfers(self._layers, self.rank, members, group, device, timeout, batch_bytes, self._watchdog, seen)
         self._agreement = Agreement(
             dist.distributed_c10d._get_default_store() if store is None else store,
             epoch,
@@ -188,12 +194,13 @@ class Exchange:
         for index, chunk in enumerate(self.chunks):
             begin = time.perf_counter()
             with self._watchdog.watch(self._transfers.give_up):
-                reason = self._agreement.enter(self._digest()) if index == 0 else None
+                reason = self._enter() if index == 0 else None
                 try:
                     if reason is None:
                         if index == 0:
                             self._prefetch()
-                            self._transfers.connect()
+                            if len(self._direct) < len(self.plan.transfers):
+                                self._transfers.connect()
                         for next_one in range(index, min(index + 1 + ahead, len(self.chunks))):
                             if next_one not in staged:
                                 staged[next_one] = self._transfers.begin(self.chunks[next_one], halves[next_one % len(halves)], self._named)
@@ -219,6 +226,21 @@ class Exchange:
             self.report.chunks += 1
             self.report.bytes_sent, self.report.bytes_received = self._transfers.sent, self._transfers.received
             yield chunk.rows
+
+    def _enter(self) -> str | None:
+        """Begin together with the others; a reason why this rank must not."""
+        if not self._meets:
+            return self._agreement.enter(self._digest())
+        # Others read this rank's weights from now on: what the engine has queued, an earlier exchange's copies among it, must be done.
+        self._transfers.settle()
+        reason = self._agreement.enter(self._digest())
+        if reason is not None:
+            self._end(MEETING, reason)
+        self._watchdog.waits_for(WaitingFor("enter", (), None, self.plan.live_ranks, 0))
+        reason = self._agreement.meet()
+        if reason is not None:
+            self._end(None, reason)
+        return None
 
     def forget(self) -> None:
         """Delete from the store what this exchange was agreed on with, for servers that run long; when all ranks have ended it, not before."""
@@ -256,7 +278,7 @@ class Exchange:
         return self._agreement.survivors(self._timeout if grace is None else grace)
 
     def _digest(self) -> str:
-        return f"{self.plan.digest} {layout_digest(self._layers)} {self._limits}"
+        return f"{self.plan.digest} {layout_digest(self._layers)} {self._limits} {len(self._direct)}"
 
     def _prefetch(self) -> None:
         """Tell the reader of all experts that this rank will read, of all chunks, if it cares."""
@@ -316,7 +338,8 @@ class Exchange:
             if refuse is not None:
                 reason = self._agreement.abort(refuse, reason)
         finally:
-            self._transfers.give_up()
+            if len(self._direct) < len(self.plan.transfers):
+                self._transfers.give_up()
         raise ExchangeAborted(reason, self.metadata) from cause
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .peers import SeenPeers
 from .plan import Chunk
 from .watchdog import WaitingFor, Watchdog
 from .weights import Parameter, widest_unit
@@ -44,6 +45,7 @@ class Staged:
         used: bytes of it that are taken.
         sources, targets: what was staged and the slots it goes to, tensor by tensor, in `Transfers.unit`.
         pending: transfers under way, by what is waited for.
+        read: on a GPU, the end of what is read in other ranks' memory.
     """
 
     buffer: torch.Tensor
@@ -51,6 +53,7 @@ class Staged:
     sources: list[torch.Tensor] = field(default_factory=list)
     targets: list[torch.Tensor] = field(default_factory=list)
     pending: list[tuple[WaitingFor, list[dist.Work]]] = field(default_factory=list)
+    read: torch.Event | None = None
 
     def take(self, size: int) -> torch.Tensor:
         """The next ``size`` bytes of staging memory."""
@@ -83,6 +86,7 @@ class Transfers:
         timeout: seconds.
         batch_bytes: of a rank's sends in a batch of rounds.
         watchdog: is told what is waited for; ends the wait when it has given up.
+        seen: the weights that ranks read in each other's memory.
 
     Attributes:
         unit: the type that rows are copied as.
@@ -99,16 +103,18 @@ class Transfers:
         timeout: float,
         batch_bytes: int,
         watchdog: Watchdog,
+        seen: SeenPeers | None = None,
     ):
         self._layers, self._rank, self._peers, self._group = layers, rank, peers, group
         self._device, self._timeout, self._batch_bytes, self._watchdog = device, timeout, batch_bytes, watchdog
         self._bytes = [sum(p.bytes for p in parameters) for parameters in layers]
         self._padded = [sum(p.padded for p in parameters) for parameters in layers]
-        self.unit = widest_unit(layers)
+        self._seen = seen
+        self.unit = widest_unit([*layers, *(parameters for of_rank in (seen.layers.values() if seen else ()) for parameters in of_rank)])
         self._parts = [_parts(parameters, self.unit.itemsize) for parameters in layers]
         self._outgoing: _Outgoing | None = None
-        # Packing goes beside what the engine has queued and beside the commit of the chunk before.
-        self._lane = None if device.type == "cpu" else _device_module(device).Stream()
+        # Packing and reading go beside what the engine has queued, beside the commit of the chunk before, and beside each other.
+        self._lane, self._reading = (None, None) if device.type == "cpu" else (_device_module(device).Stream() for _ in range(2))
         self.sent = self.received = 0
 
     def allocate(self, size: int) -> torch.Tensor:
@@ -135,7 +141,7 @@ class Transfers:
         """Memory that this rank's messages are packed in while it sends these chunks (`use_outgoing`)."""
         largest = 0
         for chunk in chunks:
-            sent = chunk.transfers[:, 2] == self._rank
+            sent = (chunk.transfers[:, 2] == self._rank) & ~self._is_read(chunk.transfers)
             numbers = chunk.round_of[sent] // self._rounds_per_batch(chunk)
             sizes = np.asarray(self._padded, dtype=np.int64)[chunk.transfers[sent, 0]]
             largest = max(largest, int(np.bincount(numbers, sizes).max(initial=0)))
@@ -160,7 +166,9 @@ class Transfers:
         import torch.distributed as dist
 
         staged = Staged(buffer)
-        with self._beside():
+        with self._beside(self._reading):
+            self._read_peers(chunk, staged, named)
+        with self._beside(self._lane):
             for number, sends, receives in self._batches(chunk):
                 size = sum(self._bytes[t[0]] for transfers in (*sends.values(), *receives.values()) for t in transfers)
                 waiting = WaitingFor("receive", named(chunk), number, tuple(sorted(sends.keys() | receives.keys())), size)
@@ -174,10 +182,35 @@ class Transfers:
                     self._outgoing.sending[self._outgoing.turn] = works
         return staged
 
+    def _is_read(self, transfers: np.ndarray) -> np.ndarray:
+        """bool ``[n]``: which transfers ``[n, 6]`` the receiver carries out by itself."""
+        if self._seen is None:
+            return np.zeros(len(transfers), dtype=bool)
+        return self._seen.reads[transfers[:, 4], transfers[:, 2]]
+
+    def _read_peers(self, chunk: Chunk, staged: Staged, named: Callable[[Chunk], tuple[int, ...]]) -> None:
+        """Copy experts from the memory of other ranks."""
+        read = chunk.transfers[self._is_read(chunk.transfers)]
+        self.sent += sum(self._bytes[row] for row in read[read[:, 2] == self._rank, 0].tolist())
+        mine = read[read[:, 4] == self._rank]
+        if not len(mine):
+            return
+        sources = [
+            p.units(self.unit)[slot] for row, _, rank, slot, _, _ in mine.tolist() for p in self._seen.layers[rank][row] if p.bytes
+        ]
+        before, received = len(staged.sources), self.received
+        self._unpack(mine.tolist(), staged)
+        waiting = WaitingFor("read peers", named(chunk), None, tuple(np.unique(mine[:, 2]).tolist()), self.received - received)
+        self._watchdog.waits_for(waiting)
+        copy_rows(staged.sources[before:], sources)
+        if self._reading is not None:
+            staged.read = self._reading.record_event()
+        staged.pending.append((waiting, []))
+
     def _batches(self, chunk: Chunk) -> Iterator[tuple[int, dict[int, list[list[int]]], dict[int, list[list[int]]]]]:
         """(first round, transfers to each rank, transfers from each rank) of the batches that this rank takes part in."""
         per_batch = self._rounds_per_batch(chunk)
-        mine = (chunk.transfers[:, 2] == self._rank) | (chunk.transfers[:, 4] == self._rank)
+        mine = ((chunk.transfers[:, 2] == self._rank) | (chunk.transfers[:, 4] == self._rank)) & ~self._is_read(chunk.transfers)
         batches: dict[int, tuple[dict[int, list[list[int]]], dict[int, list[list[int]]]]] = {}
         for number, transfer in zip((chunk.round_of[mine] // per_batch).tolist(), chunk.transfers[mine].tolist()):
             sends, receives = batches.setdefault(number, ({}, {}))
@@ -231,13 +264,13 @@ class Transfers:
         size = int(np.asarray(self._padded, dtype=np.int64)[chunk.transfers[:, 0]].max())
         return max(1, -(-self._batch_bytes // max(size, 1)))
 
-    def _beside(self) -> AbstractContextManager:
+    def _beside(self, stream: torch.Stream | None) -> AbstractContextManager:
         """What is queued within goes beside what the engine queues from now on, and behind what it has queued."""
-        if self._lane is None:
+        if stream is None:
             return nullcontext()
         module = _device_module(self._device)
-        self._lane.wait_stream(module.current_stream())
-        return module.stream(self._lane)
+        stream.wait_stream(module.current_stream())
+        return module.stream(stream)
 
     def _wait(self, works: list[dist.Work]) -> None:
         """On CPU until they are done; on a GPU what is queued from now on waits, and the host does not."""
@@ -259,10 +292,18 @@ class Transfers:
             self._watchdog.waits_for(waiting)
             self._wait(works)
         staged.pending.clear()
-        if self._device.type != "cpu":
-            self._settle()
+        if staged.read is not None:
+            _device_module(self._device).current_stream().wait_event(staged.read)
+        self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Wait until the device has done what is queued.
+
+        Raises:
+            TimeoutError: as `finish`.
+        """
+        if self._device.type == "cpu":
+            return
         done = _device_module(self._device).Event()
         done.record()
         deadline = time.monotonic() + self._timeout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -13,9 +14,12 @@ import torch.distributed as dist
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange.agreement import Agreement, ExchangeAborted, ExchangeLost
 from moe_placement_plugin.exchange.executor import Exchange
+from moe_placement_plugin.exchange.peers import PeerMemory
 from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
 from moe_placement_plugin.exchange.recovery import place_lost
 from moe_placement_plugin.exchange.watchdog import Watchdog
+from moe_placement_plugin.exchange.weights import view_parameter
+from moe_placement_plugin.topology import Topology
 
 from .cases import expert_content
 
@@ -44,6 +48,21 @@ def weights_of(placement, rank: int, slots: int) -> list[list[torch.Tensor]]:
     return result
 
 
+def shared(weights: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    """The same in memory that other processes can see."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    for tensors in weights:
+        for tensor in tensors:
+            tensor.share_memory_()
+    return weights
+
+
+def peer_memory(weights: list[list[torch.Tensor]], nodes: tuple[int, ...]) -> PeerMemory:
+    """Ranks on these nodes, all of them members of the default group."""
+    own = {layer: [view_parameter(t, "") for t in tensors] for layer, tensors in enumerate(weights)}
+    return PeerMemory.of(own, Topology(len(nodes), nodes), dist.group.WORLD, logging.getLogger())
+
+
 def as_bytes(weights: list[list[torch.Tensor]]) -> list[list[np.ndarray]]:
     return [[t.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy() for t in tensors] for tensors in weights]
 
@@ -61,11 +80,17 @@ class Reader:
         return sum(t.nbytes for t in out)
 
 
-def exchange(rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_layer: bool = False):
-    """Carry the plan out; (bytes of all weights, what was read from the checkpoint, report)."""
+def exchange(rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_layer: bool = False, nodes: tuple[int, ...] | None = None):
+    """Carry the plan out; (bytes of all weights, what was read from the checkpoint, report).
+
+    Args:
+        nodes: of the ranks, when those of a node are to read each other's memory.
+    """
     slots = max(plan.old.slots_per_rank[rank], plan.new.slots_per_rank[rank])
     weights = weights_of(plan.old, rank, slots)
     reader = Reader()
+    if nodes is not None:
+        limits = limits | {"peers": peer_memory(shared(weights), nodes)}
     alive = rank in plan.live_ranks
     group = dist.new_group(list(plan.live_ranks)) if len(plan.live_ranks) < world else None
     if not alive:
@@ -101,7 +126,10 @@ def die_at(event: int) -> list[int]:
     return seen
 
 
-def exchange_with_a_death(rank: int, world: int, store, plan: ExchangePlan, victim: int, event: int, limits: dict, timeout: float = 2.0):
+def exchange_with_a_death(
+    rank: int, world: int, store, plan: ExchangePlan, victim: int, event: int, limits: dict, nodes: tuple[int, ...] | None = None,
+    timeout: float = 2.0,
+):  # fmt: skip
     """Carry the plan out while ``victim`` dies at ``event`` (0: somebody else kills it).
 
     Returns:
@@ -109,6 +137,8 @@ def exchange_with_a_death(rank: int, world: int, store, plan: ExchangePlan, vict
         one), reason, events counted); no weights and no layers where the rank has to load its weights anew.
     """
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+    if nodes is not None:
+        limits = limits | {"peers": peer_memory(shared(weights), nodes)}
     found = Exchange(plan, weights, epoch=1, store=store, reader=Reader(), timeout=timeout, **limits)
     seen = die_at(event if rank == victim else 0)
     store.add("ready", 1)

@@ -139,6 +139,8 @@ def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
             policy.staging_bytes,
             max(60.0, 2 * policy.watchdog),
         )
+        if policy.peer_memory and _met.meeting.stores is None:  # where ranks may die some may have
+            found.look_at_peers(group.cpu_group)
         setattr(updater, _EXCHANGER, found)
     return found
 

@@ -89,7 +89,7 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
     for row, layer in enumerate(layers.values()):
         object.__setattr__(layer, EPLB_ROW, (state, row))
     rules = policy_from(settings["rebalance"], REBALANCE_FLAG)
-    exchanger = eplb_exchange.adopt(eplb, state, rules.staging_bytes, max(60.0, 2 * rules.watchdog))
+    exchanger = eplb_exchange.adopt(eplb, state, rules.staging_bytes, max(60.0, 2 * rules.watchdog), rules.peer_memory)
     if settings.strategy == "eplb":
         if exchanger is None:
             sizes = [sum(w[0].numel() * w.element_size() for w in weights) for weights in state.model.expert_weights]

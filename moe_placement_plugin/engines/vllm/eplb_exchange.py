@@ -27,13 +27,14 @@ _OWN_TRANSPORT = "nixl"  # reads other ranks' memory by itself, into the buffers
 _exchangers: dict[int, tuple[Any, Exchanger]] = {}  # by identity of the model's list of weights: (EPLB's model state, exchanger)
 
 
-def adopt(eplb: Any, state: Any, staging_bytes: int | None, timeout: float) -> Exchanger | None:
+def adopt(eplb: Any, state: Any, staging_bytes: int | None, timeout: float, peer_memory: bool = True) -> Exchanger | None:
     """Make this rank's exchanger of a model that EPLB has registered; a collective call.
 
     Args:
         eplb: vLLM's ``EplbState``.
         state: its ``EplbModelState`` of the model.
         staging_bytes, timeout: as `Exchanger` takes them.
+        peer_memory: whether ranks of a host read experts in each other's memory where they can.
 
     Returns:
         None where the user chose a communicator that transfers in a way of its own.
@@ -52,6 +53,8 @@ def adopt(eplb: Any, state: Any, staging_bytes: int | None, timeout: float) -> E
         dict(enumerate(weights)), state.logical_replica_count.shape[1], device_group, Meeting.of(group.cpu_group), name, logger, staging_bytes,
         timeout,
     )  # fmt: skip
+    if peer_memory and not eplb.is_async:
+        exchanger.look_at_peers(group.cpu_group)
     setattr(state, EXCHANGER, exchanger)
     _exchangers[id(weights)] = (state, exchanger)
     return exchanger

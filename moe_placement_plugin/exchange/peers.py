@@ -1,0 +1,148 @@
+"""Weights of other ranks of the same host, read where they lie.
+
+CUDA lets a process see another one's memory (inter-process handles, the way of NCCL's own peer-to-peer transport and of vLLM's custom
+all-reduce); a copy from it goes over NVLink as fast as the link carries, without a message, without memory to pack it in and without a
+processor that answers. That a rank's weights stand still while others read them is what the exchange's agreement is for: nobody overwrites a
+layer before all have voted that they hold what they need of it. On CPUs the same goes for weights in shared memory.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..topology import Topology
+from .weights import Parameter
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+PROBE = 64
+"""Bytes of each parameter that a rank says it has and the others must find there: memory that is seen wrongly must not be read."""
+
+_DEVICE = 6
+"""Position of the device's number in what `torch.multiprocessing.reductions` needs to see a CUDA tensor."""
+
+
+@dataclass(frozen=True)
+class PeerMemory:
+    """Who reads whose weights, and this rank's view of those that it reads.
+
+    Attributes:
+        reads: bool ``[ranks, ranks]``, the same on all ranks: whether the first reads the second's weights by itself.
+        parameters: rank -> layer -> its parameters, of the ranks that this one reads.
+    """
+
+    reads: np.ndarray
+    parameters: Mapping[int, Mapping[int, Sequence[Parameter]]]
+
+    @classmethod
+    def of(cls, own: Mapping[int, Sequence[Parameter]], topology: Topology, cpu_group: dist.ProcessGroup, log: logging.Logger) -> PeerMemory:
+        """See what can be seen; a collective call. What cannot be seen (another host, no peer access, memory of an allocator that does not
+        share) is left to messages.
+
+        Args:
+            own: this rank's parameters of each layer, which stay where they are from now on.
+            topology: nodes of the ranks.
+            cpu_group: of all EP ranks, for CPU tensors.
+        """
+        import torch.distributed as dist
+
+        ranks, rank = cpu_group.size(), cpu_group.rank()
+        found: list[Any] = [None] * ranks
+        dist.all_gather_object(found, _offer(own, log), group=cpu_group)
+        seen = {}
+        for peer, offer in enumerate(found):
+            if peer != rank and offer is not None and topology.node_of_rank[peer] == topology.node_of_rank[rank]:
+                parameters = _take(offer, own, peer, log)
+                if parameters is not None:
+                    seen[peer] = parameters
+        reads = np.zeros((ranks, ranks), dtype=bool)
+        dist.all_gather_object(found, sorted(seen), group=cpu_group)
+        for reader, peers in enumerate(found):
+            reads[reader, peers] = True
+        return cls(reads, seen)
+
+    def __str__(self) -> str:
+        pairs = self.reads.shape[0] * (self.reads.shape[0] - 1)
+        return f"{int(self.reads.sum())} of {pairs} pairs of ranks read each other's memory"
+
+
+@dataclass(frozen=True)
+class SeenPeers:
+    """`PeerMemory` by the rows of one exchange.
+
+    Attributes:
+        reads: as `PeerMemory.reads`.
+        layers: rank -> its parameters of each row's layer.
+    """
+
+    reads: np.ndarray
+    layers: Mapping[int, Sequence[Sequence[Parameter]]]
+
+    @classmethod
+    def of(cls, peers: PeerMemory, layer_ids: Sequence[int]) -> SeenPeers:
+        """Of an exchange of these layers."""
+        return cls(peers.reads, {rank: [seen[layer] for layer in layer_ids] for rank, seen in peers.parameters.items()})
+
+
+def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes | None:
+    """What others need to see this rank's parameters, and how each begins; None when they cannot be shared."""
+    import torch
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    handles = []
+    try:
+        for layer, parameters in own.items():
+            for parameter in parameters:
+                rows = parameter.rows
+                if rows.device.type == "cpu":
+                    if not rows.is_shared():  # to share it would move it, and the engine would go on with what it had
+                        return None
+                elif rows.device.type != "cuda":
+                    return None
+                else:
+                    torch.cuda.synchronize(rows.device)
+                handles.append((layer, reduce_tensor(rows), _beginning(rows)))
+        buffer = io.BytesIO()
+        ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(handles)
+        return buffer.getvalue()
+    except Exception as error:  # noqa: BLE001 - whatever it is, messages are left
+        log.info("moe_placement_plugin: experts' memory cannot be shared with other ranks, they are sent: %s", _in_a_line(error))
+        return None
+
+
+def _take(offer: bytes, own: Mapping[int, Sequence[Parameter]], peer: int, log: logging.Logger) -> dict[int, list[Parameter]] | None:
+    """The parameters of another rank; None when they cannot be seen, or are not what it says."""
+    device = next((p.rows.device for parameters in own.values() for p in parameters), None)
+    seen: dict[int, list[Parameter]] = {layer: [] for layer in own}
+    try:
+        for layer, (rebuild, arguments), beginning in pickle.loads(offer):  # noqa: S301 - of a rank of this very server
+            if device is not None and device.type == "cuda":
+                # Seen from this rank's own device, which reads the peer's memory: no context on the peer's is needed.
+                arguments = (*arguments[:_DEVICE], device.index, *arguments[_DEVICE + 1 :])
+            rows = rebuild(*arguments)
+            if _beginning(rows) != beginning:
+                raise RuntimeError(f"layer {layer} reads otherwise than the rank says")
+            like = own[layer][len(seen[layer])]
+            seen[layer].append(Parameter(rows, like.shape, like.stride, like.dtype))
+    except Exception as error:  # noqa: BLE001 - whatever it is, messages are left
+        log.info("moe_placement_plugin: the memory of EP rank %d cannot be read, experts are sent: %s", peer, _in_a_line(error))
+        return None
+    return seen
+
+
+def _beginning(rows: torch.Tensor) -> bytes:
+    return rows[:1, :PROBE].cpu().numpy().tobytes()
+
+
+def _in_a_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

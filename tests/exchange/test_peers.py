@@ -1,0 +1,151 @@
+"""Experts read in the memory of other ranks: real processes whose weights lie in shared memory, as GPUs' do under CUDA's handles."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from moe_placement_plugin import Topology
+from moe_placement_plugin.exchange.plan import plan_exchange
+
+from .cases import drifted, random_placement
+from .test_executor import check_weights
+
+
+def placements(seed: int, slots, experts: int = 12):
+    rng = np.random.default_rng(seed)
+    return random_placement(rng, 4, experts, slots), random_placement(rng, 4, experts, slots)
+
+
+@pytest.mark.parametrize("nodes", [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 1, 2)], ids=["one node", "two nodes", "a rank alone"])
+@pytest.mark.parametrize("cut", ["whole", "by layer", "staging", "double"])
+def test_read_and_sent_end_alike(ranks, nodes, cut):
+    from .ranks import SHAPES, exchange
+
+    plan = plan_exchange(*placements(1, [5, 4, 6, 5]), Topology(4, nodes))
+    need = int(plan.staging_needed([64 * len(SHAPES)] * 4).max())
+    limits = {"whole": {}, "by layer": {"max_layers": 1}, "staging": {"staging_bytes": need}, "double": {"staging_bytes": need, "double": True}}[cut]
+    read, sent = (ranks.run(exchange, 4, plan, limits, False, given) for given in (nodes, None))
+    for rank, (a, b) in enumerate(zip(read, sent)):
+        check_weights(a[0], plan.new, rank)
+        assert all((x == y).all() for p, q in zip(a[0], b[0]) for x, y in zip(p, q))
+        assert (a[2].bytes_received, a[2].bytes_sent, a[2].chunks) == (b[2].bytes_received, b[2].bytes_sent, b[2].chunks)
+        assert a[2].packing_bytes <= b[2].packing_bytes
+    packed = [result[2].packing_bytes for result in read]
+    node_of = np.array(nodes)
+    between = node_of[plan.transfers[:, 2]] != node_of[plan.transfers[:, 4]]
+    assert [size > 0 for size in packed] == [bool((plan.transfers[between, 2] == rank).any()) for rank in range(4)]
+
+
+def repeatedly(rank, world, store, plan, back, number):
+    """There and back again, rank 1 slow to overwrite its slots; whether all bytes are right each time."""
+    from moe_placement_plugin.exchange import executor
+    from moe_placement_plugin.exchange.executor import Exchange
+
+    from .ranks import as_bytes, peer_memory, shared, weights_of
+
+    weights = shared(weights_of(plan.old, rank, plan.old.slots_per_rank[rank]))
+    peers = peer_memory(weights, (0,) * world)
+    if rank == 1:
+        copy_rows = executor.copy_rows
+        executor.copy_rows = lambda *rows: (time.sleep(0.02), copy_rows(*rows))
+    for turn in range(number):
+        going = plan if turn % 2 == 0 else back
+        Exchange(going, weights, epoch=turn, store=store, peers=peers, max_layers=1, timeout=20).run()
+        check_weights(as_bytes(weights), going.new, rank)
+    return True
+
+
+def test_nobody_reads_what_is_being_overwritten(ranks):
+    """Ranks that have ended an exchange would read in the next one what a slow rank has yet to overwrite, if nothing held them."""
+    old, new = placements(2, [6, 6, 6])
+    assert ranks.run(repeatedly, 3, plan_exchange(old, new), plan_exchange(new, old), 6) == [True] * 3
+
+
+def without_a_rank(rank, world, store, plan, dead):
+    """Rank ``dead`` leaves before the exchange."""
+    from moe_placement_plugin.exchange.executor import Exchange
+
+    from .ranks import Reader, as_bytes, peer_memory, shared, weights_of
+
+    weights = shared(weights_of(plan.old, rank, plan.old.slots_per_rank[rank]))
+    peers = peer_memory(weights, (0,) * world)
+    if rank == dead:
+        return None
+    report = Exchange(plan, weights, epoch=1, store=store, peers=peers, reader=Reader(), timeout=20).run()
+    check_weights(as_bytes(weights), plan.new, rank)
+    return report.bytes_sent
+
+
+def test_the_others_go_on_without_a_dead_rank(ranks):
+    """No message passes, so the group that the dead rank is a member of is of no matter."""
+    rng = np.random.default_rng(4)
+    live = [0, 1, 3]
+    old, new = random_placement(rng, 3, 8, [6] * 4), random_placement(rng, 3, 8, [6] * 4, live)
+    results = ranks.run(without_a_rank, 4, plan_exchange(old, new, live_ranks=live), 2)
+    assert results[2] is None and sum(result for rank, result in enumerate(results) if rank != 2) > 0
+
+
+def looks(rank, world, store, what):
+    """What ranks see of each other, and their first bytes through each other's eyes."""
+    import torch
+
+    from moe_placement_plugin.exchange import peers
+
+    from .ranks import peer_memory, shared, weights_of
+
+    placement = random_placement(np.random.default_rng(0), 2, 6, [3] * world)
+    weights = weights_of(placement, rank, 3)
+    if not (what == "private" and rank == 1):
+        weights = shared(weights)
+    if what == "wrong" and rank == 1:
+        offered = peers._beginning
+        peers._beginning = lambda rows: bytes(len(offered(rows)))
+    pointers = [t.data_ptr() for tensors in weights for t in tensors]
+    found = peer_memory(weights, (0,) * world)
+    assert pointers == [t.data_ptr() for tensors in weights for t in tensors], "an engine would go on with other memory"
+    torch.distributed.barrier()
+    seen = {peer: [p.rows.clone().numpy() for tensors in layers.values() for p in tensors] for peer, layers in found.parameters.items()}
+    torch.distributed.barrier()  # memory goes with its owner
+    return found.reads, seen, str(found)
+
+
+@pytest.mark.parametrize("what", ["all", "private", "wrong"])
+def test_what_cannot_be_seen_is_left_to_messages(ranks, what):
+    """Memory that is not shared, or does not hold what its owner says."""
+    results = ranks.run(looks, 3, what)
+    expected = ~np.eye(3, dtype=bool)
+    if what == "private":
+        expected[:, 1] = False
+    if what == "wrong":  # what rank 1 says of its own does not hold, and it sees nothing where others say otherwise
+        expected[:, 1] = expected[1, :] = False
+    for reads, _, text in results:
+        assert (reads == expected).all() and text == f"{expected.sum()} of 6 pairs of ranks read each other's memory"
+    for reader in range(3):
+        assert sorted(results[reader][1]) == np.flatnonzero(expected[reader]).tolist()
+
+
+def drops_out(rank, world, store, plan):
+    """Rank 1 never enters."""
+    from moe_placement_plugin.exchange.agreement import ExchangeAborted
+    from moe_placement_plugin.exchange.executor import Exchange
+
+    from .ranks import as_bytes, peer_memory, shared, weights_of
+
+    weights = shared(weights_of(plan.old, rank, plan.old.slots_per_rank[rank]))
+    found = Exchange(plan, weights, epoch=1, store=store, peers=peer_memory(weights, (0,) * world), timeout=1.0)
+    if rank == 1:
+        return None
+    with pytest.raises(ExchangeAborted) as caught:
+        found.run()
+    check_weights(as_bytes(weights), plan.old, rank)
+    return str(caught.value)
+
+
+def test_reading_begins_when_all_have_come(ranks):
+    old, _ = placements(3, [6, 6, 6])
+    plan = plan_exchange(old, drifted(np.random.default_rng(3), old, share=0.5))
+    results = ranks.run(drops_out, 3, plan)
+    assert all("waited 1 s for ranks [1]" in results[rank] for rank in (0, 2)), results
