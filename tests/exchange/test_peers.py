@@ -53,7 +53,7 @@ def repeatedly(rank, world, store, plan, back, number):
         executor.copy_rows = lambda *rows: (time.sleep(0.02), copy_rows(*rows))
     for turn in range(number):
         going = plan if turn % 2 == 0 else back
-        Exchange(going, weights, epoch=turn, store=store, peers=peers, max_layers=1, timeout=20).run()
+        Exchange(going, weights, epoch=turn, store=store, peers=peers, timeout=20).run()
         check_weights(as_bytes(weights), going.new, rank)
     return True
 
