@@ -9,6 +9,7 @@ What is printed, medians of ``--repeats``:
 - plain copies: ``tensor.copy_`` from one GPU's memory to the next one's, all GPUs at the same time (the copy engines over NVLink), and NCCL's
   send and receive of the same bytes in one piece;
 - exchange, all: nearly every slot changes rank. Its bandwidth is what the busiest rank receives by the time from the plan to the last slot filled;
+  once with experts sent, once with experts read in the other GPU's memory, where that can be seen;
 - pause, for a load that has drifted: from the summed load to serving again. Ours: planning, decision, exchange, verification of the layers that
   changed. vLLM's, where it is installed: its default policy and its `rearrange_expert_weights_inplace` over torch_gloo (its default) and over
   torch_nccl, which verifies nothing. Maps are not counted on either side.
@@ -23,7 +24,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,6 +174,13 @@ class Bench:
         rates["send and receive"] = number * piece / statistics.median(self.timed(send) for _ in range(self.repeats))
         return rates
 
+    def ways(self) -> Iterator[str]:
+        """How experts come from another rank: ``sent``, then, where memory can be seen, ``read``; the last one is what engines get."""
+        yield "sent"
+        self.exchanger.look_at_peers(self.cpu_group)
+        if self.exchanger.reads_peers:
+            yield "read"
+
     def move(self, table: np.ndarray) -> None:
         """Exchange to another table."""
         rows = np.flatnonzero((self.table != table).any(axis=1)).tolist()
@@ -277,11 +285,15 @@ def main() -> int:
     shape = SHAPES[options.shape]
     bench = Bench(shape, options.repeats)
     result: dict = {"machine": device_facts(bench.device), "shape": options.shape, "ranks": bench.ranks}
-    result["all"] = bench.everything()
-    result["plain"] = bench.plain_copies(result["all"]["bytes"])
+    result["all"], result["pause"] = {}, {}
+    for way in bench.ways():
+        bench.move(bench.first)
+        result["all"][way] = bench.everything()
+        result["pause"][f"ours, {way}"] = ours = bench.pause_ours()
+    result["plain"] = bench.plain_copies(result["all"][way]["bytes"])
     best = result["plain"].get("peer copy", result["plain"]["send and receive"])
-    result["share of plain copies"] = result["all"]["bytes_per_s"] / best
-    result["pause"] = {"ours": bench.pause_ours()}
+    for figures in result["all"].values():
+        figures["share of plain copies"] = figures["bytes_per_s"] / best
     try:
         for kind in ("torch_gloo", "torch_nccl") if cuda else ("torch_nccl",):  # the first waits for a GPU, the second sends over gloo too
             bench.move(bench.first)
@@ -289,7 +301,7 @@ def main() -> int:
     except ImportError as error:
         result["missing"] = f"vLLM: {error}"
     for name, figures in result["pause"].items():
-        figures["of ours"] = figures["longest"] / result["pause"]["ours"]["longest"]
+        figures["of ours"] = figures["longest"] / ours["longest"]
         if name.startswith("vLLM"):
             import vllm
 
@@ -306,14 +318,15 @@ def main() -> int:
 def show(result: dict) -> None:
     """Print the figures."""
     print(json.dumps(result["machine"]), f"shape {result['shape']}, {result['ranks']} ranks", *([result["missing"]] if "missing" in result else []))
-    every = result["all"]
-    print(
-        f"exchange, all: {every['bytes'] / 1e6:.1f} MB into the busiest rank in {every['seconds'] * 1e3:.2f} ms = "
-        f"{every['bytes_per_s'] / 1e9:.2f} GB/s, "
-        f"{every['chunks']} chunks of at most {every['longest_chunk'] * 1e3:.2f} ms, {every['staging_bytes'] / 1e6:.1f} MB of staging memory"
-    )
+    for way, every in result["all"].items():
+        print(
+            f"exchange, all, {way}: {every['bytes'] / 1e6:.1f} MB into the busiest rank in {every['seconds'] * 1e3:.2f} ms = "
+            f"{every['bytes_per_s'] / 1e9:.2f} GB/s, {every['chunks']} chunks of at most {every['longest_chunk'] * 1e3:.2f} ms, "
+            f"{every['staging_bytes'] / 1e6:.1f} MB of staging memory; "
+            + ", ".join(f"{every['bytes_per_s'] / rate:.0%} of {name}" for name, rate in result["plain"].items())
+        )
     for name, rate in result["plain"].items():
-        print(f"plain copies, {name}: {rate / 1e9:.2f} GB/s; the exchange has {every['bytes_per_s'] / rate:.0%} of it")
+        print(f"plain copies, {name}: {rate / 1e9:.2f} GB/s")
     for name, figures in result["pause"].items():
         parts = ", ".join(f"{key} {figures[key] * 1e3:.2f}" for key in ("plan", "exchange", "verify") if key in figures)
         print(

@@ -148,6 +148,11 @@ class Exchanger:
         self._peers = PeerMemory.of(self._parameters, self.topology, cpu_group, self.log)
         self.log.info("moe_placement_plugin: %s", self._peers)
 
+    @property
+    def reads_peers(self) -> bool:
+        """Whether any rank reads experts in another one's memory."""
+        return self._peers is not None and bool(self._peers.reads.any())
+
     def reserve(self) -> None:
         """Take the staging memory now, before the engine gives the rest of the device's away."""
         import torch

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import PlacementError
@@ -309,18 +309,22 @@ class Exchange:
 
     def _commit(self, chunk: Chunk, staged: Staged) -> None:
         """Overwrite the chunk's slots; nothing here can fail or needs another rank."""
-        scratch: list[torch.Tensor] | None = None
+        unit, scratch = self._transfers.unit, []
+        together = _Copies()
         for row, rank, source, to in chunk.copies.tolist():
             if rank != self.rank:
                 continue
             parameters = self._layers[row]
             if to == SCRATCH:
                 used = staged.used
-                scratch = staged.take_expert(parameters)
+                scratch = [t.view(unit) for t in staged.take_expert(parameters)]
                 staged.used = used  # one scratch expert serves all cycles, one after the other
-            for k, parameter in enumerate(parameters):
-                read = scratch[k] if source == SCRATCH else parameter.rows[source]
-                (scratch[k] if to == SCRATCH else parameter.rows[to]).copy_(read)
+            together.add(
+                (row, source), (row, to),
+                scratch if source == SCRATCH else [p.units(unit)[source] for p in parameters],
+                scratch if to == SCRATCH else [p.units(unit)[to] for p in parameters],
+            )  # fmt: skip
+        together.flush()
         copy_rows(staged.targets, staged.sources)
 
     def _wait_for(self, chunk: Chunk, step: str, peers: Sequence[int] = (), size: int = 0) -> None:
@@ -341,6 +345,33 @@ class Exchange:
             if len(self._direct) < len(self.plan.transfers):
                 self._transfers.give_up()
         raise ExchangeAborted(reason, self.metadata) from cause
+
+
+@dataclass
+class _Copies:
+    """Copies within a rank, in order as far as it matters: those between which no slot is written are done together."""
+
+    read: set[tuple[int, int]] = field(default_factory=set)
+    written: set[tuple[int, int]] = field(default_factory=set)
+    sources: list[torch.Tensor] = field(default_factory=list)
+    targets: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, source: tuple[int, int], to: tuple[int, int], sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        """One expert, from slot to slot, each (row, slot)."""
+        # Scratch is one expert's memory whatever the row.
+        source, to = ((-1, SCRATCH) if slot[1] == SCRATCH else slot for slot in (source, to))
+        if source in self.written or to in self.read or to in self.written:
+            self.flush()
+        self.read.add(source)
+        self.written.add(to)
+        self.sources += sources
+        self.targets += targets
+
+    def flush(self) -> None:
+        """Do what was added."""
+        copy_rows(self.targets, self.sources)
+        for of_group in (self.read, self.written, self.sources, self.targets):
+            of_group.clear()
 
 
 def _ranks_of(plan: ExchangePlan, group: dist.ProcessGroup) -> tuple[int, dict[int, int]]:
