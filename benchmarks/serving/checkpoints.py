@@ -61,8 +61,8 @@ class Model:
 
 MODELS = {
     # DeepSeek-V2-Lite's MoE layer with eight groups of experts, in GLM-4-MoE's architecture, which both engines serve with any attention kernel.
-    "v2-lite": Model(Size(2048, 1408, 8, 16, 4, 128, 8192), 64, 6, 8),
-    "qwen3-30b-a3b": Model(Size(2048, 768, 8, 32, 4, 128, 8192), 128, 8),
+    "v2-lite": Model(Size(2048, 1408, 16, 16, 4, 128, 8192), 64, 6, 8),
+    "qwen3-30b-a3b": Model(Size(2048, 768, 16, 32, 4, 128, 8192), 128, 8),
     "tiny-grouped": Model(Size(64, 64, 3, 4, 2, 32, 512), 32, 4, 4),
     "tiny": Model(Size(64, 64, 3, 4, 2, 32, 512), 32, 4),
 }
@@ -259,4 +259,4 @@ def _write_tokenizer(path: Path, vocab: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(path / "tokenizer.json"))
     special = dict(zip(("bos_token", "eos_token", "pad_token", "unk_token"), SPECIAL))
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, **special}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32768, **special}))

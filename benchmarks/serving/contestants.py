@@ -15,10 +15,10 @@ MOST_REQUESTS = 128
 """Under way in a server at once, and the largest batch that CUDA graphs are captured for."""
 LARGEST_STEP = 8192
 """Tokens that a server takes in one forward pass at most."""
-CACHE_TOKENS = 131_072
+CACHE_TOKENS = 81_920
 """Keys and values of each server: more than any workload has under way at once, and little, since all servers share the GPUs."""
 CACHE_BYTES = 1280 << 20
-"""The same in bytes, for 8 layers of 1 KiB per token and rank with tensor-parallel attention and something over; with data-parallel
+"""The same in bytes, for 16 layers of 1 KiB per token and rank with tensor-parallel attention and something over; with data-parallel
 attention a rank has half of the requests and twice the bytes of each."""
 
 STREAMED = 8
@@ -97,6 +97,7 @@ class Setup:
         graphs: CUDA graphs.
         memory: share of a GPU's memory that must be free when a vLLM server starts; all servers are there at once.
         interval: forward passes between two rebalances.
+        length: most tokens of a request, prompt and answer.
     """
 
     engine: str
@@ -107,6 +108,7 @@ class Setup:
     graphs: bool
     memory: float
     interval: int
+    length: int
 
 
 def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port: int, record: Path | None = None) -> tuple[list[str], dict[str, str]]:
@@ -119,7 +121,7 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
         raise PlacementError(f"{one.name} plans from a recorded load: give --load, or let the run record one")
     arguments = _vllm(one, setup) if setup.engine == "vllm" else _sglang(one, setup)
     arguments += ["--stream-interval", str(STREAMED)]
-    settings = ServerSettings(setup.cpu, setup.dtype, 2048, setup.ranks, tuple(arguments))
+    settings = ServerSettings(setup.cpu, setup.dtype, setup.length, setup.ranks, tuple(arguments))
     placed = None
     if one.strategy is not None:
         # Where vLLM's EPLB moves experts, their number is in its own configuration below.

@@ -48,9 +48,12 @@ class Run:
         self.given, self.folder, self.model = given, folder, MODELS[given.model]
         folder.mkdir(parents=True, exist_ok=True)
         self.dtype, self.device = (torch.float32, "cpu") if given.cpu else (torch.bfloat16, "cuda")
+        self.workloads = given.workload or ["prefill", "decode", "mixed"]
+        longest = max(WORKLOADS[name].prompt + WORKLOADS[name].answer for name in self.workloads)
         self.setup = Setup(
-            given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory, given.interval
-        )
+            given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory, given.interval,
+            max(1024, longest + 8),
+        )  # fmt: skip
         # On CPUs stock vLLM dies with expert parallelism.
         names = given.contestant or [n for n in CONTESTANTS if n != "stock" or not given.cpu]
         contestants = [CONTESTANTS[n] for n in names if given.engine in CONTESTANTS[n].engines]
@@ -59,7 +62,6 @@ class Run:
         if not given.contestant and given.cpu:
             contestants.sort(key=lambda one: one.name != "linear")
         self.batches = batches(contestants, given.at_once)
-        self.workloads = given.workload or ["prefill", "decode", "mixed"]
         self.console = Console(width=200, highlight=False)
         self.recording = folder / "load.safetensors"
         self.cost = fit(find_calibration(given.calibration).measurements) if given.calibration else None
@@ -112,21 +114,26 @@ class Run:
             torch.cuda.empty_cache()  # the servers need it
         apart = _apart(np.array(made["shares"]), np.array(made["reached"]))
         self.say(f"checkpoint: router within {apart.max():.2%} of the recorded shares on its embeddings")
-        return {"wanted": made["shares"], "apart": apart.tolist()}
+        return {"wanted": made["shares"], "reached": made["reached"], "apart": apart.tolist()}
 
     def record(self) -> dict:
         """Serve once with linear, record what is really routed, and place the experts by it."""
         self.recording.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
-        with self.server(CONTESTANTS["linear"], self.recording) as server:
-            for name in self.workloads:
-                drive(server.url, WORKLOADS[name], self.model.size.vocab, 1)
-            _wait_for(self.recording, server)
+        if self.given.skip_recording:
+            counts = np.rint(1e6 * np.array(self.result["router"]["reached"])).astype(np.int64)
+            ExpertLoad(counts[None], tuple(self.model.moe_layers)).write(self.recording)
+        else:
+            with self.server(CONTESTANTS["linear"], self.recording) as server:
+                for name in self.workloads:
+                    drive(server.url, WORKLOADS[name], self.model.size.vocab, 1)
+                _wait_for(self.recording, server)
         load = ExpertLoad.read(self.recording)
         self.recorded, self.placed = load, self.placements(load)
         total = load.total / np.maximum(load.total.sum(axis=1, keepdims=True), 1)
         apart = _apart(total, np.array(self.result["router"]["wanted"]))
         balance = {name: placement.overall_balancedness(load.total) for name, placement in self.placed.items()}
-        self.say(f"recorded: {int(load.counts.sum())} choices, {apart.mean():.1%} of them elsewhere than in the recorded load; balancedness "
+        how = "not recorded, planned from the router's own shares" if self.given.skip_recording else "recorded"
+        self.say(f"{how}: {int(load.counts.sum())} choices, {apart.mean():.1%} of them elsewhere than in the recorded load; balancedness "
                  + ", ".join(f"{k} {v:.3f}" for k, v in balance.items()))  # fmt: skip
         return {"apart": apart.tolist(), "balancedness": balance}
 

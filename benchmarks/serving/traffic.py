@@ -33,12 +33,13 @@ class Workload:
 
 
 WORKLOADS = {
-    "prefill": Workload(256, 1024, 8, 64),
+    "prefill": Workload(128, 4096, 8, 16),
     "decode": Workload(256, 64, 256, 128),
     "mixed": Workload(256, 512, 64, 64),
     "tiny": Workload(16, 24, 8, 4),
 }
-"""``tiny`` is for machines without a GPU."""
+"""``tiny`` is for machines without a GPU. Prompts of ``prefill`` are long: an API server takes in a few hundred requests a second, however short,
+which is what a few layers on two GPUs would be measured by."""
 
 
 @dataclass

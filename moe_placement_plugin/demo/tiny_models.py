@@ -145,7 +145,7 @@ def _common(size: Size) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": size.hidden,
         "initializer_range": 0.02,
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": 8192,
         "num_attention_heads": size.heads,
         "num_hidden_layers": size.layers,
         "num_key_value_heads": size.kv_heads,

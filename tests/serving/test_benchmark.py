@@ -101,7 +101,7 @@ def test_shares_stay_within_what_a_token_can_choose():
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("layout", ["tp", "dp"])
 def test_command_lines(engine, layout, tmp_path):
-    setup = Setup(engine, 4, layout, False, "bfloat16", True, 0.1, 200)
+    setup = Setup(engine, 4, layout, False, "bfloat16", True, 0.1, 200, 4112)
     for one in CONTESTANTS.values():
         if one.load:
             with pytest.raises(PlacementError, match="plans from a recorded load"):
