@@ -8,6 +8,7 @@ layer before all have voted that they hold what they need of it. On CPUs the sam
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import pickle
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 
 PROBE = 64
 """Bytes of each parameter that a rank says it has and the others must find there: memory that is seen wrongly must not be read."""
-
-_DEVICE = 6
-"""Position of the device's number in what `torch.multiprocessing.reductions` needs to see a CUDA tensor."""
-
 
 @dataclass(frozen=True)
 class PeerMemory:
@@ -127,9 +124,12 @@ def _take(offer: bytes, own: Mapping[int, Sequence[Parameter]], peer: int, log: 
     try:
         for layer, (rebuild, arguments), beginning in pickle.loads(offer):  # noqa: S301 - of a rank of this very server
             if device is not None and device.type == "cuda":
-                # Seen from this rank's own device, which reads the peer's memory: no context on the peer's is needed.
-                arguments = (*arguments[:_DEVICE], device.index, *arguments[_DEVICE + 1 :])
-            rows = rebuild(*arguments)
+                # Seen from this rank's own device, which reads the peer's memory: no context on the peer's is needed. Nor is there an event
+                # to wait for: the owner has waited for its device.
+                named = dict(zip(inspect.signature(rebuild).parameters, arguments))
+                rows = rebuild(**(named | {"storage_device": device.index, "event_sync_required": False}))
+            else:
+                rows = rebuild(*arguments)
             if _beginning(rows) != beginning:
                 raise RuntimeError(f"layer {layer} reads otherwise than the rank says")
             like = own[layer][len(seen[layer])]

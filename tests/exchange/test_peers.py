@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 
 import numpy as np
@@ -149,3 +150,10 @@ def test_reading_begins_when_all_have_come(ranks):
     plan = plan_exchange(old, drifted(np.random.default_rng(3), old, share=0.5))
     results = ranks.run(drops_out, 3, plan)
     assert all("waited 1 s for ranks [1]" in results[rank] for rank in (0, 2)), results
+
+
+def test_torch_names_what_is_changed_of_a_cuda_tensor():
+    """A CUDA tensor is seen from the reader's device: what says so must be known by these names in the installed torch."""
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    assert {"storage_device", "event_sync_required"} <= set(inspect.signature(rebuild_cuda_tensor).parameters)
