@@ -20,22 +20,28 @@ class Workload:
         prompt: tokens of each.
         answer: tokens generated for each.
         concurrency: requests under way at once.
+        words: how many of the tokens a round's prompts are made of, others in every round: experts that were hot grow cold; 0 for all.
     """
 
     requests: int
     prompt: int
     answer: int
     concurrency: int
+    words: int = 0
 
     def prompts(self, vocab: int, seed: int) -> list[list[int]]:
         """Random tokens, other ones for every seed, so that no prefix is cached: no time of the server's goes into tokenizing them."""
-        return np.random.default_rng(seed).integers(4, vocab, (self.requests, self.prompt)).tolist()
+        rng = np.random.default_rng(seed)
+        if self.words:
+            return rng.choice(4 + rng.permutation(vocab - 4)[: self.words], (self.requests, self.prompt)).tolist()
+        return rng.integers(4, vocab, (self.requests, self.prompt)).tolist()
 
 
 WORKLOADS = {
     "prefill": Workload(128, 4096, 8, 16),
     "decode": Workload(256, 64, 256, 128),
     "mixed": Workload(256, 512, 64, 64),
+    "drift": Workload(128, 4096, 8, 16, 64),
     "tiny": Workload(16, 24, 8, 4),
 }
 """``tiny`` is for machines without a GPU. Prompts of ``prefill`` are long: an API server takes in a few hundred requests a second, however short,
