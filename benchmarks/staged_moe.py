@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--ep", type=int, default=1, help="overhead: the share of one of so many ranks")
     parser.add_argument("--chunks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--graphs", action="store_true", help="overlap: in CUDA graphs, which hide the launches; the ring only")
+    parser.add_argument("--ctas", type=int, help="overlap: most thread blocks of an NCCL kernel, which the matmuls lack; NCCL's choice when left out")
     parser.add_argument("--matmuls", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=21)
@@ -88,11 +89,13 @@ class Bench:
             options = None
             if cuda:  # an exchange must not wait until a matmul's last block has begun
                 options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+                if arguments.ctas:
+                    options.config.max_ctas = arguments.ctas
             dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None, pg_options=options)
         self.group = EpGroup() if dist.is_initialized() else EpGroup.single()
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.matmuls = find_matmuls(arguments.matmuls, self.device)
-        self.facts = {**device_facts(self.device), "kernel": self.matmuls.name, "ranks": self.group.size, "shape": arguments.shape}
+        self.facts = {**device_facts(self.device), "kernel": self.matmuls.name, "ranks": self.group.size, "shape": arguments.shape, "ctas": arguments.ctas}
         self.say("; ".join(f"{k} {v}" for k, v in self.facts.items()))
 
     def say(self, text: str) -> None:
