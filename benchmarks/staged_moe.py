@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--ep", type=int, default=1, help="overhead: the share of one of so many ranks")
     parser.add_argument("--chunks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--graphs", action="store_true", help="overlap: in CUDA graphs, which hide the launches; the ring only")
-    parser.add_argument("--ctas", type=int, help="overlap: most thread blocks of an NCCL kernel, which the matmuls lack; NCCL's choice when left out")
+    parser.add_argument("--ctas", type=int, help="overlap: most thread blocks of an NCCL kernel; its choice when left out")
     parser.add_argument("--matmuls", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=21)
@@ -95,7 +95,8 @@ class Bench:
         self.group = EpGroup() if dist.is_initialized() else EpGroup.single()
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.matmuls = find_matmuls(arguments.matmuls, self.device)
-        self.facts = {**device_facts(self.device), "kernel": self.matmuls.name, "ranks": self.group.size, "shape": arguments.shape, "ctas": arguments.ctas}
+        self.facts = {**device_facts(self.device), "kernel": self.matmuls.name, "ranks": self.group.size, "shape": arguments.shape}
+        self.facts["NCCL's most thread blocks"] = arguments.ctas
         self.say("; ".join(f"{k} {v}" for k, v in self.facts.items()))
 
     def say(self, text: str) -> None:

@@ -89,7 +89,7 @@ class Exchange:
         batch_bytes: rounds of transfers are put together until each holds this much, or half of ``staging_bytes``; all ranks must give the
             same.
         double: where two layers do not fit into ``staging_bytes``, receive one while the other is committed nevertheless, in memory that is
-            given back at the end, if the device has several times as much free.
+            given back at the end, if the device has several times as much free; not where experts are sent between CPUs.
         peers: the weights that ranks read in each other's memory; all experts are sent when left out.
         meanwhile: called once while the first transfers run, such as `forget` of an exchange that all ranks have ended.
 
@@ -166,7 +166,7 @@ class Exchange:
         ahead = half is None or self.plan.staging_needed(self._sizes).max(initial=0) <= half
         if ahead and half is not None and len(self.chunks) > 1:
             self.chunks = self.plan.chunks(half, layers, self._sizes)
-        steps = self._carry_out(ahead=len(self.chunks) > 1 and (ahead or self._double))
+        steps = self._carry_out(ahead=len(self.chunks) > 1 and ahead, double=len(self.chunks) > 1 and not ahead and self._double)
         for rows in steps:
             if on_commit is not None:
                 on_commit(rows)
@@ -187,8 +187,8 @@ class Exchange:
         """
         return self._carry_out(ahead=False)
 
-    def _carry_out(self, ahead: bool) -> Iterator[tuple[int, ...]]:
-        halves = self._staging(ahead)
+    def _carry_out(self, ahead: bool, double: bool = False) -> Iterator[tuple[int, ...]]:
+        halves = self._staging(ahead, double)
         ahead = len(halves) > 1
         staged: dict[int, Staged] = {}
         for index, chunk in enumerate(self.chunks):
@@ -247,21 +247,23 @@ class Exchange:
         with suppress(ExchangeLost):  # its store has died since, and the keys with it
             self._agreement.forget(len(self.chunks))
 
-    def _staging(self, ahead: bool) -> list[torch.Tensor]:
+    def _staging(self, ahead: bool, double: bool) -> list[torch.Tensor]:
         """Memory for the chunks: one part, or two that take turns.
 
-        Whether a rank receives ahead is its own affair: the order of its transfers stays the same.
+        Args:
+            ahead: two, on all ranks.
+            double: two where this rank has the memory. That is its own affair, since the order of its transfers stays the same, but only where
+                it never waits for another rank as it begins a chunk: who is not ahead would in turn wait for this rank's vote.
         """
         need = max((int(c.staging_bytes[self.rank]) for c in self.chunks), default=0)
         out = self._transfers.outgoing_bytes(self.chunks)
-        bound = self._limits[0]
-        within = bound is None or 2 * need <= bound
-        kept = out + (2 if ahead and within else 1) * need
+        kept = out + (2 if ahead else 1) * need
         if self._memory is None or self._memory.numel() < kept:
             self._memory = self._transfers.allocate(kept)
         self._transfers.use_outgoing(self._memory[:out])
         parts = list(self._memory[out:kept].split(need)) if need else [self._memory[:0]]
-        if ahead and not within and need and self._transfers.free_memory() >= DOUBLE_LEAVES * need:
+        waits = self._transfers.blocks and len(self._direct) < len(self.plan.transfers)
+        if double and not waits and need and self._transfers.free_memory() >= DOUBLE_LEAVES * need:
             parts.append(self._transfers.allocate(need))
         self.report.staging_bytes, self.report.packing_bytes = sum(part.numel() for part in parts), out
         return parts

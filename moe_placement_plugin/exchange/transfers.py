@@ -90,6 +90,7 @@ class Transfers:
 
     Attributes:
         unit: the type that rows are copied as.
+        blocks: whether `begin` may wait for other ranks: on CPU, where memory to pack in becomes free when a message has gone.
         sent, received: bytes of experts so far.
     """
 
@@ -110,6 +111,7 @@ class Transfers:
         self._bytes = [sum(p.bytes for p in parameters) for parameters in layers]
         self._padded = [sum(p.padded for p in parameters) for parameters in layers]
         self._seen = seen
+        self.blocks = device.type == "cpu"
         self.unit = widest_unit([*layers, *(parameters for of_rank in (seen.layers.values() if seen else ()) for parameters in of_rank)])
         self._parts = [_parts(parameters, self.unit.itemsize) for parameters in layers]
         self._outgoing: _Outgoing | None = None

@@ -17,6 +17,7 @@ from moe_placement_plugin.exchange.executor import Exchange
 from moe_placement_plugin.exchange.peers import PeerMemory
 from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
 from moe_placement_plugin.exchange.recovery import place_lost
+from moe_placement_plugin.exchange.transfers import Transfers
 from moe_placement_plugin.exchange.watchdog import Watchdog
 from moe_placement_plugin.exchange.weights import view_parameter
 from moe_placement_plugin.topology import Topology
@@ -84,6 +85,7 @@ def exchange(rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_
     """Carry the plan out; (bytes of all weights, what was read from the checkpoint, report).
 
     Args:
+        limits: of `Exchange`; ``free``: memory that a GPU would have free.
         nodes: of the ranks, when those of a node are to read each other's memory.
     """
     slots = max(plan.old.slots_per_rank[rank], plan.new.slots_per_rank[rank])
@@ -91,6 +93,10 @@ def exchange(rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_
     reader = Reader()
     if nodes is not None:
         limits = limits | {"peers": peer_memory(shared(weights), nodes)}
+    if "free" in limits:
+        limits = dict(limits)
+        free = limits.pop("free")
+        Transfers.free_memory = lambda self: free
     alive = rank in plan.live_ranks
     group = dist.new_group(list(plan.live_ranks)) if len(plan.live_ranks) < world else None
     if not alive:

@@ -27,13 +27,16 @@ def test_read_and_sent_end_alike(ranks, nodes, cut):
 
     plan = plan_exchange(*placements(1, [5, 4, 6, 5]), Topology(4, nodes))
     need = int(plan.staging_needed([64 * len(SHAPES)] * 4).max())
-    limits = {"whole": {}, "by layer": {"max_layers": 1}, "staging": {"staging_bytes": need}, "double": {"staging_bytes": need, "double": True}}[cut]
+    double = {"staging_bytes": need, "double": True, "free": 4 * need}
+    limits = {"whole": {}, "by layer": {"max_layers": 1}, "staging": {"staging_bytes": need}, "double": double}[cut]
     read, sent = (ranks.run(exchange, 4, plan, limits, False, given) for given in (nodes, None))
     for rank, (a, b) in enumerate(zip(read, sent)):
         check_weights(a[0], plan.new, rank)
         assert all((x == y).all() for p, q in zip(a[0], b[0]) for x, y in zip(p, q))
         assert (a[2].bytes_received, a[2].bytes_sent, a[2].chunks) == (b[2].bytes_received, b[2].bytes_sent, b[2].chunks)
         assert a[2].packing_bytes <= b[2].packing_bytes
+    doubled = [result[2].staging_bytes > need for result in read]
+    assert any(doubled) == (cut in ("whole", "by layer") or cut == "double" and nodes == (0, 0, 0, 0))
     packed = [result[2].packing_bytes for result in read]
     node_of = np.array(nodes)
     between = node_of[plan.transfers[:, 2]] != node_of[plan.transfers[:, 4]]
