@@ -156,14 +156,17 @@ class Slow(BaseHTTPRequestHandler):
 
 
 def test_prompts():
-    """Others in every round, of all tokens but the special ones, or of a few that are others in every round too."""
+    """Others in every round, of all tokens but the special ones, or of a few that are others in every round too.
+
+    2,000 draws of 296 tokens miss 296 (1 - 1 / 296) ** 2000 = 0.34 of them on average.
+    """
     every, few = Workload(50, 40, 1, 1), Workload(50, 40, 1, 1, 8)
     rounds = [[np.array(one.prompts(300, seed)) for seed in (0, 1, 1)] for one in (every, few)]
     for first, second, again in rounds:
         assert first.shape == (50, 40) and min(first.min(), second.min()) >= 4 and max(first.max(), second.max()) < 300
         assert (second == again).all() and (first != second).any()
     tokens = [set(prompts.flatten().tolist()) for prompts in rounds[1][:2]]
-    assert [len(t) for t in tokens] == [8, 8] and len(tokens[0] & tokens[1]) < 8 and len(np.unique(rounds[0][0])) == 296
+    assert [len(t) for t in tokens] == [8, 8] and len(tokens[0] & tokens[1]) < 8 and len(np.unique(rounds[0][0])) > 290
 
 
 def test_traffic_measures_what_a_user_sees():
