@@ -3,7 +3,8 @@
 CUDA lets a process see another one's memory (inter-process handles, the way of NCCL's own peer-to-peer transport and of vLLM's custom
 all-reduce); a copy from it goes over NVLink as fast as the link carries, without a message, without memory to pack it in and without a
 processor that answers. That a rank's weights stand still while others read them is what the exchange's agreement is for: nobody overwrites a
-layer before all have voted that they hold what they need of it. On CPUs the same goes for weights in shared memory.
+layer before all have voted that they hold what they need of it. On CPUs the same goes for weights in shared memory, and for all others by
+cross-memory attach (`attached`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..topology import Topology
+from .attached import AttachedRows, Process
 from .weights import Parameter
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class PeerMemory:
     """
 
     reads: np.ndarray
-    parameters: Mapping[int, Mapping[int, Sequence[Parameter]]]
+    parameters: Mapping[int, Mapping[int, Sequence[Parameter | AttachedRows]]]
 
     @classmethod
     def of(cls, own: Mapping[int, Sequence[Parameter]], topology: Topology, cpu_group: dist.ProcessGroup, log: logging.Logger) -> PeerMemory:
@@ -83,12 +85,18 @@ class SeenPeers:
     """
 
     reads: np.ndarray
-    layers: Mapping[int, Sequence[Sequence[Parameter]]]
+    layers: Mapping[int, Sequence[Sequence[Parameter | AttachedRows]]]
 
     @classmethod
     def of(cls, peers: PeerMemory, layer_ids: Sequence[int]) -> SeenPeers:
         """Of an exchange of these layers."""
         return cls(peers.reads, {rank: [seen[layer] for layer in layer_ids] for rank, seen in peers.parameters.items()})
+
+    @property
+    def mapped(self) -> list[Sequence[Parameter]]:
+        """Parameters that lie in this process's own address space as well."""
+        found = (parameters for of_rank in self.layers.values() for parameters in of_rank)
+        return [parameters for parameters in found if not any(isinstance(p, AttachedRows) for p in parameters)]
 
 
 def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes | None:
@@ -96,19 +104,21 @@ def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes
     import torch
     from torch.multiprocessing.reductions import reduce_tensor
 
+    process = Process.own()
     handles = []
     try:
         for layer, parameters in own.items():
             for parameter in parameters:
                 rows = parameter.rows
-                if rows.device.type == "cpu":
-                    if not rows.is_shared():  # to share it would move it, and the engine would go on with what it had
-                        return None
-                elif rows.device.type != "cuda":
-                    return None
+                if rows.device.type == "cpu" and not rows.is_shared():  # to share it would move it, and the engine would go on with what it had
+                    handle = AttachedRows, (process, rows.data_ptr(), rows.stride(0), rows.shape[1])
+                elif rows.device.type in ("cpu", "cuda"):
+                    if rows.device.type == "cuda":
+                        torch.cuda.synchronize(rows.device)
+                    handle = reduce_tensor(rows)
                 else:
-                    torch.cuda.synchronize(rows.device)
-                handles.append((layer, reduce_tensor(rows), _beginning(rows)))
+                    return None
+                handles.append((layer, handle, _beginning(rows)))
         buffer = io.BytesIO()
         ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(handles)
         return buffer.getvalue()
@@ -117,12 +127,20 @@ def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes
         return None
 
 
-def _take(offer: bytes, own: Mapping[int, Sequence[Parameter]], peer: int, log: logging.Logger) -> dict[int, list[Parameter]] | None:
+def _take(offer: bytes, own: Mapping[int, Sequence[Parameter]], peer: int, log: logging.Logger) -> dict[int, list[Parameter | AttachedRows]] | None:
     """The parameters of another rank; None when they cannot be seen, or are not what it says."""
     device = next((p.rows.device for parameters in own.values() for p in parameters), None)
-    seen: dict[int, list[Parameter]] = {layer: [] for layer in own}
+    seen: dict[int, list[Parameter | AttachedRows]] = {layer: [] for layer in own}
     try:
         for layer, (rebuild, arguments), beginning in pickle.loads(offer):  # noqa: S301 - of a rank of this very server
+            if rebuild is AttachedRows:
+                rows = AttachedRows(*arguments)
+                if not any(seen.values()):
+                    rows.process.check()
+                if rows.beginning(len(beginning)) != beginning:
+                    raise RuntimeError(f"layer {layer} reads otherwise than the rank says")
+                seen[layer].append(rows)
+                continue
             if device is not None and device.type == "cuda":
                 # Seen from this rank's own device, which reads the peer's memory: no context on the peer's is needed. Nor is there an event
                 # to wait for: the owner has waited for its device.

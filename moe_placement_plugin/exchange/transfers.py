@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .attached import AttachedRows, Process
 from .peers import SeenPeers
 from .plan import Chunk
 from .watchdog import WaitingFor, Watchdog
@@ -112,7 +113,7 @@ class Transfers:
         self._padded = [sum(p.padded for p in parameters) for parameters in layers]
         self._seen = seen
         self.blocks = device.type == "cpu"
-        self.unit = widest_unit([*layers, *(parameters for of_rank in (seen.layers.values() if seen else ()) for parameters in of_rank)])
+        self.unit = widest_unit([*layers, *(seen.mapped if seen else ())])
         self._parts = [_parts(parameters, self.unit.itemsize) for parameters in layers]
         self._outgoing: _Outgoing | None = None
         # Packing and reading go beside what the engine has queued, beside the commit of the chunk before, and beside each other.
@@ -164,6 +165,7 @@ class Transfers:
 
         Raises:
             RuntimeError, TimeoutError: as `finish`, when an earlier batch does not get away.
+            OSError: when the memory of a rank cannot be read any more.
         """
         import torch.distributed as dist
 
@@ -197,14 +199,20 @@ class Transfers:
         mine = read[read[:, 4] == self._rank]
         if not len(mine):
             return
-        sources = [
-            p.units(self.unit)[slot] for row, _, rank, slot, _, _ in mine.tolist() for p in self._seen.layers[rank][row] if p.bytes
-        ]
+        sources = [(p, slot) for row, _, rank, slot, _, _ in mine.tolist() for p in self._seen.layers[rank][row] if p.bytes]
         before, received = len(staged.sources), self.received
         self._unpack(mine.tolist(), staged)
         waiting = WaitingFor("read peers", named(chunk), None, tuple(np.unique(mine[:, 2]).tolist()), self.received - received)
         self._watchdog.waits_for(waiting)
-        copy_rows(staged.sources[before:], sources)
+        pairs = list(zip(staged.sources[before:], sources))
+        mapped = [(target, p.units(self.unit)[slot]) for target, (p, slot) in pairs if isinstance(p, Parameter)]
+        copy_rows([target for target, _ in mapped], [source for _, source in mapped])
+        attached: dict[Process, list[tuple[int, int, int]]] = {}
+        for target, (rows, slot) in pairs:
+            if isinstance(rows, AttachedRows):
+                attached.setdefault(rows.process, []).append((target.data_ptr(), rows.row(slot), rows.bytes))
+        for process, pieces in attached.items():
+            process.read(pieces)
         if self._reading is not None:
             staged.read = self._reading.record_event()
         staged.pending.append((waiting, []))

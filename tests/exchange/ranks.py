@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange.agreement import Agreement, ExchangeAborted, ExchangeLost
+from moe_placement_plugin.exchange.attached import Process
 from moe_placement_plugin.exchange.executor import Exchange
 from moe_placement_plugin.exchange.peers import PeerMemory
 from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
@@ -50,7 +51,7 @@ def weights_of(placement, rank: int, slots: int) -> list[list[torch.Tensor]]:
 
 
 def shared(weights: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """The same in memory that other processes can see."""
+    """The same in memory that other processes can map, as a GPU's; other memory of this process they can attach to."""
     torch.multiprocessing.set_sharing_strategy("file_system")
     for tensors in weights:
         for tensor in tensors:
@@ -81,18 +82,22 @@ class Reader:
         return sum(t.nbytes for t in out)
 
 
-def exchange(rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_layer: bool = False, nodes: tuple[int, ...] | None = None):
+def exchange(
+    rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_layer: bool = False, nodes: tuple[int, ...] | None = None,
+    attached: bool = False,
+):  # fmt: skip
     """Carry the plan out; (bytes of all weights, what was read from the checkpoint, report).
 
     Args:
         limits: of `Exchange`; ``free``: memory that a GPU would have free.
         nodes: of the ranks, when those of a node are to read each other's memory.
+        attached: in which they do not map it.
     """
     slots = max(plan.old.slots_per_rank[rank], plan.new.slots_per_rank[rank])
     weights = weights_of(plan.old, rank, slots)
     reader = Reader()
     if nodes is not None:
-        limits = limits | {"peers": peer_memory(shared(weights), nodes)}
+        limits = limits | {"peers": peer_memory(weights if attached else shared(weights), nodes)}
     if "free" in limits:
         limits = dict(limits)
         free = limits.pop("free")
@@ -129,12 +134,13 @@ def die_at(event: int) -> list[int]:
     dist.batch_isend_irecv = counted(dist.batch_isend_irecv)
     torch.Tensor.copy_ = counted(torch.Tensor.copy_)
     torch._foreach_copy_ = counted(torch._foreach_copy_)
+    Process.read = counted(Process.read)
     return seen
 
 
 def exchange_with_a_death(
     rank: int, world: int, store, plan: ExchangePlan, victim: int, event: int, limits: dict, nodes: tuple[int, ...] | None = None,
-    timeout: float = 2.0,
+    attached: bool = False, timeout: float = 2.0,
 ):  # fmt: skip
     """Carry the plan out while ``victim`` dies at ``event`` (0: somebody else kills it).
 
@@ -144,7 +150,7 @@ def exchange_with_a_death(
     """
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     if nodes is not None:
-        limits = limits | {"peers": peer_memory(shared(weights), nodes)}
+        limits = limits | {"peers": peer_memory(weights if attached else shared(weights), nodes)}
     found = Exchange(plan, weights, epoch=1, store=store, reader=Reader(), timeout=timeout, **limits)
     seen = die_at(event if rank == victim else 0)
     store.add("ready", 1)

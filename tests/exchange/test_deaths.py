@@ -63,7 +63,7 @@ def trial(ranks, number: int) -> tuple[str, bool, bool]:
     plan = make_plan(rng)
     victim = int(rng.integers(WORLD))
     limits = [{"max_layers": 1}, {"max_layers": 2, "batch_bytes": 1}, {}][number % 3]  # one byte: a round is a batch
-    nodes = [None, (0,) * WORLD, (0, 0, 0, 1, 1)][number // 3 % 3]  # all is sent, all is read in the others' memory, some
+    nodes = [None, (0,) * WORLD, (0, 0, 0, 1, 1)][number // 3 % 3]  # all is sent, all is read in the others' memory (mapped or not), some
     # Half of the victims are killed from outside at a random time, half kill themselves at a random piece of work.
     event = int(rng.integers(1, [36, 40, 12][number % 3])) if number % 2 else 0
     delay = float(rng.uniform(0, 0.03))
@@ -77,7 +77,7 @@ def trial(ranks, number: int) -> tuple[str, bool, bool]:
         with suppress(ProcessLookupError):  # it has finished already
             os.kill(processes[victim].pid, signal.SIGKILL)
 
-    results = ranks.run(exchange_with_a_death, WORLD, plan, victim, event, limits, nodes, meanwhile=kill)
+    results = ranks.run(exchange_with_a_death, WORLD, plan, victim, event, limits, nodes, number % 2 == number // 9 % 2, meanwhile=kill)
     return *check_survivors(plan, results, victim), results[victim] is None
 
 
