@@ -92,11 +92,12 @@ class _Processes:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._numbers = itertools.count()
 
-    def run(self, folder: Path, sizes, moves: ExchangePlan, staging_bytes: int | None, cold: bool) -> tuple[list[dict], float]:
+    def run(self, folder: Path, sizes, moves: ExchangePlan, staging_bytes: int, cold: bool, read_peers: bool) -> tuple[list[dict], float]:
         """What the survivors measured, and the greatest share of the checkpoint that was in the page cache when a measurement began.
 
         Args:
             cold: whether the checkpoint is dropped from the page cache before each measurement.
+            read_peers: whether ranks read experts in each other's memory.
 
         Raises:
             PlacementError: when one of them fails.
@@ -107,7 +108,7 @@ class _Processes:
         processes, pipes = [], []
         for rank in range(moves.new.num_ranks):
             here, there = self._context.Pipe()
-            arguments = (rank, self._store.port, name, there, folder, sizes, moves, staging_bytes)
+            arguments = (rank, self._store.port, name, there, folder, sizes, moves, staging_bytes, read_peers)
             process = self._context.Process(target=measure, args=arguments, daemon=True)
             process.start()
             there.close()
@@ -158,10 +159,13 @@ def survivors_placements(old: Placement, load: np.ndarray, live: Sequence[int]) 
     return {"recovered": kept, "rebalanced": Placement(table, old.num_logical_experts, old.slots_per_rank, old.layer_ids)}
 
 
-def dead_suite(sizes, most_dead: int, report: Callable[[str], None], repeats: int = 3, folder: Path | None = None) -> list[dict]:
+def dead_suite(
+    sizes, most_dead: int, report: Callable[[str], None], repeats: int = 3, folder: Path | None = None, read_peers: bool = True
+) -> list[dict]:
     """Exchanges after the loss of 1 to ``most_dead`` of 8 ranks, against a full reload (`exchange_ranks`), from the disk and from memory.
 
-    The row without a loss moves nearly all slots: it shows the bandwidth. Staging memory is what engines get, half of a layer.
+    The row without a loss moves nearly all slots: it shows the bandwidth. Staging memory is what engines get, half of a layer. What a live
+    rank holds is read in its memory, as between the ranks of a host, or sent, as between hosts.
 
     Raises:
         PlacementError: when torch is missing, or the weights after an exchange are not those of the checkpoint.
@@ -187,10 +191,12 @@ def dead_suite(sizes, most_dead: int, report: Callable[[str], None], repeats: in
                 staging = max(int(STAGING_SHARE * max(old.slots_per_rank) * sizes.expert_bytes), moves.min_staging_bytes)
                 row: dict = {"goal": goal, "replicas": replicas, "dead": dead, "disk": disk}
                 for kind in ("cold", "cached"):
-                    runs = [processes.run(checkpoint, sizes, moves, staging, kind == "cold") for _ in range(repeats)]
+                    runs = [processes.run(checkpoint, sizes, moves, staging, kind == "cold", read_peers) for _ in range(repeats)]
                     row[kind] = _times([run for run, _ in runs]) | {"cached": max(share for _, share in runs)}
                     row |= _figures(moves, [run for run, _ in runs])
                 rows.append(row)
+    if read_peers and not all(row["sees"] for row in rows):
+        raise PlacementError("processes cannot read each other's memory here (kernel.yama.ptrace_scope, or a container's rules): give --sent")
     return rows
 
 
@@ -220,6 +226,7 @@ def _figures(moves: ExchangePlan, runs: list[list[dict]]) -> dict:
         "longest": float(np.median(longest)),
         "staging": max(r["staging"] for run in runs for r in run),
         "chunks": runs[0][0]["chunks"],
+        "sees": all(r["sees"] for run in runs for r in run),
     }
 
 

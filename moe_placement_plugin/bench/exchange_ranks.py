@@ -7,6 +7,7 @@ rank's slots and nothing else, which no engine does.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -20,8 +21,11 @@ import torch.distributed as dist
 
 from ..exchange.checkpoint import Checkpoint, CheckpointReader, hugging_face_experts
 from ..exchange.executor import Exchange
+from ..exchange.peers import PeerMemory
 from ..exchange.plan import ExchangePlan
+from ..exchange.weights import view_parameter
 from ..placement import Placement
+from ..topology import Topology
 
 torch.set_num_threads(1)
 
@@ -56,13 +60,9 @@ def write_checkpoint(folder: Path, sizes: Sizes) -> None:
 
 
 def _empty(sizes: Sizes, slots: int) -> list[list[torch.Tensor]]:
-    return [
-        [
-            torch.zeros((slots, 2 * sizes.width, sizes.hidden), dtype=torch.bfloat16),
-            torch.zeros((slots, sizes.hidden, sizes.width), dtype=torch.bfloat16),
-        ]
-        for _ in range(sizes.layers)
-    ]
+    """Weights that are there, as a server's are: the system finds memory when it is first written, not when it is asked for."""
+    shapes = ((slots, 2 * sizes.width, sizes.hidden), (slots, sizes.hidden, sizes.width))
+    return [[torch.full(shape, 1, dtype=torch.bfloat16) for shape in shapes] for _ in range(sizes.layers)]
 
 
 def reload_own(folder: Path, placement: Placement, rank: int, weights) -> None:
@@ -104,14 +104,22 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def measure(rank: int, port: int, name: str, pipe, folder: Path, sizes: Sizes, plan: ExchangePlan, staging_bytes: int | None) -> None:
+def measure(
+    rank: int, port: int, name: str, pipe, folder: Path, sizes: Sizes, plan: ExchangePlan, staging_bytes: int, read_peers: bool
+) -> None:
     """One process: exchange by ``plan`` (whose dead ranks end here), then both reloads of the same placement, and compare.
 
-    The parent says when each begins: it may have dropped the checkpoint from the page cache.
+    The parent says when each begins: it may have dropped the checkpoint from the page cache. Experts are sent, or read in the memory of their
+    ranks (``read_peers``), as between the ranks of a host.
     """
     store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
     weights = _empty(sizes, plan.old.slots_per_rank[rank])
     reload_own(folder, plan.old, rank, weights)
+    own = {layer: [view_parameter(t, f"layer {layer}") for t in tensors] for layer, tensors in zip(plan.old.layer_ids, weights)}
+    dist.init_process_group("gloo", store=dist.PrefixStore("all", store), rank=rank, world_size=plan.old.num_ranks)
+    peers = PeerMemory.of(own, Topology(plan.old.num_ranks), dist.group.WORLD, logging.getLogger(__name__)) if read_peers else None
+    sees = peers is not None and int(peers.reads[rank].sum()) == plan.old.num_ranks - 1
+    dist.destroy_process_group()
     pipe.send("loaded")
     if not plan.live[rank]:
         pipe.recv()  # the parent kills this process here
@@ -128,11 +136,13 @@ def measure(rank: int, port: int, name: str, pipe, folder: Path, sizes: Sizes, p
     pipe.recv()
     plan.chunks(staging_bytes)  # loads the compiled kernels, as a server has while its model loads: seconds in a fresh process
     reports = []
+    staging = torch.full((staging_bytes,), 1, dtype=torch.uint8)  # kept from one exchange to the next
 
     def exchange() -> None:
         checkpoint = Checkpoint(folder) if len(plan.reads) else None
         reader = checkpoint and CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
-        reports.append(Exchange(plan, weights, epoch=1, store=store, staging_bytes=staging_bytes, reader=reader).run())
+        made = Exchange(plan, own, epoch=1, store=store, staging_bytes=staging_bytes, staging=staging, reader=reader, peers=peers)
+        reports.append(made.run())
 
     seconds = {"exchange": _timed(exchange)}  # no file stays open: what is mapped stays in the page cache
     equal = True
@@ -145,7 +155,8 @@ def measure(rank: int, port: int, name: str, pipe, folder: Path, sizes: Sizes, p
         del fresh
     raw = _ring(len(live), live.index(rank), reports[0].bytes_received)
     report = reports[0]
-    pipe.send({"seconds": seconds, "raw": raw, "equal": equal, "longest": report.longest, "staging": report.staging_bytes, "chunks": report.chunks})
+    found = {"longest": report.longest, "staging": report.staging_bytes, "chunks": report.chunks}
+    pipe.send({"seconds": seconds, "raw": raw, "equal": equal, "sees": sees, **found})
     pipe.recv()
 
 

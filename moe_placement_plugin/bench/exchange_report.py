@@ -40,9 +40,10 @@ def _dead(rows: list[dict], sizes: dict, console: Console) -> None:
         cells.append(f"{row['staging'] / 1e6:.1f} / {row['chunks']}")
         lines.append(cells)
     disk = rows[0]["disk"]
+    way = "read in each other's memory" if rows[0]["sees"] else "sent over gloo"
     title = (
-        f"8 processes over gloo, {sizes['layers']} layers of {sizes['experts']} experts of {sizes['expert_bytes'] / 1e6:.2f} MB; cold: the "
-        f"checkpoint was dropped from the page cache before each measurement (at most {max(r['cold']['cached'] for r in rows):.0%} left)"
+        f"8 processes, experts {way}, {sizes['layers']} layers of {sizes['experts']} experts of {sizes['expert_bytes'] / 1e6:.2f} MB; "
+        f"cold: the checkpoint was dropped from the page cache before each measurement (at most {max(r['cold']['cached'] for r in rows):.0%} left)"
         + (f", the disk reads {disk / 1e9:.2f} GB/s" if disk else "")
     )
     columns = ["case", "goal", "live slots", "from peers", "from disk"]

@@ -178,6 +178,7 @@ def exchange(
     layers: Annotated[int, typer.Option("--layers", help="MoE layers of the made-up model.", min=1)] = 4,
     hidden: Annotated[int, typer.Option("--hidden", help="Its hidden size.", min=16)] = 512,
     width: Annotated[int, typer.Option("--width", help="Intermediate size of its experts.", min=16)] = 512,
+    sent: Annotated[bool, typer.Option("--sent", help="Send experts, as between hosts, rather than read them in the memory of their ranks.")] = False,
     folder: Annotated[Path | None, typer.Option("--folder", help="Where its checkpoint is written; the temporary folder if left out.")] = None,
     vllm_python: Annotated[str | None, typer.Option("--vllm-python", help="Interpreter that has vLLM, if this one has not.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Runs per case; the median counts.", min=1)] = 3,
@@ -222,7 +223,7 @@ def exchange(
         sizes = Sizes(layers, 64, hidden, width)
         result["versions"]["exchange"] = {"torch": torch.__version__, "backend": "gloo"}
         result["sizes"] = asdict(sizes) | {"expert_bytes": sizes.expert_bytes}
-        result["dead"] = engine.dead_suite(sizes, dead, report, repeats, folder)
+        result["dead"] = engine.dead_suite(sizes, dead, report, repeats, folder, not sent)
     if "drift" in wanted:
         contestants, missing = start_contestants(["vLLM default"], {"vllm": vllm_python})
         result["missing"] = missing
