@@ -36,6 +36,7 @@ from moe_placement_plugin.bench.timing import device_facts
 from moe_placement_plugin.engines.eplb_table import warm_up
 from moe_placement_plugin.engines.exchanger import Exchanger, Meeting, connect
 from moe_placement_plugin.engines.rebalancing import Rebalancer
+from moe_placement_plugin.exchange import transfers
 from moe_placement_plugin.exchange.decision import RebalancePolicy
 from moe_placement_plugin.fingerprint.report import Pass
 
@@ -175,11 +176,19 @@ class Bench:
         return rates
 
     def ways(self) -> Iterator[str]:
-        """How experts come from another rank: ``sent``, then, where memory can be seen, ``read``; the last one is what engines get."""
+        """How experts come from another rank: ``sent``, then, where memory can be seen, ``read``; the last one is what engines get.
+
+        GPUs are read by a kernel as well, for comparison (`transfers.READ_SINGLY`).
+        """
         yield "sent"
         self.exchanger.look_at_peers(self.cpu_group)
-        if self.exchanger.reads_peers:
-            yield "read"
+        if not self.exchanger.reads_peers:
+            return
+        if self.device.type == "cuda":
+            size, transfers.READ_SINGLY = transfers.READ_SINGLY, sys.maxsize
+            yield "read by a kernel"
+            transfers.READ_SINGLY = size
+        yield "read"
 
     def move(self, table: np.ndarray) -> None:
         """Exchange to another table."""

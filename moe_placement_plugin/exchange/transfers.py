@@ -31,6 +31,10 @@ BATCH_BYTES = 64 << 20
 """A batch costs a launch and a handshake, some 20 us on NVLink: rounds, in each of which every rank sends one expert, are put together until a
 rank sends this much in them, 0.2 ms or more."""
 
+READ_SINGLY = 1 << 20
+"""Tensors of this many bytes are read in another GPU's memory one by one, by the copy engines, which leave the multiprocessors to the engine;
+smaller ones together, by a kernel, since a copy costs the host some 5 us."""
+
 _TAG = 0x6D6F65
 """Of the receive that is never answered (`Transfers.give_up`)."""
 
@@ -204,13 +208,16 @@ class Transfers:
         self._unpack(mine.tolist(), staged)
         waiting = WaitingFor("read peers", named(chunk), None, tuple(np.unique(mine[:, 2]).tolist()), self.received - received)
         self._watchdog.waits_for(waiting)
-        pairs = list(zip(staged.sources[before:], sources))
-        mapped = [(target, p.units(self.unit)[slot]) for target, (p, slot) in pairs if isinstance(p, Parameter)]
-        copy_rows([target for target, _ in mapped], [source for _, source in mapped])
+        together: list[tuple[torch.Tensor, torch.Tensor]] = []
         attached: dict[Process, list[tuple[int, int, int]]] = {}
-        for target, (rows, slot) in pairs:
+        for target, (rows, slot) in zip(staged.sources[before:], sources):
             if isinstance(rows, AttachedRows):
                 attached.setdefault(rows.process, []).append((target.data_ptr(), rows.row(slot), rows.bytes))
+            elif rows.bytes < READ_SINGLY:
+                together.append((target, rows.units(self.unit)[slot]))
+            else:
+                target.copy_(rows.units(self.unit)[slot], non_blocking=True)
+        copy_rows([target for target, _ in together], [source for _, source in together])
         for process, pieces in attached.items():
             process.read(pieces)
         if self._reading is not None:

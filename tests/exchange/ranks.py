@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.exchange import transfers
 from moe_placement_plugin.exchange.agreement import Agreement, ExchangeAborted, ExchangeLost
 from moe_placement_plugin.exchange.attached import Process
 from moe_placement_plugin.exchange.executor import Exchange
@@ -89,7 +90,7 @@ def exchange(
     """Carry the plan out; (bytes of all weights, what was read from the checkpoint, report).
 
     Args:
-        limits: of `Exchange`; ``free``: memory that a GPU would have free.
+        limits: of `Exchange`; ``free``: memory that a GPU would have free; ``singly``: `transfers.READ_SINGLY`.
         nodes: of the ranks, when those of a node are to read each other's memory.
         attached: in which they do not map it.
     """
@@ -98,8 +99,9 @@ def exchange(
     reader = Reader()
     if nodes is not None:
         limits = limits | {"peers": peer_memory(weights if attached else shared(weights), nodes)}
+    limits = dict(limits)
+    transfers.READ_SINGLY = limits.pop("singly", transfers.READ_SINGLY)
     if "free" in limits:
-        limits = dict(limits)
         free = limits.pop("free")
         Transfers.free_memory = lambda self: free
     alive = rank in plan.live_ranks

@@ -26,7 +26,7 @@ def placements(seed: int, slots, experts: int = 12):
 
 
 @pytest.mark.parametrize("nodes", [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 1, 2)], ids=["one node", "two nodes", "a rank alone"])
-@pytest.mark.parametrize("cut", ["whole", "by layer", "staging", "double"])
+@pytest.mark.parametrize("cut", ["whole", "singly", "by layer", "staging", "double"])
 @pytest.mark.parametrize("attached", [False, True], ids=["mapped", "attached"])
 def test_read_and_sent_end_alike(ranks, nodes, cut, attached):
     from .ranks import SHAPES, exchange
@@ -34,7 +34,7 @@ def test_read_and_sent_end_alike(ranks, nodes, cut, attached):
     plan = plan_exchange(*placements(1, [5, 4, 6, 5]), Topology(4, nodes))
     need = int(plan.staging_needed([64 * len(SHAPES)] * 4).max())
     double = {"staging_bytes": need, "double": True, "free": 4 * need}
-    limits = {"whole": {}, "by layer": {"max_layers": 1}, "staging": {"staging_bytes": need}, "double": double}[cut]
+    limits = {"whole": {}, "singly": {"singly": 20}, "by layer": {"max_layers": 1}, "staging": {"staging_bytes": need}, "double": double}[cut]
     read, sent = (ranks.run(exchange, 4, plan, limits, False, given, attached) for given in (nodes, None))
     for rank, (a, b) in enumerate(zip(read, sent)):
         check_weights(a[0], plan.new, rank)
@@ -42,7 +42,7 @@ def test_read_and_sent_end_alike(ranks, nodes, cut, attached):
         assert (a[2].bytes_received, a[2].bytes_sent, a[2].chunks) == (b[2].bytes_received, b[2].bytes_sent, b[2].chunks)
         assert a[2].packing_bytes <= b[2].packing_bytes
     doubled = [result[2].staging_bytes > need for result in read]
-    assert any(doubled) == (cut in ("whole", "by layer") or cut == "double" and nodes == (0, 0, 0, 0))
+    assert any(doubled) == (cut in ("whole", "singly", "by layer") or cut == "double" and nodes == (0, 0, 0, 0))
     packed = [result[2].packing_bytes for result in read]
     node_of = np.array(nodes)
     between = node_of[plan.transfers[:, 2]] != node_of[plan.transfers[:, 4]]
