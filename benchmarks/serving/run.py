@@ -240,15 +240,19 @@ def _stop(servers: Sequence[Server]) -> None:
         list(pool.map(Server.stop, servers))
 
 
-def _difference(found: list[Answer], reference: list[Answer]) -> dict[str, float]:
-    """Answers with another token, and how far log probabilities are apart up to and with the first one: at a near tie that is little."""
-    different, gaps = 0, [0.0]
+def _difference(found: list[Answer], reference: list[Answer]) -> dict:
+    """Answers with another token, and how far log probabilities are apart up to and with the first one: at a near tie that is little.
+
+    ``first`` says of each answer that differs where it does and with what log probabilities.
+    """
+    first, gaps = [], [0.0]
     for ours, theirs in zip(found, reference):
         same = [a == b for a, b in zip(ours.token_ids, theirs.token_ids)]
-        different += not all(same)
         until = same.index(False) + 1 if False in same else len(same)
+        if False in same:
+            first.append([until - 1, ours.logprobs[until - 1], theirs.logprobs[until - 1]])
         gaps += [abs(a - b) for a, b in zip(ours.logprobs[:until], theirs.logprobs[:until])]
-    return {"different": different, "logprobs": max(gaps)}
+    return {"different": len(first), "logprobs": max(gaps), "first": first}
 
 
 def _wait_for(path: Path, server: Server, seconds: float = 30) -> None:

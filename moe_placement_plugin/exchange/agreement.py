@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlacementError
-from ..hosts.bounded import BoundedStore, StoreSilent
+from ..hosts.bounded import BoundedStore
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -99,9 +99,9 @@ class Agreement:
             PlacementError: when this rank has used the epoch before.
             ExchangeLost: when the store is gone.
         """
-        if self._ask(lambda s: s.add(f"entered/{self._rank}", 1)) > 1:
+        times, first = self._ask(lambda s: (s.add(f"entered/{self._rank}", 1), s.compare_set("plan", "", digest).decode()))
+        if times > 1:
             raise PlacementError(f"exchange epoch {self._epoch} was used before: number exchanges, each number once")
-        first = self._ask(lambda s: s.compare_set("plan", "", digest)).decode()
         if first == digest:
             return None
         return f"rank {self._rank} has another plan, or tensors of another layout, than the rank that came first"
@@ -126,17 +126,16 @@ class Agreement:
         Raises:
             ExchangeLost: when the store is gone.
         """
-        if not self._add("vote", chunk):
-            return self._fate(self._propose(chunk, "commit"))
         deadline = time.monotonic() + self._timeout
-        key = f"fate/{chunk}"
-        while not self._appears(key, min(_SLICE, self._timeout)):
+        fate = self._ask(lambda s: self._cast(s, chunk))
+        while fate is None:
             reason = self._interrupted()
             if reason is None and time.monotonic() > deadline:
                 reason = f"rank {self._rank} waited {self._timeout:g} s for ranks {self.missing(chunk)} to stage"
             if reason is not None:
                 return self._fate(self._propose(chunk, f"abort: {reason}"))
-        return self._fate(self._ask(lambda s: s.get(key)).decode())
+            fate = self._ask(lambda s: self._await_fate(s, chunk))
+        return self._fate(fate)
 
     def abort(self, chunk: int, reason: str) -> str:
         """Refuse a chunk that this rank has not voted for.
@@ -162,11 +161,11 @@ class Agreement:
         Raises:
             ExchangeLost: when the store is gone, or the others have gone on without this rank.
         """
-        waits = self._add("alive", 0)
+        waits = self._ask(lambda s: self._add(s, "alive", 0))
         deadline = time.monotonic() + grace
         while waits and time.monotonic() < deadline and not self._ask(lambda s: s.check(["live"])):
             time.sleep(0.002)
-            waits = self._incomplete("alive", 0)
+            waits = self._ask(lambda s: self._incomplete(s, "alive", 0))
         alive = [r for r in self._ranks if self._word("alive", 0, r) >> (r % VOTES_PER_WORD) & 1]
         live = tuple(json.loads(self._ask(lambda s: s.compare_set("live", "", json.dumps(alive))).decode()))
         if self._rank not in live:
@@ -180,22 +179,39 @@ class Agreement:
             words = {rank // VOTES_PER_WORD for rank in self._ranks}
             voted = range(MEETING, chunks)
             keys += ["plan", *(f"fate/{chunk}" for chunk in voted), *(f"vote/{chunk}/{word}" for chunk in voted for word in words)]
-        for key in keys:
-            self._ask(lambda s, key=key: s.delete_key(key))
+        self._ask(lambda s: [s.delete_key(key) for key in keys])
 
     def _word(self, what: str, chunk: int, rank: int) -> int:
         return self._ask(lambda s: s.add(f"{what}/{chunk}/{rank // VOTES_PER_WORD}", 0))
 
-    def _add(self, what: str, chunk: int) -> bool:
+    def _cast(self, store: Any, chunk: int) -> str | None:
+        """Vote and wait a while for the chunk's fate. All of it is one job of the store's thread: each hand-over takes as long as the answer."""
+        if self._add(store, "vote", chunk):
+            return self._await_fate(store, chunk)
+        return store.compare_set(f"fate/{chunk}", "", "commit").decode()
+
+    def _await_fate(self, store: Any, chunk: int) -> str | None:
+        """The chunk's fate; None when it is not decided within a slice of time."""
+        from torch.distributed import DistNetworkError, DistStoreError
+
+        try:
+            store.wait([f"fate/{chunk}"], timedelta(seconds=min(_SLICE, self._timeout)))
+        except DistNetworkError:
+            raise
+        except DistStoreError:
+            return None
+        return store.get(f"fate/{chunk}").decode()
+
+    def _add(self, store: Any, what: str, chunk: int) -> bool:
         """Add this rank's bit; True while others are missing. Whoever adds the last bit sees all of them."""
         word = self._rank // VOTES_PER_WORD
-        bits = self._ask(lambda s: s.add(f"{what}/{chunk}/{word}", 1 << self._rank % VOTES_PER_WORD))
-        return bits != self._all_bits(word) or self._incomplete(what, chunk, word)
+        bits = store.add(f"{what}/{chunk}/{word}", 1 << self._rank % VOTES_PER_WORD)
+        return bits != self._all_bits(word) or self._incomplete(store, what, chunk, word)
 
-    def _incomplete(self, what: str, chunk: int, known: int | None = None) -> bool:
+    def _incomplete(self, store: Any, what: str, chunk: int, known: int | None = None) -> bool:
         """Whether bits are missing in any word but the one that is known to have all."""
         words = {r // VOTES_PER_WORD for r in self._ranks} - {known}
-        return any(self._ask(lambda s, word=word: s.add(f"{what}/{chunk}/{word}", 0)) != self._all_bits(word) for word in words)
+        return any(store.add(f"{what}/{chunk}/{word}", 0) != self._all_bits(word) for word in words)
 
     def _all_bits(self, word: int) -> int:
         return sum(1 << r % VOTES_PER_WORD for r in self._ranks if r // VOTES_PER_WORD == word)
@@ -206,18 +222,6 @@ class Agreement:
     @staticmethod
     def _fate(written: str) -> str | None:
         return None if written == "commit" else written.removeprefix("abort: ")
-
-    def _appears(self, key: str, seconds: float) -> bool:
-        """Whether the key appears within the time."""
-        from torch.distributed import DistNetworkError, DistStoreError
-
-        try:
-            self._store.ask(lambda s: s.wait([key], timedelta(seconds=seconds)))
-        except (DistNetworkError, StoreSilent) as error:
-            raise _lost(error) from error
-        except DistStoreError:
-            return False
-        return True
 
     def _ask(self, call: Callable[[Any], Any]) -> Any:
         try:

