@@ -26,7 +26,7 @@ from moe_placement_plugin.simulate import Cluster
 from moe_placement_plugin.topology import Topology
 
 from .checkpoints import MODELS, write, write_even_twin
-from .contestants import CONTESTANTS, Contestant, Setup, batches, command
+from .contestants import CACHE_BYTES, CONTESTANTS, Contestant, Setup, batches, command
 from .prediction import layer_times, predict, step_tokens
 from .report import prediction_in_words, table
 from .server_logs import in_words, moved
@@ -34,6 +34,12 @@ from .traffic import WORKLOADS, drive
 
 ASKED, ANSWERED = 12, 16
 """Prompts whose answers are compared, and tokens of each."""
+
+MOST_AT_ONCE = 8
+"""Servers that are up together when nothing else is said."""
+
+BESIDES = 6 << 30
+"""Bytes of each GPU that a server takes besides weights and cache: CUDA's context, NCCL, work space, graphs, replicas."""
 
 
 class Run:
@@ -61,7 +67,8 @@ class Run:
             raise PlacementError(f"{given.engine} has none of {', '.join(names)}: name another --contestant")
         if not given.contestant and given.cpu:
             contestants.sort(key=lambda one: one.name != "linear")
-        self.batches = batches(contestants, given.at_once)
+        self.contestants = contestants
+        batches(contestants, given.at_once or MOST_AT_ONCE)  # before a checkpoint is written for nothing
         self.console = Console(width=200, highlight=False)
         self.recording = folder / "load.safetensors"
         self.cost = fit(find_calibration(given.calibration).measurements) if given.calibration else None
@@ -73,7 +80,7 @@ class Run:
         self.note("router", self.make_models())
         self.note("recorded", self.record())
         self.note("batches", [])
-        for contestants in self.batches:
+        for contestants in batches(self.contestants, self.at_once()):
             self.batch(contestants)
         return self.result
 
@@ -115,6 +122,24 @@ class Run:
         apart = _apart(np.array(made["shares"]), np.array(made["reached"]))
         self.say(f"checkpoint: router within {apart.max():.2%} of the recorded shares on its embeddings")
         return {"wanted": made["shares"], "reached": made["reached"], "apart": apart.tolist()}
+
+    def at_once(self) -> int:
+        """How many servers are up together.
+
+        Raises:
+            PlacementError: when as many as were asked for do not fit into the GPUs' memory.
+        """
+        if self.given.cpu:
+            return self.given.at_once or MOST_AT_ONCE
+        free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(self.given.ranks))
+        weights = sum(file.stat().st_size for file in (self.folder / "model").glob("*.safetensors")) / self.given.ranks
+        fit = int(free // (weights + CACHE_BYTES + BESIDES))
+        if (self.given.at_once or 0) > fit:
+            raise PlacementError(
+                f"--at-once {self.given.at_once}: a server takes {weights / 1e9:.1f} GB of weights and some {(CACHE_BYTES + BESIDES) / 1e9:.0f} GB "
+                f"besides of each GPU, of which {free / 1e9:.0f} GB are free: give at most {fit}"
+            )
+        return self.given.at_once or min(fit, MOST_AT_ONCE)
 
     def record(self) -> dict:
         """Serve once with linear, record what is really routed, and place the experts by it."""

@@ -6,10 +6,10 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
+from urllib.request import Request, urlopen
 
 NEVER = 10**9
 """Forward passes between two rebalances of an EPLB that shall not rebalance."""
@@ -106,13 +106,6 @@ class DemoEngine(ABC):
         """A greedy completion by the server, through the ``openai`` client."""
 
 
-def _completion(url: str, model: str, prompt: str | list[int], tokens: int, extra: Mapping[str, Any]) -> Any:
-    from openai import OpenAI
-
-    with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
-        return client.completions.create(model=model, prompt=prompt, max_tokens=tokens, temperature=0, logprobs=1, extra_body=dict(extra)).choices[0]
-
-
 class Vllm(DemoEngine):
     """vLLM's CPU build."""
 
@@ -144,7 +137,11 @@ class Vllm(DemoEngine):
         return [*command, *settings.arguments], env
 
     def complete(self, url: str, model: str, prompt: str | list[int], tokens: int) -> Answer:
-        choice = _completion(url, model, prompt, tokens, {"ignore_eos": True})
+        from openai import OpenAI
+
+        with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+            asked = {"max_tokens": tokens, "temperature": 0, "logprobs": 1, "extra_body": {"ignore_eos": True}}
+            choice = client.completions.create(model=model, prompt=prompt, **asked).choices[0]
         ids = [int(token.partition(":")[2]) for token in choice.logprobs.tokens]
         return Answer(ids, list(choice.logprobs.token_logprobs))
 
@@ -181,8 +178,13 @@ class Sglang(DemoEngine):
         return [*command, *settings.arguments], env
 
     def complete(self, url: str, model: str, prompt: str | list[int], tokens: int) -> Answer:
-        choice = _completion(url, model, prompt, tokens, {"ignore_eos": True, "return_token_ids": True})
-        return Answer(list(choice.token_ids), list(choice.logprobs.token_logprobs))
+        # SGLang's own API: token ids over the other one are younger than the oldest version that we run with.
+        asked = {"text" if isinstance(prompt, str) else "input_ids": prompt, "return_logprob": True,
+                 "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}}  # fmt: skip
+        request = Request(f"{url}/generate", json.dumps(asked).encode(), {"Content-Type": "application/json"})
+        with urlopen(request, timeout=120) as answer:  # noqa: S310 - a server of our own
+            chosen = json.load(answer)["meta_info"]["output_token_logprobs"]
+        return Answer([int(token) for _, token, _ in chosen], [float(logprob) for logprob, _, _ in chosen])
 
 
 DEMO_ENGINES: dict[str, DemoEngine] = {engine.name: engine for engine in (Vllm(), Sglang())}

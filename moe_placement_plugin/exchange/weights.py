@@ -49,6 +49,10 @@ class Parameter:
             self._views[unit] = list(self.rows.view(unit).unbind(0))
         return self._views[unit]
 
+    def block(self, unit: torch.dtype, first: int, number: int) -> torch.Tensor:
+        """The bytes of experts that lie one behind the other, ``[number, units]``."""
+        return self.rows[first : first + number].view(unit)
+
     def typed(self, row: torch.Tensor) -> torch.Tensor:
         """One expert's bytes as a tensor of the parameter's own type, shape and strides."""
         return row.view(self.dtype).as_strided(self.shape, self.stride)
