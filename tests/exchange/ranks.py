@@ -115,46 +115,58 @@ def exchange(
     return as_bytes(weights), reader.asked, report
 
 
-def die_at(event: int) -> list[int]:
-    """Kill this process when it is about to do its ``event``-th piece of an exchange: a store call, a batch, the copy of tensors.
+class Deaths:
+    """Counts this process's pieces of work in exchanges (a store call, a batch, the copy of tensors) and kills it before the ``event``-th."""
 
-    Returns:
-        A list whose only entry counts them.
-    """
-    seen = [0]
+    def __init__(self):
+        self.seen = self.event = 0
+        Agreement._ask = self.counted(Agreement._ask)
+        dist.batch_isend_irecv = self.counted(dist.batch_isend_irecv)
+        torch.Tensor.copy_ = self.counted(torch.Tensor.copy_)
+        torch._foreach_copy_ = self.counted(torch._foreach_copy_)
+        Process.read = self.counted(Process.read)
 
-    def counted(call):
+    def counted(self, call):
         def wrapper(*args, **kwargs):
-            seen[0] += 1
-            if seen[0] == event:
+            self.seen += 1
+            if self.seen == self.event:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **kwargs)
 
         return wrapper
 
-    Agreement._ask = counted(Agreement._ask)
-    dist.batch_isend_irecv = counted(dist.batch_isend_irecv)
-    torch.Tensor.copy_ = counted(torch.Tensor.copy_)
-    torch._foreach_copy_ = counted(torch._foreach_copy_)
-    Process.read = counted(Process.read)
-    return seen
-
 
 def exchange_with_a_death(
-    rank: int, world: int, store, plan: ExchangePlan, victim: int, event: int, limits: dict, nodes: tuple[int, ...] | None = None,
+    rank: int, world: int, store, plan: ExchangePlan, victim: int, moment: float | None, limits: dict, nodes: tuple[int, ...] | None = None,
     attached: bool = False, timeout: float = 2.0,
 ):  # fmt: skip
-    """Carry the plan out while ``victim`` dies at ``event`` (0: somebody else kills it).
+    """Carry the plan out while ``victim`` dies at ``moment``: the share of its pieces of work done by then (None: somebody else kills it).
+
+    The same exchange goes before, undisturbed. It tells how much work there is and how long it takes, which the store then says as
+    ``microseconds``: a death after the end would prove nothing.
 
     Returns:
         (bytes of all weights, committed layers, survivors (None when nothing was noticed, empty for a rank that came too late to be
-        one), reason, events counted); no weights and no layers where the rank has to load its weights anew.
+        one), reason); no weights and no layers where the rank has to load its weights anew.
     """
-    weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
-    if nodes is not None:
-        limits = limits | {"peers": peer_memory(weights if attached else shared(weights), nodes)}
-    found = Exchange(plan, weights, epoch=1, store=store, reader=Reader(), timeout=timeout, **limits)
-    seen = die_at(event if rank == victim else 0)
+    deaths = Deaths()
+
+    def prepared(epoch: int) -> tuple[list[list[torch.Tensor]], Exchange]:
+        weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+        peers = {} if nodes is None else {"peers": peer_memory(weights if attached else shared(weights), nodes)}
+        return weights, Exchange(plan, weights, epoch=epoch, store=store, reader=Reader(), timeout=timeout, **limits, **peers)
+
+    _, calm = prepared(1)
+    dist.barrier()
+    deaths.seen, began = 0, time.perf_counter()
+    calm.run()
+    took, pieces = time.perf_counter() - began, deaths.seen
+    weights, found = prepared(2)
+    dist.barrier()
+    if rank == victim:
+        store.add("microseconds", round(took * 1e6))
+        if moment is not None:
+            deaths.seen, deaths.event = 0, 1 + int(moment * pieces)
     store.add("ready", 1)
     try:
         found.run()
@@ -164,10 +176,10 @@ def exchange_with_a_death(
             live, reason = found.survivors(0.5), aborted.reason
         except ExchangeLost as lost:
             live, reason = (), str(lost)
-        return as_bytes(weights), aborted.metadata.committed, live, reason, seen[0]
+        return as_bytes(weights), aborted.metadata.committed, live, reason
     except ExchangeLost as lost:
-        return None, None, (), str(lost), seen[0]
-    return as_bytes(weights), found.metadata.committed, None, "", seen[0]
+        return None, None, (), str(lost)
+    return as_bytes(weights), found.metadata.committed, None, ""
 
 
 def start(rank: int, store, plan: ExchangePlan, weights, **more) -> Exchange:

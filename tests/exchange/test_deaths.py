@@ -43,7 +43,7 @@ def check_survivors(plan, results, victim: int | None) -> tuple[str, bool]:
         return "lost", True
     committed, late = results[going_on[0]][1], stopped
     for rank in going_on:
-        weights, done, live, reason, _ = results[rank]
+        weights, done, live, reason = results[rank]
         assert (done == committed).all(), f"rank {rank} differs from rank {going_on[0]}"
         check_weights(weights, plan.new, rank, np.flatnonzero(done).tolist())
         check_weights(weights, plan.old, rank, np.flatnonzero(~done).tolist())
@@ -65,19 +65,19 @@ def trial(ranks, number: int) -> tuple[str, bool, bool]:
     limits = [{"max_layers": 1}, {"max_layers": 2, "batch_bytes": 1}, {}][number % 3]  # one byte: a round is a batch
     nodes = [None, (0,) * WORLD, (0, 0, 0, 1, 1)][number // 3 % 3]  # all is sent, all is read in the others' memory (mapped or not), some
     # Half of the victims are killed from outside at a random time, half kill themselves at a random piece of work.
-    event = int(rng.integers(1, [36, 40, 12][number % 3])) if number % 2 else 0
-    delay = float(rng.uniform(0, 0.03))
+    share = float(rng.uniform())
 
     def kill(processes, store):
-        if event:
+        if number % 2:
             return
         while store.add("ready", 0) < WORLD:
             time.sleep(0.001)
-        time.sleep(delay)
+        time.sleep(share * store.add("microseconds", 0) / 1e6)
         with suppress(ProcessLookupError):  # it has finished already
             os.kill(processes[victim].pid, signal.SIGKILL)
 
-    results = ranks.run(exchange_with_a_death, WORLD, plan, victim, event, limits, nodes, number % 2 == number // 9 % 2, meanwhile=kill)
+    moment = share if number % 2 else None
+    results = ranks.run(exchange_with_a_death, WORLD, plan, victim, moment, limits, nodes, number % 2 == number // 9 % 2, meanwhile=kill)
     return *check_survivors(plan, results, victim), results[victim] is None
 
 
@@ -100,7 +100,7 @@ def test_nobody_dies(ranks):
     from .ranks import exchange_with_a_death
 
     plan = make_plan(np.random.default_rng(0))
-    results = ranks.run(exchange_with_a_death, WORLD, plan, 0, 0, {"max_layers": 1})
+    results = ranks.run(exchange_with_a_death, WORLD, plan, 0, None, {"max_layers": 1})
     assert check_survivors(plan, results, None) == ("complete", False)
 
 
