@@ -1,6 +1,7 @@
 """Moving experts between GPUs: bandwidth against plain peer-to-peer copies, and the pause against vLLM's own sync EPLB, all in one run.
 
     torchrun --nproc-per-node 2 benchmarks/exchange_gpu.py                     5 layers of 64 + 8 experts of 17.3 MB, bfloat16
+    torchrun --nproc-per-node 2 benchmarks/exchange_gpu.py --shape v2-lite     the same experts in the 26 layers of DeepSeek-V2-Lite
     torchrun --nproc-per-node 2 benchmarks/exchange_gpu.py --shape r1          4 layers of 64 + 8 experts of 44 MB, one byte per parameter
     torchrun --nproc-per-node 2 benchmarks/exchange_gpu.py --shape tiny        on a machine without a GPU: shows that it runs, nothing else
 
@@ -9,7 +10,8 @@ What is printed, medians of ``--repeats``:
 - plain copies: ``tensor.copy_`` from one GPU's memory to the next one's, all GPUs at the same time (the copy engines over NVLink), and NCCL's
   send and receive of the same bytes in one piece;
 - exchange, all: nearly every slot changes rank. Its bandwidth is what the busiest rank receives by the time from the plan to the last slot filled;
-  once with experts sent, once with experts read in the other GPU's memory, where that can be seen;
+  once with experts sent, once with experts read in the other GPU's memory, where that can be seen, slot by slot in order and, "scattered", into
+  slots in any order, so that no two experts lie one behind the other at both ends;
 - pause, for a load that has drifted: from the summed load to serving again. Ours: planning, decision, exchange, verification of the layers that
   changed. vLLM's, where it is installed: its default policy and its `rearrange_expert_weights_inplace` over torch_gloo (its default) and over
   torch_nccl, which verifies nothing. Maps are not counted on either side.
@@ -57,6 +59,7 @@ class Shape:
 
 SHAPES = {
     "5-layer": Shape(5, 64, 8, 2048, 1408, torch.bfloat16),
+    "v2-lite": Shape(26, 64, 8, 2048, 1408, torch.bfloat16),
     "r1": Shape(4, 64, 8, 7168, 2048, torch.uint8),  # a byte per parameter, as FP8, which NCCL knows as bytes only
     "tiny": Shape(3, 8, 4, 32, 16, torch.bfloat16),
 }
@@ -198,9 +201,16 @@ class Bench:
             ours.exchange(ours.plan(ours.placement(self.table[rows], rows), ours.placement(table[rows], rows)))
             self.table = table
 
-    def everything(self) -> dict[str, float]:
-        """Nearly every slot changes rank, and back."""
+    def everything(self, scattered: bool = False) -> dict[str, float]:
+        """Nearly every slot changes rank, and back.
+
+        Args:
+            scattered: into slots in any order.
+        """
         there = np.roll(self.first, self.slots, axis=1)
+        if scattered:
+            rng = np.random.default_rng(1)
+            there = rng.permuted(there.reshape(-1, self.slots), axis=1).reshape(there.shape)
         moves = self.exchanger.plan(*(self.exchanger.placement(table, range(self.shape.layers)) for table in (self.first, there)))
         busiest = int((moves.incoming * moves.expert_bytes[:, None]).sum(axis=0).max())
         times, longest = [], []
@@ -298,6 +308,7 @@ def main() -> int:
     for way in bench.ways():
         bench.move(bench.first)
         result["all"][way] = bench.everything()
+        result["all"][f"{way}, scattered"] = bench.everything(scattered=True)
         result["pause"][f"ours, {way}"] = ours = bench.pause_ours()
     result["plain"] = bench.plain_copies(result["all"][way]["bytes"])
     best = result["plain"].get("peer copy", result["plain"]["send and receive"])

@@ -52,7 +52,7 @@ step() {
     if ((found)); then few=(--contestant stock "${few[@]}"); fi
     case $1 in
     exchange)
-        for shape in $( ((found)) && echo 5-layer r1 || echo tiny); do
+        for shape in $( ((found)) && echo 5-layer v2-lite r1 || echo tiny); do
             "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$root/benchmarks/exchange_gpu.py" --shape "$shape" \
                 --json "$out/exchange-$shape.json"
         done

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import PlacementError
-from .agreement import MEETING, Agreement, ExchangeAborted, ExchangeLost
+from .agreement import Agreement, ExchangeAborted, ExchangeLost
 from .peers import PeerMemory, SeenPeers
 from .plan import SCRATCH, Chunk, ExchangePlan
 from .transfers import BATCH_BYTES, Staged, Transfers, batch_size, copy_rows
@@ -233,11 +233,8 @@ class Exchange:
             return self._agreement.enter(self._digest())
         # Others read this rank's weights from now on: what the engine has queued, an earlier exchange's copies among it, must be done.
         self._transfers.settle()
-        reason = self._agreement.enter(self._digest())
-        if reason is not None:
-            self._end(MEETING, reason)
         self._watchdog.waits_for(WaitingFor("enter", (), None, self.plan.live_ranks, 0))
-        reason = self._agreement.meet()
+        reason = self._agreement.meet(self._digest())
         if reason is not None:
             self._end(None, reason)
         return None

@@ -86,3 +86,17 @@ def test_plans_and_epochs():
     assert "rank 1 has another plan" in agreements[1].enter("two")
     with pytest.raises(PlacementError, match="epoch 1 was used before"):
         agreements[0].enter("one")
+
+
+def test_meeting():
+    agreements = members()
+    assert all_at_once(agreements, lambda a: a.meet("digest")) == [None] * len(RANKS)
+    with pytest.raises(PlacementError, match="epoch 1 was used before"):
+        agreements[0].meet("digest")
+    # One whose plan differs must keep the others from reading weights that it is about to overwrite otherwise.
+    agreements = members(ranks=[0, 1, 2], timeout=30.0)
+    agreements[0].enter("one")
+    found = all_at_once(agreements[1:], lambda a: a.meet("one" if a is agreements[1] else "two"))
+    assert all("rank 2 has another plan" in reason for reason in found), found
+    agreements = members(ranks=[0, 1], timeout=0.3)
+    assert "waited 0.3 s for ranks [1]" in agreements[0].meet("one")
