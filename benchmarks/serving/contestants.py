@@ -54,6 +54,7 @@ CONTESTANTS = {
     c.name: c
     for c in (
         Contestant("stock"),
+        Contestant("stock again"),
         Contestant("ideal", "linear", even=True),
         Contestant("linear", "linear"),
         Contestant("linear+recording", "linear", recording=True),
