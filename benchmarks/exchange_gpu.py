@@ -11,7 +11,7 @@ What is printed, medians of ``--repeats``:
   send and receive of the same bytes in one piece;
 - exchange, all: nearly every slot changes rank. Its bandwidth is what the busiest rank receives by the time from the plan to the last slot filled;
   once with experts sent, once with experts read in the other GPU's memory, where that can be seen, slot by slot in order and, "scattered", into
-  slots in any order, so that no two experts lie one behind the other at both ends;
+  slots in any order, so that hardly any two experts lie one behind the other at both ends;
 - pause, for a load that has drifted: from the summed load to serving again. Ours: planning, decision, exchange, verification of the layers that
   changed. vLLM's, where it is installed: its default policy and its `rearrange_expert_weights_inplace` over torch_gloo (its default) and over
   torch_nccl, which verifies nothing. Maps are not counted on either side.

@@ -61,7 +61,7 @@ class Run:
             max(1024, longest + 8),
         )  # fmt: skip
         # On CPUs stock vLLM dies with expert parallelism.
-        names = given.contestant or [n for n in CONTESTANTS if not n.startswith("stock") or not given.cpu]
+        names = given.contestant or [n for n, one in CONTESTANTS.items() if one.strategy or one.moving or not given.cpu]
         contestants = [CONTESTANTS[n] for n in names if given.engine in CONTESTANTS[n].engines]
         if not contestants:
             raise PlacementError(f"{given.engine} has none of {', '.join(names)}: name another --contestant")

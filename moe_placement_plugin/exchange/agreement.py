@@ -99,10 +99,15 @@ class Agreement:
             PlacementError: when this rank has used the epoch before.
             ExchangeLost: when the store is gone.
         """
-        return self._entered(*self._ask(lambda s: self._register(s, digest)))
+        times, first = self._ask(lambda s: (s.add(f"entered/{self._rank}", 1), s.compare_set("plan", "", digest).decode()))
+        if times > 1:
+            raise PlacementError(f"exchange epoch {self._epoch} was used before: number exchanges, each number once")
+        if first == digest:
+            return None
+        return f"rank {self._rank} has another plan, or tensors of another layout, than the rank that came first"
 
     def meet(self, digest: str) -> str | None:
-        """`enter`, and wait until all ranks have done so: one hand-over to the store's thread, where two take longer than a small copy.
+        """`enter`, and wait until all ranks have done so.
 
         Returns:
             None, or why not all will.
@@ -110,15 +115,8 @@ class Agreement:
         Raises:
             PlacementError, ExchangeLost: as `enter`.
         """
-        deadline = time.monotonic() + self._timeout
-
-        def both(store: Any) -> tuple[int, bool, str | None]:
-            times, same = self._register(store, digest)
-            return times, same, self._cast(store, MEETING) if same and times == 1 else None
-
-        times, same, fate = self._ask(both)
-        reason = self._entered(times, same)
-        return self._decided(MEETING, fate, deadline) if reason is None else self.abort(MEETING, reason)
+        reason = self.enter(digest)
+        return self.vote(MEETING) if reason is None else self.abort(MEETING, reason)
 
     def vote(self, chunk: int) -> str | None:
         """Say that the chunk is staged here, and wait for its fate.
@@ -130,9 +128,7 @@ class Agreement:
             ExchangeLost: when the store is gone.
         """
         deadline = time.monotonic() + self._timeout
-        return self._decided(chunk, self._ask(lambda s: self._cast(s, chunk)), deadline)
-
-    def _decided(self, chunk: int, fate: str | None, deadline: float) -> str | None:
+        fate = self._ask(lambda s: self._cast(s, chunk))
         while fate is None:
             reason = self._interrupted()
             if reason is None and time.monotonic() > deadline:
@@ -185,15 +181,6 @@ class Agreement:
             voted = range(MEETING, chunks)
             keys += ["plan", *(f"fate/{chunk}" for chunk in voted), *(f"vote/{chunk}/{word}" for chunk in voted for word in words)]
         self._ask(lambda s: [s.delete_key(key) for key in keys])
-
-    def _register(self, store: Any, digest: str) -> tuple[int, bool]:
-        """(how often this rank has entered, whether its digest is that of the rank that came first)."""
-        return store.add(f"entered/{self._rank}", 1), store.compare_set("plan", "", digest).decode() == digest
-
-    def _entered(self, times: int, same: bool) -> str | None:
-        if times > 1:
-            raise PlacementError(f"exchange epoch {self._epoch} was used before: number exchanges, each number once")
-        return None if same else f"rank {self._rank} has another plan, or tensors of another layout, than the rank that came first"
 
     def _word(self, what: str, chunk: int, rank: int) -> int:
         return self._ask(lambda s: s.add(f"{what}/{chunk}/{rank // VOTES_PER_WORD}", 0))
