@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange import transfers
-from moe_placement_plugin.exchange.agreement import Agreement, ExchangeAborted, ExchangeLost
-from moe_placement_plugin.exchange.attached import Process
+from moe_placement_plugin.exchange.agreement import ExchangeAborted, ExchangeLost
 from moe_placement_plugin.exchange.executor import Exchange
 from moe_placement_plugin.exchange.peers import PeerMemory
 from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
@@ -25,6 +24,7 @@ from moe_placement_plugin.exchange.weights import view_parameter
 from moe_placement_plugin.topology import Topology
 
 from .cases import expert_content
+from .pieces import Pieces
 
 SHAPES = (((5, 3), torch.float32), ((7,), torch.uint8), ((2, 4), torch.bfloat16), ((1,), torch.float8_e4m3fn))
 """One slot of each tensor of a layer. Their bytes are random, so NaNs of all kinds are among them."""
@@ -115,27 +115,6 @@ def exchange(
     return as_bytes(weights), reader.asked, report
 
 
-class Deaths:
-    """Counts this process's pieces of work in exchanges (a store call, a batch, the copy of tensors) and kills it before the ``event``-th."""
-
-    def __init__(self):
-        self.seen = self.event = 0
-        Agreement._ask = self.counted(Agreement._ask)
-        dist.batch_isend_irecv = self.counted(dist.batch_isend_irecv)
-        torch.Tensor.copy_ = self.counted(torch.Tensor.copy_)
-        torch._foreach_copy_ = self.counted(torch._foreach_copy_)
-        Process.read = self.counted(Process.read)
-
-    def counted(self, call):
-        def wrapper(*args, **kwargs):
-            self.seen += 1
-            if self.seen == self.event:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-
-        return wrapper
-
-
 def exchange_with_a_death(
     rank: int, world: int, store, plan: ExchangePlan, victim: int, moment: float | None, limits: dict, nodes: tuple[int, ...] | None = None,
     attached: bool = False, timeout: float = 2.0,
@@ -149,7 +128,7 @@ def exchange_with_a_death(
         (bytes of all weights, committed layers, survivors (None when nothing was noticed, empty for a rank that came too late to be
         one), reason); no weights and no layers where the rank has to load its weights anew.
     """
-    deaths = Deaths()
+    work = Pieces()
 
     def prepared(epoch: int) -> tuple[list[list[torch.Tensor]], Exchange]:
         weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
@@ -158,15 +137,15 @@ def exchange_with_a_death(
 
     _, calm = prepared(1)
     dist.barrier()
-    deaths.seen, began = 0, time.perf_counter()
+    work.seen, began = 0, time.perf_counter()
     calm.run()
-    took, pieces = time.perf_counter() - began, deaths.seen
+    took, pieces = time.perf_counter() - began, work.seen
     weights, found = prepared(2)
     dist.barrier()
     if rank == victim:
         store.add("microseconds", round(took * 1e6))
         if moment is not None:
-            deaths.seen, deaths.event = 0, 1 + int(moment * pieces)
+            work.before(1 + int(moment * pieces), lambda: os.kill(os.getpid(), signal.SIGKILL))
     store.add("ready", 1)
     try:
         found.run()

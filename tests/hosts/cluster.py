@@ -67,9 +67,14 @@ class Cluster:
 
     def tell(self, line: str = "") -> None:
         """A line for every rank."""
-        for process in self._processes:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
+        for rank in range(self.world):
+            self.answer(rank, line)
+
+    def answer(self, rank: int, line: str = "") -> None:
+        """A line for one rank."""
+        stdin = self._processes[rank].stdin
+        stdin.write(line + "\n")
+        stdin.flush()
 
     def each(self, key: str, limit: float) -> list[Any]:
         """What every rank says under ``key``, in order; its other words until then are dropped, a failure is raised."""

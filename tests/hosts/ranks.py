@@ -112,56 +112,104 @@ def _slot_of(plan, row: int) -> np.ndarray:
 
 
 def exchange(job: dict, rank: int, world: int, address: str) -> dict:
-    """Carry an exchange out, in the middle of which a host may vanish."""
+    """Carry an exchange out, and say how; its traffic is measured from the line that the ranks wait for."""
     import torch.distributed as dist
 
-    from moe_placement_plugin.exchange.agreement import ExchangeAborted, ExchangeLost
-    from moe_placement_plugin.exchange.executor import Exchange
-    from moe_placement_plugin.exchange.plan import plan_exchange
     from moe_placement_plugin.hosts import session
     from moe_placement_plugin.topology import Topology
+
+    store = join(rank, world, address, job["port"])
+    meet(rank)
+    layers, experts, _ = job["exchanged"]
+    placements = _with_copies_on_both_hosts(experts, layers)
+    found = Moved(job, rank, store, placements, session.topology(range(world)) if job["near"] else Topology(world))
+    dist.barrier()
+    say(ready=True)
+    sys.stdin.readline()
+    result = found.run()
+    if result["kind"] == "complete":
+        dist.barrier()  # rank 0 holds the store
+    return result
+
+
+def cut(job: dict, rank: int, world: int, address: str) -> dict:
+    """Carry an exchange out during which a host vanishes: when rank ``tells`` has done the share ``moment`` of its pieces of work.
+
+    The same exchange goes before, undisturbed, and tells how much work there is. With ``waits`` the rank that tells waits until the
+    host is gone; without, the exchange goes on meanwhile.
+    """
+    import torch.distributed as dist
+
+    from moe_placement_plugin.hosts import session
     from tests.exchange.cases import random_placement
+    from tests.exchange.pieces import Pieces
 
     store = join(rank, world, address, job["port"])
     meet(rank)
     rng = np.random.default_rng(job["seed"])
     layers, experts, slots = job["exchanged"]
-    if "near" in job:
-        old, new = _with_copies_on_both_hosts(experts, layers)
-        topology = session.topology(range(world)) if job["near"] else Topology(world)
-    else:
-        old, new = (random_placement(rng, layers, experts, [slots] * world) for _ in range(2))
-        topology = session.topology(range(world))
-    plan = plan_exchange(old, new, topology)
-    size = job["bytes"]
-    weights = [[_rows(old, row, rank, slots, size)] for row in range(layers)]
-    found = Exchange(plan, weights, epoch=1, store=store, timeout=TIMEOUT, max_layers=job.get("max_layers"))
+    placements = [random_placement(rng, layers, experts, [slots] * world) for _ in range(2)]
+    topology = session.topology(range(world))
+    work = Pieces()
+    calm = Moved(job, rank, store, placements, topology, epoch=1)
     dist.barrier()
-    say(ready=True)
-    if "near" in job:
-        sys.stdin.readline()
-    began = time.monotonic()
-    kind, reason = "complete", ""
-    try:
-        found.run()
-    except (ExchangeAborted, ExchangeLost) as error:
-        kind, reason = type(error).__name__, str(error)
-    seconds = time.monotonic() - began
-    if kind == "complete":
-        dist.barrier() if "near" in job else time.sleep(0.2)  # rank 0 holds the store
-    done = found.metadata.committed
-    whole = [bool((weights[row][0] == _rows(new if done[row] else old, row, rank, slots, size)).all()) for row in range(layers)]
-    return {"kind": kind, "reason": reason, "seconds": seconds, "committed": done.tolist(), "whole": whole, "sent": found.report.bytes_sent}
+    work.seen = 0
+    undisturbed = calm.run()
+    pieces = work.seen
+    found = Moved(job, rank, store, placements, topology, epoch=2)
+
+    def now() -> None:
+        say(now=True)
+        if job["waits"]:
+            sys.stdin.readline()
+
+    dist.barrier()
+    if rank == job["tells"]:
+        work.before(1 + int(job["moment"] * pieces), now)
+    result = found.run()
+    if result["kind"] == "complete":
+        time.sleep(0.2)  # rank 0 holds the store, and the others may still ask it
+    return result | {"undisturbed": undisturbed["seconds"]}
 
 
-def _rows(placement, row: int, rank: int, slots: int, size: int):
-    """This rank's slots of a layer, int32 ``[slots, size / 4]``: every expert is told by its content."""
-    import torch
+class Moved:
+    """An exchange of ``layers`` layers, all of whose bytes are known."""
 
-    rows = torch.zeros(slots, size // 4, dtype=torch.int32)
-    for slot, expert in enumerate(placement.local_experts(row, rank).tolist()):
-        rows[slot] = torch.arange(size // 4, dtype=torch.int32) * 7 + row * 1000 + expert
-    return rows
+    def __init__(self, job: dict, rank: int, store, placements, topology, epoch: int = 1):
+        from moe_placement_plugin.exchange.executor import Exchange
+        from moe_placement_plugin.exchange.plan import plan_exchange
+
+        self._rank, (self._old, self._new) = rank, placements
+        layers, _, self._slots = job["exchanged"]
+        self._size = job["bytes"]
+        self._weights = [[self._rows(self._old, row)] for row in range(layers)]
+        plan = plan_exchange(self._old, self._new, topology)
+        self._exchange = Exchange(plan, self._weights, epoch=epoch, store=store, timeout=TIMEOUT, max_layers=job.get("max_layers"))
+
+    def run(self) -> dict:
+        """How it ended, in which time, which layers are committed and whether each is whole."""
+        from moe_placement_plugin.exchange.agreement import ExchangeAborted, ExchangeLost
+
+        began = time.monotonic()
+        kind, reason = "complete", ""
+        try:
+            self._exchange.run()
+        except (ExchangeAborted, ExchangeLost) as error:
+            kind, reason = type(error).__name__, str(error)
+        seconds = time.monotonic() - began
+        done = self._exchange.metadata.committed
+        whole = [bool((w == self._rows(self._new if done[row] else self._old, row)).all()) for row, (w,) in enumerate(self._weights)]
+        sent = self._exchange.report.bytes_sent
+        return {"kind": kind, "reason": reason, "seconds": seconds, "committed": done.tolist(), "whole": whole, "sent": sent}
+
+    def _rows(self, placement, row: int):
+        """This rank's slots of a layer, int32 ``[slots, size / 4]``: every expert is told by its content."""
+        import torch
+
+        rows = torch.zeros(self._slots, self._size // 4, dtype=torch.int32)
+        for slot, expert in enumerate(placement.local_experts(row, self._rank).tolist()):
+            rows[slot] = torch.arange(self._size // 4, dtype=torch.int32) * 7 + row * 1000 + expert
+        return rows
 
 
 def _with_copies_on_both_hosts(experts: int, layers: int):
@@ -189,7 +237,7 @@ def hold(job: dict, rank: int, world: int, address: str) -> dict:
         time.sleep(0.01)
 
 
-JOBS = {function.__name__: function for function in (agree, moe, exchange, hold)}
+JOBS = {function.__name__: function for function in (agree, moe, exchange, cut, hold)}
 
 
 def main() -> None:
