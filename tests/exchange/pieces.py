@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,12 +11,14 @@ import torch.distributed as dist
 from moe_placement_plugin.exchange.agreement import Agreement
 from moe_placement_plugin.exchange.attached import Process
 
+Result = TypeVar("Result")
+
 
 class Pieces:
     """Counts this process's pieces of work in exchanges: a store call, a batch, the copy of tensors. One in each process."""
 
     def __init__(self) -> None:
-        self.seen = self._event = 0
+        self._seen = self._all = self._event = 0
         self._act: Callable[[], object] = lambda: None
         Agreement._ask = self._counted(Agreement._ask)
         dist.batch_isend_irecv = self._counted(dist.batch_isend_irecv)
@@ -23,14 +26,21 @@ class Pieces:
         torch._foreach_copy_ = self._counted(torch._foreach_copy_)
         Process.read = self._counted(Process.read)
 
-    def before(self, event: int, act: Callable[[], object]) -> None:
-        """Call ``act`` before the ``event``-th piece from now on (the first is 1)."""
-        self.seen, self._event, self._act = 0, event, act
+    def count(self, run: Callable[[], Result]) -> Result:
+        """Run an undisturbed exchange, which tells how much work the next one like it has; what it returns."""
+        self._seen = 0
+        result = run()
+        self._all = self._seen
+        return result
+
+    def at(self, moment: float, act: Callable[[], object]) -> None:
+        """Call ``act`` when the share ``moment`` (0 to below 1) of the counted work has been done from now on."""
+        self._seen, self._event, self._act = 0, 1 + int(moment * self._all), act
 
     def _counted(self, call):
         def wrapper(*args, **kwargs):
-            self.seen += 1
-            if self.seen == self._event:
+            self._seen += 1
+            if self._seen == self._event:
                 self._act()
             return call(*args, **kwargs)
 

@@ -137,15 +137,15 @@ def exchange_with_a_death(
 
     _, calm = prepared(1)
     dist.barrier()
-    work.seen, began = 0, time.perf_counter()
-    calm.run()
-    took, pieces = time.perf_counter() - began, work.seen
+    began = time.perf_counter()
+    work.count(calm.run)
+    took = time.perf_counter() - began
     weights, found = prepared(2)
     dist.barrier()
     if rank == victim:
         store.add("microseconds", round(took * 1e6))
         if moment is not None:
-            work.before(1 + int(moment * pieces), lambda: os.kill(os.getpid(), signal.SIGKILL))
+            work.at(moment, lambda: os.kill(os.getpid(), signal.SIGKILL))
     store.add("ready", 1)
     try:
         found.run()

@@ -153,9 +153,8 @@ def cut(job: dict, rank: int, world: int, address: str) -> dict:
     work = Pieces()
     calm = Moved(job, rank, store, placements, topology, epoch=1)
     dist.barrier()
-    work.seen = 0
-    undisturbed = calm.run()
-    pieces = work.seen
+    undisturbed = work.count(calm.run)
+    assert undisturbed["kind"] == "complete", undisturbed["reason"]
     found = Moved(job, rank, store, placements, topology, epoch=2)
 
     def now() -> None:
@@ -165,7 +164,7 @@ def cut(job: dict, rank: int, world: int, address: str) -> dict:
 
     dist.barrier()
     if rank == job["tells"]:
-        work.before(1 + int(job["moment"] * pieces), now)
+        work.at(job["moment"], now)
     result = found.run()
     if result["kind"] == "complete":
         time.sleep(0.2)  # rank 0 holds the store, and the others may still ask it
