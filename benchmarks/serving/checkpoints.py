@@ -124,21 +124,31 @@ GATE = ".mlp.gate.weight"
 GATES = "gates.safetensors"
 """The routers are in a file of their own, the only one in which a model and its even twin differ."""
 
+MADE = "made.json"
+"""What a checkpoint was made of."""
+
 
 def write(path: Path, model: Model, load: ExpertLoad | None, dtype: torch.dtype, device: str, seed: int = 0) -> dict:
-    """Write a checkpoint, a file per layer and one for all routers.
+    """Write a checkpoint, a file per layer and one for all routers; the very same one that is there from before is kept.
 
     Returns:
         {"shares": wanted, "reached": by the embeddings}, float ``[MoE layers, experts]`` each, as lists.
     """
     path.mkdir(parents=True, exist_ok=True)
     config = model.config() | {"torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    shares = wanted_shares(load, model)
+    made = path / MADE
+    what = {"config": config, "device": device, "seed": seed, "shares": shares.tolist()}
+    if made.exists():
+        before = json.loads(made.read_text())
+        if {key: before.get(key) for key in what} == what:
+            return {"shares": before["shares"], "reached": before["reached"]}
+        made.unlink()
     (path / "config.json").write_text(json.dumps(config, indent=1))
     (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
     _write_tokenizer(path, model.size.vocab)
     index: dict[str, str] = {}
     gates: dict[str, torch.Tensor] = {}
-    shares = wanted_shares(load, model)
     reached = []
     for number, (tensors, found) in enumerate(_files(model, shares, device, seed)):
         gates |= {key: tensors.pop(key) for key in list(tensors) if key.endswith(GATE)}
@@ -150,6 +160,7 @@ def write(path: Path, model: Model, load: ExpertLoad | None, dtype: torch.dtype,
     _save(gates, dtype, path / GATES)
     index |= dict.fromkeys(gates, GATES)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    made.write_text(json.dumps(what | {"reached": reached}))  # last: half a checkpoint is made anew
     return {"shares": shares.tolist(), "reached": reached}
 
 
@@ -164,7 +175,7 @@ def write_even_twin(path: Path, of: Path, model: Model, device: str) -> None:
     """
     path.mkdir(parents=True, exist_ok=True)
     for file in of.iterdir():
-        if file.name != GATES:
+        if file.name not in (GATES, MADE):
             (path / file.name).unlink(missing_ok=True)
             (path / file.name).symlink_to(file.resolve())
     normal = _normal(load_file(of / "model-00000.safetensors", device)["model.embed_tokens.weight"].float())

@@ -20,7 +20,7 @@ pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohtt
 from safetensors import safe_open  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from benchmarks.serving.checkpoints import GATES, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
+from benchmarks.serving.checkpoints import GATES, MADE, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
 from benchmarks.serving.contestants import CONTESTANTS, Setup, batches, command  # noqa: E402
 from benchmarks.serving.server_logs import in_words, moved  # noqa: E402
 from benchmarks.serving.traffic import Workload, drive  # noqa: E402
@@ -64,6 +64,25 @@ def test_the_router_follows_the_load_and_its_twin_is_even(name, tmp_path):
     served = shares_in_a_forward_pass(tmp_path / "model", model)
     apart = np.abs(served - wanted).sum(axis=1) / 2
     assert apart.max() < 0.1, f"served shares are {apart} apart from the wanted ones"
+
+
+def test_the_same_checkpoint_is_kept_and_any_other_made_anew(tmp_path):
+    model, load = MODELS["tiny"], skewed(4, 40)
+    made = write(tmp_path, model, load, torch.float32, "cpu")
+
+    def written():
+        return {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
+
+    first = written()
+    assert write(tmp_path, model, load, torch.float32, "cpu") == made and written() == first
+    for other in ({"load": None}, {"dtype": torch.bfloat16}, {"seed": 1}, {"model": MODELS["tiny-grouped"]}):
+        before = written()
+        write(**({"path": tmp_path, "model": model, "load": load, "dtype": torch.float32, "device": "cpu"} | other))
+        assert all(time != before.get(name) for name, time in written().items()), other
+    (tmp_path / MADE).unlink()  # as of one that was not finished
+    before = written()
+    write(tmp_path, model, load, torch.float32, "cpu")
+    assert all(time != before.get(name) for name, time in written().items())
 
 
 def shares_in_a_forward_pass(path, model) -> np.ndarray:
