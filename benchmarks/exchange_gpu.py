@@ -295,6 +295,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="5-layer" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--ours", action="store_true", help="leave vLLM's exchange out, which takes a second and more each time over torch_gloo")
     parser.add_argument("--json", help="write all figures to this file")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -315,7 +316,8 @@ def main() -> int:
     for figures in result["all"].values():
         figures["share of plain copies"] = figures["bytes_per_s"] / best
     try:
-        for kind in ("torch_gloo", "torch_nccl") if cuda else ("torch_nccl",):  # the first waits for a GPU, the second sends over gloo too
+        rivals = ("torch_gloo", "torch_nccl") if cuda else ("torch_nccl",)  # the first waits for a GPU, the second sends over gloo too
+        for kind in () if options.ours else rivals:
             bench.move(bench.first)
             result["pause"][f"vLLM, {kind}"] = bench.pause_vllm(kind)
     except ImportError as error:

@@ -165,7 +165,7 @@ class Run:
     def placements(self, load: ExpertLoad) -> dict[str, Placement]:
         """Of the contestants whose placement stays. Without a strategy it is linear."""
         placed = {}
-        for one in {one.name: one for batch in self.batches for one in batch}.values():
+        for one in self.contestants:
             if not one.moving and not one.even:
                 cluster = Cluster(Topology.even(self.given.ranks), one.redundant, self.model.groups or 1)
                 placed[one.name] = get_strategy(one.strategy or "linear").place(cluster.request(load))

@@ -210,20 +210,30 @@ class Transfers:
         self._watchdog.waits_for(waiting)
         together: list[tuple[torch.Tensor, torch.Tensor]] = []
         attached: dict[Process, list[tuple[int, int, int]]] = {}
-        for row, rank, slot, to, number in _runs(mine):
+        runs, width = list(_runs(mine)), self.unit.itemsize
+        # All views of the staging memory at once: slice by slice they take as long as the link does for the bytes.
+        sizes = [number * own.padded // width for row, _, _, _, number in runs for own in self._layers[row] if own.bytes]
+        pieces = iter(staged.take(sum(sizes) * width).view(self.unit).split(sizes))
+        for row, rank, slot, to, number in runs:
             for own, theirs in zip(self._layers[row], self._seen.layers[rank][row]):
                 if not own.bytes:
                     continue
-                target = staged.take(number * own.padded).view(number, own.padded)[:, : own.bytes]
-                staged.sources.append(target.view(self.unit))
-                staged.targets.append(own.block(self.unit, to, number))
+                target = next(pieces)
                 if isinstance(theirs, AttachedRows):
                     at, step = target.data_ptr(), own.padded
                     attached.setdefault(theirs.process, []).extend((at + k * step, theirs.row(slot + k), own.bytes) for k in range(number))
-                elif number * own.bytes < READ_SINGLY:
-                    together.append((staged.sources[-1], theirs.block(self.unit, slot, number)))
+                if number > 1:
+                    target = target.view(number, -1)
+                if own.padded > own.bytes:
+                    target = target[..., : own.bytes // width]
+                staged.sources.append(target)
+                staged.targets.append(own.block(self.unit, to, number))
+                if isinstance(theirs, AttachedRows):
+                    continue
+                if number * own.bytes < READ_SINGLY:
+                    together.append((target, theirs.block(self.unit, slot, number)))
                 else:
-                    staged.sources[-1].copy_(theirs.block(self.unit, slot, number), non_blocking=True)
+                    target.copy_(theirs.block(self.unit, slot, number), non_blocking=True)
         copy_rows([target for target, _ in together], [source for _, source in together])
         for process, pieces in attached.items():
             process.read(pieces)

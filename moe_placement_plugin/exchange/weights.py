@@ -50,8 +50,8 @@ class Parameter:
         return self._views[unit]
 
     def block(self, unit: torch.dtype, first: int, number: int) -> torch.Tensor:
-        """The bytes of experts that lie one behind the other, ``[number, units]``."""
-        return self.rows[first : first + number].view(unit)
+        """The bytes of experts that lie one behind the other, ``[number, units]``, or ``[units]`` of a single one, which has its view already."""
+        return self.units(unit)[first] if number == 1 else self.rows[first : first + number].view(unit)
 
     def typed(self, row: torch.Tensor) -> torch.Tensor:
         """One expert's bytes as a tensor of the parameter's own type, shape and strides."""
