@@ -189,7 +189,7 @@ class Run:
             servers = self.start(contestants, stack)
             found["answers"] = self.compare_answers(servers)
             for workload in self.workloads:
-                found["rounds"][workload] = rounds = self.rounds(workload, servers)
+                rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
                 self.console.print(table(workload, rounds, found["answers"], ASKED))
                 if self.cost is not None:
                     found["predicted"][workload] = self.predict(workload, rounds)
@@ -234,14 +234,14 @@ class Run:
         reference = next(iter(answers.values()))
         return {name: _difference(found, reference) for name, found in answers.items()}
 
-    def rounds(self, workload: str, servers: dict[str, Server]) -> dict[str, list[dict]]:
-        """Server -> the figures of each round."""
-        found: dict = {name: [] for name in servers}
+    def rounds(self, workload: str, servers: dict[str, Server], found: dict[str, list[dict]]) -> dict[str, list[dict]]:
+        """Adds the figures of each round by server, and saves them as they come: one slow server must not lose those of the others."""
         for number in range(-1, self.given.repeats):  # the first only warms up
             for name in servers if number % 2 == 0 else reversed(servers):
                 figures = drive(servers[name].url, WORKLOADS[workload], self.model.size.vocab, 100 + number).figures()
                 if number >= 0:
                     found[name].append(figures)
+                    self.save()
         return found
 
     def predict(self, workload: str, rounds: dict) -> dict:
@@ -262,7 +262,7 @@ def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 def _stop(servers: Sequence[Server]) -> None:
     """End all of them at once: each waits for its workers."""
     with ThreadPoolExecutor(len(servers)) as pool:
-        list(pool.map(Server.stop, servers))
+        list(pool.map(lambda server: server.stop(), servers))
 
 
 def _difference(found: list[Answer], reference: list[Answer]) -> dict:

@@ -10,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,11 +21,14 @@ pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohtt
 from safetensors import safe_open  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from benchmarks.serving.__main__ import main  # noqa: E402
 from benchmarks.serving.checkpoints import GATES, MADE, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
 from benchmarks.serving.contestants import CONTESTANTS, Setup, batches, command  # noqa: E402
+from benchmarks.serving.run import Run  # noqa: E402
 from benchmarks.serving.server_logs import in_words, moved  # noqa: E402
-from benchmarks.serving.traffic import Workload, drive  # noqa: E402
+from benchmarks.serving.traffic import Seen, Workload, drive  # noqa: E402
 from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
+from moe_placement_plugin.demo.engines import Answer  # noqa: E402
 from moe_placement_plugin.moe import select_experts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,6 +176,65 @@ class Slow(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class Stub:
+    """A server that is there already, and logs nothing."""
+
+    def __init__(self, url: str, log: Path):
+        self.url, self.log, self.stopped = url, log, False
+
+    def __enter__(self):
+        self.log.write_text("")
+        return self
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    """All but the engines: their place is taken by a server that streams. A round that fails loses no other server's figures."""
+    servers, driven = [], []
+
+    def server(self, one, record=None):
+        servers.append(Stub(one.name, tmp_path / f"{one.name}.log"))
+        return servers[-1]
+
+    def drive(url, workload, vocab, seed):
+        driven.append(url)
+        if len(driven) == fails_at:
+            raise RuntimeError(f"{url} answered 500")
+        return Seen(seconds=2.0, tokens=100 * (1 + (url == "eplb")), first=[0.1], between=[0.01], longest=0.2)
+
+    monkeypatch.setattr(Run, "server", server)
+    monkeypatch.setattr("benchmarks.serving.run.drive", drive)
+    complete = lambda url, model, prompt, number: Answer(list(range(number)), [-1.0] * number)  # noqa: E731
+    monkeypatch.setattr("benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=complete)})
+    load = tmp_path / "load.safetensors"
+    skewed(4, 40).write(load)
+    words = ["serving", "--engine", "vllm", "--cpu", "--model", "tiny", "--workload", "tiny", "--repeats", "2", "--skip-recording",
+             "--load", str(load), "--contestant", "linear", "--contestant", "eplb+8", "--contestant", "eplb", "--contestant", "our EPLB", "--at-once", "3",
+             "--folder", str(tmp_path / "run"), "--json", str(tmp_path / "out.json")]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    fails_at = 0
+    assert main() == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [list(batch["rounds"]["tiny"]) for batch in result["batches"]] == [["linear", "eplb+8", "eplb"], ["linear", "our EPLB"]]
+    figures = result["batches"][0]["rounds"]["tiny"]
+    rates = {name: [row["tokens_per_s"] for row in rows] for name, rows in figures.items()}
+    assert rates == {"linear": [50, 50], "eplb+8": [50, 50], "eplb": [100, 100]}
+    assert set(result["recorded"]["balancedness"]) == {"linear", "eplb+8", "eplb"}
+    assert driven[:9] == [*("eplb", "eplb+8", "linear"), *("linear", "eplb+8", "eplb"), *("eplb", "eplb+8", "linear")], "the order alternates"
+    assert all(one.stopped for one in servers) and "2.000" in capsys.readouterr().out
+
+    driven.clear()
+    fails_at = 6
+    with pytest.raises(RuntimeError, match="eplb answered 500"):
+        main()
+    rounds = json.loads((tmp_path / "out.json").read_text())["batches"][0]["rounds"]["tiny"]
+    assert {name: len(rows) for name, rows in rounds.items()} == {"linear": 1, "eplb+8": 1, "eplb": 0}
 
 
 def test_prompts():
