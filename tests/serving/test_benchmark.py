@@ -212,9 +212,9 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     monkeypatch.setattr("benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=complete)})
     load = tmp_path / "load.safetensors"
     skewed(4, 40).write(load)
-    words = ["serving", "--engine", "vllm", "--cpu", "--model", "tiny", "--workload", "tiny", "--repeats", "2", "--skip-recording",
-             "--load", str(load), "--contestant", "linear", "--contestant", "eplb+8", "--contestant", "eplb", "--contestant", "our EPLB", "--at-once", "3",
-             "--folder", str(tmp_path / "run"), "--json", str(tmp_path / "out.json")]  # fmt: skip
+    named = [word for name in ("linear", "eplb+8", "eplb", "our EPLB") for word in ("--contestant", name)]
+    words = ["serving", "--engine", "vllm", "--cpu", "--model", "tiny", "--workload", "tiny", "--repeats", "2", "--skip-recording"]
+    words += [*named, "--at-once", "3", "--load", str(load), "--folder", str(tmp_path / "run"), "--json", str(tmp_path / "out.json")]
     monkeypatch.setattr("sys.argv", words)
     monkeypatch.setattr("signal.signal", lambda *_: None)
 
