@@ -29,7 +29,7 @@ from .checkpoints import MODELS, write, write_even_twin
 from .contestants import CACHE_BYTES, CONTESTANTS, Contestant, Setup, batches, command
 from .prediction import layer_times, predict, step_tokens
 from .report import prediction_in_words, table
-from .server_logs import in_words, moved
+from .server_logs import PORT_TAKEN, in_words, moved
 from .traffic import WORKLOADS, drive
 
 ASKED, ANSWERED = 12, 16
@@ -202,7 +202,10 @@ class Run:
         self.save()
 
     def start(self, contestants: Sequence[Contestant], stack: ExitStack) -> dict[str, Server]:
-        """All servers of a batch; one that cannot start is reported and left out, unless it is the first."""
+        """All servers of a batch; one that cannot start is reported and left out, unless it is the first.
+
+        One that lost a port to another that started beside it starts once more, when the others are up.
+        """
         made = [(one, self.server(one)) for one in contestants]
 
         def enter(server: Server) -> str | None:
@@ -215,6 +218,10 @@ class Run:
         stack.callback(_stop, [server for _, server in made])
         with ThreadPoolExecutor(self.given.starts) as pool:
             errors = list(pool.map(enter, [server for _, server in made]))
+        for number, (one, server) in enumerate(made):
+            if errors[number] is not None and PORT_TAKEN.search(server.log.read_text(errors="replace")):
+                self.say(f"{one.name} starts again: another server took a port of its")
+                errors[number] = enter(server)
         servers = {}
         for (one, server), error in zip(made, errors):
             if error is None:

@@ -1,4 +1,4 @@
-"""What a server's log says of experts that moved and of fingerprints that were compared.
+"""What a server's log says of experts that moved, of fingerprints that were compared, and of ports.
 
 The engines' own rebalancing reports how often and how long, ours also how much: what vLLM and SGLang move by themselves they do not say.
 """
@@ -16,6 +16,8 @@ ENGINE = {
 """The first rank's lines; SGLang leaves the time out where it rebalances in chunks of layers."""
 DECIDED = re.compile(r"(?:EP|DP)0\b.*expert rebalance (accepted|declined)")
 """Every rank tells the same decision: the first one's lines count."""
+PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use|next\(rendezvous_iterator\)", re.IGNORECASE)
+"""Engines look for free ports and use them seconds later: another server that starts at the same time can take one in between."""
 
 
 def moved(text: str, engine: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,13 +180,16 @@ class Slow(BaseHTTPRequestHandler):
 
 
 class Stub:
-    """A server that is there already, and logs nothing."""
+    """A server that is there already, and logs nothing but the errors that its starts end with."""
 
-    def __init__(self, url: str, log: Path):
-        self.url, self.log, self.stopped = url, log, False
+    def __init__(self, url: str, log: Path, errors: Sequence[str] = ()):
+        self.url, self.log, self.errors, self.stopped = url, log, list(errors), False
 
     def __enter__(self):
-        self.log.write_text("")
+        error = self.errors.pop(0) if self.errors else ""
+        self.log.write_text(error)
+        if error:
+            raise PlacementError("the server ended with code 1 before it was ready")
         return self
 
     def stop(self) -> None:
@@ -197,7 +201,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     servers, driven = [], []
 
     def server(self, one, record=None):
-        servers.append(Stub(one.name, tmp_path / f"{one.name}.log"))
+        servers.append(Stub(one.name, tmp_path / f"{one.name}.log", fails.get(one.name, ())))
         return servers[-1]
 
     def drive(url, workload, vocab, seed):
@@ -218,7 +222,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     monkeypatch.setattr("sys.argv", words)
     monkeypatch.setattr("signal.signal", lambda *_: None)
 
-    fails_at = 0
+    fails_at, fails = 0, {}
     assert main() == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert [list(batch["rounds"]["tiny"]) for batch in result["batches"]] == [["linear", "eplb+8", "eplb"], ["linear", "our EPLB"]]
@@ -235,6 +239,18 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
         main()
     rounds = json.loads((tmp_path / "out.json").read_text())["batches"][0]["rounds"]["tiny"]
     assert {name: len(rows) for name, rows in rounds.items()} == {"linear": 1, "eplb+8": 1, "eplb": 0}
+
+    driven.clear()
+    # A port that another server took is free once that is up; a server that cannot start for another reason is left out at once.
+    taken = "store, rank, world_size = next(rendezvous_iterator)\nRuntimeError: Engine core initialization failed"
+    fails_at, fails = 0, {"linear": [taken], "eplb": [taken, taken], "eplb+8": ["CUDA out of memory", ""]}
+    capsys.readouterr()
+    assert main() == 0
+    batches = json.loads((tmp_path / "out.json").read_text())["batches"]
+    assert [list(batch["rounds"]["tiny"]) for batch in batches] == [["linear"], ["linear", "our EPLB"]]
+    said = capsys.readouterr().out
+    assert said.count("linear starts again") == 2 and "eplb did not start" in said and "eplb+8 did not start" in said
+    assert "eplb starts again" in said and "eplb+8 starts again" not in said
 
 
 def test_prompts():
