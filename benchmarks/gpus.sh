@@ -9,7 +9,7 @@
 #   recording        what recording the load costs (one GPU; vLLM)
 #   fingerprints     their time (one GPU)
 #   serving          all servers, tensor-parallel attention; serving-grouped: a grouped model; serving-dp: data-parallel attention;
-#   serving-eager    without CUDA graphs (all GPUs)
+#   serving-eager    without CUDA graphs, and whether answers differ where nothing is placed (all GPUs)
 #
 # ENGINE must be installed with this plugin. GPUS: how many to use. TRACES: folder of recorded loads. LIMIT: seconds for each step; what was
 # measured until then stays. Without a GPU small shapes run on the CPU, which shows that the scripts work, and nothing else.
@@ -35,7 +35,7 @@ export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
 serve() { # FILE LOAD MODEL WORKLOAD... [-- ARGUMENT...]
     local file=$out/$1-$ENGINE.json load=$TRACES/$2 model=$3 arguments=()
-    local folder=$work/$1
+    local folder=$work/$model-$2 # steps with the same model and load serve the same checkpoint, which takes a minute to write
     shift 3
     while (($#)) && [[ $1 != -- ]]; do
         arguments+=(--workload "$1")
@@ -49,7 +49,8 @@ serve() { # FILE LOAD MODEL WORKLOAD... [-- ARGUMENT...]
 
 step() {
     local few=(--contestant linear --contestant ideal --contestant zigzag --contestant eplb)
-    if ((found)); then few=(--contestant stock "${few[@]}"); fi
+    local same=(--contestant linear+recording) # what must answer as stock does
+    if ((found)); then few=(--contestant stock "${few[@]}") same+=(--contestant "stock again"); fi
     case $1 in
     exchange)
         for shape in $( ((found)) && echo 5-layer v2-lite r1 || echo tiny); do
@@ -68,7 +69,7 @@ step() {
     serving) serve serving deepseek_r1_prefill_in1024.json qwen3-30b-a3b prefill decode mixed ;;
     serving-grouped) serve serving-grouped deepseek_r1_prefill_in1024.json v2-lite prefill decode mixed -- "${few[@]}" ;;
     serving-dp) serve serving-dp deepseek_r1_decode_in1000out1000.json qwen3-30b-a3b prefill decode mixed -- --layout dp "${few[@]}" ;;
-    serving-eager) serve serving-eager deepseek_r1_prefill_in1024.json v2-lite prefill -- --eager "${few[@]}" ;;
+    serving-eager) serve serving-eager deepseek_r1_prefill_in1024.json qwen3-30b-a3b prefill -- --eager "${few[@]}" "${same[@]}" ;;
     esac
 }
 

@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--memory", type=float, default=0.08, help="share of a GPU's memory that a vLLM server wants to find free")
-    parser.add_argument("--interval", type=int, default=200, help="forward passes between two rebalances of EPLB")
+    parser.add_argument("--interval", type=int, default=1000, help="forward passes between two rebalances of EPLB; vLLM's own take seconds each")
     parser.add_argument("--skip-recording", action="store_true", help="plan from the router's own shares: a server's start less")
     parser.add_argument("--at-once", type=int, help="servers that are up at once and share the GPUs' memory; default: as many as fit, at most 8")
     parser.add_argument("--starts", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="servers that start at once")

@@ -178,6 +178,7 @@ class Run:
         name = one.name.replace(" ", "-") + ("-first" if record else "")
         if one.recording and record is None:
             record = self.folder / f"{name}.safetensors"
+            record.unlink(missing_ok=True)
         line, env = command(one, self.setup, model, load, port, record)
         return Server(line, port, env, self.folder / f"{name}.log", 400)
 
@@ -245,6 +246,8 @@ class Run:
         """Adds the figures of each round by server, and saves them as they come: one slow server must not lose those of the others."""
         for number in range(-1, self.given.repeats):  # the first only warms up
             for name in servers if number % 2 == 0 else reversed(servers):
+                # A server that waited for its turn answers its first requests late; the one that had the last turn of the round before did not wait.
+                drive(servers[name].url, WORKLOADS["tiny"], self.model.size.vocab, 1000 + number)
                 figures = drive(servers[name].url, WORKLOADS[workload], self.model.size.vocab, 100 + number).figures()
                 if number >= 0:
                     found[name].append(figures)

@@ -198,14 +198,18 @@ class Stub:
 
 def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     """All but the engines: their place is taken by a server that streams. A round that fails loses no other server's figures."""
-    servers, driven = [], []
+    servers, woken, driven = [], [], []
 
     def server(self, one, record=None):
         servers.append(Stub(one.name, tmp_path / f"{one.name}.log", fails.get(one.name, ())))
         return servers[-1]
 
     def drive(url, workload, vocab, seed):
+        if seed >= 999:
+            woken.append(url)
+            return Seen()
         driven.append(url)
+        assert woken[-1] == url, "a server that waited is woken before its time is taken"
         if len(driven) == fails_at:
             raise RuntimeError(f"{url} answered 500")
         return Seen(seconds=2.0, tokens=100 * (1 + (url == "eplb")), first=[0.1], between=[0.01], longest=0.2)
