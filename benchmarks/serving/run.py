@@ -143,7 +143,6 @@ class Run:
 
     def record(self) -> dict:
         """Serve once with linear, record what is really routed, and place the experts by it."""
-        self.recording.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
         if self.given.skip_recording:
             counts = np.rint(1e6 * np.array(self.result["router"]["reached"])).astype(np.int64)
             ExpertLoad(counts[None], tuple(self.model.moe_layers)).write(self.recording)
@@ -174,11 +173,12 @@ class Run:
     def server(self, one: Contestant, record: Path | None = None) -> Server:
         port = free_port()
         model = self.folder / ("even" if one.even else "model")
-        load = self.recording if self.recording.exists() else None
         name = one.name.replace(" ", "-") + ("-first" if record else "")
         if one.recording and record is None:
             record = self.folder / f"{name}.safetensors"
-            record.unlink(missing_ok=True)
+        if record is not None:
+            record.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
+        load = self.recording if self.recording.exists() else None
         line, env = command(one, self.setup, model, load, port, record)
         return Server(line, port, env, self.folder / f"{name}.log", 400)
 

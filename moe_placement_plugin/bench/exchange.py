@@ -162,17 +162,17 @@ def survivors_placements(old: Placement, load: np.ndarray, live: Sequence[int]) 
 def dead_suite(
     sizes,
     most_dead: int,
+    replica_counts: Sequence[int],
     report: Callable[[str], None],
     repeats: int = 3,
     folder: Path | None = None,
     read_peers: bool = True,
-    replicas: Sequence[int] = (2, 3),
 ) -> list[dict]:
     """Exchanges after the loss of 1 to ``most_dead`` of 8 ranks, against a full reload (`exchange_ranks`), from the disk and from memory.
 
     The row without a loss moves nearly all slots: it shows the bandwidth. Staging memory is what engines get, half of a layer. What a live
-    rank holds is read in its memory, as between the ranks of a host, or sent, as between hosts. ``replicas``: how often experts are held,
-    case after case.
+    rank holds is read in its memory, as between the ranks of a host, or sent, as between hosts. All of it for each of
+    ``replica_counts``, how often an expert is held.
 
     Raises:
         PlacementError: when torch is missing, or the weights after an exchange are not those of the checkpoint.
@@ -186,17 +186,17 @@ def dead_suite(
         report("writing the checkpoint")
         write_checkpoint(checkpoint, sizes)
         disk = disk_rate(checkpoint)
-        for copies, dead in [(replicas[0], 0), *((r, d) for r in replicas for d in range(1, most_dead + 1))]:
-            rng = np.random.default_rng([copies, dead])
-            old = uniform_replicas(sizes, RANKS, copies, rng)
+        for replicas, dead in [(replica_counts[0], 0), *((r, d) for r in replica_counts for d in range(1, most_dead + 1))]:
+            rng = np.random.default_rng([replicas, dead])
+            old = uniform_replicas(sizes, RANKS, replicas, rng)
             load = np.rint(1000 * rng.lognormal(0, 0.5, (sizes.layers, sizes.experts))).astype(np.int64) + 1
             live = sorted(rng.permutation(RANKS)[dead:].tolist())
-            goals = survivors_placements(old, load, live) if dead else {"all moved": uniform_replicas(sizes, RANKS, copies, rng)}
+            goals = survivors_placements(old, load, live) if dead else {"all moved": uniform_replicas(sizes, RANKS, replicas, rng)}
             for goal, new in goals.items():
-                report(f"{copies} replicas, {dead} dead, {goal}")
+                report(f"{replicas} replicas, {dead} dead, {goal}")
                 moves = plan_exchange(old, new, live_ranks=live, expert_bytes=sizes.expert_bytes)
                 staging = max(int(STAGING_SHARE * max(old.slots_per_rank) * sizes.expert_bytes), moves.min_staging_bytes)
-                row: dict = {"goal": goal, "replicas": copies, "dead": dead, "disk": disk}
+                row: dict = {"goal": goal, "replicas": replicas, "dead": dead, "disk": disk}
                 for kind in ("cold", "cached"):
                     runs = [processes.run(checkpoint, sizes, moves, staging, kind == "cold", read_peers) for _ in range(repeats)]
                     row[kind] = _times([run for run, _ in runs]) | {"cached": max(share for _, share in runs)}

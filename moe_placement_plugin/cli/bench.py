@@ -175,7 +175,7 @@ def exchange(
     traces: Annotated[list[Path] | None, typer.Option("--trace", help="Recorded load of DeepSeek-R1's shape, or a folder of them; repeat.")] = None,
     suite: Annotated[list[str] | None, typer.Option("--suite", help="dead or drift; repeat.")] = None,
     dead: Annotated[int, typer.Option("--dead", help="Most ranks of the eight that die.", min=1, max=4)] = 4,
-    replicas: Annotated[list[int] | None, typer.Option("--replicas", help="Copies of each expert (2 and 3); repeat.", min=1, max=8)] = None,
+    replicas: Annotated[list[int] | None, typer.Option("--replicas", help="Copies of each expert (2 and 3); repeat.", min=2, max=8)] = None,
     layers: Annotated[int, typer.Option("--layers", help="MoE layers of the made-up model.", min=1)] = 4,
     hidden: Annotated[int, typer.Option("--hidden", help="Its hidden size.", min=16)] = 512,
     width: Annotated[int, typer.Option("--width", help="Intermediate size of its experts.", min=16)] = 512,
@@ -224,7 +224,7 @@ def exchange(
         sizes = Sizes(layers, 64, hidden, width)
         result["versions"]["exchange"] = {"torch": torch.__version__, "backend": "gloo"}
         result["sizes"] = asdict(sizes) | {"expert_bytes": sizes.expert_bytes}
-        result["dead"] = engine.dead_suite(sizes, dead, report, repeats, folder, not sent, replicas or (2, 3))
+        result["dead"] = engine.dead_suite(sizes, dead, replicas or (2, 3), report, repeats, folder, not sent)
     if "drift" in wanted:
         contestants, missing = start_contestants(["vLLM default"], {"vllm": vllm_python})
         result["missing"] = missing
