@@ -37,9 +37,16 @@ def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str,
             f"{middle['ttft_p50']:.1f} / {middle['ttft_p99']:.1f}",
             f"{middle['tpot_p50']:.2f} / {middle['tpot_p99']:.2f}",
             f"{max(r['longest_gap'] for r in rows):.1f}",
-            "" if found is None else f"{found['different']} of {asked} differ, logprobs {found['logprobs']:.1e}",
+            "" if found is None else answers_in_words(found, asked),
         )
     return made
+
+
+def answers_in_words(found: dict, asked: int) -> str:
+    """How a server's answers differ from the first one's, of `difference`."""
+    if not found["different"]:
+        return f"equal, logprobs {found['logprobs']:.1e}"
+    return f"{found['different']} of {asked} differ where {found['behind']:.2f} behind, logprobs {found['logprobs']:.1e}"
 
 
 def prediction_in_words(predicted: dict) -> str:

@@ -25,6 +25,7 @@ from moe_placement_plugin.demo.server import Server, free_port
 from moe_placement_plugin.simulate import Cluster
 from moe_placement_plugin.topology import Topology
 
+from .answers import ALTERNATIVES, difference
 from .checkpoints import MODELS, write, write_even_twin
 from .contestants import CACHE_BYTES, CONTESTANTS, Contestant, Setup, batches, command
 from .prediction import layer_times, predict, step_tokens
@@ -38,7 +39,7 @@ ASKED, ANSWERED = 12, 16
 MOST_AT_ONCE = 8
 """Servers that are up together when nothing else is said."""
 
-BESIDES = 6 << 30
+BESIDES = 5 << 30
 """Bytes of each GPU that a server takes besides weights and cache: CUDA's context, NCCL, work space, graphs, replicas."""
 
 
@@ -237,10 +238,13 @@ class Run:
         """Greedy answers of every server against the first one's."""
         engine = DEMO_ENGINES[self.given.engine]
         prompts = WORKLOADS["tiny"].prompts(self.model.size.vocab, 7)[:ASKED]
-        answers = {name: [engine.complete(server.url, "tiny", p, ANSWERED) for p in prompts] for name, server in servers.items()
-                   if not CONTESTANTS[name].even}  # fmt: skip
+
+        def asked(server: Server) -> list[Answer]:
+            return [engine.complete(server.url, "tiny", prompt, ANSWERED, ALTERNATIVES) for prompt in prompts]
+
+        answers = {name: asked(server) for name, server in servers.items() if not CONTESTANTS[name].even}
         reference = next(iter(answers.values()))
-        return {name: _difference(found, reference) for name, found in answers.items()}
+        return {name: difference(found, reference) for name, found in answers.items()}
 
     def rounds(self, workload: str, servers: dict[str, Server], found: dict[str, list[dict]]) -> dict[str, list[dict]]:
         """Adds the figures of each round by server, and saves them as they come: one slow server must not lose those of the others."""
@@ -273,21 +277,6 @@ def _stop(servers: Sequence[Server]) -> None:
     """End all of them at once: each waits for its workers."""
     with ThreadPoolExecutor(len(servers)) as pool:
         list(pool.map(lambda server: server.stop(), servers))
-
-
-def _difference(found: list[Answer], reference: list[Answer]) -> dict:
-    """Answers with another token, and how far log probabilities are apart up to and with the first one: at a near tie that is little.
-
-    ``first`` says of each answer that differs where it does and with what log probabilities.
-    """
-    first, gaps = [], [0.0]
-    for ours, theirs in zip(found, reference):
-        same = [a == b for a, b in zip(ours.token_ids, theirs.token_ids)]
-        until = same.index(False) + 1 if False in same else len(same)
-        if False in same:
-            first.append([until - 1, ours.logprobs[until - 1], theirs.logprobs[until - 1]])
-        gaps += [abs(a - b) for a, b in zip(ours.logprobs[:until], theirs.logprobs[:until])]
-    return {"different": len(first), "logprobs": max(gaps), "first": first}
 
 
 def _wait_for(path: Path, server: Server, seconds: float = 30) -> None:

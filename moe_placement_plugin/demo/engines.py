@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 from urllib.request import Request, urlopen
@@ -22,10 +22,12 @@ class Answer:
     Attributes:
         token_ids: generated tokens, ``[tokens]``.
         logprobs: their log probabilities (natural logarithm), ``[tokens]``.
+        alternatives: the most probable tokens at each place and their log probabilities, as many as were asked for.
     """
 
     token_ids: list[int]
     logprobs: list[float]
+    alternatives: list[dict[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,16 @@ class DemoEngine(ABC):
         """
 
     @abstractmethod
-    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int) -> Answer:
-        """A greedy completion by the server, through the ``openai`` client."""
+    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1) -> Answer:
+        """A greedy completion by the server, through the ``openai`` client.
+
+        Args:
+            url: of the server.
+            model: its name.
+            prompt: text or token ids.
+            tokens: to generate.
+            alternatives: most probable tokens to name at each place.
+        """
 
 
 class Vllm(DemoEngine):
@@ -136,14 +146,15 @@ class Vllm(DemoEngine):
                 command += ["--enable-eplb", "--eplb-config", json.dumps(eplb)]
         return [*command, *settings.arguments], env
 
-    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int) -> Answer:
+    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1) -> Answer:
         from openai import OpenAI
 
         with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
-            asked = {"max_tokens": tokens, "temperature": 0, "logprobs": 1, "extra_body": {"ignore_eos": True}}
+            asked = {"max_tokens": tokens, "temperature": 0, "logprobs": alternatives, "extra_body": {"ignore_eos": True}}
             choice = client.completions.create(model=model, prompt=prompt, **asked).choices[0]
-        ids = [int(token.partition(":")[2]) for token in choice.logprobs.tokens]
-        return Answer(ids, list(choice.logprobs.token_logprobs))
+        found = choice.logprobs
+        top = [{_token_id(token): logprob for token, logprob in place.items()} for place in found.top_logprobs]
+        return Answer([_token_id(token) for token in found.tokens], list(found.token_logprobs), top)
 
 
 class Sglang(DemoEngine):
@@ -177,14 +188,21 @@ class Sglang(DemoEngine):
                 command += ["--ep-num-redundant-experts", str(placed.redundant)]
         return [*command, *settings.arguments], env
 
-    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int) -> Answer:
+    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1) -> Answer:
         # SGLang's own API: token ids over the other one are younger than the oldest version that we run with.
-        asked = {"text" if isinstance(prompt, str) else "input_ids": prompt, "return_logprob": True,
+        asked = {"text" if isinstance(prompt, str) else "input_ids": prompt, "return_logprob": True, "top_logprobs_num": alternatives,
                  "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}}  # fmt: skip
         request = Request(f"{url}/generate", json.dumps(asked).encode(), {"Content-Type": "application/json"})
         with urlopen(request, timeout=120) as answer:  # noqa: S310 - a server of our own
-            chosen = json.load(answer)["meta_info"]["output_token_logprobs"]
-        return Answer([int(token) for _, token, _ in chosen], [float(logprob) for logprob, _, _ in chosen])
+            found = json.load(answer)["meta_info"]
+        chosen = found["output_token_logprobs"]
+        top = [{int(token): float(logprob) for logprob, token, _ in place} for place in found["output_top_logprobs"]]
+        return Answer([int(token) for _, token, _ in chosen], [float(logprob) for logprob, _, _ in chosen], top)
+
+
+def _token_id(word: str) -> int:
+    """The 17 of ``token_id:17``."""
+    return int(word.partition(":")[2])
 
 
 DEMO_ENGINES: dict[str, DemoEngine] = {engine.name: engine for engine in (Vllm(), Sglang())}

@@ -23,8 +23,10 @@ from safetensors import safe_open  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from benchmarks.serving.__main__ import main  # noqa: E402
+from benchmarks.serving.answers import difference  # noqa: E402
 from benchmarks.serving.checkpoints import GATES, MADE, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
 from benchmarks.serving.contestants import CONTESTANTS, Setup, batches, command  # noqa: E402
+from benchmarks.serving.report import answers_in_words  # noqa: E402
 from benchmarks.serving.run import Run  # noqa: E402
 from benchmarks.serving.server_logs import in_words, moved  # noqa: E402
 from benchmarks.serving.traffic import Seen, Workload, drive  # noqa: E402
@@ -216,7 +218,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
 
     monkeypatch.setattr(Run, "server", server)
     monkeypatch.setattr("benchmarks.serving.run.drive", drive)
-    complete = lambda url, model, prompt, number: Answer(list(range(number)), [-1.0] * number)  # noqa: E731
+    complete = lambda url, model, prompt, number, alternatives: Answer(list(range(number)), [-1.0] * number)  # noqa: E731
     monkeypatch.setattr("benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=complete)})
     load = tmp_path / "load.safetensors"
     skewed(4, 40).write(load)
@@ -255,6 +257,22 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     said = capsys.readouterr().out
     assert said.count("linear starts again") == 2 and "eplb did not start" in said and "eplb+8 did not start" in said
     assert "eplb starts again" in said and "eplb+8 starts again" not in said
+
+
+def test_answers_that_part_are_told_with_how_near_the_tie_was():
+    reference = Answer([1, 2, 3], [-0.1, -0.5, -0.2], [{1: -0.1, 7: -3.0}, {2: -0.5, 9: -0.52}, {3: -0.2, 8: -4.0}])
+    same = Answer([1, 2, 3], [-0.1, -0.4, -0.2])
+    near = Answer([1, 9, 5], [-0.1, -0.51, -5.0])  # what comes after the first other token continues another text
+    wrong = Answer([4, 2, 3], [-0.3, -0.5, -0.2])
+    assert difference([same], [reference]) == {"different": 0, "logprobs": pytest.approx(0.1), "behind": 0.0, "first": []}
+    found = difference([same, near], [reference, reference])
+    assert (found["different"], found["first"][0]["answer"], found["first"][0]["place"]) == (1, 1, 1)
+    assert found["behind"] == pytest.approx(0.02) and found["logprobs"] == pytest.approx(0.1)
+    assert answers_in_words(found, 2) == "1 of 2 differ where 0.02 behind, logprobs 1.0e-01"
+    found = difference([wrong, near], [reference, reference])
+    assert found["different"] == 2 and found["behind"] == pytest.approx(2.9), "at least as far behind as the last that is known"
+    with pytest.raises(ValueError):
+        difference([same], [reference, reference])
 
 
 def test_prompts():
