@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import types
 
 import numpy as np
 import pytest
 import torch
 
-from moe_placement_plugin.engines.sglang import cpu, layers, routing, settings
+from moe_placement_plugin.engines.sglang import cpu, layers, routing, settings, worker
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.placement import Placement
 
@@ -229,3 +230,28 @@ def test_draft_layers_and_other_models_are_left_alone(placed):
     config = types.SimpleNamespace(num_fused_shared_experts=0)
     result = routing.post_process(lambda i, w, *_: (i, w, i), ids, weights, config, None, 1)
     assert result[0] is ids and result[2] is ids
+
+
+def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(placed, tmp_path, monkeypatch):
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe_triton_config as engine
+
+    monkeypatch.setattr(engine, "get_device_name", lambda: "a GPU")
+    # A running server's configuration, under its name in 0.5.16 and from 0.5.20 on.
+    running = types.SimpleNamespace(enable_deterministic_inference=False)
+    running.deterministic = running
+    for name in {"get_server_args", "get_exec"} & vars(engine).keys():
+        monkeypatch.setattr(engine, name, lambda: running)
+    monkeypatch.setenv("SGLANG_MOE_CONFIG_DIR", str(tmp_path))
+    folder = tmp_path / "configs" / "triton_3_1_0"
+    folder.mkdir(parents=True)
+    config = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
+    (folder / engine.get_config_file_name(60, 96, None)).write_text(json.dumps({"1": config}))
+    (hook,) = (one for one in worker.hooks() if one.name == "tuned-with-redundant-experts")
+    assert layers.redundant_per_rank() == 1
+    assert hook.check() is None
+    original = getattr(engine.get_moe_configs, "__wrapped__", engine.get_moe_configs)
+    monkeypatch.setattr(engine, "get_moe_configs", lambda *args, **kwargs: hook.hook(original, *args, **kwargs))
+    assert original(61, 96, None) is None
+    for down in (False, True):
+        assert engine.get_moe_configs(61, 96, None, 0, 0, per_channel_quant=False, down_moe=down) == {1: config}
+    assert engine.get_moe_configs(62, 96, None, 0, 0, per_channel_quant=False) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import PlacementError  # noqa: E402
+from moe_placement_plugin.engines.patching import PatchSet  # noqa: E402
 from moe_placement_plugin.engines.rebalancing import Rebalancer, policy_from  # noqa: E402
-from moe_placement_plugin.engines.vllm import eplb, layers, preflight  # noqa: E402
+from moe_placement_plugin.engines.vllm import eplb, layers, preflight, settings, tuned  # noqa: E402
 from moe_placement_plugin.engines.vllm.eplb import REBALANCE_FLAG, logger  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
@@ -92,3 +94,24 @@ def test_the_first_table_is_vllms():
     state = SimpleNamespace(physical_to_logical_map=torch.tensor([[7, 6, 5, 4, 3, 2, 1, 0, 0, 1]]))
     setattr(layer, layers.EPLB_ROW, (state, 0))
     np.testing.assert_array_equal(layers.slot_experts(layer), [2, 1, 0, 0, 1])
+
+
+def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(tmp_path, monkeypatch):
+    from vllm.model_executor.layers.fused_moe import fused_moe
+
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    config = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
+    (tmp_path / fused_moe.get_config_file_name(61, 96, None, None)).write_text(json.dumps({"1": config}))
+    before = settings.arrived()
+    shapes = (65, 192, 32), (65, 32, 96)
+    patches = PatchSet(tuned.tuned_patches())
+    try:
+        settings.remember(settings.PlacementSettings.make("eplb", None, 2, eplb=True, redundant=8))
+        untuned = fused_moe.try_get_optimal_moe_config(*shapes, 4, None, 1)
+        patches.apply()
+        assert fused_moe.try_get_optimal_moe_config(*shapes, 4, None, 1) == config != untuned
+        assert patches.hits() == {"tuned-with-redundant-experts": 1}
+    finally:
+        patches.undo()
+        settings.remember(before)
+    assert fused_moe.try_get_optimal_moe_config(*shapes, 4, None, 1) == untuned

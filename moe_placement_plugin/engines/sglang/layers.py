@@ -33,6 +33,12 @@ def _placement() -> Placement | None:
     return asked.placement if asked is not None else None
 
 
+def redundant_per_rank() -> int:
+    """Redundant experts that each rank holds in a layer, 0 without a placement."""
+    placement = _placement()
+    return 0 if placement is None else placement.num_redundant // placement.num_ranks
+
+
 def build(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
     """`FusedMoE.__init__` with the redundant slots that some models (GLM-4-MoE) leave out of ``num_experts``."""
     placement = _placement()

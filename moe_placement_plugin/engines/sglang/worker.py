@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from ..tuned_kernels import ConfigsOfFewer
 from . import cpu, layers, location, routing, versions
 from .hooks import Hook, HookSet
 
@@ -82,6 +83,15 @@ def hooks() -> HookSet:
             relies_on=("layer", "x", "topk_output", "moe_runner_config"),
             why="the CPU engine's experts do not know slots of other ranks",
             removable_when="moe_forward_native handles -1",
+        ),
+        Hook(
+            name="tuned-with-redundant-experts",
+            target="sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
+            hook=ConfigsOfFewer(layers.redundant_per_rank),
+            relies_on=("E", "N"),
+            why="the kernel's tuned configuration is looked up by experts per rank, and no file has the number with redundant ones: slow",
+            removable_when="the look-up takes the nearest number of experts",
+            optional=True,
         ),
     ]
     if not versions.topk_finds_the_placement():

@@ -19,7 +19,7 @@ from ...load import ExpertLoad
 from ...placement import Placement
 from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import eplb_exchange, eplb_phases, verify
+from . import eplb_exchange, eplb_phases, tuned, verify
 from .hosts import real_topology
 from .layers import EPLB_ROW, num_logical, routed_layers
 from .settings import PlacementSettings, arrived, layer_id_of, settings_of
@@ -369,4 +369,5 @@ def eplb_patches() -> list[Patch]:
         ),
         *eplb_exchange.exchange_patches(),
         *eplb_phases.phase_patches(),
+        *tuned.tuned_patches(),
     ]

@@ -117,6 +117,7 @@ def resolve(vllm_config: Any) -> Any:
         strategy, placement, ep_size, record, exact=file is not None, verify=verify, eplb=eplb, rebalance=rebalance,
         verify_asked=extra.get(VERIFY_KEY) is not None,
         hosts=host_settings(parallel, timeout, file, adopt, error) if explicit or verify != "off" else None,
+        redundant=parallel.eplb_config.num_redundant_experts if eplb else 0,
     )  # fmt: skip
     remember(settings)
     if settings.static is not None or ((adopt or error is not None) and not eplb):

@@ -41,6 +41,7 @@ class PlacementSettings(dict):
         rebalance: dict[str, Any] | None = None,
         verify_asked: bool = False,
         hosts: dict[str, Any] | None = None,
+        redundant: int = 0,
     ) -> PlacementSettings:
         """Settings that hold the whole placement, so that other hosts need no file.
 
@@ -55,6 +56,8 @@ class PlacementSettings(dict):
             eplb: vLLM's EPLB moves the experts, beginning with ``placement``.
             verify_asked: the user named the level, so that what cannot be verified is refused.
             rebalance: rules for rebalancing that the user gave, see `rebalancing.policy_from`.
+            hosts: how several hosts agree, see `hosts.host_settings`.
+            redundant: redundant experts per layer, of all ranks.
         """
         from ... import __version__
 
@@ -70,6 +73,7 @@ class PlacementSettings(dict):
             "rebalance": rebalance,
             "verify_asked": verify_asked,
             "hosts": hosts,
+            "redundant": redundant,
         }
         return cls(data)
 
