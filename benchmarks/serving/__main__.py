@@ -39,7 +39,10 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=0.08, help="share of a GPU's memory that a vLLM server wants to find free")
     parser.add_argument("--interval", type=int, default=1000, help="forward passes between two rebalances of EPLB; vLLM's own take seconds each")
     parser.add_argument("--skip-recording", action="store_true", help="plan from the router's own shares: a server's start less")
-    parser.add_argument("--at-once", type=int, help="servers that are up at once and share the GPUs' memory; default: as many as fit, at most 8")
+    parser.add_argument("--recorded", type=Path, help="an earlier run's FOLDER/load.safetensors, of the same model and load: likewise")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, with --cpu float32")
+    parser.add_argument("--layers", type=int, help="of the model; default: its own number")
+    parser.add_argument("--at-once", type=int, help="most servers that are up at once and share the GPUs' memory; default: as many as fit, at most 8")
     parser.add_argument("--starts", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="servers that start at once")
     parser.add_argument("--calibration", help="of `moe-placement bench layer`, to compare what it predicts with what is measured")
     parser.add_argument("--cpu", action="store_true")
@@ -50,11 +53,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            Run(given, given.folder or Path(folder)).all()
+            run = Run(given, given.folder or Path(folder))
+            run.all()
         except PlacementError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    return 0
+    return 1 if run.failed else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,26 @@ class Model:
     def moe_layers(self) -> range:
         """Ids of the MoE layers."""
         return range(1 if self.groups else 0, self.size.layers)
+
+    def cut(self, layers: int | None) -> Model:
+        """The same model with fewer layers.
+
+        Raises:
+            PlacementError: when it has no MoE layer then.
+        """
+        if layers is None:
+            return self
+        made = replace(self, size=replace(self.size, layers=layers))
+        if not made.moe_layers:
+            raise PlacementError(f"--layers {layers}: no MoE layer is left; give at least {self.moe_layers.start + 1}")
+        return made
+
+    def cache_bytes(self, tokens: int, ranks: int, itemsize: int) -> int:
+        """Keys and values of ``tokens`` tokens on each of ``ranks`` GPUs, in bytes.
+
+        With data-parallel attention a rank has a share of the tokens and all heads of each: as many bytes, while heads divide.
+        """
+        return tokens * self.size.layers * 2 * max(1, self.size.kv_heads // ranks) * self.size.head_dim * itemsize
 
     def routing(self, device: str = "cpu") -> Routing:
         """The model's rule, without a correction bias: the gate has one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,10 @@ MOST_REQUESTS = 128
 LARGEST_STEP = 8192
 """Tokens that a server takes in one forward pass at most."""
 CACHE_TOKENS = 81_920
-"""Keys and values of each server: more than any workload has under way at once, and little, since all servers share the GPUs."""
-CACHE_BYTES = 1280 << 20
-"""The same in bytes, for 16 layers of 1 KiB per token and rank with tensor-parallel attention and something over; with data-parallel
-attention a rank has half of the requests and twice the bytes of each."""
+"""Of keys and values in each server: more than any workload has under way at once, and little, since all servers share the GPUs."""
+BESIDES, BESIDES_EPLB = 4 << 30, 7 << 30
+"""Bytes of each GPU that a server takes besides weights and cache: CUDA's context, NCCL, work space, graphs; EPLB has buffers and
+communicators of its own. 3.4 and 6.2 GiB were seen on an H100."""
 
 STREAMED = 8
 """Tokens that a server sends at once after the first: a hundred streams of single tokens take more of its processors than the model of the GPUs."""
@@ -71,18 +71,39 @@ CONTESTANTS = {
 }
 
 
-def batches(contestants: Sequence[Contestant], at_once: int) -> list[list[Contestant]]:
-    """The contestants in groups of at most ``at_once``, each with the first one and the ideal, so that every ratio is of servers that took turns.
+def batches(
+    contestants: Sequence[Contestant], at_once: int, takes: Callable[[Contestant], float] = lambda one: 0, free: float = 0
+) -> list[list[Contestant]]:
+    """The contestants in groups, each with the first one and the ideal, so that every ratio is of servers that took turns.
+
+    Args:
+        contestants: in their order.
+        at_once: most servers of a group.
+        takes: bytes of a GPU that one takes.
+        free: bytes that a group may take.
 
     Raises:
-        PlacementError: when ``at_once`` leaves no room beside those two.
+        PlacementError: when there is no room beside those two for another.
     """
     always = [c for i, c in enumerate(contestants) if i == 0 or c.even]
     others = [c for c in contestants if c not in always]
-    room = at_once - len(always)
-    if room < 1:
-        raise PlacementError(f"--at-once {at_once}: {', '.join(c.name for c in always)} are always up and at least one more: give {len(always) + 1}")
-    return [always + others[i : i + room] for i in range(0, max(len(others), 1), room)]
+    names = ", ".join(c.name for c in always)
+    if others and at_once <= len(always):
+        raise PlacementError(f"--at-once {at_once}: {names} are always up and at least one more: give {len(always) + 1}")
+    made, left = [list(always)], free - sum(map(takes, always))
+    for one in others:
+        if len(made[-1]) > len(always) and (len(made[-1]) == at_once or takes(one) > left):
+            made.append(list(always))
+            left = free - sum(map(takes, always))
+        if takes(one) > left:
+            needed = sum(map(takes, always)) + takes(one)
+            raise PlacementError(
+                f"{names} are always up, and with {one.name} they take {needed / 1e9:.1f} GB of each GPU, of which {free / 1e9:.1f} GB are free: "
+                "use more --ranks, fewer --layers, or leave it out"
+            )
+        made[-1].append(one)
+        left -= takes(one)
+    return made
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,7 @@ class Setup:
         memory: share of a GPU's memory that must be free when a vLLM server starts; all servers are there at once.
         interval: forward passes between two rebalances.
         length: most tokens of a request, prompt and answer.
+        cache: bytes of keys and values on each GPU.
     """
 
     engine: str
@@ -110,6 +132,7 @@ class Setup:
     memory: float
     interval: int
     length: int
+    cache: int
 
 
 def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port: int, record: Path | None = None) -> tuple[list[str], dict[str, str]]:
@@ -142,7 +165,7 @@ def _vllm(one: Contestant, setup: Setup) -> list[str]:
         words.append("--enable-expert-parallel")
     if not setup.cpu:
         # The cache's size is given: vLLM would else take other servers' memory for its own while it measures.
-        words += ["--gpu-memory-utilization", str(setup.memory), "--kv-cache-memory-bytes", str(CACHE_BYTES), "--max-num-batched-tokens",
+        words += ["--gpu-memory-utilization", str(setup.memory), "--kv-cache-memory-bytes", str(setup.cache), "--max-num-batched-tokens",
                   str(LARGEST_STEP), "--max-num-seqs", str(MOST_REQUESTS)]  # fmt: skip
         if not setup.graphs:
             words.append("--enforce-eager")

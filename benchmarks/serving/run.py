@@ -27,7 +27,7 @@ from moe_placement_plugin.topology import Topology
 
 from .answers import ALTERNATIVES, difference
 from .checkpoints import MODELS, write, write_even_twin
-from .contestants import CACHE_BYTES, CONTESTANTS, Contestant, Setup, batches, command
+from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, Contestant, Setup, batches, command
 from .prediction import layer_times, predict, step_tokens
 from .report import prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
@@ -39,9 +39,6 @@ ASKED, ANSWERED = 12, 16
 MOST_AT_ONCE = 8
 """Servers that are up together when nothing else is said."""
 
-BESIDES = 5 << 30
-"""Bytes of each GPU that a server takes besides weights and cache: CUDA's context, NCCL, work space, graphs, replicas."""
-
 
 class Run:
     """One engine, one model, all contestants.
@@ -52,14 +49,15 @@ class Run:
     """
 
     def __init__(self, given: argparse.Namespace, folder: Path):
-        self.given, self.folder, self.model = given, folder, MODELS[given.model]
+        self.given, self.folder, self.model = given, folder, MODELS[given.model].cut(given.layers)
         folder.mkdir(parents=True, exist_ok=True)
-        self.dtype, self.device = (torch.float32, "cpu") if given.cpu else (torch.bfloat16, "cuda")
+        self.device = "cpu" if given.cpu else "cuda"
+        self.dtype = getattr(torch, given.dtype or ("float32" if given.cpu else "bfloat16"))
         self.workloads = given.workload or ["prefill", "decode", "mixed"]
         longest = max(WORKLOADS[name].prompt + WORKLOADS[name].answer for name in self.workloads)
         self.setup = Setup(
             given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory, given.interval,
-            max(1024, longest + 8),
+            max(1024, longest + 8), self.model.cache_bytes(CACHE_TOKENS, given.ranks, self.dtype.itemsize),
         )  # fmt: skip
         # On CPUs stock vLLM dies with expert parallelism.
         names = given.contestant or [n for n, one in CONTESTANTS.items() if one.strategy or one.moving or not given.cpu]
@@ -72,6 +70,7 @@ class Run:
         batches(contestants, given.at_once or MOST_AT_ONCE)  # before a checkpoint is written for nothing
         self.console = Console(width=200, highlight=False)
         self.recording = folder / "load.safetensors"
+        self.failed: list[str] = []
         self.cost = fit(find_calibration(given.calibration).measurements) if given.calibration else None
         self.result: dict = {}
 
@@ -81,7 +80,7 @@ class Run:
         self.note("router", self.make_models())
         self.note("recorded", self.record())
         self.note("batches", [])
-        for contestants in batches(self.contestants, self.at_once()):
+        for contestants in self.batches():
             self.batch(contestants)
         return self.result
 
@@ -124,27 +123,28 @@ class Run:
         self.say(f"checkpoint: router within {apart.max():.2%} of the recorded shares on its embeddings")
         return {"wanted": made["shares"], "reached": made["reached"], "apart": apart.tolist()}
 
-    def at_once(self) -> int:
-        """How many servers are up together.
+    def batches(self) -> list[list[Contestant]]:
+        """The servers that are up together: as many as fit into the GPUs' memory.
 
         Raises:
-            PlacementError: when as many as were asked for do not fit into the GPUs' memory.
+            PlacementError: when even three do not.
         """
+        most = self.given.at_once or MOST_AT_ONCE
         if self.given.cpu:
-            return self.given.at_once or MOST_AT_ONCE
+            return batches(self.contestants, most)
         free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(self.given.ranks))
         weights = sum(file.stat().st_size for file in (self.folder / "model").glob("*.safetensors")) / self.given.ranks
-        fit = int(free // (weights + CACHE_BYTES + BESIDES))
-        if (self.given.at_once or 0) > fit:
-            raise PlacementError(
-                f"--at-once {self.given.at_once}: a server takes {weights / 1e9:.1f} GB of weights and some {(CACHE_BYTES + BESIDES) / 1e9:.0f} GB "
-                f"besides of each GPU, of which {free / 1e9:.0f} GB are free: give at most {fit}"
-            )
-        return self.given.at_once or min(fit, MOST_AT_ONCE)
+
+        def takes(one: Contestant) -> float:
+            return weights * (1 + one.redundant / self.model.experts) + self.setup.cache + (BESIDES_EPLB if one.moving else BESIDES)
+
+        return batches(self.contestants, most, takes, free)
 
     def record(self) -> dict:
         """Serve once with linear, record what is really routed, and place the experts by it."""
-        if self.given.skip_recording:
+        if self.given.recorded is not None:
+            ExpertLoad.read(self.given.recorded).write(self.recording)
+        elif self.given.skip_recording:
             counts = np.rint(1e6 * np.array(self.result["router"]["reached"])).astype(np.int64)
             ExpertLoad(counts[None], tuple(self.model.moe_layers)).write(self.recording)
         else:
@@ -153,6 +153,7 @@ class Run:
                     drive(server.url, WORKLOADS[name], self.model.size.vocab, 1)
                 _wait_for(self.recording, server)
         load = ExpertLoad.read(self.recording)
+        self.check_recorded(load)
         self.recorded, self.placed = load, self.placements(load)
         total = load.total / np.maximum(load.total.sum(axis=1, keepdims=True), 1)
         apart = _apart(total, np.array(self.result["router"]["wanted"]))
@@ -161,6 +162,19 @@ class Run:
         self.say(f"{how}: {int(load.counts.sum())} choices, {apart.mean():.1%} of them elsewhere than in the recorded load; balancedness "
                  + ", ".join(f"{k} {v:.3f}" for k, v in balance.items()))  # fmt: skip
         return {"apart": apart.tolist(), "balancedness": balance}
+
+    def check_recorded(self, load: ExpertLoad) -> None:
+        """Refuse a recording of another model.
+
+        Raises:
+            PlacementError: naming both.
+        """
+        ours, theirs = (len(self.model.moe_layers), self.model.experts), (load.num_layers, load.num_experts)
+        if ours != theirs:
+            raise PlacementError(
+                f"--recorded {self.given.recorded}: {theirs[0]} layers x {theirs[1]} experts, the model has {ours[0]} x {ours[1]}: give the "
+                "load.safetensors of a run with the same --model and --load, or leave it out"
+            )
 
     def placements(self, load: ExpertLoad) -> dict[str, Placement]:
         """Of the contestants whose placement stays. Without a strategy it is linear."""
@@ -192,6 +206,7 @@ class Run:
             found["answers"] = self.compare_answers(servers)
             for workload in self.workloads:
                 rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
+                servers = {name: server for name, server in servers.items() if name in rounds}
                 self.console.print(table(workload, rounds, found["answers"], ASKED))
                 if self.cost is not None:
                     found["predicted"][workload] = self.predict(workload, rounds)
@@ -229,7 +244,9 @@ class Run:
             if error is None:
                 servers[one.name] = server
             else:
-                self.say(f"{one.name} did not start: {error[-600:]}")
+                self.failed.append(f"{one.name} did not start: {error[-600:]}")
+                self.note("failed", self.failed)
+                self.say(self.failed[-1])
         if contestants[0].name not in servers:
             raise PlacementError(f"{contestants[0].name}, which the others are compared with, did not start")
         return servers
@@ -247,16 +264,34 @@ class Run:
         return {name: difference(found, reference) for name, found in answers.items()}
 
     def rounds(self, workload: str, servers: dict[str, Server], found: dict[str, list[dict]]) -> dict[str, list[dict]]:
-        """Adds the figures of each round by server, and saves them as they come: one slow server must not lose those of the others."""
+        """Adds the figures of each round by server, and saves them as they come: one slow server must not lose those of the others.
+
+        Returns:
+            The figures of the servers that answered in all rounds. One that failed is not asked again.
+
+        Raises:
+            RuntimeError: when the first server fails, which the others are compared with.
+        """
+        left = dict(servers)
         for number in range(-1, self.given.repeats):  # the first only warms up
-            for name in servers if number % 2 == 0 else reversed(servers):
-                # A server that waited for its turn answers its first requests late; the one that had the last turn of the round before did not wait.
-                drive(servers[name].url, WORKLOADS["tiny"], self.model.size.vocab, 1000 + number)
-                figures = drive(servers[name].url, WORKLOADS[workload], self.model.size.vocab, 100 + number).figures()
+            for name in list(left) if number % 2 == 0 else list(reversed(left)):
+                try:
+                    # A server that waited for its turn answers its first requests late; the one that had the last turn of the round before
+                    # did not wait.
+                    drive(left[name].url, WORKLOADS["tiny"], self.model.size.vocab, 1000 + number)
+                    figures = drive(left[name].url, WORKLOADS[workload], self.model.size.vocab, 100 + number).figures()
+                except RuntimeError as error:
+                    self.failed.append(f"{name} failed in {workload}: {error}")
+                    self.note("failed", self.failed)
+                    self.say(self.failed[-1])
+                    if name == next(iter(servers)):
+                        raise
+                    left.pop(name)
+                    continue
                 if number >= 0:
                     found[name].append(figures)
                     self.save()
-        return found
+        return {name: found[name] for name in left}
 
     def predict(self, workload: str, rounds: dict) -> dict:
         """What the cost model says of each server, from what `record` saw; see `prediction`."""

@@ -89,7 +89,10 @@ def drive(url: str, workload: Workload, vocab: int, seed: int) -> Seen:
     Raises:
         RuntimeError: when a request fails.
     """
-    return asyncio.run(_drive(url, workload, vocab, seed))
+    try:
+        return asyncio.run(_drive(url, workload, vocab, seed))
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise RuntimeError(f"{url}: {error!r}") from error
 
 
 async def _drive(url: str, workload: Workload, vocab: int, seed: int) -> Seen:

@@ -127,7 +127,7 @@ def test_shares_stay_within_what_a_token_can_choose():
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("layout", ["tp", "dp"])
 def test_command_lines(engine, layout, tmp_path):
-    setup = Setup(engine, 4, layout, False, "bfloat16", True, 0.1, 200, 4112)
+    setup = Setup(engine, 4, layout, False, "bfloat16", True, 0.1, 200, 4112, 1 << 30)
     for one in CONTESTANTS.values():
         if one.load:
             with pytest.raises(PlacementError, match="plans from a recorded load"):
@@ -153,6 +153,42 @@ def test_batches_share_what_the_others_are_compared_with():
     assert batches(alone, 2) == [alone] and batches(alone[:1], 2) == [alone[:1]]
     with pytest.raises(PlacementError, match="--at-once 2: stock, ideal are always up and at least one more: give 3"):
         batches(list(CONTESTANTS.values()), 2)
+
+
+def test_batches_fit_into_the_gpus():
+    """As on an H100: five servers, or four where two of them have EPLB's buffers."""
+    gib = 1 << 30
+    named = ["stock", "ideal", "linear", "zigzag", "eplb", "our EPLB", "engine EPLB", "our EPLB async", "balanced"]
+    takes = lambda one: (18 if one.moving else 14.5) * gib  # noqa: E731
+    made = batches([CONTESTANTS[name] for name in named], 8, takes, 78 * gib)
+    assert [[one.name for one in batch[2:]] for batch in made] == [
+        ["linear", "zigzag", "eplb"],
+        ["our EPLB", "engine EPLB"],
+        ["our EPLB async", "balanced"],
+    ]
+    with pytest.raises(PlacementError, match="with our EPLB they take 50.5 GB of each GPU, of which 48.3 GB are free: use more --ranks"):
+        batches([CONTESTANTS[name] for name in named], 8, takes, 45 * gib)
+
+
+def test_a_models_cache_is_what_its_heads_on_a_rank_need():
+    model = MODELS["qwen3-30b-a3b"]
+    assert [model.cache_bytes(81920, ranks, 2) >> 20 for ranks in (2, 4, 8)] == [1280, 640, 640]
+    assert model.cut(None) is model and list(model.cut(2).moe_layers) == [0, 1] and list(MODELS["v2-lite"].cut(2).moe_layers) == [1]
+    with pytest.raises(PlacementError, match="--layers 1: no MoE layer is left; give at least 2"):
+        MODELS["v2-lite"].cut(1)
+
+
+def test_a_recording_is_used_again_only_for_the_same_model(tmp_path, monkeypatch):
+    given = dict(engine="vllm", cpu=True, dtype=None, model="tiny", layers=None, workload=["tiny"], contestant=["linear", "eplb"], ranks=2,
+                 layout="tp", eager=False, memory=0.1, interval=1000, at_once=None, calibration=None, json=None, skip_recording=False)  # fmt: skip
+    skewed(3, 32).write(tmp_path / "other.safetensors")
+    run = Run(SimpleNamespace(**given, recorded=tmp_path / "other.safetensors"), tmp_path / "run")
+    run.result["router"] = {"wanted": wanted_shares(None, MODELS["tiny"]).tolist()}
+    monkeypatch.setattr(Run, "server", lambda *_: pytest.fail("a server was started to record"))
+    assert set(run.record()["balancedness"]) == {"linear", "eplb"} and ExpertLoad.read(run.recording).num_layers == 3
+    skewed(2, 32).write(tmp_path / "other.safetensors")
+    with pytest.raises(PlacementError, match="other.safetensors: 2 layers x 32 experts, the model has 3 x 32"):
+        run.record()
 
 
 def test_sglangs_own_rebalances_are_counted_on_one_rank():
@@ -241,17 +277,26 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
 
     driven.clear()
     fails_at = 6
-    with pytest.raises(RuntimeError, match="eplb answered 500"):
+    assert main() == 1, "something failed, and the rest was measured"
+    result = json.loads((tmp_path / "out.json").read_text())
+    rounds = result["batches"][0]["rounds"]["tiny"]
+    assert {name: len(rows) for name, rows in rounds.items()} == {"linear": 2, "eplb+8": 2, "eplb": 0}
+    assert result["failed"] == ["eplb failed in tiny: eplb answered 500"] and len(result["batches"]) == 2
+    assert "eplb failed in tiny" in capsys.readouterr().out and driven[6:8] == ["eplb+8", "linear"]
+
+    driven.clear()
+    fails_at = 4
+    with pytest.raises(RuntimeError, match="linear answered 500"):
         main()
     rounds = json.loads((tmp_path / "out.json").read_text())["batches"][0]["rounds"]["tiny"]
-    assert {name: len(rows) for name, rows in rounds.items()} == {"linear": 1, "eplb+8": 1, "eplb": 0}
+    assert {name: len(rows) for name, rows in rounds.items()} == {"linear": 0, "eplb+8": 0, "eplb": 0}
 
     driven.clear()
     # A port that another server took is free once that is up; a server that cannot start for another reason is left out at once.
     taken = "store, rank, world_size = next(rendezvous_iterator)\nRuntimeError: Engine core initialization failed"
     fails_at, fails = 0, {"linear": [taken], "eplb": [taken, taken], "eplb+8": ["CUDA out of memory", ""]}
     capsys.readouterr()
-    assert main() == 0
+    assert main() == 1
     batches = json.loads((tmp_path / "out.json").read_text())["batches"]
     assert [list(batch["rounds"]["tiny"]) for batch in batches] == [["linear"], ["linear", "our EPLB"]]
     said = capsys.readouterr().out
