@@ -1,11 +1,16 @@
-"""What was measured, as tables."""
+"""What was measured, as tables; ``python -m benchmarks.serving.report FILE...`` prints those of runs' ``--json`` for a page."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from rich.table import Table
+
+from .server_logs import in_words
 
 COLUMNS = ("server", "tokens/s", "over {first}", "of the ideal", "TTFT p50/p99, ms", "TPOT p50/p99, ms", "longest gap, ms", "answers")
 
@@ -55,3 +60,57 @@ def prediction_in_words(predicted: dict) -> str:
         return "cost model: no prediction, the first server's MoE layers and the ideal ones take the same time, or one of the two is missing"
     each = (f"{name} {p['predicted']:.0f} tokens/s ({p['error']:+.1%})" for name, p in predicted["servers"].items())
     return f"cost model, steps of {predicted['step_tokens']} tokens, between the first server and the ideal one: " + ", ".join(each)
+
+
+def markdown(result: Mapping) -> str:
+    """All tables of a run's ``--json``, for a page: per batch and workload a row for each server.
+
+    Args:
+        result: what `Run` saved; a run that was cut off has fewer rounds, and servers without any are left out.
+    """
+    facts, parts = result["facts"], []
+    parts.append("; ".join(f"{key} {value}" for key, value in facts.items() if key != "command"))
+    parts.append(f"`{facts['command']}`")
+    balance = result.get("recorded", {}).get("balancedness", {})
+    if balance:
+        parts.append("Balancedness of what was served: " + ", ".join(f"{name} {value:.3f}" for name, value in balance.items()) + ".")
+    for batch in result.get("batches", []):
+        for workload, rounds in batch["rounds"].items():
+            most = max(map(len, rounds.values()), default=0)
+            full = {name: rows for name, rows in rounds.items() if rows and len(rows) == most}
+            if full and next(iter(rounds)) in full:
+                parts.append(_markdown_table(workload, full, batch["answers"]))
+        said = [f"{name}: {words}" for name, found in batch["moved"].items() if (words := in_words(found))]
+        if said:
+            parts.append(". ".join(said) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> str:
+    first, number = next(iter(rounds)), len(next(iter(rounds.values())))
+    heads = (f"{workload}, {number} rounds", "tokens/s", f"over {first}", "of the ideal", "TTFT p50, p99, ms", "TPOT p50, p99, ms", "longest gap, ms",
+             "answers that differ")  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    speed = {name: np.array([row["tokens_per_s"] for row in rows]) for name, rows in rounds.items()}
+    for name, rows in rounds.items():
+        middle = {key: float(np.median([row[key] for row in rows])) for key in rows[0]}
+        ratio, values, found = speed[name] / speed[first], speed[name], answers.get(name)
+        ideal = f"{np.median(speed[name] / speed['ideal']):.3f}" if "ideal" in speed else ""
+        told = "" if found is None else f"{found['different']}, at most {found['behind']:.2f} behind" if found["different"] else "none"
+        cells = [
+            name,
+            f"{middle['tokens_per_s']:,.0f} ({values.min():,.0f} to {values.max():,.0f})",
+            f"{np.median(ratio):.3f} ({ratio.min():.3f} to {ratio.max():.3f})",
+            ideal,
+            f"{middle['ttft_p50']:.0f}, {middle['ttft_p99']:.0f}",
+            f"{middle['tpot_p50']:.2f}, {middle['tpot_p99']:.2f}",
+            f"{max(row['longest_gap'] for row in rows):.0f}",
+            told,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        print(markdown(json.loads(Path(file).read_text())))

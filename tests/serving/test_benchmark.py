@@ -26,7 +26,7 @@ from benchmarks.serving.__main__ import main  # noqa: E402
 from benchmarks.serving.answers import difference  # noqa: E402
 from benchmarks.serving.checkpoints import GATES, MADE, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
 from benchmarks.serving.contestants import CONTESTANTS, Setup, batches, command  # noqa: E402
-from benchmarks.serving.report import answers_in_words  # noqa: E402
+from benchmarks.serving.report import answers_in_words, markdown  # noqa: E402
 from benchmarks.serving.run import Run  # noqa: E402
 from benchmarks.serving.server_logs import in_words, moved  # noqa: E402
 from benchmarks.serving.traffic import Seen, Workload, drive  # noqa: E402
@@ -282,6 +282,9 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     rounds = result["batches"][0]["rounds"]["tiny"]
     assert {name: len(rows) for name, rows in rounds.items()} == {"linear": 2, "eplb+8": 2, "eplb": 0}
     assert result["failed"] == ["eplb failed in tiny: eplb answered 500"] and len(result["batches"]) == 2
+    page = markdown(result)
+    assert page.count("| linear | 50 (50 to 50) | 1.000 (1.000 to 1.000) |") == 2 and "| eplb+8 | 50 (50 to 50) |" in page
+    assert "| eplb |" not in page, "a server without all rounds has no row"
     assert "eplb failed in tiny" in capsys.readouterr().out and driven[6:8] == ["eplb+8", "linear"]
 
     driven.clear()
