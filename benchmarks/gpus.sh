@@ -10,12 +10,13 @@
 #   fingerprints     their time (one GPU)
 #   serving          all servers, tensor-parallel attention; serving-grouped: a grouped model; serving-dp: data-parallel attention;
 #   serving-eager    without CUDA graphs, and whether answers differ where nothing is placed (all GPUs)
+#   answers          in float32, with and without CUDA graphs: a placement must not change them (all GPUs)
 #
 # ENGINE must be installed with this plugin. GPUS: how many to use. TRACES: folder of recorded loads. LIMIT: seconds for each step; what was
-# measured until then stays. Without a GPU small shapes run on the CPU, which shows that the scripts work, and nothing else.
+# measured until then stays. LAYERS: of the models that are served; with fewer of them more servers fit into the GPUs at once. Without a GPU small shapes run on the CPU, which shows that the scripts work, and nothing else.
 set -uo pipefail
 
-steps=(exchange overlap kernels recording fingerprints serving serving-grouped serving-dp serving-eager)
+steps=(exchange overlap kernels recording fingerprints serving serving-grouped serving-dp serving-eager answers)
 usage="usage: benchmarks/gpus.sh OUT [STEP...], steps: ${steps[*]}"
 out=$(mkdir -p "${1:?$usage}" && cd "$1" && pwd) || exit 2
 shift
@@ -35,14 +36,20 @@ export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
 serve() { # FILE LOAD MODEL WORKLOAD... [-- ARGUMENT...]
     local file=$out/$1-$ENGINE.json load=$TRACES/$2 model=$3 arguments=()
-    local folder=$work/$model-$2 # steps with the same model and load serve the same checkpoint, which takes a minute to write
+    # Steps with the same model and load serve the same checkpoint, which takes a minute to write, and record its routing once.
+    local folder=$work/$model-$2${LAYERS:+-$LAYERS}
     shift 3
+    if [[ -e $folder/load.safetensors ]]; then
+        cp "$folder/load.safetensors" "$folder/recorded.safetensors"
+        arguments+=(--recorded "$folder/recorded.safetensors")
+    fi
+    if [[ -n ${LAYERS:-} ]]; then arguments+=(--layers "$LAYERS"); fi
     while (($#)) && [[ $1 != -- ]]; do
-        arguments+=(--workload "$1")
+        if ((found)); then arguments+=(--workload "$1"); fi
         shift
     done
     if ((found == 0)); then
-        model=tiny-grouped arguments=(--cpu --workload tiny --repeats 1)
+        model=tiny-grouped arguments+=(--cpu --workload tiny --repeats 1)
     fi
     "$PYTHON" -m benchmarks.serving --engine "$ENGINE" --ranks "$GPUS" --load "$load" --model "$model" --folder "$folder" --json "$file" "${arguments[@]}" "${@:2}"
 }
@@ -70,6 +77,14 @@ step() {
     serving-grouped) serve serving-grouped deepseek_r1_prefill_in1024.json v2-lite prefill decode mixed -- "${few[@]}" ;;
     serving-dp) serve serving-dp deepseek_r1_decode_in1000out1000.json qwen3-30b-a3b prefill decode mixed -- --layout dp "${few[@]}" ;;
     serving-eager) serve serving-eager deepseek_r1_prefill_in1024.json qwen3-30b-a3b prefill -- --eager "${few[@]}" "${same[@]}" ;;
+    answers)
+        LAYERS=4
+        few+=(--contestant balanced --contestant eplb+8 --contestant "our EPLB")
+        for graphs in graphs eager; do
+            serve answers-$graphs deepseek_r1_prefill_in1024.json qwen3-30b-a3b tiny -- --dtype float32 --repeats 1 "${few[@]}" "${same[@]}" \
+                $([[ $graphs = eager ]] && echo --eager)
+        done
+        ;;
     esac
 }
 
