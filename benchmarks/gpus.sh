@@ -79,7 +79,7 @@ step() {
     serving-eager) serve serving-eager deepseek_r1_prefill_in1024.json qwen3-30b-a3b prefill -- --eager "${few[@]}" "${same[@]}" ;;
     answers)
         LAYERS=4
-        few+=(--contestant balanced --contestant eplb+8 --contestant "our EPLB")
+        if ((found)); then few+=(--contestant balanced --contestant eplb+8 --contestant "our EPLB"); else few=(--contestant linear --contestant eplb+8); fi
         for graphs in graphs eager; do
             serve answers-$graphs deepseek_r1_prefill_in1024.json qwen3-30b-a3b tiny -- --dtype float32 --repeats 1 "${few[@]}" "${same[@]}" \
                 $([[ $graphs = eager ]] && echo --eager)
