@@ -13,7 +13,8 @@
 #   answers          in float32, with and without CUDA graphs: a placement must not change them (all GPUs)
 #
 # ENGINE must be installed with this plugin. GPUS: how many to use. TRACES: folder of recorded loads. LIMIT: seconds for each step; what was
-# measured until then stays. LAYERS: of the models that are served; with fewer of them more servers fit into the GPUs at once. Without a GPU small shapes run on the CPU, which shows that the scripts work, and nothing else.
+# measured until then stays. LAYERS: of the models that are served; with fewer of them more servers fit into the GPUs at once.
+# Without a GPU small shapes run on the CPU, which shows that the scripts work, and nothing else.
 set -uo pipefail
 
 steps=(exchange overlap kernels recording fingerprints serving serving-grouped serving-dp serving-eager answers)

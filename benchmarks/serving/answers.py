@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from moe_placement_plugin.demo.engines import Answer
 
+ASKED, ANSWERED = 12, 16
+"""Prompts whose answers are compared, and tokens of each."""
+
 ALTERNATIVES = 5
 """Most probable tokens at each place that servers are asked for."""
 

@@ -4,47 +4,59 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from .answers import ASKED
 from .server_logs import in_words
 
 COLUMNS = ("server", "tokens/s", "over {first}", "of the ideal", "TTFT p50/p99, ms", "TPOT p50/p99, ms", "longest gap, ms", "answers")
 
 
-def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str, dict], asked: int) -> Table:
+def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Table:
     """One workload, a row per server; the first is what the others are compared with.
 
     Args:
         workload: its name.
         rounds: server -> the figures of each round, as many for each.
         answers: server -> how its answers differ from the first one's.
-        asked: answers that were compared.
     """
+    made = Table(title=_title(workload, rounds), title_justify="left", box=None)
+    for column in _heads(rounds):
+        made.add_column(column, justify="left" if column == "server" else "right")
+    for cells in _rows(rounds, answers):
+        made.add_row(*cells)
+    return made
+
+
+def _title(workload: str, rounds: Mapping[str, list[dict]]) -> str:
+    return f"{workload}: medians of {len(next(iter(rounds.values())))} rounds in turns (least to most)"
+
+
+def _heads(rounds: Mapping[str, list[dict]]) -> list[str]:
+    return [column.format(first=next(iter(rounds))) for column in COLUMNS]
+
+
+def _rows(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Iterator[list[str]]:
+    """The cells of each server."""
     first = next(iter(rounds))
-    made = Table(title=f"{workload}: medians of {len(rounds[first])} rounds in turns (least to most)", title_justify="left", box=None)
-    for column in COLUMNS:
-        made.add_column(column.format(first=first), justify="left" if column == "server" else "right")
     speed = {name: np.array([r["tokens_per_s"] for r in rows]) for name, rows in rounds.items()}
     for name, rows in rounds.items():
         middle = {key: float(np.median([r[key] for r in rows])) for key in rows[0]}
-        ratio, values = speed[name] / speed[first], speed[name]
-        ideal = f"{np.median(speed[name] / speed['ideal']):.3f}" if "ideal" in speed else ""
-        found = answers.get(name)
-        made.add_row(
+        ratio, values, found = speed[name] / speed[first], speed[name], answers.get(name)
+        yield [
             name,
-            f"{middle['tokens_per_s']:.0f} ({values.min():.0f} to {values.max():.0f})",
+            f"{middle['tokens_per_s']:,.0f} ({values.min():,.0f} to {values.max():,.0f})",
             f"{np.median(ratio):.3f} ({ratio.min():.3f} to {ratio.max():.3f})",
-            ideal,
+            f"{np.median(speed[name] / speed['ideal']):.3f}" if "ideal" in speed else "",
             f"{middle['ttft_p50']:.1f} / {middle['ttft_p99']:.1f}",
             f"{middle['tpot_p50']:.2f} / {middle['tpot_p99']:.2f}",
             f"{max(r['longest_gap'] for r in rows):.1f}",
-            "" if found is None else answers_in_words(found, asked),
-        )
-    return made
+            "" if found is None else answers_in_words(found, ASKED),
+        ]
 
 
 def answers_in_words(found: dict, asked: int) -> str:
@@ -87,28 +99,8 @@ def markdown(result: Mapping) -> str:
 
 
 def _markdown_table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> str:
-    first, number = next(iter(rounds)), len(next(iter(rounds.values())))
-    heads = (f"{workload}, {number} rounds", "tokens/s", f"over {first}", "of the ideal", "TTFT p50, p99, ms", "TPOT p50, p99, ms", "longest gap, ms",
-             "answers that differ")  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    speed = {name: np.array([row["tokens_per_s"] for row in rows]) for name, rows in rounds.items()}
-    for name, rows in rounds.items():
-        middle = {key: float(np.median([row[key] for row in rows])) for key in rows[0]}
-        ratio, values, found = speed[name] / speed[first], speed[name], answers.get(name)
-        ideal = f"{np.median(speed[name] / speed['ideal']):.3f}" if "ideal" in speed else ""
-        told = "" if found is None else f"{found['different']}, at most {found['behind']:.2f} behind" if found["different"] else "none"
-        cells = [
-            name,
-            f"{middle['tokens_per_s']:,.0f} ({values.min():,.0f} to {values.max():,.0f})",
-            f"{np.median(ratio):.3f} ({ratio.min():.3f} to {ratio.max():.3f})",
-            ideal,
-            f"{middle['ttft_p50']:.0f}, {middle['ttft_p99']:.0f}",
-            f"{middle['tpot_p50']:.2f}, {middle['tpot_p99']:.2f}",
-            f"{max(row['longest_gap'] for row in rows):.0f}",
-            told,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [_heads(rounds), ["---"] * len(COLUMNS), *_rows(rounds, answers)]
+    return f"{_title(workload, rounds)}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":

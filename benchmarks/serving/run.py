@@ -25,16 +25,13 @@ from moe_placement_plugin.demo.server import Server, free_port
 from moe_placement_plugin.simulate import Cluster
 from moe_placement_plugin.topology import Topology
 
-from .answers import ALTERNATIVES, difference
+from .answers import ALTERNATIVES, ANSWERED, ASKED, difference
 from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, Contestant, Setup, batches, command
 from .prediction import layer_times, predict, step_tokens
 from .report import prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
 from .traffic import WORKLOADS, drive
-
-ASKED, ANSWERED = 12, 16
-"""Prompts whose answers are compared, and tokens of each."""
 
 MOST_AT_ONCE = 8
 """Servers that are up together when nothing else is said."""
@@ -96,6 +93,12 @@ class Run:
 
     def say(self, text: str) -> None:
         self.console.print(text)
+
+    def fail(self, text: str) -> None:
+        """Keep and print what went wrong with one server; the others are measured."""
+        self.failed.append(text)
+        self.note("failed", self.failed)
+        self.say(text)
 
     def facts(self) -> dict:
         """Machine, versions, command."""
@@ -207,7 +210,7 @@ class Run:
             for workload in self.workloads:
                 rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
                 servers = {name: server for name, server in servers.items() if name in rounds}
-                self.console.print(table(workload, rounds, found["answers"], ASKED))
+                self.console.print(table(workload, rounds, found["answers"]))
                 if self.cost is not None:
                     found["predicted"][workload] = self.predict(workload, rounds)
                     self.say("  " + prediction_in_words(found["predicted"][workload]))
@@ -244,9 +247,7 @@ class Run:
             if error is None:
                 servers[one.name] = server
             else:
-                self.failed.append(f"{one.name} did not start: {error[-600:]}")
-                self.note("failed", self.failed)
-                self.say(self.failed[-1])
+                self.fail(f"{one.name} did not start: {error[-600:]}")
         if contestants[0].name not in servers:
             raise PlacementError(f"{contestants[0].name}, which the others are compared with, did not start")
         return servers
@@ -281,9 +282,7 @@ class Run:
                     drive(left[name].url, WORKLOADS["tiny"], self.model.size.vocab, 1000 + number)
                     figures = drive(left[name].url, WORKLOADS[workload], self.model.size.vocab, 100 + number).figures()
                 except RuntimeError as error:
-                    self.failed.append(f"{name} failed in {workload}: {error}")
-                    self.note("failed", self.failed)
-                    self.say(self.failed[-1])
+                    self.fail(f"{name} failed in {workload}: {error}")
                     if name == next(iter(servers)):
                         raise
                     left.pop(name)

@@ -27,21 +27,20 @@ class ConfigsOfFewer:
         self._redundant, self._inside = redundant, False
         self._remembered = functools.lru_cache(self._find)
 
-    def __call__(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, original: Callable, E: int, *args: Any, **kwargs: Any) -> Any:  # noqa: N803 - the engines' name, also as a keyword
         # SGLang's look-up for the second product asks for the first one's: that is part of one look-up.
         if self._inside:
-            return original(*args, **kwargs)
-        return self._remembered(original, *args, **kwargs)
+            return original(E, *args, **kwargs)
+        return self._remembered(original, E, *args, **kwargs)
 
-    def _find(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    def _find(self, original: Callable, experts: int, *args: Any, **kwargs: Any) -> Any:
         self._inside = True
         try:
-            found = original(*args, **kwargs)
-            experts, redundant = (kwargs["E"] if "E" in kwargs else args[0]), self._redundant()
+            found, redundant = original(experts, *args, **kwargs), self._redundant()
             if found is not None or not 0 < redundant < experts:
                 return found
             without = experts - redundant
-            found = original(**{**kwargs, "E": without}) if "E" in kwargs else original(without, *args[1:], **kwargs)
+            found = original(without, *args, **kwargs)
         finally:
             self._inside = False
         if found is not None:

@@ -98,7 +98,7 @@ def _agree(settings: PlacementSettings, parallel: Any) -> None:
         "rules": {
             "--expert-placement-verify": settings["verify"],
             "--enable-eplb": settings["eplb"],
-            "--eplb-config.num_redundant_experts": parallel.eplb_config.num_redundant_experts if settings["eplb"] else 0,
+            "--eplb-config.num_redundant_experts": settings["redundant"],
             "--expert-rebalance": settings["rebalance"],
         },
     }
