@@ -85,17 +85,23 @@ def markdown(result: Mapping) -> str:
     parts.append(f"`{facts['command']}`")
     balance = result.get("recorded", {}).get("balancedness", {})
     if balance:
-        parts.append("Balancedness of what was served: " + ", ".join(f"{name} {value:.3f}" for name, value in balance.items()) + ".")
+        parts.append(f"Balancedness under the load that was planned from: {_balance(balance)}.")
     for batch in result.get("batches", []):
         for workload, rounds in batch["rounds"].items():
             most = max(map(len, rounds.values()), default=0)
             full = {name: rows for name, rows in rounds.items() if rows and len(rows) == most}
             if full and next(iter(rounds)) in full:
                 parts.append(_markdown_table(workload, full, batch["answers"]))
+        if "seen" in batch:
+            parts.append(f"Balancedness under what was served: {_balance(batch['seen']['balancedness'])}.")
         said = [f"{name}: {words}" for name, found in batch["moved"].items() if (words := in_words(found))]
         if said:
             parts.append(". ".join(said) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _balance(balance: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in balance.items())
 
 
 def _markdown_table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from .answers import ALTERNATIVES, ANSWERED, ASKED, difference
 from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, Contestant, Setup, batches, command
 from .prediction import layer_times, predict, step_tokens
+from .quiet import Quiet
 from .report import prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
 from .traffic import WORKLOADS, drive
@@ -68,6 +70,7 @@ class Run:
         self.console = Console(width=200, highlight=False)
         self.recording = folder / "load.safetensors"
         self.failed: list[str] = []
+        self.quiet = Quiet(given.quiet)
         self.cost = fit(find_calibration(given.calibration).measurements) if given.calibration else None
         self.result: dict = {}
 
@@ -158,13 +161,22 @@ class Run:
         load = ExpertLoad.read(self.recording)
         self.check_recorded(load)
         self.recorded, self.placed = load, self.placements(load)
+        how = "not recorded, planned from the router's own shares" if self.given.skip_recording else "recorded"
+        routed = self.routed(load)
+        self.say(f"{how}: {_balance_in_words(routed)}")
+        return routed
+
+    def routed(self, load: ExpertLoad) -> dict:
+        """How far what was routed is from what the routers were made for, layer by layer, and the static placements' balancedness under it."""
         total = load.total / np.maximum(load.total.sum(axis=1, keepdims=True), 1)
         apart = _apart(total, np.array(self.result["router"]["wanted"]))
         balance = {name: placement.overall_balancedness(load.total) for name, placement in self.placed.items()}
-        how = "not recorded, planned from the router's own shares" if self.given.skip_recording else "recorded"
-        self.say(f"{how}: {int(load.counts.sum())} choices, {apart.mean():.1%} of them elsewhere than in the recorded load; balancedness "
-                 + ", ".join(f"{k} {v:.3f}" for k, v in balance.items()))  # fmt: skip
-        return {"apart": apart.tolist(), "balancedness": balance}
+        return {"choices": int(load.counts.sum()), "apart": apart.tolist(), "balancedness": balance}
+
+    def seen(self, name: str) -> ExpertLoad | None:
+        """What a server with --expert-load-record has recorded so far; None of another, or when there is nothing yet."""
+        path = self.recorded_by(CONTESTANTS[name])
+        return ExpertLoad.read(path) if CONTESTANTS[name].recording and path.exists() else None
 
     def check_recorded(self, load: ExpertLoad) -> None:
         """Refuse a recording of another model.
@@ -188,12 +200,16 @@ class Run:
                 placed[one.name] = get_strategy(one.strategy or "linear").place(cluster.request(load))
         return placed
 
+    def recorded_by(self, one: Contestant) -> Path:
+        """Where a contestant that records does so."""
+        return self.folder / f"{one.name.replace(' ', '-')}.safetensors"
+
     def server(self, one: Contestant, record: Path | None = None) -> Server:
         port = free_port()
         model = self.folder / ("even" if one.even else "model")
         name = one.name.replace(" ", "-") + ("-first" if record else "")
         if one.recording and record is None:
-            record = self.folder / f"{name}.safetensors"
+            record = self.recorded_by(one)
         if record is not None:
             record.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
         load = self.recording if self.recording.exists() else None
@@ -207,19 +223,28 @@ class Run:
         with ExitStack() as stack:
             servers = self.start(contestants, stack)
             found["answers"] = self.compare_answers(servers)
-            for workload in self.workloads:
-                rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
-                servers = {name: server for name, server in servers.items() if name in rounds}
-                self.console.print(table(workload, rounds, found["answers"]))
-                if self.cost is not None:
-                    found["predicted"][workload] = self.predict(workload, rounds)
-                    self.say("  " + prediction_in_words(found["predicted"][workload]))
-                self.save()
+            with self.quiet.measuring():
+                servers = self.measure(servers, found)
             for name, server in servers.items():
                 found["moved"][name] = moved(server.log.read_text(errors="replace"), self.given.engine)
                 if words := in_words(found["moved"][name]):
                     self.say(f"{name}: {words}")
+                if (seen := self.seen(name)) is not None:
+                    found["seen"] = self.routed(seen)
+                    self.say(f"{name} saw: " + _balance_in_words(found["seen"]))
         self.save()
+
+    def measure(self, servers: dict[str, Server], found: dict) -> dict[str, Server]:
+        """Every workload in turns; the servers that answered in all rounds."""
+        for workload in self.workloads:
+            rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
+            servers = {name: server for name, server in servers.items() if name in rounds}
+            self.console.print(table(workload, rounds, found["answers"]))
+            if self.cost is not None:
+                found["predicted"][workload] = self.predict(workload, rounds)
+                self.say("  " + prediction_in_words(found["predicted"][workload]))
+            self.save()
+        return servers
 
     def start(self, contestants: Sequence[Contestant], stack: ExitStack) -> dict[str, Server]:
         """All servers of a batch; one that cannot start is reported and left out, unless it is the first.
@@ -273,14 +298,15 @@ class Run:
         Raises:
             RuntimeError: when the first server fails, which the others are compared with.
         """
-        left = dict(servers)
+        left, full = dict(servers), WORKLOADS[workload]
+        fewer = replace(full, requests=max(full.concurrency, full.requests // 4))
         for number in range(-1, self.given.repeats):  # the first only warms up
             for name in list(left) if number % 2 == 0 else list(reversed(left)):
                 try:
                     # A server that waited for its turn answers its first requests late; the one that had the last turn of the round before
                     # did not wait.
                     drive(left[name].url, WORKLOADS["tiny"], self.model.size.vocab, 1000 + number)
-                    figures = drive(left[name].url, WORKLOADS[workload], self.model.size.vocab, 100 + number).figures()
+                    figures = drive(left[name].url, fewer if number < 0 else full, self.model.size.vocab, 100 + number).figures()
                 except RuntimeError as error:
                     self.fail(f"{name} failed in {workload}: {error}")
                     if name == next(iter(servers)):
@@ -305,6 +331,12 @@ class Run:
 def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Share of each layer's choices that lie elsewhere, of two ``[layers, experts]`` of shares."""
     return np.abs(ours - theirs).sum(axis=1) / 2
+
+
+def _balance_in_words(routed: dict) -> str:
+    """One line of `Run.routed`."""
+    return (f"{routed['choices']} choices, {np.mean(routed['apart']):.1%} of them elsewhere than in the load that the routers follow; balancedness "
+            + ", ".join(f"{name} {value:.3f}" for name, value in routed["balancedness"].items()))  # fmt: skip
 
 
 def _stop(servers: Sequence[Server]) -> None:

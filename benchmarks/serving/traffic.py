@@ -38,9 +38,9 @@ class Workload:
 
 
 WORKLOADS = {
-    "prefill": Workload(128, 4096, 8, 16),
-    "decode": Workload(256, 64, 256, 128),
-    "mixed": Workload(256, 512, 64, 64),
+    "prefill": Workload(96, 4096, 8, 16),
+    "decode": Workload(256, 64, 128, 128),
+    "mixed": Workload(192, 512, 64, 64),
     "drift": Workload(128, 4096, 8, 16, 64),
     "tiny": Workload(16, 24, 8, 4),
 }

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from benchmarks.serving.__main__ import main  # noqa: E402
 from benchmarks.serving.answers import difference  # noqa: E402
 from benchmarks.serving.checkpoints import GATES, MADE, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
 from benchmarks.serving.contestants import CONTESTANTS, Setup, batches, command  # noqa: E402
+from benchmarks.serving.quiet import Quiet  # noqa: E402
 from benchmarks.serving.report import answers_in_words, markdown  # noqa: E402
 from benchmarks.serving.run import Run  # noqa: E402
 from benchmarks.serving.server_logs import in_words, moved  # noqa: E402
@@ -180,7 +182,8 @@ def test_a_models_cache_is_what_its_heads_on_a_rank_need():
 
 def test_a_recording_is_used_again_only_for_the_same_model(tmp_path, monkeypatch):
     given = dict(engine="vllm", cpu=True, dtype=None, model="tiny", layers=None, workload=["tiny"], contestant=["linear", "eplb"], ranks=2,
-                 layout="tp", eager=False, memory=0.1, interval=1000, at_once=None, calibration=None, json=None, skip_recording=False)  # fmt: skip
+                 layout="tp", eager=False, memory=0.1, interval=1000, at_once=None, calibration=None, json=None, skip_recording=False,
+                 quiet=None)  # fmt: skip
     skewed(3, 32).write(tmp_path / "other.safetensors")
     run = Run(SimpleNamespace(**given, recorded=tmp_path / "other.safetensors"), tmp_path / "run")
     run.result["router"] = {"wanted": wanted_shares(None, MODELS["tiny"]).tolist()}
@@ -305,6 +308,41 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     said = capsys.readouterr().out
     assert said.count("linear starts again") == 2 and "eplb did not start" in said and "eplb+8 did not start" in said
     assert "eplb starts again" in said and "eplb+8 starts again" not in said
+
+    # What a server records while it is measured tells how balanced the placements really were: here all load is on the first rank's experts.
+    fails, words[words.index("our EPLB")] = {}, "linear+recording"
+    layers, experts = len(MODELS["tiny"].moe_layers), MODELS["tiny"].experts
+    counts = np.zeros((layers, experts), np.int64)
+    counts[:, : experts // 2] = 1000
+    seen = ExpertLoad(counts, tuple(MODELS["tiny"].moe_layers))
+    monkeypatch.setattr("benchmarks.serving.run.drive", lambda *asked: seen.write(tmp_path / "run" / "linear+recording.safetensors") or drive(*asked))
+    assert main() == 0
+    first, second = json.loads((tmp_path / "out.json").read_text())["batches"]
+    assert "seen" not in first and second["seen"]["balancedness"]["linear"] == 0.5
+
+
+def test_runs_that_share_a_host_measure_one_at_a_time_and_start_together(tmp_path):
+    """A run that has measured lets the one that waits go first, and starts its next servers when that has measured too."""
+    order, file = [], tmp_path / "quiet"
+    both_started = threading.Barrier(2, timeout=20)
+
+    def run(name):
+        quiet = Quiet(file)
+        for _ in range(2):
+            both_started.wait()  # never passed if a start waited for the other's start
+            order.append("start")
+            both_started.wait()
+            with quiet.measuring():
+                order.append(f"begin {name}")
+                time.sleep(0.2)
+                order.append(f"end {name}")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, "ab"))
+    for at in (2, 8):
+        begun = [word.split()[1] for word in order[at : at + 4 : 2]]
+        assert sorted(begun) == ["a", "b"], order
+        assert order[at : at + 4] == [f"{what} {name}" for name in begun for what in ("begin", "end")], order
 
 
 def test_answers_that_part_are_told_with_how_near_the_tie_was():
