@@ -10,7 +10,7 @@
 #   fingerprints     their time (one GPU)
 #   serving          all servers, tensor-parallel attention; serving-grouped: a grouped model; serving-dp: data-parallel attention;
 #   serving-eager    without CUDA graphs, and whether answers differ where nothing is placed (all GPUs)
-#   answers          in float32, with and without CUDA graphs: a placement must not change them (all GPUs)
+#   answers          in float32 (SGLang's kernels take float16 at most), with and without CUDA graphs: a placement must not change them (all GPUs)
 #
 # ENGINE must be installed with this plugin. GPUS: how many to use. TRACES: folder of recorded loads. LIMIT: seconds for each step; what was
 # measured until then stays. LAYERS: of the models that are served; with fewer of them more servers fit into the GPUs at once.
@@ -81,8 +81,10 @@ step() {
     answers)
         LAYERS=4
         if ((found)); then few+=(--contestant balanced --contestant eplb+8 --contestant "our EPLB"); else few=(--contestant linear --contestant eplb+8); fi
+        local dtype=float32
+        if ((found)) && [[ $ENGINE = sglang ]]; then dtype=float16; fi
         for graphs in graphs eager; do
-            serve answers-$graphs deepseek_r1_prefill_in1024.json qwen3-30b-a3b tiny -- --dtype float32 --repeats 1 "${few[@]}" "${same[@]}" \
+            serve answers-$graphs deepseek_r1_prefill_in1024.json qwen3-30b-a3b -- --dtype $dtype --answers-only "${few[@]}" "${same[@]}" \
                 $([[ $graphs = eager ]] && echo --eager)
         done
         ;;

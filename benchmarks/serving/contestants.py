@@ -156,10 +156,6 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
         line = _data_parallel(line, setup)
     # Servers that start side by side take memory of the two GPUs at different times, which SGLang would take for a fault.
     own = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} if setup.engine == "vllm" else {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
-    if setup.engine == "sglang" and not setup.cpu and setup.dtype == "float32":
-        # The kernel's files of tile sizes are for numbers of half the size: these may not fit into a GPU's shared memory.
-        (model.parent / "no-tiles" / "configs").mkdir(parents=True, exist_ok=True)
-        own["SGLANG_MOE_CONFIG_DIR"] = str(model.parent / "no-tiles")
     return line, env | own | {"NCCL_NVLS_ENABLE": "0"}
 
 

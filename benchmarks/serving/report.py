@@ -92,6 +92,8 @@ def markdown(result: Mapping) -> str:
             full = {name: rows for name, rows in rounds.items() if rows and len(rows) == most}
             if full and next(iter(rounds)) in full:
                 parts.append(_markdown_table(workload, full, batch["answers"]))
+        if not batch["rounds"]:
+            parts += [f"Answers of {name}: {answers_in_words(found, ASKED)}." for name, found in batch["answers"].items()]
         if "seen" in batch:
             parts.append(f"Balancedness under what was served: {_balance(batch['seen']['balancedness'])}.")
         said = [f"{name}: {words}" for name, found in batch["moved"].items() if (words := in_words(found))]

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, Contestant, Setup, batches, command
 from .prediction import layer_times, predict, step_tokens
 from .quiet import Quiet
-from .report import prediction_in_words, table
+from .report import answers_in_words, prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
 from .traffic import WORKLOADS, drive
 
@@ -52,8 +51,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.device = "cpu" if given.cpu else "cuda"
         self.dtype = getattr(torch, given.dtype or ("float32" if given.cpu else "bfloat16"))
-        self.workloads = given.workload or ["prefill", "decode", "mixed"]
-        longest = max(WORKLOADS[name].prompt + WORKLOADS[name].answer for name in self.workloads)
+        self.workloads = [] if given.answers_only else given.workload or ["prefill", "decode", "mixed"]
+        longest = max(WORKLOADS[name].prompt + WORKLOADS[name].answer for name in [*self.workloads, "tiny"])
         self.setup = Setup(
             given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory, given.interval,
             max(1024, longest + 8), self.model.cache_bytes(CACHE_TOKENS, given.ranks, self.dtype.itemsize),
@@ -155,7 +154,7 @@ class Run:
             ExpertLoad(counts[None], tuple(self.model.moe_layers)).write(self.recording)
         else:
             with self.server(CONTESTANTS["linear"], self.recording) as server:
-                for name in self.workloads:
+                for name in self.workloads or ["tiny"]:
                     drive(server.url, WORKLOADS[name], self.model.size.vocab, 1)
                 _wait_for(self.recording, server)
         load = ExpertLoad.read(self.recording)
@@ -222,11 +221,16 @@ class Run:
         self.result["batches"].append(found)
         with ExitStack() as stack:
             servers = self.start(contestants, stack)
+            ready = {name: len(server.log.read_text(errors="replace")) for name, server in servers.items()}
             found["answers"] = self.compare_answers(servers)
-            with self.quiet.measuring():
-                servers = self.measure(servers, found)
+            for name, differs in found["answers"].items():
+                self.say(f"answers of {name}: {answers_in_words(differs, ASKED)}")
+            self.save()
+            if self.workloads:
+                with self.quiet.measuring():
+                    servers = self.measure(servers, found)
             for name, server in servers.items():
-                found["moved"][name] = moved(server.log.read_text(errors="replace"), self.given.engine)
+                found["moved"][name] = moved(server.log.read_text(errors="replace"), self.given.engine, ready[name])
                 if words := in_words(found["moved"][name]):
                     self.say(f"{name}: {words}")
                 if (seen := self.seen(name)) is not None:
@@ -298,15 +302,14 @@ class Run:
         Raises:
             RuntimeError: when the first server fails, which the others are compared with.
         """
-        left, full = dict(servers), WORKLOADS[workload]
-        fewer = replace(full, requests=max(full.concurrency, full.requests // 4))
-        for number in range(-1, self.given.repeats):  # the first only warms up
+        left = dict(servers)
+        for number in range(-1, self.given.repeats):  # the first only warms up: all of it, since kernels are compiled for the sizes that come
             for name in list(left) if number % 2 == 0 else list(reversed(left)):
                 try:
                     # A server that waited for its turn answers its first requests late; the one that had the last turn of the round before
                     # did not wait.
                     drive(left[name].url, WORKLOADS["tiny"], self.model.size.vocab, 1000 + number)
-                    figures = drive(left[name].url, fewer if number < 0 else full, self.model.size.vocab, 100 + number).figures()
+                    figures = drive(left[name].url, WORKLOADS[workload], self.model.size.vocab, 100 + number).figures()
                 except RuntimeError as error:
                     self.fail(f"{name} failed in {workload}: {error}")
                     if name == next(iter(servers)):

@@ -16,26 +16,29 @@ ENGINE = {
 """The first rank's lines; SGLang leaves the time out where it rebalances in chunks of layers."""
 DECIDED = re.compile(r"(?:EP|DP)0\b.*expert rebalance (accepted|declined)")
 """Every rank tells the same decision: the first one's lines count."""
-PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use|next\(rendezvous_iterator\)", re.IGNORECASE)
+PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use|next\(rendezvous_iterator\)|_port at \d+ is not available", re.IGNORECASE)
 """Engines look for free ports and use them seconds later: another server that starts at the same time can take one in between."""
 
 
-def moved(text: str, engine: str) -> dict[str, float]:
+def moved(text: str, engine: str, ready: int = 0) -> dict[str, float]:
     """Counts and times of one server, of all ranks that wrote to its log.
 
     Args:
         text: the log.
         engine: ``vllm`` or ``sglang``.
+        ready: characters of it from before the server answered: experts that moved until then made no request wait.
 
     Returns:
         ``accepted`` and ``declined``: rebalances that our planner proposed;
         ``exchanges`` and ``moved_bytes``, received by all ranks; ``exchange_ms`` and ``chunk_ms``, the longest;
-        ``engine_rebalances`` and ``engine_ms``, the engine's own lines and the longest of them; ``verify_ms``, the longest.
+        ``engine_rebalances`` and ``engine_ms``, the engine's own lines and the longest of them; ``verify_ms``, the longest, also of
+        those at the start.
     """
+    verified = [float(seconds) for seconds in VERIFIED.findall(text)]
+    text = text[ready:]
     decisions = DECIDED.findall(text)
     ours = [tuple(map(float, found)) for found in EXCHANGED.findall(text)]
     own = [float(seconds or 0) for seconds in ENGINE[engine].findall(text)]
-    verified = [float(seconds) for seconds in VERIFIED.findall(text)]
     return {
         "accepted": decisions.count("accepted"),
         "declined": decisions.count("declined"),

@@ -30,7 +30,7 @@ from benchmarks.serving.contestants import CONTESTANTS, Setup, batches, command 
 from benchmarks.serving.quiet import Quiet  # noqa: E402
 from benchmarks.serving.report import answers_in_words, markdown  # noqa: E402
 from benchmarks.serving.run import Run  # noqa: E402
-from benchmarks.serving.server_logs import in_words, moved  # noqa: E402
+from benchmarks.serving.server_logs import PORT_TAKEN, in_words, moved  # noqa: E402
 from benchmarks.serving.traffic import Seen, Workload, drive  # noqa: E402
 from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
 from moe_placement_plugin.demo.engines import Answer  # noqa: E402
@@ -183,7 +183,7 @@ def test_a_models_cache_is_what_its_heads_on_a_rank_need():
 def test_a_recording_is_used_again_only_for_the_same_model(tmp_path, monkeypatch):
     given = dict(engine="vllm", cpu=True, dtype=None, model="tiny", layers=None, workload=["tiny"], contestant=["linear", "eplb"], ranks=2,
                  layout="tp", eager=False, memory=0.1, interval=1000, at_once=None, calibration=None, json=None, skip_recording=False,
-                 quiet=None)  # fmt: skip
+                 quiet=None, answers_only=False)  # fmt: skip
     skewed(3, 32).write(tmp_path / "other.safetensors")
     run = Run(SimpleNamespace(**given, recorded=tmp_path / "other.safetensors"), tmp_path / "run")
     run.result["router"] = {"wanted": wanted_shares(None, MODELS["tiny"]).tolist()}
@@ -199,6 +199,7 @@ def test_sglangs_own_rebalances_are_counted_on_one_rank():
     whole = "".join(f"[2026-11-24 22:19:58 TP{rank} EP{rank}] [EPLBManager] rebalance end time={t}s\n" for t in (0.12, 0.3) for rank in (0, 1))
     found = moved(whole, "sglang")
     assert (found["engine_rebalances"], found["engine_ms"]) == (2, 300) and in_words(found) == "2 rebalances told by the engine, longest 300 ms"
+    assert moved(whole, "sglang", ready=len(whole) // 2)["engine_rebalances"] == 1, "what a server does before it answers is no pause"
     chunks = "[2026-11-24 22:19:58 DP0 TP0 EP0] [EPLBManager] rebalance end\n"
     assert in_words(moved(chunks, "sglang")) == "1 rebalances told by the engine" and in_words(moved("", "vllm")) == ""
 
@@ -299,6 +300,9 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
 
     driven.clear()
     # A port that another server took is free once that is up; a server that cannot start for another reason is left out at once.
+    assert PORT_TAKEN.search(
+        "ValueError: scheduler_input_port at 35763 is not available in 30 seconds. scheduler_input_port is used by a process already"
+    )
     taken = "store, rank, world_size = next(rendezvous_iterator)\nRuntimeError: Engine core initialization failed"
     fails_at, fails = 0, {"linear": [taken], "eplb": [taken, taken], "eplb+8": ["CUDA out of memory", ""]}
     capsys.readouterr()
@@ -319,6 +323,13 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     assert main() == 0
     first, second = json.loads((tmp_path / "out.json").read_text())["batches"]
     assert "seen" not in first and second["seen"]["balancedness"]["linear"] == 0.5
+
+    driven.clear()
+    words.append("--answers-only")
+    assert main() == 0 and not driven
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [list(batch["answers"]) for batch in result["batches"]] == [["linear", "eplb+8", "eplb"], ["linear", "linear+recording"]]
+    assert "Answers of eplb+8: equal, logprobs 0.0e+00." in markdown(result) and "answers of eplb+8: equal" in capsys.readouterr().out
 
 
 def test_runs_that_share_a_host_measure_one_at_a_time_and_start_together(tmp_path):
