@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--contestant", action="append", choices=CONTESTANTS, help="repeat; the others are compared with the first; default: all")
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help="repeat; default: prefill, decode, mixed")
     parser.add_argument("--answers-only", action="store_true", help="compare greedy answers and measure no workload")
+    parser.add_argument("--kernels", action="store_true", help="profile each server at the end: time per MoE layer by kernel")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--memory", type=float, default=0.08, help="share of a GPU's memory that a vLLM server wants to find free")

@@ -25,6 +25,7 @@ from moe_placement_plugin.demo.server import Server, free_port
 from moe_placement_plugin.simulate import Cluster
 from moe_placement_plugin.topology import Topology
 
+from . import kernels
 from .answers import ALTERNATIVES, ANSWERED, ASKED, difference
 from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, Contestant, Setup, batches, command
@@ -213,6 +214,8 @@ class Run:
             record.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
         load = self.recording if self.recording.exists() else None
         line, env = command(one, self.setup, model, load, port, record)
+        if self.given.kernels and self.given.engine == "vllm":
+            line = [*line, *kernels.vllm_arguments(self.traces(one))]
         return Server(line, port, env, self.folder / f"{name}.log", 400)
 
     def batch(self, contestants: Sequence[Contestant]) -> None:
@@ -229,6 +232,8 @@ class Run:
             if self.workloads:
                 with self.quiet.measuring():
                     servers = self.measure(servers, found)
+                    if self.given.kernels:
+                        found["kernels"] = self.profile(servers)
             for name, server in servers.items():
                 found["moved"][name] = moved(server.log.read_text(errors="replace"), self.given.engine, ready[name])
                 if words := in_words(found["moved"][name]):
@@ -320,6 +325,22 @@ class Run:
                     found[name].append(figures)
                     self.save()
         return {name: found[name] for name in left}
+
+    def profile(self, servers: dict[str, Server]) -> dict:
+        """What each server's kernels take under a load of decoding; of a server whose profiler fails that is told."""
+        found = {}
+        for name, server in servers.items():
+            try:
+                found[name] = kernels.profile(server.url, self.given.engine, self.traces(CONTESTANTS[name]), self.model.size.vocab, self.given.cpu)
+            except (PlacementError, RuntimeError, OSError) as error:
+                self.fail(f"{name} was not profiled: {error}")
+        if found:
+            self.console.print(kernels.table(found))
+        return found
+
+    def traces(self, one: Contestant) -> Path:
+        """Where a server's profiler writes."""
+        return self.folder / "traces" / one.name.replace(" ", "-")
 
     def predict(self, workload: str, rounds: dict) -> dict:
         """What the cost model says of each server, from what `record` saw; see `prediction`."""

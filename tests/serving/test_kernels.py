@@ -1,0 +1,91 @@
+"""Time per MoE layer by kernel, from an engine's traces."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohttp, which both engines bring")
+
+from rich.console import Console  # noqa: E402
+
+from benchmarks.serving.kernels import per_layer, profile, short, table  # noqa: E402
+from moe_placement_plugin import PlacementError  # noqa: E402
+
+
+def trace(steps: int, **kernels: float) -> list[dict]:
+    """Two launches of the MoE kernel and one of each other kernel per layer, two layers per step; what the host did counts for nothing."""
+    layer = [("void fused_moe_kernel<128>(int)", 10.0)] * 2 + [(f"void at::native::{name}<float, {us}>(int*)", us) for name, us in kernels.items()]
+    events = [{"cat": "kernel", "name": name, "dur": us} for name, us in layer * 2 * steps]
+    return [*events, {"cat": "cpu_op", "name": "aten::add", "dur": 1000.0}, {"name": "process_name", "ph": "M"}]
+
+
+def test_time_per_layer_does_not_depend_on_the_number_of_steps_or_ranks():
+    one, more = per_layer([trace(1, remap=3.0)], "kernel"), per_layer([trace(7, remap=3.0), trace(9, remap=3.0)], "kernel")
+    assert one == {"fused_moe_kernel": [20.0, 2.0], "at::native::remap": [3.0, 1.0]}
+    assert more == {name: pytest.approx(values) for name, values in one.items()}
+
+
+def test_what_one_server_has_more_of_comes_first():
+    few, many = (per_layer([trace(3, **kernels)], "kernel") for kernels in (dict(norm=5.0), dict(norm=5.5, remap=3.0)))
+    console = Console(width=120, record=True)
+    console.print(table({"stock": few, "eplb+8": many}))
+    title, lines = console.export_text().split("eplb+8", 1)
+    lines = [line.split() for line in lines.splitlines()[1:]]
+    assert "where servers differ most" in title and lines[0] == ["at::native::remap", "3.0", "(1.0)"] and lines[1][0] == "at::native::norm"
+    assert lines[-1] == ["all", "25.0", "(3.0)", "28.5", "(4.0)"]
+
+
+def test_names():
+    assert short("void at::native::(anonymous namespace)::index_kernel<float, int>(long*)") == "at::native::::index_kernel"
+    assert short("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)") == "ncclDevKernel_AllReduce_Sum_bf16_RING_LL"
+
+
+class Engine(BaseHTTPRequestHandler):
+    """Answers as an engine does, and writes a trace for each of two ranks once it is asked to stop; the second is slow to be written."""
+
+    folder: Path | None = None
+    asked: list[tuple[str, dict]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+        if self.path == "/v1/completions":
+            self.wfile.write(b'data: {"choices": [{"text": "x"}]}\n\n')
+            return
+        self.asked.append((self.path, body))
+        if self.path == "/stop_profile" and self.folder is not None:
+            for rank in range(2):
+                whole = gzip.compress(json.dumps({"traceEvents": trace(2 + rank, remap=1.0)}).encode())
+                path = self.folder / f"TP-{rank}.trace.json.gz"
+                path.write_bytes(whole[: len(whole) // 2] if rank else whole)
+                if rank:
+                    threading.Timer(0.7, path.write_bytes, [whole]).start()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Backlog(ThreadingHTTPServer):
+    request_queue_size = 256
+
+
+def test_a_server_is_profiled_while_it_decodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Engine, "folder", tmp_path)
+    monkeypatch.setattr(Engine, "asked", [])
+    (tmp_path / "older.json").write_text("{")
+    with Backlog(("127.0.0.1", 0), Engine) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert profile(url, "sglang", tmp_path, 64) == {"fused_moe_kernel": [20.0, 2.0], "at::native::remap": [1.0, 1.0]}
+        assert Engine.asked == [("/start_profile", {"output_dir": str(tmp_path), "activities": ["GPU"]}), ("/stop_profile", {})]
+        monkeypatch.setattr(Engine, "folder", None)
+        with pytest.raises(PlacementError, match="wrote no trace into .* within 1 s"):
+            profile(url, "vllm", tmp_path, 64, seconds=1)
+        server.shutdown()
