@@ -19,7 +19,7 @@ from rich.table import Table
 
 from moe_placement_plugin import PlacementError
 
-from .traffic import Workload, drive
+from .traffic import WORKLOADS, Workload, drive
 
 LOAD = Workload(128, 64, 24, 128)
 """Short: a trace has an event for each kernel that was launched."""
@@ -42,7 +42,7 @@ def profile(url: str, engine: str, folder: Path, vocab: int, cpu: bool = False, 
         engine: ``vllm`` or ``sglang``.
         folder: where it writes its traces, one per rank; its own.
         vocab: tokens to ask with.
-        cpu: operators instead of kernels.
+        cpu: operators instead of kernels, under the tiny load.
         seconds: until the traces must be there.
 
     Returns:
@@ -55,7 +55,7 @@ def profile(url: str, engine: str, folder: Path, vocab: int, cpu: bool = False, 
     before = set(_traces(folder))
     asked = {"output_dir": str(folder), "activities": ["CPU" if cpu else "GPU"]} if engine == "sglang" else {}
     _post(f"{url}/start_profile", asked)
-    drive(url, LOAD, vocab, 5)
+    drive(url, WORKLOADS["tiny"] if cpu else LOAD, vocab, 5)
     _post(f"{url}/stop_profile", {})
     end = time.monotonic() + seconds
     while True:
