@@ -49,6 +49,11 @@ class Contestant:
     recording: bool = False
     engines: tuple[str, ...] = ("vllm", "sglang")
 
+    @property
+    def file(self) -> str:
+        """The name as part of a file's: of its log, its recording, its traces."""
+        return self.name.replace(" ", "-")
+
 
 CONTESTANTS = {
     c.name: c

@@ -12,7 +12,7 @@ import re
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -72,7 +72,7 @@ def profile(url: str, engine: str, folder: Path, vocab: int, cpu: bool = False, 
     return per_layer(events, "cpu_op" if cpu else "kernel")
 
 
-def per_layer(ranks: Iterable[Iterable[Mapping]], category: str) -> dict[str, list[float]]:
+def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict[str, list[float]]:
     """Microseconds and launches per MoE layer of each kernel.
 
     Args:
@@ -80,7 +80,6 @@ def per_layer(ranks: Iterable[Iterable[Mapping]], category: str) -> dict[str, li
         category: of the events that count.
     """
     made: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    ranks = list(ranks)
     for events in ranks:
         counted = [event for event in events if event.get("cat") == category]
         layers = max(1, sum(MOE_KERNEL in event["name"] for event in counted) / 2)

@@ -85,7 +85,7 @@ def markdown(result: Mapping) -> str:
     parts.append(f"`{facts['command']}`")
     balance = result.get("recorded", {}).get("balancedness", {})
     if balance:
-        parts.append(f"Balancedness under the load that was planned from: {_balance(balance)}.")
+        parts.append(f"Balancedness under the load that was planned from: {balance_in_words(balance)}.")
     for batch in result.get("batches", []):
         for workload, rounds in batch["rounds"].items():
             most = max(map(len, rounds.values()), default=0)
@@ -95,14 +95,15 @@ def markdown(result: Mapping) -> str:
         if not batch["rounds"]:
             parts += [f"Answers of {name}: {answers_in_words(found, ASKED)}." for name, found in batch["answers"].items()]
         if "seen" in batch:
-            parts.append(f"Balancedness under what was served: {_balance(batch['seen']['balancedness'])}.")
+            parts.append(f"Balancedness under what was served: {balance_in_words(batch['seen']['balancedness'])}.")
         said = [f"{name}: {words}" for name, found in batch["moved"].items() if (words := in_words(found))]
         if said:
             parts.append(". ".join(said) + ".")
     return "\n\n".join(parts) + "\n"
 
 
-def _balance(balance: Mapping[str, float]) -> str:
+def balance_in_words(balance: Mapping[str, float]) -> str:
+    """Balancedness of each placement."""
     return ", ".join(f"{name} {value:.3f}" for name, value in balance.items())
 
 

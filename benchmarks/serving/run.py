@@ -31,7 +31,7 @@ from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, Contestant, Setup, batches, command
 from .prediction import layer_times, predict, step_tokens
 from .quiet import Quiet
-from .report import answers_in_words, prediction_in_words, table
+from .report import answers_in_words, balance_in_words, prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
 from .traffic import WORKLOADS, drive
 
@@ -163,7 +163,7 @@ class Run:
         self.recorded, self.placed = load, self.placements(load)
         how = "not recorded, planned from the router's own shares" if self.given.skip_recording else "recorded"
         routed = self.routed(load)
-        self.say(f"{how}: {_balance_in_words(routed)}")
+        self.say(f"{how}: {_routed_in_words(routed)}")
         return routed
 
     def routed(self, load: ExpertLoad) -> dict:
@@ -173,10 +173,10 @@ class Run:
         balance = {name: placement.overall_balancedness(load.total) for name, placement in self.placed.items()}
         return {"choices": int(load.counts.sum()), "apart": apart.tolist(), "balancedness": balance}
 
-    def seen(self, name: str) -> ExpertLoad | None:
+    def seen(self, one: Contestant) -> ExpertLoad | None:
         """What a server with --expert-load-record has recorded so far; None of another, or when there is nothing yet."""
-        path = self.recorded_by(CONTESTANTS[name])
-        return ExpertLoad.read(path) if CONTESTANTS[name].recording and path.exists() else None
+        path = self.recorded_by(one)
+        return ExpertLoad.read(path) if one.recording and path.exists() else None
 
     def check_recorded(self, load: ExpertLoad) -> None:
         """Refuse a recording of another model.
@@ -202,12 +202,12 @@ class Run:
 
     def recorded_by(self, one: Contestant) -> Path:
         """Where a contestant that records does so."""
-        return self.folder / f"{one.name.replace(' ', '-')}.safetensors"
+        return self.folder / f"{one.file}.safetensors"
 
     def server(self, one: Contestant, record: Path | None = None) -> Server:
         port = free_port()
         model = self.folder / ("even" if one.even else "model")
-        name = one.name.replace(" ", "-") + ("-first" if record else "")
+        name = one.file + ("-first" if record else "")
         if one.recording and record is None:
             record = self.recorded_by(one)
         if record is not None:
@@ -229,7 +229,7 @@ class Run:
             for name, differs in found["answers"].items():
                 self.say(f"answers of {name}: {answers_in_words(differs, ASKED)}")
             self.save()
-            if self.workloads:
+            if self.workloads or self.given.kernels:
                 with self.quiet.measuring():
                     servers = self.measure(servers, found)
                     if self.given.kernels:
@@ -238,9 +238,9 @@ class Run:
                 found["moved"][name] = moved(server.log.read_text(errors="replace"), self.given.engine, ready[name])
                 if words := in_words(found["moved"][name]):
                     self.say(f"{name}: {words}")
-                if (seen := self.seen(name)) is not None:
+                if (seen := self.seen(CONTESTANTS[name])) is not None:
                     found["seen"] = self.routed(seen)
-                    self.say(f"{name} saw: " + _balance_in_words(found["seen"]))
+                    self.say(f"{name} saw: {_routed_in_words(found['seen'])}")
         self.save()
 
     def measure(self, servers: dict[str, Server], found: dict) -> dict[str, Server]:
@@ -340,7 +340,7 @@ class Run:
 
     def traces(self, one: Contestant) -> Path:
         """Where a server's profiler writes."""
-        return self.folder / "traces" / one.name.replace(" ", "-")
+        return self.folder / "traces" / one.file
 
     def predict(self, workload: str, rounds: dict) -> dict:
         """What the cost model says of each server, from what `record` saw; see `prediction`."""
@@ -357,10 +357,10 @@ def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.abs(ours - theirs).sum(axis=1) / 2
 
 
-def _balance_in_words(routed: dict) -> str:
+def _routed_in_words(routed: dict) -> str:
     """One line of `Run.routed`."""
-    return (f"{routed['choices']} choices, {np.mean(routed['apart']):.1%} of them elsewhere than in the load that the routers follow; balancedness "
-            + ", ".join(f"{name} {value:.3f}" for name, value in routed["balancedness"].items()))  # fmt: skip
+    elsewhere = f"{np.mean(routed['apart']):.1%} of them elsewhere than in the load that the routers follow"
+    return f"{routed['choices']} choices, {elsewhere}; balancedness {balance_in_words(routed['balancedness'])}"
 
 
 def _stop(servers: Sequence[Server]) -> None:
