@@ -197,7 +197,7 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
     if not setup.cpu:
         words += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
         # SGLang takes a share of what was free before it loaded, less whatever others took since: the share is large and the tokens are bounded.
-        words += ["--mem-fraction-static", "0.9", "--max-total-tokens", str(CACHE_TOKENS), "--chunked-prefill-size", str(LARGEST_STEP)]
+        words += ["--mem-fraction-static", "0.95", "--max-total-tokens", str(CACHE_TOKENS), "--chunked-prefill-size", str(LARGEST_STEP)]
         words += ["--max-running-requests", str(MOST_REQUESTS), "--cuda-graph-max-bs-decode", str(MOST_REQUESTS)]
         words.append("--enforce-disable-flashinfer-allreduce-fusion")
         # Graphs of decoding only: steps of thousands of tokens gain nothing from one, and capturing those takes a minute and a half.

@@ -1,4 +1,4 @@
-"""Where a server's time goes on the GPUs: its kernels under a load of decoding, from the engine's own torch profiler.
+"""Where a server's time goes on the GPUs: its kernels while it decodes and while it takes in prompts, from the engine's own torch profiler.
 
 Servers of one model and one load run the same number of MoE layers, so time per MoE layer can be compared kernel by kernel: what a placement,
 redundant experts or counting the load add shows as a kernel that others have not, or as more time in one that all have.
@@ -13,7 +13,9 @@ import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from rich.table import Table
 
@@ -21,7 +23,7 @@ from moe_placement_plugin import PlacementError
 
 from .traffic import WORKLOADS, Workload, drive
 
-LOAD = Workload(128, 64, 24, 128)
+LOADS = {"decode": Workload(128, 64, 24, 128), "prefill": Workload(16, 4096, 1, 16)}
 """Short: a trace has an event for each kernel that was launched."""
 MOE_KERNEL = "fused_moe"
 """Of both engines' Triton kernel's name, which is launched twice in a layer."""
@@ -34,8 +36,8 @@ def vllm_arguments(folder: Path) -> list[str]:
     return ["--profiler-config", json.dumps(settings)]
 
 
-def profile(url: str, engine: str, folder: Path, vocab: int, cpu: bool = False, seconds: float = 60) -> dict[str, list[float]]:
-    """Profile a server under `LOAD`.
+def profile(url: str, engine: str, folder: Path, vocab: int, cpu: bool = False, seconds: float = 60) -> dict[str, dict]:
+    """Profile a server under each of `LOADS`.
 
     Args:
         url: of the server.
@@ -43,51 +45,88 @@ def profile(url: str, engine: str, folder: Path, vocab: int, cpu: bool = False, 
         folder: where it writes its traces, one per rank; its own.
         vocab: tokens to ask with.
         cpu: operators instead of kernels, under the tiny load.
-        seconds: until the traces must be there.
+        seconds: until the traces of one load must be there.
 
     Returns:
-        By kernel, without template arguments: microseconds and launches per MoE layer, the mean of the ranks.
+        By load, what `per_layer` says of the traces.
 
     Raises:
         PlacementError: when no trace comes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = set(_traces(folder))
     asked = {"output_dir": str(folder), "activities": ["CPU" if cpu else "GPU"]} if engine == "sglang" else {}
-    _post(f"{url}/start_profile", asked)
-    drive(url, WORKLOADS["tiny"] if cpu else LOAD, vocab, 5)
-    _post(f"{url}/stop_profile", {})
+    found = {}
+    for name, load in LOADS.items():
+        before = set(_traces(folder))
+        _post(f"{url}/start_profile", asked)
+        drive(url, WORKLOADS["tiny"] if cpu else load, vocab, 5)
+        _post(f"{url}/stop_profile", {})
+        found[name] = per_layer(_new_traces(folder, before, url, seconds), "cpu_op" if cpu else "kernel")
+    return found
+
+
+def _new_traces(folder: Path, before: set[Path], url: str, seconds: float) -> list[list[dict]]:
+    """The events of each trace that is in a folder now and was not before, once all are whole."""
     end = time.monotonic() + seconds
     while True:
-        found, events = sorted(set(_traces(folder)) - before), []
+        found = sorted(set(_traces(folder)) - before)
         try:
             events = [_events(path) for path in found]
         except (OSError, EOFError, ValueError):
-            pass  # one is being written
-        if events or time.monotonic() > end:
-            break
+            events = []  # one is being written
+        if events:
+            return events
+        if time.monotonic() > end:
+            raise PlacementError(f"{url} wrote no trace into {folder} within {seconds:g} s")
         time.sleep(0.5)
-    if not events:
-        raise PlacementError(f"{url} wrote no trace into {folder} within {seconds:g} s")
-    return per_layer(events, "cpu_op" if cpu else "kernel")
 
 
-def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict[str, list[float]]:
-    """Microseconds and launches per MoE layer of each kernel.
+def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict:
+    """What a MoE layer takes: from the end of one layer's MoE kernels to the end of the next one's.
 
     Args:
         ranks: the events of each rank's trace.
         category: of the events that count.
+
+    Returns:
+        Microseconds. ``kernels``: name without template arguments -> [time, launches] in a layer; ``span``: from layer to layer, with what the GPU
+        waits in between; ``moe``: the MoE kernels of the layer's busiest rank. All are medians of the layers, and means of the ranks but for ``moe``:
+        most steps of a load are alike, its first and last are not. ``moe_total``: of ``moe``, the sum of all layers, which is of the same tokens
+        in every server, however they came to be cut into steps.
     """
-    made: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for events in ranks:
-        counted = [event for event in events if event.get("cat") == category]
-        layers = max(1, sum(MOE_KERNEL in event["name"] for event in counted) / 2)
-        for event in counted:
-            of = made[short(event["name"])]
-            of[0] += event["dur"] / layers / len(ranks)
-            of[1] += 1 / layers / len(ranks)
-    return dict(made)
+    cut = [_layers([event for event in events if event.get("cat") == category]) for events in ranks]
+    kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for layers in cut:
+        times: dict[str, list[list[float]]] = defaultdict(list)
+        for events in layers:
+            of: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+            for event in events:
+                of[short(event["name"])][0] += event["dur"]
+                of[short(event["name"])][1] += 1
+            for name, values in of.items():
+                times[name].append(values)
+        for name, rows in times.items():
+            rows += [[0.0, 0.0]] * (len(layers) - len(rows))
+            for at in (0, 1):
+                kernels[name][at] += median(row[at] for row in rows) / len(cut)
+    busiest = [max(moe) for moe in zip(*([_moe(events) for events in layers] for layers in cut))]
+    span = sum(median(_end(after) - _end(before) for before, after in pairwise(layers)) if len(layers) > 1 else 0.0 for layers in cut) / len(cut)
+    return {"kernels": {n: v for n, v in kernels.items() if v[1]}, "span": span, "moe": median(busiest), "moe_total": sum(busiest)}
+
+
+def _layers(events: list[Mapping]) -> list[list[Mapping]]:
+    """One rank's events, layer by layer, each from behind the MoE kernels of the one before; all as one when there is no such kernel."""
+    events = sorted(events, key=lambda event: event.get("ts", 0))
+    ends = [number + 1 for number, event in enumerate(events) if MOE_KERNEL in event["name"]][1::2]
+    return [events[start:end] for start, end in pairwise(ends)] or [events]
+
+
+def _moe(events: Sequence[Mapping]) -> float:
+    return sum(event["dur"] for event in events if MOE_KERNEL in event["name"])
+
+
+def _end(events: Sequence[Mapping]) -> float:
+    return events[-1]["ts"] + events[-1]["dur"]
 
 
 def short(name: str) -> str:
@@ -96,21 +135,26 @@ def short(name: str) -> str:
     return re.split(r"[<(]", name, maxsplit=1)[0][:70] or name[:70]
 
 
-def table(found: Mapping[str, Mapping[str, list[float]]]) -> Table:
-    """The kernels in which servers differ most, and the sum of all.
+def table(load: str, found: Mapping[str, Mapping]) -> Table:
+    """The kernels in which servers differ most, and what a layer takes.
 
     Args:
-        found: server -> what `profile` returned; the first is what the others are compared with.
+        load: of `LOADS`.
+        found: server -> what `per_layer` returned; the first is what the others are compared with.
     """
-    first = next(iter(found.values()))
-    names = {name for kernels in found.values() for name in kernels}
-    gap = {n: max(abs(k.get(n, [0.0])[0] - first.get(n, [0.0])[0]) for k in found.values()) for n in names}
-    made = Table(title="kernels: microseconds (launches) per MoE layer, where servers differ most", title_justify="left", box=None)
+    kernels = {server: of["kernels"] for server, of in found.items()}
+    first = next(iter(kernels.values()))
+    names = {name for one in kernels.values() for name in one}
+    gap = {n: max(abs(k.get(n, [0.0])[0] - first.get(n, [0.0])[0]) for k in kernels.values()) for n in names}
+    made = Table(title=f"kernels in {load}: microseconds (launches) per MoE layer, where servers differ most", title_justify="left", box=None)
     for column in ("kernel", *found):
         made.add_column(column, justify="left" if column == "kernel" else "right")
     for name in sorted(names, key=lambda n: (-gap[n], n))[:SHOWN]:
-        made.add_row(name, *(f"{k[name][0]:.1f} ({k[name][1]:.1f})" if name in k else "" for k in found.values()))
-    made.add_row("all", *(f"{sum(t for t, _ in k.values()):.1f} ({sum(n for _, n in k.values()):.1f})" for k in found.values()))
+        made.add_row(name, *(f"{k[name][0]:.1f} ({k[name][1]:g})" if name in k else "" for k in kernels.values()))
+    made.add_row("all kernels", *(f"{sum(t for t, _ in k.values()):.1f} ({sum(n for _, n in k.values()):g})" for k in kernels.values()))
+    made.add_row("from layer to layer", *(f"{of['span']:.1f}" for of in found.values()))
+    made.add_row("the busiest rank's MoE kernels", *(f"{of['moe']:.1f}" for of in found.values()))
+    made.add_row("the same, all layers, ms", *(f"{of['moe_total'] / 1e3:.2f}" for of in found.values()))
     return made
 
 

@@ -33,7 +33,7 @@ from .prediction import layer_times, predict, step_tokens
 from .quiet import Quiet
 from .report import answers_in_words, balance_in_words, prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
-from .traffic import WORKLOADS, drive
+from .traffic import WORKLOADS, drive, forget_garbage
 
 MOST_AT_ONCE = 8
 """Servers that are up together when nothing else is said."""
@@ -245,6 +245,9 @@ class Run:
 
     def measure(self, servers: dict[str, Server], found: dict) -> dict[str, Server]:
         """Every workload in turns; the servers that answered in all rounds."""
+        if self.given.engine == "sglang":
+            for server in servers.values():
+                forget_garbage(server.url)
         for workload in self.workloads:
             rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
             servers = {name: server for name, server in servers.items() if name in rounds}
@@ -327,15 +330,15 @@ class Run:
         return {name: found[name] for name in left}
 
     def profile(self, servers: dict[str, Server]) -> dict:
-        """What each server's kernels take under a load of decoding; of a server whose profiler fails that is told."""
+        """What each server's kernels take, by load; of a server whose profiler fails that is told."""
         found = {}
         for name, server in servers.items():
             try:
                 found[name] = kernels.profile(server.url, self.given.engine, self.traces(CONTESTANTS[name]), self.model.size.vocab, self.given.cpu)
             except (PlacementError, RuntimeError, OSError) as error:
                 self.fail(f"{name} was not profiled: {error}")
-        if found:
-            self.console.print(kernels.table(found))
+        for load in kernels.LOADS if found else ():
+            self.console.print(kernels.table(load, {name: of[load] for name, of in found.items()}))
         return found
 
     def traces(self, one: Contestant) -> Path:

@@ -18,27 +18,46 @@ from benchmarks.serving.kernels import per_layer, profile, short, table  # noqa:
 from moe_placement_plugin import PlacementError  # noqa: E402
 
 
-def trace(steps: int, **kernels: float) -> list[dict]:
-    """Two launches of the MoE kernel and one of each other kernel per layer, two layers per step; what the host did counts for nothing."""
-    layer = [("void fused_moe_kernel<128>(int)", 10.0)] * 2 + [(f"void at::native::{name}<float, {us}>(int*)", us) for name, us in kernels.items()]
-    events = [{"cat": "kernel", "name": name, "dur": us} for name, us in layer * 2 * steps]
-    return [*events, {"cat": "cpu_op", "name": "aten::add", "dur": 1000.0}, {"name": "process_name", "ph": "M"}]
+def trace(steps: int, moe: float = 10.0, **kernels: float) -> list[dict]:
+    """Two launches of the MoE kernel and one of each other kernel per layer, one microsecond apart, two layers per step; the first step is of
+    prompts and takes twice as long. What the host did counts for nothing."""
+    layer = [(f"void at::native::{name}<float, {us}>(int*)", us) for name, us in kernels.items()] + [("void fused_moe_kernel<128>(int)", moe)] * 2
+    events, at = [], 0.0
+    for step in range(steps):
+        for name, us in layer * 2:
+            us *= 1 if step else 2
+            events.append({"cat": "kernel", "name": name, "ts": at, "dur": us})
+            at += us + 1
+    return [*reversed(events), {"cat": "cpu_op", "name": "aten::add", "ts": 0, "dur": 1000.0}, {"name": "process_name", "ph": "M"}]
 
 
 def test_time_per_layer_does_not_depend_on_the_number_of_steps_or_ranks():
-    one, more = per_layer([trace(1, remap=3.0)], "kernel"), per_layer([trace(7, remap=3.0), trace(9, remap=3.0)], "kernel")
-    assert one == {"fused_moe_kernel": [20.0, 2.0], "at::native::remap": [3.0, 1.0]}
-    assert more == {name: pytest.approx(values) for name, values in one.items()}
+    one, more = per_layer([trace(4, remap=3.0)], "kernel"), per_layer([trace(7, remap=3.0), trace(7, remap=3.0)], "kernel")
+    assert one["kernels"] == {"fused_moe_kernel": [20.0, 2], "at::native::remap": [3.0, 1]} and one["span"] == 26.0 and one["moe"] == 20.0
+    assert more == one | {"moe_total": 40.0 + 12 * 20.0}, "the first layer of all is cut off"
+    assert one["moe_total"] == 40.0 + 6 * 20.0
+
+
+def test_a_layer_takes_what_its_busiest_rank_takes():
+    found = per_layer([trace(4, 10.0), trace(4, 14.0)], "kernel")
+    assert found["moe"] == 28.0 and found["moe_total"] == 2 * 28.0 + 6 * 28.0 and found["kernels"]["fused_moe_kernel"] == [24.0, 2]
+
+
+def test_without_moe_kernels_all_is_one_layer():
+    events = [{"cat": "cpu_op", "name": "aten::add", "ts": i, "dur": 0.5} for i in range(3)]
+    assert per_layer([events], "cpu_op") == {"kernels": {"aten::add": [1.5, 3]}, "span": 0.0, "moe": 0, "moe_total": 0}
 
 
 def test_what_one_server_has_more_of_comes_first():
     few, many = (per_layer([trace(3, **kernels)], "kernel") for kernels in (dict(norm=5.0), dict(norm=5.5, remap=3.0)))
     console = Console(width=120, record=True)
-    console.print(table({"stock": few, "eplb+8": many}))
+    console.print(table("decode", {"stock": few, "eplb+8": many}))
     title, lines = console.export_text().split("eplb+8", 1)
     lines = [line.split() for line in lines.splitlines()[1:]]
-    assert "where servers differ most" in title and lines[0] == ["at::native::remap", "3.0", "(1.0)"] and lines[1][0] == "at::native::norm"
-    assert lines[-1] == ["all", "25.0", "(3.0)", "28.5", "(4.0)"]
+    assert "decode" in title and "where servers differ most" in title
+    assert lines[0] == ["at::native::remap", "3.0", "(1)"] and lines[1][0] == "at::native::norm"
+    assert [line[-4:] for line in lines[-4:-3]] == [["25.0", "(3)", "28.5", "(4)"]]
+    assert [line[-2:] for line in lines[-3:]] == [["28.0", "32.5"], ["20.0", "20.0"], ["0.12", "0.12"]]
 
 
 def test_names():
@@ -62,8 +81,8 @@ class Engine(BaseHTTPRequestHandler):
         self.asked.append((self.path, body))
         if self.path == "/stop_profile" and self.folder is not None:
             for rank in range(2):
-                whole = gzip.compress(json.dumps({"traceEvents": trace(2 + rank, remap=1.0)}).encode())
-                path = self.folder / f"TP-{rank}.trace.json.gz"
+                whole = gzip.compress(json.dumps({"traceEvents": trace(4, remap=1.0)}).encode())
+                path = self.folder / f"{len(self.asked)}-TP-{rank}.trace.json.gz"
                 path.write_bytes(whole[: len(whole) // 2] if rank else whole)
                 if rank:
                     threading.Timer(0.7, path.write_bytes, [whole]).start()
@@ -84,8 +103,10 @@ def test_a_server_is_profiled_while_it_decodes(tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         found = profile(url, "sglang", tmp_path, 64)
-        assert found == {"fused_moe_kernel": pytest.approx([20, 2]), "at::native::remap": pytest.approx([1, 1])}, "both ranks' traces, whole"
-        assert Engine.asked == [("/start_profile", {"output_dir": str(tmp_path), "activities": ["GPU"]}), ("/stop_profile", {})]
+        assert list(found) == ["decode", "prefill"]
+        for layer in found.values():
+            assert layer["kernels"] == {"fused_moe_kernel": [20, 2], "at::native::remap": [1, 1]} and layer["moe_total"] == 40 + 6 * 20, "both ranks'"
+        assert Engine.asked == 2 * [("/start_profile", {"output_dir": str(tmp_path), "activities": ["GPU"]}), ("/stop_profile", {})]
         monkeypatch.setattr(Engine, "folder", None)
         with pytest.raises(PlacementError, match="wrote no trace into .* within 1 s"):
             profile(url, "vllm", tmp_path, 64, seconds=1)
