@@ -17,8 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from rich.table import Table
-
 from moe_placement_plugin import PlacementError
 
 from .traffic import WORKLOADS, Workload, drive
@@ -27,7 +25,6 @@ LOADS = {"decode": Workload(128, 64, 24, 128), "prefill": Workload(16, 4096, 1, 
 """Short: a trace has an event for each kernel that was launched."""
 MOE_KERNEL = "fused_moe"
 """Of both engines' Triton kernel's name, which is launched twice in a layer."""
-SHOWN = 16
 
 
 def vllm_arguments(folder: Path) -> list[str]:
@@ -133,29 +130,6 @@ def short(name: str) -> str:
     """A kernel's name without return type, template arguments and parameters."""
     name = re.sub(r"^void ", "", name.replace("(anonymous namespace)", ""))
     return re.split(r"[<(]", name, maxsplit=1)[0][:70] or name[:70]
-
-
-def table(load: str, found: Mapping[str, Mapping]) -> Table:
-    """The kernels in which servers differ most, and what a layer takes.
-
-    Args:
-        load: of `LOADS`.
-        found: server -> what `per_layer` returned; the first is what the others are compared with.
-    """
-    kernels = {server: of["kernels"] for server, of in found.items()}
-    first = next(iter(kernels.values()))
-    names = {name for one in kernels.values() for name in one}
-    gap = {n: max(abs(k.get(n, [0.0])[0] - first.get(n, [0.0])[0]) for k in kernels.values()) for n in names}
-    made = Table(title=f"kernels in {load}: microseconds (launches) per MoE layer, where servers differ most", title_justify="left", box=None)
-    for column in ("kernel", *found):
-        made.add_column(column, justify="left" if column == "kernel" else "right")
-    for name in sorted(names, key=lambda n: (-gap[n], n))[:SHOWN]:
-        made.add_row(name, *(f"{k[name][0]:.1f} ({k[name][1]:g})" if name in k else "" for k in kernels.values()))
-    made.add_row("all kernels", *(f"{sum(t for t, _ in k.values()):.1f} ({sum(n for _, n in k.values()):g})" for k in kernels.values()))
-    made.add_row("from layer to layer", *(f"{of['span']:.1f}" for of in found.values()))
-    made.add_row("the busiest rank's MoE kernels", *(f"{of['moe']:.1f}" for of in found.values()))
-    made.add_row("the same, all layers, ms", *(f"{of['moe_total'] / 1e3:.2f}" for of in found.values()))
-    return made
 
 
 def _traces(folder: Path) -> list[Path]:

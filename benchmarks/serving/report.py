@@ -13,6 +13,8 @@ from rich.table import Table
 from .answers import ASKED
 from .server_logs import in_words
 
+SHOWN = 16
+"""Kernels in a table."""
 COLUMNS = ("server", "tokens/s", "over {first}", "of the ideal", "TTFT p50/p99, ms", "TPOT p50/p99, ms", "longest gap, ms", "answers")
 
 
@@ -30,6 +32,53 @@ def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str,
     for cells in _rows(rounds, answers):
         made.add_row(*cells)
     return made
+
+
+def kernel_table(load: str, found: Mapping[str, Mapping]) -> Table:
+    """What a MoE layer takes under one load, a column per server.
+
+    Args:
+        load: of `kernels.LOADS`.
+        found: server -> what `kernels.per_layer` returned; the first is what the others are compared with.
+    """
+    made = Table(title=_kernel_title(load), title_justify="left", box=None)
+    heads, *rows = _kernel_rows(found)
+    for column in heads:
+        made.add_column(column, justify="left" if column == "kernel" else "right")
+    for cells in rows:
+        made.add_row(*cells)
+    return made
+
+
+def _kernel_title(load: str) -> str:
+    return f"kernels in {load}: microseconds (launches) per MoE layer, where servers differ most"
+
+
+def _kernel_rows(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
+    """Heads, the kernels in which servers differ most, and what a layer takes."""
+    yield ["kernel", *found]
+    kernels = [of["kernels"] for of in found.values()]
+    gap = {n: max(abs(k.get(n, [0.0])[0] - kernels[0].get(n, [0.0])[0]) for k in kernels) for one in kernels for n in one}
+    for name in sorted(gap, key=lambda n: (-gap[n], n))[:SHOWN]:
+        yield [name, *(f"{k[name][0]:.1f} ({k[name][1]:g})" if name in k else "" for k in kernels)]
+    yield ["all kernels", *(f"{sum(t for t, _ in k.values()):.1f} ({sum(n for _, n in k.values()):g})" for k in kernels)]
+    yield ["from layer to layer", *(f"{of['span']:.1f}" for of in found.values())]
+    yield ["the busiest rank's MoE kernels", *(f"{of['moe']:.1f}" for of in found.values())]
+    yield ["the same, all layers, ms", *(f"{of['moe_total'] / 1e3:.2f}" for of in found.values())]
+
+
+def by_load(kernels: Mapping[str, Mapping[str, Mapping]]) -> dict[str, dict[str, Mapping]]:
+    """What was profiled, load -> server, of server -> load."""
+    return {load: {name: of[load] for name, of in kernels.items()} for load in next(iter(kernels.values()), {})}
+
+
+def disturbed_in_words(rounds: Mapping[str, list[dict]]) -> str:
+    """What the machine did to the measuring, most of all rounds: what is as long as a wait of a server's is none of that server's."""
+    all_rounds = [row for rows in rounds.values() for row in rows if "client_lag" in row]
+    if not all_rounds:
+        return ""
+    lag, stolen = (max(row[key] for row in all_rounds) for key in ("client_lag", "stolen"))
+    return f"the client itself was held up for at most {lag:.0f} ms, and other machines took at most {stolen:.1%} of the processors' time in a round"
 
 
 def _title(workload: str, rounds: Mapping[str, list[dict]]) -> str:
@@ -91,7 +140,11 @@ def markdown(result: Mapping) -> str:
             most = max(map(len, rounds.values()), default=0)
             full = {name: rows for name, rows in rounds.items() if rows and len(rows) == most}
             if full and next(iter(rounds)) in full:
-                parts.append(_markdown_table(workload, full, batch["answers"]))
+                parts.append(_markdown_table(_title(workload, full), [_heads(full), *_rows(full, batch["answers"])]))
+                if words := disturbed_in_words(full):
+                    parts.append(f"{words[0].upper()}{words[1:]}.")
+        for load, found in by_load(batch.get("kernels", {})).items():
+            parts.append(_markdown_table(_kernel_title(load), list(_kernel_rows(found))))
         if not batch["rounds"]:
             parts += [f"Answers of {name}: {answers_in_words(found, ASKED)}." for name, found in batch["answers"].items()]
         if "seen" in batch:
@@ -107,9 +160,9 @@ def balance_in_words(balance: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in balance.items())
 
 
-def _markdown_table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> str:
-    lines = [_heads(rounds), ["---"] * len(COLUMNS), *_rows(rounds, answers)]
-    return f"{_title(workload, rounds)}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def _markdown_table(title: str, lines: list[list[str]]) -> str:
+    """The first line is of heads."""
+    return f"{title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 
 if __name__ == "__main__":

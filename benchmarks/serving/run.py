@@ -31,7 +31,7 @@ from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, Contestant, Setup, batches, command
 from .prediction import layer_times, predict, step_tokens
 from .quiet import Quiet
-from .report import answers_in_words, balance_in_words, prediction_in_words, table
+from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
 from .traffic import WORKLOADS, drive, forget_garbage
 
@@ -252,6 +252,7 @@ class Run:
             rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
             servers = {name: server for name, server in servers.items() if name in rounds}
             self.console.print(table(workload, rounds, found["answers"]))
+            self.say("  " + disturbed_in_words(rounds))
             if self.cost is not None:
                 found["predicted"][workload] = self.predict(workload, rounds)
                 self.say("  " + prediction_in_words(found["predicted"][workload]))
@@ -337,8 +338,8 @@ class Run:
                 found[name] = kernels.profile(server.url, self.given.engine, self.traces(CONTESTANTS[name]), self.model.size.vocab, self.given.cpu)
             except (PlacementError, RuntimeError, OSError) as error:
                 self.fail(f"{name} was not profiled: {error}")
-        for load in kernels.LOADS if found else ():
-            self.console.print(kernels.table(load, {name: of[load] for name, of in found.items()}))
+        for load, of in by_load(found).items():
+            self.console.print(kernel_table(load, of))
         return found
 
     def traces(self, one: Contestant) -> Path:

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import aiohttp
 import numpy as np
@@ -52,6 +53,10 @@ WORKLOADS = {
 which is what a few layers on two GPUs would be measured by."""
 
 
+HEARTBEAT = 0.005
+"""Seconds between two looks at how late the client is."""
+
+
 @dataclass
 class Seen:
     """One round of a workload.
@@ -63,6 +68,8 @@ class Seen:
         between: mean seconds between its later tokens.
         longest: the longest wait between two pieces of one answer, seconds: a rebalance that stops the server shows here. A piece is
             as many tokens as the server streams at once.
+        lag: the longest that this process kept its own event loop waiting, or the machine did, seconds: no wait of the server's.
+        stolen: share of the processors' time that the host gave to other machines.
     """
 
     seconds: float = 0.0
@@ -70,6 +77,8 @@ class Seen:
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
     longest: float = 0.0
+    lag: float = 0.0
+    stolen: float = 0.0
 
     def figures(self) -> dict[str, float]:
         """Throughput and percentiles, times in milliseconds."""
@@ -84,6 +93,8 @@ class Seen:
             "tpot_p50": at(self.between, 50),
             "tpot_p99": at(self.between, 99),
             "longest_gap": self.longest * 1e3,
+            "client_lag": self.lag * 1e3,
+            "stolen": self.stolen,
         }
 
 
@@ -124,10 +135,30 @@ async def _drive(url: str, workload: Workload, vocab: int, seed: int) -> Seen:
                 await _request(session, url, body, workload, seen)
 
         with _no_garbage_collection():
-            began = time.perf_counter()
+            beat = asyncio.create_task(_heartbeat(seen))
+            before, began = _processors(), time.perf_counter()
             await asyncio.gather(*map(one, bodies))
             seen.seconds = time.perf_counter() - began
+            beat.cancel()
+    passed = _processors() - before
+    seen.stolen = float(passed[1] / passed[0]) if passed[0] else 0.0
     return seen
+
+
+async def _heartbeat(seen: Seen) -> None:
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(HEARTBEAT)
+        seen.lag = max(seen.lag, time.perf_counter() - before - HEARTBEAT)
+
+
+def _processors() -> np.ndarray:
+    """Time of all processors since the machine started, and how much of it the host gave to other machines: ``proc_stat(5)``."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:  # not Linux
+        ticks = [0] * 8
+    return np.array([sum(ticks), ticks[7]])
 
 
 @contextmanager

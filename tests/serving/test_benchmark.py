@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -254,7 +255,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
         assert woken[-1] == url, "a server that waited is woken before its time is taken"
         if len(driven) == fails_at:
             raise RuntimeError(f"{url} answered 500")
-        return Seen(seconds=2.0, tokens=100 * (1 + (url == "eplb")), first=[0.1], between=[0.01], longest=0.2)
+        return Seen(seconds=2.0, tokens=100 * (1 + (url == "eplb")), first=[0.1], between=[0.01], longest=0.2, lag=0.05, stolen=0.02)
 
     monkeypatch.setattr(Run, "server", server)
     monkeypatch.setattr("benchmarks.serving.run.drive", drive)
@@ -289,7 +290,9 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     page = markdown(result)
     assert page.count("| linear | 50 (50 to 50) | 1.000 (1.000 to 1.000) |") == 2 and "| eplb+8 | 50 (50 to 50) |" in page
     assert "| eplb |" not in page, "a server without all rounds has no row"
-    assert "eplb failed in tiny" in capsys.readouterr().out and driven[6:8] == ["eplb+8", "linear"]
+    said = capsys.readouterr().out
+    disturbed = "client itself was held up for at most 50 ms, and other machines took at most 2.0% of the processors' time in a round"
+    assert "eplb failed in tiny" in said and disturbed in " ".join(said.split()) and driven[6:8] == ["eplb+8", "linear"]
 
     driven.clear()
     fails_at = 4
@@ -386,7 +389,7 @@ def test_prompts():
     assert [len(t) for t in tokens] == [8, 8] and len(tokens[0] & tokens[1]) < 8 and len(np.unique(rounds[0][0])) > 290
 
 
-def test_traffic_measures_what_a_user_sees():
+def test_traffic_measures_what_a_user_sees(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
@@ -397,8 +400,17 @@ def test_traffic_measures_what_a_user_sees():
         assert figures["ttft_p50"] >= 50 and figures["longest_gap"] >= 200 and figures["tpot_p50"] >= (200 + 4 * 10) / 5
         # Two at a time: two batches, one after the other.
         assert seen.seconds >= 2 * (0.05 + 0.2 + 4 * 0.01) and figures["tokens_per_s"] == pytest.approx(36 / seen.seconds)
+        assert gc.isenabled() and 0 <= seen.stolen < 1
+        # What holds up the client holds up what it measures: that is told apart.
+        assert seen.lag < 0.1
+        sleepy = iter([0.3])
+        slow = SimpleNamespace(dumps=json.dumps, loads=lambda text: time.sleep(next(sleepy, 0)) or json.loads(text))
+        monkeypatch.setattr("benchmarks.serving.traffic.json", slow)
+        late = drive(url, Workload(4, 3, 6, 2), 10**6, 0)
+        assert 0.25 < late.lag < 1 and late.figures()["client_lag"] == late.lag * 1e3
         with pytest.raises(RuntimeError, match="answered 500"):
             drive(url, Workload(1, 2, 2, 1), 5, 0)  # the only token is 4
+        assert gc.isenabled()
     finally:
         server.shutdown()
 

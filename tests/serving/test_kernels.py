@@ -14,7 +14,8 @@ pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohtt
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks.serving.kernels import per_layer, profile, short, table  # noqa: E402
+from benchmarks.serving.kernels import per_layer, profile, short  # noqa: E402
+from benchmarks.serving.report import kernel_table, markdown  # noqa: E402
 from moe_placement_plugin import PlacementError  # noqa: E402
 
 
@@ -51,13 +52,18 @@ def test_without_moe_kernels_all_is_one_layer():
 def test_what_one_server_has_more_of_comes_first():
     few, many = (per_layer([trace(3, **kernels)], "kernel") for kernels in (dict(norm=5.0), dict(norm=5.5, remap=3.0)))
     console = Console(width=120, record=True)
-    console.print(table("decode", {"stock": few, "eplb+8": many}))
+    console.print(kernel_table("decode", {"stock": few, "eplb+8": many}))
     title, lines = console.export_text().split("eplb+8", 1)
     lines = [line.split() for line in lines.splitlines()[1:]]
     assert "decode" in title and "where servers differ most" in title
     assert lines[0] == ["at::native::remap", "3.0", "(1)"] and lines[1][0] == "at::native::norm"
     assert [line[-4:] for line in lines[-4:-3]] == [["25.0", "(3)", "28.5", "(4)"]]
     assert [line[-2:] for line in lines[-3:]] == [["28.0", "32.5"], ["20.0", "20.0"], ["0.12", "0.12"]]
+
+    kernels = {"stock": {"decode": few, "prefill": few}, "eplb+8": {"decode": many, "prefill": few}}
+    page = markdown({"facts": {"command": "x"}, "batches": [{"rounds": {}, "answers": {}, "moved": {}, "kernels": kernels}]})
+    assert "| kernel | stock | eplb+8 |\n| --- | --- | --- |\n| at::native::remap |  | 3.0 (1) |\n| at::native::norm | 5.0 (1) | 5.5 (1) |" in page
+    assert "kernels in prefill: " in page and page.count("| the busiest rank's MoE kernels | 20.0 | 20.0 |") == 2
 
 
 def test_names():
