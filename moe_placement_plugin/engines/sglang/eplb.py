@@ -18,7 +18,7 @@ from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
 from ..eplb_table import inverse_maps
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import elastic, eplb_update, loaded, phases, reload, settings
+from . import elastic, eplb_count, eplb_update, loaded, phases, reload, settings
 from .hooks import Hook, HookSet
 from .hosts import real_topology
 from .verify import expert_layers, recheck
@@ -242,6 +242,7 @@ def hooks() -> HookSet:
                 removable_when="the updater takes executors from plugins",
             ),
             *phases.phase_hooks(),
+            *eplb_count.count_hooks(),
             Hook(
                 name="eplb-needed",
                 target="sglang.srt.eplb.eplb_manager:EPLBManager._check_rebalance_needed",
