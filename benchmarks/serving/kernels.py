@@ -33,7 +33,7 @@ def vllm_arguments(folder: Path) -> list[str]:
     return ["--profiler-config", json.dumps(settings)]
 
 
-def profile(url: str, engine: str, folder: Path, vocab: int, cpu: bool = False, seconds: float = 60) -> dict[str, dict]:
+def profile(url: str, engine: str, folder: Path, vocab: int, ranks: int, cpu: bool = False, seconds: float = 60) -> dict[str, dict]:
     """Profile a server under each of `LOADS`.
 
     Args:
@@ -41,6 +41,7 @@ def profile(url: str, engine: str, folder: Path, vocab: int, cpu: bool = False, 
         engine: ``vllm`` or ``sglang``.
         folder: where it writes its traces, one per rank; its own.
         vocab: tokens to ask with.
+        ranks: EP ranks.
         cpu: operators instead of kernels, under the tiny load.
         seconds: until the traces of one load must be there.
 
@@ -48,7 +49,7 @@ def profile(url: str, engine: str, folder: Path, vocab: int, cpu: bool = False, 
         By load, what `per_layer` says of the traces.
 
     Raises:
-        PlacementError: when no trace comes.
+        PlacementError: when a rank's trace does not come.
     """
     folder.mkdir(parents=True, exist_ok=True)
     asked = {"output_dir": str(folder), "activities": ["CPU" if cpu else "GPU"]} if engine == "sglang" else {}
@@ -58,12 +59,12 @@ def profile(url: str, engine: str, folder: Path, vocab: int, cpu: bool = False, 
         _post(f"{url}/start_profile", asked)
         drive(url, WORKLOADS["tiny"] if cpu else load, vocab, 5)
         _post(f"{url}/stop_profile", {})
-        found[name] = per_layer(_new_traces(folder, before, url, seconds), "cpu_op" if cpu else "kernel")
+        found[name] = per_layer(_new_traces(folder, before, url, ranks, seconds), "cpu_op" if cpu else "kernel")
     return found
 
 
-def _new_traces(folder: Path, before: set[Path], url: str, seconds: float) -> list[list[dict]]:
-    """The events of each trace that is in a folder now and was not before, once all are whole."""
+def _new_traces(folder: Path, before: set[Path], url: str, ranks: int, seconds: float) -> list[list[dict]]:
+    """The events of each trace that is in a folder now and was not before, once there is one of each rank and all are whole."""
     end = time.monotonic() + seconds
     while True:
         found = sorted(set(_traces(folder)) - before)
@@ -71,10 +72,10 @@ def _new_traces(folder: Path, before: set[Path], url: str, seconds: float) -> li
             events = [_events(path) for path in found]
         except (OSError, EOFError, ValueError):
             events = []  # one is being written
-        if events:
+        if len(events) >= ranks:
             return events
         if time.monotonic() > end:
-            raise PlacementError(f"{url} wrote no trace into {folder} within {seconds:g} s")
+            raise PlacementError(f"{url} wrote {len(events)} whole traces of {ranks} ranks into {folder} within {seconds:g} s")
         time.sleep(0.5)
 
 

@@ -335,7 +335,8 @@ class Run:
         found = {}
         for name, server in servers.items():
             try:
-                found[name] = kernels.profile(server.url, self.given.engine, self.traces(CONTESTANTS[name]), self.model.size.vocab, self.given.cpu)
+                folder, vocab = self.traces(CONTESTANTS[name]), self.model.size.vocab
+                found[name] = kernels.profile(server.url, self.given.engine, folder, vocab, self.given.ranks, self.given.cpu)
             except (PlacementError, RuntimeError, OSError) as error:
                 self.fail(f"{name} was not profiled: {error}")
         for load, of in by_load(found).items():

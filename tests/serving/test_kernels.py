@@ -72,7 +72,7 @@ def test_names():
 
 
 class Engine(BaseHTTPRequestHandler):
-    """Answers as an engine does, and writes a trace for each of two ranks once it is asked to stop; the second is slow to be written."""
+    """Answers as an engine does, and writes a trace for each of two ranks once it is asked to stop; the second's comes late and bit by bit."""
 
     folder: Path | None = None
     asked: list[tuple[str, dict]] = []
@@ -89,9 +89,12 @@ class Engine(BaseHTTPRequestHandler):
             for rank in range(2):
                 whole = gzip.compress(json.dumps({"traceEvents": trace(4, remap=1.0)}).encode())
                 path = self.folder / f"{len(self.asked)}-TP-{rank}.trace.json.gz"
-                path.write_bytes(whole[: len(whole) // 2] if rank else whole)
-                if rank:
-                    threading.Timer(0.7, path.write_bytes, [whole]).start()
+                if not rank:
+                    path.write_bytes(whole)
+                    continue
+                # Not there at first, then not whole.
+                threading.Timer(0.7, path.write_bytes, [whole[: len(whole) // 2]]).start()
+                threading.Timer(1.4, path.write_bytes, [whole]).start()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -108,12 +111,12 @@ def test_a_server_is_profiled_while_it_decodes(tmp_path, monkeypatch):
     with Backlog(("127.0.0.1", 0), Engine) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        found = profile(url, "sglang", tmp_path, 64)
+        found = profile(url, "sglang", tmp_path, 64, 2)
         assert list(found) == ["decode", "prefill"]
         for layer in found.values():
             assert layer["kernels"] == {"fused_moe_kernel": [20, 2], "at::native::remap": [1, 1]} and layer["moe_total"] == 40 + 6 * 20, "both ranks'"
         assert Engine.asked == 2 * [("/start_profile", {"output_dir": str(tmp_path), "activities": ["GPU"]}), ("/stop_profile", {})]
         monkeypatch.setattr(Engine, "folder", None)
-        with pytest.raises(PlacementError, match="wrote no trace into .* within 1 s"):
-            profile(url, "vllm", tmp_path, 64, seconds=1)
+        with pytest.raises(PlacementError, match="wrote 0 whole traces of 2 ranks into .* within 1 s"):
+            profile(url, "vllm", tmp_path, 64, 2, seconds=1)
         server.shutdown()
