@@ -1,4 +1,4 @@
-"""The kernels that count choices on a GPU, under Triton's interpreter, against NumPy."""
+"""The kernels that count choices on a GPU: under Triton's interpreter, against counting one by one, and compiled."""
 
 from __future__ import annotations
 
@@ -56,18 +56,36 @@ assert ours._data.equal(theirs._data) and ours._data.sum() > 0
 print("equal")
 """
 
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from moe_placement_plugin.engines.load_kernel import _count, _count_slots
+of_slots = {"ids_ptr": "*i32", "counts_ptr": "*i32", "numel": "i32", "slots": "i32", "BLOCK": "constexpr"}
+of_experts = {"ids_ptr": "*i64", "start_ptr": "*i64", "counts_ptr": "*i64", "numel": "i32", "top_k": "i32", "experts": "i32", "BLOCK": "constexpr"}
+for kernel, types in ((_count_slots, of_slots), (_count, of_experts)):
+    made = triton.compile(ASTSource(kernel, types, {"BLOCK": 256}), target=GPUTarget("cuda", 90, 32))
+    assert len(made.asm["cubin"]) and ".add." in made.asm["ptx"], "counts are added to atomically"
+    assert [p.name for p in kernel.params if p.do_not_specialize] == ["numel"], "one kernel for all numbers of tokens"
+print("equal")
+"""
 
-def interpreted(code: str) -> None:
+
+def run(code: str, interpret: str = "1") -> None:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": interpret}, capture_output=True, text=True, timeout=240
     )
     assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
 
 
 def test_choices_are_counted_once_each():
-    interpreted(KERNELS)
+    run(KERNELS)
+
+
+def test_both_compile_for_a_gpu_where_there_is_none():
+    run(COMPILED, "0")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("sglang"), reason="SGLang's recorder")
 def test_sglangs_recorder_counts_the_same():
-    interpreted(SGLANG)
+    run(SGLANG)
