@@ -15,7 +15,9 @@ from .server_logs import in_words
 
 SHOWN = 16
 """Kernels in a table."""
-COLUMNS = ("server", "tokens/s", "over {first}", "of the ideal", "TTFT p50/p99, ms", "TPOT p50/p99, ms", "longest gap, ms", "answers")
+COLUMNS = (
+    "server", "tokens/s", "over {first}", "of the ideal", "TTFT p50/p99, ms", "TPOT p50/p99, ms", "by the engine", "longest gap, ms", "answers",
+)  # fmt: skip
 
 
 def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Table:
@@ -94,7 +96,8 @@ def _rows(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Iter
     first = next(iter(rounds))
     speed = {name: np.array([r["tokens_per_s"] for r in rows]) for name, rows in rounds.items()}
     for name, rows in rounds.items():
-        middle = {key: float(np.median([r[key] for r in rows])) for key in rows[0]}
+        middle = {key: float(np.median([r[key] for r in rows])) for key in rows[0] if key != "engine_tpot"}
+        own = [r["engine_tpot"] for r in rows if r.get("engine_tpot") is not None]
         ratio, values, found = speed[name] / speed[first], speed[name], answers.get(name)
         yield [
             name,
@@ -103,6 +106,7 @@ def _rows(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Iter
             f"{np.median(speed[name] / speed['ideal']):.3f}" if "ideal" in speed else "",
             f"{middle['ttft_p50']:.1f} / {middle['ttft_p99']:.1f}",
             f"{middle['tpot_p50']:.2f} / {middle['tpot_p99']:.2f}",
+            f"{np.median(own):.2f} ({min(own):.2f} to {max(own):.2f})" if own else "",
             f"{max(r['longest_gap'] for r in rows):.1f}",
             "" if found is None else answers_in_words(found, ASKED),
         ]

@@ -29,6 +29,7 @@ from . import kernels
 from .answers import ALTERNATIVES, ANSWERED, ASKED, difference
 from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, Contestant, Setup, batches, command
+from .engine_clock import EngineClock
 from .prediction import layer_times, predict, step_tokens
 from .quiet import Quiet
 from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, prediction_in_words, table
@@ -318,7 +319,10 @@ class Run:
                     # A server that waited for its turn answers its first requests late; the one that had the last turn of the round before
                     # did not wait.
                     drive(left[name].url, WORKLOADS["tiny"], self.model.size.vocab, 1000 + number)
+                    clock = EngineClock(self.given.engine, left[name].url, left[name].log)
+                    before = clock.read()
                     figures = drive(left[name].url, WORKLOADS[workload], self.model.size.vocab, 100 + number).figures()
+                    figures["engine_tpot"] = clock.per_token(before)
                 except RuntimeError as error:
                     self.fail(f"{name} failed in {workload}: {error}")
                     if name == next(iter(servers)):

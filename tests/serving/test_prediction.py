@@ -46,4 +46,4 @@ def test_nothing_is_predicted_from_servers_that_are_alike(layers):
 
 
 def test_tokens_of_a_step():
-    assert step_tokens("prefill", WORKLOADS["prefill"]) == 16384 and step_tokens("decode", WORKLOADS["decode"]) == 128
+    assert step_tokens("prefill", WORKLOADS["prefill"]) == 16384 and step_tokens("decode", WORKLOADS["decode"]) == 64

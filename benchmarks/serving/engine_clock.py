@@ -1,0 +1,79 @@
+"""Time per generated token by the engine's own clock, which tells a slow engine from a slow API server, client or host.
+
+A user waits for all of them. But a model of a few layers generates tokens faster than one API server passes them on, and then what a user sees
+of two placements is how fast that was.
+"""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+BATCH = re.compile(r"\[\d{4}-\d\d-\d\d [\d:]+([^\]]*)\] (Prefill|Decode) batch.*?#running-req: (\d+)(?:.*?gen throughput \(token/s\): ([\d.]+))?")
+"""Of SGLang's log, one line for 40 forward passes of decoding and one for each of prefill."""
+LATENCY = re.compile(r"^vllm:inter_token_latency_seconds_(sum|count)\{.*\} (\S+)$", re.MULTILINE)
+"""Of vLLM's metrics, by the engine core's clock."""
+
+
+@dataclass(frozen=True)
+class EngineClock:
+    """Reads one server.
+
+    Attributes:
+        engine: ``vllm`` or ``sglang``.
+        url: of the server.
+        log: its output.
+    """
+
+    engine: str
+    url: str
+    log: Path
+
+    def read(self) -> dict[str, float]:
+        """Where it stands, for `per_token`."""
+        if self.engine == "sglang":
+            return {"size": len(self._log())}
+        return latencies(self._get("/metrics"))
+
+    def per_token(self, before: Mapping[str, float]) -> float | None:
+        """Mean milliseconds per token of a request since ``before``; None when the engine told nothing."""
+        if self.engine == "sglang":
+            return decoding(self._log()[int(before["size"]) :])
+        now = latencies(self._get("/metrics"))
+        tokens = now["count"] - before["count"]
+        return 1e3 * (now["sum"] - before["sum"]) / tokens if tokens else None
+
+    def _log(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def _get(self, path: str) -> str:
+        """What the server answers, nothing if it does not: it is missed in one column then, and in nothing else."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+                return answer.read().decode()
+        except (OSError, ValueError):
+            return ""
+
+
+def latencies(metrics: str) -> dict[str, float]:
+    """Seconds between tokens and how many, of all engines behind a vLLM server, from its metrics."""
+    found = {"sum": 0.0, "count": 0.0}
+    for what, value in LATENCY.findall(metrics):
+        found[what] += float(value)
+    return found
+
+
+def decoding(log: str) -> float | None:
+    """Mean milliseconds per token of a request, from a part of a SGLang server's log.
+
+    A line counts from the one before it. After prefill it has that in it and the wait for requests, so it is left out.
+    """
+    times, last = [], {}
+    for rank, kind, running, throughput in BATCH.findall(log):
+        if kind == last.get(rank) == "Decode" and throughput and float(throughput) and int(running):
+            times.append(1e3 * int(running) / float(throughput))
+        last[rank] = kind
+    return sum(times) / len(times) if times else None
