@@ -27,7 +27,7 @@ STREAMED = 8
 
 ENVIRONMENT = {
     # `vllm serve` has each of its processes import everything anew, which takes a host of 32 processors a minute for seven servers.
-    "vllm": {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork"},
+    "vllm": {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_WORKER_MULTIPROC_METHOD": "fork"},
     # Servers that start side by side take memory of the GPUs at different times, which SGLang would take for a fault.
     "sglang": {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
 }
