@@ -25,13 +25,6 @@ communicators of its own. 3.4 and 6.2 GiB were seen on an H100 with steps of hal
 STREAMED = 8
 """Tokens that a server sends at once after the first: a hundred streams of single tokens take more of its processors than the model of the GPUs."""
 
-ENVIRONMENT = {
-    # `vllm serve` has each of its processes import everything anew, which takes a host of 32 processors a minute for seven servers.
-    "vllm": {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_WORKER_MULTIPROC_METHOD": "fork"},
-    # Servers that start side by side take memory of the GPUs at different times, which SGLang would take for a fault.
-    "sglang": {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
-}
-
 
 @dataclass(frozen=True)
 class Contestant:
@@ -167,7 +160,9 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
     line, env = DEMO_ENGINES[setup.engine].command(model, port, placed, settings)
     if setup.layout == "dp":
         line = _data_parallel(line, setup)
-    return line, env | ENVIRONMENT[setup.engine] | {"NCCL_NVLS_ENABLE": "0"}
+    # Servers that start side by side take memory of the two GPUs at different times, which SGLang would take for a fault.
+    own = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} if setup.engine == "vllm" else {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    return line, env | own | {"NCCL_NVLS_ENABLE": "0"}
 
 
 def _vllm(one: Contestant, setup: Setup) -> list[str]:
