@@ -259,6 +259,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
 
     monkeypatch.setattr(Run, "server", server)
     monkeypatch.setattr("benchmarks.serving.run.drive", drive)
+    monkeypatch.setattr("benchmarks.serving.run._engine_version", lambda name: "0")
     complete = lambda url, model, prompt, number, alternatives: Answer(list(range(number)), [-1.0] * number)  # noqa: E731
     monkeypatch.setattr("benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=complete)})
     load = tmp_path / "load.safetensors"
