@@ -14,8 +14,8 @@ OURS = {"min_gain": 0.02, "hysteresis": 0}
 MOST_REQUESTS = 128
 """Under way in a server at once, and the largest batch that CUDA graphs are captured for."""
 LARGEST_STEP = 16384
-"""Tokens that a server takes in one forward pass at most. A layer of 8192 of Qwen3-30B-A3B's takes two H200 1.8 ms, and the processors of a virtual
-machine 2.3 ms to launch: what was measured was those."""
+"""Tokens that a server takes in one forward pass at most. A layer of 8192 of Qwen3-30B-A3B's was 1.8 ms of kernels for two H200 and took 2.3 ms or
+more: the GPUs waited for the host."""
 CACHE_TOKENS = 81_920
 """Of keys and values in each server: more than any workload has under way at once, and little, since all servers share the GPUs."""
 BESIDES, BESIDES_EPLB = 5 << 30, 8 << 30

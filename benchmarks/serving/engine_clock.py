@@ -1,7 +1,7 @@
 """Time per generated token by the engine's own clock, which tells a slow engine from a slow API server, client or host.
 
-A user waits for all of them. But a model of a few layers generates tokens faster than one API server passes them on, and then what a user sees
-of two placements is how fast that was.
+A user waits for all of them. But a model of a few layers may generate tokens faster than one API server passes them on, and then what a user
+sees of two placements is how fast that was.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class EngineClock:
             return decoding(self._log()[int(before["size"]) :])
         now = latencies(self._get("/metrics"))
         tokens = now["count"] - before["count"]
-        return 1e3 * (now["sum"] - before["sum"]) / tokens if tokens else None
+        return 1e3 * (now["sum"] - before["sum"]) / tokens if tokens > 0 else None
 
     def _log(self) -> str:
         return self.log.read_text(errors="replace")

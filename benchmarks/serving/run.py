@@ -247,8 +247,11 @@ class Run:
     def measure(self, servers: dict[str, Server], found: dict) -> dict[str, Server]:
         """Every workload in turns; the servers that answered in all rounds."""
         if self.given.engine == "sglang":
-            for server in servers.values():
-                forget_garbage(server.url)
+            for name, server in servers.items():
+                try:
+                    forget_garbage(server.url)
+                except RuntimeError as error:
+                    self.say(f"{name} may stop to collect garbage: {error}")
         for workload in self.workloads:
             rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
             servers = {name: server for name, server in servers.items() if name in rounds}

@@ -50,7 +50,8 @@ WORKLOADS = {
     "tiny": Workload(16, 24, 8, 4),
 }
 """``tiny`` is for machines without a GPU. Prompts of ``prefill`` are long: an API server takes in a few hundred requests a second, however short,
-which is what a few layers on two GPUs would be measured by. And ``decode`` asks 64 at a time: it passes on no more tokens of 128 a second."""
+which is what a few layers on two GPUs would be measured by. ``decode`` asks 64 at a time: with 128 there were
+rounds in which the engine waited for its API server or the client for most of a second."""
 
 
 HEARTBEAT = 0.005
@@ -111,8 +112,8 @@ def drive(url: str, workload: Workload, vocab: int, seed: int) -> Seen:
 
 
 def forget_garbage(url: str) -> None:
-    """Have a SGLang server leave what it has made by now out of its garbage collections, as vLLM does by itself and SGLang from 0.5.20 on: each stops
-    the server for more than half a second.
+    """Have a SGLang server leave what it has made by now out of its garbage collections, as vLLM does by itself and SGLang from 0.5.20 on: where
+    PyTorch is loaded one takes a tenth of a second and more.
 
     Raises:
         RuntimeError: when it refuses.
