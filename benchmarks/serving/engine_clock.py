@@ -54,7 +54,7 @@ class EngineClock:
         try:
             with urllib.request.urlopen(self.url + path, timeout=30) as answer:
                 return answer.read().decode()
-        except (OSError, ValueError):
+        except OSError:
             return ""
 
 

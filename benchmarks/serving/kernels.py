@@ -10,16 +10,15 @@ import gzip
 import json
 import re
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from moe_placement_plugin import PlacementError
 
-from .traffic import WORKLOADS, Workload, drive
+from .traffic import WORKLOADS, Workload, drive, post
 
 LOADS = {"decode": Workload(128, 64, 24, 128), "prefill": Workload(16, 4096, 1, 16)}
 """Short: a trace has an event for each kernel that was launched."""
@@ -56,9 +55,9 @@ def profile(url: str, engine: str, folder: Path, vocab: int, ranks: int, cpu: bo
     found = {}
     for name, load in LOADS.items():
         before = set(_traces(folder))
-        _post(f"{url}/start_profile", asked)
+        post(f"{url}/start_profile", asked)
         drive(url, WORKLOADS["tiny"] if cpu else load, vocab, 5)
-        _post(f"{url}/stop_profile", {})
+        post(f"{url}/stop_profile", {})
         found[name] = per_layer(_new_traces(folder, before, url, ranks, seconds), "cpu_op" if cpu else "kernel")
     return found
 
@@ -93,23 +92,22 @@ def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict:
         in every server, however they came to be cut into steps.
     """
     cut = [_layers([event for event in events if event.get("cat") == category]) for events in ranks]
-    kernels: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for layers in cut:
-        times: dict[str, list[list[float]]] = defaultdict(list)
-        for events in layers:
-            of: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-            for event in events:
-                of[short(event["name"])][0] += event["dur"]
-                of[short(event["name"])][1] += 1
-            for name, values in of.items():
-                times[name].append(values)
-        for name, rows in times.items():
-            rows += [[0.0, 0.0]] * (len(layers) - len(rows))
-            for at in (0, 1):
-                kernels[name][at] += median(row[at] for row in rows) / len(cut)
+    sums = [[_by_kernel(events) for events in layers] for layers in cut]
+    names = {name for rank in sums for layer in rank for name in layer}
+    kernels = {name: [fmean(median(layer[name][at] if name in layer else 0.0 for layer in rank) for rank in sums) for at in (0, 1)] for name in names}
     busiest = [max(moe) for moe in zip(*([_moe(events) for events in layers] for layers in cut))]
-    span = sum(median(_end(after) - _end(before) for before, after in pairwise(layers)) if len(layers) > 1 else 0.0 for layers in cut) / len(cut)
+    span = fmean(median(_end(after) - _end(before) for before, after in pairwise(layers)) if len(layers) > 1 else 0.0 for layers in cut)
     return {"kernels": {n: v for n, v in kernels.items() if v[1]}, "span": span, "moe": median(busiest), "moe_total": sum(busiest)}
+
+
+def _by_kernel(events: Sequence[Mapping]) -> dict[str, list[float]]:
+    """Name -> [time, launches]."""
+    made: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for event in events:
+        of = made[short(event["name"])]
+        of[0] += event["dur"]
+        of[1] += 1
+    return made
 
 
 def _layers(events: list[Mapping]) -> list[list[Mapping]]:
@@ -140,9 +138,3 @@ def _traces(folder: Path) -> list[Path]:
 def _events(path: Path) -> list[dict]:
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         return json.load(file)["traceEvents"]
-
-
-def _post(url: str, body: dict) -> None:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120):
-        pass

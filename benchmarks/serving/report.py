@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,7 @@ def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str,
         rounds: server -> the figures of each round, as many for each.
         answers: server -> how its answers differ from the first one's.
     """
-    made = Table(title=_title(workload, rounds), title_justify="left", box=None)
-    for column in _heads(rounds):
-        made.add_column(column, justify="left" if column == "server" else "right")
-    for cells in _rows(rounds, answers):
-        made.add_row(*cells)
-    return made
+    return _table(_title(workload, rounds), _lines(rounds, answers))
 
 
 def kernel_table(load: str, found: Mapping[str, Mapping]) -> Table:
@@ -43,10 +38,15 @@ def kernel_table(load: str, found: Mapping[str, Mapping]) -> Table:
         load: of `kernels.LOADS`.
         found: server -> what `kernels.per_layer` returned; the first is what the others are compared with.
     """
-    made = Table(title=_kernel_title(load), title_justify="left", box=None)
-    heads, *rows = _kernel_rows(found)
-    for column in heads:
-        made.add_column(column, justify="left" if column == "kernel" else "right")
+    return _table(_kernel_title(load), _kernel_lines(found))
+
+
+def _table(title: str, lines: Iterable[list[str]]) -> Table:
+    """The first line is of heads, the first column of names."""
+    heads, *rows = lines
+    made = Table(title=title, title_justify="left", box=None)
+    for number, column in enumerate(heads):
+        made.add_column(column, justify="right" if number else "left")
     for cells in rows:
         made.add_row(*cells)
     return made
@@ -56,7 +56,7 @@ def _kernel_title(load: str) -> str:
     return f"kernels in {load}: microseconds (launches) per MoE layer, where servers differ most"
 
 
-def _kernel_rows(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
+def _kernel_lines(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
     """Heads, the kernels in which servers differ most, and what a layer takes."""
     yield ["kernel", *found]
     kernels = [of["kernels"] for of in found.values()]
@@ -87,13 +87,10 @@ def _title(workload: str, rounds: Mapping[str, list[dict]]) -> str:
     return f"{workload}: medians of {len(next(iter(rounds.values())))} rounds in turns (least to most)"
 
 
-def _heads(rounds: Mapping[str, list[dict]]) -> list[str]:
-    return [column.format(first=next(iter(rounds))) for column in COLUMNS]
-
-
-def _rows(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Iterator[list[str]]:
-    """The cells of each server."""
+def _lines(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Iterator[list[str]]:
+    """Heads, and the cells of each server."""
     first = next(iter(rounds))
+    yield [column.format(first=first) for column in COLUMNS]
     speed = {name: np.array([r["tokens_per_s"] for r in rows]) for name, rows in rounds.items()}
     for name, rows in rounds.items():
         middle = {key: float(np.median([r[key] for r in rows])) for key in rows[0] if key != "engine_tpot"}
@@ -144,11 +141,11 @@ def markdown(result: Mapping) -> str:
             most = max(map(len, rounds.values()), default=0)
             full = {name: rows for name, rows in rounds.items() if rows and len(rows) == most}
             if full and next(iter(rounds)) in full:
-                parts.append(_markdown_table(_title(workload, full), [_heads(full), *_rows(full, batch["answers"])]))
+                parts.append(_markdown_table(_title(workload, full), _lines(full, batch["answers"])))
                 if words := disturbed_in_words(full):
                     parts.append(f"{words[0].upper()}{words[1:]}.")
         for load, found in by_load(batch.get("kernels", {})).items():
-            parts.append(_markdown_table(_kernel_title(load), list(_kernel_rows(found))))
+            parts.append(_markdown_table(_kernel_title(load), _kernel_lines(found)))
         if not batch["rounds"]:
             parts += [f"Answers of {name}: {answers_in_words(found, ASKED)}." for name, found in batch["answers"].items()]
         if "seen" in batch:
@@ -164,9 +161,10 @@ def balance_in_words(balance: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in balance.items())
 
 
-def _markdown_table(title: str, lines: list[list[str]]) -> str:
+def _markdown_table(title: str, lines: Iterable[list[str]]) -> str:
     """The first line is of heads."""
-    return f"{title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+    heads, *rows = lines
+    return f"{title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
 
 
 if __name__ == "__main__":

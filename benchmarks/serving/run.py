@@ -34,7 +34,7 @@ from .prediction import layer_times, predict, step_tokens
 from .quiet import Quiet
 from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
-from .traffic import WORKLOADS, drive, forget_garbage
+from .traffic import WORKLOADS, drive, post
 
 MOST_AT_ONCE = 8
 """Servers that are up together when nothing else is said."""
@@ -247,10 +247,12 @@ class Run:
     def measure(self, servers: dict[str, Server], found: dict) -> dict[str, Server]:
         """Every workload in turns; the servers that answered in all rounds."""
         if self.given.engine == "sglang":
+            # What a server has made by now stays out of its garbage collections, which take a tenth of a second and more where PyTorch is loaded:
+            # vLLM sees to it by itself, and SGLang from 0.5.20 on.
             for name, server in servers.items():
                 try:
-                    forget_garbage(server.url)
-                except RuntimeError as error:
+                    post(f"{server.url}/freeze_gc", {})
+                except OSError as error:
                     self.say(f"{name} may stop to collect garbage: {error}")
         for workload in self.workloads:
             rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))

@@ -55,7 +55,7 @@ class LoadCounters:
         self._marked = 0
         # What `mark` was told last: one decode step after the other has the same batch.
         self._batch: tuple[bytes, bytes] | None = None
-        self._kernel = _kernel() if self.device.type == "cuda" else None
+        self._kernel = kernel() if self.device.type == "cuda" else None
         self._on_host = (self._counts.numpy(), self._start.numpy()) if self.device.type == "cpu" else None
         self._kept = _Kept(num_layers) if self._on_host and not coactivation else None
         # The forward pass adds to what is kept while a snapshot, in a thread of its own, empties it.
@@ -259,7 +259,7 @@ class _Kept:
         return taken
 
 
-def _kernel() -> Any:
+def kernel() -> Any:
     """The one-kernel version of counting, None where Triton is missing."""
     try:
         from .load_kernel import count

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="
 
 KERNELS = """
 import numpy as np, torch
-from moe_placement_plugin.engines.load_kernel import count, count_slots
+from moe_placement_plugin.engines.load_kernel import count
 rng = np.random.default_rng(0)
 for tokens in (0, 1, 3, 16, 200):
     for kind in (torch.int32, torch.int64):
@@ -23,7 +23,7 @@ for tokens in (0, 1, 3, 16, 200):
         start = torch.from_numpy(rng.integers(0, 3, (tokens, 1)) * 9)
         counts, slots = torch.full((27,), 5), torch.full((2, 9), 5, dtype=torch.int32)
         count(ids, start, counts, 9)
-        count_slots(ids[:, :5], slots[1])  # what is not contiguous
+        count(ids[:, :5], None, slots[1], 9)  # what is not contiguous
         expected, row = np.full(27, 5), np.full(9, 5)
         for token, begin in zip(ids.tolist(), start[:, 0].tolist()):
             for at, one in enumerate(token):
@@ -60,13 +60,13 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from moe_placement_plugin.engines.load_kernel import _count, _count_slots
-of_slots = {"ids_ptr": "*i32", "counts_ptr": "*i32", "numel": "i32", "slots": "i32", "BLOCK": "constexpr"}
+from moe_placement_plugin.engines.load_kernel import _count
 of_experts = {"ids_ptr": "*i64", "start_ptr": "*i64", "counts_ptr": "*i64", "numel": "i32", "top_k": "i32", "experts": "i32", "BLOCK": "constexpr"}
-for kernel, types in ((_count_slots, of_slots), (_count, of_experts)):
-    made = triton.compile(ASTSource(kernel, types, {"BLOCK": 256}), target=GPUTarget("cuda", 90, 32))
+of_slots = of_experts | {"ids_ptr": "*i32", "start_ptr": "constexpr", "counts_ptr": "*i32"}
+for types, constants in ((of_slots, {"start_ptr": None}), (of_experts, {})):
+    made = triton.compile(ASTSource(_count, types, constants | {"BLOCK": 256}), target=GPUTarget("cuda", 90, 32))
     assert len(made.asm["cubin"]) and ".add." in made.asm["ptx"], "counts are added to atomically"
-    assert [p.name for p in kernel.params if p.do_not_specialize] == ["numel"], "one kernel for all numbers of tokens"
+    assert [p.name for p in _count.params if p.do_not_specialize] == ["numel"], "one kernel for all numbers of tokens"
 print("equal")
 """
 

@@ -260,6 +260,8 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     monkeypatch.setattr(Run, "server", server)
     monkeypatch.setattr("benchmarks.serving.run.drive", drive)
     monkeypatch.setattr("benchmarks.serving.run._engine_version", lambda name: "0")
+    clock = SimpleNamespace(read=dict, per_token=lambda before: 5.0)
+    monkeypatch.setattr("benchmarks.serving.run.EngineClock", lambda engine, url, log: clock)
     complete = lambda url, model, prompt, number, alternatives: Answer(list(range(number)), [-1.0] * number)  # noqa: E731
     monkeypatch.setattr("benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=complete)})
     load = tmp_path / "load.safetensors"
@@ -291,6 +293,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     page = markdown(result)
     assert page.count("| linear | 50 (50 to 50) | 1.000 (1.000 to 1.000) |") == 2 and "| eplb+8 | 50 (50 to 50) |" in page
     assert "| eplb |" not in page, "a server without all rounds has no row"
+    assert page.count("| 10.00 / 10.00 | 5.00 (5.00 to 5.00) |") == page.count("| 50 (50 to 50) |"), "what the engine's own clock says"
     said = capsys.readouterr().out
     disturbed = "client itself was held up for at most 50 ms, and other machines took at most 2.0% of the processors' time in a round"
     assert "eplb failed in tiny" in said and disturbed in " ".join(said.split()) and driven[6:8] == ["eplb+8", "linear"]

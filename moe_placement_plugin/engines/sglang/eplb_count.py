@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..load_counters import kernel
 from .hooks import Hook
 
 DEVICES = ("cuda",)
@@ -25,16 +26,13 @@ def select_experts(original: Callable, self: Any, layer_idx: int, topk_ids: Any)
     """
     if topk_ids.device.type not in DEVICES:
         return original(self, layer_idx, topk_ids)
-    from ..load_kernel import count_slots
-
-    return count_slots(topk_ids, self._data[layer_idx])
+    counts = self._data[layer_idx]
+    return kernel()(topk_ids, None, counts, counts.numel())
 
 
 def count_hooks() -> list[Hook]:
     """The hook that counts; none where Triton is missing."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
+    if kernel() is None:
         return []
     return [
         Hook(
