@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -318,7 +319,9 @@ class Run:
             RuntimeError: when the first server fails, which the others are compared with.
         """
         left = dict(servers)
-        for number in range(-1, self.given.repeats):  # the first only warms up: all of it, since kernels are compiled for the sizes that come
+        full = WORKLOADS[workload]
+        short = replace(full, requests=min(full.requests, 2 * full.concurrency))
+        for number in range(-1, self.given.repeats):  # the first only warms up, with as many under way: kernels are compiled for the sizes that come
             for name in list(left) if number % 2 == 0 else list(reversed(left)):
                 try:
                     # A server that waited for its turn answers its first requests late; the one that had the last turn of the round before
@@ -326,7 +329,7 @@ class Run:
                     drive(left[name].url, WORKLOADS["tiny"], self.model.size.vocab, 1000 + number)
                     clock = EngineClock(self.given.engine, left[name].url, left[name].log)
                     before = clock.read()
-                    figures = drive(left[name].url, WORKLOADS[workload], self.model.size.vocab, 100 + number).figures()
+                    figures = drive(left[name].url, short if number < 0 else full, self.model.size.vocab, 100 + number).figures()
                     figures["engine_tpot"] = clock.per_token(before)
                 except RuntimeError as error:
                     self.fail(f"{name} failed in {workload}: {error}")
