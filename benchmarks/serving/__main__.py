@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, help="most servers that are up at once and share the GPUs' memory; default: as many as fit, at most 8")
     parser.add_argument("--starts", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="servers that start at once")
     parser.add_argument("--quiet", type=Path, help="a file that several runs on one host name: they measure one at a time, while none starts servers")
-    parser.add_argument("--calibration", help="of `moe-placement bench layer`, to compare what it predicts with what is measured")
+    parser.add_argument("--calibration", action="append", help="of `moe-placement bench layer`, one for prefill, one for decode: its errors")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--folder", type=Path, help="where checkpoints, the recording and logs are kept")
     parser.add_argument("--json", type=Path)

@@ -8,7 +8,9 @@ shares. Attention and experts add a little context to it, so what is really serv
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -144,6 +146,9 @@ GATE = ".mlp.gate.weight"
 GATES = "gates.safetensors"
 """The routers are in a file of their own, the only one in which a model and its even twin differ."""
 
+WRITERS = 4
+"""Layers that are written at once: a layer takes longer to copy from the GPU and to write than to draw."""
+
 MADE = "made.json"
 """What a checkpoint was made of."""
 
@@ -170,13 +175,19 @@ def write(path: Path, model: Model, load: ExpertLoad | None, dtype: torch.dtype,
     index: dict[str, str] = {}
     gates: dict[str, torch.Tensor] = {}
     reached = []
-    for number, (tensors, found) in enumerate(_files(model, shares, device, seed)):
-        gates |= {key: tensors.pop(key) for key in list(tensors) if key.endswith(GATE)}
-        name = f"model-{number:05d}.safetensors"
-        _save(tensors, dtype, path / name)
-        index |= dict.fromkeys(tensors, name)
-        if found is not None:
-            reached.append(found.tolist())
+    with ThreadPoolExecutor(WRITERS) as pool:
+        writing: deque[Future] = deque()
+        for number, (tensors, found) in enumerate(_files(model, shares, device, seed)):
+            gates |= {key: tensors.pop(key) for key in list(tensors) if key.endswith(GATE)}
+            name = f"model-{number:05d}.safetensors"
+            writing.append(pool.submit(_save, tensors, dtype, path / name))
+            index |= dict.fromkeys(tensors, name)
+            if found is not None:
+                reached.append(found.tolist())
+            if len(writing) > WRITERS:  # no more layers than that wait in memory
+                writing.popleft().result()
+        for one in writing:
+            one.result()
     _save(gates, dtype, path / GATES)
     index |= dict.fromkeys(gates, GATES)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))

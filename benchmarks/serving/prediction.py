@@ -1,17 +1,18 @@
-"""What `simulate`'s cost model says of each server's throughput, and how far off it is.
+"""What `simulate`'s cost model says of each server's MoE layers and throughput, and how far off it is.
 
-A server's time per token is taken as ``rest + share * layer``, where ``layer`` is the predicted time of its MoE layers. ``rest`` and
+The layers are compared with the busiest ranks' MoE kernels of a profile, which do not depend on what else a server, its client or the machine do.
+For throughput, a server's time per token is taken as ``rest + share * layer``, where ``layer`` is the predicted time of its MoE layers. ``rest`` and
 ``share`` follow from the two servers that are farthest apart, the first one and the ideal; the others' throughput is then predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moe_placement_plugin import Placement
-from moe_placement_plugin.costmodel import LayerCost
+from moe_placement_plugin import Placement, PlacementError
+from moe_placement_plugin.costmodel import LayerCost, find_calibration, fit
 from moe_placement_plugin.simulate import step_time
 
 from .contestants import LARGEST_STEP
@@ -19,6 +20,30 @@ from .traffic import Workload
 
 MIN_APART = 0.01
 """Relative difference of the two servers' predicted layers below which nothing can be told from them."""
+
+
+def costs(names: Sequence[str]) -> dict[str, LayerCost]:
+    """The cost models of calibrations, by the phase that each was measured for.
+
+    Args:
+        names: files, or calibrations that come with the package.
+
+    Raises:
+        PlacementError: when there is no such calibration, or two are of one phase.
+    """
+    found: dict[str, LayerCost] = {}
+    for name in names:
+        calibration = find_calibration(name)
+        phase = calibration.layer.get("phase", "")
+        if phase in found:
+            raise PlacementError(f"--calibration {name}: a second one for {phase or 'no phase'}: give one for prefill and one for decode")
+        found[phase] = fit(calibration.measurements)
+    return found
+
+
+def cost_of(workload: str, known: Mapping[str, LayerCost]) -> LayerCost:
+    """That of the workload's phase; all but decode are mostly prefill. With one calibration only, that one."""
+    return known.get("decode" if workload == "decode" else "prefill", next(iter(known.values())))
 
 
 def step_tokens(name: str, workload: Workload) -> int:
@@ -64,3 +89,25 @@ def predict(layers: Mapping[str, float], measured: Mapping[str, float], first: s
         predicted = 1 / (1 / measured[first] + share * (layers[name] - layers[first]))
         result[name] = {"predicted": predicted, "error": predicted / measured[name] - 1}
     return dict(sorted(result.items()))
+
+
+def predict_layers(layers: Mapping[str, float], measured: Mapping[str, float], first: str) -> dict[str, dict[str, float]]:
+    """Predicted MoE layers beside profiled ones.
+
+    Args:
+        layers: of `layer_times`.
+        measured: server -> microseconds of the busiest ranks' MoE kernels, of all layers of a step.
+        first: the server that the others are compared with.
+
+    Returns:
+        server -> ``predicted`` and ``measured`` microseconds, and ``error`` of the prediction: of the first server's itself, and of how many times as
+        long as the first one's the others' layers take, which is what a placement is chosen by. Servers without a prediction are left out.
+    """
+    if first not in layers.keys() & measured.keys():
+        return {}
+    result = {}
+    for name in (n for n in measured if n in layers):
+        both = {"predicted": layers[name], "measured": measured[name]}
+        off = layers[name] / measured[name]
+        result[name] = both | {"error": off / (1.0 if name == first else layers[first] / measured[first]) - 1}
+    return result

@@ -124,6 +124,18 @@ def prediction_in_words(predicted: dict) -> str:
     return f"cost model, steps of {predicted['step_tokens']} tokens, between the first server and the ideal one: " + ", ".join(each)
 
 
+def layers_in_words(load: str, found: Mapping[str, Mapping[str, float]]) -> str:
+    """One line of what `predict_layers` found under one load."""
+    if not found:
+        return f"cost model, MoE layers in {load}: no prediction, the first server was not profiled"
+    first, *others = found.items()
+    text = f"cost model, MoE layers in {load}: {first[0]} {first[1]['predicted']:.0f} us predicted, {first[1]['measured']:.0f} measured"
+    for name, of in others:
+        times = [of[key] / first[1][key] for key in ("predicted", "measured")]
+        text += f"; {name} {times[0]:.3f} times that predicted, {times[1]:.3f} measured ({of['error']:+.1%})"
+    return text
+
+
 def markdown(result: Mapping) -> str:
     """All tables of a run's ``--json``, for a page: per batch and workload a row for each server.
 
@@ -144,8 +156,12 @@ def markdown(result: Mapping) -> str:
                 parts.append(_markdown_table(_title(workload, full), _lines(full, batch["answers"])))
                 if words := disturbed_in_words(full):
                     parts.append(f"{words[0].upper()}{words[1:]}.")
+                if predicted := batch.get("predicted", {}).get(workload):
+                    parts.append(f"C{prediction_in_words(predicted)[1:]}.")
         for load, found in by_load(batch.get("kernels", {})).items():
             parts.append(_markdown_table(_kernel_title(load), _kernel_lines(found)))
+            if predicted := batch.get("layers", {}).get(load):
+                parts.append(f"C{layers_in_words(load, predicted)[1:]}.")
         if not batch["rounds"]:
             parts += [f"Answers of {name}: {answers_in_words(found, ASKED)}." for name, found in batch["answers"].items()]
         if "seen" in batch:

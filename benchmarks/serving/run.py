@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +20,6 @@ from rich.console import Console
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementError, __version__, get_strategy
 from moe_placement_plugin.bench.planner import machine
-from moe_placement_plugin.costmodel import find_calibration, fit
 from moe_placement_plugin.demo.engines import DEMO_ENGINES, Answer
 from moe_placement_plugin.demo.server import Server, free_port
 from moe_placement_plugin.simulate import Cluster
@@ -31,9 +30,9 @@ from .answers import ALTERNATIVES, ANSWERED, ASKED, difference
 from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, Contestant, Setup, batches, command
 from .engine_clock import EngineClock
-from .prediction import layer_times, predict, step_tokens
+from .prediction import cost_of, costs, layer_times, predict, predict_layers, step_tokens
 from .quiet import Quiet
-from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, prediction_in_words, table
+from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, layers_in_words, prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
 from .traffic import WORKLOADS, drive, post
 
@@ -73,7 +72,7 @@ class Run:
         self.recording = folder / "load.safetensors"
         self.failed: list[str] = []
         self.quiet = Quiet(given.quiet)
-        self.cost = fit(find_calibration(given.calibration).measurements) if given.calibration else None
+        self.costs = costs(given.calibration or [])
         self.result: dict = {}
 
     def all(self) -> dict:
@@ -236,6 +235,7 @@ class Run:
                     servers = self.measure(servers, found)
                     if self.given.kernels:
                         found["kernels"] = self.profile(servers)
+                        found["layers"] = self.predict_layers(found["kernels"]) if self.costs else {}
             for name, server in servers.items():
                 found["moved"][name] = moved(server.log.read_text(errors="replace"), self.given.engine, ready[name])
                 if words := in_words(found["moved"][name]):
@@ -260,7 +260,7 @@ class Run:
             servers = {name: server for name, server in servers.items() if name in rounds}
             self.console.print(table(workload, rounds, found["answers"]))
             self.say("  " + disturbed_in_words(rounds))
-            if self.cost is not None:
+            if self.costs:
                 found["predicted"][workload] = self.predict(workload, rounds)
                 self.say("  " + prediction_in_words(found["predicted"][workload]))
             self.save()
@@ -361,12 +361,26 @@ class Run:
 
     def predict(self, workload: str, rounds: dict) -> dict:
         """What the cost model says of each server, from what `record` saw; see `prediction`."""
-        even = get_strategy("linear").place(Cluster(Topology.even(self.given.ranks)).request(self.recorded))
         tokens = step_tokens(workload, WORKLOADS[workload])
-        placed = {name: placement for name, placement in self.placed.items() if name in rounds}
-        layers = layer_times(placed, self.recorded.total, even, tokens, self.model.top_k, self.cost)
+        layers = self.layer_times(workload, tokens, rounds)
         measured = {name: float(np.median([r["tokens_per_s"] for r in rows])) for name, rows in rounds.items()}
         return {"step_tokens": tokens, "layer_us": layers, "servers": predict(layers, measured, next(iter(rounds)))}
+
+    def layer_times(self, workload: str, tokens: int, servers: Collection[str]) -> dict[str, float]:
+        """What the cost model says of the servers' MoE layers, from what `record` saw."""
+        even = get_strategy("linear").place(Cluster(Topology.even(self.given.ranks)).request(self.recorded))
+        placed = {name: placement for name, placement in self.placed.items() if name in servers}
+        return layer_times(placed, self.recorded.total, even, tokens, self.model.top_k, cost_of(workload, self.costs))
+
+    def predict_layers(self, profiles: dict) -> dict:
+        """Load -> what the cost model says of each profiled server's MoE layers, beside what they took."""
+        found = {}
+        for load, of in by_load(profiles).items():
+            measured = {name: len(self.model.moe_layers) * profile["moe"] for name, profile in of.items()}
+            times = self.layer_times(load, step_tokens(load, kernels.LOADS[load]), measured)
+            found[load] = predict_layers(times, measured, self.contestants[0].name)
+            self.say("  " + layers_in_words(load, found[load]))
+        return found
 
 
 def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

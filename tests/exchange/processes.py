@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing as mp
 import os
 import signal
 import sys
@@ -12,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+
+from tests.support.forkserver import context
 
 _numbers = itertools.count()
 
@@ -25,8 +26,7 @@ class Ranks:
     def __init__(self):
         from torch.distributed import TCPStore
 
-        self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.exchange.warm"])
+        self._context = context()
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def run(self, function: Callable[..., Any], world: int, *args, timeout: float = 60, meanwhile=None) -> list[Any]:

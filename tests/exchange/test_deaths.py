@@ -83,7 +83,7 @@ def trial(ranks, number: int) -> tuple[str, bool, bool]:
 
 def run_trials(ranks, numbers) -> None:
     # A trial mostly waits for its survivors to find each other.
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(6) as pool:
         outcomes = list(pool.map(lambda number: trial(ranks, number), numbers))
     died = sum(dead for *_, dead in outcomes)
     late = sum(late for _, late, _ in outcomes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import tempfile
 import traceback
 from datetime import timedelta
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_placement_plugin.moe import EpGroup
+from tests.support import forkserver
 
 from . import cases
 
@@ -36,14 +36,13 @@ class Ranks:
     """Eight processes, forked from one that has imported torch."""
 
     def __init__(self, world: int = 8):
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        forked = forkserver.context()
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._pipes, self._processes = [], []
         for rank in range(world):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, world, store, theirs), daemon=True)
+            mine, theirs = forked.Pipe()
+            process = forked.Process(target=serve, args=(rank, world, store, theirs), daemon=True)
             process.start()
             self._pipes.append(mine)
             self._processes.append(process)

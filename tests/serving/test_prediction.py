@@ -7,9 +7,10 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohttp, which both engines bring")
 
-from benchmarks.serving.prediction import layer_times, predict, step_tokens  # noqa: E402
+from benchmarks.serving.prediction import cost_of, costs, layer_times, predict, predict_layers, step_tokens  # noqa: E402
+from benchmarks.serving.report import layers_in_words  # noqa: E402
 from benchmarks.serving.traffic import WORKLOADS  # noqa: E402
-from moe_placement_plugin import ExpertLoad, get_strategy  # noqa: E402
+from moe_placement_plugin import ExpertLoad, PlacementError, get_strategy  # noqa: E402
 from moe_placement_plugin.costmodel import LayerCost  # noqa: E402
 from moe_placement_plugin.simulate import Cluster  # noqa: E402
 from moe_placement_plugin.topology import Topology  # noqa: E402
@@ -43,6 +44,29 @@ def test_a_server_that_follows_the_model_is_predicted(layers):
 def test_nothing_is_predicted_from_servers_that_are_alike(layers):
     assert predict(layers | {"linear": layers["ideal"] * 1.005}, dict.fromkeys(layers, 1.0), "linear") == {}
     assert predict({"linear": 2.0, "eplb": 1.0}, {"linear": 1.0, "eplb": 1.0}, "linear") == {}
+
+
+def test_layers_are_predicted_relative_to_the_first_servers(layers):
+    """The kernels take 5% more than the model says throughout, and one placement's another 10%."""
+    measured = {name: 1.05 * time for name, time in layers.items()} | {"our EPLB": 1.0}
+    measured["zigzag"] *= 1.1
+    found = predict_layers(layers, measured, "linear")
+    assert set(found) == {"linear", "zigzag", "eplb", "ideal"}
+    errors = {name: one["error"] for name, one in found.items()}
+    assert errors == pytest.approx({"linear": 1 / 1.05 - 1, "zigzag": 1 / 1.1 - 1, "eplb": 0, "ideal": 0})
+    said = layers_in_words("prefill", found)
+    assert "linear" in said and f"zigzag {layers['zigzag'] / layers['linear']:.3f} times that predicted" in said and "measured (-9.1%)" in said
+    assert predict_layers(layers, {"eplb": 1.0}, "linear") == {} and "no prediction" in layers_in_words("decode", {})
+
+
+def test_a_calibration_for_each_phase(tmp_path):
+    known = costs(["r1-prefill-h100", "r1-decode-h100"])
+    assert set(known) == {"prefill", "decode"}
+    assert cost_of("decode", known) is known["decode"] and cost_of("prefill", known) is cost_of("mixed", known) is known["prefill"]
+    one = costs(["r1-decode-h100"])
+    assert cost_of("prefill", one) is one["decode"] and costs([]) == {}
+    with pytest.raises(PlacementError, match="r1-decode-h100: a second one for decode"):
+        costs(["r1-decode-h100", "r1-decode-h100"])
 
 
 def test_tokens_of_a_step():

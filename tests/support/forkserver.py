@@ -1,0 +1,20 @@
+"""The server that processes of tests are forked from, with torch and the compiled kernels loaded.
+
+A program has one such server, and what it loads is settled by who starts it first: a server without torch costs every process a second of
+importing it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from multiprocessing import forkserver
+
+LOADED = ["tests.exchange.warm", "tests.moe.ranks", "moe_placement_plugin.bench.exchange_ranks"]
+
+
+def context() -> mp.context.ForkServerContext:
+    """To start processes with; the server runs."""
+    made = mp.get_context("forkserver")
+    made.set_forkserver_preload(LOADED)
+    forkserver.ensure_running()
+    return made
