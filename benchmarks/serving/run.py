@@ -54,7 +54,7 @@ class Run:
         self.device = "cpu" if given.cpu else "cuda"
         self.dtype = getattr(torch, given.dtype or ("float32" if given.cpu else "bfloat16"))
         self.workloads = [] if given.answers_only else given.workload or ["prefill", "decode", "mixed"]
-        longest = max(WORKLOADS[name].prompt + WORKLOADS[name].answer for name in [*self.workloads, "tiny"])
+        longest = max(WORKLOADS[name].longest for name in [*self.workloads, "tiny"])
         self.setup = Setup(
             given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory, given.interval,
             max(1024, longest + 8), self.model.cache_bytes(CACHE_TOKENS, given.ranks, self.dtype.itemsize),

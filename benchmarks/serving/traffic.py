@@ -23,9 +23,11 @@ class Workload:
     Attributes:
         requests: how many.
         prompt: tokens of each.
-        answer: tokens generated for each.
+        answer: tokens generated for each, on average.
         concurrency: requests under way at once.
         words: how many of the tokens a round's prompts are made of, others in every round: experts that were hot grow cold; 0 for all.
+        spread: how far the answers' lengths lie on both sides of ``answer``, as a share of it. Answers of one length that begin together end
+            together, and the engine stands still until the API server has taken in as many new requests.
     """
 
     requests: int
@@ -33,6 +35,17 @@ class Workload:
     answer: int
     concurrency: int
     words: int = 0
+    spread: float = 0.0
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a request, prompt and answer."""
+        return self.prompt + int(max(self.answers(0)))
+
+    def answers(self, seed: int) -> list[int]:
+        """Tokens of each request's answer, evenly spread; in another order for every seed."""
+        lengths = self.answer * np.linspace(1 - self.spread, 1 + self.spread, self.requests)
+        return np.random.default_rng(seed).permutation(np.rint(lengths).astype(int)).tolist()
 
     def prompts(self, vocab: int, seed: int) -> list[list[int]]:
         """Random tokens, other ones for every seed, so that no prefix is cached: no time of the server's goes into tokenizing them."""
@@ -44,8 +57,8 @@ class Workload:
 
 WORKLOADS = {
     "prefill": Workload(96, 4096, 8, 16),
-    "decode": Workload(192, 64, 192, 64),
-    "mixed": Workload(192, 512, 64, 64),
+    "decode": Workload(192, 64, 192, 64, spread=0.5),
+    "mixed": Workload(192, 512, 64, 64, spread=0.5),
     "drift": Workload(128, 4096, 8, 16, 64),
     "tiny": Workload(16, 24, 8, 4),
 }
@@ -124,18 +137,19 @@ def post(url: str, body: dict) -> None:
 
 async def _drive(url: str, workload: Workload, vocab: int, seed: int) -> Seen:
     seen, slots = Seen(), asyncio.Semaphore(workload.concurrency)
-    rest = {"model": "tiny", "max_tokens": workload.answer, "temperature": 0, "stream": True, "ignore_eos": True}
-    bodies = [json.dumps(rest | {"prompt": prompt}).encode() for prompt in workload.prompts(vocab, seed)]
+    rest = {"model": "tiny", "temperature": 0, "stream": True, "ignore_eos": True}
+    asked = zip(workload.prompts(vocab, seed), workload.answers(seed))
+    requests = [(json.dumps(rest | {"prompt": prompt, "max_tokens": answer}).encode(), len(prompt), answer) for prompt, answer in asked]
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def one(body: bytes) -> None:
+        async def one(body: bytes, prompt: int, answer: int) -> None:
             async with slots:
-                await _request(session, url, body, workload, seen)
+                await _request(session, url, body, prompt, answer, seen)
 
         with _no_garbage_collection():
             beat = asyncio.create_task(_heartbeat(seen))
             before, began = _processors(), time.perf_counter()
-            await asyncio.gather(*map(one, bodies))
+            await asyncio.gather(*(one(*request) for request in requests))
             seen.seconds = time.perf_counter() - began
             beat.cancel()
     passed = _processors() - before
@@ -170,12 +184,12 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-async def _request(session: aiohttp.ClientSession, url: str, body: bytes, workload: Workload, seen: Seen) -> None:
+async def _request(session: aiohttp.ClientSession, url: str, body: bytes, prompt: int, answer: int, seen: Seen) -> None:
     began, times, at_first = time.perf_counter(), [], 0
-    async with session.post(f"{url}/v1/completions", data=body, headers={"Content-Type": "application/json"}) as answer:
-        if answer.status != 200:
-            raise RuntimeError(f"{url} answered {answer.status}: {(await answer.text())[:300]}")
-        async for line in answer.content:
+    async with session.post(f"{url}/v1/completions", data=body, headers={"Content-Type": "application/json"}) as reply:
+        if reply.status != 200:
+            raise RuntimeError(f"{url} answered {reply.status}: {(await reply.text())[:300]}")
+        async for line in reply.content:
             if line.startswith(b"data: {"):
                 piece = json.loads(line[6:])
                 if piece.get("error"):
@@ -186,8 +200,8 @@ async def _request(session: aiohttp.ClientSession, url: str, body: bytes, worklo
                     at_first = at_first or max(1, len(piece["choices"][0]["text"].split()))
     if not times:
         raise RuntimeError(f"{url} answered nothing")
-    seen.tokens += workload.prompt + workload.answer
+    seen.tokens += prompt + answer
     seen.first.append(times[0] - began)
-    if len(times) > 1 and workload.answer > at_first:
-        seen.between.append((times[-1] - times[0]) / (workload.answer - at_first))
+    if len(times) > 1 and answer > at_first:
+        seen.between.append((times[-1] - times[0]) / (answer - at_first))
         seen.longest = max(seen.longest, float(np.diff(times).max()))

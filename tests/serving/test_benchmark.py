@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from benchmarks.serving.__main__ import main  # noqa: E402
 from benchmarks.serving.answers import difference  # noqa: E402
 from benchmarks.serving.checkpoints import GATES, MADE, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
-from benchmarks.serving.contestants import CONTESTANTS, Setup, batches, command  # noqa: E402
+from benchmarks.serving.contestants import CACHE_TOKENS, CONTESTANTS, Setup, batches, command  # noqa: E402
 from benchmarks.serving.quiet import Quiet  # noqa: E402
 from benchmarks.serving.report import answers_in_words, markdown  # noqa: E402
 from benchmarks.serving.run import Run  # noqa: E402
 from benchmarks.serving.server_logs import PORT_TAKEN, in_words, moved  # noqa: E402
-from benchmarks.serving.traffic import Seen, Workload, drive  # noqa: E402
+from benchmarks.serving.traffic import WORKLOADS, Seen, Workload, drive  # noqa: E402
 from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
 from moe_placement_plugin.demo.engines import Answer  # noqa: E402
 from moe_placement_plugin.moe import select_experts  # noqa: E402
@@ -208,8 +208,11 @@ def test_sglangs_own_rebalances_are_counted_on_one_rank():
 class Slow(BaseHTTPRequestHandler):
     """Streams as an engine does: the first token after 50 ms, the others 10 ms apart, one of them after 200 ms."""
 
+    asked: list[dict] = []
+
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Slow.asked.append(asked)
         self.send_response(500 if 4 in asked["prompt"] else 200)
         self.end_headers()
         for number in range(asked["max_tokens"]):
@@ -393,6 +396,16 @@ def test_prompts():
     assert [len(t) for t in tokens] == [8, 8] and len(tokens[0] & tokens[1]) < 8 and len(np.unique(rounds[0][0])) > 290
 
 
+def test_answers_of_different_lengths_end_at_different_times():
+    spread = Workload(9, 4, 20, 3, spread=0.5)
+    lengths, others = spread.answers(0), spread.answers(1)
+    assert sorted(lengths) == sorted(others) and lengths != others and len(set(lengths)) == 9, "as many tokens in every round"
+    assert (min(lengths), max(lengths), sum(lengths)) == (10, 30, 180) and spread.longest == 34
+    assert Workload(9, 4, 20, 3).answers(0) == [20] * 9
+    cached = max(one.concurrency * one.longest for one in WORKLOADS.values())
+    assert cached <= CACHE_TOKENS, "all that is under way at once fits into a server's cache"
+
+
 def test_traffic_measures_what_a_user_sees(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -405,6 +418,8 @@ def test_traffic_measures_what_a_user_sees(monkeypatch):
         # Two at a time: two batches, one after the other.
         assert seen.seconds >= 2 * (0.05 + 0.2 + 4 * 0.01) and figures["tokens_per_s"] == pytest.approx(36 / seen.seconds)
         assert gc.isenabled() and 0 <= seen.stolen < 1
+        drive(url, Workload(3, 3, 6, 3, spread=0.5), 10**6, 0)
+        assert sorted(body["max_tokens"] for body in Slow.asked[-3:]) == [3, 6, 9]
         # What holds up the client holds up what it measures: that is told apart.
         assert seen.lag < 0.1
         sleepy = iter([0.3])
