@@ -8,7 +8,6 @@ shares. Attention and experts add a little context to it, so what is really serv
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -176,7 +175,7 @@ def write(path: Path, model: Model, load: ExpertLoad | None, dtype: torch.dtype,
     gates: dict[str, torch.Tensor] = {}
     reached = []
     with ThreadPoolExecutor(WRITERS) as pool:
-        writing: deque[Future] = deque()
+        writing: list[Future] = []
         for number, (tensors, found) in enumerate(_files(model, shares, device, seed)):
             gates |= {key: tensors.pop(key) for key in list(tensors) if key.endswith(GATE)}
             name = f"model-{number:05d}.safetensors"
@@ -184,8 +183,8 @@ def write(path: Path, model: Model, load: ExpertLoad | None, dtype: torch.dtype,
             index |= dict.fromkeys(tensors, name)
             if found is not None:
                 reached.append(found.tolist())
-            if len(writing) > WRITERS:  # no more layers than that wait in memory
-                writing.popleft().result()
+            if number >= WRITERS:  # no more layers than that wait in memory
+                writing[number - WRITERS].result()
         for one in writing:
             one.result()
     _save(gates, dtype, path / GATES)

@@ -103,11 +103,8 @@ def predict_layers(layers: Mapping[str, float], measured: Mapping[str, float], f
         server -> ``predicted`` and ``measured`` microseconds, and ``error`` of the prediction: of the first server's itself, and of how many times as
         long as the first one's the others' layers take, which is what a placement is chosen by. Servers without a prediction are left out.
     """
-    if first not in layers.keys() & measured.keys():
+    off = {name: layers[name] / time for name, time in measured.items() if name in layers}
+    if first not in off:
         return {}
-    result = {}
-    for name in (n for n in measured if n in layers):
-        both = {"predicted": layers[name], "measured": measured[name]}
-        off = layers[name] / measured[name]
-        result[name] = both | {"error": off / (1.0 if name == first else layers[first] / measured[first]) - 1}
-    return result
+    error = {name: (one if name == first else one / off[first]) - 1 for name, one in off.items()}
+    return {name: {"predicted": layers[name], "measured": measured[name], "error": error[name]} for name in off}

@@ -155,13 +155,13 @@ def markdown(result: Mapping) -> str:
             if full and next(iter(rounds)) in full:
                 parts.append(_markdown_table(_title(workload, full), _lines(full, batch["answers"])))
                 if words := disturbed_in_words(full):
-                    parts.append(f"{words[0].upper()}{words[1:]}.")
+                    parts.append(_sentence(words))
                 if predicted := batch.get("predicted", {}).get(workload):
-                    parts.append(f"C{prediction_in_words(predicted)[1:]}.")
+                    parts.append(_sentence(prediction_in_words(predicted)))
         for load, found in by_load(batch.get("kernels", {})).items():
             parts.append(_markdown_table(_kernel_title(load), _kernel_lines(found)))
             if predicted := batch.get("layers", {}).get(load):
-                parts.append(f"C{layers_in_words(load, predicted)[1:]}.")
+                parts.append(_sentence(layers_in_words(load, predicted)))
         if not batch["rounds"]:
             parts += [f"Answers of {name}: {answers_in_words(found, ASKED)}." for name, found in batch["answers"].items()]
         if "seen" in batch:
@@ -170,6 +170,10 @@ def markdown(result: Mapping) -> str:
         if said:
             parts.append(". ".join(said) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def balance_in_words(balance: Mapping[str, float]) -> str:

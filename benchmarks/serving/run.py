@@ -235,7 +235,8 @@ class Run:
                     servers = self.measure(servers, found)
                     if self.given.kernels:
                         found["kernels"] = self.profile(servers)
-                        found["layers"] = self.predict_layers(found["kernels"]) if self.costs else {}
+                        if self.costs:
+                            found["layers"] = self.predict_layers(found["kernels"])
             for name, server in servers.items():
                 found["moved"][name] = moved(server.log.read_text(errors="replace"), self.given.engine, ready[name])
                 if words := in_words(found["moved"][name]):

@@ -40,7 +40,7 @@ class Workload:
     @property
     def longest(self) -> int:
         """Most tokens of a request, prompt and answer."""
-        return self.prompt + int(max(self.answers(0)))
+        return self.prompt + round(self.answer * (1 + self.spread))
 
     def answers(self, seed: int) -> list[int]:
         """Tokens of each request's answer, evenly spread; in another order for every seed."""

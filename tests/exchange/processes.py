@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from tests.support.forkserver import context
+from tests.support import forkserver
 
 _numbers = itertools.count()
 
@@ -26,7 +26,7 @@ class Ranks:
     def __init__(self):
         from torch.distributed import TCPStore
 
-        self._context = context()
+        self._context = forkserver.context()
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def run(self, function: Callable[..., Any], world: int, *args, timeout: float = 60, meanwhile=None) -> list[Any]:

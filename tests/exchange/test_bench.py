@@ -14,11 +14,13 @@ from moe_placement_plugin import Placement, PlacementError  # noqa: E402
 from moe_placement_plugin.bench.exchange import RANKS, drift_suite, drifting, received, survivors_placements  # noqa: E402
 from moe_placement_plugin.bench.exchange_ranks import Sizes, uniform_replicas  # noqa: E402
 from moe_placement_plugin.cli.bench import exchange  # noqa: E402
+from tests.support import forkserver  # noqa: E402
 
 SIZES = Sizes(2, 16, 32, 32)
 
 
 def bench(path: Path, **given) -> dict:
+    forkserver.context()  # before the bench starts one that loads less
     exchange(**({"traces": None, "suite": ["dead"], "layers": 1, "hidden": 32, "width": 32, "sent": False, "folder": path.parent, "vllm_python": None,
                  "repeats": 1, "json_path": path} | given))  # fmt: skip
     return json.loads(path.read_text())

@@ -1,7 +1,6 @@
 """Imported once by the server that ranks are forked from: what every rank would otherwise load for itself."""
 
 import numpy as np
-import pytest  # noqa: F401 - the program that starts the ranks, which every one of them imports
 import torch
 import torch.distributed  # noqa: F401
 
