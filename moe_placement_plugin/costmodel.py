@@ -1,7 +1,8 @@
 """Time of a rank's MoE layer as a function of its tokens and active experts, fitted from measurements.
 
 A grouped expert GEMM reads the weights of every expert that has a token (which dominates small decode batches)
-and computes for every token (which dominates prefill): ``fixed + per_expert * active + per_token * tokens``.
+and computes for every token (which dominates prefill); what is done once for each row that arrives at the rank, sorting and adding up its
+experts' results, depends on the exchange: ``fixed + per_expert * active + per_token * tokens + per_row * rows``.
 At small batches a rank with few tokens on many experts can be the slow one, which is why token balance alone
 can buy nothing there (METRO; PB-OEPLB).
 
@@ -34,6 +35,7 @@ class Measurement(BaseModel):
     Attributes:
         tokens: tokens times chosen experts that the rank computed (rows of the grouped GEMM).
         active_experts: local experts with at least one of them.
+        rows: tokens that arrived at the rank: those with a choice there, or all after an all-gather. None where that was not kept.
         microseconds: time of the layer's expert computation.
         held_out: not used by the fit; the error is stated on these.
     """
@@ -42,6 +44,7 @@ class Measurement(BaseModel):
 
     tokens: int = Field(ge=0)
     active_experts: int = Field(ge=0)
+    rows: int | None = Field(default=None, ge=0)
     microseconds: float = Field(gt=0, allow_inf_nan=False)
     held_out: bool = False
 
@@ -146,6 +149,7 @@ class LayerCost:
         fixed: of an empty layer.
         per_expert: for each local expert with at least one token.
         per_token: for each token routed to the rank (a token on two local experts counts twice).
+        per_row: for each token that arrives at the rank (a token on two local experts counts once); 0 when the measurements cannot tell it.
         error: mean relative error on the held-out measurements, None when none were held out.
         worst_error: greatest relative error on them.
         held_out: how many were held out.
@@ -154,13 +158,20 @@ class LayerCost:
     fixed: float
     per_expert: float
     per_token: float
+    per_row: float = 0.0
     error: float | None = None
     worst_error: float | None = None
     held_out: int = 0
 
-    def time(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
-        """Microseconds for ``tokens`` and ``active`` experts per rank, any shapes that broadcast."""
-        return self.fixed + self.per_expert * np.asarray(active) + self.per_token * np.asarray(tokens)
+    def time(self, tokens: np.ndarray, active: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Microseconds for ``tokens``, ``active`` experts and ``rows`` per rank, any shapes that broadcast."""
+        return self.fixed + self.per_expert * np.asarray(active) + self.per_token * np.asarray(tokens) + self.per_row * np.asarray(rows)
+
+    @property
+    def formula(self) -> str:
+        """The model in words."""
+        rows = f" + {self.per_row:.5f} per row" if self.per_row else ""
+        return f"{self.fixed:.2f} us + {self.per_expert:.3f} per active expert + {self.per_token:.5f} per token{rows}"
 
     @property
     def accuracy(self) -> str:
@@ -180,31 +191,42 @@ def fit(measurements: Sequence[Measurement]) -> LayerCost:
     if len(used) < 4:
         raise PlacementError(f"{len(used)} measurements to fit a cost model from: give 4 or more that are not held out")
     features, times = _arrays(used)
-    if np.linalg.matrix_rank(features) < 3:
+    if np.linalg.matrix_rank(features[:, :ROWS]) < ROWS:
         raise PlacementError(
             "the measurements vary tokens and active experts together or not at all, so that their costs cannot be told apart: "
             "measure at several numbers of both"
         )
-    weighted = features / times[:, None]
-    best, least = np.zeros(3), np.inf
-    # Three coefficients: the best non-negative solution lies on one of seven faces.
-    for size in (3, 2, 1):
-        for face in combinations(range(3), size):
-            columns = weighted[:, face]
-            solution, *_ = np.linalg.lstsq(columns, np.ones(len(times)), rcond=None)
-            residual = float(((columns @ solution - 1) ** 2).sum())
-            if (solution >= 0).all() and residual < least:
-                best, least = np.zeros(3), residual
-                best[list(face)] = solution
-    fixed, per_expert, per_token = (float(v) for v in best)
+    if np.isnan(features).any() or np.linalg.matrix_rank(features) <= ROWS:
+        features = features[:, :ROWS]
+    found = _non_negative(features / times[:, None])
+    best = tuple(float(v) for v in found)
     held = [m for m in measurements if m.held_out]
     if not held:
-        return LayerCost(fixed, per_expert, per_token)
+        return LayerCost(*best)
     features, times = _arrays(held)
-    errors = np.abs(features @ best / times - 1)
-    return LayerCost(fixed, per_expert, per_token, float(errors.mean()), float(errors.max()), len(held))
+    errors = np.abs(features[:, : len(best)] @ found / times - 1)
+    return LayerCost(*best, error=float(errors.mean()), worst_error=float(errors.max()), held_out=len(held))
+
+
+ROWS = 3
+"""The column of the rows; of some measurements they are not known."""
 
 
 def _arrays(measurements: Sequence[Measurement]) -> tuple[np.ndarray, np.ndarray]:
-    features = np.array([[1.0, m.active_experts, m.tokens] for m in measurements])
-    return features, np.array([m.microseconds for m in measurements])
+    """Columns 1, active experts, tokens, rows (NaN where not kept), and the times."""
+    features = [[1.0, m.active_experts, m.tokens, np.nan if m.rows is None else m.rows] for m in measurements]
+    return np.array(features), np.array([m.microseconds for m in measurements])
+
+
+def _non_negative(weighted: np.ndarray) -> np.ndarray:
+    """The non-negative coefficients of the columns whose sums are nearest to one: with so few, all faces of the quadrant can be tried."""
+    columns = weighted.shape[1]
+    best, least = np.zeros(columns), np.inf
+    for size in range(columns, 0, -1):
+        for face in combinations(range(columns), size):
+            solution, *_ = np.linalg.lstsq(weighted[:, face], np.ones(len(weighted)), rcond=None)
+            residual = float(((weighted[:, face] @ solution - 1) ** 2).sum())
+            if (solution >= 0).all() and residual < least:
+                best, least = np.zeros(columns), residual
+                best[list(face)] = solution
+    return best

@@ -24,6 +24,8 @@ LOADS = {"decode": Workload(128, 64, 24, 128), "prefill": Workload(16, 4096, 1, 
 """Short: a trace has an event for each kernel that was launched."""
 MOE_KERNEL = "fused_moe"
 """Of both engines' Triton kernel's name, which is launched twice in a layer."""
+EXPERTS = re.compile(r"fused_moe|act_and_mul|moe_align_block_size|count_and_sort_expert_tokens|moe_sum")
+"""All that runs for the experts of a rank, which is what `moe-placement bench layer` times: not the choice of them, nor the exchange."""
 
 
 def vllm_arguments(folder: Path) -> list[str]:
@@ -87,17 +89,21 @@ def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict:
 
     Returns:
         Microseconds. ``kernels``: name without template arguments -> [time, launches] in a layer; ``span``: from layer to layer, with what the GPU
-        waits in between; ``moe``: the MoE kernels of the layer's busiest rank. All are medians of the layers, and means of the ranks but for ``moe``:
-        most steps of a load are alike, its first and last are not. ``moe_total``: of ``moe``, the sum of all layers, which is of the same tokens
-        in every server, however they came to be cut into steps.
+        waits in between; ``moe``: the MoE kernels of the layer's busiest rank, ``experts``: `EXPERTS` likewise. All are medians of the layers, and
+        means of the ranks but for those two: most steps of a load are alike, its first and last are not. ``moe_total`` and ``experts_total``: the
+        sums of all layers, which are of the same tokens in every server, however they came to be cut into steps.
     """
     cut = [_layers([event for event in events if event.get("cat") == category]) for events in ranks]
     sums = [[_by_kernel(events) for events in layers] for layers in cut]
     names = {name for rank in sums for layer in rank for name in layer}
     kernels = {name: [fmean(median(layer[name][at] if name in layer else 0.0 for layer in rank) for rank in sums) for at in (0, 1)] for name in names}
-    busiest = [max(moe) for moe in zip(*([_moe(events) for events in layers] for layers in cut))]
+    busiest = {
+        what: [max(times) for times in zip(*([_spent(events, kernel) for events in layers] for layers in cut))]
+        for what, kernel in (("moe", re.compile(MOE_KERNEL)), ("experts", EXPERTS))
+    }
     span = fmean(median(_end(after) - _end(before) for before, after in pairwise(layers)) if len(layers) > 1 else 0.0 for layers in cut)
-    return {"kernels": {n: v for n, v in kernels.items() if v[1]}, "span": span, "moe": median(busiest), "moe_total": sum(busiest)}
+    found = {"kernels": {n: v for n, v in kernels.items() if v[1]}, "span": span}
+    return found | {what: median(times) for what, times in busiest.items()} | {f"{what}_total": sum(times) for what, times in busiest.items()}
 
 
 def _by_kernel(events: Sequence[Mapping]) -> dict[str, list[float]]:
@@ -117,8 +123,8 @@ def _layers(events: list[Mapping]) -> list[list[Mapping]]:
     return [events[start:end] for start, end in pairwise(ends)] or [events]
 
 
-def _moe(events: Sequence[Mapping]) -> float:
-    return sum(event["dur"] for event in events if MOE_KERNEL in event["name"])
+def _spent(events: Sequence[Mapping], kernel: re.Pattern) -> float:
+    return sum(event["dur"] for event in events if kernel.search(event["name"]))
 
 
 def _end(events: Sequence[Mapping]) -> float:

@@ -1,6 +1,7 @@
 """What `simulate`'s cost model says of each server's MoE layers and throughput, and how far off it is.
 
-The layers are compared with the busiest ranks' MoE kernels of a profile, which do not depend on what else a server, its client or the machine do.
+The layers are compared with the busiest ranks' kernels for their experts in a profile, which do not depend on what else a server, its client or
+the machine do.
 For throughput, a server's time per token is taken as ``rest + share * layer``, where ``layer`` is the predicted time of its MoE layers. ``rest`` and
 ``share`` follow from the two servers that are farthest apart, the first one and the ideal; the others' throughput is then predicted.
 """
@@ -66,8 +67,12 @@ def layer_times(
         top_k: experts per token.
         cost: the fitted cost model.
     """
-    found = {name: step_time(placement, counts, tokens, top_k, cost).layer_us.sum() for name, placement in placements.items()}
-    return found | {"ideal": step_time(ideal, np.ones_like(counts), tokens, top_k, cost).layer_us.sum()}
+
+    def total(placement: Placement, counts: np.ndarray) -> float:
+        # Neither engine sends tokens to ranks as it is started here: all are gathered on every rank.
+        return float(step_time(placement, counts, tokens, top_k, cost, all_gather=True).layer_us.sum())
+
+    return {name: total(placement, counts) for name, placement in placements.items()} | {"ideal": total(ideal, np.ones_like(counts))}
 
 
 def predict(layers: Mapping[str, float], measured: Mapping[str, float], first: str) -> dict[str, dict[str, float]]:
@@ -96,7 +101,7 @@ def predict_layers(layers: Mapping[str, float], measured: Mapping[str, float], f
 
     Args:
         layers: of `layer_times`.
-        measured: server -> microseconds of the busiest ranks' MoE kernels, of all layers of a step.
+        measured: server -> microseconds of the busiest ranks' kernels for their experts, of all layers.
         first: the server that the others are compared with.
 
     Returns:

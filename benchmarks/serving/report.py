@@ -67,6 +67,8 @@ def _kernel_lines(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
     yield ["from layer to layer", *(f"{of['span']:.1f}" for of in found.values())]
     yield ["the busiest rank's MoE kernels", *(f"{of['moe']:.1f}" for of in found.values())]
     yield ["the same, all layers, ms", *(f"{of['moe_total'] / 1e3:.2f}" for of in found.values())]
+    if all("experts_total" in of for of in found.values()):
+        yield ["with sort, activation, sum, ms", *(f"{of['experts_total'] / 1e3:.2f}" for of in found.values())]
 
 
 def by_load(kernels: Mapping[str, Mapping[str, Mapping]]) -> dict[str, dict[str, Mapping]]:

@@ -28,13 +28,14 @@ from moe_placement_plugin.topology import Topology
 from . import kernels
 from .answers import ALTERNATIVES, ANSWERED, ASKED, difference
 from .checkpoints import MODELS, write, write_even_twin
-from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, Contestant, Setup, batches, command
+from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, LARGEST_STEP, Contestant, Setup, batches, command
 from .engine_clock import EngineClock
 from .prediction import cost_of, costs, layer_times, predict, predict_layers, step_tokens
 from .quiet import Quiet
 from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, layers_in_words, prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
 from .traffic import WORKLOADS, drive, post
+from .warm import warm
 
 MOST_AT_ONCE = 8
 """Servers that are up together when nothing else is said."""
@@ -256,6 +257,8 @@ class Run:
                     post(f"{server.url}/freeze_gc", {})
                 except OSError as error:
                     self.say(f"{name} may stop to collect garbage: {error}")
+        if self.workloads:
+            self.warm(servers)
         for workload in self.workloads:
             rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
             servers = {name: server for name, server in servers.items() if name in rounds}
@@ -266,6 +269,15 @@ class Run:
                 self.say("  " + prediction_in_words(found["predicted"][workload]))
             self.save()
         return servers
+
+    def warm(self, servers: dict[str, Server]) -> None:
+        """Have all kernels compiled: see `warm`."""
+        asked = [WORKLOADS[name] for name in self.workloads]
+        largest = min(LARGEST_STEP, max(one.concurrency * one.prompt for one in asked))
+        longest = max(one.prompt for one in asked)
+        urls = {name: server.url for name, server in servers.items()}
+        for name, why in warm(urls, self.model.size.vocab, longest, largest).items():
+            self.say(f"{name} may stop to compile kernels: {why}")
 
     def start(self, contestants: Sequence[Contestant], stack: ExitStack) -> dict[str, Server]:
         """All servers of a batch; one that cannot start is reported and left out, unless it is the first.
@@ -377,8 +389,13 @@ class Run:
         """Load -> what the cost model says of each profiled server's MoE layers, beside what they took."""
         found = {}
         for load, of in by_load(profiles).items():
-            measured = {name: len(self.model.moe_layers) * profile["moe"] for name, profile in of.items()}
-            times = self.layer_times(load, step_tokens(load, kernels.LOADS[load]), measured)
+            asked = kernels.LOADS[load]
+            tokens = step_tokens(load, asked)
+            if load == "decode":  # all steps alike, however many
+                steps, measured = 1.0, {name: len(self.model.moe_layers) * profile["experts"] for name, profile in of.items()}
+            else:  # as many tokens in every server, however they were cut into steps
+                steps, measured = asked.requests * asked.prompt / tokens, {name: profile["experts_total"] for name, profile in of.items()}
+            times = {name: steps * time for name, time in self.layer_times(load, tokens, measured).items()}
             found[load] = predict_layers(times, measured, self.contestants[0].name)
             self.say("  " + layers_in_words(load, found[load]))
         return found

@@ -42,12 +42,14 @@ class RankTime:
         tokens: assignments (token, choice) of the rank.
         active: local experts with at least one.
         slots: its physical experts.
+        rows: tokens that arrive.
         microseconds: median of the runs; 0 without assignments, where nothing runs.
     """
 
     tokens: int
     active: int
     slots: int
+    rows: int
     microseconds: float
 
 
@@ -176,10 +178,10 @@ class LayerBench:
         result: dict[str, list[RankTime]] = {}
         for key, sizes in groups.items():
             median = float(np.median(times[key])) if key in times else 0.0
-            found = RankTime(int(sizes.sum()), int((sizes > 0).sum()), sizes.size, median)
+            found = RankTime(int(sizes.sum()), int((sizes > 0).sum()), sizes.size, shares[key].num_rows, median)
             result.setdefault(key[0], []).append(found)
             if median:
-                measured = Measurement(tokens=found.tokens, active_experts=found.active, microseconds=median)
+                measured = Measurement(tokens=found.tokens, active_experts=found.active, rows=found.rows, microseconds=median)
                 self.measurements.setdefault(phase, []).append(measured)
         return result
 

@@ -33,10 +33,7 @@ def print_report(outcomes: Sequence[Outcome], fits: Mapping[str, LayerCost | str
         if isinstance(cost, str):
             console.print(f"Cost model, {phase}: none ({cost})", highlight=False)
             continue
-        console.print(
-            f"Cost model, {phase}: {cost.fixed:.2f} us + {cost.per_expert:.3f} per active expert + {cost.per_token:.5f} per token; {cost.accuracy}",
-            highlight=False,
-        )
+        console.print(f"Cost model, {phase}: {cost.formula}; {cost.accuracy}", highlight=False)
 
 
 def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -31,6 +31,9 @@ def simulate(
     top_k: Annotated[
         int | None, typer.Option("--top-k", help="Experts per token, for times (default: as recorded, else 8).", min=1)
     ] = None,
+    all_gather: Annotated[
+        bool, typer.Option("--all-gather", help="Every rank gets all tokens, not only those with a choice there, for times.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare strategies on recorded loads: on the load itself, on the window after it, and across workloads.
@@ -60,7 +63,7 @@ def simulate(
         cost = fit(measured.measurements)
     if top_k is None:
         top_k = next((w.load.metadata["top_k"] for w in workloads if w.load.metadata.get("top_k")), 8)
-    found = run(workloads, candidates, where, cost, tokens, top_k)
+    found = run(workloads, candidates, where, cost, tokens, top_k, all_gather)
     if as_json:
         print_json(
             {

@@ -87,6 +87,7 @@ class Rebalancer:
         expert_bytes: bytes of one expert with all its parameters, of each layer or of all alike.
         log: the engine's logger.
         topology: the ranks' nodes.
+        all_gather: whether every rank gets all tokens in a step, rather than those with a choice there.
     """
 
     def __init__(
@@ -96,12 +97,14 @@ class Rebalancer:
         expert_bytes: int | Sequence[int],
         log: logging.Logger,
         topology: Topology | None = None,
+        all_gather: bool = False,
     ):
         self.log = log
         self.policy = policy
         self.layer_ids = tuple(layer_ids)
         self.expert_bytes = np.broadcast_to(np.asarray(expert_bytes, dtype=np.int64), (len(self.layer_ids),))
         self.topology = topology
+        self.all_gather = all_gather
         self._cost = _cost(policy)
         self.last: Decision | None = None
         self.phases: np.ndarray | None = None
@@ -135,7 +138,7 @@ class Rebalancer:
         exchange = plan_exchange(before, after, self.topology, live_ranks, self.expert_bytes)
         fits = self.policy.staging_bytes is None or exchange.min_staging_bytes <= self.policy.staging_bytes
         chunks = exchange.chunks(self.policy.staging_bytes) if fits else None
-        self.last = decision = decide(exchange, load, self.policy, self._cost, self._achieved, chunks)
+        self.last = decision = decide(exchange, load, self.policy, self._cost, self._achieved, chunks, self.all_gather)
         announce(decision, log=self.log)
         if not decision.rebalance:
             return before.physical_to_logical, plan_exchange(before, before, self.topology, live_ranks, self.expert_bytes)

@@ -164,6 +164,7 @@ def decide(
     cost: LayerCost | None = None,
     achieved: float | None = None,
     chunks: Sequence[Chunk] | None = None,
+    all_gather: bool = False,
 ) -> Decision:
     """Weigh an exchange.
 
@@ -174,6 +175,7 @@ def decide(
         cost: a fitted cost model of this device.
         achieved: `Decision.after` of the last rebalance that was carried out; None before the first.
         chunks: as they would be carried out; all in one when left out.
+        all_gather: whether every rank gets all tokens in a step, rather than those with a choice there, for a cost model.
 
     Raises:
         PlacementError: when load and plan are of different models.
@@ -188,7 +190,7 @@ def decide(
         return Decision(True, "lost_experts", **facts)
     old, new = (rows_for(_live_part(p, plan.live), load, name) for p, name in ((plan.old, "the placement in force"), (plan.new, "the plan")))
     facts |= {"before": old.overall_balancedness(load.counts), "after": new.overall_balancedness(load.counts)}
-    spent = {phase: _spent(old, new, load, phase, policy, cost) for phase in dict.fromkeys(load.phases)}
+    spent = {phase: _spent(old, new, load, phase, policy, cost, all_gather) for phase in dict.fromkeys(load.phases)}
     before, after = np.sum(list(spent.values()), axis=0)
     facts |= {"gain": _gain(before, after), "phases": {phase: _gain(*both) for phase, both in spent.items()}}
     if cost is not None:
@@ -219,7 +221,9 @@ def _gain(before: float, after: float) -> float:
     return float(1 - after / before) if before else 0.0
 
 
-def _spent(old: Placement, new: Placement, load: ExpertLoad, phase: str, policy: RebalancePolicy, cost: LayerCost | None) -> tuple[float, float]:
+def _spent(
+    old: Placement, new: Placement, load: ExpertLoad, phase: str, policy: RebalancePolicy, cost: LayerCost | None, all_gather: bool
+) -> tuple[float, float]:
     """What the phase's windows take before and after: seconds with a cost model, else the sum of the greatest rank loads."""
     counts = load.counts[[i for i, p in enumerate(load.phases) if p == phase]]
     if cost is None:
@@ -227,7 +231,7 @@ def _spent(old: Placement, new: Placement, load: ExpertLoad, phase: str, policy:
     tokens = policy.tokens_per_step[phase]
     total = counts.sum(axis=0)
     steps = float(total.sum(axis=1).mean()) / (tokens * policy.top_k)
-    return tuple(step_time(p, total, tokens, policy.top_k, cost).total_us * 1e-6 * steps for p in (old, new))
+    return tuple(step_time(p, total, tokens, policy.top_k, cost, all_gather=all_gather).total_us * 1e-6 * steps for p in (old, new))
 
 
 def _seconds(chunk: Chunk, plan: ExchangePlan, policy: RebalancePolicy) -> float:

@@ -68,5 +68,14 @@ def test_with_a_calibration_the_gain_is_a_time(tmp_path):
     planner = rebalancer(calibration=str(tmp_path / "gpu.json"), top_k=2)
     planner.propose(load(), in_force(), RANKS)
     assert planner.last.saved is not None and "saves" in str(planner.last)
+    rows = [m.model_copy(update={"rows": r, "microseconds": m.microseconds + r}) for m in times for r in (500, 1000)]
+    Calibration(device="a GPU", layer={}, measurements=rows).write(tmp_path / "gpu.json")
+    gains = []
+    for gathers in (False, True):
+        planner = rebalancer(calibration=str(tmp_path / "gpu.json"), top_k=2)
+        planner.all_gather = gathers
+        planner.propose(load(), in_force(), RANKS)
+        gains.append(planner.last.gain)
+    assert gains[0] > gains[1] > 0, "what every rank does for all tokens no placement saves"
     with pytest.raises(PlacementError, match="--flag: calibration '/no/such' is neither a file"):
         policy_from({"calibration": "/no/such"}, "--flag")

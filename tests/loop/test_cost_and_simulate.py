@@ -37,6 +37,19 @@ def test_fit_finds_the_coefficients_and_states_its_error_on_what_it_did_not_see(
     assert fit(measurements(held_out=False)).error is None
 
 
+def test_fit_tells_rows_from_tokens_where_they_are_known():
+    """As measured on an H200: as many tokens on 32 experts as on 64 took a fifth longer, since twice as many rows had arrived."""
+    grid = [(t, a, r) for t in (1000, 8000, 60_000) for a in (16, 64) for r in (t // 8, t // 4, t // 2)]
+    known = [Measurement(tokens=t, active_experts=a, rows=r, microseconds=15 + 1.5 * a + 0.02 * t + 0.03 * r) for t, a, r in grid]
+    cost = fit(known)
+    assert (cost.fixed, cost.per_expert, cost.per_token, cost.per_row) == pytest.approx((15, 1.5, 0.02, 0.03), rel=1e-6)
+    assert cost.time(1000, 16, 125) == pytest.approx(15 + 24 + 20 + 3.75) and "0.03000 per row" in cost.formula
+    blind = fit([*known[1:], known[0].model_copy(update={"rows": None})])
+    assert blind.per_row == 0 and "row" not in blind.formula, "one of which the rows are not known: none can be used"
+    same = fit([m.model_copy(update={"rows": 500}) for m in known])
+    assert same.per_row == 0 and same.fixed > 0, "of rows that are always the same nothing can be told"
+
+
 def test_fit_never_goes_negative():
     falling = [Measurement(tokens=t, active_experts=a, microseconds=100 - 0.01 * t + 5 * a) for t in (1, 10, 1000) for a in (1, 2, 8)]
     cost = fit(falling)
@@ -67,6 +80,20 @@ def test_step_time_of_one_expert_per_rank_is_the_cost_of_the_hottest():
     time = step_time(placement, np.array([[1, 0]]), tokens=100, top_k=1, cost=cost)
     assert time.total_us == 10 + 5 + 100  # rank 0 gets all; expert 1 is never active
     assert time.ideal_us[0] == 10 + 2.5 + 50
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 4, 16))
+def test_rows_follow_from_each_ranks_share(ranks):
+    """Tokens whose six of 64 experts a router with noise chooses: some are hot, and a rank gets a token once, however many of its experts are."""
+    rng = np.random.default_rng(1)
+    scores = rng.normal(0, 0.7, 64) + rng.gumbel(size=(4000, 64))
+    chosen = np.argsort(-scores, axis=1)[:, :6]
+    owner = np.repeat(np.arange(ranks), 64 // ranks)
+    most = max(int((owner[chosen] == rank).any(axis=1).sum()) for rank in range(ranks))
+    counts, rows = np.bincount(chosen.ravel(), minlength=64)[None], LayerCost(0, 0, 0, per_row=1)
+    placement = Placement(np.arange(64)[None], 64, (64 // ranks,) * ranks)
+    assert step_time(placement, counts, 4000, 6, rows).total_us == pytest.approx(most, rel=0.02)
+    assert step_time(placement, counts, 4000, 6, rows, all_gather=True).total_us == 4000
 
 
 def test_replicas_take_tokens_in_turn():
@@ -150,7 +177,7 @@ def test_expert_bytes():
 def test_a_shipped_calibration_fits_and_says_where_it_comes_from(name):
     found = find_calibration(name)
     cost = fit(found.measurements)
-    assert cost.held_out >= 100 and cost.error < 0.08 and cost.per_token > 0
+    assert cost.held_out >= 80 and cost.error < 0.05 and cost.per_token > 0 and cost.per_row > 0
     assert {"command", "date", "torch", "kernel", "load"} <= found.provenance.keys()
     assert "/" not in found.provenance["command"], "a folder of the machine that measured"
     assert found.summary.startswith(found.device) and found.layer["kernel"] in found.summary

@@ -33,8 +33,10 @@ from benchmarks.serving.report import answers_in_words, markdown  # noqa: E402
 from benchmarks.serving.run import Run  # noqa: E402
 from benchmarks.serving.server_logs import PORT_TAKEN, in_words, moved  # noqa: E402
 from benchmarks.serving.traffic import WORKLOADS, Seen, Workload, drive  # noqa: E402
+from benchmarks.serving.warm import steps, warm  # noqa: E402
 from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
 from moe_placement_plugin.demo.engines import Answer  # noqa: E402
+from moe_placement_plugin.demo.server import free_port  # noqa: E402
 from moe_placement_plugin.moe import select_experts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -404,6 +406,27 @@ def test_answers_of_different_lengths_end_at_different_times():
     assert Workload(9, 4, 20, 3).answers(0) == [20] * 9
     cached = max(one.concurrency * one.longest for one in WORKLOADS.values())
     assert cached <= CACHE_TOKENS, "all that is under way at once fits into a server's cache"
+
+
+def test_every_size_of_a_step_is_asked_for_before_anything_is_measured():
+    """Of both parities: below and at each power of two and halfway between, and several prompts at once up to the largest step."""
+    asked = steps(4096, 16384)
+    sizes = [sum(step) for step in asked]
+    assert {1, 2, 31, 32, 63, 64, 95, 96, 127, 128, 511, 512, 4095, 4096, 8191, 8192, 12287, 12288, 16383, 16384} <= set(sizes)
+    assert max(map(max, asked)) == 4096 and max(sizes) == 16384 and min(map(min, asked)) == 1
+    assert max(map(sum, steps(24, 96))) == 96 and max(map(max, steps(24, 96))) == 24 and max(map(sum, steps(1500, 1500))) == 1024
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        urls = {"up": f"http://127.0.0.1:{server.server_port}", "down": f"http://127.0.0.1:{free_port()}"}
+        Slow.asked.clear()
+        failed = warm(urls, 100, 4, 8)
+    finally:
+        server.shutdown()
+    assert list(failed) == ["down"] and "ClientConnectorError" in failed["down"], "one that is gone holds up nobody"
+    assert sorted(len(body["prompt"]) for body in Slow.asked) == sorted(n for step in steps(4, 8) for n in step)
+    assert {body["max_tokens"] for body in Slow.asked} == {1} and all(4 <= t < 100 for body in Slow.asked for t in body["prompt"])
 
 
 def test_traffic_measures_what_a_user_sees(monkeypatch):

@@ -30,6 +30,12 @@ def test_layers_of_a_better_placement_are_shorter_and_the_ideal_ones_shortest(la
     assert layers["ideal"] == pytest.approx(6 * (10 + 0.5 * 8 + 0.01 * 8192), rel=0.05)
 
 
+def test_every_rank_has_all_tokens_rows():
+    even = get_strategy("linear").place(Cluster(Topology.even(8)).request(ExpertLoad(np.ones((2, 64), np.int64))))
+    found = layer_times({"linear": even}, np.ones((2, 64), np.int64), even, 8192, 8, LayerCost(0.0, 0.0, 0.0, per_row=0.5))
+    assert found == {"linear": 2 * 0.5 * 8192, "ideal": 2 * 0.5 * 8192}
+
+
 def test_a_server_that_follows_the_model_is_predicted(layers):
     """Attention and all else take 700 us per step, the MoE layers what the model says, or for one server 10% more."""
     measured = {name: 8192e6 / (700 + time) for name, time in layers.items()} | {"our EPLB": 1.0}

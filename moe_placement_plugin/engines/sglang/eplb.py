@@ -142,9 +142,11 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
 
 
 def _planner(policy: RebalancePolicy, weights: Any) -> Rebalancer:
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+
     layers = sorted(weights.keys())
     sizes = [sum(tensor[0].numel() * tensor.element_size() for tensor in weights[layer]) for layer in layers]
-    return Rebalancer(policy, layers, sizes, logger, real_topology())
+    return Rebalancer(policy, layers, sizes, logger, real_topology(), get_moe_a2a_backend().is_none())
 
 
 def plan(

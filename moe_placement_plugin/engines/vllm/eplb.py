@@ -21,6 +21,7 @@ from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
 from . import eplb_exchange, eplb_phases, tuned, verify
 from .hosts import real_topology
+from .kernels import ALL2ALL_WITH_MAP
 from .layers import EPLB_ROW, num_logical, routed_layers
 from .settings import PlacementSettings, arrived, layer_id_of, settings_of
 
@@ -99,13 +100,19 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
         shape = (len(layers), state.logical_replica_count.shape[1])
         rebalancers = eplb.__dict__[_REBALANCERS]
         topology = real_topology() if exchanger is None else exchanger.topology
-        rebalancers[shape] = Rebalancer(rules, range(len(layers)), sizes, logger, topology)
+        rebalancers[shape] = Rebalancer(rules, range(len(layers)), sizes, logger, topology, _gathers(layers))
         eplb.policy = planner_policy(rebalancers)
     from ..eplb_table import warm_up  # not earlier: see there
 
     warm_up(state.physical_to_logical_map.cpu().numpy(), state.logical_replica_count.shape[1], _num_ranks(layers), settings.strategy == "eplb")
     _place(eplb, state, settings, layers)
     eplb_exchange.settle(eplb, state)
+
+
+def _gathers(layers: dict[str, Any]) -> bool:
+    """Whether every rank gets all tokens of a step."""
+    parallel = next(iter(layers.values())).moe_config.moe_parallel_config
+    return not parallel.use_all2all_kernels or parallel.all2all_backend in ALL2ALL_WITH_MAP
 
 
 def _num_ranks(layers: dict[str, Any]) -> int:

@@ -50,7 +50,7 @@ BATCHED = {
 """Classes that get tokens already sorted by local expert from a back end with routing tables."""
 
 ALL2ALL_WITH_MAP = ("allgather_reducescatter", "naive")
-"""All2all back ends that leave the choice of the expert to the kernel."""
+"""All2all back ends that leave the choice of the expert to the kernel: all tokens are gathered on every rank."""
 
 ALL2ALL_WITH_TABLES = ("deepep_low_latency", "nixl_ep")
 """All2all back ends that take routing tables, which need equal numbers of slots on all ranks."""

@@ -1,0 +1,64 @@
+"""Requests whose forward passes have every size that a kernel is compiled anew for, before anything is measured.
+
+Triton compiles a kernel when a server first needs it, which took 0.8 to 1.3 s on the hosts of two H200: vLLM's MoE kernel has other tiles
+for up to 32, 64, 96, 128 and 512 tokens and for more than 128 per expert, each once more for an odd number of tokens. vLLM keeps
+what was compiled in a folder per compiled graph, so that servers with different placements compile it all again. Whoever measures without
+this sees each server stop about once in a workload, in one round or another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import aiohttp
+import numpy as np
+
+from .traffic import Seen, complete
+
+
+def steps(longest: int, largest: int) -> list[list[int]]:
+    """Lengths of the prompts that are asked at once, of one step after the other.
+
+    Args:
+        longest: tokens of a prompt at most.
+        largest: tokens of a step at most.
+
+    Returns:
+        Single prompts of 2, 3, 4, 6, 8, 12, ... tokens, each once more with a token less, then several of the greatest, likewise. An
+        engine may take those in two steps, which are of such a size again.
+    """
+    sizes = sorted(n for n in (first << k for first in (2, 3) for k in range(longest.bit_length())) if n <= longest)
+    several = [[sizes[-1]] * n for n in range(2, largest // sizes[-1] + 1)]
+    return [step for *rest, last in [*([n] for n in sizes), *several] for step in ([*rest, last], [*rest, last - 1])]
+
+
+def warm(servers: Mapping[str, str], vocab: int, longest: int, largest: int) -> dict[str, str]:
+    """Ask all servers at once, each step by step.
+
+    Args:
+        servers: name -> address.
+        vocab: tokens to ask with.
+        longest: tokens of a prompt at most.
+        largest: tokens of a step at most.
+
+    Returns:
+        name -> why a server could not be asked on.
+    """
+    return asyncio.run(_warm(servers, vocab, steps(longest, largest)))
+
+
+async def _warm(servers: Mapping[str, str], vocab: int, asked: list[list[int]]) -> dict[str, str]:
+    tokens = np.random.default_rng(11).integers(4, vocab, max(map(max, asked))).tolist()
+    failed = {}
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def one(name: str, url: str) -> None:
+            try:
+                for step in asked:
+                    await asyncio.gather(*(complete(session, url, tokens[:length], 1, Seen()) for length in step))
+            except (aiohttp.ClientError, TimeoutError, RuntimeError) as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+
+        await asyncio.gather(*(one(name, url) for name, url in servers.items()))
+    return failed
