@@ -106,9 +106,10 @@ def predict_layers(layers: Mapping[str, float], measured: Mapping[str, float], f
 
     Returns:
         server -> ``predicted`` and ``measured`` microseconds, and ``error`` of the prediction: of the first server's itself, and of how many times as
-        long as the first one's the others' layers take, which is what a placement is chosen by. Servers without a prediction are left out.
+        long as the first one's the others' layers take, which is what a placement is chosen by. Servers without a prediction, or without
+        kernels that are known to be the experts', are left out.
     """
-    off = {name: layers[name] / time for name, time in measured.items() if name in layers}
+    off = {name: layers[name] / time for name, time in measured.items() if time and name in layers}
     if first not in off:
         return {}
     error = {name: (one if name == first else one / off[first]) - 1 for name, one in off.items()}

@@ -129,7 +129,7 @@ def prediction_in_words(predicted: dict) -> str:
 def layers_in_words(load: str, found: Mapping[str, Mapping[str, float]]) -> str:
     """One line of what `predict_layers` found under one load."""
     if not found:
-        return f"cost model, MoE layers in {load}: no prediction, the first server was not profiled"
+        return f"cost model, MoE layers in {load}: no prediction, no such kernel of the first server's was seen"
     first, *others = found.items()
     text = f"cost model, MoE layers in {load}: {first[0]} {first[1]['predicted']:.0f} us predicted, {first[1]['measured']:.0f} measured"
     for name, of in others:

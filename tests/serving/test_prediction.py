@@ -62,6 +62,7 @@ def test_layers_are_predicted_relative_to_the_first_servers(layers):
     assert errors == pytest.approx({"linear": 1 / 1.05 - 1, "zigzag": 1 / 1.1 - 1, "eplb": 0, "ideal": 0})
     said = layers_in_words("prefill", found)
     assert "linear" in said and f"zigzag {layers['zigzag'] / layers['linear']:.3f} times that predicted" in said and "measured (-9.1%)" in said
+    assert predict_layers(layers, measured | {"linear": 0.0}, "linear") == {}, "a profile without kernels of the experts"
     assert predict_layers(layers, {"eplb": 1.0}, "linear") == {} and "no prediction" in layers_in_words("decode", {})
 
 
