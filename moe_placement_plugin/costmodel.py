@@ -196,7 +196,7 @@ def fit(measurements: Sequence[Measurement]) -> LayerCost:
             "the measurements vary tokens and active experts together or not at all, so that their costs cannot be told apart: "
             "measure at several numbers of both"
         )
-    if np.isnan(features).any() or np.linalg.matrix_rank(features) <= ROWS:
+    if any(m.rows is None for m in measurements) or np.linalg.matrix_rank(features) <= ROWS:
         features = features[:, :ROWS]
     found = _non_negative(features / times[:, None])
     best = tuple(float(v) for v in found)
@@ -209,7 +209,7 @@ def fit(measurements: Sequence[Measurement]) -> LayerCost:
 
 
 ROWS = 3
-"""The column of the rows; of some measurements they are not known."""
+"""The column of the rows, which are left out of the model when those of some measurement are not known, or all are alike."""
 
 
 def _arrays(measurements: Sequence[Measurement]) -> tuple[np.ndarray, np.ndarray]:

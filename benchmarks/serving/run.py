@@ -333,8 +333,8 @@ class Run:
         """
         left = dict(servers)
         full = WORKLOADS[workload]
-        short = replace(full, requests=min(full.requests, 2 * full.concurrency))
-        for number in range(-1, self.given.repeats):  # the first only warms up, with as many under way: kernels are compiled for the sizes that come
+        short = replace(full, requests=min(full.requests, 2 * full.concurrency), answer=max(1, full.answer // 8))
+        for number in range(-1, self.given.repeats):  # the first only warms up, with as many under way and shorter answers
             for name in list(left) if number % 2 == 0 else list(reversed(left)):
                 try:
                     # A server that waited for its turn answers its first requests late; the one that had the last turn of the round before

@@ -46,6 +46,8 @@ def test_fit_tells_rows_from_tokens_where_they_are_known():
     assert cost.time(1000, 16, 125) == pytest.approx(15 + 24 + 20 + 3.75) and "0.03000 per row" in cost.formula
     blind = fit([*known[1:], known[0].model_copy(update={"rows": None})])
     assert blind.per_row == 0 and "row" not in blind.formula, "one of which the rows are not known: none can be used"
+    held = known[0].model_copy(update={"rows": None, "held_out": True})
+    assert fit([*known, held]).per_row == 0 and fit([*known, held]).error < 1, "nor when it is one that is held out"
     same = fit([m.model_copy(update={"rows": 500}) for m in known])
     assert same.per_row == 0 and same.fixed > 0, "of rows that are always the same nothing can be told"
 
