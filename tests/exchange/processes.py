@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from tests.support import forkserver
@@ -45,9 +48,10 @@ class Ranks:
 
         name = f"run-{os.getpid()}-{next(_numbers)}"
         processes, pipes = [], []
+        stacks = tempfile.TemporaryDirectory()
         for rank in range(world):
             here, there = self._context.Pipe(duplex=False)
-            process = self._context.Process(target=_child, args=(function, rank, world, self.store.port, name, there, args), daemon=True)
+            process = self._context.Process(target=_child, args=(function, rank, world, self.store.port, name, there, stacks.name, args), daemon=True)
             process.start()
             there.close()
             processes.append(process)
@@ -58,7 +62,9 @@ class Ranks:
             deadline = time.monotonic() + timeout
             results = []
             for rank, pipe in enumerate(pipes):
-                assert pipe.poll(max(0.0, deadline - time.monotonic())), f"rank {rank} did not end within {timeout} s"
+                if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                    stuck = _stacks(processes, stacks.name)
+                    raise AssertionError(f"rank {rank} did not end within {timeout} s; where it and the others wait:\n{stuck}")
                 try:
                     kind, value = pipe.recv()
                 except EOFError:
@@ -72,15 +78,30 @@ class Ranks:
                 process.join()
             for pipe in pipes:
                 pipe.close()
+            stacks.cleanup()
 
 
-def _child(function, rank, world, port, name, pipe, args) -> None:
+def _stacks(processes: list[Any], folder: str) -> str:
+    """What the threads of the processes that run still are doing."""
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(Path(folder).iterdir()) if path.stat().st_size)
+
+
+def _child(function, rank, world, port, name, pipe, stacks, args) -> None:
     import torch.distributed as dist
 
+    faulthandler.register(signal.SIGUSR1, open(f"{stacks}/rank-{rank}", "w"))  # noqa: SIM115 - for as long as the process lives
     try:
         client = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
         store = dist.PrefixStore(name, client)
         dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timedelta(seconds=30))
+        # Nobody's connections are complete because this rank's are, and one that ends early would leave the others waiting for it.
+        if store.add("connected", 1) == world:
+            store.set("all connected", "")
+        store.wait(["all connected"], timedelta(seconds=30))
         answer = ("done", function(rank, world, store, *args))
     except BaseException:
         answer = ("error", traceback.format_exc())
