@@ -9,15 +9,19 @@ For throughput, a server's time per token is taken as ``rest + share * layer``, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from moe_placement_plugin import Placement, PlacementError
+from moe_placement_plugin import ExpertLoad, Placement, PlacementError, get_strategy
 from moe_placement_plugin.costmodel import LayerCost, find_calibration, fit
-from moe_placement_plugin.simulate import step_time
+from moe_placement_plugin.simulate import Cluster, step_time
+from moe_placement_plugin.topology import Topology
 
+from .checkpoints import Model
 from .contestants import LARGEST_STEP
-from .traffic import Workload
+from .kernels import LOADS
+from .traffic import WORKLOADS, Workload
 
 MIN_APART = 0.01
 """Relative difference of the two servers' predicted layers below which nothing can be told from them."""
@@ -114,3 +118,47 @@ def predict_layers(layers: Mapping[str, float], measured: Mapping[str, float], f
         return {}
     error = {name: (one if name == first else one / off[first]) - 1 for name, one in off.items()}
     return {name: {"predicted": layers[name], "measured": measured[name], "error": error[name]} for name in off}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The predictions for one run.
+
+    Attributes:
+        costs: of `costs`.
+        model: what is served.
+        ranks: EP ranks.
+        load: what is routed.
+        placed: server -> its placement, of those whose placement stays.
+        first: the server that the others are compared with.
+    """
+
+    costs: Mapping[str, LayerCost]
+    model: Model
+    ranks: int
+    load: ExpertLoad
+    placed: Mapping[str, Placement]
+    first: str
+
+    def throughput(self, workload: str, rounds: Mapping[str, Sequence[Mapping]]) -> dict:
+        """Of the servers between the first and the ideal one: ``servers`` of `predict`, ``layer_us`` of `layer_times`, and ``step_tokens``."""
+        tokens = step_tokens(workload, WORKLOADS[workload])
+        layers = self._layer_times(workload, tokens, rounds)
+        measured = {name: float(np.median([r["tokens_per_s"] for r in rows])) for name, rows in rounds.items()}
+        return {"step_tokens": tokens, "layer_us": layers, "servers": predict(layers, measured, self.first)}
+
+    def layers(self, load: str, profiles: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
+        """`predict_layers` of what was profiled under one of `kernels.LOADS`."""
+        asked = LOADS[load]
+        tokens = step_tokens(load, asked)
+        if load == "decode":  # all steps alike, however many
+            steps, measured = 1.0, {name: len(self.model.moe_layers) * of["experts"] for name, of in profiles.items()}
+        else:  # as many tokens in every server, however they were cut into steps
+            steps, measured = asked.requests * asked.prompt / tokens, {name: of["experts_total"] for name, of in profiles.items()}
+        times = {name: steps * time for name, time in self._layer_times(load, tokens, measured).items()}
+        return predict_layers(times, measured, self.first)
+
+    def _layer_times(self, workload: str, tokens: int, servers: Mapping[str, object]) -> dict[str, float]:
+        even = get_strategy("linear").place(Cluster(Topology.even(self.ranks)).request(self.load))
+        placed = {name: placement for name, placement in self.placed.items() if name in servers}
+        return layer_times(placed, self.load.total, even, tokens, self.model.top_k, cost_of(workload, self.costs))

@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,7 +30,7 @@ from .answers import ALTERNATIVES, ANSWERED, ASKED, difference
 from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, LARGEST_STEP, Contestant, Setup, batches, command
 from .engine_clock import EngineClock
-from .prediction import cost_of, costs, layer_times, predict, predict_layers, step_tokens
+from .prediction import Predictor, costs
 from .quiet import Quiet
 from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, layers_in_words, prediction_in_words, table
 from .server_logs import PORT_TAKEN, in_words, moved
@@ -162,7 +162,8 @@ class Run:
                 _wait_for(self.recording, server)
         load = ExpertLoad.read(self.recording)
         self.check_recorded(load)
-        self.recorded, self.placed = load, self.placements(load)
+        self.placed = self.placements(load)
+        self.predictor = Predictor(self.costs, self.model, self.given.ranks, load, self.placed, self.contestants[0].name)
         how = "not recorded, planned from the router's own shares" if self.given.skip_recording else "recorded"
         routed = self.routed(load)
         self.say(f"{how}: {_routed_in_words(routed)}")
@@ -237,7 +238,9 @@ class Run:
                     if self.given.kernels:
                         found["kernels"] = self.profile(servers)
                         if self.costs:
-                            found["layers"] = self.predict_layers(found["kernels"])
+                            found["layers"] = {load: self.predictor.layers(load, of) for load, of in by_load(found["kernels"]).items()}
+                            for load, of in found["layers"].items():
+                                self.say("  " + layers_in_words(load, of))
             for name, server in servers.items():
                 found["moved"][name] = moved(server.log.read_text(errors="replace"), self.given.engine, ready[name])
                 if words := in_words(found["moved"][name]):
@@ -265,7 +268,7 @@ class Run:
             self.console.print(table(workload, rounds, found["answers"]))
             self.say("  " + disturbed_in_words(rounds))
             if self.costs:
-                found["predicted"][workload] = self.predict(workload, rounds)
+                found["predicted"][workload] = self.predictor.throughput(workload, rounds)
                 self.say("  " + prediction_in_words(found["predicted"][workload]))
             self.save()
         return servers
@@ -371,34 +374,6 @@ class Run:
     def traces(self, one: Contestant) -> Path:
         """Where a server's profiler writes."""
         return self.folder / "traces" / one.file
-
-    def predict(self, workload: str, rounds: dict) -> dict:
-        """What the cost model says of each server, from what `record` saw; see `prediction`."""
-        tokens = step_tokens(workload, WORKLOADS[workload])
-        layers = self.layer_times(workload, tokens, rounds)
-        measured = {name: float(np.median([r["tokens_per_s"] for r in rows])) for name, rows in rounds.items()}
-        return {"step_tokens": tokens, "layer_us": layers, "servers": predict(layers, measured, next(iter(rounds)))}
-
-    def layer_times(self, workload: str, tokens: int, servers: Collection[str]) -> dict[str, float]:
-        """What the cost model says of the servers' MoE layers, from what `record` saw."""
-        even = get_strategy("linear").place(Cluster(Topology.even(self.given.ranks)).request(self.recorded))
-        placed = {name: placement for name, placement in self.placed.items() if name in servers}
-        return layer_times(placed, self.recorded.total, even, tokens, self.model.top_k, cost_of(workload, self.costs))
-
-    def predict_layers(self, profiles: dict) -> dict:
-        """Load -> what the cost model says of each profiled server's MoE layers, beside what they took."""
-        found = {}
-        for load, of in by_load(profiles).items():
-            asked = kernels.LOADS[load]
-            tokens = step_tokens(load, asked)
-            if load == "decode":  # all steps alike, however many
-                steps, measured = 1.0, {name: len(self.model.moe_layers) * profile["experts"] for name, profile in of.items()}
-            else:  # as many tokens in every server, however they were cut into steps
-                steps, measured = asked.requests * asked.prompt / tokens, {name: profile["experts_total"] for name, profile in of.items()}
-            times = {name: steps * time for name, time in self.layer_times(load, tokens, measured).items()}
-            found[load] = predict_layers(times, measured, self.contestants[0].name)
-            self.say("  " + layers_in_words(load, found[load]))
-        return found
 
 
 def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

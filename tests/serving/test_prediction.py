@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohttp, which both engines bring")
 
-from benchmarks.serving.prediction import cost_of, costs, layer_times, predict, predict_layers, step_tokens  # noqa: E402
+from benchmarks.serving.checkpoints import MODELS  # noqa: E402
+from benchmarks.serving.prediction import Predictor, cost_of, costs, layer_times, predict, predict_layers, step_tokens  # noqa: E402
 from benchmarks.serving.report import layers_in_words  # noqa: E402
 from benchmarks.serving.traffic import WORKLOADS  # noqa: E402
 from moe_placement_plugin import ExpertLoad, PlacementError, get_strategy  # noqa: E402
@@ -64,6 +67,20 @@ def test_layers_are_predicted_relative_to_the_first_servers(layers):
     assert "linear" in said and f"zigzag {layers['zigzag'] / layers['linear']:.3f} times that predicted" in said and "measured (-9.1%)" in said
     assert predict_layers(layers, measured | {"linear": 0.0}, "linear") == {}, "a profile without kernels of the experts"
     assert predict_layers(layers, {"eplb": 1.0}, "linear") == {} and "no prediction" in layers_in_words("decode", {})
+
+
+def test_a_profile_is_predicted_as_what_was_asked_in_it():
+    """Decode: a step of 128 tokens, whatever the number of steps; prompts: 16 of 4096, whatever they were cut into."""
+    model = replace(MODELS["tiny"], experts=64)
+    load = ExpertLoad(np.ones((len(model.moe_layers), 64), np.int64), tuple(model.moe_layers))
+    placed = {"stock": get_strategy("linear").place(Cluster(Topology.even(8)).request(load))}
+    predictor = Predictor({"decode": LayerCost(0.0, 0.0, 1.0), "prefill": LayerCost(0.0, 0.0, 0.0, per_row=1.0)}, model, 8, load, placed, "stock")
+    profile = {"experts": 100.0, "experts_total": 131072.0}
+    decode, prefill = (predictor.layers(name, {"stock": profile, "our EPLB": profile}) for name in ("decode", "prefill"))
+    layers = len(model.moe_layers)
+    assert set(decode) == set(prefill) == {"stock"}, "of a placement that moves nothing is known"
+    assert decode["stock"]["measured"] == 100.0 * layers and decode["stock"]["predicted"] == pytest.approx(layers * 128 * model.top_k / 8, rel=0.5)
+    assert prefill["stock"] == {"predicted": layers * 65536.0, "measured": 131072.0, "error": layers * 65536 / 131072 - 1}
 
 
 def test_a_calibration_for_each_phase(tmp_path):
