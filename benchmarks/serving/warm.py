@@ -1,6 +1,6 @@
 """Requests whose forward passes have every size that a kernel is compiled anew for, before anything is measured.
 
-Triton compiles a kernel when a server first needs it, which took 0.8 to 1.3 s on the hosts of two H200: vLLM's MoE kernel has other tiles
+Triton compiles a kernel when a server first needs it, about a second each time on the hosts of two H200: vLLM's MoE kernel has other tiles
 for up to 32, 64, 96, 128 and 512 tokens and for more than 128 per expert, each once more for an odd number of tokens. vLLM keeps
 what was compiled in a folder per compiled graph, so that servers with different placements compile it all again. Whoever measures without
 this sees each server stop about once in a workload, in one round or another.
