@@ -116,10 +116,12 @@ def measure(
     weights = _empty(sizes, plan.old.slots_per_rank[rank])
     reload_own(folder, plan.old, rank, weights)
     own = {layer: [view_parameter(t, f"layer {layer}") for t in tensors] for layer, tensors in zip(plan.old.layer_ids, weights)}
-    dist.init_process_group("gloo", store=dist.PrefixStore("all", store), rank=rank, world_size=plan.old.num_ranks)
-    peers = PeerMemory.of(own, Topology(plan.old.num_ranks), dist.group.WORLD, logging.getLogger(__name__)) if read_peers else None
+    peers = None
+    if read_peers:
+        dist.init_process_group("gloo", store=dist.PrefixStore("all", store), rank=rank, world_size=plan.old.num_ranks)
+        peers = PeerMemory.of(own, Topology(plan.old.num_ranks), dist.group.WORLD, logging.getLogger(__name__))
+        dist.destroy_process_group()
     sees = peers is not None and int(peers.reads[rank].sum()) == plan.old.num_ranks - 1
-    dist.destroy_process_group()
     pipe.send("loaded")
     if not plan.live[rank]:
         pipe.recv()  # the parent kills this process here
