@@ -27,6 +27,8 @@ from .errors import PlacementError
 
 FORMAT = "moe-layer-calibration"
 FORMAT_VERSION = 1
+ROWS = 3
+"""The fit's column of rows, which are left out of the model when those of some measurement are not known, or all are alike."""
 
 
 class Measurement(BaseModel):
@@ -206,10 +208,6 @@ def fit(measurements: Sequence[Measurement]) -> LayerCost:
     features, times = _arrays(held)
     errors = np.abs(features[:, : len(best)] @ found / times - 1)
     return LayerCost(*best, error=float(errors.mean()), worst_error=float(errors.max()), held_out=len(held))
-
-
-ROWS = 3
-"""The column of the rows, which are left out of the model when those of some measurement are not known, or all are alike."""
 
 
 def _arrays(measurements: Sequence[Measurement]) -> tuple[np.ndarray, np.ndarray]:

@@ -252,6 +252,8 @@ class Run:
 
     def measure(self, servers: dict[str, Server], found: dict) -> dict[str, Server]:
         """Every workload in turns; the servers that answered in all rounds."""
+        if self.workloads:
+            self.warm(servers)
         if self.given.engine == "sglang":
             # What a server has made by now stays out of its garbage collections, which take a tenth of a second and more where PyTorch is loaded:
             # vLLM sees to it by itself, and SGLang from 0.5.20 on.
@@ -260,8 +262,6 @@ class Run:
                     post(f"{server.url}/freeze_gc", {})
                 except OSError as error:
                     self.say(f"{name} may stop to collect garbage: {error}")
-        if self.workloads:
-            self.warm(servers)
         for workload in self.workloads:
             rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
             servers = {name: server for name, server in servers.items() if name in rounds}

@@ -179,7 +179,8 @@ def test_expert_bytes():
 def test_a_shipped_calibration_fits_and_says_where_it_comes_from(name):
     found = find_calibration(name)
     cost = fit(found.measurements)
-    assert cost.held_out >= 80 and cost.error < 0.05 and cost.per_token > 0 and cost.per_row > 0
+    # Of a third of R1's decode measurements the rows are not certain: they were left out.
+    assert cost.held_out >= {"r1-decode-h100": 80}.get(name, 100) and cost.error < 0.05 and cost.per_token > 0 and cost.per_row > 0
     assert {"command", "date", "torch", "kernel", "load"} <= found.provenance.keys()
     assert "/" not in found.provenance["command"], "a folder of the machine that measured"
     assert found.summary.startswith(found.device) and found.layer["kernel"] in found.summary
