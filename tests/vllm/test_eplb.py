@@ -69,11 +69,47 @@ def test_routing_in_torch_is_the_kernels():
 
 
 def test_a_fused_tensor_gets_rows_for_redundant_experts():
-    from moe_placement_plugin.engines.vllm.eplb import _with_replicas
+    from moe_placement_plugin.engines.vllm.eplb_weights import with_replicas
 
     layer = type("Layer", (), {"layer_name": "model.layers.0.mlp.experts"})
     fused = torch.arange(4 * 6).view(4, 2, 3)
-    assert _with_replicas(layer, "gate_up_proj", fused, 4, 3)[4:].equal(fused[:3])
-    assert _with_replicas(layer, "2.w1_packed", fused, 4, 3) is fused  # one expert's own three-dimensional weight
-    assert _with_replicas(layer, "bias", fused[0], 4, 3).shape == (2, 3)
+    assert with_replicas(layer, "gate_up_proj", fused, 4, 3)[4:].equal(fused[:3])
+    assert with_replicas(layer, "2.w1_packed", fused, 4, 3) is fused  # one expert's own three-dimensional weight
+    assert with_replicas(layer, "bias", fused[0], 4, 3).shape == (2, 3)
     assert EPLB_ROW.startswith("_")
+
+
+def test_models_that_name_no_redundant_experts_load_them_all_the_same():
+    """vLLM 0.25's GLM-4-MoE, and MTP heads of all versions: no weight was ever offered to their redundant slots."""
+    import inspect
+    from types import SimpleNamespace
+
+    from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.models import glm4_moe_mtp
+
+    from moe_placement_plugin.engines.patching import PatchSet
+    from moe_placement_plugin.engines.vllm.eplb_weights import weight_patches
+
+    assert "num_redundant_experts" not in inspect.getsource(glm4_moe_mtp), "this one names them now: take another, or drop the patch"
+
+    def model(physical):
+        layer = RoutedExperts.__new__(RoutedExperts)
+        torch.nn.Module.__init__(layer)
+        layer.layer_name, layer.moe_config = "model.layers.1.mlp.experts", SimpleNamespace(num_experts=physical, num_logical_experts=8)
+        return torch.nn.ModuleList([layer])
+
+    def slots(physical, **more):
+        """Physical experts that the down projection of expert 1 is offered to."""
+        mapping = fused_moe_make_expert_params_mapping(model(physical), "gate_proj", "down_proj", "up_proj", 8, **more)
+        return [number for _, weight, number, _ in mapping if weight == "experts.1.down_proj."]
+
+    assert slots(10) == [1]  # without the patch
+    patches = PatchSet(weight_patches())
+    patches.apply()
+    try:
+        assert slots(10) == [1, 9]
+        assert slots(10, num_redundant_experts=2) == [1, 9]
+        assert slots(8) == [1]  # a draft model without EPLB has no such slots
+    finally:
+        patches.undo()

@@ -19,10 +19,10 @@ from ...load import ExpertLoad
 from ...placement import Placement
 from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import eplb_exchange, eplb_phases, tuned, verify
+from . import eplb_exchange, eplb_phases, eplb_weights, tuned, verify
 from .hosts import real_topology
 from .kernels import ALL2ALL_WITH_MAP
-from .layers import EPLB_ROW, num_logical, routed_layers
+from .layers import EPLB_ROW, mixture_of_experts, num_logical, routed_layers
 from .settings import PlacementSettings, arrived, layer_id_of, settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
@@ -33,28 +33,15 @@ _WATCHDOG = "_moe_placement_watchdog"  # seconds; only an EplbState of a server 
 _REBALANCERS = "_moe_placement_rebalancers"
 
 
-def _find_moe_model(model: Any) -> Any:
-    """What vLLM 0.25 does in its model runner: the model, or the language model within it."""
-    from vllm.model_executor.models.interfaces import is_mixture_of_experts, supports_multimodal
-
-    for candidate in (model, model.get_language_model() if supports_multimodal(model) else None):
-        if candidate is not None and is_mixture_of_experts(candidate):
-            return candidate
-    return None
-
-
 def check_supported(model: Any) -> None:
     """Refuse a model whose experts EPLB does not move: vLLM would serve it with its own placement, without a word.
 
     Raises:
         PlacementError: naming the model.
     """
-    from vllm.model_executor.models import interfaces
-
-    find = getattr(interfaces, "get_mixture_of_experts_model", _find_moe_model)
     layers = routed_layers(model)
     off = [name for name, layer in layers.items() if not layer.moe_config.moe_parallel_config.enable_eplb]
-    if find(model) is None or off or not layers:
+    if mixture_of_experts(model) is None or off or not layers:
         raise PlacementError(
             f"vLLM's EPLB does not move the experts of {type(model).__name__} ({off[0] + ' is not registered' if off else 'no MoE model'}): "
             "leave --enable-eplb out, the placement then holds for as long as the server runs"
@@ -303,30 +290,6 @@ def _others() -> tuple[int, ...]:
     return tuple(rank for rank in range(group.world_size) if rank != group.rank_in_group)
 
 
-def _load_weights(original):
-    def load_weights(self, weights):
-        config = self.moe_config
-        redundant = config.num_experts - config.num_logical_experts
-        if redundant > 0:
-            weights = ((name, _with_replicas(self, name, tensor, config.num_logical_experts, redundant)) for name, tensor in weights)
-        return original(self, weights)
-
-    return load_weights
-
-
-def _with_replicas(layer: Any, name: str, tensor: Any, experts: int, redundant: int) -> Any:
-    """A tensor of all experts with rows for the redundant ones, in vLLM's first table's order.
-
-    vLLM numbers the rows from 0 and so never fills a redundant slot, which is served all the same.
-    """
-    import torch
-
-    qualified = f"{layer.layer_name}.{name}".partition("experts.")[2].partition(".")[0]
-    if tensor.dim() != 3 or qualified.isdecimal() or tensor.shape[0] != experts:
-        return tensor
-    return torch.cat([tensor, tensor[torch.arange(redundant) % experts]])
-
-
 def eplb_patches() -> list[Patch]:
     """The patches of a server with a placement and ``--enable-eplb``."""
     return [
@@ -365,15 +328,7 @@ def eplb_patches() -> list[Patch]:
             upstream="vLLM issue 57883",
             removable_when="vLLM reports an exchange that does not finish",
         ),
-        Patch(
-            "fused-replicas",
-            "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts.load_weights",
-            _load_weights,
-            relies_on=("weights",),
-            why="a checkpoint with all experts in one tensor leaves redundant slots without weights: wrong output",
-            upstream="vLLM issue 55228",
-            removable_when="RoutedExperts.load_weights fills redundant experts of fused checkpoints",
-        ),
+        *eplb_weights.weight_patches(),
         *eplb_exchange.exchange_patches(),
         *eplb_phases.phase_patches(),
         *tuned.tuned_patches(),

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from ..patching import Patch
+from .layers import mixture_of_experts
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -102,9 +103,8 @@ def _load_model(original):
         if not self.parallel_config.enable_eplb:
             return
         from vllm.distributed.eplb.eplb_state import EplbState
-        from vllm.v1.worker import gpu_model_runner
 
-        self._moe_model = gpu_model_runner.get_mixture_of_experts_model(self.model)
+        self._moe_model = mixture_of_experts(self.model)
         self.eplb_state = EplbState(self.parallel_config, self.device)
         if self._moe_model is not None:
             self.eplb_state.add_model(self._moe_model, self.model_config)

@@ -22,6 +22,18 @@ def routed_layers(model: Any) -> dict[str, Any]:
     return {module.layer_name: module for module in model.modules() if isinstance(module, RoutedExperts)}
 
 
+def mixture_of_experts(model: Any) -> Any:
+    """The part of a model whose experts EPLB moves: the model, or the language model within it; None without one."""
+    from vllm.model_executor.models import interfaces
+
+    if hasattr(interfaces, "get_mixture_of_experts_model"):
+        return interfaces.get_mixture_of_experts_model(model)
+    for candidate in (model, model.get_language_model() if interfaces.supports_multimodal(model) else None):  # vLLM 0.25
+        if candidate is not None and interfaces.is_mixture_of_experts(candidate):
+            return candidate
+    return None
+
+
 def numbered(layers: dict[str, Any]) -> dict[str, int]:
     """A number for each layer: its index in the model where that is known and its own, else a negative one.
 
