@@ -65,6 +65,8 @@ def _kernel_lines(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
         yield [name, *(f"{k[name][0]:.1f} ({k[name][1]:g})" if name in k else "" for k in kernels)]
     yield ["all kernels", *(f"{sum(t for t, _ in k.values()):.1f} ({sum(n for _, n in k.values()):g})" for k in kernels)]
     yield ["from layer to layer", *(f"{of['span']:.1f}" for of in found.values())]
+    if all("ranks" in of for of in found.values()):
+        yield ["each rank, without collectives", *(f"{min(of['ranks']):.1f} to {max(of['ranks']):.1f}" for of in found.values())]
     yield ["the busiest rank's MoE kernels", *(f"{of['moe']:.1f}" for of in found.values())]
     yield ["the same, all layers, ms", *(f"{of['moe_total'] / 1e3:.2f}" for of in found.values())]
     if all("experts_total" in of for of in found.values()):

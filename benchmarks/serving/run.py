@@ -33,7 +33,7 @@ from .engine_clock import EngineClock
 from .prediction import Predictor, costs
 from .quiet import Quiet
 from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, layers_in_words, prediction_in_words, table
-from .server_logs import PORT_TAKEN, in_words, moved
+from .server_logs import PORT_TAKEN, in_words, moved, why_not
 from .traffic import WORKLOADS, drive, post
 from .warm import warm
 
@@ -308,7 +308,7 @@ class Run:
             if error is None:
                 servers[one.name] = server
             else:
-                self.fail(f"{one.name} did not start: {error[-600:]}")
+                self.fail(f"{one.name} did not start: {why_not(server.log.read_text(errors='replace')) or error[-600:]}")
         if contestants[0].name not in servers:
             raise PlacementError(f"{contestants[0].name}, which the others are compared with, did not start")
         return servers

@@ -316,13 +316,15 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
         "ValueError: scheduler_input_port at 35763 is not available in 30 seconds. scheduler_input_port is used by a process already"
     )
     taken = "store, rank, world_size = next(rendezvous_iterator)\nRuntimeError: Engine core initialization failed"
-    fails_at, fails = 0, {"linear": [taken], "eplb": [taken, taken], "eplb+8": ["CUDA out of memory", ""]}
+    refused = "ERROR moe_placement_plugin.errors.PlacementError: layer 1 has an empty slot\nRuntimeError: Failed core proc(s): {}"
+    fails_at, fails = 0, {"linear": [taken], "eplb": [taken, taken], "eplb+8": [refused, ""]}
     capsys.readouterr()
     assert main() == 1
     batches = json.loads((tmp_path / "out.json").read_text())["batches"]
     assert [list(batch["rounds"]["tiny"]) for batch in batches] == [["linear"], ["linear", "our EPLB"]]
     said = capsys.readouterr().out
     assert said.count("linear starts again") == 2 and "eplb did not start" in said and "eplb+8 did not start" in said
+    assert "eplb+8 did not start: layer 1 has an empty slot" in said
     assert "eplb starts again" in said and "eplb+8 starts again" not in said
 
     # What a server records while it is measured tells how balanced the placements really were: here all load is on the first rank's experts.

@@ -35,8 +35,18 @@ def trace(steps: int, moe: float = 10.0, **kernels: float) -> list[dict]:
 def test_time_per_layer_does_not_depend_on_the_number_of_steps_or_ranks():
     one, more = per_layer([trace(4, remap=3.0)], "kernel"), per_layer([trace(7, remap=3.0), trace(7, remap=3.0)], "kernel")
     assert one["kernels"] == {"fused_moe_kernel": [20.0, 2], "at::native::remap": [3.0, 1]} and one["span"] == 26.0 and one["moe"] == 20.0
-    assert more == one | {"moe_total": 40.0 + 12 * 20.0, "experts_total": 40.0 + 12 * 20.0}, "the first layer of all is cut off"
-    assert one["moe_total"] == 40.0 + 6 * 20.0
+    assert more == one | {"moe_total": 40.0 + 12 * 20.0, "experts_total": 40.0 + 12 * 20.0, "ranks": [23.0, 23.0]}, (
+        "the first layer of all is cut off"
+    )
+    assert one["moe_total"] == 40.0 + 6 * 20.0 and one["ranks"] == [23.0]
+
+
+def test_ranks_of_equal_work_and_unequal_speed_show():
+    """Engines' and NCCL's names of 2026: who is fast waits in them."""
+    waits = ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "cross_device_reduce_2stage", "all_reduce_kernel")
+    for name in waits:
+        found = per_layer([trace(4, 10.0, gemm=5.0, **{name: 9.0}), trace(4, 12.0, gemm=6.0, **{name: 4.0})], "kernel")
+        assert found["ranks"] == [25.0, 30.0]
 
 
 def test_what_the_experts_take_is_what_the_layer_benchmark_times():
@@ -55,7 +65,7 @@ def test_a_layer_takes_what_its_busiest_rank_takes():
 def test_without_moe_kernels_all_is_one_layer():
     events = [{"cat": "cpu_op", "name": "aten::add", "ts": i, "dur": 0.5} for i in range(3)]
     none = {"moe": 0, "moe_total": 0, "experts": 0, "experts_total": 0}
-    assert per_layer([events], "cpu_op") == none | {"kernels": {"aten::add": [1.5, 3]}, "span": 0.0}
+    assert per_layer([events], "cpu_op") == none | {"kernels": {"aten::add": [1.5, 3]}, "span": 0.0, "ranks": [1.5]}
 
 
 def test_what_one_server_has_more_of_comes_first():
@@ -66,8 +76,8 @@ def test_what_one_server_has_more_of_comes_first():
     lines = [line.split() for line in lines.splitlines()[1:]]
     assert "where servers differ most" in (title := " ".join(title.split())) and "decode" in title
     assert lines[0] == ["at::native::remap", "3.0", "(1)"] and lines[1][0] == "at::native::norm"
-    assert [line[-4:] for line in lines[-5:-4]] == [["25.0", "(3)", "28.5", "(4)"]]
-    assert [line[-2:] for line in lines[-4:]] == [["28.0", "32.5"], ["20.0", "20.0"], ["0.12", "0.12"], ["0.12", "0.12"]]
+    assert [line[-4:] for line in lines[-6:-5]] == [["25.0", "(3)", "28.5", "(4)"]]
+    assert [line[-2:] for line in lines[-5:]] == [["28.0", "32.5"], ["to", "28.5"], ["20.0", "20.0"], ["0.12", "0.12"], ["0.12", "0.12"]]
 
     kernels = {"stock": {"decode": few, "prefill": few}, "eplb+8": {"decode": many, "prefill": few}}
     page = markdown({"facts": {"command": "x"}, "batches": [{"rounds": {}, "answers": {}, "moved": {}, "kernels": kernels}]})

@@ -120,6 +120,9 @@ def test_the_patches_work_in_every_scheduler_process(outcomes, name):
     everyone = {f"TP{rank} EP{rank * ep // tp}" for rank in range(tp)}
     layers = 3 if name.startswith("glm") else 4
     assert outcome.processes_with(f"is in force in {layers} layers") == everyone
+    replicas = "redundant" in name or name == "plan-of-vllm"
+    direct = 0 if replicas or versions.topk_finds_the_placement() else layers
+    assert outcome.processes_with(f"routed by one look-up in {direct};") == everyone
     assert outcome.processes_with(f"slots in {layers} layers of this rank (replicas)") == everyone
     used = ["placement", "slots", "loader", "slot-loader", "model", "cpu-expert-parallelism", "verify-load", "verify-clean"]
     used += [] if versions.topk_finds_the_placement() else ["routing", "remap"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_placement_plugin.engines.sglang import cpu, layers, routing, settings, worker
+from moe_placement_plugin.engines.sglang import cpu, direct, layers, routing, settings, worker
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.placement import Placement
 
@@ -223,6 +223,44 @@ def test_the_dispatch_information_is_there_before_the_router_runs(placed, monkey
     routing.select(original, hidden_states=None, router_logits=None, topk_config=config, expert_location_dispatch_info="model's")
     routing.select(original, None, None, types.SimpleNamespace(torch_native=True), layer_id=1)
     assert seen == ["info", "model's", None]
+
+
+def test_one_look_up_where_the_dispatcher_has_the_placements_table(placed):
+    """Then neither a model's dispatch information nor ours is used; and both are again when SGLang makes a table of its own."""
+    seen = []
+
+    def router(hidden_states, router_logits, topk_config, **rest):
+        seen.append(rest["expert_location_dispatch_info"])
+
+    def after(ids, weights, config, logits, layer, padded, info, **rest):
+        seen.append(info)
+        return ids, weights, ids
+
+    dispatcher = types.SimpleNamespace(local_expert_mapping=torch.tensor([1, -1, 0, -1]))
+    setattr(dispatcher, direct._TABLE, dispatcher.local_expert_mapping)
+    config = types.SimpleNamespace(torch_native=False, num_fused_shared_experts=0)
+    setattr(config, direct._DISPATCHER, dispatcher)
+    info, ids = dispatch_info(placed), torch.tensor([[3, 0]])
+    info.ep_dispatch_algorithm = "static"
+    info.partial_logical_to_rank_dispatch_physical_map = info.partial_logical_to_all_physical_map[:, 0]
+
+    def both():
+        routing.select(router, None, None, config, expert_location_dispatch_info=info)
+        return routing.post_process(after, ids, None, config, None, 1, expert_location_dispatch_info=info)[0]
+
+    assert both().tolist() == [[3, 0]] and seen == [None, None]
+    dispatcher.local_expert_mapping = None
+    assert both().tolist() == [[0, 2]] and seen[2:] == [info, info]
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"enable_eplb": True}, {"moe_a2a_backend": "deepep"}, {"expert_distribution_recorder_mode": "stat"},
+               {"elastic_ep_backend": "mooncake"}, {"redundant": 2}],
+)  # fmt: skip
+def test_one_look_up_only_where_nobody_needs_physical_ids(option):
+    redundant = option.pop("redundant", 0)
+    options = {"enable_eplb": False, "moe_a2a_backend": "none", "expert_distribution_recorder_mode": None, "elastic_ep_backend": None}
+    assert direct.allowed(types.SimpleNamespace(**options | option), redundant) is not (bool(option) or redundant > 0)
 
 
 def test_draft_layers_and_other_models_are_left_alone(placed):

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import PlacementError
 from ...placement import Placement
-from . import reload, settings
+from . import direct, reload, settings
 from .routing import LAYER
 
 logger = logging.getLogger(__name__)
@@ -137,11 +137,13 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
             eplb.warm_up(asked)
 
         logger.info(
-            "moe_placement_plugin: EP rank %s: expert placement %s is in force in %d layers (plan %s); patches used so far: %s",
+            "moe_placement_plugin: EP rank %s: expert placement %s is in force in %d layers (plan %s), routed by one look-up in %d; "
+            "patches used so far: %s",
             layers[0].moe_ep_rank if layers else "of a stage without MoE layers",
             asked.placement.strategy,
             len(layers),
             asked.placement.digest[:12],
+            sum(direct.has_table(layer.dispatcher) for layer in layers),
             ", ".join(f"{name} {hits}" for name, hits in hooks().hits().items() if hits),
         )
     forget_loaded()
@@ -183,6 +185,7 @@ def check_layers(model: Any, placement: Placement, reads: bool) -> list[Any]:
         if reads:
             _check_weights(name, experts[0], placement)
         object.__setattr__(routers[0].topk_config, LAYER, experts[0].layer_id)
+        direct.settle(experts[0], routers[0], placement)
         seen.append(experts[0])
     return seen
 

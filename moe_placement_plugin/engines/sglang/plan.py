@@ -14,7 +14,7 @@ from ...strategies import get_strategy
 from ...strategies.resolve import ModelShape, check_plan, read_file, resolve_placement
 from ...topology import Topology
 from ..model_shape import model_shape
-from . import eplb, hosts, versions
+from . import direct, eplb, hosts, versions
 from .settings import Settings
 from .support import OPTIONS, Combination, check
 
@@ -89,6 +89,7 @@ def finish(server_args: Any, asked: Settings) -> None:
             logger.error("%s", refused)
             asked.error = str(refused)
     asked.padding = padding
+    asked.direct = direct.allowed(cfg, combination.redundant)
     asked.reads = str(cfg.load_format) != "dummy"
     asked.stages = int(cfg.pp_size)
     versions.decide(server_args, **_arguments(combination, asked))

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from . import direct
+
 # Attribute of the TopK config of every MoE layer of the target model: the layer's id. A draft model's have none.
 LAYER = "_moe_placement_layer"
 
 
 def _dispatch_info(topk_config: Any) -> Any:
     layer = getattr(topk_config, LAYER, None)
-    if layer is None:
+    if layer is None or direct.in_force(topk_config):
         return None
     from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
 
@@ -24,12 +26,14 @@ def _dispatch_info(topk_config: Any) -> Any:
 
 
 def select(original: Callable, hidden_states: Any, router_logits: Any, topk_config: Any, **rest: Any) -> Any:
-    """`select_experts` with the dispatch information of the layer, where its model passes none.
+    """`select_experts` with the dispatch information of the layer, where its model passes none; without, where one look-up does.
 
     It has to be known here already: without it some routers give out ids that can no longer be remapped. The torch-native router
     asserts that there is none; its ids are remapped afterwards, by `post_process`.
     """
-    if rest.get("expert_location_dispatch_info") is None and not topk_config.torch_native:
+    if direct.in_force(topk_config):
+        rest["expert_location_dispatch_info"] = None
+    elif rest.get("expert_location_dispatch_info") is None and not topk_config.torch_native:
         rest["expert_location_dispatch_info"] = _dispatch_info(topk_config)
     return original(hidden_states, router_logits, topk_config, **rest)
 
@@ -47,6 +51,8 @@ def post_process(
 ) -> Any:
     """`_post_process_topk_ids`, remapping on devices for which SGLang leaves that out."""
     info = _dispatch_info(topk_config) if expert_location_dispatch_info is None else expert_location_dispatch_info
+    if direct.in_force(topk_config):
+        info = None
     ids, weights, recorded = original(
         topk_ids, topk_weights, topk_config, router_logits, layer_id, num_token_non_padded, info, **rest
     )

@@ -36,6 +36,7 @@ class Settings:
         rebalance: rules that the user gave, see `rebalancing.policy_from`.
         moves: whether SGLang's EPLB moves experts while serving; the placement is then where it begins.
         elastic: whether the server goes on when ranks die.
+        direct: whether routing by logical expert may go to slots in one look-up, see `direct`.
         planner: whether the user chose our planner by ``--eplb-algorithm``, whatever the strategy.
         locality: value of ``--expert-placement-locality``.
         host_timeout: value of ``--expert-host-timeout``, None when not given.
@@ -54,6 +55,7 @@ class Settings:
     rebalance: dict[str, Any] | None = None
     moves: bool = False
     elastic: bool = False
+    direct: bool = False
     planner: bool = False
     locality: str = "none"
     host_timeout: float | None = None
