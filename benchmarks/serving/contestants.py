@@ -16,7 +16,7 @@ MOST_REQUESTS = 128
 LARGEST_STEP = 16384
 """Tokens that a server takes in one forward pass at most. A layer of 8192 of Qwen3-30B-A3B's was 1.8 ms of kernels for two H200 and took 2.3 ms or
 more: the GPUs waited for the host."""
-CACHE_TOKENS = 81_920
+CACHE_TOKENS = 90_112
 """Of keys and values in each server: more than any workload has under way at once, and little, since all servers share the GPUs."""
 BESIDES, BESIDES_EPLB = 5 << 30, 8 << 30
 """Bytes of each GPU that a server takes besides weights and cache: CUDA's context, NCCL, work space, graphs; EPLB has buffers and

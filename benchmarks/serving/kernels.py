@@ -91,9 +91,10 @@ def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict:
 
     Returns:
         Microseconds. ``kernels``: name without template arguments -> [time, launches] in a layer; ``ranks``: of each rank, all kernels but
-        `COLLECTIVES`, so that ranks of equal work and unequal speed show; ``span``: from layer to layer, with what the GPU waits in between; ``moe``: the MoE kernels of the layer's busiest rank, ``experts``: `EXPERTS` likewise. All are medians of the layers, and
-        means of the ranks but for those: most steps of a load are alike, its first and last are not. ``moe_total`` and ``experts_total``: the
-        sums of all layers, which are of the same tokens in every server, however they came to be cut into steps.
+        `COLLECTIVES`, so that ranks of equal work and unequal speed show; ``span``: from layer to layer, with what the GPU waits in between;
+        ``moe``: the MoE kernels of the layer's busiest rank, ``experts``: `EXPERTS` likewise. All are medians of the layers, and means of the ranks
+        but for those: most steps of a load are alike, its first and last are not. ``moe_total`` and ``experts_total``: the sums of all layers,
+        which are of the same tokens in every server, however they came to be cut into steps.
     """
     cut = [_layers([event for event in events if event.get("cat") == category]) for events in ranks]
     sums = [[_by_kernel(events) for events in layers] for layers in cut]

@@ -8,7 +8,6 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +24,7 @@ from moe_placement_plugin.demo.server import Server, free_port
 from moe_placement_plugin.simulate import Cluster
 from moe_placement_plugin.topology import Topology
 
-from . import kernels
+from . import kernels, together
 from .answers import ALTERNATIVES, ANSWERED, ASKED, difference
 from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, LARGEST_STEP, Contestant, Setup, batches, command
@@ -33,7 +32,7 @@ from .engine_clock import EngineClock
 from .prediction import Predictor, costs
 from .quiet import Quiet
 from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, layers_in_words, prediction_in_words, table
-from .server_logs import PORT_TAKEN, in_words, moved, why_not
+from .server_logs import in_words, moved
 from .traffic import WORKLOADS, drive, post
 from .warm import warm
 
@@ -226,7 +225,9 @@ class Run:
         found: dict = {"answers": {}, "rounds": {}, "predicted": {}, "moved": {}}
         self.result["batches"].append(found)
         with ExitStack() as stack:
-            servers = self.start(contestants, stack)
+            made = {one.name: self.server(one) for one in contestants}
+            stack.callback(together.stop, list(made.values()))
+            servers = together.start(made, self.given.starts, self.say, self.fail)
             ready = {name: len(server.log.read_text(errors="replace")) for name, server in servers.items()}
             found["answers"] = self.compare_answers(servers)
             for name, differs in found["answers"].items():
@@ -281,37 +282,6 @@ class Run:
         urls = {name: server.url for name, server in servers.items()}
         for name, why in warm(urls, self.model.size.vocab, longest, largest).items():
             self.say(f"{name} may stop to compile kernels: {why}")
-
-    def start(self, contestants: Sequence[Contestant], stack: ExitStack) -> dict[str, Server]:
-        """All servers of a batch; one that cannot start is reported and left out, unless it is the first.
-
-        One that lost a port to another that started beside it starts once more, when the others are up.
-        """
-        made = [(one, self.server(one)) for one in contestants]
-
-        def enter(server: Server) -> str | None:
-            try:
-                server.__enter__()
-            except PlacementError as error:
-                return str(error)
-            return None
-
-        stack.callback(_stop, [server for _, server in made])
-        with ThreadPoolExecutor(self.given.starts) as pool:
-            errors = list(pool.map(enter, [server for _, server in made]))
-        for number, (one, server) in enumerate(made):
-            if errors[number] is not None and PORT_TAKEN.search(server.log.read_text(errors="replace")):
-                self.say(f"{one.name} starts again: another server took a port of its")
-                errors[number] = enter(server)
-        servers = {}
-        for (one, server), error in zip(made, errors):
-            if error is None:
-                servers[one.name] = server
-            else:
-                self.fail(f"{one.name} did not start: {why_not(server.log.read_text(errors='replace')) or error[-600:]}")
-        if contestants[0].name not in servers:
-            raise PlacementError(f"{contestants[0].name}, which the others are compared with, did not start")
-        return servers
 
     def compare_answers(self, servers: dict[str, Server]) -> dict:
         """Greedy answers of every server against the first one's."""
@@ -385,12 +355,6 @@ def _routed_in_words(routed: dict) -> str:
     """One line of `Run.routed`."""
     elsewhere = f"{np.mean(routed['apart']):.1%} of them elsewhere than in the load that the routers follow"
     return f"{routed['choices']} choices, {elsewhere}; balancedness {balance_in_words(routed['balancedness'])}"
-
-
-def _stop(servers: Sequence[Server]) -> None:
-    """End all of them at once: each waits for its workers."""
-    with ThreadPoolExecutor(len(servers)) as pool:
-        list(pool.map(lambda server: server.stop(), servers))
 
 
 def _wait_for(path: Path, server: Server, seconds: float = 30) -> None:

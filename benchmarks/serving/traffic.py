@@ -56,14 +56,15 @@ class Workload:
 
 
 WORKLOADS = {
-    "prefill": Workload(96, 4096, 8, 16),
+    "prefill": Workload(96, 4096, 4, 20),
     "decode": Workload(64, 64, 768, 64),
     "mixed": Workload(192, 512, 64, 64, spread=0.5),
     "drift": Workload(128, 4096, 8, 16, 64),
     "tiny": Workload(16, 24, 8, 4),
 }
 """``tiny`` is for machines without a GPU. Prompts of ``prefill`` are long: an API server takes in a few hundred requests a second, however short,
-which is what a few layers on two GPUs would be measured by. ``decode`` is one wave of requests: an engine takes a prompt that comes later
+which is what a few layers on two GPUs would be measured by. Four fill a step, and so many are under way that the next four wait while others are
+generated for: else every fourth step or so generates only. ``decode`` is one wave of requests: an engine takes a prompt that comes later
 in a forward pass of its own, and while SGLang took those without CUDA graphs that was three quarters of the time that was measured."""
 
 

@@ -293,3 +293,18 @@ def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(placed
     for down in (False, True):
         assert engine.get_moe_configs(61, 96, None, 0, 0, per_channel_quant=False, down_moe=down) == {1: config}
     assert engine.get_moe_configs(62, 96, None, 0, 0, per_channel_quant=False) is None
+
+
+def test_the_settings_go_through_json_and_pickle_on_their_way(placed):
+    """SGLang 0.5.16 answers /server_info with every attribute of ServerArgs, and sends them to its workers."""
+    import pickle
+
+    from fastapi.encoders import jsonable_encoder
+    from sglang.srt.utils.msgspec_utils import msgspec_to_builtins
+
+    arguments = types.SimpleNamespace(tp_size=2)
+    settings.attach(arguments, settings.Settings("zigzag", placement=placed, padding=2))
+    assert json.dumps(jsonable_encoder(msgspec_to_builtins(vars(arguments)))) == '{"tp_size": 2, "_moe_placement": "zigzag"}'
+    settings.set_current(None)
+    sent = pickle.loads(pickle.dumps(arguments))
+    assert settings.of(sent).placement == placed and settings.of(sent).padding == 2 and settings.current() is settings.of(sent)

@@ -73,6 +73,20 @@ class Settings:
         set_current(self)
 
 
+class _Carried(str):
+    """The settings, which whoever writes all attributes of ``ServerArgs`` down sees as a word: SGLang 0.5.16 answers /server_info with them."""
+
+    settings: Settings
+
+    def __new__(cls, settings: Settings) -> _Carried:
+        word = super().__new__(cls, settings.strategy)
+        word.settings = settings
+        return word
+
+    def __reduce__(self) -> tuple[type, tuple[Settings]]:
+        return _Carried, (self.settings,)
+
+
 def set_current(settings: Settings | None) -> None:
     """Make ``settings`` those of this process."""
     global _current
@@ -86,10 +100,11 @@ def current() -> Settings | None:
 
 def of(server_args: Any) -> Settings | None:
     """The settings that ``server_args`` carries."""
-    return getattr(server_args, ATTRIBUTE, None)
+    carried = getattr(server_args, ATTRIBUTE, None)
+    return None if carried is None else carried.settings
 
 
 def attach(server_args: Any, settings: Settings) -> None:
     """Make ``server_args`` carry ``settings``."""
-    setattr(server_args, ATTRIBUTE, settings)
+    setattr(server_args, ATTRIBUTE, _Carried(settings))
     set_current(settings)

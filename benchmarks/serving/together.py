@@ -1,0 +1,60 @@
+"""Servers that are up at once: started side by side, ended all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from moe_placement_plugin import PlacementError
+from moe_placement_plugin.demo.server import Server
+
+from .server_logs import PORT_TAKEN, why_not
+
+
+def start(servers: Mapping[str, Server], at_once: int, say: Callable[[str], None], fail: Callable[[str], None]) -> dict[str, Server]:
+    """Start all; one that lost a port to another that started beside it starts once more, when the others are up.
+
+    Args:
+        servers: name -> server.
+        at_once: how many start at the same time.
+        say: told what happens.
+        fail: told which server is left out, and why.
+
+    Returns:
+        Those that are up.
+
+    Raises:
+        PlacementError: when the first is not, which the others are compared with.
+    """
+    with ThreadPoolExecutor(at_once) as pool:
+        errors = dict(zip(servers, pool.map(_error, servers.values())))
+    for name, server in servers.items():
+        if errors[name] is not None and PORT_TAKEN.search(_log(server)):
+            say(f"{name} starts again: another server took a port of its")
+            errors[name] = _error(server)
+    for name, error in errors.items():
+        if error is not None:
+            fail(f"{name} did not start: {why_not(_log(servers[name])) or error[-600:]}")
+    first = next(iter(servers))
+    if errors[first] is not None:
+        raise PlacementError(f"{first}, which the others are compared with, did not start")
+    return {name: server for name, server in servers.items() if errors[name] is None}
+
+
+def stop(servers: Sequence[Server]) -> None:
+    """End all at once: each waits for its workers."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(lambda server: server.stop(), servers))
+
+
+def _error(server: Server) -> str | None:
+    """Why a server does not start, None when it does."""
+    try:
+        server.__enter__()
+    except PlacementError as error:
+        return str(error)
+    return None
+
+
+def _log(server: Server) -> str:
+    return server.log.read_text(errors="replace")
