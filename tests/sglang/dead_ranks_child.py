@@ -13,6 +13,7 @@ What follows is SGLang's own: `maybe_rebalance_after_rank_fault`, the manager's 
 
 from __future__ import annotations
 
+import inspect
 import json
 import multiprocessing as mp
 import os
@@ -58,12 +59,16 @@ def start(server_args, port_args, rank: int):
 
     load_plugins()
     from sglang.benchmark import one_batch
-    from sglang.srt.runtime_context import publish
+    from sglang.srt import runtime_context
     from sglang.srt.utils import configure_logger
 
-    publish(server_args, role="scheduler")
+    if hasattr(runtime_context, "publish"):
+        runtime_context.publish(server_args, role="scheduler")
+    else:  # 0.5.16
+        runtime_context.get_context().set_server_args(server_args)
     for name in ("initialize_moe_config", "initialize_fp8_gemm_config", "initialize_fp4_gemm_config"):
-        getattr(one_batch, name)()
+        initialize = getattr(one_batch, name)
+        initialize(*[server_args][: len(inspect.signature(initialize).parameters)])  # 0.5.16 wants them
     configure_logger(server_args, prefix=f" TP{rank} EP{rank}")
     made = []
     real = one_batch.ModelRunner

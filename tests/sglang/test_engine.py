@@ -121,11 +121,11 @@ def test_the_patches_work_in_every_scheduler_process(outcomes, name):
     layers = 3 if name.startswith("glm") else 4
     assert outcome.processes_with(f"is in force in {layers} layers") == everyone
     replicas = "redundant" in name or name == "plan-of-vllm"
-    direct = 0 if replicas or versions.topk_finds_the_placement() else layers
+    direct = 0 if replicas else layers
     assert outcome.processes_with(f"routed by one look-up in {direct};") == everyone
     assert outcome.processes_with(f"slots in {layers} layers of this rank (replicas)") == everyone
-    used = ["placement", "slots", "loader", "slot-loader", "model", "cpu-expert-parallelism", "verify-load", "verify-clean"]
-    used += [] if versions.topk_finds_the_placement() else ["routing", "remap"]
+    used = ["placement", "slots", "loader", "slot-loader", "model", "cpu-expert-parallelism", "verify-load", "verify-clean", "routing"]
+    used += [] if versions.topk_finds_the_placement() else ["remap"]
     used += [] if versions.dispatch_is_rank_invariant() else ["all-replicas"]
     for patch in used:
         assert outcome.processes_with(f"patch {patch} in use") == everyone, patch

@@ -54,11 +54,11 @@ def on_two_hosts(hosts, folder, name: str, model, arguments: dict, there: dict |
     """(what the head's case left behind, what the other host wrote, when the head had ended)."""
     folder.mkdir(parents=True, exist_ok=True)
     common = {"nnodes": 2, "dist_init_addr": f"{hosts.address(0)}:{next(_ports)}", **arguments}
-    head = case(name, model, 2, 2, host=hosts.address(0), node_rank=0, **common) | {"threads": "0"} | extra
+    head = case(name, model, 2, 2, host=hosts.address(0), node_rank=0, **common) | {"threads": "0|0"} | extra
     theirs = ENGINE | {"model_path": model, "skip_tokenizer_init": True, "tp_size": 2, "ep_size": 2, "host": hosts.address(1), "node_rank": 1}
     command = hosts.on(1, [sys.executable, "-m", "sglang.launch_server", *flags(theirs | common | (there or {}))])
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, **ENV, "PYTHONPATH": path, "SGLANG_CPU_OMP_THREADS_BIND": "1"}
+    env = {**os.environ, **ENV, "PYTHONPATH": path, "SGLANG_CPU_OMP_THREADS_BIND": "1|1"}
     with open(folder / "other.log", "w") as log:
         other = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=ROOT, start_new_session=True)
     try:

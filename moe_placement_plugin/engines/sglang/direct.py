@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...placement import Placement
-from . import settings, versions
+from . import settings
 
 _DISPATCHER = "_moe_placement_dispatcher"
 """Attribute of the TopK config of a layer whose dispatcher has a table of ours."""
@@ -41,8 +41,9 @@ def settle(layer: Any, router: Any, placement: Placement) -> None:
         placement: the placement in force.
     """
     asked = settings.current()
-    # In 0.5.23 a router finds the placement without `routing.select`, which is what leaves the first look-up out.
-    if asked is None or not asked.direct or versions.topk_finds_the_placement() or not _takes_local_slots(layer.quant_method):
+    device = next(layer.parameters()).device
+    # Elsewhere (NPU) a router does not go through `routing.select`, which is what leaves the first look-up out.
+    if asked is None or not asked.direct or device.type not in ("cuda", "cpu") or not _takes_local_slots(layer.quant_method):
         return
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatcher
     from sglang.srt.layers.moe.topk import TopK
@@ -57,7 +58,7 @@ def settle(layer: Any, router: Any, placement: Placement) -> None:
     import torch
 
     slots = placement.expert_map(placement.row(layer.layer_id), layer.moe_ep_rank)
-    dispatcher.local_expert_mapping = torch.from_numpy(slots.copy()).to(next(layer.parameters()).device)
+    dispatcher.local_expert_mapping = torch.from_numpy(slots.copy()).to(device)
     setattr(dispatcher, _TABLE, dispatcher.local_expert_mapping)
     object.__setattr__(router.topk_config, _DISPATCHER, dispatcher)
 

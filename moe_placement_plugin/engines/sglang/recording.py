@@ -159,7 +159,7 @@ class LoadRecording:
 
     def __init__(self, asked: RecordSettings, runner: Any):
         import sglang
-        from sglang.srt.distributed import get_pp_group, get_tensor_model_parallel_rank
+        from sglang.srt.runtime_context import get_parallel
 
         from ... import __version__
         from ..model_shape import model_shape
@@ -168,7 +168,7 @@ class LoadRecording:
         config = runner.model_config.hf_text_config
         shape = model_shape(config, runner.server_args.model_path)
         attention_dp = bool(getattr(args, "enable_dp_attention", False))
-        tp_rank, stage = get_tensor_model_parallel_rank(), get_pp_group().rank_in_group
+        tp_rank, stage = get_parallel().tp_rank, get_parallel().pp_rank
         # With data-parallel attention every rank has tokens of its own; else all tensor-parallel ranks have the same.
         counts = attention_dp or tp_rank == 0
         routers = _routers(runner.model)

@@ -93,18 +93,18 @@ def hooks() -> HookSet:
             removable_when="the look-up takes the nearest number of experts",
             optional=True,
         ),
+        Hook(
+            name="routing",
+            target="sglang.srt.layers.moe.topk:select_experts",
+            hook=routing.select,
+            relies_on=("hidden_states", "router_logits", "topk_config", "expert_location_dispatch_info"),
+            why="several models up to 0.5.22 route to logical ids without an all-to-all back end: wrong output; and a placement costs a look-up",
+            upstream="the wrong output: mended in SGLang 0.5.23",
+            removable_when="0.5.22 is no longer supported, and SGLang's dispatcher takes logical ids",
+        ),
     ]
     if not versions.topk_finds_the_placement():
         chosen += [
-            Hook(
-                name="routing",
-                target="sglang.srt.layers.moe.topk:select_experts",
-                hook=routing.select,
-                relies_on=("hidden_states", "router_logits", "topk_config", "expert_location_dispatch_info"),
-                why="several models route to logical ids when there is no all-to-all back end: wrong output",
-                upstream="mended in SGLang 0.5.23",
-                removable_when="0.5.22 is no longer supported",
-            ),
             Hook(
                 name="remap",
                 target="sglang.srt.layers.moe.topk:_post_process_topk_ids",
