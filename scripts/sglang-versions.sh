@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the SGLang test tier on the oldest and the newest supported version, each in its own environment in DIR.
+# Runs the SGLang test tier, and recording, on the oldest and the newest supported version, each in its own environment in DIR.
 #
 #   scripts/sglang-versions.sh DIR [VERSION ...]      (default 0.5.16 0.5.23)
 set -uo pipefail
@@ -16,7 +16,7 @@ for version in "${versions[@]}"; do
     environment=$dir/sglang-$version
     "$root/scripts/env-sglang.sh" "$environment" "$version" || { failed+=("$version"); continue; }
     echo "== SGLang $version =="
-    (cd "$root" && "$environment/bin/python" -m pytest -q -rA -W ignore tests/sglang) || failed+=("$version")
+    (cd "$root" && "$environment/bin/python" -m pytest -q -rA -W ignore tests/sglang tests/loop/test_sglang_recording.py) || failed+=("$version")
 done
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}"

@@ -52,6 +52,19 @@ class Recorder:
         return {"logical_count": torch.from_numpy(counts(self.step, *self.shape)), "average_utilization_rate_over_window": None}
 
 
+def _publish(server_args, rank: int) -> None:
+    """Install the configuration in this process, as SGLang 0.5.16, 0.5.20 and 0.5.23 do."""
+    from sglang.srt import runtime_context
+
+    if not hasattr(runtime_context, "publish"):
+        runtime_context.get_context().set_server_args(server_args)
+    elif not hasattr(runtime_context, "SpawnRanks"):
+        runtime_context.publish(server_args, role="scheduler")
+    else:
+        ranks = runtime_context.SpawnRanks(world_rank=runtime_context.spawn_world_rank(server_args, tp_rank=rank, pp_rank=0), gpu_id=rank)
+        runtime_context.publish(server_args, role="scheduler", ranks=ranks)
+
+
 def start(server_args, port_args, rank: int):
     """What a scheduler process does up to the loaded model."""
     import sglang.srt.managers.scheduler  # noqa: F401  (by which a plugin knows a process with a model)
@@ -59,13 +72,9 @@ def start(server_args, port_args, rank: int):
 
     load_plugins()
     from sglang.benchmark import one_batch
-    from sglang.srt import runtime_context
     from sglang.srt.utils import configure_logger
 
-    if hasattr(runtime_context, "publish"):
-        runtime_context.publish(server_args, role="scheduler")
-    else:  # 0.5.16
-        runtime_context.get_context().set_server_args(server_args)
+    _publish(server_args, rank)
     for name in ("initialize_moe_config", "initialize_fp8_gemm_config", "initialize_fp4_gemm_config"):
         initialize = getattr(one_batch, name)
         initialize(*[server_args][: len(inspect.signature(initialize).parameters)])  # 0.5.16 wants them
@@ -89,6 +98,8 @@ def start(server_args, port_args, rank: int):
 
 def wrong_slots(runner, folder: str) -> list[tuple[int, int]]:
     """Layer and slot of this rank's slots that do not hold their expert, by the checkpoint's own names."""
+    from sglang.srt.runtime_context import get_parallel
+
     from moe_placement_plugin.exchange.checkpoint import Checkpoint, hugging_face_experts
 
     checkpoint = Checkpoint(folder)
@@ -98,7 +109,7 @@ def wrong_slots(runner, folder: str) -> list[tuple[int, int]]:
     for layer, (first, down) in runner.model.routed_experts_weights_of_layer.items():
         half = first.shape[1] // 2  # the CPU engine makes experts wider, filled up behind each part
         for slot in range(first.shape[0]):
-            expert = held[layer][runner.ps.moe_ep_rank * first.shape[0] + slot]
+            expert = held[layer][get_parallel().moe_ep_rank * first.shape[0] + slot]
             part = {role: checkpoint.read(source) for role, source in locate(layer, expert).items()}
             width = part["gate"].shape[0]
             here = {"gate": first[slot, :width], "up": first[slot, half : half + width], "down": down[slot, :, :width]}

@@ -238,8 +238,9 @@ def test_one_look_up_where_the_dispatcher_has_the_placements_table(placed):
 
     dispatcher = types.SimpleNamespace(local_expert_mapping=torch.tensor([1, -1, 0, -1]))
     setattr(dispatcher, direct._TABLE, dispatcher.local_expert_mapping)
+    experts = types.SimpleNamespace(dispatcher=dispatcher)
     config = types.SimpleNamespace(torch_native=False, num_fused_shared_experts=0)
-    setattr(config, direct._DISPATCHER, dispatcher)
+    setattr(config, direct._EXPERTS, experts)
     info, ids = dispatch_info(placed), torch.tensor([[3, 0]])
     info.ep_dispatch_algorithm = "static"
     info.partial_logical_to_rank_dispatch_physical_map = info.partial_logical_to_all_physical_map[:, 0]
@@ -251,6 +252,8 @@ def test_one_look_up_where_the_dispatcher_has_the_placements_table(placed):
     assert both().tolist() == [[3, 0]] and seen == [None, None]
     dispatcher.local_expert_mapping = None
     assert both().tolist() == [[0, 2]] and seen[2:] == [info, info]
+    experts.dispatcher = types.SimpleNamespace(local_expert_mapping=torch.tensor([0, 1, -1, -1]))
+    assert both().tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from typing import Any
 from ...placement import Placement
 from . import settings
 
-_DISPATCHER = "_moe_placement_dispatcher"
-"""Attribute of the TopK config of a layer whose dispatcher has a table of ours."""
+_EXPERTS = "_moe_placement_experts"
+"""Attribute of the TopK config of a layer whose dispatcher was given a table: its ``FusedMoE``."""
 _TABLE = "_moe_placement_table"
-"""Attribute of such a dispatcher: the table that it was given."""
+"""Attribute of such a dispatcher: the table."""
 METHODS = ("UnquantizedFusedMoEMethod", "Fp8MoEMethod")
 
 
@@ -60,7 +60,7 @@ def settle(layer: Any, router: Any, placement: Placement) -> None:
     slots = placement.expert_map(placement.row(layer.layer_id), layer.moe_ep_rank)
     dispatcher.local_expert_mapping = torch.from_numpy(slots.copy()).to(device)
     setattr(dispatcher, _TABLE, dispatcher.local_expert_mapping)
-    object.__setattr__(router.topk_config, _DISPATCHER, dispatcher)
+    object.__setattr__(router.topk_config, _EXPERTS, layer)
 
 
 def _takes_local_slots(method: Any) -> bool:
@@ -71,10 +71,11 @@ def _takes_local_slots(method: Any) -> bool:
 
 def in_force(topk_config: Any) -> bool:
     """Whether the layer's logical ids are to stay what they are until its dispatcher."""
-    return has_table(getattr(topk_config, _DISPATCHER, None))
+    layer = getattr(topk_config, _EXPERTS, None)
+    return layer is not None and has_table(layer)
 
 
-def has_table(dispatcher: Any) -> bool:
-    """Whether a dispatcher's table is the one that it was given here; SGLang may have taken it away, and then makes both look-ups."""
-    table = getattr(dispatcher, _TABLE, None)
-    return table is not None and dispatcher.local_expert_mapping is table
+def has_table(layer: Any) -> bool:
+    """Whether a layer's dispatcher and its table are those of `settle`; where SGLang has put others in their place, it makes both look-ups."""
+    table = getattr(layer.dispatcher, _TABLE, None)
+    return table is not None and layer.dispatcher.local_expert_mapping is table

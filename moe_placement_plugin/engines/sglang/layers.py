@@ -143,7 +143,7 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
             asked.placement.strategy,
             len(layers),
             asked.placement.digest[:12],
-            sum(direct.has_table(layer.dispatcher) for layer in layers),
+            sum(map(direct.has_table, layers)),
             ", ".join(f"{name} {hits}" for name, hits in hooks().hits().items() if hits),
         )
     forget_loaded()
