@@ -92,6 +92,31 @@ def test_local_slots_repeats_no_slot_and_keeps_the_weights():
         assert {s: round(w, 3) for s, w in zip(slot, weight, strict=True) if w} == [{2: 0.5, 0: 0.2}, {1: 0.9}][row]
 
 
+def test_torch_compiles_experts_of_all_ranks_add_up_to_the_whole_layer():
+    """`fused_moe_forward_native`, for the one token that SGLang compiles it for; by itself it takes -1 for the last slot of a rank."""
+    from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
+    from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    original = getattr(fused_moe_forward_native, "__wrapped__", fused_moe_forward_native)
+    whole, x, weights, ids = make_layer(8), torch.randn(1, 8), torch.rand(1, 3), torch.tensor([[6, 1, 3]], dtype=torch.int32)
+    whole.moe_runner_config = MoeRunnerConfig(activation="silu")
+
+    def rank_of(layer, ids):
+        return layer, StandardDispatchOutput(x, None, StandardTopKOutput(weights, ids, None))
+
+    expected, found, stock = original(*rank_of(whole, ids)).hidden_states, 0, 0
+    for begin in (0, 4):
+        layer = types.SimpleNamespace(moe_runner_config=whole.moe_runner_config)
+        layer.w13_weight, layer.w2_weight = whole.w13_weight[begin : begin + 4], whole.w2_weight[begin : begin + 4]
+        local = torch.where((ids >= begin) & (ids < begin + 4), ids - begin, -1)
+        found += cpu.weigh_remote_slots_nothing(original, *rank_of(layer, local)).hidden_states
+        stock += original(*rank_of(layer, local)).hidden_states
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (stock - expected).abs().max() > 0.1, "SGLang heeds -1 now: drop the hook"
+
+
 def test_redundant_slots_are_added_to_layers_that_leave_them_out(placed):
     built = []
 

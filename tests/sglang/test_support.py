@@ -43,6 +43,7 @@ def with_(**changes) -> Combination:
         ({"options": frozenset({"elastic_ep_backend", "enable_eplb"}), "quantization": "awq"}, "packs its weights anew"),
         ({"speculative": "EAGLE"}, "speculative decoding before 0.5.23"),
         ({"options": frozenset({"enable_lora"})}, "--enable-lora"),
+        ({"options": frozenset({"lora_paths"})}, "--lora-paths"),
     ],
 )
 def test_refused_with_the_reason(changes, words):

@@ -1,4 +1,4 @@
-"""Expert parallelism on SGLang's CPU engine: slots that lie on another rank."""
+"""Expert parallelism on SGLang's CPU engine, and in the experts of ``--enable-torch-compile``: slots that lie on another rank."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def skip_remote_slots(original: Callable, layer: Any, x: Any, topk_output: Any, 
         local = topk_output._replace(topk_ids=ids, topk_weights=weights)
         result[rows] = original(layer, x[rows], local, moe_runner_config)
     return result
+
+
+def weigh_remote_slots_nothing(original: Callable, layer: Any, dispatch_output: Any) -> Any:
+    """`fused_moe_forward_native`, which takes -1 for this rank's last slot: what torch.compile makes of a single token's experts."""
+    output = dispatch_output.topk_output
+    here = output.topk_ids >= 0
+    local = output._replace(topk_ids=output.topk_ids.clamp_min(0), topk_weights=output.topk_weights * here)
+    return original(layer, dispatch_output._replace(topk_output=local))
 
 
 def local_slots(topk_ids: Any, topk_weights: Any, num_local: int) -> tuple[Any, Any, Any]:

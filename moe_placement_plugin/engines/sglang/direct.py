@@ -41,13 +41,16 @@ def settle(layer: Any, router: Any, placement: Placement) -> None:
         placement: the placement in force.
     """
     asked = settings.current()
-    device = next(layer.parameters()).device
-    # Elsewhere (NPU) a router does not go through `routing.select`, which is what leaves the first look-up out.
-    if asked is None or not asked.direct or device.type not in ("cuda", "cpu") or not _takes_local_slots(layer.quant_method):
+    if asked is None or not asked.direct or not _takes_local_slots(layer.quant_method):
         return
+    import torch
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatcher
     from sglang.srt.layers.moe.topk import TopK
+    from sglang.srt.utils.common import get_device
 
+    device = torch.device(get_device())  # the weights' may be another: --cpu-offload-gb
+    if device.type not in ("cuda", "cpu"):  # an NPU's router does not go through `routing.select`, which leaves the first look-up out
+        return
     dispatcher = layer.dispatcher
     if type(router) is not TopK or type(dispatcher) is not StandardDispatcher:
         return
@@ -55,8 +58,6 @@ def settle(layer: Any, router: Any, placement: Placement) -> None:
         return
     if dispatcher.num_local_shared_experts or dispatcher.num_experts != placement.num_logical_experts or dispatcher.moe_ep_size < 2:
         return
-    import torch
-
     slots = placement.expert_map(placement.row(layer.layer_id), layer.moe_ep_rank)
     dispatcher.local_expert_mapping = torch.from_numpy(slots.copy()).to(device)
     setattr(dispatcher, _TABLE, dispatcher.local_expert_mapping)

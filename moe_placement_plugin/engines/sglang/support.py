@@ -225,15 +225,15 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "option",
-        "`--enable-waterfill`, `--enable-lora`, KTransformers (`--kt-weight-path`)",
+        "`--enable-waterfill`, `--enable-lora`, `--lora-paths`, KTransformers (`--kt-weight-path`)",
         "they keep or send experts in a way of their own",
         "leave one of the two out",
-        lambda c: bool(c.options & {"enable_waterfill", "enable_lora", "kt_weight_path"}),
+        lambda c: bool(c.options & {"enable_waterfill", "enable_lora", "lora_paths", "kt_weight_path"}),
     ),
 )
 
 OPTIONS = ("elastic_ep_backend", "enable_eplb", "elastic_ep_rejoin", "ep_join_mode", "max_ep_size", "enable_elastic_expert_backup",
-           "enable_waterfill", "enable_lora", "kt_weight_path")  # fmt: skip
+           "enable_waterfill", "enable_lora", "lora_paths", "kt_weight_path")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,15 @@ def hooks() -> HookSet:
             removable_when="moe_forward_native handles -1",
         ),
         Hook(
+            name="compiled-expert-parallelism",
+            target="sglang.srt.layers.moe.fused_moe_native:fused_moe_forward_native",
+            hook=cpu.weigh_remote_slots_nothing,
+            relies_on=("layer", "dispatch_output"),
+            counted=False,
+            why="--enable-torch-compile with expert parallelism adds a slot of this rank for every choice that lies elsewhere: wrong output",
+            removable_when="fused_moe_forward_native heeds -1",
+        ),
+        Hook(
             name="tuned-with-redundant-experts",
             target="sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
             hook=ConfigsOfFewer(layers.redundant_per_rank),
