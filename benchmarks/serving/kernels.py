@@ -26,8 +26,8 @@ MOE_KERNEL = "fused_moe"
 """Of both engines' Triton kernel's name, which is launched twice in a layer."""
 EXPERTS = re.compile(r"fused_moe|act_and_mul|moe_align_block_size|count_and_sort_expert_tokens|moe_sum")
 """All that runs for the experts of a rank, which is what `moe-placement bench layer` times: not the choice of them, nor the exchange."""
-COLLECTIVES = re.compile(r"nccl|all_?reduce|all_?gather|reduce_?scatter|cross_device", re.IGNORECASE)
-"""Kernels that wait for other ranks."""
+OWN_WORK = re.compile(r"^(?!.*(nccl|all_?reduce|all_?gather|reduce_?scatter|cross_device))", re.IGNORECASE)
+"""All kernels but those that wait for other ranks."""
 
 
 def vllm_arguments(folder: Path) -> list[str]:
@@ -90,8 +90,8 @@ def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict:
         category: of the events that count.
 
     Returns:
-        Microseconds. ``kernels``: name without template arguments -> [time, launches] in a layer; ``ranks``: of each rank, all kernels but
-        `COLLECTIVES`, so that ranks of equal work and unequal speed show; ``span``: from layer to layer, with what the GPU waits in between;
+        Microseconds. ``kernels``: name without template arguments -> [time, launches] in a layer; ``ranks``: of each rank, its
+        `OWN_WORK`, so that ranks of equal work and unequal speed show; ``span``: from layer to layer, with what the GPU waits in between;
         ``moe``: the MoE kernels of the layer's busiest rank, ``experts``: `EXPERTS` likewise. All are medians of the layers, and means of the ranks
         but for those: most steps of a load are alike, its first and last are not. ``moe_total`` and ``experts_total``: the sums of all layers,
         which are of the same tokens in every server, however they came to be cut into steps.
@@ -104,9 +104,9 @@ def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict:
         what: [max(times) for times in zip(*([_spent(events, kernel) for events in layers] for layers in cut))]
         for what, kernel in (("moe", re.compile(MOE_KERNEL)), ("experts", EXPERTS))
     }
-    ranks = [median(_spent(events, COLLECTIVES, others=True) for events in layers) for layers in cut]
+    own = [median(_spent(events, OWN_WORK) for events in layers) for layers in cut]
     span = fmean(median(_end(after) - _end(before) for before, after in pairwise(layers)) if len(layers) > 1 else 0.0 for layers in cut)
-    found = {"kernels": {n: v for n, v in kernels.items() if v[1]}, "span": span, "ranks": ranks}
+    found = {"kernels": {n: v for n, v in kernels.items() if v[1]}, "span": span, "ranks": own}
     return found | {what: median(times) for what, times in busiest.items()} | {f"{what}_total": sum(times) for what, times in busiest.items()}
 
 
@@ -127,9 +127,8 @@ def _layers(events: list[Mapping]) -> list[list[Mapping]]:
     return [events[start:end] for start, end in pairwise(ends)] or [events]
 
 
-def _spent(events: Sequence[Mapping], kernel: re.Pattern, others: bool = False) -> float:
-    """Time of the kernels of such a name, or of all others."""
-    return sum(event["dur"] for event in events if bool(kernel.search(event["name"])) is not others)
+def _spent(events: Sequence[Mapping], kernel: re.Pattern) -> float:
+    return sum(event["dur"] for event in events if kernel.search(event["name"]))
 
 
 def _end(events: Sequence[Mapping]) -> float:

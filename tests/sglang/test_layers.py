@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_placement_plugin.engines.sglang import cpu, direct, layers, routing, settings, worker
+from moe_placement_plugin.engines.sglang import direct, layers, remote_slots, routing, settings, support, worker
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.placement import Placement
 
@@ -70,7 +70,7 @@ def test_ranks_that_skip_remote_slots_add_up_to_the_whole_layer(tokens, ranks, m
             w2_weight=whole.w2_weight[begin : begin + per_rank],
         )
         output = StandardTopKOutput(weights, torch.where(here, ids - begin, -1), None)
-        total += cpu.skip_remote_slots(original, local, x, output, config)
+        total += remote_slots.skip_remote_slots(original, local, x, output, config)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -78,14 +78,14 @@ def test_tokens_without_any_local_slot_get_zeros():
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
     output = StandardTopKOutput(torch.ones(2, 2), torch.full((2, 2), -1), None)
-    result = cpu.skip_remote_slots(lambda *_: pytest.fail("no token is local"), make_layer(4), torch.ones(2, 8), output, None)
+    result = remote_slots.skip_remote_slots(lambda *_: pytest.fail("no token is local"), make_layer(4), torch.ones(2, 8), output, None)
     assert result.shape == (2, 8) and not result.any()
 
 
 def test_local_slots_repeats_no_slot_and_keeps_the_weights():
     ids = torch.tensor([[2, -1, 0], [-1, -1, -1], [-1, 1, -1]])
     weights = torch.tensor([[0.5, 0.3, 0.2], [1.0, 1.0, 1.0], [0.1, 0.9, 0.0]])
-    rows, slots, kept = cpu.local_slots(ids, weights, 3)
+    rows, slots, kept = remote_slots.local_slots(ids, weights, 3)
     assert rows.tolist() == [0, 2]
     for row, (slot, weight) in enumerate(zip(slots.tolist(), kept.tolist(), strict=True)):
         assert len(set(slot)) == 2
@@ -111,7 +111,7 @@ def test_torch_compiles_experts_of_all_ranks_add_up_to_the_whole_layer():
         layer = types.SimpleNamespace(moe_runner_config=whole.moe_runner_config)
         layer.w13_weight, layer.w2_weight = whole.w13_weight[begin : begin + 4], whole.w2_weight[begin : begin + 4]
         local = torch.where((ids >= begin) & (ids < begin + 4), ids - begin, -1)
-        found += cpu.weigh_remote_slots_nothing(original, *rank_of(layer, local)).hidden_states
+        found += remote_slots.weigh_remote_slots_nothing(original, *rank_of(layer, local)).hidden_states
         stock += original(*rank_of(layer, local)).hidden_states
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (stock - expected).abs().max() > 0.1, "SGLang heeds -1 now: drop the hook"
@@ -282,13 +282,12 @@ def test_one_look_up_where_the_dispatcher_has_the_placements_table(placed):
 
 
 @pytest.mark.parametrize(
-    "option", [{}, {"enable_eplb": True}, {"moe_a2a_backend": "deepep"}, {"expert_distribution_recorder_mode": "stat"},
-               {"elastic_ep_backend": "mooncake"}, {"redundant": 2}],
+    "different", [{}, {"a2a_backend": "deepep"}, {"redundant": 2},
+                  *({"options": frozenset({option})} for option in ("enable_eplb", "expert_distribution_recorder_mode", "elastic_ep_backend"))],
 )  # fmt: skip
-def test_one_look_up_only_where_nobody_needs_physical_ids(option):
-    redundant = option.pop("redundant", 0)
-    options = {"enable_eplb": False, "moe_a2a_backend": "none", "expert_distribution_recorder_mode": None, "elastic_ep_backend": None}
-    assert direct.allowed(types.SimpleNamespace(**options | option), redundant) is not (bool(option) or redundant > 0)
+def test_one_look_up_only_where_nobody_needs_physical_ids(different):
+    assert set(different.get("options", ())) <= set(support.OPTIONS), "one that nobody looks at"
+    assert direct.allowed(support.Combination("0.5.16", **different)) is not bool(different)
 
 
 def test_draft_layers_and_other_models_are_left_alone(placed):

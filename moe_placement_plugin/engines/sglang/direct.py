@@ -12,6 +12,7 @@ from typing import Any
 
 from ...placement import Placement
 from . import settings
+from .support import Combination
 
 _EXPERTS = "_moe_placement_experts"
 """Attribute of the TopK config of a layer whose dispatcher was given a table: its ``FusedMoE``."""
@@ -20,16 +21,10 @@ _TABLE = "_moe_placement_table"
 METHODS = ("UnquantizedFusedMoEMethod", "Fp8MoEMethod")
 
 
-def allowed(cfg: Any, redundant: int) -> bool:
-    """Whether nothing else needs physical ids.
-
-    Args:
-        cfg: SGLang's resolved arguments.
-        redundant: redundant experts per layer.
-    """
-    if redundant or str(cfg.moe_a2a_backend or "none") != "none" or cfg.enable_eplb or getattr(cfg, "elastic_ep_backend", None):
-        return False
-    return getattr(cfg, "expert_distribution_recorder_mode", None) is None
+def allowed(combination: Combination) -> bool:
+    """Whether nothing else needs physical ids in a server that is started so."""
+    physical = {"enable_eplb", "elastic_ep_backend", "expert_distribution_recorder_mode"}
+    return combination.redundant == 0 and combination.a2a_backend == "none" and not combination.options & physical
 
 
 def settle(layer: Any, router: Any, placement: Placement) -> None:

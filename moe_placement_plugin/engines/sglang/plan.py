@@ -89,7 +89,7 @@ def finish(server_args: Any, asked: Settings) -> None:
             logger.error("%s", refused)
             asked.error = str(refused)
     asked.padding = padding
-    asked.direct = direct.allowed(cfg, combination.redundant)
+    asked.direct = direct.allowed(combination)
     asked.reads = str(cfg.load_format) != "dummy"
     asked.stages = int(cfg.pp_size)
     versions.decide(server_args, **_arguments(combination, asked))

@@ -18,11 +18,18 @@ LAYER = "_moe_placement_layer"
 
 def _dispatch_info(topk_config: Any) -> Any:
     layer = getattr(topk_config, LAYER, None)
-    if layer is None or direct.in_force(topk_config):
+    if layer is None:
         return None
     from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
 
     return ExpertLocationDispatchInfo.init_new(layer_id=layer)
+
+
+def _resolve(topk_config: Any, given: Any) -> Any:
+    """The dispatch information to route with: the model's own, else that of the layer; none where one look-up does."""
+    if direct.in_force(topk_config):
+        return None
+    return _dispatch_info(topk_config) if given is None else given
 
 
 def select(original: Callable, hidden_states: Any, router_logits: Any, topk_config: Any, **rest: Any) -> Any:
@@ -31,10 +38,9 @@ def select(original: Callable, hidden_states: Any, router_logits: Any, topk_conf
     It has to be known here already: without it some routers give out ids that can no longer be remapped. The torch-native router
     asserts that there is none; its ids are remapped afterwards, by `post_process`.
     """
-    if direct.in_force(topk_config):
-        rest["expert_location_dispatch_info"] = None
-    elif rest.get("expert_location_dispatch_info") is None and not topk_config.torch_native:
-        rest["expert_location_dispatch_info"] = _dispatch_info(topk_config)
+    given = rest.get("expert_location_dispatch_info")
+    if given is not None or not topk_config.torch_native:
+        rest["expert_location_dispatch_info"] = _resolve(topk_config, given)
     return original(hidden_states, router_logits, topk_config, **rest)
 
 
@@ -50,9 +56,7 @@ def post_process(
     **rest: Any,
 ) -> Any:
     """`_post_process_topk_ids`, remapping on devices for which SGLang leaves that out."""
-    info = _dispatch_info(topk_config) if expert_location_dispatch_info is None else expert_location_dispatch_info
-    if direct.in_force(topk_config):
-        info = None
+    info = _resolve(topk_config, expert_location_dispatch_info)
     ids, weights, recorded = original(
         topk_ids, topk_weights, topk_config, router_logits, layer_id, num_token_non_padded, info, **rest
     )

@@ -233,7 +233,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 OPTIONS = ("elastic_ep_backend", "enable_eplb", "elastic_ep_rejoin", "ep_join_mode", "max_ep_size", "enable_elastic_expert_backup",
-           "enable_waterfill", "enable_lora", "lora_paths", "kt_weight_path")  # fmt: skip
+           "enable_waterfill", "enable_lora", "lora_paths", "kt_weight_path", "expert_distribution_recorder_mode")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..tuned_kernels import ConfigsOfFewer
-from . import cpu, layers, location, routing, versions
+from . import layers, location, remote_slots, routing, versions
 from .hooks import Hook, HookSet
 
 _LOCATION = "sglang.srt.eplb.expert_location"
@@ -79,7 +79,7 @@ def hooks() -> HookSet:
         Hook(
             name="cpu-expert-parallelism",
             target="sglang.srt.layers.moe.fused_moe_native:moe_forward_native",
-            hook=cpu.skip_remote_slots,
+            hook=remote_slots.skip_remote_slots,
             relies_on=("layer", "x", "topk_output", "moe_runner_config"),
             why="the CPU engine's experts do not know slots of other ranks",
             removable_when="moe_forward_native handles -1",
@@ -87,7 +87,7 @@ def hooks() -> HookSet:
         Hook(
             name="compiled-expert-parallelism",
             target="sglang.srt.layers.moe.fused_moe_native:fused_moe_forward_native",
-            hook=cpu.weigh_remote_slots_nothing,
+            hook=remote_slots.weigh_remote_slots_nothing,
             relies_on=("layer", "dispatch_output"),
             counted=False,
             why="--enable-torch-compile with expert parallelism adds a slot of this rank for every choice that lies elsewhere: wrong output",
