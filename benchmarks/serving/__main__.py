@@ -32,6 +32,12 @@ def main() -> int:
     parser.add_argument("--load", type=Path, help="recorded load that the router follows; an even one without")
     parser.add_argument("--ranks", type=int, default=2, help="EP ranks")
     parser.add_argument("--layout", choices=("tp", "dp"), default="tp", help="tensor-parallel or data-parallel attention")
+    parser.add_argument(
+        "--one-gpu",
+        choices=("shared", "lone"),
+        help="where there is one GPU: 'shared' has all ranks on it, for right answers; 'lone' starts SGLang's rank 0 without the others, "
+        "for a rank's own time, its answers being wrong",
+    )
     parser.add_argument("--contestant", action="append", choices=CONTESTANTS, help="repeat; the others are compared with the first; default: all")
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help="repeat; default: prefill, decode, mixed")
     parser.add_argument("--answers-only", action="store_true", help="compare greedy answers and measure no workload")

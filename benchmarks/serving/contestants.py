@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ BESIDES, BESIDES_EPLB = 5 << 30, 8 << 30
 """Bytes of each GPU that a server takes besides weights and cache: CUDA's context, NCCL, work space, graphs; EPLB has buffers and
 communicators of its own. 3.4 and 6.2 GiB were seen on an H100 with steps of half as many tokens."""
 
+ONE_GPU = Path(__file__).parents[1] / "one_gpu"
 STREAMED = 8
 """Tokens that a server sends at once after the first: a hundred streams of single tokens take more of its processors than the model of the GPUs."""
 
@@ -127,6 +129,7 @@ class Setup:
         interval: forward passes between two rebalances.
         length: most tokens of a request, prompt and answer.
         cache: bytes of keys and values on each GPU.
+        one_gpu: None where each rank has a GPU; ``shared``: all have one; ``lone``: only one is started. See ``benchmarks/one_gpu``.
     """
 
     engine: str
@@ -139,6 +142,17 @@ class Setup:
     interval: int
     length: int
     cache: int
+    one_gpu: str | None = None
+
+    @property
+    def gpus(self) -> int:
+        """That are used."""
+        return 1 if self.one_gpu else self.ranks
+
+    @property
+    def started(self) -> int:
+        """Ranks that run."""
+        return 1 if self.one_gpu == "lone" else self.ranks
 
 
 def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port: int, record: Path | None = None) -> tuple[list[str], dict[str, str]]:
@@ -162,6 +176,14 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
         line = _data_parallel(line, setup)
     # Servers that start side by side take memory of the two GPUs at different times, which SGLang would take for a fault.
     own = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} if setup.engine == "vllm" else {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    if setup.one_gpu:
+        own["PYTHONPATH"] = os.pathsep.join([str(ONE_GPU / setup.one_gpu), *filter(None, [os.environ.get("PYTHONPATH")])])
+        line.append("--disable-custom-all-reduce")
+        if setup.engine == "vllm":
+            own |= {"VLLM_DISABLE_PYNCCL": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
+    if setup.one_gpu == "lone" and one.strategy:
+        # The other ranks' experts lie nowhere, which would be found out.
+        line += ["--expert-placement-verify", "off"]
     return line, env | own | {"NCCL_NVLS_ENABLE": "0"}
 
 

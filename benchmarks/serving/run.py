@@ -58,7 +58,9 @@ class Run:
         self.setup = Setup(
             given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory, given.interval,
             max(1024, longest + 8), self.model.cache_bytes(CACHE_TOKENS, given.ranks, self.dtype.itemsize),
+            given.one_gpu,
         )  # fmt: skip
+        _check_one_gpu(given)
         # On CPUs stock vLLM dies with expert parallelism.
         names = given.contestant or [n for n, one in CONTESTANTS.items() if one.strategy or one.moving or not given.cpu]
         contestants = [CONTESTANTS[n] for n in names if given.engine in CONTESTANTS[n].engines]
@@ -139,11 +141,12 @@ class Run:
         most = self.given.at_once or MOST_AT_ONCE
         if self.given.cpu:
             return batches(self.contestants, most)
-        free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(self.given.ranks))
+        free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(self.setup.gpus))
         weights = sum(file.stat().st_size for file in (self.folder / "model").glob("*.safetensors")) / self.given.ranks
 
         def takes(one: Contestant) -> float:
-            return weights * (1 + one.redundant / self.model.experts) + self.setup.cache + (BESIDES_EPLB if one.moving else BESIDES)
+            rank = weights * (1 + one.redundant / self.model.experts) + self.setup.cache + (BESIDES_EPLB if one.moving else BESIDES)
+            return rank * self.setup.started / self.setup.gpus
 
         return batches(self.contestants, most, takes, free)
 
@@ -334,7 +337,7 @@ class Run:
         for name, server in servers.items():
             try:
                 folder, vocab = self.traces(CONTESTANTS[name]), self.model.size.vocab
-                found[name] = kernels.profile(server.url, self.given.engine, folder, vocab, self.given.ranks, self.given.cpu)
+                found[name] = kernels.profile(server.url, self.given.engine, folder, vocab, self.setup.started, self.given.cpu)
             except (PlacementError, RuntimeError, OSError) as error:
                 self.fail(f"{name} was not profiled: {error}")
         for load, of in by_load(found).items():
@@ -344,6 +347,17 @@ class Run:
     def traces(self, one: Contestant) -> Path:
         """Where a server's profiler writes."""
         return self.folder / "traces" / one.file
+
+
+def _check_one_gpu(given: argparse.Namespace) -> None:
+    """
+    Raises:
+        PlacementError: when what is asked of one GPU cannot be had of it.
+    """
+    if given.one_gpu == "lone" and (given.engine, given.layout) != ("sglang", "tp"):
+        raise PlacementError("--one-gpu lone: only SGLang with tensor-parallel attention can be started without its other ranks")
+    if given.one_gpu == "shared" and not (given.eager and given.answers_only):
+        raise PlacementError("--one-gpu shared: ranks that share a GPU have no CUDA graphs and no speed: give --eager --answers-only")
 
 
 def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

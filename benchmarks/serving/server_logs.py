@@ -1,4 +1,4 @@
-"""What a server's log says of experts that moved, of fingerprints that were compared, of ports, and of a start that failed.
+"""What a server's log says of experts that moved, of fingerprints that were compared, and of ports.
 
 The engines' own rebalancing reports how often and how long, ours also how much: what vLLM and SGLang move by themselves they do not say.
 """
@@ -18,15 +18,6 @@ DECIDED = re.compile(r"(?:EP|DP)0\b.*expert rebalance (accepted|declined)")
 """Every rank tells the same decision: the first one's lines count."""
 PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use|next\(rendezvous_iterator\)|_port at \d+ is not available", re.IGNORECASE)
 """Engines look for free ports and use them seconds later: another server that starts at the same time can take one in between."""
-
-REFUSED = re.compile(r"\bPlacementError: (.+)")
-"""Why a placement is refused, which an engine prints far above its own last words."""
-
-
-def why_not(text: str) -> str | None:
-    """The reason that a log gives for a server that did not start: ours, if there is one."""
-    found = REFUSED.search(text)
-    return found.group(1).strip() if found else None
 
 
 def moved(text: str, engine: str, ready: int = 0) -> dict[str, float]:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from moe_placement_plugin import PlacementError
 from moe_placement_plugin.demo.server import Server
 
-from .server_logs import PORT_TAKEN, why_not
+from .server_logs import PORT_TAKEN
 
 
 def start(servers: Mapping[str, Server], at_once: int, say: Callable[[str], None], fail: Callable[[str], None]) -> dict[str, Server]:
@@ -26,15 +26,15 @@ def start(servers: Mapping[str, Server], at_once: int, say: Callable[[str], None
     Raises:
         PlacementError: when the first is not, which the others are compared with.
     """
-    with ThreadPoolExecutor(at_once) as pool:
-        errors = dict(zip(servers, pool.map(_error, servers.values())))
+    errors = _errors(servers, at_once)
     for name, server in servers.items():
-        if errors[name] is not None and PORT_TAKEN.search(_log(server)):
+        if errors[name] is not None and PORT_TAKEN.search(server.output()):
             say(f"{name} starts again: another server took a port of its")
             errors[name] = _error(server)
     for name, error in errors.items():
         if error is not None:
-            fail(f"{name} did not start: {why_not(_log(servers[name])) or error[-600:]}")
+            first_line, *last_lines = error.splitlines()
+            fail(f"{name} did not start: {first_line}" + ("\n" + "\n".join(last_lines)[-600:] if first_line.endswith(":") else ""))
     first = next(iter(servers))
     if errors[first] is not None:
         raise PlacementError(f"{first}, which the others are compared with, did not start")
@@ -47,6 +47,19 @@ def stop(servers: Sequence[Server]) -> None:
         list(pool.map(lambda server: server.stop(), servers))
 
 
+def _errors(servers: Mapping[str, Server], at_once: int) -> dict[str, str | None]:
+    """`_error` of each. When this process is ended meanwhile, so are they: those that start would else be waited for."""
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        return dict(zip(servers, pool.map(_error, servers.values())))
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        stop(list(servers.values()))
+        raise
+    finally:
+        pool.shutdown()
+
+
 def _error(server: Server) -> str | None:
     """Why a server does not start, None when it does."""
     try:
@@ -54,7 +67,3 @@ def _error(server: Server) -> str | None:
     except PlacementError as error:
         return str(error)
     return None
-
-
-def _log(server: Server) -> str:
-    return server.log.read_text(errors="replace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,10 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+REFUSED = re.compile(r"\b(?:PlacementError|moe_placement_plugin\.(?:\w+\.)*[A-Z]\w*): (.+)")
+"""An error of ours and why, which an engine prints far above its own last words."""
 
 
 class Server:
@@ -64,7 +69,7 @@ class Server:
                 start_new_session=True,
             )
         try:
-            self._wait_until_ready()
+            self._wait_until_ready(self.process)
         except BaseException:
             self.stop()
             raise
@@ -73,12 +78,11 @@ class Server:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def _wait_until_ready(self) -> None:
-        assert self.process is not None
+    def _wait_until_ready(self, process: subprocess.Popen) -> None:
         began = time.monotonic()
         while (waited := time.monotonic() - began) < self.start_timeout:
-            if self.process.poll() is not None:
-                raise PlacementError(f"the server ended with code {self.process.returncode} before it was ready:\n{self.tail(25)}")
+            if process.poll() is not None:
+                raise PlacementError(f"the server ended with code {process.returncode} before it was ready{self._why()}")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
                     if answer.status == 200:
@@ -87,26 +91,34 @@ class Server:
                 pass
             self.progress(waited, self.tail(1))
             time.sleep(1)
-        raise PlacementError(f"the server was not ready after {self.start_timeout:.0f} s:\n{self.tail(25)}")
+        raise PlacementError(f"the server was not ready after {self.start_timeout:.0f} s{self._why()}")
+
+    def _why(self) -> str:
+        """What its output says of a start that failed."""
+        reason = REFUSED.search(self.output())
+        return (f": {reason.group(1).strip()}\n" if reason else ":\n") + self.tail(25)
+
+    def output(self) -> str:
+        """All that it wrote so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def tail(self, lines: int) -> str:
         """The last lines of its output."""
-        text = self.log.read_text(errors="replace").rstrip() if self.log.exists() else ""
-        return "\n".join(text.splitlines()[-lines:])
+        return "\n".join(self.output().rstrip().splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End the server and everything it started."""
-        if self.process is None:
+        """End the server and everything it started; also from another thread than the one that waits for it to start."""
+        process, self.process = self.process, None
+        if process is None:
             return
         for how, patience in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-            if not _signal_group(self.process.pid, how):
+            if not _signal_group(process.pid, how):
                 break
             deadline = time.monotonic() + patience
-            while time.monotonic() < deadline and _signal_group(self.process.pid, 0):
-                self.process.poll()  # reaps the leader, which would keep the group alive as a zombie
+            while time.monotonic() < deadline and _signal_group(process.pid, 0):
+                process.poll()  # reaps the leader, which would keep the group alive as a zombie
                 time.sleep(0.2)
-        self.process.wait(timeout=10)
-        self.process = None
+        process.wait(timeout=10)
 
 
 def _signal_group(group: int, how: int) -> bool:

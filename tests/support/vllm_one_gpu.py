@@ -82,7 +82,7 @@ def run(case: dict, folder: Path, dtype: str) -> tuple[dict, str]:
 
 
 def _python_path() -> str:
-    return os.pathsep.join([str(Path(__file__).parent / "shared_gpu"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return os.pathsep.join([str(ROOT / "benchmarks" / "one_gpu" / "shared"), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
 def apart(ours: dict, theirs: dict) -> tuple[int, float, float]:
