@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -233,6 +234,7 @@ class Run:
             servers = together.start(made, self.given.starts, self.say, self.fail)
             ready = {name: len(server.log.read_text(errors="replace")) for name, server in servers.items()}
             found["answers"] = self.compare_answers(servers)
+            servers = {name: server for name, server in servers.items() if name in found["answers"] or CONTESTANTS[name].even}
             for name, differs in found["answers"].items():
                 self.say(f"answers of {name}: {answers_in_words(differs, ASKED)}")
             self.save()
@@ -287,14 +289,26 @@ class Run:
             self.say(f"{name} may stop to compile kernels: {why}")
 
     def compare_answers(self, servers: dict[str, Server]) -> dict:
-        """Greedy answers of every server against the first one's."""
+        """Greedy answers of every server against the first one's; a server that does not give them is left out.
+
+        Raises:
+            OSError: when the first does not, which the others are compared with.
+        """
         engine = DEMO_ENGINES[self.given.engine]
         prompts = WORKLOADS["tiny"].prompts(self.model.size.vocab, 7)[:ASKED]
 
         def asked(server: Server) -> list[Answer]:
             return [engine.complete(server.url, "tiny", prompt, ANSWERED, ALTERNATIVES) for prompt in prompts]
 
-        answers = {name: asked(server) for name, server in servers.items() if not CONTESTANTS[name].even}
+        answers = {}
+        for name, server in servers.items():
+            try:
+                if not CONTESTANTS[name].even:
+                    answers[name] = asked(server)
+            except (OSError, HTTPException) as error:
+                self.fail(f"{name} did not answer: {error}; its log ends: {server.tail(3)}")
+                if not answers:
+                    raise
         reference = next(iter(answers.values()))
         return {name: difference(found, reference) for name, found in answers.items()}
 

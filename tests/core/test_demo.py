@@ -39,6 +39,14 @@ def test_a_server_and_its_children_end_with_the_block(tmp_path):
     [
         ("print('no model'); raise SystemExit(3)", 30, "ended with code 3 before it was ready:\nno model"),
         ("import time; time.sleep(60)", 2, "not ready after 2 s"),
+        # Engines end with words of their own, far below what was wrong.
+        (
+            "print('x.errors.PlacementError: no load', *'rest', sep=chr(10)); raise SystemExit(1)",
+            30,
+            "ended with code 1 before it was ready: no load\\nx.errors",
+        ),
+        ("print('moe_placement_plugin.a.b.Mismatch: layer 2'); raise SystemExit(1)", 30, "before it was ready: layer 2\\nmoe"),
+        ("print('INFO:moe_placement_plugin.engines.sglang: loaded'); raise SystemExit(1)", 30, "before it was ready:\\nINFO"),
     ],
 )
 def test_a_server_that_does_not_start_says_why(tmp_path, code, timeout, message):

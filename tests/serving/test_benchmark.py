@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import RemoteDisconnected
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohtt
 from safetensors import safe_open  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from benchmarks.serving import together  # noqa: E402
 from benchmarks.serving.__main__ import main  # noqa: E402
 from benchmarks.serving.answers import difference  # noqa: E402
 from benchmarks.serving.checkpoints import GATES, MADE, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
@@ -36,7 +38,7 @@ from benchmarks.serving.traffic import WORKLOADS, Seen, Workload, drive  # noqa:
 from benchmarks.serving.warm import steps, warm  # noqa: E402
 from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
 from moe_placement_plugin.demo.engines import Answer  # noqa: E402
-from moe_placement_plugin.demo.server import free_port  # noqa: E402
+from moe_placement_plugin.demo.server import Server, free_port  # noqa: E402
 from moe_placement_plugin.moe import select_experts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +152,26 @@ def test_command_lines(engine, layout, tmp_path):
         assert ("--enable-eplb" in line) == (bool(one.moving) or engine == "vllm" and bool(one.redundant))
 
 
+def test_one_gpu_in_place_of_many(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    for kind, ranks in (("shared", 4), ("lone", 1)):
+        setup = Setup("sglang", 4, "tp", False, "bfloat16", kind == "lone", 0.1, 200, 4112, 1 << 30, kind)
+        assert (setup.gpus, setup.started) == (1, ranks)
+        line, env = command(CONTESTANTS["zigzag"], setup, tmp_path, None, 1)
+        first, *others = env["PYTHONPATH"].split(os.pathsep)
+        assert (Path(first) / "sitecustomize.py").exists() and Path(first).name == kind and others == ["/elsewhere"]
+        assert "--disable-custom-all-reduce" in line and ("--expert-placement-verify" in line) == (kind == "lone")
+        assert "--expert-placement-verify" not in command(CONTESTANTS["stock"], setup, tmp_path, None, 1)[0], "stock knows no such flag"
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for words, message in (
+        (["--engine", "vllm", "--one-gpu", "lone"], "only SGLang with tensor-parallel attention"),
+        (["--engine", "sglang", "--one-gpu", "lone", "--layout", "dp"], "only SGLang with tensor-parallel attention"),
+        (["--engine", "vllm", "--one-gpu", "shared", "--answers-only"], "give --eager --answers-only"),
+    ):
+        monkeypatch.setattr("sys.argv", ["serving", *words, "--folder", str(tmp_path / "run")])
+        assert main() == 2 and message in capsys.readouterr().err
+
+
 def test_batches_share_what_the_others_are_compared_with():
     made = [[one.name for one in batch] for batch in batches(list(CONTESTANTS.values()), 6)]
     assert all(names[:2] == ["stock", "ideal"] and len(names) <= 6 for names in made)
@@ -188,7 +210,7 @@ def test_a_recording_is_used_again_only_for_the_same_model(tmp_path, monkeypatch
                  layout="tp", eager=False, memory=0.1, interval=1000, at_once=None, calibration=None, json=None, skip_recording=False,
                  quiet=None, answers_only=False)  # fmt: skip
     skewed(3, 32).write(tmp_path / "other.safetensors")
-    run = Run(SimpleNamespace(**given, recorded=tmp_path / "other.safetensors"), tmp_path / "run")
+    run = Run(SimpleNamespace(**given, one_gpu=None, recorded=tmp_path / "other.safetensors"), tmp_path / "run")
     run.result["router"] = {"wanted": wanted_shares(None, MODELS["tiny"]).tolist()}
     monkeypatch.setattr(Run, "server", lambda *_: pytest.fail("a server was started to record"))
     assert set(run.record()["balancedness"]) == {"linear", "eplb"} and ExpertLoad.read(run.recording).num_layers == 3
@@ -227,21 +249,48 @@ class Slow(BaseHTTPRequestHandler):
         pass
 
 
-class Stub:
+class Stub(Server):
     """A server that is there already, and logs nothing but the errors that its starts end with."""
 
-    def __init__(self, url: str, log: Path, errors: Sequence[str] = ()):
-        self.url, self.log, self.errors, self.stopped = url, log, list(errors), False
+    def __init__(self, name: str, log: Path, errors: Sequence[str] = ()):
+        super().__init__([], 0, {}, log)
+        self.name, self.errors, self.stopped = name, list(errors), False
+
+    @property
+    def url(self) -> str:
+        return self.name
 
     def __enter__(self):
         error = self.errors.pop(0) if self.errors else ""
         self.log.write_text(error)
         if error:
-            raise PlacementError("the server ended with code 1 before it was ready")
+            raise PlacementError(f"the server ended with code 1 before it was ready{self._why()}")
         return self
 
     def stop(self) -> None:
         self.stopped = True
+
+
+def test_servers_that_start_end_with_the_run(tmp_path):
+    """They would else be waited for until their time limit."""
+    ended = threading.Event()
+
+    class Starting(Stub):
+        def __enter__(self):
+            assert ended.wait(30), "it is stopped while it starts"
+            raise PlacementError("the server ended with code -2 before it was ready:")
+
+        def stop(self):
+            ended.set()
+
+    class Interrupted(Stub):
+        def __enter__(self):
+            raise KeyboardInterrupt
+
+    servers = {"linear": Interrupted("linear", tmp_path / "linear"), "eplb": Starting("eplb", tmp_path / "eplb")}
+    with pytest.raises(KeyboardInterrupt):
+        together.start(servers, 2, print, print)
+    assert ended.is_set() and servers["linear"].stopped
 
 
 def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
@@ -324,8 +373,22 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     assert [list(batch["rounds"]["tiny"]) for batch in batches] == [["linear"], ["linear", "our EPLB"]]
     said = capsys.readouterr().out
     assert said.count("linear starts again") == 2 and "eplb did not start" in said and "eplb+8 did not start" in said
-    assert "eplb+8 did not start: layer 1 has an empty slot" in said
+    assert "eplb+8 did not start: the server ended with code 1 before it was ready: layer 1 has an empty slot" in " ".join(said.split())
     assert "eplb starts again" in said and "eplb+8 starts again" not in said
+
+    # SGLang 0.5.16's own EPLB ends its server while the answers are asked for, with a model that it cannot move.
+    def some_complete(url, *asked):
+        if url == "eplb+8":
+            raise RemoteDisconnected("Remote end closed connection without response")
+        return complete(url, *asked)
+
+    monkeypatch.setattr("benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=some_complete)})
+    fails = {}
+    assert main() == 1
+    batches = json.loads((tmp_path / "out.json").read_text())["batches"]
+    assert [list(batch["rounds"]["tiny"]) for batch in batches] == [["linear", "eplb"], ["linear", "our EPLB"]]
+    assert "eplb+8 did not answer: Remote end closed connection" in capsys.readouterr().out
+    monkeypatch.setattr("benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=complete)})
 
     # What a server records while it is measured tells how balanced the placements really were: here all load is on the first rank's experts.
     fails, words[words.index("our EPLB")] = {}, "linear+recording"
