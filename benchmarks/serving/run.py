@@ -35,7 +35,7 @@ from .quiet import Quiet
 from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, layers_in_words, prediction_in_words, table
 from .server_logs import in_words, moved
 from .traffic import WORKLOADS, drive, post
-from .warm import warm
+from .warm import unlike, warm
 
 MOST_AT_ONCE = 8
 """Servers that are up together when nothing else is said."""
@@ -285,7 +285,8 @@ class Run:
         largest = min(LARGEST_STEP, max(one.concurrency * one.prompt for one in asked))
         longest = max(one.prompt for one in asked)
         urls = {name: server.url for name, server in servers.items()}
-        for name, why in warm(urls, self.model.size.vocab, longest, largest).items():
+        ways = {less for name in servers for less in unlike(self.model.top_k, self.model.experts + CONTESTANTS[name].redundant)}
+        for name, why in warm(urls, self.model.size.vocab, longest, largest, ways).items():
             self.say(f"{name} may stop to compile kernels: {why}")
 
     def compare_answers(self, servers: dict[str, Server]) -> dict:
