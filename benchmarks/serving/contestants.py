@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_placement_plugin import PlacementError
 from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettings
+
+from .. import one_gpu
 
 OURS = {"min_gain": 0.02, "hysteresis": 0}
 MOST_REQUESTS = 128
@@ -23,7 +24,6 @@ BESIDES, BESIDES_EPLB = 5 << 30, 8 << 30
 """Bytes of each GPU that a server takes besides weights and cache: CUDA's context, NCCL, work space, graphs; EPLB has buffers and
 communicators of its own. 3.4 and 6.2 GiB were seen on an H100 with steps of half as many tokens."""
 
-ONE_GPU = Path(__file__).parents[1] / "one_gpu"
 STREAMED = 8
 """Tokens that a server sends at once after the first: a hundred streams of single tokens take more of its processors than the model of the GPUs."""
 
@@ -177,10 +177,8 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
     # Servers that start side by side take memory of the two GPUs at different times, which SGLang would take for a fault.
     own = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} if setup.engine == "vllm" else {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
     if setup.one_gpu:
-        own["PYTHONPATH"] = os.pathsep.join([str(ONE_GPU / setup.one_gpu), *filter(None, [os.environ.get("PYTHONPATH")])])
+        own |= one_gpu.environment(setup.one_gpu, setup.engine)
         line.append("--disable-custom-all-reduce")
-        if setup.engine == "vllm":
-            own |= {"VLLM_DISABLE_PYNCCL": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
     if setup.one_gpu == "lone" and one.strategy:
         # The other ranks' experts lie nowhere, which would be found out.
         line += ["--expert-placement-verify", "off"]

@@ -232,7 +232,7 @@ class Run:
             made = {one.name: self.server(one) for one in contestants}
             stack.callback(together.stop, list(made.values()))
             servers = together.start(made, self.given.starts, self.say, self.fail)
-            ready = {name: len(server.log.read_text(errors="replace")) for name, server in servers.items()}
+            ready = {name: len(server.output()) for name, server in servers.items()}
             found["answers"] = self.compare_answers(servers)
             servers = {name: server for name, server in servers.items() if name in found["answers"] or CONTESTANTS[name].even}
             for name, differs in found["answers"].items():
@@ -248,7 +248,7 @@ class Run:
                             for load, of in found["layers"].items():
                                 self.say("  " + layers_in_words(load, of))
             for name, server in servers.items():
-                found["moved"][name] = moved(server.log.read_text(errors="replace"), self.given.engine, ready[name])
+                found["moved"][name] = moved(server.output(), self.given.engine, ready[name])
                 if words := in_words(found["moved"][name]):
                     self.say(f"{name}: {words}")
                 if (seen := self.seen(CONTESTANTS[name])) is not None:
@@ -303,9 +303,10 @@ class Run:
 
         answers = {}
         for name, server in servers.items():
+            if CONTESTANTS[name].even:
+                continue
             try:
-                if not CONTESTANTS[name].even:
-                    answers[name] = asked(server)
+                answers[name] = asked(server)
             except (OSError, HTTPException) as error:
                 self.fail(f"{name} did not answer: {error}; its log ends: {server.tail(3)}")
                 if not answers:

@@ -33,8 +33,8 @@ def start(servers: Mapping[str, Server], at_once: int, say: Callable[[str], None
             errors[name] = _error(server)
     for name, error in errors.items():
         if error is not None:
-            first_line, *last_lines = error.splitlines()
-            fail(f"{name} did not start: {first_line}" + ("\n" + "\n".join(last_lines)[-600:] if first_line.endswith(":") else ""))
+            why, _, log = error.partition("\n")
+            fail(f"{name} did not start: {why}" + (f"\n{log[-600:]}" if why.endswith(":") else ""))
     first = next(iter(servers))
     if errors[first] is not None:
         raise PlacementError(f"{first}, which the others are compared with, did not start")
@@ -49,15 +49,13 @@ def stop(servers: Sequence[Server]) -> None:
 
 def _errors(servers: Mapping[str, Server], at_once: int) -> dict[str, str | None]:
     """`_error` of each. When this process is ended meanwhile, so are they: those that start would else be waited for."""
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        return dict(zip(servers, pool.map(_error, servers.values())))
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        stop(list(servers.values()))
-        raise
-    finally:
-        pool.shutdown()
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            return dict(zip(servers, pool.map(_error, servers.values())))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop(list(servers.values()))
+            raise
 
 
 def _error(server: Server) -> str | None:

@@ -34,13 +34,13 @@ def unlike(top_k: int, experts: int) -> set[int]:
     return set(ways.values())
 
 
-def steps(longest: int, largest: int, unlike: Collection[int]) -> list[list[int]]:
+def steps(longest: int, largest: int, ways: Collection[int]) -> list[list[int]]:
     """Lengths of the prompts that are asked at once, of one step after the other.
 
     Args:
         longest: tokens of a prompt at most.
         largest: tokens of a step at most.
-        unlike: see there.
+        ways: of `unlike`.
 
     Returns:
         Single prompts of 2, 3, 4, 6, 8, 12, ... tokens, each in all ways, then several of the greatest, likewise. An
@@ -48,10 +48,10 @@ def steps(longest: int, largest: int, unlike: Collection[int]) -> list[list[int]
     """
     sizes = sorted(n for n in (first << k for first in (2, 3) for k in range(longest.bit_length())) if n <= longest)
     several = [[sizes[-1]] * n for n in range(2, largest // sizes[-1] + 1)]
-    return [[*rest, last - less] for *rest, last in [*([n] for n in sizes), *several] for less in sorted(unlike) if less < last]
+    return [[*rest, last - less] for *rest, last in [*([n] for n in sizes), *several] for less in sorted(ways) if less < last]
 
 
-def warm(servers: Mapping[str, str], vocab: int, longest: int, largest: int, unlike: Collection[int]) -> dict[str, str]:
+def warm(servers: Mapping[str, str], vocab: int, longest: int, largest: int, ways: Collection[int]) -> dict[str, str]:
     """Ask all servers at once, each step by step.
 
     Args:
@@ -59,12 +59,12 @@ def warm(servers: Mapping[str, str], vocab: int, longest: int, largest: int, unl
         vocab: tokens to ask with.
         longest: tokens of a prompt at most.
         largest: tokens of a step at most.
-        unlike: see there.
+        ways: of `unlike`.
 
     Returns:
         name -> why a server could not be asked on.
     """
-    return asyncio.run(_warm(servers, vocab, steps(longest, largest, unlike)))
+    return asyncio.run(_warm(servers, vocab, steps(longest, largest, ways)))
 
 
 async def _warm(servers: Mapping[str, str], vocab: int, asked: list[list[int]]) -> dict[str, str]:

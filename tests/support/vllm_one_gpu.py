@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import one_gpu
 from moe_placement_plugin import ExpertLoad
 from tests.support.children import python, run_child
 
@@ -71,18 +71,13 @@ def run(case: dict, folder: Path, dtype: str) -> tuple[dict, str]:
     (folder / "cases.json").write_text(json.dumps([task]))
     results = folder / "results.json"
     results.unlink(missing_ok=True)
-    env = {"PYTHONPATH": _python_path(), "VLLM_DISABLE_PYNCCL": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
-           "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}  # fmt: skip
+    env = {**one_gpu.environment("shared", "vllm", ROOT), "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     if case["plugins"] is not None:
         env["VLLM_PLUGINS"] = case["plugins"]
     done = run_child(python("-m", "tests.support.vllm_runner", str(folder / "cases.json"), str(results)), 150, env, ROOT)
     if not results.exists():
         return {"error": f"the engine's process ended with {done.code}"}, done.output
     return json.loads(results.read_text())[case["name"]], done.output
-
-
-def _python_path() -> str:
-    return os.pathsep.join([str(ROOT / "benchmarks" / "one_gpu" / "shared"), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
 def apart(ours: dict, theirs: dict) -> tuple[int, float, float]:
