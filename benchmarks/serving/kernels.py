@@ -36,34 +36,35 @@ def vllm_arguments(folder: Path) -> list[str]:
     return ["--profiler-config", json.dumps(settings)]
 
 
-def profile(url: str, engine: str, folder: Path, vocab: int, ranks: int, cpu: bool = False, seconds: float = 60) -> dict[str, dict]:
-    """Profile a server under each of `LOADS`.
+def profile(url: str, load: str, engine: str, folder: Path, vocab: int, ranks: int, cpu: bool = False, seconds: float = 60) -> dict:
+    """Profile a server.
 
     Args:
         url: of the server.
+        load: one of `LOADS`.
         engine: ``vllm`` or ``sglang``.
         folder: where it writes its traces, one per rank; its own.
         vocab: tokens to ask with.
         ranks: EP ranks.
         cpu: operators instead of kernels, under the tiny load.
-        seconds: until the traces of one load must be there.
+        seconds: until the traces must be there.
 
     Returns:
-        By load, what `per_layer` says of the traces.
+        What `per_layer` says of the traces.
 
     Raises:
         PlacementError: when a rank's trace does not come.
+        RuntimeError, OSError: when the server refuses what it is asked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     asked = {"output_dir": str(folder), "activities": ["CPU" if cpu else "GPU"]} if engine == "sglang" else {}
-    found = {}
-    for name, load in LOADS.items():
-        before = set(_traces(folder))
-        post(f"{url}/start_profile", asked)
-        drive(url, WORKLOADS["tiny"] if cpu else load, vocab, 5)
-        post(f"{url}/stop_profile", {})
-        found[name] = per_layer(_new_traces(folder, before, url, ranks, seconds), "cpu_op" if cpu else "kernel")
-    return found
+    before = set(_traces(folder))
+    post(f"{url}/start_profile", asked)
+    try:
+        drive(url, WORKLOADS["tiny"] if cpu else LOADS[load], vocab, 5)
+    finally:
+        post(f"{url}/stop_profile", {})  # a profiler that runs refuses the next start
+    return per_layer(_new_traces(folder, before, url, ranks, seconds), "cpu_op" if cpu else "kernel")
 
 
 def _new_traces(folder: Path, before: set[Path], url: str, ranks: int, seconds: float) -> list[list[dict]]:

@@ -75,7 +75,8 @@ def _kernel_lines(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
 
 def by_load(kernels: Mapping[str, Mapping[str, Mapping]]) -> dict[str, dict[str, Mapping]]:
     """What was profiled, load -> server, of server -> load."""
-    return {load: {name: of[load] for name, of in kernels.items()} for load in next(iter(kernels.values()), {})}
+    loads = dict.fromkeys(load for of in kernels.values() for load in of)
+    return {load: {name: of[load] for name, of in kernels.items() if load in of} for load in loads}
 
 
 def disturbed_in_words(rounds: Mapping[str, list[dict]]) -> str:

@@ -55,7 +55,8 @@ class Run:
         self.device = "cpu" if given.cpu else "cuda"
         self.dtype = getattr(torch, given.dtype or ("float32" if given.cpu else "bfloat16"))
         self.workloads = [] if given.answers_only else given.workload or ["prefill", "decode", "mixed"]
-        longest = max(WORKLOADS[name].longest for name in [*self.workloads, "tiny"])
+        asked = [*(WORKLOADS[name] for name in [*self.workloads, "tiny"]), *(kernels.LOADS.values() if given.kernels and not given.cpu else ())]
+        longest = max(one.longest for one in asked)
         self.setup = Setup(
             given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory, given.interval,
             max(1024, longest + 8), self.model.cache_bytes(CACHE_TOKENS, given.ranks, self.dtype.itemsize),
@@ -348,14 +349,16 @@ class Run:
         return {name: found[name] for name in left}
 
     def profile(self, servers: dict[str, Server]) -> dict:
-        """What each server's kernels take, by load; of a server whose profiler fails that is told."""
-        found = {}
+        """What each server's kernels take, by load; where a profile fails that is told."""
+        found: dict[str, dict] = {}
         for name, server in servers.items():
-            try:
-                folder, vocab = self.traces(CONTESTANTS[name]), self.model.size.vocab
-                found[name] = kernels.profile(server.url, self.given.engine, folder, vocab, self.setup.started, self.given.cpu)
-            except (PlacementError, RuntimeError, OSError) as error:
-                self.fail(f"{name} was not profiled: {error}")
+            folder, vocab = self.traces(CONTESTANTS[name]), self.model.size.vocab
+            for load in kernels.LOADS:
+                try:
+                    measured = kernels.profile(server.url, load, self.given.engine, folder, vocab, self.setup.started, self.given.cpu)
+                    found.setdefault(name, {})[load] = measured
+                except (PlacementError, RuntimeError, OSError) as error:
+                    self.fail(f"{name} was not profiled, {load}: {error}")
         for load, of in by_load(found).items():
             self.console.print(kernel_table(load, of))
         return found

@@ -30,6 +30,7 @@ from benchmarks.serving.__main__ import main  # noqa: E402
 from benchmarks.serving.answers import difference  # noqa: E402
 from benchmarks.serving.checkpoints import GATES, MADE, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
 from benchmarks.serving.contestants import CACHE_TOKENS, CONTESTANTS, Setup, batches, command  # noqa: E402
+from benchmarks.serving.kernels import LOADS, per_layer  # noqa: E402
 from benchmarks.serving.quiet import Quiet  # noqa: E402
 from benchmarks.serving.report import answers_in_words, markdown  # noqa: E402
 from benchmarks.serving.run import Run  # noqa: E402
@@ -205,12 +206,35 @@ def test_a_models_cache_is_what_its_heads_on_a_rank_need():
         MODELS["v2-lite"].cut(1)
 
 
+GIVEN = dict(engine="vllm", cpu=True, dtype=None, model="tiny", layers=None, workload=["tiny"], contestant=["linear", "eplb"], ranks=2,
+             layout="tp", eager=False, memory=0.1, interval=1000, at_once=None, calibration=None, json=None, skip_recording=False,
+             quiet=None, answers_only=False, one_gpu=None, kernels=False)  # fmt: skip
+
+
+def test_a_server_takes_the_longest_prompt_that_it_is_asked(tmp_path):
+    """Profiles have prompts of their own, which servers that were started for short workloads refused."""
+    length = lambda **given: Run(SimpleNamespace(**GIVEN | given), tmp_path).setup.length  # noqa: E731
+    assert length(workload=["decode"], cpu=False) == 1024 and length(workload=["prefill"], cpu=False) > WORKLOADS["prefill"].longest
+    assert length(workload=["decode"], cpu=False, kernels=True) > max(load.longest for load in LOADS.values())
+    assert length(kernels=True) == 1024, "without a GPU the tiny workload is profiled"
+
+
+def test_a_profile_that_fails_loses_no_other(tmp_path, monkeypatch):
+    def profile(url: str, load: str, *_: object) -> dict:
+        if (url, load) == ("http://127.0.0.1:1", "prefill"):
+            raise RuntimeError("the input is too long")
+        return per_layer([[{"cat": "kernel", "name": "norm", "ts": 0.0, "dur": 1.0}]], "kernel")
+
+    monkeypatch.setattr("benchmarks.serving.kernels.profile", profile)
+    run = Run(SimpleNamespace(**GIVEN), tmp_path)
+    found = run.profile({"stock": SimpleNamespace(url="http://127.0.0.1:1"), "linear": SimpleNamespace(url="http://127.0.0.1:2")})
+    assert {name: list(of) for name, of in found.items()} == {"stock": ["decode"], "linear": ["decode", "prefill"]}
+    assert run.failed == ["stock was not profiled, prefill: the input is too long"]
+
+
 def test_a_recording_is_used_again_only_for_the_same_model(tmp_path, monkeypatch):
-    given = dict(engine="vllm", cpu=True, dtype=None, model="tiny", layers=None, workload=["tiny"], contestant=["linear", "eplb"], ranks=2,
-                 layout="tp", eager=False, memory=0.1, interval=1000, at_once=None, calibration=None, json=None, skip_recording=False,
-                 quiet=None, answers_only=False)  # fmt: skip
     skewed(3, 32).write(tmp_path / "other.safetensors")
-    run = Run(SimpleNamespace(**given, one_gpu=None, recorded=tmp_path / "other.safetensors"), tmp_path / "run")
+    run = Run(SimpleNamespace(**GIVEN, recorded=tmp_path / "other.safetensors"), tmp_path / "run")
     run.result["router"] = {"wanted": wanted_shares(None, MODELS["tiny"]).tolist()}
     monkeypatch.setattr(Run, "server", lambda *_: pytest.fail("a server was started to record"))
     assert set(run.record()["balancedness"]) == {"linear", "eplb"} and ExpertLoad.read(run.recording).num_layers == 3
