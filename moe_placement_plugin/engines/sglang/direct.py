@@ -3,7 +3,7 @@
 Without an all-to-all back end SGLang sends logical ids to physical slots, a kernel in each layer, and its dispatcher sends those to the slots
 of this rank, another kernel, which expert parallelism has anyway. Where every expert has one slot and keeps it, the dispatcher's table does for
 both, so that a placement costs what its absence costs: on four H200 the first look-up was 2.2 of 186 microseconds of a layer of
-Qwen3-30B-A3B's shape that decodes 128 tokens (SGLang 0.5.16).
+Qwen3-30B-A3B's shape that decodes 128 tokens; on two, without it, placed layers take 280.7 to 281.1 and stock's 280.4 and 280.8 (SGLang 0.5.16).
 """
 
 from __future__ import annotations
