@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -294,7 +293,7 @@ class Run:
         """Greedy answers of every server against the first one's; a server that does not give them is left out.
 
         Raises:
-            OSError: when the first does not, which the others are compared with.
+            PlacementError: when the first does not, which the others are compared with.
         """
         engine = DEMO_ENGINES[self.given.engine]
         prompts = WORKLOADS["tiny"].prompts(self.model.size.vocab, 7)[:ASKED]
@@ -308,8 +307,8 @@ class Run:
                 continue
             try:
                 answers[name] = asked(server)
-            except (OSError, HTTPException) as error:
-                self.fail(f"{name} did not answer: {error}; its log ends: {server.tail(3)}")
+            except PlacementError as error:
+                self.fail(f"{name}: {error}; its log ends: {server.tail(3)}")
                 if not answers:
                     raise
         reference = next(iter(answers.values()))

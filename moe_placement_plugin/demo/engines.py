@@ -7,9 +7,12 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import ClassVar
 from urllib.request import Request, urlopen
+
+from ..errors import PlacementError
 
 NEVER = 10**9
 """Forward passes between two rebalances of an EPLB that shall not rebalance."""
@@ -103,9 +106,8 @@ class DemoEngine(ABC):
             PlacementError: when the engine cannot be started so.
         """
 
-    @abstractmethod
     def complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1) -> Answer:
-        """A greedy completion by the server, through the ``openai`` client.
+        """A greedy completion by the server.
 
         Args:
             url: of the server.
@@ -113,7 +115,18 @@ class DemoEngine(ABC):
             prompt: text or token ids.
             tokens: to generate.
             alternatives: most probable tokens to name at each place.
+
+        Raises:
+            PlacementError: when the server gives none: it has died, or its engine has.
         """
+        try:
+            return self._complete(url, model, prompt, tokens, alternatives)
+        except (OSError, HTTPException) as error:
+            raise PlacementError(f"{url} gave no answer: {error}") from error
+
+    @abstractmethod
+    def _complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int) -> Answer:
+        """`complete`; raises OSError or HTTPException when there is no answer."""
 
 
 class Vllm(DemoEngine):
@@ -146,12 +159,15 @@ class Vllm(DemoEngine):
                 command += ["--enable-eplb", "--eplb-config", json.dumps(eplb)]
         return [*command, *settings.arguments], env
 
-    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1) -> Answer:
-        from openai import OpenAI
+    def _complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int) -> Answer:
+        from openai import APIError, OpenAI
 
         with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
             asked = {"max_tokens": tokens, "temperature": 0, "logprobs": alternatives, "extra_body": {"ignore_eos": True}}
-            choice = client.completions.create(model=model, prompt=prompt, **asked).choices[0]
+            try:
+                choice = client.completions.create(model=model, prompt=prompt, **asked).choices[0]
+            except APIError as error:
+                raise OSError(str(error)) from error
         found = choice.logprobs
         top = [{_token_id(token): logprob for token, logprob in place.items()} for place in found.top_logprobs]
         return Answer([_token_id(token) for token in found.tokens], list(found.token_logprobs), top)
@@ -188,7 +204,7 @@ class Sglang(DemoEngine):
                 command += ["--ep-num-redundant-experts", str(placed.redundant)]
         return [*command, *settings.arguments], env
 
-    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1) -> Answer:
+    def _complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int) -> Answer:
         # SGLang's own API: token ids over the other one are younger than the oldest version that we run with.
         asked = {"text" if isinstance(prompt, str) else "input_ids": prompt, "return_logprob": True, "top_logprobs_num": alternatives,
                  "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}}  # fmt: skip

@@ -82,7 +82,7 @@ def run(engine: DemoEngine, name: str, checkpoint: Path, strategy: str, folder: 
         start_timeout: seconds that a server may take to start.
 
     Raises:
-        PlacementError: when a server does not start or records nothing.
+        PlacementError: when a server does not start, gives no answer or records nothing.
     """
     record = folder / f"{name}-load.safetensors"
     answers: list[list[Answer]] = []
@@ -97,7 +97,10 @@ def run(engine: DemoEngine, name: str, checkpoint: Path, strategy: str, folder: 
             answers.append([])
             for index, prompt in enumerate(PROMPTS):
                 progress(f"asking {what}: prompt {index + 1} of {len(PROMPTS)}", time.monotonic() - began, "")
-                answers[-1].append(engine.complete(server.url, "tiny", prompt, TOKENS))
+                try:
+                    answers[-1].append(engine.complete(server.url, "tiny", prompt, TOKENS))
+                except PlacementError as error:
+                    raise PlacementError(f"{what}: {error}; its log ends:\n{server.tail(25)}") from error
             if placed:
                 _wait_for_load(record, progress)
             progress(f"stopping {what}", time.monotonic() - began, "")

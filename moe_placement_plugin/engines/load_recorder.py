@@ -2,8 +2,8 @@
 
 Windows are cut at multiples of their length in Unix time, so that the processes of one engine cut alike
 without talking to each other. The file is bounded: when it holds too many windows, neighbours are merged and
-the length doubles. Every interval the whole file is replaced atomically; what a crash loses is the
-interval that was running.
+the length doubles. Every interval the whole file is replaced atomically, and a moment after the last batch of an engine that has
+become idle: servers kill their workers when they are stopped. What a crash under load loses is the interval that was running.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ logger = logging.getLogger("moe_placement_plugin")
 DEFAULT_INTERVAL = 60.0
 MAX_WINDOWS = 64
 """Windows of time that a file holds before neighbours are merged (each may hold prefill and decode)."""
+
+IDLE = 1.0
+"""Seconds without a batch after which what is left is written."""
 
 _events: dict[str, float] = {}
 
@@ -206,6 +209,9 @@ class LoadRecorder:
         self._snapshot = snapshot
         self._seen: tuple[np.ndarray, np.ndarray | None] | None = None
         self._served = False
+        self._batch = 0.0
+        self._unsaved = False
+        self._added: list[int] = []
         self._warned = False
         self._empty = 0
         self._lock = threading.Lock()
@@ -227,6 +233,7 @@ class LoadRecorder:
 
         Not earlier: other threads must leave CUDA alone while graphs are captured at start-up.
         """
+        self._batch, self._unsaved = time.monotonic(), True
         if not self._served:
             self._served = True
             self._thread = threading.Thread(target=self._run, name="expert-load-recorder", daemon=True)
@@ -235,8 +242,17 @@ class LoadRecorder:
             util.Finalize(self, self.close, exitpriority=100)
 
     def _run(self) -> None:
-        while not self._stop.wait(self.interval - time.time() % self.interval):
-            self.flush()
+        end = self._window_end()
+        while not self._stop.wait(max(0.0, min(end - time.time(), IDLE))):
+            if time.time() >= end:
+                self.flush()
+                end = self._window_end()
+            elif time.monotonic() - self._batch > IDLE and (self._unsaved or self._parts() != self._added):
+                self.flush(running=True)
+
+    def _window_end(self) -> float:
+        now = time.time()
+        return now + self.interval - now % self.interval
 
     def close(self) -> None:
         """Write what is left and end the thread."""
@@ -251,21 +267,29 @@ class LoadRecorder:
             time.sleep(0.3)
             self.flush()
 
-    def flush(self) -> None:
-        """Write the counts since the last flush. Whatever goes wrong is one warning, never the engine's end."""
+    def flush(self, running: bool = False) -> None:
+        """Write the counts since the last flush. Whatever goes wrong is one warning, never the engine's end.
+
+        Args:
+            running: they belong to the window that is running, not to the one that has just ended.
+        """
         with self._lock:
             try:
-                if self._collect() or self.num_parts > 1:
+                self._unsaved = False
+                new = self._collect(running)
+                if new or self._parts():
                     self._write()
+                # A batch that is under way was counted in part: all is saved once nothing new was found.
+                self._unsaved |= new
                 self._warned = False
             except Exception as error:  # noqa: BLE001 - recording must never end a server
                 if not self._warned:
                     logger.warning("expert load: %s; the server goes on, recording tries again every %g s", error, self.interval)
                 self._warned = True
 
-    def _collect(self) -> bool:
+    def _collect(self, running: bool) -> bool:
         counts, pairs = self._snapshot()
-        if self._served and not counts.any():
+        if self._served and not running and not counts.any():
             self._empty += 1
             # The second time: the first may fall between the beginning of the first forward pass and its first layer.
             if self._empty == 2:
@@ -278,8 +302,8 @@ class LoadRecorder:
             return False
         rows = [self.windows.layer_ids.index(i) for i in self._layer_ids]
         size = len(self.windows.layer_ids)
-        # Just before now: a flush at a boundary closes the window that ends there.
-        when = time.time() - self.interval / 2
+        # A flush at a boundary closes the window that ends there.
+        when = time.time() - (0 if running else self.interval / 2)
         for phase, delta in zip(PHASES, counts - before):
             self.windows.add(when, phase, _spread(delta, rows, size))
         if pairs is not None:
@@ -294,8 +318,16 @@ class LoadRecorder:
             total = Windows(total.layer_ids, total.num_experts, total.length, total.metadata)
             if self.windows.counts:
                 total.merge(self.windows.load())
+            self._added = self._parts()
             for path in (part_path(self.path, part) for part in range(1, self.num_parts)):
                 if path.exists():
                     total.merge(ExpertLoad.read(path))
         if total.counts:
             total.load().write(part_path(self.path, self.part))
+
+    def _parts(self) -> list[int]:
+        """When the other processes' parts were written, as far as they are there; of process 0, which adds them in."""
+        if self.part:
+            return []
+        paths = (part_path(self.path, part) for part in range(1, self.num_parts))
+        return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]

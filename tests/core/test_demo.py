@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import PlacementError
+from moe_placement_plugin.demo.engines import DEMO_ENGINES
+from moe_placement_plugin.demo.run import run
 from moe_placement_plugin.demo.server import Server, free_port
 from moe_placement_plugin.demo.tiny_models import Size, write_glm4_moe, write_qwen3_moe
 from moe_placement_plugin.engines import installed
@@ -53,6 +55,30 @@ def test_a_server_that_does_not_start_says_why(tmp_path, code, timeout, message)
     with pytest.raises(PlacementError, match=message):
         with Server([sys.executable, "-c", code], free_port(), {}, tmp_path / "log", timeout):
             pass
+
+
+FAILING = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def do_POST(self):
+        print("the engine has died", flush=True)
+        self.send_error(500, "EngineCore encountered an issue")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("name", DEMO_ENGINES)
+def test_a_server_whose_engine_dies_is_quoted(tmp_path, monkeypatch, name):
+    if name == "vllm":
+        pytest.importorskip("openai", reason="vLLM's answers are asked for through its client")
+    engine = DEMO_ENGINES[name]
+    monkeypatch.setattr(engine, "command", lambda model, port, placed: ([sys.executable, "-c", FAILING, str(port)], {}), raising=False)
+    with pytest.raises(PlacementError, match=r"stock \w+ on one rank: http.* gave no answer: .*500.*; its log ends:\n[^|]*the engine has died"):
+        run(engine, "qwen", tmp_path, "zigzag", tmp_path, lambda *_: None, 30)
+    with pytest.raises(PlacementError, match="gave no answer: "):
+        engine.complete(f"http://127.0.0.1:{free_port()}", "tiny", [1], 1)
 
 
 def test_checkpoints_are_reproducible_and_complete(tmp_path):

@@ -21,8 +21,8 @@ def main() -> None:
     )  # fmt: skip
     ids = [[token for _, token, *_ in o["meta_info"]["output_token_logprobs"]] for o in outputs]
     Path(sys.argv[3]).write_text(json.dumps(ids))
-    # SGLang kills its workers; what it recorded since the last interval would be lost.
-    time.sleep(2)
+    # SGLang kills its workers, and idle ones write what they have counted within two looks.
+    time.sleep(3)
     engine.shutdown()
 
 

@@ -185,6 +185,60 @@ def test_a_crash_loses_at_most_the_running_window(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["load"]
 
 
+def recorded(path) -> int:
+    return int(ExpertLoad.read(path).total.min()) if path.exists() else 0
+
+
+def wait_for(path, tokens: int) -> None:
+    deadline = time.monotonic() + 10
+    while recorded(path) < tokens and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert recorded(path) == tokens
+
+
+def test_an_idle_engine_has_written_everything(tmp_path):
+    """Servers kill their workers when they are stopped: what was counted must not wait for the window's end, nor other processes' parts."""
+    path, sources = tmp_path / "load", [Source(), Source()]
+    recorders = [recorder(path, source, interval=10_000, part=k, num_parts=2) for k, source in enumerate(sources)]
+    for r in recorders:
+        r.served()
+    sources[0].counts += 2
+    wait_for(path, 4)
+    recorders[1].served()  # the first process has nothing of its own to write any more
+    sources[1].counts += 3
+    wait_for(path, 10)
+    written = path.stat().st_mtime_ns
+    time.sleep(2.5)
+    assert path.stat().st_mtime_ns == written, "an idle engine goes on writing"
+    for r in recorders:
+        r._stop.set()
+
+
+def test_a_batch_longer_than_the_wait_is_saved_to_its_end(tmp_path):
+    path, source = tmp_path / "load", Source()
+    r = recorder(path, source, interval=10_000)
+    r.served()
+    source.counts += 1
+    wait_for(path, 2)
+    source.counts += 1  # still the same batch
+    wait_for(path, 4)
+    r._stop.set()
+
+
+def test_what_is_written_within_a_window_belongs_to_it(tmp_path, monkeypatch):
+    clock = [1012.0]
+    monkeypatch.setattr(load_recorder.time, "time", lambda: clock[0])
+    source = Source()
+    r = recorder(tmp_path / "load", source, interval=10)
+    source.counts[0] += 1
+    r.flush(running=True)
+    source.counts[0] += 2
+    clock[0] = 1020
+    r.flush()
+    load = ExpertLoad.read(tmp_path / "load")
+    assert load.metadata["window_start"] == [1010] and load.counts[0, 0, 0] == 3
+
+
 ENDING = """
 import sys, multiprocessing
 from tests.loop.test_recorder import Source, recorder

@@ -28,7 +28,7 @@ def test_counts_are_the_models_own_routing(tmp_path, ranks):
     path, result = tmp_path / "load", tmp_path / "ids.json"
     arguments = ENGINE | {
         "model_path": str(model), "skip_tokenizer_init": True, "tp_size": ranks, "ep_size": ranks,
-        "expert_load_record": str(path), "expert_load_interval": 0.5,
+        "expert_load_record": str(path), "expert_load_interval": 60,
     }  # fmt: skip
     if ranks == 2:  # logical ids, whatever the placement; alone, recording must not need one
         arguments |= {"expert_placement_strategy": "zigzag", "expert_load_coactivation": True}

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import RemoteDisconnected
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -403,7 +402,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     # SGLang 0.5.16's own EPLB ends its server while the answers are asked for, with a model that it cannot move.
     def some_complete(url, *asked):
         if url == "eplb+8":
-            raise RemoteDisconnected("Remote end closed connection without response")
+            raise PlacementError("eplb+8 gave no answer: Remote end closed connection without response")
         return complete(url, *asked)
 
     monkeypatch.setattr("benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=some_complete)})
@@ -411,7 +410,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     assert main() == 1
     batches = json.loads((tmp_path / "out.json").read_text())["batches"]
     assert [list(batch["rounds"]["tiny"]) for batch in batches] == [["linear", "eplb"], ["linear", "our EPLB"]]
-    assert "eplb+8 did not answer: Remote end closed connection" in capsys.readouterr().out
+    assert "eplb+8: eplb+8 gave no answer: Remote end closed connection" in capsys.readouterr().out
     monkeypatch.setattr("benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=complete)})
 
     # What a server records while it is measured tells how balanced the placements really were: here all load is on the first rank's experts.
