@@ -279,8 +279,10 @@ class LoadRecorder:
                 new = self._collect(running)
                 if new or self._parts():
                     self._write()
-                # A batch that is under way was counted in part: all is saved once nothing new was found.
-                self._unsaved |= new
+                # A batch that is under way was counted in part: all is saved once nothing new was found. Never set to False here: another
+                # may have begun.
+                if new:
+                    self._unsaved = True
                 self._warned = False
             except Exception as error:  # noqa: BLE001 - recording must never end a server
                 if not self._warned:
