@@ -214,14 +214,22 @@ def test_an_idle_engine_has_written_everything(tmp_path):
         r._stop.set()
 
 
+class Busy(Source):
+    """Its last batch runs on while the first three looks are taken."""
+
+    looks = 0
+
+    def __call__(self):
+        self.looks += 1
+        self.counts += self.looks <= 3
+        return super().__call__()
+
+
 def test_a_batch_longer_than_the_wait_is_saved_to_its_end(tmp_path):
-    path, source = tmp_path / "load", Source()
-    r = recorder(path, source, interval=10_000)
+    path = tmp_path / "load"
+    r = recorder(path, Busy(), interval=10_000)
     r.served()
-    source.counts += 1
-    wait_for(path, 2)
-    source.counts += 1  # still the same batch
-    wait_for(path, 4)
+    wait_for(path, 6)
     r._stop.set()
 
 
