@@ -76,7 +76,7 @@ step() {
         ;;
     serving) serve serving deepseek_r1_prefill_in1024.json qwen3-30b-a3b prefill decode mixed ;;
     serving-grouped) serve serving-grouped deepseek_r1_prefill_in1024.json v2-lite prefill decode mixed -- "${few[@]}" ;;
-    serving-dp) serve serving-dp deepseek_r1_decode_in1000out1000.json qwen3-30b-a3b prefill decode mixed -- --layout dp "${few[@]}" ;;
+    serving-dp) serve serving-dp deepseek_r1_decode_in1000out1000.json qwen3-30b-a3b prefill decode mixed -- --layout dp ;;
     serving-eager) serve serving-eager deepseek_r1_prefill_in1024.json qwen3-30b-a3b prefill -- --eager "${few[@]}" "${same[@]}" ;;
     answers)
         LAYERS=4

@@ -52,6 +52,10 @@ class Contestant:
     recording: bool = False
     engines: tuple[str, ...] = ("vllm", "sglang")
 
+    def exists(self, engine: str, layout: str) -> bool:
+        """Whether an engine has it; SGLang with data-parallel attention cannot record without an all-to-all back end."""
+        return engine in self.engines and not (self.recording and (engine, layout) == ("sglang", "dp"))
+
     @property
     def file(self) -> str:
         """The name as part of a file's: of its log, its recording, its traces."""

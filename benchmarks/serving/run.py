@@ -64,9 +64,9 @@ class Run:
         _check_one_gpu(given)
         # On CPUs stock vLLM dies with expert parallelism.
         names = given.contestant or [n for n, one in CONTESTANTS.items() if one.strategy or one.moving or not given.cpu]
-        contestants = [CONTESTANTS[n] for n in names if given.engine in CONTESTANTS[n].engines]
+        contestants = [CONTESTANTS[n] for n in names if CONTESTANTS[n].exists(given.engine, given.layout)]
         if not contestants:
-            raise PlacementError(f"{given.engine} has none of {', '.join(names)}: name another --contestant")
+            raise PlacementError(f"{given.engine} with --layout {given.layout} has none of {', '.join(names)}: name another --contestant")
         if not given.contestant and given.cpu:
             contestants.sort(key=lambda one: one.name != "linear")
         self.contestants = contestants
@@ -219,7 +219,9 @@ class Run:
         if record is not None:
             record.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
         load = self.recording if self.recording.exists() else None
-        line, env = command(one, self.setup, model, load, port, record)
+        # What is routed is the same with either attention, and SGLang records with tensor-parallel attention only.
+        setup = replace(self.setup, layout="tp") if record == self.recording else self.setup
+        line, env = command(one, setup, model, load, port, record)
         if self.given.kernels and self.given.engine == "vllm":
             line = [*line, *kernels.vllm_arguments(self.traces(one))]
         return Server(line, port, env, self.folder / f"{name}.log", 400)

@@ -111,7 +111,11 @@ class Server:
         process, self.process = self.process, None
         if process is None:
             return
-        for how, patience in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        ways = [(signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 10)]
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # As under nohup or in a shell's background: what is started from here ignores it too.
+            ways.pop(0)
+        for how, patience in ways:
             if not _signal_group(process.pid, how):
                 break
             deadline = time.monotonic() + patience

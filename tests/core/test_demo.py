@@ -1,5 +1,7 @@
 import os
+import signal
 import sys
+import time
 import urllib.request
 
 import numpy as np
@@ -34,6 +36,18 @@ def test_a_server_and_its_children_end_with_the_block(tmp_path):
     # Ended; at most a zombie that waits for init is left.
     state = f"/proc/{child}/stat"
     assert not os.path.exists(state) or open(state).read().split()[2] == "Z"
+
+
+def test_a_server_that_cannot_be_interrupted_is_ended_at_once(tmp_path):
+    """What a shell starts in the background ignores SIGINT, and so does all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        port = free_port()
+        with Server([sys.executable, "-c", HEALTHY, str(port)], port, {}, tmp_path / "log", 30):
+            began = time.monotonic()
+        assert time.monotonic() - began < 10
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,17 @@ def test_a_server_takes_the_longest_prompt_that_it_is_asked(tmp_path):
     assert length(kernels=True) == 1024, "without a GPU the tiny workload is profiled"
 
 
+def test_what_is_recorded_first_is_recorded_with_tensor_parallel_attention(tmp_path):
+    """SGLang refuses to record with data-parallel attention, where ranks route each other's tokens."""
+    run = Run(SimpleNamespace(**GIVEN | {"engine": "sglang", "layout": "dp", "contestant": None}), tmp_path)
+    assert {one.name for one in run.contestants} >= {"linear", "eplb+8", "our EPLB"} and not any(one.recording for one in run.contestants)
+    assert "--enable-dp-attention" in run.server(CONTESTANTS["linear"]).command
+    first = run.server(CONTESTANTS["linear"], run.recording).command
+    assert "--enable-dp-attention" not in first and "--expert-load-record" in first
+    with pytest.raises(PlacementError, match="sglang with --layout dp has none of linear.recording"):
+        Run(SimpleNamespace(**GIVEN | {"engine": "sglang", "layout": "dp", "contestant": ["linear+recording"]}), tmp_path)
+
+
 def test_a_profile_that_fails_loses_no_other(tmp_path, monkeypatch):
     def profile(url: str, load: str, *_: object) -> dict:
         if (url, load) == ("http://127.0.0.1:1", "prefill"):

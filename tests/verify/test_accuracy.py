@@ -32,7 +32,7 @@ class MadeUp(DemoEngine):
         faults = [] if placed is None else self.faults[placed.strategy]
         return [sys.executable, str(Path(__file__).with_name("openai_server.py")), str(port), str(TASKS), str(model), *faults], {}
 
-    def complete(self, url, model, prompt, tokens):
+    def _complete(self, url, model, prompt, tokens, alternatives):
         raise AssertionError("the accuracy check does not ask for single completions")
 
 
