@@ -14,7 +14,7 @@ python=${PYTHON:-python3}
 standins=$root/tests/support/sglang_cpu
 
 inputs=("$root"/requirements/sglang-cpu*.txt "$root/pyproject.toml")
-while IFS= read -r file; do inputs+=("$file"); done < <(find "$standins" -name '*.py' -o -name pyproject.toml | sort)
+while IFS= read -r file; do inputs+=("$file"); done < <(find "$standins/src" "$standins/pyproject.toml" -name '*.py' -o -name pyproject.toml | sort) # not build/, which pip leaves there
 stamp=$(
     {
         echo "sglang $version"
