@@ -21,6 +21,7 @@ from moe_placement_plugin import ExpertLoad, Placement, PlacementError, __versio
 from moe_placement_plugin.bench.planner import machine
 from moe_placement_plugin.demo.engines import DEMO_ENGINES, Answer
 from moe_placement_plugin.demo.server import Server, free_port
+from moe_placement_plugin.engines.load_recorder import IDLE
 from moe_placement_plugin.simulate import Cluster
 from moe_placement_plugin.topology import Topology
 
@@ -213,14 +214,15 @@ class Run:
     def server(self, one: Contestant, record: Path | None = None) -> Server:
         port = free_port()
         model = self.folder / ("even" if one.even else "model")
-        name = one.file + ("-first" if record else "")
-        if one.recording and record is None:
+        first = record is not None
+        name = one.file + ("-first" if first else "")
+        if one.recording and not first:
             record = self.recorded_by(one)
         if record is not None:
             record.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
         load = self.recording if self.recording.exists() else None
         # What is routed is the same with either attention, and SGLang records with tensor-parallel attention only.
-        setup = replace(self.setup, layout="tp") if record == self.recording else self.setup
+        setup = replace(self.setup, layout="tp") if first else self.setup
         line, env = command(one, setup, model, load, port, record)
         if self.given.kernels and self.given.engine == "vllm":
             line = [*line, *kernels.vllm_arguments(self.traces(one))]
@@ -392,11 +394,9 @@ def _routed_in_words(routed: dict) -> str:
 
 
 def _wait_for(path: Path, server: Server, seconds: float = 30) -> None:
-    """Wait until the recording has been written after the last answer."""
-    after, end = time.time() + 1, time.monotonic() + seconds
-    while not path.exists() or path.stat().st_mtime < after:
-        # An idle server writes nothing: another request makes it.
-        drive(server.url, WORKLOADS["tiny"], 256, 3)
+    """Wait until the recording holds what was answered: an idle server writes within two looks, and then no more."""
+    end = time.monotonic() + seconds
+    while not path.exists() or time.time() - path.stat().st_mtime < 2 * IDLE:
         if time.monotonic() > end:
             raise PlacementError(f"{path} was not written: {server.tail(5)}")
         time.sleep(0.5)

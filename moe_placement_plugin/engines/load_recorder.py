@@ -201,7 +201,9 @@ class LoadRecorder:
     """
 
     def __init__(self, path: str | Path, windows: Windows, snapshot: Snapshot, interval: float, part: int = 0, num_parts: int = 1):
-        self.path, self.part, self.num_parts = Path(path), part, num_parts
+        self.path, self.part = Path(path), part
+        # What process 0 adds in.
+        self._others = [part_path(path, other) for other in range(1, num_parts)] if part == 0 else []
         self.windows = windows
         self.interval = interval
         self._layer_ids = windows.layer_ids
@@ -247,7 +249,7 @@ class LoadRecorder:
             if time.time() >= end:
                 self.flush()
                 end = self._window_end()
-            elif time.monotonic() - self._batch > IDLE and (self._unsaved or self._parts() != self._added):
+            elif time.monotonic() - self._batch > IDLE and (self._unsaved or self._others_written() != self._added):
                 self.flush(running=True)
 
     def _window_end(self) -> float:
@@ -262,7 +264,7 @@ class LoadRecorder:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
         self.flush()
-        if self.part == 0 and self.num_parts > 1:
+        if self._others:
             # The other processes are ending too; their last parts are a moment away.
             time.sleep(0.3)
             self.flush()
@@ -277,11 +279,9 @@ class LoadRecorder:
             try:
                 self._unsaved = False
                 new = self._collect(running)
-                if new or self._parts():
+                if new or self._others:
                     self._write()
-                # A batch that is under way was counted in part: all is saved once nothing new was found. Never set to False here: another
-                # may have begun.
-                if new:
+                if new:  # a batch that is under way was counted in part: all is saved once nothing new was found
                     self._unsaved = True
                 self._warned = False
             except Exception as error:  # noqa: BLE001 - recording must never end a server
@@ -316,20 +316,17 @@ class LoadRecorder:
 
     def _write(self) -> None:
         total = self.windows
-        if self.part == 0 and self.num_parts > 1:
+        if self._others:
             total = Windows(total.layer_ids, total.num_experts, total.length, total.metadata)
             if self.windows.counts:
                 total.merge(self.windows.load())
-            self._added = self._parts()
-            for path in (part_path(self.path, part) for part in range(1, self.num_parts)):
+            self._added = self._others_written()
+            for path in self._others:
                 if path.exists():
                     total.merge(ExpertLoad.read(path))
         if total.counts:
             total.load().write(part_path(self.path, self.part))
 
-    def _parts(self) -> list[int]:
-        """When the other processes' parts were written, as far as they are there; of process 0, which adds them in."""
-        if self.part:
-            return []
-        paths = (part_path(self.path, part) for part in range(1, self.num_parts))
-        return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
+    def _others_written(self) -> list[int]:
+        """When each of the other processes' parts was written; 0 of one that is not there."""
+        return [path.stat().st_mtime_ns if path.exists() else 0 for path in self._others]
