@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from tests.support.children import end_group
+from tests.support.children import end_group, python_path
 
 from .network import ROOT, Hosts
 
@@ -33,7 +33,7 @@ class Cluster:
         self._said: list[queue.Queue] = []
         self._processes: list[subprocess.Popen] = []
         self.errors: list[list[str]] = [[] for _ in range(world)]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
         for rank in range(world):
             command = [sys.executable, "-m", "tests.hosts.ranks", str(rank), str(world), hosts.address(first)]
             process = subprocess.Popen(

@@ -18,7 +18,7 @@ import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementRequest, Topology, get_strategy
 from moe_placement_plugin.demo.tiny_models import write_glm4_moe
-from tests.support.children import end_group
+from tests.support.children import end_group, python_path
 from tests.vllm.conftest import BOTH, run_cases
 from tests.vllm.test_engine import FLOAT32_TOLERANCE, answers_of, check_maps, largest_difference
 
@@ -132,7 +132,7 @@ RAY = find_spec("ray") is not None
 
 
 def ray_path() -> str:
-    return os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support" / "ray_site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return python_path(ROOT / "tests" / "support" / "ray_site")
 
 
 @contextmanager

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 
-from tests.support.children import engine_lock, run_child
+from tests.support.children import engine_lock, python_path, run_child
 from tests.support.vllm_runner import ENVIRONMENT
 
 from .network import ROOT, Hosts
@@ -58,10 +57,9 @@ def run_on_head(
     """(results, what both hosts wrote) by case name; the head is host 0."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases, default=str))
-    path = os.pathsep.join([str(ROOT), *filter(None, [(env or {}).get("PYTHONPATH"), os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "tests.support.vllm_runner", str(folder / "cases.json"), str(folder / "results.json")]
     with engine_lock():
-        finished = run_child(hosts.on(0, command), timeout, {**(env or {}), "PYTHONPATH": path}, ROOT)
+        finished = run_child(hosts.on(0, command), timeout, {"PYTHONPATH": python_path(), **(env or {})}, ROOT)
     (folder / "head.log").write_text(finished.output)
     file = folder / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}

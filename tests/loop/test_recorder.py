@@ -16,6 +16,7 @@ import pytest
 from moe_placement_plugin import ExpertLoad, PlacementError
 from moe_placement_plugin.engines import load_recorder
 from moe_placement_plugin.engines.load_recorder import LoadRecorder, Windows, check_interval, check_path, part_path
+from tests.support.children import python_path
 
 
 class Source:
@@ -267,7 +268,7 @@ if __name__ == "__main__":
 def test_a_process_that_ends_writes_its_last_window(tmp_path, method):
     path, script = tmp_path / "load", tmp_path / "ending.py"
     script.write_text(ENDING)
-    subprocess.run([sys.executable, script, path, method], check=True, timeout=60, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    subprocess.run([sys.executable, script, path, method], check=True, timeout=60, env={**os.environ, "PYTHONPATH": python_path()})
     assert (ExpertLoad.read(path).total == 14).all()
 
 

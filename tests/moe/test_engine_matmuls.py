@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +13,12 @@ from moe_placement_plugin.moe import find_matmuls
 from moe_placement_plugin.moe.matmuls.align import align_blocks
 from moe_placement_plugin.moe.matmuls.engine import engine_function, require_parameters
 
-from ..support.children import python, run_child
-
-ROOT = Path(__file__).resolve().parents[2]
+from ..support.children import ROOT, python, python_path, run_child
 
 
 @pytest.mark.parametrize("engine", [e for e in ("vllm", "sglang") if find_spec(e)])
 def test_kernel_under_the_interpreter(engine):
-    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     done = run_child(python("-m", "tests.moe.interpreter_child", engine), 300, environment, ROOT)
     assert done.code == 0, done.output
     result = json.loads(done.output.splitlines()[-1])

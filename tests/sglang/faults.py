@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.support.children import python_path
+
 VARIABLE = "MOE_PLACEMENT_FAULT"
 LAYER, SLOT, OTHER = 2, 3, 5
 """Where the faults are: this slot of rank 1, and another slot where a fault needs two."""
@@ -28,7 +30,7 @@ def install(folder: Path) -> str:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moe-placement-faults\nVersion: 0\n")
     (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nmoe_placement_faults = tests.sglang.faults:register\n")
-    return f"{folder}{os.pathsep}{Path(__file__).parents[2]}"
+    return python_path(folder)
 
 
 def register() -> None:

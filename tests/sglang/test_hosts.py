@@ -16,7 +16,7 @@ from moe_placement_plugin import Placement
 from tests.hosts.network import made
 from tests.sglang.engines import ENGINE, ENV, ROOT, case, run_cases
 from tests.sglang.test_engine import TOLERANCE
-from tests.support.children import end_group, engine_lock
+from tests.support.children import end_group, engine_lock, python_path
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
@@ -57,7 +57,7 @@ def on_two_hosts(hosts, folder, name: str, model, arguments: dict, there: dict |
     head = case(name, model, 2, 2, host=hosts.address(0), node_rank=0, **common) | {"threads": "0|0"} | extra
     theirs = ENGINE | {"model_path": model, "skip_tokenizer_init": True, "tp_size": 2, "ep_size": 2, "host": hosts.address(1), "node_rank": 1}
     command = hosts.on(1, [sys.executable, "-m", "sglang.launch_server", *flags(theirs | common | (there or {}))])
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = python_path()
     env = {**os.environ, **ENV, "PYTHONPATH": path, "SGLANG_CPU_OMP_THREADS_BIND": "1|1"}
     with open(folder / "other.log", "w") as log:
         other = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=ROOT, start_new_session=True)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 LOCK = Path(tempfile.gettempdir()) / "moe-placement-engine.lock"
 
 
@@ -85,6 +86,11 @@ def run_child(
             end_group(process)
         log.seek(0)
         return Finished(code, log.read().decode(errors="replace"))
+
+
+def python_path(*folders: Path | str) -> str:
+    """``PYTHONPATH`` for a child: some folders, this repository, what this process was given."""
+    return os.pathsep.join(map(str, filter(None, [*folders, ROOT, os.environ.get("PYTHONPATH")])))
 
 
 def python(*arguments: str) -> list[str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +15,11 @@ from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettin
 from moe_placement_plugin.demo.server import Server, free_port
 from moe_placement_plugin.engines.load_recorder import IDLE
 from tests.loop.routing_reference import Reference, check
-from tests.support.children import engine_lock
+from tests.support.children import ROOT, engine_lock, python_path
 from tests.support.vllm_runner import MAX_TOKENS, PROMPTS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
 ROUNDS = 6
 """Of all prompts, as many as there are under way at once."""
 LOOSE = {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5, "small_batches": False}
@@ -36,8 +33,7 @@ def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_p
     vllm = DEMO_ENGINES["vllm"]
     line, env = vllm.command(checkpoints["qwen"], port, Placed("eplb", 2, files["qwen"], record=record), ServerSettings(arguments=moving))
     line[line.index("--tensor-parallel-size")] = "--data-parallel-size"
-    site = [str(ROOT / "tests" / "support" / "data_parallel_site"), os.environ.get("PYTHONPATH")]
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, site))
+    env["PYTHONPATH"] = python_path(ROOT / "tests" / "support" / "data_parallel_site")
     with engine_lock(), Server(line, port, env, tmp_path / "log", 240) as server, ThreadPoolExecutor(len(PROMPTS)) as pool:
         answers = list(pool.map(lambda prompt: vllm.complete(server.url, "tiny", prompt, MAX_TOKENS), prompts))
         time.sleep(IDLE + 3)  # idle engines write what they have counted: within two looks, and one of the first rank at the other's part

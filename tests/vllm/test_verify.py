@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.children import python_path
 from tests.support.faults import WEIGHT_FAULTS
 from tests.vllm.conftest import FAULTS, ONE_EACH, TWO_RANKS, run_cases
 
@@ -45,7 +46,7 @@ def loading(checkpoints, files, tmp_path_factory):
     for fault, (more, *_) in LOADING.items():
         more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}
         # The fault is in the workers: they are started with the case's environment.
-        env = {**ONE_EACH, "TEST_LOAD_FAULT": fault, "PYTHONPATH": f"{FAULTS_SITE}:{Path(__file__).parents[2]}"}
+        env = {**ONE_EACH, "TEST_LOAD_FAULT": fault, "PYTHONPATH": python_path(FAULTS_SITE)}
         cases.append({"name": fault, "engine": {"model": checkpoints["qwen"], **TWO_RANKS, **more}, "env": env})
     folder = tmp_path_factory.mktemp("loading")
     results = run_cases(folder, cases, {}, 600)
