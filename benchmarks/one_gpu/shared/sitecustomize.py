@@ -2,11 +2,13 @@
 
 NCCL refuses two ranks on one device, so they talk over gloo, which takes CUDA tensors. Kernels, loaders, expert maps and EPLB are
 the real ones, and so are the answers; speed means nothing. Without custom all-reduce and CUDA graphs, and vLLM needs ``VLLM_DISABLE_PYNCCL=1``.
+vLLM's CPU build, which has gloo but not the two collectives of data-parallel ranks that share experts, is given those.
 """
 
 import functools
 import inspect
 
+from gloo_shares import gather, reduce_scatter
 from wrapt import when_imported
 
 
@@ -21,10 +23,29 @@ def share_the_first_gpu(module):
 
     @functools.wraps(original)
     def init_device(self, *args, **kwargs):
-        self.local_rank = 0
+        config = self.parallel_config
+        rank = config.data_parallel_rank_local
+        # vLLM adds the GPUs of the data-parallel ranks before this one.
+        self.local_rank = -(config.data_parallel_index if rank is None else rank) * config.tensor_parallel_size * config.pipeline_parallel_size
         return original(self, *args, **kwargs)
 
     module.Worker.init_device = init_device
+
+
+@when_imported("vllm.distributed.device_communicators.cpu_communicator")
+@when_imported("vllm.distributed.device_communicators.cuda_communicator")
+def share_over_gloo(module):
+    def all_gatherv(self, input_, dim=0, sizes=None):
+        if isinstance(input_, list):
+            return [all_gatherv(self, one, dim, sizes) for one in input_]
+        return gather(input_, sizes, self.device_group)
+
+    def reduce_scatterv(self, input_, dim=-1, sizes=None):
+        return reduce_scatter(input_, sizes, self.device_group)
+
+    for name in {"CpuCommunicator", "CudaCommunicator"} & vars(module).keys():
+        communicator = getattr(module, name)
+        communicator.all_gatherv, communicator.reduce_scatterv = all_gatherv, reduce_scatterv
 
 
 @when_imported("sglang.srt.managers.scheduler")
@@ -54,4 +75,17 @@ def group_over_gloo(module):
     def gloo_group(self, *args, **kwargs):
         group(self, *args, **{**kwargs, "torch_distributed_backend": "gloo", "use_pynccl": False})
 
+    def all_gatherv(self, input_, sizes=None, output=None):
+        if isinstance(input_, list):
+            return [gather(one, sizes, self.device_group) for one in input_]
+        return gather(input_, sizes, self.device_group, output)
+
+    def reduce_scatterv(self, input_, output=None, sizes=None):
+        return reduce_scatter(input_, sizes, self.device_group, output)
+
+    def reduce_scatter_tensor(self, output, input):
+        return reduce_scatter(input, None, self.device_group, output)
+
     dist.init_process_group, module.GroupCoordinator.__init__ = init_gloo, gloo_group
+    module.GroupCoordinator.all_gatherv, module.GroupCoordinator.reduce_scatterv = all_gatherv, reduce_scatterv
+    module.GroupCoordinator._reduce_scatter_tensor = reduce_scatter_tensor

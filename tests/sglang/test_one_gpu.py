@@ -1,0 +1,27 @@
+"""The benchmark's ranks on one GPU: what data-parallel attention needs of a group of ranks, over gloo."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import one_gpu
+from moe_placement_plugin.demo.server import free_port
+from tests.support.children import ROOT, python, python_path, run_child
+
+pytestmark = pytest.mark.engine
+
+
+def test_unequal_shares_over_gloo():
+    env = {"PYTHONPATH": python_path(one_gpu.HERE / "shared"), "OMP_NUM_THREADS": "1"}
+    done = run_child(python("-m", "tests.sglang.shares_child", str(free_port())), 200, env, ROOT)
+    assert done.code == 0, done.output
+    found = json.loads(done.output.rpartition("found ")[2].splitlines()[0])
+    summed = [[3.0 * column for column in (2 * row, 2 * row + 1)] for row in range(4)]
+    all_shares = [[1, 1]] * 3 + [[2, 2]]
+    for rank, own in (("0", slice(0, 3)), ("1", slice(3, 4))):
+        gathered, scattered, halves, *several = found[rank]
+        assert gathered == all_shares and several == [all_shares] * 2
+        assert scattered == summed[own]
+        assert halves == summed[2 * int(rank) : 2 * int(rank) + 2]
