@@ -13,11 +13,18 @@ each case.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+
+from tests.support.warm_workers import WarmContext
+
+IMPORTED = ["sglang.srt.managers.scheduler", "sglang.srt.managers.detokenizer_manager"]
+"""By the process that workers are forked from."""
 
 
 def run(case: dict, keep) -> dict:
@@ -77,8 +84,17 @@ def _check(engine, action: str) -> tuple[bool, str]:
     return succeeded, message
 
 
+def fork_workers() -> None:
+    """From now on this process's engines have workers that are forked."""
+    warm = WarmContext(IMPORTED)
+    from sglang.srt.entrypoints import engine
+
+    engine.mp = SimpleNamespace(**vars(multiprocessing) | {"Process": warm.Process})
+
+
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
+    fork_workers()
     results = {}
     for case in cases:
         print(f"=== case {case['name']}", flush=True)

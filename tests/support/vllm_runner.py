@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.support.children import end_group
+from tests.support.warm_workers import WarmContext
 
 PROMPTS = ["hello world", "The quick brown fox", "0123456789 abcdefg", "zzzz yyy xx w"]
 
@@ -36,6 +37,10 @@ ENVIRONMENT = {
 CORE_HERE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """The engine's core in the caller's process. Its workers are started as ever, but one process less has to import vLLM, which takes 10 s,
 and none has to be killed 5 s after its sigterm; with one rank the worker is here too. Servers have it in a process of its own."""
+
+
+IMPORTED = ["vllm.v1.executor.multiproc_executor"]
+"""By the process that workers are forked from: no more than a worker has imported when it loads plugins."""
 
 
 def probe(worker) -> dict:
@@ -200,6 +205,14 @@ def end_workers(llm) -> None:
         worker.proc.terminate()
 
 
+def fork_workers() -> None:
+    """From now on this process's engines have workers that are forked."""
+    warm = WarmContext(IMPORTED)
+    from vllm.v1.executor import multiproc_executor
+
+    multiproc_executor.get_mp_context = lambda: warm
+
+
 def forget_environment() -> None:
     """vLLM keeps what it read of the environment once an engine runs: each case has its own."""
     from vllm import envs
@@ -231,6 +244,8 @@ def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     results = {}
     stock = dict(os.environ)
+    if not any("PYTHONPATH" in case.get("env", {}) for case in cases):  # which a worker must be started with
+        fork_workers()
     for case in cases:
         os.environ.clear()
         os.environ.update(stock | ENVIRONMENT | case.get("env", {}))
