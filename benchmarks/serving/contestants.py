@@ -13,6 +13,8 @@ from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettin
 from .. import one_gpu
 
 OURS = {"min_gain": 0.02, "hysteresis": 0}
+RESTLESS = {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5, "small_batches": False}
+"""Experts move for any gain: where only answers are asked for, that they move is the point."""
 MOST_REQUESTS = 128
 """Under way in a server at once, and the largest batch that CUDA graphs are captured for."""
 LARGEST_STEP = 16384
@@ -134,6 +136,7 @@ class Setup:
         length: most tokens of a request, prompt and answer.
         cache: bytes of keys and values on each GPU.
         one_gpu: None where each rank has a GPU; ``shared``: all have one; ``lone``: only one is started. See ``benchmarks/one_gpu``.
+        restless: whether our EPLB moves experts for any gain.
     """
 
     engine: str
@@ -147,6 +150,7 @@ class Setup:
     length: int
     cache: int
     one_gpu: str | None = None
+    restless: bool = False
 
     @property
     def gpus(self) -> int:
@@ -208,7 +212,7 @@ def _vllm(one: Contestant, setup: Setup) -> list[str]:
         }
         words += ["--enable-eplb", "--eplb-config", json.dumps(eplb)]
     if one.moving and one.strategy:
-        words += ["--expert-rebalance", json.dumps(OURS)]
+        words += ["--expert-rebalance", json.dumps(RESTLESS if setup.restless else OURS)]
     return words
 
 
@@ -230,7 +234,7 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
     if one.moving:
         words += ["--enable-eplb", "--eplb-rebalance-num-iterations", str(setup.interval), "--expert-distribution-recorder-mode", "stat"]
         if one.strategy:
-            words += ["--expert-rebalance", json.dumps(OURS)]
+            words += ["--expert-rebalance", json.dumps(RESTLESS if setup.restless else OURS)]
     return words
 
 

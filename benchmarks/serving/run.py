@@ -60,7 +60,7 @@ class Run:
         self.setup = Setup(
             given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory, given.interval,
             max(1024, longest + 8), self.model.cache_bytes(CACHE_TOKENS, given.ranks, self.dtype.itemsize),
-            given.one_gpu,
+            given.one_gpu, given.answers_only,
         )  # fmt: skip
         _check_one_gpu(given)
         # On CPUs stock vLLM dies with expert parallelism.
@@ -100,7 +100,7 @@ class Run:
             self.given.json.write_text(json.dumps(self.result, indent=1))
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, markup=False)  # a log's "[/..." is no markup
 
     def fail(self, text: str) -> None:
         """Keep and print what went wrong with one server; the others are measured."""

@@ -162,6 +162,12 @@ def test_one_gpu_in_place_of_many(tmp_path, monkeypatch, capsys):
         assert (Path(first) / "sitecustomize.py").exists() and Path(first).name == kind and others == ["/elsewhere"]
         assert "--disable-custom-all-reduce" in line and ("--expert-placement-verify" in line) == (kind == "lone")
         assert "--expert-placement-verify" not in command(CONTESTANTS["stock"], setup, tmp_path, None, 1)[0], "stock knows no such flag"
+    for engine in ("vllm", "sglang"):
+        for restless in (True, False):
+            setup = Setup(engine, 2, "dp", False, "float16", False, 0.1, 20, 1024, 1 << 30, "shared", restless)
+            line = command(CONTESTANTS["our EPLB"], setup, tmp_path, tmp_path, 1)[0]
+            policy = json.loads(line[line.index("--expert-rebalance") + 1])
+            assert (policy["min_gain"] == 0 and policy["small_batches"] is False) if restless else policy["min_gain"] > 0, "answers alone are asked"
     monkeypatch.setattr("signal.signal", lambda *_: None)
     for words, message in (
         (["--engine", "vllm", "--one-gpu", "lone"], "only SGLang with tensor-parallel attention"),
@@ -227,6 +233,13 @@ def test_what_is_recorded_first_is_recorded_with_tensor_parallel_attention(tmp_p
     assert "--enable-dp-attention" not in first and "--expert-load-record" in first
     with pytest.raises(PlacementError, match="sglang with --layout dp has none of linear.recording"):
         Run(SimpleNamespace(**GIVEN | {"engine": "sglang", "layout": "dp", "contestant": ["linear+recording"]}), tmp_path)
+
+
+def test_a_log_that_looks_like_markup_is_printed_as_it_is(capsys, tmp_path):
+    """gloo begins its errors with the file that they are from, and a run ended when it was to tell of a server that did not start."""
+    said = "stock did not start: [/pytorch/gloo/pair.cc:547] Connection closed, [red]"
+    Run(SimpleNamespace(**GIVEN), tmp_path).fail(said)
+    assert said in capsys.readouterr().out
 
 
 def test_a_profile_that_fails_loses_no_other(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""Run with the site that has all ranks on one GPU: SGLang's own group of two ranks gathers and scatters unequal shares. Prints JSON."""
+"""Run with the site that has all ranks on one GPU: SGLang's own group of two ranks gathers and scatters unequal shares and sends
+as a GPU's memory is sent. Prints JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import json
 import sys
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
+from over_gloo import exchange
 from sglang.srt.distributed import parallel_state
 
 SIZES = [3, 1]
@@ -22,6 +25,16 @@ def run(rank: int, port: int, queue) -> None:
     group.reduce_scatterv(rows, output=scattered, sizes=SIZES)
     group._reduce_scatter_tensor(halves, rows)
     several = group.all_gatherv([share, share.int()], sizes=SIZES)
+    received, other = torch.zeros_like(gathered), 1 - rank
+    operations = [dist.P2POp(dist.isend, gathered + rank, other), dist.P2POp(dist.irecv, received, other)]
+    assert dist.batch_isend_irecv is exchange
+    for device in ("cuda", "cpu"):
+        received.zero_()
+        works = exchange(operations, device)
+        for work in works:
+            work.wait()
+        several.append(received.clone())
+    works[-1].wait()  # once more
     queue.put((rank, [t.tolist() for t in (gathered, scattered, halves, *several)]))
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's ranks on one GPU: what data-parallel attention needs of a group of ranks, over gloo."""
+"""The benchmark's ranks on one GPU: what engines ask of NCCL, over gloo."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def test_unequal_shares_over_gloo():
     all_shares = [[1, 1]] * 3 + [[2, 2]]
     for rank, own in (("0", slice(0, 3)), ("1", slice(3, 4))):
         gathered, scattered, halves, *several = found[rank]
-        assert gathered == all_shares and several == [all_shares] * 2
+        theirs = [[value + 1 - int(rank) for value in row] for row in all_shares]
+        assert gathered == all_shares and several == [all_shares] * 2 + [theirs] * 2
         assert scattered == summed[own]
         assert halves == summed[2 * int(rank) : 2 * int(rank) + 2]

@@ -1,4 +1,5 @@
-"""Gathering and scattering of unequal shares, which data-parallel ranks that share experts need and gloo does not have."""
+"""What engines ask of NCCL and gloo does not have: gathering and scattering of unequal shares, for data-parallel ranks that share experts, and
+sending a GPU's memory to another rank, for experts that move."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroup
+    from torch.distributed import P2POp, ProcessGroup, Work
 
 
 def gather(share: torch.Tensor, sizes: Sequence[int] | None, group: ProcessGroup, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -47,3 +48,36 @@ def reduce_scatter(rows: torch.Tensor, sizes: Sequence[int] | None, group: Proce
     sizes = sizes or [summed.shape[0] // world] * world
     share = summed[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
     return share.clone() if out is None else out.copy_(share)
+
+
+class Received:
+    """Of a receive into a GPU's memory by way of the host's."""
+
+    def __init__(self, work: Work, tensor: torch.Tensor, host: torch.Tensor):
+        self._work, self._tensor, self._host = work, tensor, host
+
+    def wait(self, *timeout) -> bool:
+        """The tensor's content is there; gloo's own can be waited for once only."""
+        if self._work is not None:
+            self._work.wait(*timeout)
+            self._tensor.copy_(self._host)
+            self._work = None
+        return True
+
+
+def exchange(operations: Sequence[P2POp], device: str = "cuda") -> list[Work | Received]:
+    """`torch.distributed.batch_isend_irecv` for tensors of a GPU too.
+
+    Args:
+        operations: sends and receives.
+        device: type of device whose memory gloo cannot send.
+    """
+    import torch.distributed as dist
+
+    works: list[Work | Received] = []
+    for one in operations:
+        by_host = one.tensor.device.type == device
+        host = one.tensor.to("cpu", copy=True) if by_host else one.tensor
+        work = one.op(host, one.peer, one.group, one.tag)
+        works.append(Received(work, one.tensor, host) if by_host and one.op is dist.irecv else work)
+    return works
