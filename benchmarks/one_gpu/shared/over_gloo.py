@@ -50,22 +50,29 @@ def reduce_scatter(rows: torch.Tensor, sizes: Sequence[int] | None, group: Proce
     return share.clone() if out is None else out.copy_(share)
 
 
-class Received:
-    """Of a receive into a GPU's memory by way of the host's."""
+class Transfer:
+    """One send, or one receive into a GPU's memory by way of the host's; as NCCL's it can be waited for again, which gloo never comes back from.
 
-    def __init__(self, work: Work, tensor: torch.Tensor, host: torch.Tensor):
+    Args:
+        work: gloo's.
+        tensor: received into; None for a send.
+        host: what gloo receives into.
+    """
+
+    def __init__(self, work: Work, tensor: torch.Tensor | None = None, host: torch.Tensor | None = None):
         self._work, self._tensor, self._host = work, tensor, host
 
     def wait(self, *timeout) -> bool:
-        """The tensor's content is there; gloo's own can be waited for once only."""
+        """It is done, and what was received lies where it belongs."""
         if self._work is not None:
             self._work.wait(*timeout)
-            self._tensor.copy_(self._host)
             self._work = None
+            if self._tensor is not None:
+                self._tensor.copy_(self._host)
         return True
 
 
-def exchange(operations: Sequence[P2POp], device: str = "cuda") -> list[Work | Received]:
+def exchange(operations: Sequence[P2POp], device: str = "cuda") -> list[Work | Transfer]:
     """`torch.distributed.batch_isend_irecv` for tensors of a GPU too.
 
     Args:
@@ -74,10 +81,10 @@ def exchange(operations: Sequence[P2POp], device: str = "cuda") -> list[Work | R
     """
     import torch.distributed as dist
 
-    works: list[Work | Received] = []
+    works: list[Work | Transfer] = []
     for one in operations:
-        by_host = one.tensor.device.type == device
+        by_host, received = one.tensor.device.type == device, one.op is dist.irecv
         host = one.tensor.to("cpu", copy=True) if by_host else one.tensor
         work = one.op(host, one.peer, one.group, one.tag)
-        works.append(Received(work, one.tensor, host) if by_host and one.op is dist.irecv else work)
+        works.append(Transfer(work, one.tensor if received else None, host) if by_host else work)
     return works
