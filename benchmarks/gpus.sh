@@ -10,14 +10,15 @@
 #   fingerprints     their time (one GPU)
 #   serving          all servers, tensor-parallel attention; serving-grouped: a grouped model; serving-dp: data-parallel attention;
 #   serving-eager    without CUDA graphs, and whether answers differ where nothing is placed (all GPUs)
-#   answers          in float32 (SGLang's kernels take float16 at most), with and without CUDA graphs: a placement must not change them (all GPUs)
+#   answers          in float32 (SGLang's kernels take float16 at most), with and without CUDA graphs, tensor-parallel attention; answers-dp:
+#                    data-parallel attention: a placement must not change them, nor experts that move (all GPUs)
 #
 # ENGINE must be installed with this plugin. GPUS: how many to use. TRACES: folder of recorded loads. LIMIT: seconds for each step; what was
 # measured until then stays. LAYERS: of the models that are served; with fewer of them more servers fit into the GPUs at once.
 # Without a GPU small shapes run on the CPU, which shows that the scripts work, and nothing else.
 set -uo pipefail
 
-steps=(exchange overlap kernels recording fingerprints serving serving-grouped serving-dp serving-eager answers)
+steps=(exchange overlap kernels recording fingerprints serving serving-grouped serving-dp serving-eager answers answers-dp)
 usage="usage: benchmarks/gpus.sh OUT [STEP...], steps: ${steps[*]}"
 out=$(mkdir -p "${1:?$usage}" && cd "$1" && pwd) || exit 2
 shift
@@ -78,13 +79,17 @@ step() {
     serving-grouped) serve serving-grouped deepseek_r1_prefill_in1024.json v2-lite prefill decode mixed -- "${few[@]}" ;;
     serving-dp) serve serving-dp deepseek_r1_decode_in1000out1000.json qwen3-30b-a3b prefill decode mixed -- --layout dp ;;
     serving-eager) serve serving-eager deepseek_r1_prefill_in1024.json qwen3-30b-a3b prefill -- --eager "${few[@]}" "${same[@]}" ;;
-    answers)
+    answers | answers-dp)
         LAYERS=4
-        if ((found)); then few+=(--contestant balanced --contestant eplb+8 --contestant "our EPLB"); else few=(--contestant linear --contestant eplb+8); fi
+        local layout=tp
+        if [[ $1 = answers-dp ]]; then layout=dp; fi
+        if ((found)); then few+=(--contestant balanced --contestant eplb+8); else few=(--contestant linear --contestant eplb+8); fi
+        few+=(--contestant "our EPLB")
+        if ((found)) && [[ $ENGINE = vllm ]]; then few+=(--contestant "our EPLB async"); fi
         local dtype=float32
         if ((found)) && [[ $ENGINE = sglang ]]; then dtype=float16; fi
         for graphs in graphs eager; do
-            serve answers-$graphs deepseek_r1_prefill_in1024.json qwen3-30b-a3b -- --dtype $dtype --answers-only "${few[@]}" "${same[@]}" \
+            serve $1-$graphs deepseek_r1_prefill_in1024.json qwen3-30b-a3b -- --layout $layout --dtype $dtype --answers-only "${few[@]}" "${same[@]}" \
                 $([[ $graphs = eager ]] && echo --eager)
         done
         ;;

@@ -45,7 +45,12 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--memory", type=float, default=0.08, help="share of a GPU's memory that a vLLM server wants to find free")
-    parser.add_argument("--interval", type=int, default=1000, help="forward passes between two rebalances of EPLB; vLLM's own take seconds each")
+    parser.add_argument(
+        "--interval",
+        type=int,
+        help="forward passes between two rebalances of EPLB; default: 1000, since vLLM's own take seconds each, and with --answers-only 20, so that "
+        "experts move between the answers",
+    )
     parser.add_argument("--skip-recording", action="store_true", help="plan from the router's own shares: a server's start less")
     parser.add_argument("--recorded", type=Path, help="an earlier run's FOLDER/load.safetensors, of the same model and load: likewise")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, with --cpu float32")

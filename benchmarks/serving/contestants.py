@@ -184,8 +184,9 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
         line = _data_parallel(line, setup)
     # Servers that start side by side take memory of the two GPUs at different times, which SGLang would take for a fault.
     own = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} if setup.engine == "vllm" else {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    if setup.one_gpu or setup.cpu and setup.layout == "dp":  # the CPU build, too, has gloo alone
+        own |= one_gpu.environment(setup.one_gpu or "shared", setup.engine)
     if setup.one_gpu:
-        own |= one_gpu.environment(setup.one_gpu, setup.engine)
         line.append("--disable-custom-all-reduce")
     if setup.one_gpu == "lone" and one.strategy:
         # The other ranks' experts lie nowhere, which would be found out.

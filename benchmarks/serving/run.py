@@ -37,6 +37,8 @@ from .server_logs import in_words, moved
 from .traffic import WORKLOADS, drive, post
 from .warm import unlike, warm
 
+SELDOM, OFTEN = 1000, 20
+"""Forward passes between two rebalances while a workload is measured, and while answers are compared, which are a pass a token."""
 MOST_AT_ONCE = 8
 """Servers that are up together when nothing else is said."""
 
@@ -58,11 +60,12 @@ class Run:
         asked = [*(WORKLOADS[name] for name in [*self.workloads, "tiny"]), *(kernels.LOADS.values() if given.kernels and not given.cpu else ())]
         longest = max(one.longest for one in asked)
         self.setup = Setup(
-            given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory, given.interval,
+            given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory,
+            given.interval or (OFTEN if given.answers_only else SELDOM),
             max(1024, longest + 8), self.model.cache_bytes(CACHE_TOKENS, given.ranks, self.dtype.itemsize),
             given.one_gpu, given.answers_only,
         )  # fmt: skip
-        _check_one_gpu(given)
+        _check_asked(given)
         # On CPUs stock vLLM dies with expert parallelism.
         names = given.contestant or [n for n, one in CONTESTANTS.items() if one.strategy or one.moving or not given.cpu]
         contestants = [CONTESTANTS[n] for n in names if CONTESTANTS[n].exists(given.engine, given.layout)]
@@ -371,11 +374,13 @@ class Run:
         return self.folder / "traces" / one.file
 
 
-def _check_one_gpu(given: argparse.Namespace) -> None:
+def _check_asked(given: argparse.Namespace) -> None:
     """
     Raises:
-        PlacementError: when what is asked of one GPU cannot be had of it.
+        PlacementError: when what is asked of one GPU, or of none, cannot be had of it.
     """
+    if given.cpu and (given.engine, given.layout) == ("sglang", "dp"):
+        raise PlacementError("--cpu --layout dp: SGLang's CPU engine has no data-parallel attention: give --layout tp, or --engine vllm")
     if given.one_gpu == "lone" and (given.engine, given.layout) != ("sglang", "tp"):
         raise PlacementError("--one-gpu lone: only SGLang with tensor-parallel attention can be started without its other ranks")
     if given.one_gpu == "shared" and not (given.eager and given.answers_only):

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from benchmarks.serving import together  # noqa: E402
 from benchmarks.serving.__main__ import main  # noqa: E402
-from benchmarks.serving.answers import difference  # noqa: E402
+from benchmarks.serving.answers import ANSWERED, ASKED, difference  # noqa: E402
 from benchmarks.serving.checkpoints import GATES, MADE, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
 from benchmarks.serving.contestants import CACHE_TOKENS, CONTESTANTS, Setup, batches, command  # noqa: E402
 from benchmarks.serving.kernels import LOADS, per_layer  # noqa: E402
@@ -173,6 +173,7 @@ def test_one_gpu_in_place_of_many(tmp_path, monkeypatch, capsys):
         (["--engine", "vllm", "--one-gpu", "lone"], "only SGLang with tensor-parallel attention"),
         (["--engine", "sglang", "--one-gpu", "lone", "--layout", "dp"], "only SGLang with tensor-parallel attention"),
         (["--engine", "vllm", "--one-gpu", "shared", "--answers-only"], "give --eager --answers-only"),
+        (["--engine", "sglang", "--cpu", "--layout", "dp"], "SGLang's CPU engine has no data-parallel attention"),
     ):
         monkeypatch.setattr("sys.argv", ["serving", *words, "--folder", str(tmp_path / "run")])
         assert main() == 2 and message in capsys.readouterr().err
@@ -226,13 +227,21 @@ def test_a_server_takes_the_longest_prompt_that_it_is_asked(tmp_path):
 
 def test_what_is_recorded_first_is_recorded_with_tensor_parallel_attention(tmp_path):
     """SGLang refuses to record with data-parallel attention, where ranks route each other's tokens."""
-    run = Run(SimpleNamespace(**GIVEN | {"engine": "sglang", "layout": "dp", "contestant": None}), tmp_path)
+    run = Run(SimpleNamespace(**GIVEN | {"engine": "sglang", "layout": "dp", "cpu": False, "contestant": None}), tmp_path)
     assert {one.name for one in run.contestants} >= {"linear", "eplb+8", "our EPLB"} and not any(one.recording for one in run.contestants)
     assert "--enable-dp-attention" in run.server(CONTESTANTS["linear"]).command
     first = run.server(CONTESTANTS["linear"], run.recording).command
     assert "--enable-dp-attention" not in first and "--expert-load-record" in first
     with pytest.raises(PlacementError, match="sglang with --layout dp has none of linear.recording"):
-        Run(SimpleNamespace(**GIVEN | {"engine": "sglang", "layout": "dp", "contestant": ["linear+recording"]}), tmp_path)
+        Run(SimpleNamespace(**GIVEN | {"engine": "sglang", "layout": "dp", "cpu": False, "contestant": ["linear+recording"]}), tmp_path)
+
+
+def test_experts_move_while_answers_are_compared(tmp_path):
+    """An answer is a pass a token: in a thousand of them there is none left to compare."""
+    for answers_only, given, interval in ((True, None, 20), (False, None, 1000), (True, 7, 7), (False, 7, 7)):
+        run = Run(SimpleNamespace(**GIVEN | {"answers_only": answers_only, "interval": given}), tmp_path)
+        assert (run.setup.interval, run.setup.restless) == (interval, answers_only)
+        assert ANSWERED * ASKED > 5 * run.setup.interval or not answers_only
 
 
 def test_a_log_that_looks_like_markup_is_printed_as_it_is(capsys, tmp_path):
