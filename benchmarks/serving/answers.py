@@ -7,6 +7,7 @@ probable. That is what tells such a place from a wrong answer: how far the other
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from moe_placement_plugin.demo.engines import Answer
 
@@ -25,12 +26,13 @@ def difference(found: Sequence[Answer], reference: Sequence[Answer]) -> dict:
         reference: of the one that it is compared with, with alternatives where they differ.
 
     Returns:
-        ``different``: answers with another token; ``logprobs``: the largest difference of the chosen tokens' log probabilities;
+        ``different``: answers with another token; ``logprobs``: the largest difference of the chosen tokens' log probabilities, and
+        ``median`` that of half of them: a few that differ much are routed otherwise at a near tie, all of them mean another sum;
         ``behind``: how much less probable the reference had the other token, the largest of all (natural logarithm; at least so much for a
         token that is not among its alternatives, 0 when nothing differs); ``first``: of each answer that differs its number, the place, both
         log probabilities and ``behind``.
     """
-    first, gaps = [], [0.0]
+    first, gaps = [], []
     for number, (ours, theirs) in enumerate(zip(found, reference, strict=True)):
         parted = [a != b for a, b in zip(ours.token_ids, theirs.token_ids, strict=True)]
         until = parted.index(True) + 1 if True in parted else len(parted)
@@ -38,6 +40,7 @@ def difference(found: Sequence[Answer], reference: Sequence[Answer]) -> dict:
         if True in parted:
             at = until - 1
             likely = theirs.alternatives[at]
-            behind = theirs.logprobs[at] - likely.get(ours.token_ids[at], min(likely.values()))
-            first.append({"answer": number, "place": at, "logprob": ours.logprobs[at], "reference": theirs.logprobs[at], "behind": behind})
-    return {"different": len(first), "logprobs": max(gaps), "behind": max((one["behind"] for one in first), default=0.0), "first": first}
+            missed = theirs.logprobs[at] - likely.get(ours.token_ids[at], min(likely.values()))
+            first.append({"answer": number, "place": at, "logprob": ours.logprobs[at], "reference": theirs.logprobs[at], "behind": missed})
+    behind = max((one["behind"] for one in first), default=0.0)
+    return {"different": len(first), "logprobs": max(gaps), "median": median(gaps), "behind": behind, "first": first}

@@ -462,7 +462,10 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     assert main() == 0 and not driven
     result = json.loads((tmp_path / "out.json").read_text())
     assert [list(batch["answers"]) for batch in result["batches"]] == [["linear", "eplb+8", "eplb"], ["linear", "linear+recording"]]
-    assert "Answers of eplb+8: equal, logprobs 0.0e+00." in markdown(result) and "answers of eplb+8: equal" in capsys.readouterr().out
+    assert (
+        "Answers of eplb+8: equal, logprobs 0.0e+00, half of them 0.0e+00." in markdown(result)
+        and "answers of eplb+8: equal" in capsys.readouterr().out
+    )
 
 
 def test_runs_that_share_a_host_measure_one_at_a_time_and_start_together(tmp_path):
@@ -494,11 +497,12 @@ def test_answers_that_part_are_told_with_how_near_the_tie_was():
     same = Answer([1, 2, 3], [-0.1, -0.4, -0.2])
     near = Answer([1, 9, 5], [-0.1, -0.51, -5.0])  # what comes after the first other token continues another text
     wrong = Answer([4, 2, 3], [-0.3, -0.5, -0.2])
-    assert difference([same], [reference]) == {"different": 0, "logprobs": pytest.approx(0.1), "behind": 0.0, "first": []}
+    assert difference([same], [reference]) == {"different": 0, "logprobs": pytest.approx(0.1), "median": 0.0, "behind": 0.0, "first": []}
     found = difference([same, near], [reference, reference])
     assert (found["different"], found["first"][0]["answer"], found["first"][0]["place"]) == (1, 1, 1)
     assert found["behind"] == pytest.approx(0.02) and found["logprobs"] == pytest.approx(0.1)
-    assert answers_in_words(found, 2) == "1 of 2 differ where 0.02 behind, logprobs 1.0e-01"
+    assert answers_in_words(found, 2) == "1 of 2 differ where 0.02 behind, logprobs 1.0e-01, half of them 0.0e+00"
+    assert difference([wrong], [Answer(wrong.token_ids, [-0.2, -0.4, -0.4])])["median"] == pytest.approx(0.1)
     found = difference([wrong, near], [reference, reference])
     assert found["different"] == 2 and found["behind"] == pytest.approx(2.9), "at least as far behind as the last that is known"
     with pytest.raises(ValueError):
