@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
@@ -33,6 +34,13 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise PlacementError(f"{path} cannot be written ({error.strerror or error}): give a writable path") from error
+
+
+def remove_unfinished(path: str | Path) -> None:
+    """Remove what a process that was killed within `write_atomically` has left beside ``path``. Nobody may be writing it."""
+    path = Path(path)
+    for left in glob.glob(f".{glob.escape(path.name)}.{'?' * 8}", root_dir=path.parent):
+        (path.parent / left).unlink(missing_ok=True)
 
 
 def read_bytes(path: str | Path, what: str) -> bytes:

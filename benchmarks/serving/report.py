@@ -117,7 +117,7 @@ def _lines(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Ite
 def answers_in_words(found: dict, asked: int) -> str:
     """How a server's answers differ from the first one's, of `difference`."""
     same = "equal" if not found["different"] else f"{found['different']} of {asked} differ where {found['behind']:.2f} behind"
-    half = f", half of them {found['median']:.1e}" if "median" in found else ""  # recorded before 2026-11-29 without it
+    half = f", half of them {found['median']:.1e}" if "median" in found else ""  # earlier files are without it
     return f"{same}, logprobs {found['logprobs']:.1e}{half}"
 
 

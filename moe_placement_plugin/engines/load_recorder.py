@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PlacementError
+from ..files import remove_unfinished
 from ..load import ExpertLoad
 from .load_counters import PHASES
 
@@ -219,6 +220,7 @@ class LoadRecorder:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        remove_unfinished(part_path(path, part))
         part_path(path, part).unlink(missing_ok=True) if part else self._begin()
 
     def _begin(self) -> None:

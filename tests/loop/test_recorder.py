@@ -183,7 +183,18 @@ def test_a_crash_loses_at_most_the_running_window(tmp_path):
     total = ExpertLoad.read(path).total
     # Ten steps of 2; one interval is two steps, and one more may fall between the flush and the kill.
     assert 2 * (10 - 3) <= total.min() and total.max() <= 20
+    recorder(path, Source())  # the kill may have come within a write
     assert [p.name for p in tmp_path.iterdir()] == ["load"]
+
+
+def test_what_was_half_written_goes_when_the_next_server_starts(tmp_path):
+    own, part, kept = tmp_path / ".load.k3_9abcd", tmp_path / ".load.part-1.k3_9abcd", [tmp_path / ".load.keep", tmp_path / ".loads.k3_9abcd"]
+    for file in (own, part, *kept):
+        file.write_bytes(b"half")
+    recorder(tmp_path / "load", Source(), part=1, num_parts=2)
+    assert own.exists() and not part.exists()
+    recorder(tmp_path / "load", Source(), num_parts=2)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def recorded(path) -> int:

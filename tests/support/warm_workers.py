@@ -1,6 +1,7 @@
 """Workers forked from a process that has imported their engine, which takes a spawned one 8 to 11 s of a start's 14 to 17.
 
-Engines spawn their workers, and so do those that tests start as servers are started; engines in a test's own process need not.
+Engines spawn their workers, and so do servers that tests start, and cases that are run alone; engines of several cases in a process need not.
+Forked workers share the seeds of strings' hashes and of numpy's global generator: an order that differs between ranks shows with spawned ones only.
 """
 
 from __future__ import annotations

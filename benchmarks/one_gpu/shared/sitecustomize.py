@@ -15,7 +15,13 @@ from wrapt import when_imported
 
 @when_imported("torch.distributed")
 def exchange_over_gloo(module):
-    module.batch_isend_irecv = exchange
+    original = module.batch_isend_irecv
+
+    @functools.wraps(original)
+    def batch_isend_irecv(operations):
+        return (exchange if any(one.tensor.is_cuda for one in operations) else original)(operations)
+
+    module.batch_isend_irecv = batch_isend_irecv
 
 
 @when_imported("vllm.platforms.cuda")
@@ -49,9 +55,13 @@ def share_over_gloo(module):
     def reduce_scatterv(self, input_, dim=-1, sizes=None):
         return reduce_scatter(input_, sizes, self.device_group)
 
+    def reduce_scatterv_into_output(self, input_, output, dim=-1, sizes=None):
+        return reduce_scatter(input_, sizes, self.device_group, output)
+
     for name in {"CpuCommunicator", "CudaCommunicator"} & vars(module).keys():
         communicator = getattr(module, name)
         communicator.all_gatherv, communicator.reduce_scatterv = all_gatherv, reduce_scatterv
+        communicator.reduce_scatterv_into_output = reduce_scatterv_into_output
 
 
 @when_imported("sglang.srt.managers.scheduler")
