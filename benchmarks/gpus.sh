@@ -83,9 +83,8 @@ step() {
         LAYERS=4
         local layout=tp
         if [[ $1 = answers-dp ]]; then layout=dp; fi
-        if ((found)); then few+=(--contestant balanced --contestant eplb+8); else few=(--contestant linear --contestant eplb+8); fi
-        few+=(--contestant "our EPLB")
-        if ((found)) && [[ $ENGINE = vllm ]]; then few+=(--contestant "our EPLB async"); fi
+        if ((found)); then few+=(--contestant balanced --contestant "our EPLB async"); else few=(--contestant linear); fi
+        few+=(--contestant eplb+8 --contestant "our EPLB")
         local dtype=float32
         if ((found)) && [[ $ENGINE = sglang ]]; then dtype=float16; fi
         for graphs in graphs eager; do

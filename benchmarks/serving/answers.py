@@ -32,7 +32,8 @@ def difference(found: Sequence[Answer], reference: Sequence[Answer]) -> dict:
         token that is not among its alternatives, 0 when nothing differs); ``first``: of each answer that differs its number, the place, both
         log probabilities and ``behind``.
     """
-    first, gaps = [], []
+    first: list[dict] = []
+    gaps: list[float] = []
     for number, (ours, theirs) in enumerate(zip(found, reference, strict=True)):
         parted = [a != b for a, b in zip(ours.token_ids, theirs.token_ids, strict=True)]
         until = parted.index(True) + 1 if True in parted else len(parted)
@@ -43,4 +44,4 @@ def difference(found: Sequence[Answer], reference: Sequence[Answer]) -> dict:
             missed = theirs.logprobs[at] - likely.get(ours.token_ids[at], min(likely.values()))
             first.append({"answer": number, "place": at, "logprob": ours.logprobs[at], "reference": theirs.logprobs[at], "behind": missed})
     behind = max((one["behind"] for one in first), default=0.0)
-    return {"different": len(first), "logprobs": max(gaps), "median": median(gaps), "behind": behind, "first": first}
+    return {"different": len(first), "logprobs": max(gaps, default=0.0), "median": median(gaps or [0.0]), "behind": behind, "first": first}

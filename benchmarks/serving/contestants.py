@@ -173,6 +173,8 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
         raise PlacementError(f"{one.name} plans from a recorded load: give --load, or let the run record one")
     arguments = _vllm(one, setup) if setup.engine == "vllm" else _sglang(one, setup)
     arguments += ["--stream-interval", str(STREAMED)]
+    if one.moving and one.strategy:
+        arguments += ["--expert-rebalance", json.dumps(RESTLESS if setup.restless else OURS)]
     settings = ServerSettings(setup.cpu, setup.dtype, setup.length, setup.ranks, tuple(arguments))
     placed = None
     if one.strategy is not None:
@@ -212,8 +214,6 @@ def _vllm(one: Contestant, setup: Setup) -> list[str]:
             "use_async": one.moving == "async",
         }
         words += ["--enable-eplb", "--eplb-config", json.dumps(eplb)]
-    if one.moving and one.strategy:
-        words += ["--expert-rebalance", json.dumps(RESTLESS if setup.restless else OURS)]
     return words
 
 
@@ -234,8 +234,6 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
         words.append("--disable-prefill-cuda-graph" if setup.graphs else "--disable-cuda-graph")
     if one.moving:
         words += ["--enable-eplb", "--eplb-rebalance-num-iterations", str(setup.interval), "--expert-distribution-recorder-mode", "stat"]
-        if one.strategy:
-            words += ["--expert-rebalance", json.dumps(RESTLESS if setup.restless else OURS)]
     return words
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import one_gpu
+from benchmarks.serving.contestants import RESTLESS
 from benchmarks.serving.server_logs import moved
 from moe_placement_plugin import ExpertLoad
 from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettings
@@ -23,14 +24,13 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROUNDS = 6
 """Of all prompts, as many as there are under way at once."""
-LOOSE = {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5, "small_batches": False}
 
 
 def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_path):
     """Planned from a load, two redundant experts, rebalanced while requests run, recorded: answers are one rank's, counts the model's."""
     port, record, prompts = free_port(), tmp_path / "load.safetensors", PROMPTS * ROUNDS
     eplb = {"window_size": 8, "step_interval": 8, "num_redundant_experts": 2}
-    moving = ("--enable-eplb", "--eplb-config", json.dumps(eplb), "--expert-rebalance", json.dumps(LOOSE), "--no-enable-prefix-caching")
+    moving = ("--enable-eplb", "--eplb-config", json.dumps(eplb), "--expert-rebalance", json.dumps(RESTLESS), "--no-enable-prefix-caching")
     vllm = DEMO_ENGINES["vllm"]
     line, env = vllm.command(checkpoints["qwen"], port, Placed("eplb", 2, files["qwen"], record=record), ServerSettings(arguments=moving))
     line[line.index("--tensor-parallel-size")] = "--data-parallel-size"

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from torch.distributed import P2POp, ProcessGroup, Work
 
 
-def gather(share: torch.Tensor, sizes: Sequence[int] | None, group: ProcessGroup, out: torch.Tensor | None = None) -> torch.Tensor:
+def gather(
+    share: torch.Tensor | list[torch.Tensor], sizes: Sequence[int] | None, group: ProcessGroup, out: torch.Tensor | None = None
+) -> torch.Tensor | list[torch.Tensor]:
     """All ranks' shares, one after another.
 
     Args:
-        share: ``[sizes[rank], ...]``, of this rank.
+        share: ``[sizes[rank], ...]``, of this rank; or a list of such, each gathered by itself.
         sizes: rows of each rank; None: all have as many.
         group: the ranks.
         out: ``[sum(sizes), ...]``, what they are written to.
@@ -23,6 +25,8 @@ def gather(share: torch.Tensor, sizes: Sequence[int] | None, group: ProcessGroup
     import torch
     import torch.distributed as dist
 
+    if isinstance(share, list):
+        return [gather(one, sizes, group) for one in share]
     sizes = sizes or [share.shape[0]] * dist.get_world_size(group)
     padded = share.new_zeros((max(sizes), *share.shape[1:]))  # gloo gathers equal shapes only
     padded[: share.shape[0]] = share
@@ -51,40 +55,34 @@ def reduce_scatter(rows: torch.Tensor, sizes: Sequence[int] | None, group: Proce
 
 
 class Transfer:
-    """One send, or one receive into a GPU's memory by way of the host's; as NCCL's it can be waited for again, which gloo never comes back from.
+    """A send or a receive by way of the host's memory; as NCCL's it can be waited for again, which gloo never comes back from.
 
     Args:
         work: gloo's.
-        tensor: received into; None for a send.
-        host: what gloo receives into.
+        host: what gloo sends, or receives into.
+        into: where what was received belongs; None for a send.
     """
 
-    def __init__(self, work: Work, tensor: torch.Tensor | None = None, host: torch.Tensor | None = None):
-        self._work, self._tensor, self._host = work, tensor, host
+    def __init__(self, work: Work, host: torch.Tensor, into: torch.Tensor | None):
+        self._work, self._host, self._into = work, host, into
 
     def wait(self, *timeout) -> bool:
         """It is done, and what was received lies where it belongs."""
         if self._work is not None:
             self._work.wait(*timeout)
             self._work = None
-            if self._tensor is not None:
-                self._tensor.copy_(self._host)
+            if self._into is not None:
+                self._into.copy_(self._host)
         return True
 
 
-def exchange(operations: Sequence[P2POp], device: str = "cuda") -> list[Work | Transfer]:
-    """`torch.distributed.batch_isend_irecv` for tensors of a GPU too.
-
-    Args:
-        operations: sends and receives.
-        device: type of device whose memory gloo cannot send.
-    """
+def exchange(operations: Sequence[P2POp]) -> list[Transfer]:
+    """`torch.distributed.batch_isend_irecv` for a GPU's memory, which gloo cannot send."""
     import torch.distributed as dist
 
-    works: list[Work | Transfer] = []
+    transfers = []
     for one in operations:
-        by_host, received = one.tensor.device.type == device, one.op is dist.irecv
-        host = one.tensor.to("cpu", copy=True) if by_host else one.tensor
+        host = one.tensor.to("cpu", copy=True)
         work = one.op(host, one.peer, one.group, one.tag)
-        works.append(Transfer(work, one.tensor if received else None, host) if by_host else work)
-    return works
+        transfers.append(Transfer(work, host, one.tensor if one.op is dist.irecv else None))
+    return transfers

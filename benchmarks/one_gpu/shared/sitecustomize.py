@@ -48,8 +48,6 @@ def share_the_first_gpu(module):
 @when_imported("vllm.distributed.device_communicators.cuda_communicator")
 def share_over_gloo(module):
     def all_gatherv(self, input_, dim=0, sizes=None):
-        if isinstance(input_, list):
-            return [all_gatherv(self, one, dim, sizes) for one in input_]
         return gather(input_, sizes, self.device_group)
 
     def reduce_scatterv(self, input_, dim=-1, sizes=None):
@@ -92,8 +90,6 @@ def group_over_gloo(module):
         group(self, *args, **{**kwargs, "torch_distributed_backend": "gloo", "use_pynccl": False})
 
     def all_gatherv(self, input_, sizes=None, output=None):
-        if isinstance(input_, list):
-            return [gather(one, sizes, self.device_group) for one in input_]
         return gather(input_, sizes, self.device_group, output)
 
     def reduce_scatterv(self, input_, output=None, sizes=None):
