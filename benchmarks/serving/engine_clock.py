@@ -69,11 +69,12 @@ def latencies(metrics: str) -> dict[str, float]:
 def decoding(log: str) -> float | None:
     """Mean milliseconds per token of a request, from a part of a SGLang server's log.
 
-    A line counts from the one before it. After prefill it has that in it and the wait for requests, so it is left out.
+    A line counts from the one before it. After prefill it has that in it and the wait for requests, and where requests ended since then it does
+    not say how many the tokens were of, so that both are left out: of a mixed load little or nothing is told.
     """
     times, last = [], {}
     for rank, kind, running, throughput in BATCH.findall(log):
-        if kind == last.get(rank) == "Decode" and throughput and float(throughput) and int(running):
+        if (kind, running) == last.get(rank) and kind == "Decode" and throughput and float(throughput) and int(running):
             times.append(1e3 * int(running) / float(throughput))
-        last[rank] = kind
+        last[rank] = kind, running
     return sum(times) / len(times) if times else None

@@ -20,7 +20,7 @@ from rich.console import Console
 from moe_placement_plugin import ExpertLoad, Placement, PlacementError, __version__, get_strategy
 from moe_placement_plugin.bench.planner import machine
 from moe_placement_plugin.demo.engines import DEMO_ENGINES, Answer
-from moe_placement_plugin.demo.server import Server, free_port
+from moe_placement_plugin.demo.server import Server
 from moe_placement_plugin.engines.load_recorder import IDLE
 from moe_placement_plugin.simulate import Cluster
 from moe_placement_plugin.topology import Topology
@@ -30,6 +30,7 @@ from .answers import ALTERNATIVES, ANSWERED, ASKED, difference
 from .checkpoints import MODELS, write, write_even_twin
 from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, LARGEST_STEP, Contestant, Setup, batches, command
 from .engine_clock import EngineClock
+from .ports import ports
 from .prediction import Predictor, costs
 from .quiet import Quiet
 from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, layers_in_words, prediction_in_words, table
@@ -78,6 +79,7 @@ class Run:
         self.console = Console(width=200, highlight=False)
         self.recording = folder / "load.safetensors"
         self.failed: list[str] = []
+        self.ports = ports()
         self.quiet = Quiet(given.quiet)
         self.costs = costs(given.calibration or [])
         self.result: dict = {}
@@ -215,7 +217,7 @@ class Run:
         return self.folder / f"{one.file}.safetensors"
 
     def server(self, one: Contestant, record: Path | None = None) -> Server:
-        port = free_port()
+        port = next(self.ports)
         model = self.folder / ("even" if one.even else "model")
         first = record is not None
         name = one.file + ("-first" if first else "")

@@ -12,7 +12,7 @@ from .server_logs import PORT_TAKEN
 
 
 def start(servers: Mapping[str, Server], at_once: int, say: Callable[[str], None], fail: Callable[[str], None]) -> dict[str, Server]:
-    """Start all; one that lost a port to another that started beside it starts once more, when the others are up.
+    """Start all; one that lost a port to another that started beside it starts once more, at once.
 
     Args:
         servers: name -> server.
@@ -26,11 +26,7 @@ def start(servers: Mapping[str, Server], at_once: int, say: Callable[[str], None
     Raises:
         PlacementError: when the first is not, which the others are compared with.
     """
-    errors = _errors(servers, at_once)
-    for name, server in servers.items():
-        if errors[name] is not None and PORT_TAKEN.search(server.output()):
-            say(f"{name} starts again: another server took a port of its")
-            errors[name] = _error(server)
+    errors = _errors(servers, at_once, say)
     for name, error in errors.items():
         if error is not None:
             why, _, log = error.partition("\n")
@@ -47,21 +43,24 @@ def stop(servers: Sequence[Server]) -> None:
         list(pool.map(lambda server: server.stop(), servers))
 
 
-def _errors(servers: Mapping[str, Server], at_once: int) -> dict[str, str | None]:
-    """`_error` of each. When this process is ended meanwhile, so are they: those that start would else be waited for."""
+def _errors(servers: Mapping[str, Server], at_once: int, say: Callable[[str], None]) -> dict[str, str | None]:
+    """Why a server does not start, None of one that does. When this process is ended meanwhile, so are they: those that start would else be
+    waited for."""
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            return dict(zip(servers, pool.map(_error, servers.values())))
+            return dict(zip(servers, pool.map(lambda name: _error(name, servers[name], say), servers)))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             stop(list(servers.values()))
             raise
 
 
-def _error(server: Server) -> str | None:
-    """Why a server does not start, None when it does."""
+def _error(name: str, server: Server, say: Callable[[str], None], again: bool = True) -> str | None:
     try:
         server.__enter__()
     except PlacementError as error:
+        if again and PORT_TAKEN.search(server.output()):
+            say(f"{name} starts again: another server took a port of its")
+            return _error(name, server, say, again=False)
         return str(error)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +33,7 @@ from benchmarks.serving.answers import ANSWERED, ASKED, difference  # noqa: E402
 from benchmarks.serving.checkpoints import GATES, MADE, MODELS, fit_bias, wanted_shares, write, write_even_twin  # noqa: E402
 from benchmarks.serving.contestants import CACHE_TOKENS, CONTESTANTS, Setup, batches, command  # noqa: E402
 from benchmarks.serving.kernels import LOADS, per_layer  # noqa: E402
+from benchmarks.serving.ports import APART, BEHIND, CONNECTIONS, ports  # noqa: E402
 from benchmarks.serving.quiet import Quiet  # noqa: E402
 from benchmarks.serving.report import answers_in_words, markdown  # noqa: E402
 from benchmarks.serving.run import Run  # noqa: E402
@@ -351,6 +354,23 @@ def test_servers_that_start_end_with_the_run(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         together.start(servers, 2, print, print)
     assert ended.is_set() and servers["linear"].stopped
+
+
+def test_servers_ports_are_no_connections_and_leave_room_for_what_an_engine_derives(tmp_path, monkeypatch):
+    given = ports()
+    first = next(given)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first + APART + BEHIND + 4))  # what SGLang would take its requests on
+        taken.listen()
+        others = [next(given) for _ in range(12)]
+    found = sorted([first, *others])
+    assert max(found) + BEHIND + APART <= int(CONNECTIONS.read_text().split()[0]) and first + APART not in found
+    assert all((b - a) % APART == 0 and b > a for a, b in pairwise(found)) and 0 < BEHIND % APART < APART - 6, "derived ports lie between"
+    # A machine that tells no such range, then one that gives connections all ports there are.
+    monkeypatch.setattr("benchmarks.serving.ports.CONNECTIONS", tmp_path / "range")
+    assert next(ports()) > 0
+    (tmp_path / "range").write_text("1024\t65535\n")
+    assert next(ports()) > 0
 
 
 def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured(tmp_path, monkeypatch, capsys):

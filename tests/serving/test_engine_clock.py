@@ -22,16 +22,18 @@ BEFORE = (
 )
 LOG = (
     BEFORE
-    + decode("TP0 EP0", 100, 25000)
+    + decode("TP0 EP0", 128, 32000)
     + decode("DP1 TP1 EP1", 64, 99)
     + '[2026-11-28 07:55:48] INFO:     127.0.0.1:1 - "POST /v1/completions HTTP/1.1" 200 OK\n'
-    + decode("TP0 EP0", 120, 20000)
+    + decode("TP0 EP0", 128, 128000 / 6)
     + decode("DP1 TP1 EP1", 64, 12800)
+    + decode("TP0 EP0", 1, 20000)
 )
 
 
 def test_sglangs_log():
-    """What was behind a prefill of the same rank, or may have been, is left out: 4, 6 and 5 milliseconds remain."""
+    """What was behind a prefill of the same rank, or may have been, is left out, and so is that in which 127 requests ended: 4, 6 and 5
+    milliseconds remain."""
     assert decoding(LOG) == pytest.approx(5.0) and decoding(BEFORE) is None
 
 
