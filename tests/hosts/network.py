@@ -20,8 +20,9 @@ def why_not() -> str | None:
         return "iproute2 is not installed (apt-get install iproute2)"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    tried = subprocess.run(["ip", "netns", "add", "moe-probe"], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "del", "moe-probe"], capture_output=True)
+    probe = f"moe-probe-{os.getpid()}"  # two tests may run at once
+    tried = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "del", probe], capture_output=True)
     return None if tried.returncode == 0 else f"network namespaces cannot be made here: {tried.stderr.strip()}"
 
 
