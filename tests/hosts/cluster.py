@@ -94,6 +94,14 @@ class Cluster:
             if "ended" in word and key == "done":
                 return None
 
+    def wrote(self, rank: int, words: str, patience: float = 5) -> str:
+        """What a rank wrote to stderr, where the words must be: they may be read later than what it says."""
+        deadline = time.monotonic() + patience
+        while words not in (found := "".join(self.errors[rank])):
+            assert time.monotonic() < deadline, f"rank {rank} did not write {words}: {found[-3000:]}"
+            time.sleep(0.05)
+        return found
+
     def run(self, job: str, limit: float = 60, **more: Any) -> list[Any]:
         """What every rank's job returned; None for one that was killed, or ended without a word."""
         self.begin(job, limit=limit, **more)
