@@ -38,17 +38,18 @@ def case(hosts: Hosts, folder: Path, name: str, arguments: dict, there: dict | N
     common = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "nnodes": 2, "master_addr": hosts.address(0), "master_port": next(_ports)}
     common |= arguments
     theirs = {key: value for key, value in (common | {"node_rank": 1} | (there or {})).items() if value is not None}
-    command = [sys.executable, "-m", "tests.support.vllm_headless", "--headless", *flags(theirs), *FOLLOWER]
     environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "1", **(env_there or {})}
     return {
         "name": name,
         "engine": common | {"node_rank": 0},
         "env": {"VLLM_CPU_OMP_THREADS_BIND": "0"},
-        "follower": ["env", *(f"{key}={value}" for key, value in environment.items()), *hosts.on(1, command)],
-        "follower_log": str(folder / f"{name}.follower.log"),
+        "follower": {
+            "on": hosts.on(1, []), "arguments": ["--headless", *flags(theirs), *FOLLOWER], "env": environment,
+            "log": str(folder / f"{name}.follower.log"),
+        },
         "probe": True,
         **extra,
-    }
+    }  # fmt: skip
 
 
 def run_on_head(
@@ -68,6 +69,7 @@ def run_on_head(
     for one in cases:
         name = one["name"]
         head = finished.output.partition(f"=== case {name}\n")[2].partition("=== case ")[0]
-        there = Path(one["follower_log"]).read_text() if "follower_log" in one and Path(one["follower_log"]).exists() else ""
+        log = Path(one["follower"]["log"]) if "follower" in one else None
+        there = log.read_text() if log and log.exists() else ""
         logs[name] = f"{head}\n=== the other host\n{there}"
     return {one["name"]: results.get(one["name"], missing) for one in cases}, logs

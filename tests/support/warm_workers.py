@@ -1,6 +1,7 @@
 """Workers forked from a process that has imported their engine, which takes a spawned one 8 to 11 s of a start's 14 to 17.
 
-Engines spawn their workers, and so do servers that tests start, and cases that are run alone; engines of several cases in a process need not.
+Engines spawn their workers, and so do servers that tests start, and cases that are run alone; engines of several cases in a process need not, nor
+servers of which only the answers are asked (`WARM_SITE`).
 Forked workers share the seeds of strings' hashes and of numpy's global generator: an order that differs between ranks shows with spawned ones only.
 """
 
@@ -8,15 +9,20 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import context, forkserver
+from multiprocessing import context, forkserver, reduction
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+WARM_SITE = Path(__file__).parent / "warm_site"
+"""On ``PYTHONPATH``, this repository too: a server started with it has such workers."""
+
 
 class WarmContext(context.ForkServerContext):
-    """As ``spawn`` to its caller: a process has this one for a parent and the environment of the moment it is made in.
+    """As ``spawn`` to its caller: a process has this one for a parent, its outputs, and the environment of the moment it is made in.
 
     Args:
         modules: what the process that others are forked from imports; it is started here. No more than a spawned worker has imported when it loads
@@ -31,16 +37,40 @@ class WarmContext(context.ForkServerContext):
         server, found = forkserver._forkserver._forkserver_pid, psutil.Process.children
         psutil.Process.children = lambda self, recursive=False: [one for one in found(self, recursive) if one.pid != server]
 
+    @classmethod
+    def inherited(cls) -> WarmContext:
+        """Its parent's, for a process that was forked and cannot wait for a sister."""
+        forkserver._forkserver.ensure_running = lambda: None
+        return cls.__new__(cls)
+
     def Process(self, *, target: Callable, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **more: Any):  # noqa: N802
-        return super().Process(target=_run, args=(os.getpid(), dict(os.environ), target, args, kwargs or {}), **more)
+        return super().Process(target=_run, args=(os.getpid(), dict(os.environ), _Outputs(), target, args, kwargs or {}), **more)
 
 
-def _run(parent: int, environment: dict[str, str], target: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+class _Outputs:
+    """Standard output and error of the process that starts another one, on the way there."""
+
+    def __reduce__(self):
+        return _received, tuple(reduction.DupFd(output) for output in (1, 2))
+
+
+def _received(*outputs: Any) -> list[int]:
+    return [output.detach() for output in outputs]
+
+
+def _run(parent: int, environment: dict[str, str], outputs: Sequence[int], target: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """In the process: what a spawned one would have from the start."""
     import torch
 
+    for theirs, ours in zip(outputs, (1, 2)):
+        os.dup2(theirs, ours)
+        os.close(theirs)
     os.environ.clear()
     os.environ.update(environment)
+    # An engine in a process of its own has workers, too.
+    if executor := sys.modules.get("vllm.v1.executor.multiproc_executor"):
+        warm = WarmContext.inherited()
+        executor.get_mp_context = lambda: warm
     # OpenMP is loaded and has read its variables.
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))

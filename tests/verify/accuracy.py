@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from tests.support.children import engine_lock, run_child
+from tests.support.children import engine_lock, python_path, run_child
+from tests.support.warm_workers import WARM_SITE
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe"
 TASKS = TINY / "tasks"
@@ -29,7 +30,7 @@ def verify_accuracy(folder: Path, engine: str, strategies: tuple[str, ...]) -> t
         "--max-model-len", "64", "--json", str(written), "--keep", str(folder / "kept"),
     ]  # fmt: skip
     with engine_lock():
-        finished = run_child(command, 1400, {"HF_HOME": str(folder / "hub")})
+        finished = run_child(command, 1400, {"HF_HOME": str(folder / "hub"), "PYTHONPATH": python_path(WARM_SITE)})
     return finished.code, json.loads(written.read_text()) if written.exists() else {}, finished.output
 
 

@@ -19,6 +19,7 @@ from moe_placement_plugin.engines.load_recorder import IDLE
 from tests.loop.routing_reference import Reference, check
 from tests.support.children import engine_lock, python_path
 from tests.support.vllm_runner import MAX_TOKENS, PROMPTS
+from tests.support.warm_workers import WARM_SITE
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -34,7 +35,7 @@ def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_p
     vllm = DEMO_ENGINES["vllm"]
     line, env = vllm.command(checkpoints["qwen"], port, Placed("eplb", 2, files["qwen"], record=record), ServerSettings(arguments=moving))
     line[line.index("--tensor-parallel-size")] = "--data-parallel-size"
-    env["PYTHONPATH"] = python_path(one_gpu.HERE / "shared")
+    env["PYTHONPATH"] = python_path(WARM_SITE, one_gpu.HERE / "shared")
     with engine_lock(), Server(line, port, env, tmp_path / "log", 240) as server, ThreadPoolExecutor(len(PROMPTS)) as pool:
         answers = list(pool.map(lambda prompt: vllm.complete(server.url, "tiny", prompt, MAX_TOKENS), prompts))
         time.sleep(IDLE + 3)  # idle engines write what they have counted: within two looks, and one of the first rank at the other's part
