@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import inspect
 import json
-import multiprocessing as mp
 import os
 import signal
 import sys
 import time
 import traceback
 from pathlib import Path
+
+from tests.support.warm_workers import WarmContext
 
 RANKS = 4
 STEPS = (("skewed", ()), ("after one death", (3,)), ("after the death of the store's rank", (0,)), ("another load", ()))
@@ -176,6 +177,7 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
 
 
 def main() -> None:
+    context = WarmContext(["sglang.srt.managers.scheduler", "sglang.benchmark.one_batch"])
     model, results = sys.argv[1:3]
     ranks = int(sys.argv[3]) if len(sys.argv) > 3 else RANKS
     steps = STEPS if ranks == RANKS else STEPS_OF_EIGHT
@@ -198,7 +200,6 @@ def main() -> None:
     server_args.check_server_args()
     settings.of(server_args).elastic = True  # what --elastic-ep-backend sets
     port_args = PortArgs.init_new(server_args)
-    context = mp.get_context("spawn")
     processes, pipes = [], []
     for rank in range(ranks):
         here, there = context.Pipe()

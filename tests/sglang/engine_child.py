@@ -1,13 +1,13 @@
 """Child process: start `sglang.Engine` for each case in turn, generate, write what came out.
 
-    python -m tests.sglang.engine_child CASES.json RESULTS.json
+    python -m tests.sglang.engine_child CASES.json RESULTS.json [forked]
 
 A case is {"name", "engine": {arguments of Engine}, "prompts": [[token id, ...], ...], "max_new_tokens", "threads": cores per
 rank, "late_env": {variables set between the launcher's plugins and its workers}, "actions": [asked of SGLang's weight checker in the
 end], "vanish": [a command after which one more answer is asked for, which must fail]}.
 Its result holds per prompt the greedy ``ids``, their ``logprobs`` and the ``prompt_logprobs``, and per action whether it succeeded
 and what was said. SGLang ends its caller when one of its processes dies: results are written after
-each case.
+each case. Workers are spawned, as SGLang does it, or forked.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def fork_workers() -> None:
 
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
-    if len(cases) > 1:
+    if "forked" in sys.argv[3:]:
         fork_workers()
     results = {}
     for case in cases:

@@ -97,11 +97,16 @@ class Outcome:
 
 
 def run_cases(
-    cases: list[dict], folder: Path, timeout_per_case: float = 150, env: dict[str, str] | None = None, on: Callable[[list[str]], list[str]] = list
+    cases: list[dict],
+    folder: Path,
+    timeout_per_case: float = 150,
+    env: dict[str, str] | None = None,
+    on: Callable[[list[str]], list[str]] = list,
+    forked: bool = True,
 ) -> dict[str, Outcome]:
     """Run the cases one after another in one child process; the log is cut into cases.
 
-    ``on`` makes the child's command run somewhere else.
+    ``on`` makes the child's command run somewhere else; without ``forked`` SGLang's workers are spawned, as it does itself.
 
     The caller holds the machine's engine lock (`tests.support.children.engine_lock`).
     """
@@ -109,7 +114,7 @@ def run_cases(
     wanted, given = folder / "cases.json", folder / "results.json"
     wanted.write_text(json.dumps(cases))
     began = time.monotonic()
-    command = python("-m", "tests.sglang.engine_child", str(wanted), str(given))
+    command = python("-m", "tests.sglang.engine_child", str(wanted), str(given), *(["forked"] if forked else []))
     finished = run_child(on(command), timeout_per_case * len(cases), ENV | (env or {}), ROOT)
     (folder / "log.txt").write_text(finished.output)
     print(f"{len(cases)} engine starts in {time.monotonic() - began:.0f} s, log in {folder}")

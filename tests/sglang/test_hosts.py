@@ -62,7 +62,7 @@ def on_two_hosts(hosts, folder, name: str, model, arguments: dict, there: dict |
     with open(folder / "other.log", "w") as log:
         other = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=ROOT, start_new_session=True)
     try:
-        outcome = run_cases([head], folder, 240, {"PYTHONPATH": path}, lambda words: hosts.on(0, words))[name]
+        outcome = run_cases([head], folder, 240, {"PYTHONPATH": path}, lambda words: hosts.on(0, words), forked=False)[name]
         ended = time.time()
         if extra or not outcome.result.get("rows"):
             other.wait(timeout=TIMEOUT + GRACE)  # it must end by itself
