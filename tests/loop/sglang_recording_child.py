@@ -1,6 +1,8 @@
 """Child process: one `sglang.Engine` that records; prints what it generated as JSON.
 
-python -m tests.loop.sglang_recording_child ENGINE_ARGUMENTS_JSON PROMPTS_JSON RESULT
+python -m tests.loop.sglang_recording_child ENGINE_ARGUMENTS_JSON PROMPTS_JSON RESULT [forked]
+
+Workers are spawned, as SGLang does it, or forked.
 """
 
 from __future__ import annotations
@@ -10,8 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+from tests.sglang.engine_child import fork_workers
+
 
 def main() -> None:
+    if "forked" in sys.argv[4:]:
+        fork_workers()
     import sglang
 
     engine = sglang.Engine(**json.loads(sys.argv[1]))

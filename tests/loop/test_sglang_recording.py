@@ -32,7 +32,8 @@ def test_counts_are_the_models_own_routing(tmp_path, ranks):
     }  # fmt: skip
     if ranks == 2:  # logical ids, whatever the placement; alone, recording must not need one
         arguments |= {"expert_placement_strategy": "zigzag", "expert_load_coactivation": True}
-    command = python("-m", "tests.loop.sglang_recording_child", json.dumps(arguments), json.dumps(PROMPTS), str(result))
+    workers = ["forked"] if ranks == 2 else []
+    command = python("-m", "tests.loop.sglang_recording_child", json.dumps(arguments), json.dumps(PROMPTS), str(result), *workers)
     with engine_lock():
         done = run_child(command, 240, env=ENV | {"SGLANG_CPU_OMP_THREADS_BIND": threads(ranks)}, cwd=ROOT)
     assert result.exists(), done.output[-4000:]

@@ -188,6 +188,7 @@ def main() -> None:
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
     from moe_placement_plugin.engines.sglang import settings
+    from moe_placement_plugin.engines.sglang.eplb import warm_up
 
     common = "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch --grammar-backend none --log-level info"
     eplb = "--enable-eplb --expert-placement-strategy eplb --max-total-tokens 512 --mem-fraction-static 0.2"
@@ -199,6 +200,7 @@ def main() -> None:
         server_args.resolve_once()
     server_args.check_server_args()
     settings.of(server_args).elastic = True  # what --elastic-ep-backend sets
+    warm_up(settings.of(server_args))  # else every rank compiles for itself, at once
     port_args = PortArgs.init_new(server_args)
     processes, pipes = [], []
     for rank in range(ranks):
