@@ -31,8 +31,7 @@ def serve() -> None:
 
     from tests.support.warm_workers import WarmContext
 
-    warm = WarmContext.inherited()
-    multiproc_executor.get_mp_context = lambda: warm
+    WarmContext.inherited().lend(multiproc_executor)
     args = parser().parse_args()
     args.api_server_count = 0
     command.run_headless(args)

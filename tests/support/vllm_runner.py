@@ -212,8 +212,9 @@ def fork_workers(cores: bool) -> None:
     from vllm.v1.engine import utils
     from vllm.v1.executor import multiproc_executor
 
-    for user in (multiproc_executor, utils) if cores else (multiproc_executor,):
-        user.get_mp_context = lambda: warm
+    warm.lend(multiproc_executor)
+    if cores:
+        warm.lend(utils)
 
 
 def forget_environment() -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import context, forkserver, reduction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -43,6 +44,10 @@ class WarmContext(context.ForkServerContext):
         forkserver._forkserver.ensure_running = lambda: None
         return cls.__new__(cls)
 
+    def lend(self, module: ModuleType) -> None:
+        """Have a module of vLLM start its processes so."""
+        module.get_mp_context = lambda: self
+
     def Process(self, *, target: Callable, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **more: Any):  # noqa: N802
         return super().Process(target=_run, args=(os.getpid(), dict(os.environ), _Outputs(), target, args, kwargs or {}), **more)
 
@@ -69,8 +74,7 @@ def _run(parent: int, environment: dict[str, str], outputs: Sequence[int], targe
     os.environ.update(environment)
     # An engine in a process of its own has workers, too.
     if executor := sys.modules.get("vllm.v1.executor.multiproc_executor"):
-        warm = WarmContext.inherited()
-        executor.get_mp_context = lambda: warm
+        WarmContext.inherited().lend(executor)
     # OpenMP is loaded and has read its variables.
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))

@@ -25,14 +25,11 @@ def _warm(modules):
 
     warm = WarmContext(modules)
 
-    def vllm(module):
-        module.get_mp_context = lambda: warm
-
     def sglang(module):
         module.mp = SimpleNamespace(**vars(multiprocessing) | {"Process": warm.Process})
 
-    register_post_import_hook(vllm, "vllm.v1.engine.utils")
-    register_post_import_hook(vllm, "vllm.v1.engine.coordinator")
+    register_post_import_hook(warm.lend, "vllm.v1.engine.utils")
+    register_post_import_hook(warm.lend, "vllm.v1.engine.coordinator")
     register_post_import_hook(sglang, "sglang.srt.entrypoints.engine")
 
 
