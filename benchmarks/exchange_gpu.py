@@ -60,7 +60,9 @@ class Shape:
 SHAPES = {
     "5-layer": Shape(5, 64, 8, 2048, 1408, torch.bfloat16),
     "v2-lite": Shape(26, 64, 8, 2048, 1408, torch.bfloat16),
-    "r1": Shape(4, 64, 8, 7168, 2048, torch.uint8),  # a byte per parameter, as FP8, which NCCL knows as bytes only
+    "r1": Shape(
+        4, 64, 8, 7168, 2048, torch.uint8
+    ),  # a byte per parameter, as FP8, which NCCL knows as bytes only
     "tiny": Shape(3, 8, 4, 32, 16, torch.bfloat16),
 }
 
@@ -77,30 +79,55 @@ class Bench:
         self.shape, self.repeats = shape, repeats
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank))) if cuda else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
+            if cuda
+            else torch.device("cpu")
+        )
         if cuda:
             torch.cuda.set_device(self.device)
         self.cpu_group = dist.new_group(backend="gloo")
         self.group = dist.group.WORLD
         slots, rest = divmod(shape.experts + shape.redundant, self.ranks)
         if rest:
-            raise SystemExit(f"{shape.experts + shape.redundant} slots do not divide over {self.ranks} ranks: choose another --shape or number")
+            raise SystemExit(
+                f"{shape.experts + shape.redundant} slots do not divide over {self.ranks} ranks: choose another --shape or number"
+            )
         self.slots = slots
         self.first = np.tile(np.arange(slots * self.ranks) % shape.experts, (shape.layers, 1))
         generator = torch.Generator().manual_seed(0)
         shapes = ((2 * shape.width, shape.hidden), (shape.hidden, shape.width))
-        base = [torch.randint(0, 120, s, dtype=torch.uint8, generator=generator).to(self.device) for s in shapes]
+        base = [
+            torch.randint(0, 120, s, dtype=torch.uint8, generator=generator).to(self.device)
+            for s in shapes
+        ]
         self.weights = []
         for layer in range(shape.layers):
-            tensors = [torch.empty((slots, *s), dtype=shape.dtype, device=self.device) for s in shapes]
+            tensors = [
+                torch.empty((slots, *s), dtype=shape.dtype, device=self.device) for s in shapes
+            ]
             for slot, expert in enumerate(self.local(self.first)[layer].tolist()):
                 for tensor, pattern in zip(tensors, base):
                     raw = tensor[slot].view(torch.uint8)
-                    raw.copy_((pattern if raw.shape == pattern.shape else pattern.repeat(1, raw.shape[1] // pattern.shape[1])) ^ (expert + 3 * layer))
+                    raw.copy_(
+                        (
+                            pattern
+                            if raw.shape == pattern.shape
+                            else pattern.repeat(1, raw.shape[1] // pattern.shape[1])
+                        )
+                        ^ (expert + 3 * layer)
+                    )
             self.weights.append(tensors)
         self.table = self.first
         connect(self.group, self.device)
-        self.exchanger = Exchanger(dict(enumerate(self.weights)), shape.experts, self.group, Meeting.of(self.cpu_group), "bench", logger)
+        self.exchanger = Exchanger(
+            dict(enumerate(self.weights)),
+            shape.experts,
+            self.group,
+            Meeting.of(self.cpu_group),
+            "bench",
+            logger,
+        )
         self.exchanger.reserve()
         warm_up(self.first, shape.experts, self.ranks)
         self.expected = {layer: self.digests(layer)[: self.slots] for layer in range(shape.layers)}
@@ -119,7 +146,11 @@ class Bench:
     def digests(self, layer: int) -> np.ndarray:
         """uint64 ``[slots, tensors]``."""
         seen = Pass()
-        seen.add(layer, self.local(self.table)[layer], {"w13": self.weights[layer][0], "w2": self.weights[layer][1]})
+        seen.add(
+            layer,
+            self.local(self.table)[layer],
+            {"w13": self.weights[layer][0], "w2": self.weights[layer][1]},
+        )
         return np.asarray(seen.layers[layer].values).reshape(self.slots, -1)
 
     def verify(self, layers) -> None:
@@ -129,9 +160,13 @@ class Bench:
             SystemExit: when one does not: no figure of this run is worth anything then.
         """
         for layer in layers:
-            for slot, (expert, value) in enumerate(zip(self.local(self.table)[layer].tolist(), self.digests(layer))):
+            for slot, (expert, value) in enumerate(
+                zip(self.local(self.table)[layer].tolist(), self.digests(layer))
+            ):
                 if list(value) != list(self.of_expert[layer][expert]):
-                    raise SystemExit(f"rank {self.rank}, layer {layer}, slot {slot} does not hold expert {expert}")
+                    raise SystemExit(
+                        f"rank {self.rank}, layer {layer}, slot {slot} does not hold expert {expert}"
+                    )
 
     def settle(self) -> None:
         """Nothing is under way on any rank."""
@@ -157,7 +192,11 @@ class Bench:
         source = torch.ones(piece, dtype=torch.uint8, device=self.device)
         rates = {}
         if self.device.type == "cuda" and torch.cuda.device_count() >= self.ranks:
-            target = torch.empty(piece, dtype=torch.uint8, device=torch.device("cuda", (self.device.index + 1) % self.ranks))
+            target = torch.empty(
+                piece,
+                dtype=torch.uint8,
+                device=torch.device("cuda", (self.device.index + 1) % self.ranks),
+            )
 
             def copy() -> None:
                 for _ in range(number):
@@ -165,17 +204,24 @@ class Bench:
                 torch.cuda.synchronize(target.device)
 
             copy()
-            rates["peer copy"] = number * piece / statistics.median(self.timed(copy) for _ in range(self.repeats))
+            rates["peer copy"] = (
+                number * piece / statistics.median(self.timed(copy) for _ in range(self.repeats))
+            )
         into = torch.empty_like(source)
 
         def send() -> None:
             for _ in range(number):
-                pair = [dist.P2POp(dist.isend, source, (self.rank + 1) % self.ranks), dist.P2POp(dist.irecv, into, (self.rank - 1) % self.ranks)]
+                pair = [
+                    dist.P2POp(dist.isend, source, (self.rank + 1) % self.ranks),
+                    dist.P2POp(dist.irecv, into, (self.rank - 1) % self.ranks),
+                ]
                 for work in dist.batch_isend_irecv(pair):
                     work.wait()
 
         send()
-        rates["send and receive"] = number * piece / statistics.median(self.timed(send) for _ in range(self.repeats))
+        rates["send and receive"] = (
+            number * piece / statistics.median(self.timed(send) for _ in range(self.repeats))
+        )
         return rates
 
     def ways(self) -> Iterator[str]:
@@ -198,7 +244,9 @@ class Bench:
         rows = np.flatnonzero((self.table != table).any(axis=1)).tolist()
         if rows:
             ours = self.exchanger
-            ours.exchange(ours.plan(ours.placement(self.table[rows], rows), ours.placement(table[rows], rows)))
+            ours.exchange(
+                ours.plan(ours.placement(self.table[rows], rows), ours.placement(table[rows], rows))
+            )
             self.table = table
 
     def everything(self, scattered: bool = False) -> dict[str, float]:
@@ -211,7 +259,12 @@ class Bench:
         if scattered:
             rng = np.random.default_rng(1)
             there = rng.permuted(there.reshape(-1, self.slots), axis=1).reshape(there.shape)
-        moves = self.exchanger.plan(*(self.exchanger.placement(table, range(self.shape.layers)) for table in (self.first, there)))
+        moves = self.exchanger.plan(
+            *(
+                self.exchanger.placement(table, range(self.shape.layers))
+                for table in (self.first, there)
+            )
+        )
         busiest = int((moves.incoming * moves.expert_bytes[:, None]).sum(axis=0).max())
         times, longest = [], []
         for turn in range(2 * self.repeats + 2):
@@ -238,7 +291,13 @@ class Bench:
     def pause_ours(self) -> dict[str, float]:
         """A rebalance with our planner and exchange after each window."""
         sizes = list(self.exchanger.expert_bytes.values())
-        rebalancer = Rebalancer(RebalancePolicy(min_gain=0.0, hysteresis=0.0), range(self.shape.layers), sizes, logger, self.exchanger.topology)
+        rebalancer = Rebalancer(
+            RebalancePolicy(min_gain=0.0, hysteresis=0.0),
+            range(self.shape.layers),
+            sizes,
+            logger,
+            self.exchanger.topology,
+        )
         times, parts, moved = [], [], []
         for load in self.windows():
             spent = {}
@@ -257,8 +316,13 @@ class Bench:
             parts.append(spent)
             moved.append(rebalancer.last.bytes)
         kept = slice(2, None)
-        return {"seconds": statistics.median(times[kept]), "longest": max(times[kept]), "bytes": statistics.median(moved[kept])} | {
-            name: statistics.median(p[name] for p in parts[kept]) for name in ("plan", "exchange", "verify")
+        return {
+            "seconds": statistics.median(times[kept]),
+            "longest": max(times[kept]),
+            "bytes": statistics.median(moved[kept]),
+        } | {
+            name: statistics.median(p[name] for p in parts[kept])
+            for name in ("plan", "exchange", "verify")
         }
 
     def pause_vllm(self, kind: str) -> dict[str, float]:
@@ -267,7 +331,9 @@ class Bench:
         from vllm.distributed.eplb.policy import EPLB_POLICIES
 
         if kind == "torch_gloo":
-            communicator = eplb_communicator.TorchDistGlooStagedEplbCommunicator(cpu_group=self.cpu_group)
+            communicator = eplb_communicator.TorchDistGlooStagedEplbCommunicator(
+                cpu_group=self.cpu_group
+            )
         else:
             communicator = eplb_communicator.TorchDistNcclEplbCommunicator(ep_group=self.group)
         buffer = [torch.empty_like(w) for w in self.weights[0]]
@@ -277,25 +343,50 @@ class Bench:
 
             def rebalance(load=load) -> None:
                 table = EPLB_POLICIES["default"].rebalance_experts(
-                    torch.from_numpy(load), self.slots * self.ranks, 1, 1, self.ranks, torch.from_numpy(self.table)
+                    torch.from_numpy(load),
+                    self.slots * self.ranks,
+                    1,
+                    1,
+                    self.ranks,
+                    torch.from_numpy(self.table),
                 )
                 rebalance_execute.rearrange_expert_weights_inplace(
-                    torch.from_numpy(self.table), table, self.weights, buffer, self.group, communicator
+                    torch.from_numpy(self.table),
+                    table,
+                    self.weights,
+                    buffer,
+                    self.group,
+                    communicator,
                 )
                 self.table = table.numpy()
 
             times.append(self.timed(rebalance))
-            arrived = [np.setdiff1d(b, a).size for a, b in zip(old.reshape(-1, self.slots), self.table.reshape(-1, self.slots))]
+            arrived = [
+                np.setdiff1d(b, a).size
+                for a, b in zip(old.reshape(-1, self.slots), self.table.reshape(-1, self.slots))
+            ]
             moved.append(sum(arrived) * self.exchanger.expert_bytes[0])
         self.verify(range(self.shape.layers))
-        return {"seconds": statistics.median(times[2:]), "longest": max(times[2:]), "bytes": statistics.median(moved[2:])}
+        return {
+            "seconds": statistics.median(times[2:]),
+            "longest": max(times[2:]),
+            "bytes": statistics.median(moved[2:]),
+        }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="5-layer" if torch.cuda.is_available() else "tiny")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="5-layer" if torch.cuda.is_available() else "tiny"
+    )
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--ours", action="store_true", help="leave vLLM's exchange out, which takes a second and more each time over torch_gloo")
+    parser.add_argument(
+        "--ours",
+        action="store_true",
+        help="leave vLLM's exchange out, which takes a second and more each time over torch_gloo",
+    )
     parser.add_argument("--json", help="write all figures to this file")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -304,7 +395,11 @@ def main() -> int:
     dist.init_process_group("nccl" if cuda else "gloo")
     shape = SHAPES[options.shape]
     bench = Bench(shape, options.repeats)
-    result: dict = {"machine": device_facts(bench.device), "shape": options.shape, "ranks": bench.ranks}
+    result: dict = {
+        "machine": device_facts(bench.device),
+        "shape": options.shape,
+        "ranks": bench.ranks,
+    }
     result["all"], result["pause"] = {}, {}
     for way in bench.ways():
         bench.move(bench.first)
@@ -316,7 +411,9 @@ def main() -> int:
     for figures in result["all"].values():
         figures["share of plain copies"] = figures["bytes_per_s"] / best
     try:
-        rivals = ("torch_gloo", "torch_nccl") if cuda else ("torch_nccl",)  # the first waits for a GPU, the second sends over gloo too
+        rivals = (
+            ("torch_gloo", "torch_nccl") if cuda else ("torch_nccl",)
+        )  # the first waits for a GPU, the second sends over gloo too
         for kind in () if options.ours else rivals:
             bench.move(bench.first)
             result["pause"][f"vLLM, {kind}"] = bench.pause_vllm(kind)
@@ -339,18 +436,29 @@ def main() -> int:
 
 def show(result: dict) -> None:
     """Print the figures."""
-    print(json.dumps(result["machine"]), f"shape {result['shape']}, {result['ranks']} ranks", *([result["missing"]] if "missing" in result else []))
+    print(
+        json.dumps(result["machine"]),
+        f"shape {result['shape']}, {result['ranks']} ranks",
+        *([result["missing"]] if "missing" in result else []),
+    )
     for way, every in result["all"].items():
         print(
             f"exchange, all, {way}: {every['bytes'] / 1e6:.1f} MB into the busiest rank in {every['seconds'] * 1e3:.2f} ms = "
             f"{every['bytes_per_s'] / 1e9:.2f} GB/s, {every['chunks']} chunks of at most {every['longest_chunk'] * 1e3:.2f} ms, "
             f"{every['staging_bytes'] / 1e6:.1f} MB of staging memory; "
-            + ", ".join(f"{every['bytes_per_s'] / rate:.0%} of {name}" for name, rate in result["plain"].items())
+            + ", ".join(
+                f"{every['bytes_per_s'] / rate:.0%} of {name}"
+                for name, rate in result["plain"].items()
+            )
         )
     for name, rate in result["plain"].items():
         print(f"plain copies, {name}: {rate / 1e9:.2f} GB/s")
     for name, figures in result["pause"].items():
-        parts = ", ".join(f"{key} {figures[key] * 1e3:.2f}" for key in ("plan", "exchange", "verify") if key in figures)
+        parts = ", ".join(
+            f"{key} {figures[key] * 1e3:.2f}"
+            for key in ("plan", "exchange", "verify")
+            if key in figures
+        )
         print(
             f"pause, {name}: {figures['seconds'] * 1e3:.2f} ms, longest {figures['longest'] * 1e3:.2f} ms ({figures['of ours']:.1f}x ours), "
             f"{figures['bytes'] / 1e6:.1f} MB moved{'; ' + parts if parts else ''}"

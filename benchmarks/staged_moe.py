@@ -51,14 +51,26 @@ depend on the batch, and the kernels round gate and up before the activation onl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="+", choices=["check", "overhead", "overlap"])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens per rank")
-    parser.add_argument("--ep", type=int, default=1, help="overhead: the share of one of so many ranks")
+    parser.add_argument(
+        "--ep", type=int, default=1, help="overhead: the share of one of so many ranks"
+    )
     parser.add_argument("--chunks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--graphs", action="store_true", help="overlap: in CUDA graphs, which hide the launches; the ring only")
-    parser.add_argument("--ctas", type=int, help="overlap: most thread blocks of an NCCL kernel; its choice when left out")
+    parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="overlap: in CUDA graphs, which hide the launches; the ring only",
+    )
+    parser.add_argument(
+        "--ctas",
+        type=int,
+        help="overlap: most thread blocks of an NCCL kernel; its choice when left out",
+    )
     parser.add_argument("--matmuls", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=21)
@@ -80,7 +92,11 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.shape = arguments, SHAPES[arguments.shape]
         cuda = arguments.device == "cuda"
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if cuda
+            else torch.device("cpu")
+        )
         if cuda:
             torch.cuda.set_device(self.device)
         else:
@@ -91,11 +107,20 @@ class Bench:
                 options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
                 if arguments.ctas:
                     options.config.max_ctas = arguments.ctas
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None, pg_options=options)
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                device_id=self.device if cuda else None,
+                pg_options=options,
+            )
         self.group = EpGroup() if dist.is_initialized() else EpGroup.single()
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.matmuls = find_matmuls(arguments.matmuls, self.device)
-        self.facts = {**device_facts(self.device), "kernel": self.matmuls.name, "ranks": self.group.size, "shape": arguments.shape}
+        self.facts = {
+            **device_facts(self.device),
+            "kernel": self.matmuls.name,
+            "ranks": self.group.size,
+            "shape": arguments.shape,
+        }
         self.facts["NCCL's most thread blocks"] = arguments.ctas
         self.say("; ".join(f"{k} {v}" for k, v in self.facts.items()))
 
@@ -105,9 +130,14 @@ class Bench:
 
     def weights(self, slots: int, shape: LayerShape) -> ExpertWeights:
         def random(*sizes: int) -> torch.Tensor:
-            return torch.empty(sizes, dtype=self.dtype, device=self.device).normal_(0, sizes[-1] ** -0.5)
+            return torch.empty(sizes, dtype=self.dtype, device=self.device).normal_(
+                0, sizes[-1] ** -0.5
+            )
 
-        return ExpertWeights(random(slots, 2 * shape.intermediate, shape.hidden), random(slots, shape.hidden, shape.intermediate))
+        return ExpertWeights(
+            random(slots, 2 * shape.intermediate, shape.hidden),
+            random(slots, shape.hidden, shape.intermediate),
+        )
 
     def tokens(self, defaults: list[int]) -> list[int]:
         return self.arguments.tokens or (defaults if self.device.type == "cuda" else [24])
@@ -120,9 +150,14 @@ class Bench:
         shape = LayerShape(256, 128, 16, 4, 1, 1)
         experts = self.weights(shape.experts, shape)
         redundant = 2 * self.group.size if self.group.size > 1 else 0
-        sizes = [size + (rank % 2) for rank, size in enumerate(even_slots(shape.experts + redundant, self.group.size))]
+        sizes = [
+            size + (rank % 2)
+            for rank, size in enumerate(even_slots(shape.experts + redundant, self.group.size))
+        ]
         placement = _shuffled_placement(sizes, shape.experts)
-        routing = Routing(shape.experts, shape.top_k, "sigmoid", num_groups=4, top_groups=2, scaling_factor=2.5)
+        routing = Routing(
+            shape.experts, shape.top_k, "sigmoid", num_groups=4, top_groups=2, scaling_factor=2.5
+        )
         counts = [37 * r % 100 for r in range(1, self.group.size + 1)]
         torch.manual_seed(1 + self.group.rank)
         x = torch.randn(counts[self.group.rank], shape.hidden, device=self.device).to(self.dtype)
@@ -136,17 +171,26 @@ class Bench:
                 self.matmuls, self.group, None, use_ring,
             )  # fmt: skip
             whole = layer(x, logits)
-            ways = {"whole": (1, 1), "3 token chunks": (3, 1), "2 embedding chunks": (1, 2), "own tokens first": (1, 1, None, True)}
+            ways = {
+                "whole": (1, 1),
+                "3 token chunks": (3, 1),
+                "2 embedding chunks": (1, 2),
+                "own tokens first": (1, 1, None, True),
+            }
             for name, chunks in ways.items():
                 if not use_ring and "embedding" in name:
                     continue
                 output = layer(x, logits, *chunks)
                 error = float((output.double() - wanted).abs().max() / wanted.abs().max())
                 apart = float((output.double() - whole.double()).abs().max() / wanted.abs().max())
-                good = self._all(error <= bound and apart <= (ROUNDING if self.device.type == "cuda" else 0))
+                good = self._all(
+                    error <= bound and apart <= (ROUNDING if self.device.type == "cuda" else 0)
+                )
                 fine &= good
                 way = f"{'ring' if use_ring else 'all-to-all'}, {name}"
-                self.say(f"{way}: error {error:.1e} of the largest value, {apart:.1e} from whole: {'ok' if good else 'WRONG'}")
+                self.say(
+                    f"{way}: error {error:.1e} of the largest value, {apart:.1e} from whole: {'ok' if good else 'WRONG'}"
+                )
         if self.device.type == "cuda" and hasattr(self.matmuls, "align"):
             fine &= self._check_align()
         return fine
@@ -171,24 +215,42 @@ class Bench:
     def overhead(self) -> list[dict]:
         """gmm_up and gmm_down against one fused call, on the same rows, weights and choices."""
         shape, rows = self.shape, []
-        plan = Placement(np.arange(shape.experts)[None], shape.experts, even_slots(shape.experts, self.arguments.ep))
+        plan = Placement(
+            np.arange(shape.experts)[None],
+            shape.experts,
+            even_slots(shape.experts, self.arguments.ep),
+        )
         weights = self.weights(plan.slots_per_rank[0], shape)
         placed = PlacedExperts.of(plan, 0, 0, self.device)
         share = synthetic_load(shape, 0.7).counts[0, 0].astype(float)
         watch = Stopwatch(self.device, graphs=not self.matmuls.name.startswith("torch"))
-        self.say(f"overhead: staged against {'the fused call' if self.device.type == 'cuda' else 'a loop over experts'}, EP {self.arguments.ep}")
+        self.say(
+            f"overhead: staged against {'the fused call' if self.device.type == 'cuda' else 'a loop over experts'}, EP {self.arguments.ep}"
+        )
         for tokens in self.tokens([1, 16, 64, 256, 1024, 4096, 16384]):
             x = torch.randn(tokens, shape.hidden, device=self.device).to(self.dtype)
-            slots = torch.from_numpy(draw_step(share, tokens, shape.top_k, np.random.default_rng(tokens))).to(self.device)
+            slots = torch.from_numpy(
+                draw_step(share, tokens, shape.top_k, np.random.default_rng(tokens))
+            ).to(self.device)
             router = torch.rand(slots.shape, device=self.device).softmax(dim=-1)
-            output = keep_local(placed.local_slot[slots], router, placed.num_local, self.arguments.ep == 1)
+            output = keep_local(
+                placed.local_slot[slots], router, placed.num_local, self.arguments.ep == 1
+            )
             fused = self._fused(x, slots, router, weights, placed, output)
 
             def staged(x=x, output=output) -> torch.Tensor:
-                return gmm_down(gmm_up(x, output, weights, self.matmuls), output, weights, self.matmuls)
+                return gmm_down(
+                    gmm_up(x, output, weights, self.matmuls), output, weights, self.matmuls
+                )
 
-            apart = float((staged().float() - fused().float()).abs().max() / fused().float().abs().max())
-            runs = {"fused": watch.prepare(fused), "staged": watch.prepare(staged), "fused again": watch.prepare(fused)}
+            apart = float(
+                (staged().float() - fused().float()).abs().max() / fused().float().abs().max()
+            )
+            runs = {
+                "fused": watch.prepare(fused),
+                "staged": watch.prepare(staged),
+                "fused again": watch.prepare(fused),
+            }
             times = in_turn(runs, self.arguments.rounds)
             row = {
                 "tokens": tokens,
@@ -205,17 +267,38 @@ class Bench:
         return rows
 
     def _fused(
-        self, x: torch.Tensor, slots: torch.Tensor, router: torch.Tensor, weights: ExpertWeights, placed: PlacedExperts, output: RouteOutput
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        router: torch.Tensor,
+        weights: ExpertWeights,
+        placed: PlacedExperts,
+        output: RouteOutput,
     ) -> Callable[[], torch.Tensor]:
         """The engine's own call; on CPU a loop over the experts in torch."""
         if self.matmuls.name.startswith("vLLM"):
-            call = import_module("vllm.model_executor.layers.fused_moe.fused_moe").fused_experts_impl
-            ids, expert_map = slots.int(), None if output.complete else placed.local_slot[:-1].contiguous()
-            return lambda: call(x, weights.w13, weights.w2, router, ids, global_num_experts=placed.num_slots, expert_map=expert_map)
+            call = import_module(
+                "vllm.model_executor.layers.fused_moe.fused_moe"
+            ).fused_experts_impl
+            ids, expert_map = (
+                slots.int(),
+                None if output.complete else placed.local_slot[:-1].contiguous(),
+            )
+            return lambda: call(
+                x,
+                weights.w13,
+                weights.w2,
+                router,
+                ids,
+                global_num_experts=placed.num_slots,
+                expert_map=expert_map,
+            )
         if self.matmuls.name.startswith("SGLang"):
             call = sglang_fused_call()
             local = output.local_slots
-            return lambda: call(x, weights.w13, weights.w2, router, local, filter_expert=not output.complete)
+            return lambda: call(
+                x, weights.w13, weights.w2, router, local, filter_expert=not output.complete
+            )
         return lambda: _loop_over_experts(x, output, weights, self.matmuls)
 
     # --- overlap
@@ -223,7 +306,11 @@ class Bench:
     def overlap(self) -> list[dict]:
         """Time of the whole layer in 1, 2, 4, ... chunks, and of its computation alone; each the slowest rank's."""
         shape, rows = self.shape, []
-        plan = Placement(np.arange(shape.experts)[None], shape.experts, even_slots(shape.experts, self.group.size))
+        plan = Placement(
+            np.arange(shape.experts)[None],
+            shape.experts,
+            even_slots(shape.experts, self.group.size),
+        )
         placed = PlacedExperts.of(plan, 0, self.group.rank, self.device)
         torch.manual_seed(self.group.rank)
         weights = self.weights(placed.num_local, shape)
@@ -234,19 +321,33 @@ class Bench:
             logits = torch.randn(tokens, shape.experts, device=self.device)
             # The all-to-all waits for the device to know how much to send, which no graph can hold.
             for use_ring in (True,) if self.arguments.graphs else (True, False):
-                layer = StagedMoE(routing, placed, weights, self.matmuls, self.group, None, use_ring)
+                layer = StagedMoE(
+                    routing, placed, weights, self.matmuls, self.group, None, use_ring
+                )
                 known = [tokens] * self.group.size if use_ring else None
                 rows.append(self._overlap_of(layer, x, logits, known, watch))
         return rows
 
-    def _overlap_of(self, layer: StagedMoE, x: torch.Tensor, logits: torch.Tensor, known: list[int] | None, watch: Stopwatch) -> dict:
+    def _overlap_of(
+        self,
+        layer: StagedMoE,
+        x: torch.Tensor,
+        logits: torch.Tensor,
+        known: list[int] | None,
+        watch: Stopwatch,
+    ) -> dict:
         selection = select(logits, layer.routing, layer.placed)
         (plan,) = plan_dispatch([selection], layer.placed, self.group, layer.use_ring)
         here, output, _ = dispatch(x, selection, plan, layer.placed, self.group)
 
         def computing() -> torch.Tensor:
             chosen = select(logits, layer.routing, layer.placed)
-            return gmm_down(gmm_up(here, output, layer.weights, self.matmuls), output, layer.weights, self.matmuls), chosen
+            return gmm_down(
+                gmm_up(here, output, layer.weights, self.matmuls),
+                output,
+                layer.weights,
+                self.matmuls,
+            ), chosen
 
         calls: dict[str, Callable] = {
             "computation": computing,
@@ -265,7 +366,10 @@ class Bench:
 
             return timed
 
-        mine = in_turn({name: together(watch.prepare(call)) for name, call in calls.items()}, self.arguments.rounds)
+        mine = in_turn(
+            {name: together(watch.prepare(call)) for name, call in calls.items()},
+            self.arguments.rounds,
+        )
         times = {name: self._slowest(values) for name, values in mine.items()}
         exposed = np.median(times["whole"] - times["computation"])
         row = {"tokens": len(x), "exchange": "ring" if layer.use_ring else "all-to-all", "graphs": self.arguments.graphs,
@@ -278,7 +382,9 @@ class Bench:
         for name in [n for n in times if n not in ("computation", "whole")]:
             hidden = np.median(times["whole"] - times[name]) / exposed
             row["chunked"][name] = {"us": float(np.median(times[name])), "hidden": float(hidden)}
-            self.say(f"  {name:20s} {np.median(times[name]):9.1f} us, {hidden:6.1%} of the exposed exchange hidden")
+            self.say(
+                f"  {name:20s} {np.median(times[name]):9.1f} us, {hidden:6.1%} of the exposed exchange hidden"
+            )
         return row
 
     def _slowest(self, values: np.ndarray) -> np.ndarray:
@@ -316,12 +422,16 @@ def sglang_fused_call() -> Callable[..., torch.Tensor]:
     return module.fused_experts_impl
 
 
-def _loop_over_experts(x: torch.Tensor, output: RouteOutput, weights: ExpertWeights, matmuls: Matmuls) -> torch.Tensor:
+def _loop_over_experts(
+    x: torch.Tensor, output: RouteOutput, weights: ExpertWeights, matmuls: Matmuls
+) -> torch.Tensor:
     result = torch.zeros_like(x)
     for slot in range(output.num_slots):
         rows, choice = (output.local_slots == slot).nonzero(as_tuple=True)
         hidden = matmuls.activate(x[rows] @ weights.w13[slot].T, x.dtype)
-        result.index_add_(0, rows, output.weights[rows, choice, None].to(x.dtype) * (hidden @ weights.w2[slot].T))
+        result.index_add_(
+            0, rows, output.weights[rows, choice, None].to(x.dtype) * (hidden @ weights.w2[slot].T)
+        )
     return result
 
 

@@ -75,7 +75,12 @@ class Calibration(BaseModel):
         """What was measured, in one line."""
         known = (("shape", "shape {}"), ("hidden_size", "hidden size {}"), ("intermediate_size", "experts of {}"), ("dtype", "{}"), ("kernel", "{}"),
                  ("phase", "{}"))  # fmt: skip
-        return ", ".join([self.device, *(text.format(self.layer[key]) for key, text in known if key in self.layer)])
+        return ", ".join(
+            [
+                self.device,
+                *(text.format(self.layer[key]) for key, text in known if key in self.layer),
+            ]
+        )
 
     @classmethod
     def read(cls, path: str | Path) -> Calibration:
@@ -103,7 +108,9 @@ class Calibration(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the top level"
-            raise PlacementError(f"{source}: {where}: {first['msg']}; measure again or mend that field") from None
+            raise PlacementError(
+                f"{source}: {where}: {first['msg']}; measure again or mend that field"
+            ) from None
 
     def write(self, path: str | Path) -> None:
         """Write as JSON, atomically."""
@@ -167,7 +174,12 @@ class LayerCost:
 
     def time(self, tokens: np.ndarray, active: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Microseconds for ``tokens``, ``active`` experts and ``rows`` per rank, any shapes that broadcast."""
-        return self.fixed + self.per_expert * np.asarray(active) + self.per_token * np.asarray(tokens) + self.per_row * np.asarray(rows)
+        return (
+            self.fixed
+            + self.per_expert * np.asarray(active)
+            + self.per_token * np.asarray(tokens)
+            + self.per_row * np.asarray(rows)
+        )
 
     @property
     def formula(self) -> str:
@@ -191,7 +203,9 @@ def fit(measurements: Sequence[Measurement]) -> LayerCost:
     """
     used = [m for m in measurements if not m.held_out]
     if len(used) < 4:
-        raise PlacementError(f"{len(used)} measurements to fit a cost model from: give 4 or more that are not held out")
+        raise PlacementError(
+            f"{len(used)} measurements to fit a cost model from: give 4 or more that are not held out"
+        )
     features, times = _arrays(used)
     if np.linalg.matrix_rank(features[:, :ROWS]) < ROWS:
         raise PlacementError(
@@ -207,12 +221,17 @@ def fit(measurements: Sequence[Measurement]) -> LayerCost:
         return LayerCost(*best)
     features, times = _arrays(held)
     errors = np.abs(features[:, : len(best)] @ found / times - 1)
-    return LayerCost(*best, error=float(errors.mean()), worst_error=float(errors.max()), held_out=len(held))
+    return LayerCost(
+        *best, error=float(errors.mean()), worst_error=float(errors.max()), held_out=len(held)
+    )
 
 
 def _arrays(measurements: Sequence[Measurement]) -> tuple[np.ndarray, np.ndarray]:
     """Columns 1, active experts, tokens, rows (NaN where not kept), and the times."""
-    features = [[1.0, m.active_experts, m.tokens, np.nan if m.rows is None else m.rows] for m in measurements]
+    features = [
+        [1.0, m.active_experts, m.tokens, np.nan if m.rows is None else m.rows]
+        for m in measurements
+    ]
     return np.array(features), np.array([m.microseconds for m in measurements])
 
 

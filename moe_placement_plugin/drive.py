@@ -60,12 +60,21 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             raise PlacementError(f"{path}, line {number} is not JSON ({error}): mend it") from None
         key = next((k for k in ("messages", "prompt") if k in data), None)
         if key is None:
-            raise PlacementError(f'{path}, line {number} has neither "prompt" nor "messages": give one of them')
+            raise PlacementError(
+                f'{path}, line {number} has neither "prompt" nor "messages": give one of them'
+            )
         bodies.append({key: data[key]})
     return bodies
 
 
-def send(url: str, bodies: Sequence[dict[str, Any]], model: str | None, max_tokens: int, concurrency: int, timeout: float) -> Sent:
+def send(
+    url: str,
+    bodies: Sequence[dict[str, Any]],
+    model: str | None,
+    max_tokens: int,
+    concurrency: int,
+    timeout: float,
+) -> Sent:
     """Send all requests and wait for their answers.
 
     Raises:
@@ -80,14 +89,20 @@ def send(url: str, bodies: Sequence[dict[str, Any]], model: str | None, max_toke
 
     def one(body: dict[str, Any]) -> dict[str, Any]:
         path = "chat/completions" if "messages" in body else "completions"
-        answer = _call(f"{base}/v1/{path}", {**body, "model": model, "max_tokens": max_tokens, "temperature": 0}, timeout)
+        answer = _call(
+            f"{base}/v1/{path}",
+            {**body, "model": model, "max_tokens": max_tokens, "temperature": 0},
+            timeout,
+        )
         return answer.get("usage") or {}
 
     began = time.time()
     with ThreadPoolExecutor(concurrency) as pool:
         usages = list(pool.map(one, bodies))
     ended = time.time()
-    prompt, generated = (sum(int(u.get(k) or 0) for u in usages) for k in ("prompt_tokens", "completion_tokens"))
+    prompt, generated = (
+        sum(int(u.get(k) or 0) for u in usages) for k in ("prompt_tokens", "completion_tokens")
+    )
     return Sent(len(bodies), prompt, generated, ended - began, ended)
 
 
@@ -102,7 +117,9 @@ def _call(url: str, body: dict[str, Any] | None, timeout: float) -> Any:
         raise PlacementError(f"{url} answered {error.code}: {reason}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        raise PlacementError(f"{url} cannot be reached ({reason}): start the server, or mend --url") from None
+        raise PlacementError(
+            f"{url} cannot be reached ({reason}): start the server, or mend --url"
+        ) from None
 
 
 def wait_for_recording(path: Path, before: float, ended: float) -> None:

@@ -21,7 +21,9 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     path = Path(path)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as handle:
             temporary = handle.name
             handle.write(content)
             handle.flush()
@@ -33,7 +35,9 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise PlacementError(f"{path} cannot be written ({error.strerror or error}): give a writable path") from error
+        raise PlacementError(
+            f"{path} cannot be written ({error.strerror or error}): give a writable path"
+        ) from error
 
 
 def remove_unfinished(path: str | Path) -> None:
@@ -54,7 +58,9 @@ def read_bytes(path: str | Path, what: str) -> bytes:
     except FileNotFoundError:
         raise PlacementError(f"{path} does not exist: give the path of a {what} file") from None
     except OSError as error:
-        raise PlacementError(f"{path} cannot be read ({error.strerror or error}): give the path of a {what} file") from error
+        raise PlacementError(
+            f"{path} cannot be read ({error.strerror or error}): give the path of a {what} file"
+        ) from error
 
 
 def read_json(path: str | Path, what: str) -> Any:

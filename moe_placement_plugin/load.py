@@ -53,16 +53,22 @@ class ExpertLoad:
         windows, layers, experts = counts.shape
         ids = tuple(int(i) for i in self.layer_ids) or tuple(range(layers))
         if len(ids) != layers or len(set(ids)) != layers:
-            raise PlacementError(f"{len(ids)} layer_ids for {layers} layers: give one distinct id per layer")
+            raise PlacementError(
+                f"{len(ids)} layer_ids for {layers} layers: give one distinct id per layer"
+            )
         object.__setattr__(self, "layer_ids", ids)
         phases = tuple(self.phases) or ("mixed",) * windows
         if len(phases) != windows or not set(phases) <= {"prefill", "decode", "mixed"}:
-            raise PlacementError(f"phases {phases} for {windows} windows: give prefill, decode or mixed for each window")
+            raise PlacementError(
+                f"phases {phases} for {windows} windows: give prefill, decode or mixed for each window"
+            )
         object.__setattr__(self, "phases", phases)
         if self.coactivation is not None:
             pairs = _as_counts(self.coactivation, "coactivation")
             if pairs.shape != (layers, experts, experts):
-                raise PlacementError(f"coactivation of shape {pairs.shape}: it must be {(layers, experts, experts)}")
+                raise PlacementError(
+                    f"coactivation of shape {pairs.shape}: it must be {(layers, experts, experts)}"
+                )
             pairs.setflags(write=False)
             object.__setattr__(self, "coactivation", pairs)
 
@@ -94,7 +100,9 @@ class ExpertLoad:
         """
         used = np.flatnonzero(self.counts.any(axis=(0, 2)))
         if not used.size:
-            raise PlacementError("the recording is empty (no token in any layer): record while requests are served")
+            raise PlacementError(
+                "the recording is empty (no token in any layer): record while requests are served"
+            )
         return self._rows(used)
 
     def select_layers(self, layer_ids: Sequence[int]) -> ExpertLoad:
@@ -111,7 +119,9 @@ class ExpertLoad:
         if set(layer_ids) <= set(self.layer_ids):
             return self._rows([self.layer_ids.index(i) for i in layer_ids])
         if self.num_layers == len(layer_ids) and self.layer_ids == tuple(range(self.num_layers)):
-            return ExpertLoad(self.counts, tuple(layer_ids), self.phases, self.coactivation, self.metadata)
+            return ExpertLoad(
+                self.counts, tuple(layer_ids), self.phases, self.coactivation, self.metadata
+            )
         raise PlacementError(
             f"the load has {self.num_layers} layers, the model has {len(layer_ids)} MoE layers "
             f"({min(layer_ids)}..{max(layer_ids)}): it was recorded on another model; record on this one"
@@ -196,10 +206,18 @@ def _as_counts(values: Any, name: str) -> np.ndarray:
     try:
         array = np.asarray(values)
     except ValueError:
-        raise PlacementError(f"{name} has rows of different lengths: every layer needs the same experts") from None
-    if array.dtype == bool or not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
-        raise PlacementError(f"{name} has type {array.dtype}: token counts are numbers; record again")
-    array = np.array(array, dtype=np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)
+        raise PlacementError(
+            f"{name} has rows of different lengths: every layer needs the same experts"
+        ) from None
+    if array.dtype == bool or not (
+        np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
+    ):
+        raise PlacementError(
+            f"{name} has type {array.dtype}: token counts are numbers; record again"
+        )
+    array = np.array(
+        array, dtype=np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64
+    )
     bad = np.argwhere(~np.isfinite(array) | (array < 0))
     if bad.size:
         where = tuple(int(i) for i in bad[0])
@@ -223,7 +241,9 @@ def _read_safetensors(content: bytes, path: str | Path) -> ExpertLoad:
             "--expert-load-record, or SGLang's .json or .pt"
         ) from None
     if header.get("format") != FORMAT or "counts" not in tensors:
-        raise PlacementError(f"{path} is a safetensors file but no recorded load: give one written by --expert-load-record")
+        raise PlacementError(
+            f"{path} is a safetensors file but no recorded load: give one written by --expert-load-record"
+        )
     if header.get("version") != str(FORMAT_VERSION):
         raise PlacementError(
             f"{path} has load version {header.get('version')}, this release reads version {FORMAT_VERSION}: record again"
@@ -241,7 +261,9 @@ def _read_sglang_json(content: bytes, path: str | Path) -> ExpertLoad:
     try:
         data = json.loads(content)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlacementError(f"{path} is not JSON ({error}): give a recorded load or a plan file") from None
+        raise PlacementError(
+            f"{path} is not JSON ({error}): give a recorded load or a plan file"
+        ) from None
     if "logical_count" not in data:
         raise PlacementError(
             f'{path} is neither a plan nor a recorded load: SGLang\'s recordings have "logical_count", plans have '
@@ -254,16 +276,22 @@ def _read_torch(path: str | Path) -> ExpertLoad:
     try:
         import torch
     except ModuleNotFoundError:
-        raise PlacementError(f"{path} is a .pt file, which needs torch to be read: install torch or export it as JSON") from None
+        raise PlacementError(
+            f"{path} is a .pt file, which needs torch to be read: install torch or export it as JSON"
+        ) from None
     import pickle
 
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise PlacementError(f"{path} is no readable .pt recording ({reason}): dump it again") from None
+        raise PlacementError(
+            f"{path} is no readable .pt recording ({reason}): dump it again"
+        ) from None
     if not isinstance(data, dict) or "logical_count" not in data:
-        raise PlacementError(f"{path} holds no logical_count: give a file dumped by SGLang's `stat` recorder")
+        raise PlacementError(
+            f"{path} holds no logical_count: give a file dumped by SGLang's `stat` recorder"
+        )
     counts = data["logical_count"]
     counts = counts.numpy() if isinstance(counts, torch.Tensor) else counts
     return ExpertLoad(counts, metadata={"source": "sglang"})

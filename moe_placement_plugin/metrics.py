@@ -36,7 +36,9 @@ HOTTEST = 3
 def contiguous(load: ExpertLoad, num_ranks: int) -> Placement:
     """The engines' default placement of the load's model on ``num_ranks`` ranks."""
     table = np.tile(np.arange(load.num_experts), (load.num_layers, 1))
-    return Placement(table, load.num_experts, even_slots(load.num_experts, num_ranks), load.layer_ids, "linear")
+    return Placement(
+        table, load.num_experts, even_slots(load.num_experts, num_ranks), load.layer_ids, "linear"
+    )
 
 
 class LoadCollector:
@@ -74,12 +76,18 @@ class LoadCollector:
     def _measure(self, load: ExpertLoad, written: float) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        tokens = CounterMetricFamily("moe_expert_tokens", "Routed tokens recorded so far, over all layers.", labels=["phase"])
+        tokens = CounterMetricFamily(
+            "moe_expert_tokens", "Routed tokens recorded so far, over all layers.", labels=["phase"]
+        )
         for phase in dict.fromkeys(load.phases):
             of_phase = [i for i, p in enumerate(load.phases) if p == phase]
             tokens.add_metric([phase], float(load.counts[of_phase].sum()))
         yield tokens
-        yield GaugeMetricFamily("moe_expert_recording_timestamp_seconds", "When the newest window was written.", value=written)
+        yield GaugeMetricFamily(
+            "moe_expert_recording_timestamp_seconds",
+            "When the newest window was written.",
+            value=written,
+        )
         newest = _newest(load)
         mean = np.maximum(newest.mean(axis=1), 1e-12)
         hottest = GaugeMetricFamily(
@@ -89,12 +97,16 @@ class LoadCollector:
         )
         for row, layer in enumerate(load.layer_ids):
             for expert in np.argsort(-newest[row], kind="stable")[:HOTTEST]:
-                hottest.add_metric([str(layer), str(expert)], float(newest[row, expert] / mean[row]))
+                hottest.add_metric(
+                    [str(layer), str(expert)], float(newest[row, expert] / mean[row])
+                )
         yield hottest
         placement = self._placement_of(load)
         if placement is not None:
             yield from _rank_metrics(placement, newest)
-        events = CounterMetricFamily("moe_placement_events", "What the engine's workers counted.", labels=["event"])
+        events = CounterMetricFamily(
+            "moe_placement_events", "What the engine's workers counted.", labels=["event"]
+        )
         for event, number in sorted(dict(load.metadata.get("events") or {}).items()):
             events.add_metric([event], float(number))
         yield events
@@ -103,7 +115,9 @@ class LoadCollector:
 def _rank_metrics(placement: Placement, newest: np.ndarray) -> Iterator[Any]:
     from prometheus_client.core import GaugeMetricFamily
 
-    by_layer = GaugeMetricFamily("moe_expert_balancedness", "Mean rank load / greatest, newest window.", labels=["layer"])
+    by_layer = GaugeMetricFamily(
+        "moe_expert_balancedness", "Mean rank load / greatest, newest window.", labels=["layer"]
+    )
     for layer, value in zip(placement.layer_ids, placement.balancedness(newest)):
         by_layer.add_metric([str(layer)], float(value))
     yield by_layer
@@ -113,7 +127,9 @@ def _rank_metrics(placement: Placement, newest: np.ndarray) -> Iterator[Any]:
     )  # fmt: skip
     load = placement.rank_load(newest).sum(axis=0)
     by_rank = GaugeMetricFamily(
-        "moe_expert_rank_load_ratio", "Load of the rank / mean over ranks, all layers, newest window.", labels=["rank"]
+        "moe_expert_rank_load_ratio",
+        "Load of the rank / mean over ranks, all layers, newest window.",
+        labels=["rank"],
     )
     for rank, value in enumerate(load / max(load.mean(), 1e-12)):
         by_rank.add_metric([str(rank)], float(value))
@@ -145,8 +161,12 @@ def install(path: str | Path, placement_of: Callable[[ExpertLoad], Placement | N
     collector = _installed[str(path)] = LoadCollector(path, placement_of)
     # prometheus_client decides while it is imported whether values go to files shared by processes. SGLang sets that up
     # first, so the import must be the engine's own; an engine without metrics never imports it.
-    register_post_import_hook(lambda module: module.REGISTRY.register(collector), "prometheus_client")
-    register_post_import_hook(lambda module: _join_fresh_registries(module, collector), "prometheus_client.multiprocess")
+    register_post_import_hook(
+        lambda module: module.REGISTRY.register(collector), "prometheus_client"
+    )
+    register_post_import_hook(
+        lambda module: _join_fresh_registries(module, collector), "prometheus_client.multiprocess"
+    )
 
 
 def _join_fresh_registries(multiprocess: Any, collector: LoadCollector) -> None:

@@ -13,7 +13,17 @@ import numpy as np
 from .errors import PlacementError
 from .placement import Placement
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "float8_e4m3fn": 1, "int8": 1, "int4": 0.5, "mxfp4": 0.5, "nvfp4": 0.5}
+_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "fp8": 1,
+    "float8_e4m3fn": 1,
+    "int8": 1,
+    "int4": 0.5,
+    "mxfp4": 0.5,
+    "nvfp4": 0.5,
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,9 @@ def check_comparable(old: Placement, new: Placement) -> None:
         ("layers", old.num_layers, new.num_layers),
     ):
         if before != after:
-            raise PlacementError(f"the plans are for {before} and {after} {what}: only plans for one model and cluster can be compared")
+            raise PlacementError(
+                f"the plans are for {before} and {after} {what}: only plans for one model and cluster can be compared"
+            )
     if old.layer_ids != new.layer_ids:
         raise PlacementError(
             f"the plans are for layers {old.layer_ids[0]}..{old.layer_ids[-1]} and {new.layer_ids[0]}..{new.layer_ids[-1]}: only "
@@ -92,7 +104,9 @@ def compare(old: Placement, new: Placement) -> Moves:
 
 def _held(placement: Placement) -> np.ndarray:
     """bool ``[layers, ranks, experts]``."""
-    held = np.zeros((placement.num_layers, placement.num_ranks, placement.num_logical_experts), dtype=bool)
+    held = np.zeros(
+        (placement.num_layers, placement.num_ranks, placement.num_logical_experts), dtype=bool
+    )
     layers = np.arange(placement.num_layers)[:, None]
     held[layers, placement.rank_of_slot[None, :], placement.physical_to_logical] = True
     return held
@@ -106,9 +120,18 @@ def expert_bytes_of(config: Mapping[str, Any], source: str) -> int:
     """
     text = config.get("text_config") or config
     hidden = text.get("hidden_size")
-    width = text.get("moe_intermediate_size") or text.get("expert_ffn_hidden_size") or text.get("intermediate_size")
+    width = (
+        text.get("moe_intermediate_size")
+        or text.get("expert_ffn_hidden_size")
+        or text.get("intermediate_size")
+    )
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
-    kind = quantization.get("quant_method") or text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype")
+    kind = (
+        quantization.get("quant_method")
+        or text.get("dtype")
+        or text.get("torch_dtype")
+        or config.get("torch_dtype")
+    )
     if not hidden or not width or kind not in _BYTES:
         raise PlacementError(
             f"{source}: bytes of an expert cannot be told from hidden_size {hidden}, moe_intermediate_size {width} and type {kind}: "
@@ -130,7 +153,9 @@ def expert_bytes_from(path: str | Path) -> int:
     path = path / "config.json" if path.is_dir() else path
     config = read_json(path, "model config")
     if not isinstance(config, dict):
-        raise PlacementError(f"{path} is no model config: give a model directory or its config.json")
+        raise PlacementError(
+            f"{path} is no model config: give a model directory or its config.json"
+        )
     return expert_bytes_of(config, str(path))
 
 

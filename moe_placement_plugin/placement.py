@@ -65,7 +65,11 @@ class Placement:
     def _validate(self) -> None:
         layers, slots = self.physical_to_logical.shape
         experts = self.num_logical_experts
-        if len(self.layer_ids) != layers or len(set(self.layer_ids)) != layers or min(self.layer_ids) < 0:
+        if (
+            len(self.layer_ids) != layers
+            or len(set(self.layer_ids)) != layers
+            or min(self.layer_ids) < 0
+        ):
             raise PlacementError(
                 f"layer_ids {_short(self.layer_ids)} for {layers} layers: give one distinct id >= 0 per layer"
             )
@@ -107,7 +111,9 @@ class Placement:
         ranks, experts = self.num_ranks, self.num_logical_experts
         flat = self.rank_of_slot.astype(np.int64)[None, :] * experts + self.physical_to_logical
         flat += np.arange(layers, dtype=np.int64)[:, None] * (ranks * experts)
-        return np.bincount(flat.ravel(), minlength=layers * ranks * experts).reshape(layers, ranks, experts)
+        return np.bincount(flat.ravel(), minlength=layers * ranks * experts).reshape(
+            layers, ranks, experts
+        )
 
     @property
     def num_layers(self) -> int:
@@ -206,7 +212,9 @@ class Placement:
                 f"{self.num_logical_experts} experts: the last two axes must be [layers, experts]"
             )
         share = counts / self.replica_counts
-        index = np.broadcast_to(self.physical_to_logical, counts.shape[:-2] + self.physical_to_logical.shape)
+        index = np.broadcast_to(
+            self.physical_to_logical, counts.shape[:-2] + self.physical_to_logical.shape
+        )
         per_slot = np.take_along_axis(share, index, axis=-1)
         # reduceat gives an empty range the value at its start: ranks without slots are put in afterwards.
         result = np.zeros(counts.shape[:-1] + (self.num_ranks,))
@@ -253,7 +261,9 @@ class Placement:
     def digest(self) -> str:
         """Hex SHA-256 over everything that decides where an expert lies (not over name or metadata)."""
         h = hashlib.sha256()
-        h.update(json.dumps([self.num_logical_experts, self.slots_per_rank, self.layer_ids]).encode())
+        h.update(
+            json.dumps([self.num_logical_experts, self.slots_per_rank, self.layer_ids]).encode()
+        )
         h.update(np.ascontiguousarray(self.physical_to_logical, dtype="<i4").tobytes())
         return h.hexdigest()
 
@@ -304,7 +314,9 @@ class Placement:
             )
         total = max(self.layer_ids) + 1 if num_layers is None else num_layers
         if total <= max(self.layer_ids):
-            raise PlacementError(f"num_layers {total}, but the plan has layer {max(self.layer_ids)}: give the model's own")
+            raise PlacementError(
+                f"num_layers {total}, but the plan has layer {max(self.layer_ids)}: give the model's own"
+            )
         rows = np.tile(np.arange(self.num_slots) % self.num_logical_experts, (total, 1))
         rows[list(self.layer_ids)] = self.physical_to_logical
         return {"physical_to_logical_map": rows.tolist()}
@@ -313,9 +325,16 @@ class Placement:
         """Write the plan as JSON, atomically."""
         from .files import write_atomically
 
-        rows = ",\n    ".join(json.dumps(row, separators=(",", ":")) for row in self.physical_to_logical.tolist())
+        rows = ",\n    ".join(
+            json.dumps(row, separators=(",", ":")) for row in self.physical_to_logical.tolist()
+        )
         head = {k: v for k, v in self.to_dict().items() if k != "physical_to_logical"}
-        text = json.dumps(head, indent=2)[:-2] + ',\n  "physical_to_logical": [\n    ' + rows + "\n  ]\n}\n"
+        text = (
+            json.dumps(head, indent=2)[:-2]
+            + ',\n  "physical_to_logical": [\n    '
+            + rows
+            + "\n  ]\n}\n"
+        )
         write_atomically(path, text.encode())
 
     @classmethod
@@ -340,7 +359,9 @@ def _as_int32_table(values: Any) -> np.ndarray:
     try:
         table = np.asarray(values)
     except ValueError:
-        raise PlacementError("physical_to_logical has rows of different lengths: every layer needs the same slots") from None
+        raise PlacementError(
+            "physical_to_logical has rows of different lengths: every layer needs the same slots"
+        ) from None
     if table.ndim != 2 or 0 in table.shape:
         raise PlacementError(
             f"physical_to_logical has shape {table.shape}: it must be [layers, slots] with at least one of each"
@@ -348,7 +369,9 @@ def _as_int32_table(values: Any) -> np.ndarray:
     if not np.issubdtype(table.dtype, np.integer):
         raise PlacementError(f"physical_to_logical has type {table.dtype}: expert ids are integers")
     if table.max() > np.iinfo(np.int32).max or table.min() < np.iinfo(np.int32).min:
-        raise PlacementError("physical_to_logical has ids beyond 32 bits: expert ids are small integers")
+        raise PlacementError(
+            "physical_to_logical has ids beyond 32 bits: expert ids are small integers"
+        )
     return np.array(table, dtype=np.int32)
 
 

@@ -28,7 +28,9 @@ class PlanFile(BaseModel):
 
 def is_plan(data: Any) -> bool:
     """Whether parsed JSON claims to be a plan (ours or SGLang's) rather than a recorded load."""
-    return isinstance(data, Mapping) and (data.get("format") == FORMAT or "physical_to_logical_map" in data)
+    return isinstance(data, Mapping) and (
+        data.get("format") == FORMAT or "physical_to_logical_map" in data
+    )
 
 
 def parse_plan(data: Any, source: str) -> Placement:
@@ -51,7 +53,9 @@ def parse_plan(data: Any, source: str) -> Placement:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the top level"
-        raise PlacementError(f"{source}: {where}: {first['msg']}; make the plan again or mend that field") from None
+        raise PlacementError(
+            f"{source}: {where}: {first['msg']}; make the plan again or mend that field"
+        ) from None
     try:
         return Placement(
             plan.physical_to_logical,
@@ -65,7 +69,9 @@ def parse_plan(data: Any, source: str) -> Placement:
         raise PlacementError(f"{source}: {error}") from None
 
 
-def parse_sglang_plan(data: Mapping[str, Any], num_logical_experts: int, num_ranks: int, source: str) -> Placement:
+def parse_sglang_plan(
+    data: Mapping[str, Any], num_logical_experts: int, num_ranks: int, source: str
+) -> Placement:
     """A `Placement` from SGLang's ``{"physical_to_logical_map": [layers][slots]}``.
 
     SGLang's form names neither the experts nor the ranks, so the model must.
@@ -74,14 +80,22 @@ def parse_sglang_plan(data: Mapping[str, Any], num_logical_experts: int, num_ran
         PlacementError: naming ``source``.
     """
     rows = data["physical_to_logical_map"]
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
-        raise PlacementError(f"{source}: physical_to_logical_map must be a list of layers, each a list of expert ids")
+    if (
+        not isinstance(rows, list)
+        or not rows
+        or not all(isinstance(row, list) and row for row in rows)
+    ):
+        raise PlacementError(
+            f"{source}: physical_to_logical_map must be a list of layers, each a list of expert ids"
+        )
     if len(rows[0]) % num_ranks:
         raise PlacementError(
             f"{source}: {len(rows[0])} slots do not divide over {num_ranks} EP ranks: SGLang's form needs equal ranks; "
             "plan for this number of ranks"
         )
     try:
-        return Placement(rows, num_logical_experts, even_slots(len(rows[0]), num_ranks), strategy="sglang")
+        return Placement(
+            rows, num_logical_experts, even_slots(len(rows[0]), num_ranks), strategy="sglang"
+        )
     except PlacementError as error:
         raise PlacementError(f"{source}: {error}") from None

@@ -141,7 +141,9 @@ class Simulation:
         ranks = base.placement.num_ranks
         sentences = []
         if best is base or best.overall <= base.overall * 1.005:
-            sentences.append(f"Nothing here balances better than {base.name} by more than half a percent: leave the placement as it is.")
+            sentences.append(
+                f"Nothing here balances better than {base.name} by more than half a percent: leave the placement as it is."
+            )
         else:
             gain = best.overall / base.overall
             sentences.append(
@@ -155,7 +157,9 @@ class Simulation:
                     "ranks. At small decode batches balance buys nothing there: time follows the weights of the active experts."
                 )
         if self.cost is None:
-            sentences.append("Times need a calibration file of your device (--calibration; `moe-placement bench layer` measures one).")
+            sentences.append(
+                "Times need a calibration file of your device (--calibration; `moe-placement bench layer` measures one)."
+            )
         elif best.step is not None and base.step is not None and best is not base:
             change = base.step.total_us / best.step.total_us - 1
             sentences.append(
@@ -217,10 +221,13 @@ def simulate(
     def timed(placement: Placement) -> StepTime | None:
         if cost is None:
             return None
-        return step_time(placement, together.total, tokens_per_step, top_k, cost, all_gather=all_gather)
+        return step_time(
+            placement, together.total, tokens_per_step, top_k, cost, all_gather=all_gather
+        )
 
     outcomes = [
-        _outcome(name, candidate, workloads, together, cluster, timed) for name, candidate in candidates.items()
+        _outcome(name, candidate, workloads, together, cluster, timed)
+        for name, candidate in candidates.items()
     ]
     return Simulation(workloads, outcomes, cost, dead_zone(outcomes[0].placement.num_ranks))
 
@@ -240,7 +247,9 @@ def _outcome(name, candidate, workloads, together, cluster, timed) -> Outcome:
     served = None
     if len(workloads) > 1:
         plans = [plan_on(w.load) for w in workloads]
-        served = np.array([[plan.overall_balancedness(w.load.counts) for w in workloads] for plan in plans])
+        served = np.array(
+            [[plan.overall_balancedness(w.load.counts) for w in workloads] for plan in plans]
+        )
     return Outcome(
         name,
         placement,
@@ -271,7 +280,12 @@ def rows_for(plan: Placement, load: ExpertLoad, name: str) -> Placement:
         return plan.select_layers(load.layer_ids)
     if plan.num_layers == load.num_layers:  # one of the two numbers MoE layers only
         return type(plan)(
-            plan.physical_to_logical, plan.num_logical_experts, plan.slots_per_rank, load.layer_ids, plan.strategy, plan.metadata
+            plan.physical_to_logical,
+            plan.num_logical_experts,
+            plan.slots_per_rank,
+            load.layer_ids,
+            plan.strategy,
+            plan.metadata,
         )
     raise PlacementError(
         f"{name} is a plan for {plan.num_layers} layers, the load has tokens in {load.num_layers} ({load.layer_ids[0]}.."
@@ -327,12 +341,18 @@ def step_time(
     layer_us, ideal_us = np.zeros(layers), np.zeros(layers)
     slot_order = _copy_number(placement)
     for layer in range(layers):
-        share = counts[layer] / counts[layer].sum() if counts[layer].any() else np.full(counts.shape[1], 1 / counts.shape[1])
+        share = (
+            counts[layer] / counts[layer].sum()
+            if counts[layer].any()
+            else np.full(counts.shape[1], 1 / counts.shape[1])
+        )
         drawn = rng.multinomial(tokens * top_k, share, size=steps)
         experts = placement.physical_to_logical[layer]
         replicas = placement.replica_counts[layer, experts]
         # Copy c of r takes one token more while tokens mod r > c.
-        per_slot = drawn[:, experts] // replicas + (drawn[:, experts] % replicas > slot_order[layer])
+        per_slot = drawn[:, experts] // replicas + (
+            drawn[:, experts] % replicas > slot_order[layer]
+        )
         per_rank, active, rows = np.zeros((3, steps, ranks))
         used = np.flatnonzero(placement.slots_per_rank)
         starts = placement.rank_offsets[:-1][used]
@@ -340,7 +360,9 @@ def step_time(
         active[:, used] = np.add.reduceat(per_slot > 0, starts, axis=1)
         rows[:, used] = tokens if all_gather else _arrived(per_slot, starts, tokens)
         layer_us[layer] = cost.time(per_rank, active, rows).max(axis=1).mean()
-        ideal_us[layer] = cost.time(per_rank.mean(axis=1), active.mean(axis=1), rows.mean(axis=1)).mean()
+        ideal_us[layer] = cost.time(
+            per_rank.mean(axis=1), active.mean(axis=1), rows.mean(axis=1)
+        ).mean()
     return StepTime(tokens, layer_us, ideal_us)
 
 

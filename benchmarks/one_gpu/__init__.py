@@ -16,5 +16,9 @@ def environment(kind: str, engine: str, *folders: Path) -> dict[str, str]:
         engine: ``vllm`` or ``sglang``.
         folders: more that Python is to find modules in, before those it is given already.
     """
-    path = os.pathsep.join(map(str, filter(None, [HERE / kind, *folders, os.environ.get("PYTHONPATH")])))
-    return {"PYTHONPATH": path} | ({"VLLM_DISABLE_PYNCCL": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"} if engine == "vllm" else {})
+    path = os.pathsep.join(
+        map(str, filter(None, [HERE / kind, *folders, os.environ.get("PYTHONPATH")]))
+    )
+    return {"PYTHONPATH": path} | (
+        {"VLLM_DISABLE_PYNCCL": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"} if engine == "vllm" else {}
+    )

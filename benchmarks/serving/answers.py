@@ -42,6 +42,20 @@ def difference(found: Sequence[Answer], reference: Sequence[Answer]) -> dict:
             at = until - 1
             likely = theirs.alternatives[at]
             missed = theirs.logprobs[at] - likely.get(ours.token_ids[at], min(likely.values()))
-            first.append({"answer": number, "place": at, "logprob": ours.logprobs[at], "reference": theirs.logprobs[at], "behind": missed})
+            first.append(
+                {
+                    "answer": number,
+                    "place": at,
+                    "logprob": ours.logprobs[at],
+                    "reference": theirs.logprobs[at],
+                    "behind": missed,
+                }
+            )
     behind = max((one["behind"] for one in first), default=0.0)
-    return {"different": len(first), "logprobs": max(gaps, default=0.0), "median": median(gaps or [0.0]), "behind": behind, "first": first}
+    return {
+        "different": len(first),
+        "logprobs": max(gaps, default=0.0),
+        "median": median(gaps or [0.0]),
+        "behind": behind,
+        "first": first,
+    }

@@ -56,7 +56,9 @@ class Model:
             return self
         made = replace(self, size=replace(self.size, layers=layers))
         if not made.moe_layers:
-            raise PlacementError(f"--layers {layers}: no MoE layer is left; give at least {self.moe_layers.start + 1}")
+            raise PlacementError(
+                f"--layers {layers}: no MoE layer is left; give at least {self.moe_layers.start + 1}"
+            )
         return made
 
     def cache_bytes(self, tokens: int, ranks: int, itemsize: int) -> int:
@@ -64,13 +66,28 @@ class Model:
 
         With data-parallel attention a rank has a share of the tokens and all heads of each: as many bytes, while heads divide.
         """
-        return tokens * self.size.layers * 2 * max(1, self.size.kv_heads // ranks) * self.size.head_dim * itemsize
+        return (
+            tokens
+            * self.size.layers
+            * 2
+            * max(1, self.size.kv_heads // ranks)
+            * self.size.head_dim
+            * itemsize
+        )
 
     def routing(self, device: str = "cpu") -> Routing:
         """The model's rule, without a correction bias: the gate has one."""
         if self.groups:
             zero = torch.zeros(self.experts, device=device)
-            return Routing(self.experts, self.top_k, "sigmoid", True, self.groups, self.groups // 2, correction_bias=zero)
+            return Routing(
+                self.experts,
+                self.top_k,
+                "sigmoid",
+                True,
+                self.groups,
+                self.groups // 2,
+                correction_bias=zero,
+            )
         return Routing(self.experts, self.top_k)
 
     def config(self) -> dict:
@@ -113,7 +130,9 @@ def wanted_shares(load: ExpertLoad | None, model: Model) -> np.ndarray:
     return shares / shares.sum(axis=1, keepdims=True)
 
 
-def fit_bias(noise: torch.Tensor, shares: torch.Tensor, routing: Routing, steps: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_bias(
+    noise: torch.Tensor, shares: torch.Tensor, routing: Routing, steps: int = 150
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A bias per expert that makes the choices follow ``shares``.
 
     Args:
@@ -129,7 +148,9 @@ def fit_bias(noise: torch.Tensor, shares: torch.Tensor, routing: Routing, steps:
     floor = 1 / noise.shape[0]
     for step in range(steps):
         chosen, _ = select_experts(noise + bias, routing)
-        reached = torch.bincount(chosen.flatten(), minlength=len(shares)).to(shares) / chosen.numel()
+        reached = (
+            torch.bincount(chosen.flatten(), minlength=len(shares)).to(shares) / chosen.numel()
+        )
         apart = float((reached - shares).abs().sum())
         if apart < best[0]:
             best = apart, bias.clone(), reached
@@ -152,14 +173,26 @@ MADE = "made.json"
 """What a checkpoint was made of."""
 
 
-def write(path: Path, model: Model, load: ExpertLoad | None, dtype: torch.dtype, device: str, seed: int = 0) -> dict:
+def write(
+    path: Path,
+    model: Model,
+    load: ExpertLoad | None,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+) -> dict:
     """Write a checkpoint, a file per layer and one for all routers; the very same one that is there from before is kept.
 
     Returns:
         {"shares": wanted, "reached": by the embeddings}, float ``[MoE layers, experts]`` each, as lists.
     """
     path.mkdir(parents=True, exist_ok=True)
-    config = model.config() | {"torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = model.config() | {
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
     shares = wanted_shares(load, model)
     made = path / MADE
     what = {"config": config, "device": device, "seed": seed, "shares": shares.tolist()}
@@ -189,7 +222,9 @@ def write(path: Path, model: Model, load: ExpertLoad | None, dtype: torch.dtype,
             one.result()
     _save(gates, dtype, path / GATES)
     index |= dict.fromkeys(gates, GATES)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     made.write_text(json.dumps(what | {"reached": reached}))  # last: half a checkpoint is made anew
     return {"shares": shares.tolist(), "reached": reached}
 
@@ -208,16 +243,28 @@ def write_even_twin(path: Path, of: Path, model: Model, device: str) -> None:
         if file.name not in (GATES, MADE):
             (path / file.name).unlink(missing_ok=True)
             (path / file.name).symlink_to(file.resolve())
-    normal = _normal(load_file(of / "model-00000.safetensors", device)["model.embed_tokens.weight"].float())
+    normal = _normal(
+        load_file(of / "model-00000.safetensors", device)["model.embed_tokens.weight"].float()
+    )
     even = torch.from_numpy(wanted_shares(None, model)).float().to(device)
     gates = load_file(of / GATES, device)
-    for (key, gate), row in zip(sorted(gates.items(), key=lambda item: int(item[0].split(".")[2])), even):
-        gates[key] = _fitted(gate.float() * (torch.arange(gate.shape[1], device=device) > 0), normal, row, model.routing(device))[0].to(gate.dtype)
+    for (key, gate), row in zip(
+        sorted(gates.items(), key=lambda item: int(item[0].split(".")[2])), even
+    ):
+        gates[key] = _fitted(
+            gate.float() * (torch.arange(gate.shape[1], device=device) > 0),
+            normal,
+            row,
+            model.routing(device),
+        )[0].to(gate.dtype)
     _save(gates, next(iter(gates.values())).dtype, path / GATES)
 
 
 def _save(tensors: dict[str, torch.Tensor], dtype: torch.dtype, path: Path) -> None:
-    found = {k: t.to(dtype).cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    found = {
+        k: t.to(dtype).cpu().clone(memory_format=torch.contiguous_format)
+        for k, t in tensors.items()
+    }
     save_file(found, path, metadata={"format": "pt"})
 
 
@@ -226,26 +273,38 @@ def _normal(embedding: torch.Tensor) -> torch.Tensor:
     return embedding / embedding.square().mean(dim=1, keepdim=True).sqrt()
 
 
-def _fitted(gate: torch.Tensor, normal: torch.Tensor, shares: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+def _fitted(
+    gate: torch.Tensor, normal: torch.Tensor, shares: torch.Tensor, routing: Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(the gate ``[experts, hidden]`` with a bias in column 0, which was zero; the share of each expert)."""
     bias, found = fit_bias(normal @ gate.T, shares, routing)
     gate[:, 0] = bias.to(gate) / float(normal[:, 0].mean())
     return gate, found
 
 
-def _files(model: Model, shares: np.ndarray, device: str, seed: int) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
+def _files(
+    model: Model, shares: np.ndarray, device: str, seed: int
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
     size = model.size
     generator = torch.Generator(device).manual_seed(seed)
 
     # Dimension 0 of the residual stream carries the routers' bias. What else read it would write something that all tokens share,
     # which shifts the next routers; what wrote it would change the bias.
     def reads(rows: int, gain: float) -> torch.Tensor:
-        tensor = torch.randn(rows, size.hidden, generator=generator, device=device) * gain / size.hidden**0.5
+        tensor = (
+            torch.randn(rows, size.hidden, generator=generator, device=device)
+            * gain
+            / size.hidden**0.5
+        )
         tensor[:, 0] = 0
         return tensor
 
     def writes(columns: int, gain: float) -> torch.Tensor:
-        tensor = torch.randn(size.hidden, columns, generator=generator, device=device) * gain / columns**0.5
+        tensor = (
+            torch.randn(size.hidden, columns, generator=generator, device=device)
+            * gain
+            / columns**0.5
+        )
         tensor[0] = 0
         return tensor
 
@@ -259,7 +318,14 @@ def _files(model: Model, shares: np.ndarray, device: str, seed: int) -> Iterator
     embedding = torch.randn(size.vocab, size.hidden, generator=generator, device=device)
     embedding[:, 0] = CONSTANT
     ones = torch.ones(size.hidden)
-    yield {"model.embed_tokens.weight": embedding, "model.norm.weight": ones, "lm_head.weight": reads(size.vocab, 4.0)}, None
+    yield (
+        {
+            "model.embed_tokens.weight": embedding,
+            "model.norm.weight": ones,
+            "lm_head.weight": reads(size.vocab, 4.0),
+        },
+        None,
+    )
     normal = _normal(embedding)
     heads, kv_heads = size.heads * size.head_dim, size.kv_heads * size.head_dim
     for layer in range(size.layers):
@@ -296,8 +362,14 @@ def _write_tokenizer(path: Path, vocab: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), vocab))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[3]))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[3])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(path / "tokenizer.json"))
     special = dict(zip(("bos_token", "eos_token", "pad_token", "unk_token"), SPECIAL))
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32768, **special}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32768, **special}
+        )
+    )

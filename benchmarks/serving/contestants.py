@@ -56,7 +56,9 @@ class Contestant:
 
     def exists(self, engine: str, layout: str) -> bool:
         """Whether an engine has it; SGLang with data-parallel attention cannot record without an all-to-all back end."""
-        return engine in self.engines and not (self.recording and (engine, layout) == ("sglang", "dp"))
+        return engine in self.engines and not (
+            self.recording and (engine, layout) == ("sglang", "dp")
+        )
 
     @property
     def file(self) -> str:
@@ -86,7 +88,10 @@ CONTESTANTS = {
 
 
 def batches(
-    contestants: Sequence[Contestant], at_once: int, takes: Callable[[Contestant], float] = lambda one: 0, free: float = 0
+    contestants: Sequence[Contestant],
+    at_once: int,
+    takes: Callable[[Contestant], float] = lambda one: 0,
+    free: float = 0,
 ) -> list[list[Contestant]]:
     """The contestants in groups, each with the first one and the ideal, so that every ratio is of servers that took turns.
 
@@ -103,7 +108,9 @@ def batches(
     others = [c for c in contestants if c not in always]
     names = ", ".join(c.name for c in always)
     if others and at_once <= len(always):
-        raise PlacementError(f"--at-once {at_once}: {names} are always up and at least one more: give {len(always) + 1}")
+        raise PlacementError(
+            f"--at-once {at_once}: {names} are always up and at least one more: give {len(always) + 1}"
+        )
     made, left = [list(always)], free - sum(map(takes, always))
     for one in others:
         if len(made[-1]) > len(always) and (len(made[-1]) == at_once or takes(one) > left):
@@ -163,14 +170,23 @@ class Setup:
         return 1 if self.one_gpu == "lone" else self.ranks
 
 
-def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port: int, record: Path | None = None) -> tuple[list[str], dict[str, str]]:
+def command(
+    one: Contestant,
+    setup: Setup,
+    model: Path,
+    load: Path | None,
+    port: int,
+    record: Path | None = None,
+) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a contestant's server.
 
     Raises:
         PlacementError: when it needs a recorded load and there is none.
     """
     if one.load and load is None:
-        raise PlacementError(f"{one.name} plans from a recorded load: give --load, or let the run record one")
+        raise PlacementError(
+            f"{one.name} plans from a recorded load: give --load, or let the run record one"
+        )
     arguments = _vllm(one, setup) if setup.engine == "vllm" else _sglang(one, setup)
     arguments += ["--stream-interval", str(STREAMED)]
     if one.moving and one.strategy:
@@ -185,7 +201,11 @@ def command(one: Contestant, setup: Setup, model: Path, load: Path | None, port:
     if setup.layout == "dp":
         line = _data_parallel(line, setup)
     # Servers that start side by side take memory of the two GPUs at different times, which SGLang would take for a fault.
-    own = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} if setup.engine == "vllm" else {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    own = (
+        {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+        if setup.engine == "vllm"
+        else {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    )
     if setup.one_gpu or setup.cpu and setup.layout == "dp":  # the CPU build, too, has gloo alone
         own |= one_gpu.environment(setup.one_gpu or "shared", setup.engine)
     if setup.one_gpu:
@@ -225,15 +245,40 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
         if one.redundant:
             words += ["--ep-num-redundant-experts", str(one.redundant)]
     if not setup.cpu:
-        words += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"]
+        words += [
+            "--attention-backend",
+            "triton",
+            "--sampling-backend",
+            "pytorch",
+            "--grammar-backend",
+            "none",
+        ]
         # SGLang takes a share of what was free before it loaded, less whatever others took since: the share is large and the tokens are bounded.
-        words += ["--mem-fraction-static", "0.95", "--max-total-tokens", str(CACHE_TOKENS), "--chunked-prefill-size", str(LARGEST_STEP)]
-        words += ["--max-running-requests", str(MOST_REQUESTS), "--cuda-graph-max-bs-decode", str(MOST_REQUESTS)]
+        words += [
+            "--mem-fraction-static",
+            "0.95",
+            "--max-total-tokens",
+            str(CACHE_TOKENS),
+            "--chunked-prefill-size",
+            str(LARGEST_STEP),
+        ]
+        words += [
+            "--max-running-requests",
+            str(MOST_REQUESTS),
+            "--cuda-graph-max-bs-decode",
+            str(MOST_REQUESTS),
+        ]
         words.append("--enforce-disable-flashinfer-allreduce-fusion")
         # Graphs of decoding only: steps of thousands of tokens gain nothing from one, and capturing those takes a minute and a half.
         words.append("--disable-prefill-cuda-graph" if setup.graphs else "--disable-cuda-graph")
     if one.moving:
-        words += ["--enable-eplb", "--eplb-rebalance-num-iterations", str(setup.interval), "--expert-distribution-recorder-mode", "stat"]
+        words += [
+            "--enable-eplb",
+            "--eplb-rebalance-num-iterations",
+            str(setup.interval),
+            "--expert-distribution-recorder-mode",
+            "stat",
+        ]
     return words
 
 

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-BATCH = re.compile(r"\[\d{4}-\d\d-\d\d [\d:]+([^\]]*)\] (Prefill|Decode) batch.*?#running-req: (\d+)(?:.*?gen throughput \(token/s\): ([\d.]+))?")
+BATCH = re.compile(
+    r"\[\d{4}-\d\d-\d\d [\d:]+([^\]]*)\] (Prefill|Decode) batch.*?#running-req: (\d+)(?:.*?gen throughput \(token/s\): ([\d.]+))?"
+)
 """Of SGLang's log, one line for 40 forward passes of decoding and one for each of prefill."""
 LATENCY = re.compile(r"^vllm:inter_token_latency_seconds_(sum|count)\{.*\} (\S+)$", re.MULTILINE)
 """Of vLLM's metrics, by the engine core's clock."""
@@ -74,7 +76,13 @@ def decoding(log: str) -> float | None:
     """
     times, last = [], {}
     for rank, kind, running, throughput in BATCH.findall(log):
-        if (kind, running) == last.get(rank) and kind == "Decode" and throughput and float(throughput) and int(running):
+        if (
+            (kind, running) == last.get(rank)
+            and kind == "Decode"
+            and throughput
+            and float(throughput)
+            and int(running)
+        ):
             times.append(1e3 * int(running) / float(throughput))
         last[rank] = kind, running
     return sum(times) / len(times) if times else None

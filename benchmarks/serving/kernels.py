@@ -24,19 +24,37 @@ LOADS = {"decode": Workload(128, 64, 24, 128), "prefill": Workload(16, 4096, 1, 
 """Short: a trace has an event for each kernel that was launched."""
 MOE_KERNEL = "fused_moe"
 """Of both engines' Triton kernel's name, which is launched twice in a layer."""
-EXPERTS = re.compile(r"fused_moe|act_and_mul|moe_align_block_size|count_and_sort_expert_tokens|moe_sum")
+EXPERTS = re.compile(
+    r"fused_moe|act_and_mul|moe_align_block_size|count_and_sort_expert_tokens|moe_sum"
+)
 """All that runs for the experts of a rank, which is what `moe-placement bench layer` times: not the choice of them, nor the exchange."""
-OWN_WORK = re.compile(r"^(?!.*(nccl|all_?reduce|all_?gather|reduce_?scatter|cross_device))", re.IGNORECASE)
+OWN_WORK = re.compile(
+    r"^(?!.*(nccl|all_?reduce|all_?gather|reduce_?scatter|cross_device))", re.IGNORECASE
+)
 """All kernels but those that wait for other ranks."""
 
 
 def vllm_arguments(folder: Path) -> list[str]:
     """What a vLLM server needs to be profiled when it is asked to; SGLang needs nothing."""
-    settings = {"profiler": "torch", "torch_profiler_dir": str(folder), "torch_profiler_with_stack": False, "ignore_frontend": True}
+    settings = {
+        "profiler": "torch",
+        "torch_profiler_dir": str(folder),
+        "torch_profiler_with_stack": False,
+        "ignore_frontend": True,
+    }
     return ["--profiler-config", json.dumps(settings)]
 
 
-def profile(url: str, load: str, engine: str, folder: Path, vocab: int, ranks: int, cpu: bool = False, seconds: float = 60) -> dict:
+def profile(
+    url: str,
+    load: str,
+    engine: str,
+    folder: Path,
+    vocab: int,
+    ranks: int,
+    cpu: bool = False,
+    seconds: float = 60,
+) -> dict:
     """Profile a server.
 
     Args:
@@ -57,17 +75,25 @@ def profile(url: str, load: str, engine: str, folder: Path, vocab: int, ranks: i
         RuntimeError, OSError: when the server refuses what it is asked.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    asked = {"output_dir": str(folder), "activities": ["CPU" if cpu else "GPU"]} if engine == "sglang" else {}
+    asked = (
+        {"output_dir": str(folder), "activities": ["CPU" if cpu else "GPU"]}
+        if engine == "sglang"
+        else {}
+    )
     before = set(_traces(folder))
     post(f"{url}/start_profile", asked)
     try:
         drive(url, WORKLOADS["tiny"] if cpu else LOADS[load], vocab, 5)
     finally:
         post(f"{url}/stop_profile", {})  # a profiler that runs refuses the next start
-    return per_layer(_new_traces(folder, before, url, ranks, seconds), "cpu_op" if cpu else "kernel")
+    return per_layer(
+        _new_traces(folder, before, url, ranks, seconds), "cpu_op" if cpu else "kernel"
+    )
 
 
-def _new_traces(folder: Path, before: set[Path], url: str, ranks: int, seconds: float) -> list[list[dict]]:
+def _new_traces(
+    folder: Path, before: set[Path], url: str, ranks: int, seconds: float
+) -> list[list[dict]]:
     """The events of each trace that is in a folder now and was not before, once there is one of each rank and all are whole."""
     end = time.monotonic() + seconds
     while True:
@@ -79,7 +105,9 @@ def _new_traces(folder: Path, before: set[Path], url: str, ranks: int, seconds: 
         if len(events) >= ranks:
             return events
         if time.monotonic() > end:
-            raise PlacementError(f"{url} wrote {len(events)} whole traces of {ranks} ranks into {folder} within {seconds:g} s")
+            raise PlacementError(
+                f"{url} wrote {len(events)} whole traces of {ranks} ranks into {folder} within {seconds:g} s"
+            )
         time.sleep(0.5)
 
 
@@ -100,15 +128,35 @@ def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict:
     cut = [_layers([event for event in events if event.get("cat") == category]) for events in ranks]
     sums = [[_by_kernel(events) for events in layers] for layers in cut]
     names = {name for rank in sums for layer in rank for name in layer}
-    kernels = {name: [fmean(median(layer[name][at] if name in layer else 0.0 for layer in rank) for rank in sums) for at in (0, 1)] for name in names}
+    kernels = {
+        name: [
+            fmean(
+                median(layer[name][at] if name in layer else 0.0 for layer in rank) for rank in sums
+            )
+            for at in (0, 1)
+        ]
+        for name in names
+    }
     busiest = {
-        what: [max(times) for times in zip(*([_spent(events, kernel) for events in layers] for layers in cut))]
+        what: [
+            max(times)
+            for times in zip(*([_spent(events, kernel) for events in layers] for layers in cut))
+        ]
         for what, kernel in (("moe", re.compile(MOE_KERNEL)), ("experts", EXPERTS))
     }
     own = [median(_spent(events, OWN_WORK) for events in layers) for layers in cut]
-    span = fmean(median(_end(after) - _end(before) for before, after in pairwise(layers)) if len(layers) > 1 else 0.0 for layers in cut)
+    span = fmean(
+        median(_end(after) - _end(before) for before, after in pairwise(layers))
+        if len(layers) > 1
+        else 0.0
+        for layers in cut
+    )
     found = {"kernels": {n: v for n, v in kernels.items() if v[1]}, "span": span, "ranks": own}
-    return found | {what: median(times) for what, times in busiest.items()} | {f"{what}_total": sum(times) for what, times in busiest.items()}
+    return (
+        found
+        | {what: median(times) for what, times in busiest.items()}
+        | {f"{what}_total": sum(times) for what, times in busiest.items()}
+    )
 
 
 def _by_kernel(events: Sequence[Mapping]) -> dict[str, list[float]]:

@@ -41,7 +41,9 @@ def costs(names: Sequence[str]) -> dict[str, LayerCost]:
         calibration = find_calibration(name)
         phase = calibration.layer.get("phase", "")
         if phase in found:
-            raise PlacementError(f"--calibration {name}: a second one for {phase or 'no phase'}: give one for prefill and one for decode")
+            raise PlacementError(
+                f"--calibration {name}: a second one for {phase or 'no phase'}: give one for prefill and one for decode"
+            )
         found[phase] = fit(calibration.measurements)
     return found
 
@@ -59,7 +61,12 @@ def step_tokens(name: str, workload: Workload) -> int:
 
 
 def layer_times(
-    placements: Mapping[str, Placement], counts: np.ndarray, ideal: Placement, tokens: int, top_k: int, cost: LayerCost
+    placements: Mapping[str, Placement],
+    counts: np.ndarray,
+    ideal: Placement,
+    tokens: int,
+    top_k: int,
+    cost: LayerCost,
 ) -> dict[str, float]:
     """Microseconds of all MoE layers in one forward pass, by server.
 
@@ -74,12 +81,18 @@ def layer_times(
 
     def total(placement: Placement, counts: np.ndarray) -> float:
         # Neither engine sends tokens to ranks as it is started here: all are gathered on every rank.
-        return float(step_time(placement, counts, tokens, top_k, cost, all_gather=True).layer_us.sum())
+        return float(
+            step_time(placement, counts, tokens, top_k, cost, all_gather=True).layer_us.sum()
+        )
 
-    return {name: total(placement, counts) for name, placement in placements.items()} | {"ideal": total(ideal, np.ones_like(counts))}
+    return {name: total(placement, counts) for name, placement in placements.items()} | {
+        "ideal": total(ideal, np.ones_like(counts))
+    }
 
 
-def predict(layers: Mapping[str, float], measured: Mapping[str, float], first: str) -> dict[str, dict[str, float]]:
+def predict(
+    layers: Mapping[str, float], measured: Mapping[str, float], first: str
+) -> dict[str, dict[str, float]]:
     """Tokens per second of the servers between the first and the ideal one, and the prediction's relative error.
 
     Args:
@@ -90,7 +103,10 @@ def predict(layers: Mapping[str, float], measured: Mapping[str, float], first: s
     Returns:
         server -> ``predicted`` tokens per second and its ``error``; empty when the two servers' layers are alike, so that nothing can be told.
     """
-    if not {first, "ideal"} <= layers.keys() & measured.keys() or abs(layers[first] / layers["ideal"] - 1) < MIN_APART:
+    if (
+        not {first, "ideal"} <= layers.keys() & measured.keys()
+        or abs(layers[first] / layers["ideal"] - 1) < MIN_APART
+    ):
         return {}
     share = (1 / measured[first] - 1 / measured["ideal"]) / (layers[first] - layers["ideal"])
     result = {}
@@ -100,7 +116,9 @@ def predict(layers: Mapping[str, float], measured: Mapping[str, float], first: s
     return dict(sorted(result.items()))
 
 
-def predict_layers(layers: Mapping[str, float], measured: Mapping[str, float], first: str) -> dict[str, dict[str, float]]:
+def predict_layers(
+    layers: Mapping[str, float], measured: Mapping[str, float], first: str
+) -> dict[str, dict[str, float]]:
     """Predicted MoE layers beside profiled ones.
 
     Args:
@@ -117,7 +135,10 @@ def predict_layers(layers: Mapping[str, float], measured: Mapping[str, float], f
     if first not in off:
         return {}
     error = {name: (one if name == first else one / off[first]) - 1 for name, one in off.items()}
-    return {name: {"predicted": layers[name], "measured": measured[name], "error": error[name]} for name in off}
+    return {
+        name: {"predicted": layers[name], "measured": measured[name], "error": error[name]}
+        for name in off
+    }
 
 
 @dataclass(frozen=True)
@@ -144,21 +165,40 @@ class Predictor:
         """Of the servers between the first and the ideal one: ``servers`` of `predict`, ``layer_us`` of `layer_times`, and ``step_tokens``."""
         tokens = step_tokens(workload, WORKLOADS[workload])
         layers = self._layer_times(workload, tokens, rounds)
-        measured = {name: float(np.median([r["tokens_per_s"] for r in rows])) for name, rows in rounds.items()}
-        return {"step_tokens": tokens, "layer_us": layers, "servers": predict(layers, measured, self.first)}
+        measured = {
+            name: float(np.median([r["tokens_per_s"] for r in rows]))
+            for name, rows in rounds.items()
+        }
+        return {
+            "step_tokens": tokens,
+            "layer_us": layers,
+            "servers": predict(layers, measured, self.first),
+        }
 
     def layers(self, load: str, profiles: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
         """`predict_layers` of what was profiled under one of `kernels.LOADS`."""
         asked = LOADS[load]
         tokens = step_tokens(load, asked)
         if load == "decode":  # all steps alike, however many
-            steps, measured = 1.0, {name: len(self.model.moe_layers) * of["experts"] for name, of in profiles.items()}
+            steps, measured = (
+                1.0,
+                {name: len(self.model.moe_layers) * of["experts"] for name, of in profiles.items()},
+            )
         else:  # as many tokens in every server, however they were cut into steps
-            steps, measured = asked.requests * asked.prompt / tokens, {name: of["experts_total"] for name, of in profiles.items()}
-        times = {name: steps * time for name, time in self._layer_times(load, tokens, measured).items()}
+            steps, measured = (
+                asked.requests * asked.prompt / tokens,
+                {name: of["experts_total"] for name, of in profiles.items()},
+            )
+        times = {
+            name: steps * time for name, time in self._layer_times(load, tokens, measured).items()
+        }
         return predict_layers(times, measured, self.first)
 
-    def _layer_times(self, workload: str, tokens: int, servers: Mapping[str, object]) -> dict[str, float]:
+    def _layer_times(
+        self, workload: str, tokens: int, servers: Mapping[str, object]
+    ) -> dict[str, float]:
         even = get_strategy("linear").place(Cluster(Topology.even(self.ranks)).request(self.load))
         placed = {name: placement for name, placement in self.placed.items() if name in servers}
-        return layer_times(placed, self.load.total, even, tokens, self.model.top_k, cost_of(workload, self.costs))
+        return layer_times(
+            placed, self.load.total, even, tokens, self.model.top_k, cost_of(workload, self.costs)
+        )

@@ -60,17 +60,33 @@ def _kernel_lines(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
     """Heads, the kernels in which servers differ most, and what a layer takes."""
     yield ["kernel", *found]
     kernels = [of["kernels"] for of in found.values()]
-    gap = {n: max(abs(k.get(n, [0.0])[0] - kernels[0].get(n, [0.0])[0]) for k in kernels) for one in kernels for n in one}
+    gap = {
+        n: max(abs(k.get(n, [0.0])[0] - kernels[0].get(n, [0.0])[0]) for k in kernels)
+        for one in kernels
+        for n in one
+    }
     for name in sorted(gap, key=lambda n: (-gap[n], n))[:SHOWN]:
         yield [name, *(f"{k[name][0]:.1f} ({k[name][1]:g})" if name in k else "" for k in kernels)]
-    yield ["all kernels", *(f"{sum(t for t, _ in k.values()):.1f} ({sum(n for _, n in k.values()):g})" for k in kernels)]
+    yield [
+        "all kernels",
+        *(
+            f"{sum(t for t, _ in k.values()):.1f} ({sum(n for _, n in k.values()):g})"
+            for k in kernels
+        ),
+    ]
     yield ["from layer to layer", *(f"{of['span']:.1f}" for of in found.values())]
     if all("ranks" in of for of in found.values()):
-        yield ["each rank, without collectives", *(f"{min(of['ranks']):.1f} to {max(of['ranks']):.1f}" for of in found.values())]
+        yield [
+            "each rank, without collectives",
+            *(f"{min(of['ranks']):.1f} to {max(of['ranks']):.1f}" for of in found.values()),
+        ]
     yield ["the busiest rank's MoE kernels", *(f"{of['moe']:.1f}" for of in found.values())]
     yield ["the same, all layers, ms", *(f"{of['moe_total'] / 1e3:.2f}" for of in found.values())]
     if all("experts_total" in of for of in found.values()):
-        yield ["with sort, activation, sum, ms", *(f"{of['experts_total'] / 1e3:.2f}" for of in found.values())]
+        yield [
+            "with sort, activation, sum, ms",
+            *(f"{of['experts_total'] / 1e3:.2f}" for of in found.values()),
+        ]
 
 
 def by_load(kernels: Mapping[str, Mapping[str, Mapping]]) -> dict[str, dict[str, Mapping]]:
@@ -89,7 +105,9 @@ def disturbed_in_words(rounds: Mapping[str, list[dict]]) -> str:
 
 
 def _title(workload: str, rounds: Mapping[str, list[dict]]) -> str:
-    return f"{workload}: medians of {len(next(iter(rounds.values())))} rounds in turns (least to most)"
+    return (
+        f"{workload}: medians of {len(next(iter(rounds.values())))} rounds in turns (least to most)"
+    )
 
 
 def _lines(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Iterator[list[str]]:
@@ -98,7 +116,9 @@ def _lines(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Ite
     yield [column.format(first=first) for column in COLUMNS]
     speed = {name: np.array([r["tokens_per_s"] for r in rows]) for name, rows in rounds.items()}
     for name, rows in rounds.items():
-        middle = {key: float(np.median([r[key] for r in rows])) for key in rows[0] if key != "engine_tpot"}
+        middle = {
+            key: float(np.median([r[key] for r in rows])) for key in rows[0] if key != "engine_tpot"
+        }
         own = [r["engine_tpot"] for r in rows if r.get("engine_tpot") is not None]
         ratio, values, found = speed[name] / speed[first], speed[name], answers.get(name)
         yield [
@@ -116,8 +136,14 @@ def _lines(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Ite
 
 def answers_in_words(found: dict, asked: int) -> str:
     """How a server's answers differ from the first one's, of `difference`."""
-    same = "equal" if not found["different"] else f"{found['different']} of {asked} differ where {found['behind']:.2f} behind"
-    half = f", half of them {found['median']:.1e}" if "median" in found else ""  # earlier files are without it
+    same = (
+        "equal"
+        if not found["different"]
+        else f"{found['different']} of {asked} differ where {found['behind']:.2f} behind"
+    )
+    half = (
+        f", half of them {found['median']:.1e}" if "median" in found else ""
+    )  # earlier files are without it
     return f"{same}, logprobs {found['logprobs']:.1e}{half}"
 
 
@@ -125,8 +151,14 @@ def prediction_in_words(predicted: dict) -> str:
     """One line of what the cost model predicted."""
     if not predicted["servers"]:
         return "cost model: no prediction, the first server's MoE layers and the ideal ones take the same time, or one of the two is missing"
-    each = (f"{name} {p['predicted']:.0f} tokens/s ({p['error']:+.1%})" for name, p in predicted["servers"].items())
-    return f"cost model, steps of {predicted['step_tokens']} tokens, between the first server and the ideal one: " + ", ".join(each)
+    each = (
+        f"{name} {p['predicted']:.0f} tokens/s ({p['error']:+.1%})"
+        for name, p in predicted["servers"].items()
+    )
+    return (
+        f"cost model, steps of {predicted['step_tokens']} tokens, between the first server and the ideal one: "
+        + ", ".join(each)
+    )
 
 
 def layers_in_words(load: str, found: Mapping[str, Mapping[str, float]]) -> str:
@@ -152,13 +184,17 @@ def markdown(result: Mapping) -> str:
     parts.append(f"`{facts['command']}`")
     balance = result.get("recorded", {}).get("balancedness", {})
     if balance:
-        parts.append(f"Balancedness under the load that was planned from: {balance_in_words(balance)}.")
+        parts.append(
+            f"Balancedness under the load that was planned from: {balance_in_words(balance)}."
+        )
     for batch in result.get("batches", []):
         for workload, rounds in batch["rounds"].items():
             most = max(map(len, rounds.values()), default=0)
             full = {name: rows for name, rows in rounds.items() if rows and len(rows) == most}
             if full and next(iter(rounds)) in full:
-                parts.append(_markdown_table(_title(workload, full), _lines(full, batch["answers"])))
+                parts.append(
+                    _markdown_table(_title(workload, full), _lines(full, batch["answers"]))
+                )
                 if words := disturbed_in_words(full):
                     parts.append(_sentence(words))
                 if predicted := batch.get("predicted", {}).get(workload):
@@ -168,10 +204,19 @@ def markdown(result: Mapping) -> str:
             if predicted := batch.get("layers", {}).get(load):
                 parts.append(_sentence(layers_in_words(load, predicted)))
         if not batch["rounds"]:
-            parts += [f"Answers of {name}: {answers_in_words(found, ASKED)}." for name, found in batch["answers"].items()]
+            parts += [
+                f"Answers of {name}: {answers_in_words(found, ASKED)}."
+                for name, found in batch["answers"].items()
+            ]
         if "seen" in batch:
-            parts.append(f"Balancedness under what was served: {balance_in_words(batch['seen']['balancedness'])}.")
-        said = [f"{name}: {words}" for name, found in batch["moved"].items() if (words := in_words(found))]
+            parts.append(
+                f"Balancedness under what was served: {balance_in_words(batch['seen']['balancedness'])}."
+            )
+        said = [
+            f"{name}: {words}"
+            for name, found in batch["moved"].items()
+            if (words := in_words(found))
+        ]
         if said:
             parts.append(". ".join(said) + ".")
     return "\n\n".join(parts) + "\n"
@@ -189,7 +234,9 @@ def balance_in_words(balance: Mapping[str, float]) -> str:
 def _markdown_table(title: str, lines: Iterable[list[str]]) -> str:
     """The first line is of heads."""
     heads, *rows = lines
-    return f"{title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
+    return f"{title}\n\n" + "\n".join(
+        f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows]
+    )
 
 
 if __name__ == "__main__":

@@ -28,12 +28,31 @@ from moe_placement_plugin.topology import Topology
 from . import kernels, together
 from .answers import ALTERNATIVES, ANSWERED, ASKED, difference
 from .checkpoints import MODELS, write, write_even_twin
-from .contestants import BESIDES, BESIDES_EPLB, CACHE_TOKENS, CONTESTANTS, LARGEST_STEP, Contestant, Setup, batches, command
+from .contestants import (
+    BESIDES,
+    BESIDES_EPLB,
+    CACHE_TOKENS,
+    CONTESTANTS,
+    LARGEST_STEP,
+    Contestant,
+    Setup,
+    batches,
+    command,
+)
 from .engine_clock import EngineClock
 from .ports import ports
 from .prediction import Predictor, costs
 from .quiet import Quiet
-from .report import answers_in_words, balance_in_words, by_load, disturbed_in_words, kernel_table, layers_in_words, prediction_in_words, table
+from .report import (
+    answers_in_words,
+    balance_in_words,
+    by_load,
+    disturbed_in_words,
+    kernel_table,
+    layers_in_words,
+    prediction_in_words,
+    table,
+)
 from .server_logs import in_words, moved
 from .traffic import WORKLOADS, drive, post
 from .warm import unlike, warm
@@ -57,8 +76,13 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.device = "cpu" if given.cpu else "cuda"
         self.dtype = getattr(torch, given.dtype or ("float32" if given.cpu else "bfloat16"))
-        self.workloads = [] if given.answers_only else given.workload or ["prefill", "decode", "mixed"]
-        asked = [*(WORKLOADS[name] for name in [*self.workloads, "tiny"]), *(kernels.LOADS.values() if given.kernels and not given.cpu else ())]
+        self.workloads = (
+            [] if given.answers_only else given.workload or ["prefill", "decode", "mixed"]
+        )
+        asked = [
+            *(WORKLOADS[name] for name in [*self.workloads, "tiny"]),
+            *(kernels.LOADS.values() if given.kernels and not given.cpu else ()),
+        ]
         longest = max(one.longest for one in asked)
         self.setup = Setup(
             given.engine, given.ranks, given.layout, given.cpu, str(self.dtype).removeprefix("torch."), not given.eager, given.memory,
@@ -68,14 +92,22 @@ class Run:
         )  # fmt: skip
         _check_asked(given)
         # On CPUs stock vLLM dies with expert parallelism.
-        names = given.contestant or [n for n, one in CONTESTANTS.items() if one.strategy or one.moving or not given.cpu]
-        contestants = [CONTESTANTS[n] for n in names if CONTESTANTS[n].exists(given.engine, given.layout)]
+        names = given.contestant or [
+            n for n, one in CONTESTANTS.items() if one.strategy or one.moving or not given.cpu
+        ]
+        contestants = [
+            CONTESTANTS[n] for n in names if CONTESTANTS[n].exists(given.engine, given.layout)
+        ]
         if not contestants:
-            raise PlacementError(f"{given.engine} with --layout {given.layout} has none of {', '.join(names)}: name another --contestant")
+            raise PlacementError(
+                f"{given.engine} with --layout {given.layout} has none of {', '.join(names)}: name another --contestant"
+            )
         if not given.contestant and given.cpu:
             contestants.sort(key=lambda one: one.name != "linear")
         self.contestants = contestants
-        batches(contestants, given.at_once or MOST_AT_ONCE)  # before a checkpoint is written for nothing
+        batches(
+            contestants, given.at_once or MOST_AT_ONCE
+        )  # before a checkpoint is written for nothing
         self.console = Console(width=200, highlight=False)
         self.recording = folder / "load.safetensors"
         self.failed: list[str] = []
@@ -118,7 +150,9 @@ class Run:
         words = (Path(word).name if "/" in word else word for word in sys.argv[1:])
         found = {
             **machine(),
-            "gpus": [] if self.given.cpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "gpus": []
+            if self.given.cpu
+            else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "python": platform.python_version(),
             "torch": torch.__version__,
             "plugin": __version__,
@@ -136,7 +170,9 @@ class Run:
         if self.device == "cuda":
             torch.cuda.empty_cache()  # the servers need it
         apart = _apart(np.array(made["shares"]), np.array(made["reached"]))
-        self.say(f"checkpoint: router within {apart.max():.2%} of the recorded shares on its embeddings")
+        self.say(
+            f"checkpoint: router within {apart.max():.2%} of the recorded shares on its embeddings"
+        )
         return {"wanted": made["shares"], "reached": made["reached"], "apart": apart.tolist()}
 
     def batches(self) -> list[list[Contestant]]:
@@ -149,10 +185,17 @@ class Run:
         if self.given.cpu:
             return batches(self.contestants, most)
         free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(self.setup.gpus))
-        weights = sum(file.stat().st_size for file in (self.folder / "model").glob("*.safetensors")) / self.given.ranks
+        weights = (
+            sum(file.stat().st_size for file in (self.folder / "model").glob("*.safetensors"))
+            / self.given.ranks
+        )
 
         def takes(one: Contestant) -> float:
-            rank = weights * (1 + one.redundant / self.model.experts) + self.setup.cache + (BESIDES_EPLB if one.moving else BESIDES)
+            rank = (
+                weights * (1 + one.redundant / self.model.experts)
+                + self.setup.cache
+                + (BESIDES_EPLB if one.moving else BESIDES)
+            )
             return rank * self.setup.started / self.setup.gpus
 
         return batches(self.contestants, most, takes, free)
@@ -172,8 +215,14 @@ class Run:
         load = ExpertLoad.read(self.recording)
         self.check_recorded(load)
         self.placed = self.placements(load)
-        self.predictor = Predictor(self.costs, self.model, self.given.ranks, load, self.placed, self.contestants[0].name)
-        how = "not recorded, planned from the router's own shares" if self.given.skip_recording else "recorded"
+        self.predictor = Predictor(
+            self.costs, self.model, self.given.ranks, load, self.placed, self.contestants[0].name
+        )
+        how = (
+            "not recorded, planned from the router's own shares"
+            if self.given.skip_recording
+            else "recorded"
+        )
         routed = self.routed(load)
         self.say(f"{how}: {_routed_in_words(routed)}")
         return routed
@@ -182,7 +231,10 @@ class Run:
         """How far what was routed is from what the routers were made for, layer by layer, and the static placements' balancedness under it."""
         total = load.total / np.maximum(load.total.sum(axis=1, keepdims=True), 1)
         apart = _apart(total, np.array(self.result["router"]["wanted"]))
-        balance = {name: placement.overall_balancedness(load.total) for name, placement in self.placed.items()}
+        balance = {
+            name: placement.overall_balancedness(load.total)
+            for name, placement in self.placed.items()
+        }
         return {"choices": int(load.counts.sum()), "apart": apart.tolist(), "balancedness": balance}
 
     def seen(self, one: Contestant) -> ExpertLoad | None:
@@ -196,7 +248,10 @@ class Run:
         Raises:
             PlacementError: naming both.
         """
-        ours, theirs = (len(self.model.moe_layers), self.model.experts), (load.num_layers, load.num_experts)
+        ours, theirs = (
+            (len(self.model.moe_layers), self.model.experts),
+            (load.num_layers, load.num_experts),
+        )
         if ours != theirs:
             raise PlacementError(
                 f"--recorded {self.given.recorded}: {theirs[0]} layers x {theirs[1]} experts, the model has {ours[0]} x {ours[1]}: give the "
@@ -208,8 +263,12 @@ class Run:
         placed = {}
         for one in self.contestants:
             if not one.moving and not one.even:
-                cluster = Cluster(Topology.even(self.given.ranks), one.redundant, self.model.groups or 1)
-                placed[one.name] = get_strategy(one.strategy or "linear").place(cluster.request(load))
+                cluster = Cluster(
+                    Topology.even(self.given.ranks), one.redundant, self.model.groups or 1
+                )
+                placed[one.name] = get_strategy(one.strategy or "linear").place(
+                    cluster.request(load)
+                )
         return placed
 
     def recorded_by(self, one: Contestant) -> Path:
@@ -224,7 +283,9 @@ class Run:
         if one.recording and not first:
             record = self.recorded_by(one)
         if record is not None:
-            record.unlink(missing_ok=True)  # a recording that is there would be continued, whatever checkpoint it is of
+            record.unlink(
+                missing_ok=True
+            )  # a recording that is there would be continued, whatever checkpoint it is of
         load = self.recording if self.recording.exists() else None
         # What is routed is the same with either attention, and SGLang records with tensor-parallel attention only.
         setup = replace(self.setup, layout="tp") if first else self.setup
@@ -243,7 +304,11 @@ class Run:
             servers = together.start(made, self.given.starts, self.say, self.fail)
             ready = {name: len(server.output()) for name, server in servers.items()}
             found["answers"] = self.compare_answers(servers)
-            servers = {name: server for name, server in servers.items() if name in found["answers"] or CONTESTANTS[name].even}
+            servers = {
+                name: server
+                for name, server in servers.items()
+                if name in found["answers"] or CONTESTANTS[name].even
+            }
             for name, differs in found["answers"].items():
                 self.say(f"answers of {name}: {answers_in_words(differs, ASKED)}")
             self.save()
@@ -253,7 +318,10 @@ class Run:
                     if self.given.kernels:
                         found["kernels"] = self.profile(servers)
                         if self.costs:
-                            found["layers"] = {load: self.predictor.layers(load, of) for load, of in by_load(found["kernels"]).items()}
+                            found["layers"] = {
+                                load: self.predictor.layers(load, of)
+                                for load, of in by_load(found["kernels"]).items()
+                            }
                             for load, of in found["layers"].items():
                                 self.say("  " + layers_in_words(load, of))
             for name, server in servers.items():
@@ -278,7 +346,11 @@ class Run:
                 except OSError as error:
                     self.say(f"{name} may stop to collect garbage: {error}")
         for workload in self.workloads:
-            rounds = self.rounds(workload, servers, found["rounds"].setdefault(workload, {name: [] for name in servers}))
+            rounds = self.rounds(
+                workload,
+                servers,
+                found["rounds"].setdefault(workload, {name: [] for name in servers}),
+            )
             servers = {name: server for name, server in servers.items() if name in rounds}
             self.console.print(table(workload, rounds, found["answers"]))
             self.say("  " + disturbed_in_words(rounds))
@@ -294,7 +366,11 @@ class Run:
         largest = min(LARGEST_STEP, max(one.concurrency * one.prompt for one in asked))
         longest = max(one.prompt for one in asked)
         urls = {name: server.url for name, server in servers.items()}
-        ways = {less for name in servers for less in unlike(self.model.top_k, self.model.experts + CONTESTANTS[name].redundant)}
+        ways = {
+            less
+            for name in servers
+            for less in unlike(self.model.top_k, self.model.experts + CONTESTANTS[name].redundant)
+        }
         for name, why in warm(urls, self.model.size.vocab, longest, largest, ways).items():
             self.say(f"{name} may stop to compile kernels: {why}")
 
@@ -308,7 +384,10 @@ class Run:
         prompts = WORKLOADS["tiny"].prompts(self.model.size.vocab, 7)[:ASKED]
 
         def asked(server: Server) -> list[Answer]:
-            return [engine.complete(server.url, "tiny", prompt, ANSWERED, ALTERNATIVES) for prompt in prompts]
+            return [
+                engine.complete(server.url, "tiny", prompt, ANSWERED, ALTERNATIVES)
+                for prompt in prompts
+            ]
 
         answers = {}
         for name, server in servers.items():
@@ -323,7 +402,9 @@ class Run:
         reference = next(iter(answers.values()))
         return {name: difference(found, reference) for name, found in answers.items()}
 
-    def rounds(self, workload: str, servers: dict[str, Server], found: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    def rounds(
+        self, workload: str, servers: dict[str, Server], found: dict[str, list[dict]]
+    ) -> dict[str, list[dict]]:
         """Adds the figures of each round by server, and saves them as they come: one slow server must not lose those of the others.
 
         Returns:
@@ -334,8 +415,12 @@ class Run:
         """
         left = dict(servers)
         full = WORKLOADS[workload]
-        short = replace(full, requests=min(full.requests, 2 * full.concurrency), answer=max(1, full.answer // 8))
-        for number in range(-1, self.given.repeats):  # the first only warms up, with as many under way and shorter answers
+        short = replace(
+            full, requests=min(full.requests, 2 * full.concurrency), answer=max(1, full.answer // 8)
+        )
+        for number in range(
+            -1, self.given.repeats
+        ):  # the first only warms up, with as many under way and shorter answers
             for name in list(left) if number % 2 == 0 else list(reversed(left)):
                 try:
                     # A server that waited for its turn answers its first requests late; the one that had the last turn of the round before
@@ -343,7 +428,12 @@ class Run:
                     drive(left[name].url, WORKLOADS["tiny"], self.model.size.vocab, 1000 + number)
                     clock = EngineClock(self.given.engine, left[name].url, left[name].log)
                     before = clock.read()
-                    figures = drive(left[name].url, short if number < 0 else full, self.model.size.vocab, 100 + number).figures()
+                    figures = drive(
+                        left[name].url,
+                        short if number < 0 else full,
+                        self.model.size.vocab,
+                        100 + number,
+                    ).figures()
                     figures["engine_tpot"] = clock.per_token(before)
                 except RuntimeError as error:
                     self.fail(f"{name} failed in {workload}: {error}")
@@ -363,7 +453,15 @@ class Run:
             folder, vocab = self.traces(CONTESTANTS[name]), self.model.size.vocab
             for load in kernels.LOADS:
                 try:
-                    measured = kernels.profile(server.url, load, self.given.engine, folder, vocab, self.setup.started, self.given.cpu)
+                    measured = kernels.profile(
+                        server.url,
+                        load,
+                        self.given.engine,
+                        folder,
+                        vocab,
+                        self.setup.started,
+                        self.given.cpu,
+                    )
                     found.setdefault(name, {})[load] = measured
                 except (PlacementError, RuntimeError, OSError) as error:
                     self.fail(f"{name} was not profiled, {load}: {error}")
@@ -382,11 +480,17 @@ def _check_asked(given: argparse.Namespace) -> None:
         PlacementError: when what is asked of one GPU, or of none, cannot be had of it.
     """
     if given.cpu and (given.engine, given.layout) == ("sglang", "dp"):
-        raise PlacementError("--cpu --layout dp: SGLang's CPU engine has no data-parallel attention: give --layout tp, or --engine vllm")
+        raise PlacementError(
+            "--cpu --layout dp: SGLang's CPU engine has no data-parallel attention: give --layout tp, or --engine vllm"
+        )
     if given.one_gpu == "lone" and (given.engine, given.layout) != ("sglang", "tp"):
-        raise PlacementError("--one-gpu lone: only SGLang with tensor-parallel attention can be started without its other ranks")
+        raise PlacementError(
+            "--one-gpu lone: only SGLang with tensor-parallel attention can be started without its other ranks"
+        )
     if given.one_gpu == "shared" and not (given.eager and given.answers_only):
-        raise PlacementError("--one-gpu shared: ranks that share a GPU have no CUDA graphs and no speed: give --eager --answers-only")
+        raise PlacementError(
+            "--one-gpu shared: ranks that share a GPU have no CUDA graphs and no speed: give --eager --answers-only"
+        )
 
 
 def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -396,7 +500,9 @@ def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 def _routed_in_words(routed: dict) -> str:
     """One line of `Run.routed`."""
-    elsewhere = f"{np.mean(routed['apart']):.1%} of them elsewhere than in the load that the routers follow"
+    elsewhere = (
+        f"{np.mean(routed['apart']):.1%} of them elsewhere than in the load that the routers follow"
+    )
     return f"{routed['choices']} choices, {elsewhere}; balancedness {balance_in_words(routed['balancedness'])}"
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 
-EXCHANGED = re.compile(r"exchanged experts of \d+ layers in ([\d.]+) s \(\d+ chunks of at most ([\d.]+) s\): ([\d.]+) MB in")
+EXCHANGED = re.compile(
+    r"exchanged experts of \d+ layers in ([\d.]+) s \(\d+ chunks of at most ([\d.]+) s\): ([\d.]+) MB in"
+)
 VERIFIED = re.compile(r"verified \d+ slots .*?in ([\d.]+) s")
 ENGINE = {
     "vllm": re.compile(r"Rearranged experts (?!.*profile).*?in ([\d.]+) s"),
@@ -16,7 +18,10 @@ ENGINE = {
 """The first rank's lines; SGLang leaves the time out where it rebalances in chunks of layers."""
 DECIDED = re.compile(r"(?:EP|DP)0\b.*expert rebalance (accepted|declined)")
 """Every rank tells the same decision: the first one's lines count."""
-PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use|next\(rendezvous_iterator\)|_port at \d+ is not available", re.IGNORECASE)
+PORT_TAKEN = re.compile(
+    r"EADDRINUSE|address already in use|next\(rendezvous_iterator\)|_port at \d+ is not available",
+    re.IGNORECASE,
+)
 """Engines look for free ports and use them seconds later: another server that starts at the same time can take one in between."""
 
 
@@ -58,7 +63,9 @@ def in_words(found: dict[str, float]) -> str:
     if found["accepted"] or found["declined"]:
         parts.append(f"rebalances {found['accepted']} accepted, {found['declined']} declined")
     if found["exchanges"]:
-        parts.append(f"{found['moved_bytes'] / 1e6:.1f} MB moved, longest exchange {found['exchange_ms']:.1f} ms, chunk {found['chunk_ms']:.1f} ms")
+        parts.append(
+            f"{found['moved_bytes'] / 1e6:.1f} MB moved, longest exchange {found['exchange_ms']:.1f} ms, chunk {found['chunk_ms']:.1f} ms"
+        )
     if found["engine_rebalances"]:
         longest = f", longest {found['engine_ms']:.0f} ms" if found["engine_ms"] else ""
         parts.append(f"{found['engine_rebalances']} rebalances told by the engine{longest}")

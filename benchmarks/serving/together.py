@@ -11,7 +11,12 @@ from moe_placement_plugin.demo.server import Server
 from .server_logs import PORT_TAKEN
 
 
-def start(servers: Mapping[str, Server], at_once: int, say: Callable[[str], None], fail: Callable[[str], None]) -> dict[str, Server]:
+def start(
+    servers: Mapping[str, Server],
+    at_once: int,
+    say: Callable[[str], None],
+    fail: Callable[[str], None],
+) -> dict[str, Server]:
     """Start all; one that lost a port to another that started beside it starts once more, at once.
 
     Args:
@@ -43,12 +48,16 @@ def stop(servers: Sequence[Server]) -> None:
         list(pool.map(lambda server: server.stop(), servers))
 
 
-def _errors(servers: Mapping[str, Server], at_once: int, say: Callable[[str], None]) -> dict[str, str | None]:
+def _errors(
+    servers: Mapping[str, Server], at_once: int, say: Callable[[str], None]
+) -> dict[str, str | None]:
     """Why a server does not start, None of one that does. When this process is ended meanwhile, so are they: those that start would else be
     waited for."""
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            return dict(zip(servers, pool.map(lambda name: _error(name, servers[name], say), servers)))
+            return dict(
+                zip(servers, pool.map(lambda name: _error(name, servers[name], say), servers))
+            )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             stop(list(servers.values()))

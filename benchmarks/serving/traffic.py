@@ -51,7 +51,9 @@ class Workload:
         """Random tokens, other ones for every seed, so that no prefix is cached: no time of the server's goes into tokenizing them."""
         rng = np.random.default_rng(seed)
         if self.words:
-            return rng.choice(4 + rng.permutation(vocab - 4)[: self.words], (self.requests, self.prompt)).tolist()
+            return rng.choice(
+                4 + rng.permutation(vocab - 4)[: self.words], (self.requests, self.prompt)
+            ).tolist()
         return rng.integers(4, vocab, (self.requests, self.prompt)).tolist()
 
 
@@ -131,7 +133,9 @@ def post(url: str, body: dict) -> None:
     Raises:
         OSError: when it refuses.
     """
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=120):
         pass
 
@@ -140,7 +144,9 @@ async def _drive(url: str, workload: Workload, vocab: int, seed: int) -> Seen:
     seen, slots = Seen(), asyncio.Semaphore(workload.concurrency)
     asked = zip(workload.prompts(vocab, seed), workload.answers(seed))
     requests = [(_body(prompt, answer), len(prompt), answer) for prompt, answer in asked]
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)
+    ) as session:
 
         async def one(body: bytes, prompt: int, answer: int) -> None:
             async with slots:
@@ -167,7 +173,9 @@ async def _heartbeat(seen: Seen) -> None:
 def _processors() -> np.ndarray:
     """Time of all processors since the machine started, and how much of it the host gave to other machines: ``proc_stat(5)``."""
     try:
-        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        ticks = [
+            int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ]
     except OSError:  # not Linux
         ticks = [0] * 8
     return np.array([sum(ticks), ticks[7]])
@@ -185,11 +193,20 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _body(prompt: list[int], answer: int) -> bytes:
-    asked = {"model": "tiny", "temperature": 0, "stream": True, "ignore_eos": True, "prompt": prompt, "max_tokens": answer}
+    asked = {
+        "model": "tiny",
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+        "prompt": prompt,
+        "max_tokens": answer,
+    }
     return json.dumps(asked).encode()
 
 
-async def complete(session: aiohttp.ClientSession, url: str, prompt: list[int], answer: int, seen: Seen) -> None:
+async def complete(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], answer: int, seen: Seen
+) -> None:
     """One request; what is seen of it is added to ``seen``.
 
     Raises:
@@ -199,9 +216,13 @@ async def complete(session: aiohttp.ClientSession, url: str, prompt: list[int], 
     await _request(session, url, _body(prompt, answer), len(prompt), answer, seen)
 
 
-async def _request(session: aiohttp.ClientSession, url: str, body: bytes, prompt: int, answer: int, seen: Seen) -> None:
+async def _request(
+    session: aiohttp.ClientSession, url: str, body: bytes, prompt: int, answer: int, seen: Seen
+) -> None:
     began, times, at_first = time.perf_counter(), [], 0
-    async with session.post(f"{url}/v1/completions", data=body, headers={"Content-Type": "application/json"}) as reply:
+    async with session.post(
+        f"{url}/v1/completions", data=body, headers={"Content-Type": "application/json"}
+    ) as reply:
         if reply.status != 200:
             raise RuntimeError(f"{url} answered {reply.status}: {(await reply.text())[:300]}")
         async for line in reply.content:

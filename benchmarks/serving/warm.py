@@ -46,12 +46,23 @@ def steps(longest: int, largest: int, ways: Collection[int]) -> list[list[int]]:
         Single prompts of 2, 3, 4, 6, 8, 12, ... tokens, each in all ways, then several of the greatest, likewise. An
         engine may take those in two steps, which are of such a size again.
     """
-    sizes = sorted(n for n in (first << k for first in (2, 3) for k in range(longest.bit_length())) if n <= longest)
+    sizes = sorted(
+        n
+        for n in (first << k for first in (2, 3) for k in range(longest.bit_length()))
+        if n <= longest
+    )
     several = [[sizes[-1]] * n for n in range(2, largest // sizes[-1] + 1)]
-    return [[*rest, last - less] for *rest, last in [*([n] for n in sizes), *several] for less in sorted(ways) if less < last]
+    return [
+        [*rest, last - less]
+        for *rest, last in [*([n] for n in sizes), *several]
+        for less in sorted(ways)
+        if less < last
+    ]
 
 
-def warm(servers: Mapping[str, str], vocab: int, longest: int, largest: int, ways: Collection[int]) -> dict[str, str]:
+def warm(
+    servers: Mapping[str, str], vocab: int, longest: int, largest: int, ways: Collection[int]
+) -> dict[str, str]:
     """Ask all servers at once, each step by step.
 
     Args:
@@ -70,12 +81,16 @@ def warm(servers: Mapping[str, str], vocab: int, longest: int, largest: int, way
 async def _warm(servers: Mapping[str, str], vocab: int, asked: list[list[int]]) -> dict[str, str]:
     tokens = np.random.default_rng(11).integers(4, vocab, max(map(max, asked))).tolist()
     failed = {}
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)
+    ) as session:
 
         async def one(name: str, url: str) -> None:
             try:
                 for step in asked:
-                    await asyncio.gather(*(complete(session, url, tokens[:length], 1, Seen()) for length in step))
+                    await asyncio.gather(
+                        *(complete(session, url, tokens[:length], 1, Seen()) for length in step)
+                    )
             except (aiohttp.ClientError, TimeoutError, RuntimeError) as error:
                 failed[name] = f"{type(error).__name__}: {error}"
 

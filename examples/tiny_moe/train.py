@@ -30,7 +30,10 @@ from moe_placement_plugin import ExpertLoad
 from moe_placement_plugin.demo.tiny_models import Size, write_glm4_moe, write_qwen3_moe
 
 HERE = Path(__file__).parent
-SIZES = {"qwen3-moe": Size(hidden=64, expert=32, layers=3, heads=4), "glm4-moe": Size(hidden=64, expert=32, layers=4, heads=4)}
+SIZES = {
+    "qwen3-moe": Size(hidden=64, expert=32, layers=3, heads=4),
+    "glm4-moe": Size(hidden=64, expert=32, layers=4, heads=4),
+}
 WRITERS = {"qwen3-moe": write_qwen3_moe, "glm4-moe": write_glm4_moe}
 SHARES = {"sum": 4, "sort": 2, "brackets": 2, "reverse": 2, "copy": 1}
 """Problems of a domain in a batch, relative to each other: more where more is to be learnt."""
@@ -57,7 +60,9 @@ class Encoder:
             rows.append(prompt + answer)
             wanted.append([IGNORED] * (len(prompt) - 1) + answer + [self.tokenizer.eos_token_id])
         width = max(map(len, rows))
-        ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        ids = torch.tensor(
+            [row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows]
+        )
         targets = torch.tensor([row + [IGNORED] * (width - len(row)) for row in wanted])
         return ids, targets, ids != self.tokenizer.pad_token_id
 
@@ -73,27 +78,41 @@ def batches(size: int, seed: int) -> Iterator[list[Problem]]:
     streams = {domain: problems(domain, seed, training=True) for domain in DOMAINS}
     unit = size // sum(SHARES.values())
     while True:
-        yield [problem for domain, stream in streams.items() for problem in itertools.islice(stream, unit * SHARES[domain])]
+        yield [
+            problem
+            for domain, stream in streams.items()
+            for problem in itertools.islice(stream, unit * SHARES[domain])
+        ]
 
 
 def train(model, encode: Encoder, steps: int, batch: int, rate: float, seed: int) -> None:
     """Train in place with AdamW and a cosine schedule."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+    )
     began = time.monotonic()
     for step, problem_batch in enumerate(itertools.islice(batches(batch, seed), steps)):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = (
+                rate * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            )
         ids, targets, _ = encode(problem_batch)
         logits = model(input_ids=ids, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 250 == 0 or step + 1 == steps:
-            print(f"step {step:5d}  loss {loss.item():.4f}  {time.monotonic() - began:5.0f} s", flush=True)
+            print(
+                f"step {step:5d}  loss {loss.item():.4f}  {time.monotonic() - began:5.0f} s",
+                flush=True,
+            )
 
 
 @torch.no_grad()
@@ -133,21 +152,37 @@ def examine(model, encode: Encoder) -> dict:
     chosen = {domain: examination(domain, EXAMINED, EXAMINATION_SEED) for domain in DOMAINS}
     counts = {domain: routing(model, encode, batch).double() for domain, batch in chosen.items()}
     shares = {domain: load / load.sum(1, keepdim=True) for domain, load in counts.items()}
-    distances = [(0.5 * (shares[a] - shares[b]).abs().sum(1)).mean().item() for a, b in itertools.combinations(shares, 2)]
+    distances = [
+        (0.5 * (shares[a] - shares[b]).abs().sum(1)).mean().item()
+        for a, b in itertools.combinations(shares, 2)
+    ]
     skew = shares | {"all": torch.stack(list(shares.values())).mean(0)}
     return {
-        "exact_match": {domain: exact_match(model, encode, batch) for domain, batch in chosen.items()},
-        "max_over_mean": {name: (load.amax(1) / load.mean(1)).mean().item() for name, load in skew.items()},
-        "distance": {"least": min(distances), "mean": sum(distances) / len(distances), "greatest": max(distances)},
+        "exact_match": {
+            domain: exact_match(model, encode, batch) for domain, batch in chosen.items()
+        },
+        "max_over_mean": {
+            name: (load.amax(1) / load.mean(1)).mean().item() for name, load in skew.items()
+        },
+        "distance": {
+            "least": min(distances),
+            "mean": sum(distances) / len(distances),
+            "greatest": max(distances),
+        },
     }
 
 
 def recorded_load(model, encode: Encoder) -> ExpertLoad:
     """The load of training problems, a window for each domain: what a server would have recorded while it answered them."""
     streams = [problems(domain, EXAMINATION_SEED, training=True) for domain in DOMAINS]
-    counts = [routing(model, encode, list(itertools.islice(stream, EXAMINED))).numpy() for stream in streams]
+    counts = [
+        routing(model, encode, list(itertools.islice(stream, EXAMINED))).numpy()
+        for stream in streams
+    ]
     layers = model.config.num_hidden_layers
-    return ExpertLoad(counts, tuple(range(layers - len(counts[0]), layers)), metadata={"windows": list(DOMAINS)})
+    return ExpertLoad(
+        counts, tuple(range(layers - len(counts[0]), layers)), metadata={"windows": list(DOMAINS)}
+    )
 
 
 def save(model, start: Path, path: Path) -> None:
@@ -159,8 +194,14 @@ def save(model, start: Path, path: Path) -> None:
             if ".experts." in name:
                 prefix, _, rest = name.partition(".experts.")
                 expert, projection, _ = rest.split(".")
-                fused = trained[f"{prefix}.experts.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"][int(expert)]
-                part = {"down_proj": slice(None), "gate_proj": slice(0, len(fused) // 2), "up_proj": slice(len(fused) // 2, None)}
+                fused = trained[
+                    f"{prefix}.experts.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+                ][int(expert)]
+                part = {
+                    "down_proj": slice(None),
+                    "gate_proj": slice(0, len(fused) // 2),
+                    "up_proj": slice(len(fused) // 2, None),
+                }
                 tensors[name] = fused[part[projection]].bfloat16().contiguous()
             else:
                 # Engines keep the correction bias of grouped routers in float32.
@@ -182,20 +223,28 @@ def load(path: Path):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=SIZES)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=220)
     parser.add_argument("--rate", type=float, default=3e-3, help="greatest learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default: a folder beside this script, called like the model")
+    parser.add_argument(
+        "--out", type=Path, help="default: a folder beside this script, called like the model"
+    )
     # Not in the checkpoint's folder: engines take every .safetensors file there for weights.
-    parser.add_argument("--load", type=Path, help="file for the expert load; default: loads/ beside this script")
+    parser.add_argument(
+        "--load", type=Path, help="file for the expert load; default: loads/ beside this script"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     out = arguments.out or HERE / arguments.model
     with tempfile.TemporaryDirectory() as folder:
-        start = WRITERS[arguments.model](Path(folder), num_experts=32, seed=arguments.seed, size=SIZES[arguments.model])
+        start = WRITERS[arguments.model](
+            Path(folder), num_experts=32, seed=arguments.seed, size=SIZES[arguments.model]
+        )
         model, encode = load(start)
         began = time.monotonic()
         train(model, encode, arguments.steps, arguments.batch, arguments.rate, arguments.seed)

@@ -90,18 +90,26 @@ class TaskComparison:
     @property
     def passed(self) -> bool:
         """Whether every score and the number of differing answers are as allowed."""
-        few = self.allowed_answers is None or max(self.differing_answers, self.differing_logprobs) <= self.allowed_answers
+        few = (
+            self.allowed_answers is None
+            or max(self.differing_answers, self.differing_logprobs) <= self.allowed_answers
+        )
         return few and all(metric.passed for metric in self.metrics.values())
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self) | {
             "passed": self.passed,
-            "metrics": {name: {**asdict(metric), "difference": metric.difference, "passed": metric.passed} for name, metric in self.metrics.items()},
+            "metrics": {
+                name: {**asdict(metric), "difference": metric.difference, "passed": metric.passed}
+                for name, metric in self.metrics.items()
+            },
         }
 
 
-def compare(stock: Mapping[str, TaskResult], placed: Mapping[str, TaskResult], allowance: Allowance) -> dict[str, TaskComparison]:
+def compare(
+    stock: Mapping[str, TaskResult], placed: Mapping[str, TaskResult], allowance: Allowance
+) -> dict[str, TaskComparison]:
     """Compare a run under a strategy with the stock engine's.
 
     Args:
@@ -116,24 +124,35 @@ def compare(stock: Mapping[str, TaskResult], placed: Mapping[str, TaskResult], a
         PlacementError: when the two did not answer the same questions.
     """
     if stock.keys() != placed.keys():
-        raise PlacementError(f"the runs have different tasks, {sorted(stock)} and {sorted(placed)}: run the same tasks")
+        raise PlacementError(
+            f"the runs have different tasks, {sorted(stock)} and {sorted(placed)}: run the same tasks"
+        )
     return {task: _compare_task(task, stock[task], placed[task], allowance) for task in stock}
 
 
-def _compare_task(task: str, stock: TaskResult, placed: TaskResult, allowance: Allowance) -> TaskComparison:
+def _compare_task(
+    task: str, stock: TaskResult, placed: TaskResult, allowance: Allowance
+) -> TaskComparison:
     if stock.answers.keys() != placed.answers.keys():
         raise PlacementError(
             f"task {task}: the runs asked different questions ({len(stock.answers)} and {len(placed.answers)}, "
             f"{len(stock.answers.keys() & placed.answers.keys())} in common): use the same --limit and seeds"
         )
     if stock.scores.keys() != placed.scores.keys():
-        raise PlacementError(f"task {task}: the runs have different metrics, {sorted(stock.scores)} and {sorted(placed.scores)}")
-    pairs = [(question, answer, placed.answers[question]) for question, answer in stock.answers.items()]
+        raise PlacementError(
+            f"task {task}: the runs have different metrics, {sorted(stock.scores)} and {sorted(placed.scores)}"
+        )
+    pairs = [
+        (question, answer, placed.answers[question]) for question, answer in stock.answers.items()
+    ]
     gaps = [_gap(a, b) for _, a, b in pairs]
     differing = [(question[0], a.text, b.text) for question, a, b in pairs if a.text != b.text]
     return TaskComparison(
         len(pairs),
-        {name: MetricComparison(s, placed.scores[name], allowance.score_difference(s)) for name, s in stock.scores.items()},
+        {
+            name: MetricComparison(s, placed.scores[name], allowance.score_difference(s))
+            for name, s in stock.scores.items()
+        },
         len(differing),
         sum(gap > allowance.logprob for gap in gaps),
         max(gaps, default=0.0),

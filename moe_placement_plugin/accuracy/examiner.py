@@ -72,8 +72,14 @@ def find_tasks(examination: Examination) -> Any:
         manager = TaskManager(include_path=examination.include_path)
     for task in examination.tasks:
         if not _known(manager, task):
-            where = "" if examination.include_path else "; task files of your own are found with --include-path"
-            raise ValueError(f"unknown task {task!r}: `lm_eval ls tasks` lists those that lm-eval has{where}")
+            where = (
+                ""
+                if examination.include_path
+                else "; task files of your own are found with --include-path"
+            )
+            raise ValueError(
+                f"unknown task {task!r}: `lm_eval ls tasks` lists those that lm-eval has{where}"
+            )
     return manager
 
 
@@ -136,7 +142,11 @@ def main() -> None:
             import traceback
 
             traceback.print_exc()
-            reply = {"error": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}
+            reply = {
+                "error": str(error)
+                if isinstance(error, ValueError)
+                else f"{type(error).__name__}: {error}"
+            }
         print(json.dumps(reply), file=replies, flush=True)
 
 

@@ -41,7 +41,12 @@ class Examiner:
     """
 
     def __init__(self, examination: Examination, offline: bool, log: Path, progress: Progress):
-        self.examination, self.offline, self.log, self.progress = examination, offline, log, progress
+        self.examination, self.offline, self.log, self.progress = (
+            examination,
+            offline,
+            log,
+            progress,
+        )
         self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> Examiner:
@@ -52,7 +57,9 @@ class Examiner:
                 )
         folder = self.examination.include_path
         if folder is not None and not Path(folder).is_dir():
-            raise PlacementError(f"--include-path {folder} is no folder: give the folder with the task files")
+            raise PlacementError(
+                f"--include-path {folder} is no folder: give the folder with the task files"
+            )
         env = {**os.environ, **(OFFLINE if self.offline else {}), "TOKENIZERS_PARALLELISM": "false"}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
@@ -69,7 +76,12 @@ class Examiner:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def examine(self, candidate: Candidate, timeout: float, progress: Progress) -> None:
@@ -94,7 +106,9 @@ class Examiner:
         while not select.select([process.stdout], [], [], 0.5)[0]:
             seconds = time.monotonic() - began
             if seconds > timeout:
-                raise PlacementError(f"lm-eval was not ready after {timeout:.0f} s: give it more with --timeout, or ask less with --limit")
+                raise PlacementError(
+                    f"lm-eval was not ready after {timeout:.0f} s: give it more with --timeout, or ask less with --limit"
+                )
             progress(seconds, self._last_line())
         reply = process.stdout.readline()
         if not reply:

@@ -67,20 +67,27 @@ def read_results(folder: Path) -> dict[str, TaskResult]:
     """
     files = sorted(folder.rglob("results_*.json"))
     if len(files) != 1:
-        raise PlacementError(f"{folder} holds {len(files)} results of lm-eval, one is expected: give each run an empty folder")
+        raise PlacementError(
+            f"{folder} holds {len(files)} results of lm-eval, one is expected: give each run an empty folder"
+        )
     data = read_json(files[0], "result of lm-eval")
     stamp = files[0].stem.removeprefix("results_")
     found = {}
     for task in data["configs"]:
         samples = files[0].with_name(f"samples_{task}_{stamp}.jsonl")
         if not samples.exists():
-            raise PlacementError(f"{files[0]} has no samples of task {task}: run lm-eval with --log_samples")
+            raise PlacementError(
+                f"{files[0]} has no samples of task {task}: run lm-eval with --log_samples"
+            )
         answers: dict[tuple[int, str], Answer] = {}
         with open(samples, encoding="utf-8") as lines:
             for line in lines:
                 sample = json.loads(line)
                 # A line for each filter of the task; what the model said is the same in all of them.
-                answers.setdefault((sample["doc_id"], sample["prompt_hash"]), _answer(sample, data["configs"][task]["output_type"]))
+                answers.setdefault(
+                    (sample["doc_id"], sample["prompt_hash"]),
+                    _answer(sample, data["configs"][task]["output_type"]),
+                )
         found[task] = TaskResult(_scores(data["results"][task]), answers)
     return found
 
@@ -92,7 +99,9 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Score]:
         if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         error = row.get(f"{metric}_stderr,{filter_name}")
-        scores[name] = Score(float(value), float(error) if isinstance(error, (int, float)) else math.nan)
+        scores[name] = Score(
+            float(value), float(error) if isinstance(error, (int, float)) else math.nan
+        )
     return scores
 
 

@@ -70,7 +70,9 @@ class Verdict:
         return all(task.passed for tasks in self.comparisons.values() for task in tasks.values())
 
 
-def configurations(strategies: Sequence[str], ranks: int, redundant: int, file: Path | None) -> list[Configuration]:
+def configurations(
+    strategies: Sequence[str], ranks: int, redundant: int, file: Path | None
+) -> list[Configuration]:
     """Stock and one configuration for each strategy.
 
     Args:
@@ -86,7 +88,9 @@ def configurations(strategies: Sequence[str], ranks: int, redundant: int, file: 
     for written in strategies:
         name, plus, number = written.partition("+")
         if plus and not number.isdigit():
-            raise PlacementError(f"--strategies {written}: a number of redundant experts follows the +, such as {name}+4")
+            raise PlacementError(
+                f"--strategies {written}: a number of redundant experts follows the +, such as {name}+4"
+            )
         needs_load = get_strategy(name).needs_load
         if needs_load and file is None:
             raise PlacementError(
@@ -94,7 +98,9 @@ def configurations(strategies: Sequence[str], ranks: int, redundant: int, file: 
             )
         if any(written == other.name for other in found):
             raise PlacementError(f"--strategies names {written} twice: name each once")
-        placed = Placed(name, ranks, file if needs_load else None, int(number) if plus else redundant)
+        placed = Placed(
+            name, ranks, file if needs_load else None, int(number) if plus else redundant
+        )
         found.append(Configuration(written, placed))
     return found
 
@@ -129,10 +135,17 @@ def run(
         PlacementError: when a server or lm-eval fails.
     """
     for configuration in wanted:
-        engine.command(model, 0, configuration.placed, settings)  # what it cannot be asked for is known before the first server starts
+        engine.command(
+            model, 0, configuration.placed, settings
+        )  # what it cannot be asked for is known before the first server starts
     runs: dict[str, Run] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    with Examiner(examination, offline, folder / "lm_eval.log", lambda s, text: progress("loading lm-eval", s, text)) as examiner:
+    with Examiner(
+        examination,
+        offline,
+        folder / "lm_eval.log",
+        lambda s, text: progress("loading lm-eval", s, text),
+    ) as examiner:
         for configuration in wanted:
             port = free_port()
             line, env = engine.command(model, port, configuration.placed, settings)
@@ -142,17 +155,41 @@ def run(
             results = Path(tempfile.mkdtemp(prefix=f"{configuration.name}-", dir=folder))
             began = time.monotonic()
             try:
-                with Server(line, port, env, log, timeout, lambda s, text, what=what: progress(f"starting {what}", s, text)) as server:
+                with Server(
+                    line,
+                    port,
+                    env,
+                    log,
+                    timeout,
+                    lambda s, text, what=what: progress(f"starting {what}", s, text),
+                ) as server:
                     ready = time.monotonic()
-                    candidate = Candidate(server.url, "tiny", str(model), settings.max_model_len, str(results), round(timeout))
-                    examiner.examine(candidate, timeout, lambda s, text, what=what: progress(f"asking {what}", s, text))
+                    candidate = Candidate(
+                        server.url,
+                        "tiny",
+                        str(model),
+                        settings.max_model_len,
+                        str(results),
+                        round(timeout),
+                    )
+                    examiner.examine(
+                        candidate,
+                        timeout,
+                        lambda s, text, what=what: progress(f"asking {what}", s, text),
+                    )
                     ended = time.monotonic()
                     progress(f"stopping {what}", ended - began, "")
             except PlacementError as error:
                 raise PlacementError(f"{what}: {error}") from None
             placement = report_of_workers(log)
             if configuration.placed is not None and not placement:
-                raise PlacementError(f"{what}: no worker has reported a placement in force: see {log} and `moe-placement doctor`")
-            runs[configuration.name] = Run(read_results(results), ready - began, ended - ready, placement)
+                raise PlacementError(
+                    f"{what}: no worker has reported a placement in force: see {log} and `moe-placement doctor`"
+                )
+            runs[configuration.name] = Run(
+                read_results(results), ready - began, ended - ready, placement
+            )
     stock, *others = (configuration.name for configuration in wanted)
-    return Verdict(runs, {name: compare(runs[stock].tasks, runs[name].tasks, allowance) for name in others})
+    return Verdict(
+        runs, {name: compare(runs[stock].tasks, runs[name].tasks, allowance) for name in others}
+    )

@@ -13,7 +13,11 @@ from .run import STOCK, Verdict
 def table(verdict: Verdict) -> Table:
     """A row for every configuration, under each task and metric."""
     shown = Table(
-        header_style="bold", pad_edge=False, box=None, caption="answers, log probs: questions that differ from stock's", caption_justify="left"
+        header_style="bold",
+        pad_edge=False,
+        box=None,
+        caption="answers, log probs: questions that differ from stock's",
+        caption_justify="left",
     )
     shown.add_column("task and metric", no_wrap=True)
     for name in ("score", "difference", "std. error", "answers", "log probs", "largest"):
@@ -23,7 +27,13 @@ def table(verdict: Verdict) -> Table:
         chosen = any(answer.logprobs for answer in stock.answers.values())
         for metric, score in stock.scores.items():
             shown.add_row(f"{task} {metric}")
-            shown.add_row(f"  {STOCK}", f"{score.value:.4f}", "", _number(score.stderr), f"of {len(stock.answers)}")
+            shown.add_row(
+                f"  {STOCK}",
+                f"{score.value:.4f}",
+                "",
+                _number(score.stderr),
+                f"of {len(stock.answers)}",
+            )
             for name, tasks in verdict.comparisons.items():
                 found = tasks[task]
                 compared = found.metrics[metric]
@@ -49,11 +59,17 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
                 "start_seconds": run.start_seconds,
                 "examine_seconds": run.examine_seconds,
                 "placement": run.placement,
-                "scores": {task: {metric: vars(score) for metric, score in result.scores.items()} for task, result in run.tasks.items()},
+                "scores": {
+                    task: {metric: vars(score) for metric, score in result.scores.items()}
+                    for task, result in run.tasks.items()
+                },
             }
             for name, run in verdict.runs.items()
         },
-        "comparisons": {name: {task: found.to_json() for task, found in tasks.items()} for name, tasks in verdict.comparisons.items()},
+        "comparisons": {
+            name: {task: found.to_json() for task, found in tasks.items()}
+            for name, tasks in verdict.comparisons.items()
+        },
     }
 
 

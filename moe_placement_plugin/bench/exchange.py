@@ -92,7 +92,15 @@ class _Processes:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._numbers = itertools.count()
 
-    def run(self, folder: Path, sizes, moves: ExchangePlan, staging_bytes: int, cold: bool, read_peers: bool) -> tuple[list[dict], float]:
+    def run(
+        self,
+        folder: Path,
+        sizes,
+        moves: ExchangePlan,
+        staging_bytes: int,
+        cold: bool,
+        read_peers: bool,
+    ) -> tuple[list[dict], float]:
         """What the survivors measured, and the greatest share of the checkpoint that was in the page cache when a measurement began.
 
         Args:
@@ -108,7 +116,17 @@ class _Processes:
         processes, pipes = [], []
         for rank in range(moves.new.num_ranks):
             here, there = self._context.Pipe()
-            arguments = (rank, self._store.port, name, there, folder, sizes, moves, staging_bytes, read_peers)
+            arguments = (
+                rank,
+                self._store.port,
+                name,
+                there,
+                folder,
+                sizes,
+                moves,
+                staging_bytes,
+                read_peers,
+            )
             process = self._context.Process(target=measure, args=arguments, daemon=True)
             process.start()
             there.close()
@@ -145,7 +163,9 @@ class _Processes:
                 process.join()
 
 
-def survivors_placements(old: Placement, load: np.ndarray, live: Sequence[int]) -> dict[str, Placement]:
+def survivors_placements(
+    old: Placement, load: np.ndarray, live: Sequence[int]
+) -> dict[str, Placement]:
     """Where experts go when only ``live`` ranks are left.
 
     ``recovered`` puts what was lost in place of spare replicas and moves nothing else; ``rebalanced`` goes on from there to what is as
@@ -156,7 +176,10 @@ def survivors_placements(old: Placement, load: np.ndarray, live: Sequence[int]) 
     sizes = [old.slots_per_rank[rank] for rank in live]
     table = kept.physical_to_logical.copy()
     table[:, slots] = replan(load, table[:, slots], sizes).physical_to_logical
-    return {"recovered": kept, "rebalanced": Placement(table, old.num_logical_experts, old.slots_per_rank, old.layer_ids)}
+    return {
+        "recovered": kept,
+        "rebalanced": Placement(table, old.num_logical_experts, old.slots_per_rank, old.layer_ids),
+    }
 
 
 def dead_suite(
@@ -186,32 +209,59 @@ def dead_suite(
         report("writing the checkpoint")
         write_checkpoint(checkpoint, sizes)
         disk = disk_rate(checkpoint)
-        for replicas, dead in [(replica_counts[0], 0), *((r, d) for r in replica_counts for d in range(1, most_dead + 1))]:
+        for replicas, dead in [
+            (replica_counts[0], 0),
+            *((r, d) for r in replica_counts for d in range(1, most_dead + 1)),
+        ]:
             rng = np.random.default_rng([replicas, dead])
             old = uniform_replicas(sizes, RANKS, replicas, rng)
-            load = np.rint(1000 * rng.lognormal(0, 0.5, (sizes.layers, sizes.experts))).astype(np.int64) + 1
+            load = (
+                np.rint(1000 * rng.lognormal(0, 0.5, (sizes.layers, sizes.experts))).astype(
+                    np.int64
+                )
+                + 1
+            )
             live = sorted(rng.permutation(RANKS)[dead:].tolist())
-            goals = survivors_placements(old, load, live) if dead else {"all moved": uniform_replicas(sizes, RANKS, replicas, rng)}
+            goals = (
+                survivors_placements(old, load, live)
+                if dead
+                else {"all moved": uniform_replicas(sizes, RANKS, replicas, rng)}
+            )
             for goal, new in goals.items():
                 report(f"{replicas} replicas, {dead} dead, {goal}")
                 moves = plan_exchange(old, new, live_ranks=live, expert_bytes=sizes.expert_bytes)
-                staging = max(int(STAGING_SHARE * max(old.slots_per_rank) * sizes.expert_bytes), moves.min_staging_bytes)
+                staging = max(
+                    int(STAGING_SHARE * max(old.slots_per_rank) * sizes.expert_bytes),
+                    moves.min_staging_bytes,
+                )
                 row: dict = {"goal": goal, "replicas": replicas, "dead": dead, "disk": disk}
                 for kind in ("cold", "cached"):
-                    runs = [processes.run(checkpoint, sizes, moves, staging, kind == "cold", read_peers) for _ in range(repeats)]
-                    row[kind] = _times([run for run, _ in runs]) | {"cached": max(share for _, share in runs)}
+                    runs = [
+                        processes.run(checkpoint, sizes, moves, staging, kind == "cold", read_peers)
+                        for _ in range(repeats)
+                    ]
+                    row[kind] = _times([run for run, _ in runs]) | {
+                        "cached": max(share for _, share in runs)
+                    }
                     row |= _figures(moves, [run for run, _ in runs])
                 rows.append(row)
     if read_peers and not all(row["sees"] for row in rows):
-        raise PlacementError("processes cannot read each other's memory here (kernel.yama.ptrace_scope, or a container's rules): give --sent")
+        raise PlacementError(
+            "processes cannot read each other's memory here (kernel.yama.ptrace_scope, or a container's rules): give --sent"
+        )
     return rows
 
 
 def _times(runs: list[list[dict]]) -> dict:
     """Seconds, medians over the runs, of the slowest rank of each."""
     if not all(r["equal"] for run in runs for r in run):
-        raise PlacementError("weights after the exchange differ from the checkpoint's: this is a bug of the exchange; report it")
-    exchange, every, own = (np.array([max(r["seconds"][key] for r in run) for run in runs]) for key in ("exchange", "reload all", "reload own"))
+        raise PlacementError(
+            "weights after the exchange differ from the checkpoint's: this is a bug of the exchange; report it"
+        )
+    exchange, every, own = (
+        np.array([max(r["seconds"][key] for r in run) for run in runs])
+        for key in ("exchange", "reload all", "reload own")
+    )
     return {
         "exchange": float(np.median(exchange)),
         "reload all": float(np.median(every)),
@@ -222,9 +272,12 @@ def _times(runs: list[list[dict]]) -> dict:
 
 
 def _figures(moves: ExchangePlan, runs: list[list[dict]]) -> dict:
-    raw, longest = (np.array([max(r[key] for r in run) for run in runs]) for key in ("raw", "longest"))
+    raw, longest = (
+        np.array([max(r[key] for r in run) for run in runs]) for key in ("raw", "longest")
+    )
     return {
-        "slots": int(sum(moves.new.slots_per_rank[r] for r in moves.live_ranks)) * moves.new.num_layers,
+        "slots": int(sum(moves.new.slots_per_rank[r] for r in moves.live_ranks))
+        * moves.new.num_layers,
         "from_peers": len(moves.transfers),
         "from_disk": len(moves.reads),
         "bytes_moved": moves.bytes_moved,
@@ -269,14 +322,22 @@ def received(old: np.ndarray, new: np.ndarray, ranks: int) -> int:
 
 
 def drift_suite(
-    traces: dict[str, np.ndarray], vllm: Contestant | None, report: Callable[[str], None], ranks: int = 32, redundant: int = 32
+    traces: dict[str, np.ndarray],
+    vllm: Contestant | None,
+    report: Callable[[str], None],
+    ranks: int = 32,
+    redundant: int = 32,
 ) -> list[dict]:
     """Bytes that 20 rebalances move: the engine's policy against `replan`, at its own setting and at the engine's balance."""
     rows = []
     for label, loads in drifting(traces).items():
         report(label)
         slots = loads.shape[2] + redundant
-        row: dict = {"case": label, "slots": loads.shape[1] * slots, "expert_bytes": R1_EXPERT_BYTES}
+        row: dict = {
+            "case": label,
+            "slots": loads.shape[1] * slots,
+            "expert_bytes": R1_EXPERT_BYTES,
+        }
         goal = None
         if vllm is not None:
             tables = [vllm.ask(load, slots, ranks, repeats=1).table for load in loads]
@@ -297,7 +358,9 @@ def _replanned(loads, first, slots: int, ranks: int, tolerance: float | None) ->
     tables = [first]
     for load in loads[1:]:
         more = {} if tolerance is None else {"tolerance": tolerance}
-        tables.append(replan(load, tables[-1], [slots // ranks] * ranks, **more).physical_to_logical)
+        tables.append(
+            replan(load, tables[-1], [slots // ranks] * ranks, **more).physical_to_logical
+        )
     return tables
 
 
@@ -305,4 +368,9 @@ def _chain(loads, tables: Sequence[np.ndarray], ranks: int) -> dict:
     moved = sum(received(a, b, ranks) for a, b in zip(tables, tables[1:]))
     planned = [balancedness(load, table, ranks) for load, table in zip(loads[1:], tables[1:])]
     following = [balancedness(load, table, ranks) for load, table in zip(loads[2:], tables[1:])]
-    return {"moved": moved, "bytes": moved * R1_EXPERT_BYTES, "balancedness": float(np.mean(planned)), "next": float(np.mean(following))}
+    return {
+        "moved": moved,
+        "bytes": moved * R1_EXPERT_BYTES,
+        "balancedness": float(np.mean(planned)),
+        "next": float(np.mean(following)),
+    }

@@ -53,16 +53,25 @@ def write_checkpoint(folder: Path, sizes: Sizes) -> None:
     for layer in range(sizes.layers):
         tensors = {}
         for expert in range(sizes.experts):
-            for name, shape in (("gate", (sizes.width, sizes.hidden)), ("up", (sizes.width, sizes.hidden)), ("down", (sizes.hidden, sizes.width))):
+            for name, shape in (
+                ("gate", (sizes.width, sizes.hidden)),
+                ("up", (sizes.width, sizes.hidden)),
+                ("down", (sizes.hidden, sizes.width)),
+            ):
                 bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator)
-                tensors[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"] = bits.view(torch.bfloat16)
+                tensors[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"] = (
+                    bits.view(torch.bfloat16)
+                )
         save_file(tensors, folder / f"layer-{layer}.safetensors")
 
 
 def _empty(sizes: Sizes, slots: int) -> list[list[torch.Tensor]]:
     """Weights that are there, as a server's are: the system finds memory when it is first written, not when it is asked for."""
     shapes = ((slots, 2 * sizes.width, sizes.hidden), (slots, sizes.hidden, sizes.width))
-    return [[torch.full(shape, 1, dtype=torch.bfloat16) for shape in shapes] for _ in range(sizes.layers)]
+    return [
+        [torch.full(shape, 1, dtype=torch.bfloat16) for shape in shapes]
+        for _ in range(sizes.layers)
+    ]
 
 
 def reload_own(folder: Path, placement: Placement, rank: int, weights) -> None:
@@ -105,21 +114,38 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def measure(
-    rank: int, port: int, name: str, pipe, folder: Path, sizes: Sizes, plan: ExchangePlan, staging_bytes: int, read_peers: bool
+    rank: int,
+    port: int,
+    name: str,
+    pipe,
+    folder: Path,
+    sizes: Sizes,
+    plan: ExchangePlan,
+    staging_bytes: int,
+    read_peers: bool,
 ) -> None:
     """One process: exchange by ``plan`` (whose dead ranks end here), then both reloads of the same placement, and compare.
 
     The parent says when each begins: it may have dropped the checkpoint from the page cache. Experts are sent, or read in the memory of their
     ranks (``read_peers``), as between the ranks of a host.
     """
-    store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
+    store = dist.PrefixStore(
+        name, dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    )
     weights = _empty(sizes, plan.old.slots_per_rank[rank])
     reload_own(folder, plan.old, rank, weights)
-    own = {layer: [view_parameter(t, f"layer {layer}") for t in tensors] for layer, tensors in zip(plan.old.layer_ids, weights)}
+    own = {
+        layer: [view_parameter(t, f"layer {layer}") for t in tensors]
+        for layer, tensors in zip(plan.old.layer_ids, weights)
+    }
     peers = None
     if read_peers:
-        dist.init_process_group("gloo", store=dist.PrefixStore("all", store), rank=rank, world_size=plan.old.num_ranks)
-        peers = PeerMemory.of(own, Topology(plan.old.num_ranks), dist.group.WORLD, logging.getLogger(__name__))
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore("all", store), rank=rank, world_size=plan.old.num_ranks
+        )
+        peers = PeerMemory.of(
+            own, Topology(plan.old.num_ranks), dist.group.WORLD, logging.getLogger(__name__)
+        )
         dist.destroy_process_group()
     sees = peers is not None and int(peers.reads[rank].sum()) == plan.old.num_ranks - 1
     pipe.send("loaded")
@@ -129,31 +155,56 @@ def measure(
     pipe.recv()
     live = plan.live_ranks
     dist.init_process_group(
-        "gloo", store=dist.PrefixStore("survivors", store), rank=live.index(rank), world_size=len(live), timeout=timedelta(seconds=120)
+        "gloo",
+        store=dist.PrefixStore("survivors", store),
+        rank=live.index(rank),
+        world_size=len(live),
+        timeout=timedelta(seconds=120),
     )
     connect = torch.zeros(1)
     for peer in range(len(live)):  # as in a server that has run for a while
         dist.broadcast(connect, peer)
     pipe.send("connected")
     pipe.recv()
-    plan.chunks(staging_bytes)  # loads the compiled kernels, as a server has while its model loads: seconds in a fresh process
+    plan.chunks(
+        staging_bytes
+    )  # loads the compiled kernels, as a server has while its model loads: seconds in a fresh process
     reports = []
-    staging = torch.full((staging_bytes,), 1, dtype=torch.uint8)  # kept from one exchange to the next
+    staging = torch.full(
+        (staging_bytes,), 1, dtype=torch.uint8
+    )  # kept from one exchange to the next
 
     def exchange() -> None:
         checkpoint = Checkpoint(folder) if len(plan.reads) else None
         reader = checkpoint and CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
-        made = Exchange(plan, own, epoch=1, store=store, staging_bytes=staging_bytes, staging=staging, reader=reader, peers=peers)
+        made = Exchange(
+            plan,
+            own,
+            epoch=1,
+            store=store,
+            staging_bytes=staging_bytes,
+            staging=staging,
+            reader=reader,
+            peers=peers,
+        )
         reports.append(made.run())
 
-    seconds = {"exchange": _timed(exchange)}  # no file stays open: what is mapped stays in the page cache
+    seconds = {
+        "exchange": _timed(exchange)
+    }  # no file stays open: what is mapped stays in the page cache
     equal = True
     for kind, reload in (("reload all", reload_all), ("reload own", reload_own)):
         fresh = _empty(sizes, plan.new.slots_per_rank[rank])
         pipe.send(kind)
         pipe.recv()
-        seconds[kind] = _timed(lambda reload=reload, fresh=fresh: reload(folder, plan.new, rank, fresh))
-        equal &= all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for x, y in zip(weights, fresh) for a, b in zip(x, y))
+        seconds[kind] = _timed(
+            lambda reload=reload, fresh=fresh: reload(folder, plan.new, rank, fresh)
+        )
+        equal &= all(
+            torch.equal(a.view(torch.int16), b.view(torch.int16))
+            for x, y in zip(weights, fresh)
+            for a, b in zip(x, y)
+        )
         del fresh
     raw = _ring(len(live), live.index(rank), reports[0].bytes_received)
     report = reports[0]
@@ -171,14 +222,19 @@ def _ring(size: int, rank: int, amount: int) -> float:
     source, target = (torch.ones(int(most.item()), dtype=torch.uint8) for _ in range(2))
 
     def copy() -> None:
-        sent, got = dist.P2POp(dist.isend, source, (rank + 1) % size), dist.P2POp(dist.irecv, target, (rank - 1) % size)
+        sent, got = (
+            dist.P2POp(dist.isend, source, (rank + 1) % size),
+            dist.P2POp(dist.irecv, target, (rank - 1) % size),
+        )
         for work in dist.batch_isend_irecv([sent, got]):
             work.wait()
 
     return _timed(copy)
 
 
-def uniform_replicas(sizes: Sizes, ranks: int, replicas: int, rng: np.random.Generator) -> Placement:
+def uniform_replicas(
+    sizes: Sizes, ranks: int, replicas: int, rng: np.random.Generator
+) -> Placement:
     """Every expert ``replicas`` times, on ranks drawn at random."""
     slots = sizes.experts * replicas // ranks
     table = np.empty((sizes.layers, ranks * slots), np.int64)

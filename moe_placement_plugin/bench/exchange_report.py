@@ -33,10 +33,16 @@ def _dead(rows: list[dict], sizes: dict, console: Console) -> None:
                 f"{f['exchange'] * 1e3:.0f}" if moved else "nothing moves",
                 f"{f['reload all'] * 1e3:.0f}",
                 f"{f['shorter']:.1f}x" if moved else "",
-                f"{f['reload own'] * 1e3:.0f} ({f['shorter than own']:.1f}x)" if moved else f"{f['reload own'] * 1e3:.0f}",
+                f"{f['reload own'] * 1e3:.0f} ({f['shorter than own']:.1f}x)"
+                if moved
+                else f"{f['reload own'] * 1e3:.0f}",
             ]
         rate = row["bytes_moved"] / row["cached"]["exchange"] / 1e9
-        cells.append(f"{rate:.2f} ({row['raw'] / row['cached']['exchange']:.0%})" if row["goal"] == "all moved" else "")
+        cells.append(
+            f"{rate:.2f} ({row['raw'] / row['cached']['exchange']:.0%})"
+            if row["goal"] == "all moved"
+            else ""
+        )
         cells.append(f"{row['staging'] / 1e6:.1f} / {row['chunks']}")
         lines.append(cells)
     disk = rows[0]["disk"]
@@ -59,9 +65,29 @@ def _drift(rows: list[dict], console: Console) -> None:
             if name in row:
                 f = row[name]
                 label = name + (f" (tolerance {f['tolerance']})" if "tolerance" in f else "")
-                fewer = f"{row['vLLM default']['bytes'] / max(f['bytes'], 1):.1f}x" if "vLLM default" in row and name != "vLLM default" else ""
-                lines.append(
-                    [row["case"], label, f"{f['moved'] / 20:.0f}", f"{f['bytes'] / 1e9:.1f}", fewer, f"{f['balancedness']:.4f}", f"{f['next']:.4f}"]
+                fewer = (
+                    f"{row['vLLM default']['bytes'] / max(f['bytes'], 1):.1f}x"
+                    if "vLLM default" in row and name != "vLLM default"
+                    else ""
                 )
-    columns = ["case", "planner", "experts per rebalance", "GB in all", "fewer", "balancedness", "next window"]
+                lines.append(
+                    [
+                        row["case"],
+                        label,
+                        f"{f['moved'] / 20:.0f}",
+                        f"{f['bytes'] / 1e9:.1f}",
+                        fewer,
+                        f"{f['balancedness']:.4f}",
+                        f"{f['next']:.4f}",
+                    ]
+                )
+    columns = [
+        "case",
+        "planner",
+        "experts per rebalance",
+        "GB in all",
+        "fewer",
+        "balancedness",
+        "next window",
+    ]
     _table(console, "20 drifting windows, 32 ranks, 32 redundant experts", columns, lines)

@@ -33,10 +33,14 @@ def measure(gigabytes: float, device: str, slots: int = 64) -> dict[str, Any]:
     import torch
 
     if device != "cpu" and not torch.cuda.is_available():
-        raise PlacementError(f"--device {device}: torch {torch.__version__} sees no GPU here; use --device cpu")
+        raise PlacementError(
+            f"--device {device}: torch {torch.__version__} sees no GPU here; use --device cpu"
+        )
     words = int(gigabytes * 1e9) // 2 // 8 // slots
     if words < 1:
-        raise PlacementError(f"--gb {gigabytes}: less than a word for each of {slots} slots; use a larger size")
+        raise PlacementError(
+            f"--gb {gigabytes}: less than a word for each of {slots} slots; use a larger size"
+        )
     weights = [torch.randint(0, 2**62, (slots, words), device=device) for _ in range(2)]
     num_bytes = sum(tensor.numel() * 8 for tensor in weights)
 
@@ -66,7 +70,9 @@ def measure(gigabytes: float, device: str, slots: int = 64) -> dict[str, Any]:
 
     row = weights[1][slots // 2].cpu().numpy()
     if int(digest()[1, slots // 2]) != definition.reference(row):
-        raise PlacementError("the digest on this device differs from its definition: report the device and the versions")
+        raise PlacementError(
+            "the digest on this device differs from its definition: report the device and the versions"
+        )
     other()
     digests, reads = [], []
     for _ in range(REPEATS):
@@ -76,7 +82,9 @@ def measure(gigabytes: float, device: str, slots: int = 64) -> dict[str, Any]:
     # A copy reads and writes every byte.
     traffic = num_bytes if device == "cpu" else 2 * num_bytes
     return {
-        "machine": machine() if device == "cpu" else {**machine(), "gpu": torch.cuda.get_device_name()},
+        "machine": machine()
+        if device == "cpu"
+        else {**machine(), "gpu": torch.cuda.get_device_name()},
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         "threads": torch.get_num_threads(),
         "device": device,

@@ -83,7 +83,9 @@ class Outcome:
         return float(np.mean(tokens, axis=1).sum() / np.max(tokens, axis=1).sum())
 
 
-def plan_all(names: Sequence[str], load: ExpertLoad, ranks: int, groups: int) -> dict[str, Placement]:
+def plan_all(
+    names: Sequence[str], load: ExpertLoad, ranks: int, groups: int
+) -> dict[str, Placement]:
     """A placement per strategy, planned on ``load``. ``eplb+32`` is eplb with 32 redundant experts.
 
     Raises:
@@ -93,7 +95,9 @@ def plan_all(names: Sequence[str], load: ExpertLoad, ranks: int, groups: int) ->
     for name in names:
         strategy, plus, redundant = name.partition("+")
         if plus and not redundant.isdigit():
-            raise PlacementError(f"strategy {name!r}: write the number of redundant experts after the plus, as in eplb+32")
+            raise PlacementError(
+                f"strategy {name!r}: write the number of redundant experts after the plus, as in eplb+32"
+            )
         cluster = Cluster(Topology.even(ranks), int(redundant or 0), groups)
         plans[name] = get_strategy(strategy).place(cluster.request(load))
     return plans
@@ -107,7 +111,12 @@ def rank_share(slots: torch.Tensor, placed: PlacedExperts, use_ring: bool) -> Ro
     local = placed.local_slot[slots]
     if not use_ring:
         local = local[(local >= 0).any(dim=1)]
-    return keep_local(local, torch.full(local.shape, 1 / slots.shape[1], device=slots.device), placed.num_local, False)
+    return keep_local(
+        local,
+        torch.full(local.shape, 1 / slots.shape[1], device=slots.device),
+        placed.num_local,
+        False,
+    )
 
 
 class LayerBench:
@@ -122,7 +131,15 @@ class LayerBench:
         use_ring: which exchange's rows the ranks get.
     """
 
-    def __init__(self, name: str, shape: LayerShape, device: torch.device, matmuls: Matmuls, repeats: int, use_ring: bool):
+    def __init__(
+        self,
+        name: str,
+        shape: LayerShape,
+        device: torch.device,
+        matmuls: Matmuls,
+        repeats: int,
+        use_ring: bool,
+    ):
         self.name, self.shape, self.device, self.matmuls = name, shape, device, matmuls
         self.repeats, self.use_ring = repeats, use_ring
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -155,9 +172,16 @@ class LayerBench:
         ranks = next(iter(plans.values())).num_ranks
         outcomes = {name: Outcome(name, ranks, phase, tokens_per_rank) for name in plans}
         for row in layers:
-            report(f"{self.name}, EP {ranks}, {phase} {tokens_per_rank} tokens per rank, layer {load.layer_ids[row]}")
+            report(
+                f"{self.name}, EP {ranks}, {phase} {tokens_per_rank} tokens per rank, layer {load.layer_ids[row]}"
+            )
             share = load.total[row].astype(np.float64)
-            experts = draw_step(share, tokens_per_rank * ranks, self.shape.top_k, np.random.default_rng([row, tokens_per_rank, ranks]))
+            experts = draw_step(
+                share,
+                tokens_per_rank * ranks,
+                self.shape.top_k,
+                np.random.default_rng([row, tokens_per_rank, ranks]),
+            )
             shares = {}
             for name, plan in plans.items():
                 for rank in range(ranks):
@@ -168,36 +192,60 @@ class LayerBench:
                 outcomes[name].layers[load.layer_ids[row]] = times
         return list(outcomes.values())
 
-    def _time(self, shares: Mapping[tuple[str, int], RouteOutput], phase: str, ranks: int) -> dict[str, list[RankTime]]:
+    def _time(
+        self, shares: Mapping[tuple[str, int], RouteOutput], phase: str, ranks: int
+    ) -> dict[str, list[RankTime]]:
         self._make_room(shares, ranks)
         rows = max(s.num_rows for s in shares.values())
         x = torch.randn(rows, self.shape.hidden, device=self.device, dtype=self.dtype)
         groups = {key: s.group_sizes.cpu().numpy() for key, s in shares.items()}
-        runs = {key: self._watch.prepare(self._share_runner(x, s)) for key, s in shares.items() if groups[key].any()}
+        runs = {
+            key: self._watch.prepare(self._share_runner(x, s))
+            for key, s in shares.items()
+            if groups[key].any()
+        }
         times = in_turn(runs, self.repeats)
         result: dict[str, list[RankTime]] = {}
         for key, sizes in groups.items():
             median = float(np.median(times[key])) if key in times else 0.0
-            found = RankTime(int(sizes.sum()), int((sizes > 0).sum()), sizes.size, shares[key].num_rows, median)
+            found = RankTime(
+                int(sizes.sum()), int((sizes > 0).sum()), sizes.size, shares[key].num_rows, median
+            )
             result.setdefault(key[0], []).append(found)
             if median:
-                measured = Measurement(tokens=found.tokens, active_experts=found.active, rows=found.rows, microseconds=median)
+                measured = Measurement(
+                    tokens=found.tokens,
+                    active_experts=found.active,
+                    rows=found.rows,
+                    microseconds=median,
+                )
                 self.measurements.setdefault(phase, []).append(measured)
         return result
 
     def _share_runner(self, x: torch.Tensor, output: RouteOutput) -> Callable[[], torch.Tensor]:
-        weights = ExpertWeights(self._weights.w13[: output.num_slots], self._weights.w2[: output.num_slots])
+        weights = ExpertWeights(
+            self._weights.w13[: output.num_slots], self._weights.w2[: output.num_slots]
+        )
         rows = x[: output.num_rows]
-        return lambda: gmm_down(gmm_up(rows, output, weights, self.matmuls), output, weights, self.matmuls)
+        return lambda: gmm_down(
+            gmm_up(rows, output, weights, self.matmuls), output, weights, self.matmuls
+        )
 
     def _make_room(self, shares: Mapping[tuple[str, int], RouteOutput], ranks: int) -> None:
         """Weights for the rank with most slots, if they and the intermediates fit; which weights does not matter to the time."""
         shape, width = self.shape, torch.finfo(self.dtype).bits // 8
-        slots, rows = max(s.num_slots for s in shares.values()), max(s.num_rows for s in shares.values())
+        slots, rows = (
+            max(s.num_slots for s in shares.values()),
+            max(s.num_rows for s in shares.values()),
+        )
         if self._weights is not None and self._weights.w13.shape[0] >= slots:
             slots = 0
         weights = 3 * slots * shape.hidden * shape.intermediate * width
-        intermediates = rows * (shape.top_k * (3 * shape.intermediate + shape.hidden) + 2 * shape.hidden) * width
+        intermediates = (
+            rows
+            * (shape.top_k * (3 * shape.intermediate + shape.hidden) + 2 * shape.hidden)
+            * width
+        )
         free = SPARE_MEMORY * free_memory(self.device)
         if weights + intermediates > free:
             raise PlacementError(
@@ -211,16 +259,24 @@ class LayerBench:
             def random(*sizes: int) -> torch.Tensor:
                 return torch.empty(sizes, dtype=self.dtype, device=self.device).normal_(0, scale)
 
-            self._weights = ExpertWeights(random(slots, 2 * shape.intermediate, shape.hidden), random(slots, shape.hidden, shape.intermediate))
+            self._weights = ExpertWeights(
+                random(slots, 2 * shape.intermediate, shape.hidden),
+                random(slots, shape.hidden, shape.intermediate),
+            )
 
     def calibration(self, phase: str, facts: Mapping[str, Any], command: str) -> Calibration:
         """The measurements of a phase so far, in the form that `simulate` reads, every fourth held out.
 
         Of more than `CALIBRATION_SIZE`, sorted by tokens, evenly spaced ones are kept.
         """
-        ordered = sorted(self.measurements.get(phase, []), key=lambda m: (m.tokens, m.active_experts))
+        ordered = sorted(
+            self.measurements.get(phase, []), key=lambda m: (m.tokens, m.active_experts)
+        )
         ordered = ordered[:: -(-len(ordered) // CALIBRATION_SIZE) or 1]
-        held = [m.model_copy(update={"held_out": i % HELD_OUT_EVERY == HELD_OUT_EVERY // 2}) for i, m in enumerate(ordered)]
+        held = [
+            m.model_copy(update={"held_out": i % HELD_OUT_EVERY == HELD_OUT_EVERY // 2})
+            for i, m in enumerate(ordered)
+        ]
         layer = {
             "shape": self.name,
             "hidden_size": self.shape.hidden,
@@ -230,7 +286,12 @@ class LayerBench:
             "kernel": self.matmuls.name,
             "phase": phase,
         }
-        return Calibration(device=str(facts["device"]), layer=layer, provenance={**facts, "command": command}, measurements=held)
+        return Calibration(
+            device=str(facts["device"]),
+            layer=layer,
+            provenance={**facts, "command": command},
+            measurements=held,
+        )
 
 
 def fitted(calibration: Calibration) -> LayerCost | str:

@@ -13,12 +13,23 @@ from ..costmodel import LayerCost
 from .layer import Outcome
 
 
-def print_report(outcomes: Sequence[Outcome], fits: Mapping[str, LayerCost | str], facts: Mapping[str, Any], console: Console) -> None:
+def print_report(
+    outcomes: Sequence[Outcome],
+    fits: Mapping[str, LayerCost | str],
+    facts: Mapping[str, Any],
+    console: Console,
+) -> None:
     """Strategies side by side for each number of ranks and batch, then the fitted cost model."""
     console.print("; ".join(f"{k} {v}" for k, v in facts.items()), highlight=False)
-    for (ranks, phase, tokens), group in groupby(outcomes, key=lambda o: (o.ranks, o.phase, o.tokens_per_rank)):
+    for (ranks, phase, tokens), group in groupby(
+        outcomes, key=lambda o: (o.ranks, o.phase, o.tokens_per_rank)
+    ):
         rows = list(group)
-        table = Table(title=f"EP {ranks}, {phase}, {tokens} tokens per rank, {len(rows[0].layers)} layers", title_justify="left", box=None)
+        table = Table(
+            title=f"EP {ranks}, {phase}, {tokens} tokens per rank, {len(rows[0].layers)} layers",
+            title_justify="left",
+            box=None,
+        )
         for column in ("strategy", "us per layer", f"{rows[0].strategy} / it", "balancedness"):
             table.add_column(column, justify="left" if column == "strategy" else "right")
         for row in rows:

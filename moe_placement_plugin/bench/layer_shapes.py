@@ -67,7 +67,9 @@ def read_load(paths: Sequence[Path], shape: LayerShape, name: str) -> ExpertLoad
     for path in paths:
         load = _token_trace(path, shape.experts) if path.suffix == ".npz" else ExpertLoad.read(path)
         if load.num_experts != shape.experts:
-            raise PlacementError(f"{path} has {load.num_experts} experts, {name} has {shape.experts}: give a load of that model")
+            raise PlacementError(
+                f"{path} has {load.num_experts} experts, {name} has {shape.experts}: give a load of that model"
+            )
         workloads.append(Workload(str(path), load))
     return ExpertLoad.concatenate([w.load for w in align(workloads)])
 
@@ -77,7 +79,9 @@ def _token_trace(path: Path, experts: int) -> ExpertLoad:
         with np.load(path, allow_pickle=False) as data:
             ids = data["topk_ids"].astype(np.int64)
     except (OSError, ValueError, KeyError) as error:
-        raise PlacementError(f"{path} is no token-level trace ({error}): give an .npz with topk_ids [layers, tokens, top_k]") from None
+        raise PlacementError(
+            f"{path} is no token-level trace ({error}): give an .npz with topk_ids [layers, tokens, top_k]"
+        ) from None
     experts = max(experts, int(ids.max()) + 1)
     return ExpertLoad(np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in ids]))
 
@@ -87,7 +91,10 @@ def synthetic_load(shape: LayerShape, skew: float, seed: int = 0) -> ExpertLoad:
     rng = np.random.default_rng(seed)
     popularity = np.arange(1, shape.experts + 1, dtype=np.float64) ** -skew
     counts = np.stack([rng.permutation(popularity) for _ in range(shape.layers)])
-    return ExpertLoad(np.round(counts / popularity.sum() * 1e7).astype(np.int64), metadata={"source": f"synthetic, zipf {skew}"})
+    return ExpertLoad(
+        np.round(counts / popularity.sum() * 1e7).astype(np.int64),
+        metadata={"source": f"synthetic, zipf {skew}"},
+    )
 
 
 def draw_step(share: np.ndarray, tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
@@ -101,7 +108,9 @@ def draw_step(share: np.ndarray, tokens: int, top_k: int, rng: np.random.Generat
         PlacementError: when fewer experts than ``top_k`` are ever chosen.
     """
     if np.count_nonzero(share) < top_k:
-        raise PlacementError(f"a layer in which {np.count_nonzero(share)} experts were chosen, for top-{top_k}: record more tokens")
+        raise PlacementError(
+            f"a layer in which {np.count_nonzero(share)} experts were chosen, for top-{top_k}: record more tokens"
+        )
     counts = rng.multinomial(tokens * top_k, share / share.sum())
     while (spare := int(np.maximum(counts - tokens, 0).sum())) > 0:
         counts = np.minimum(counts, tokens)

@@ -24,7 +24,14 @@ from ..planner.inputs import as_ranks
 from . import planner_families as families
 from .planner_contestants import Contestant
 
-FRESH = ("vLLM default", "SGLang deepseek", "SGLang deepseek_vec", "DeepSeek reference", "fast", "best")
+FRESH = (
+    "vLLM default",
+    "SGLang deepseek",
+    "SGLang deepseek_vec",
+    "DeepSeek reference",
+    "fast",
+    "best",
+)
 SUITES = ("traces", "synthetic", "moves", "workloads", "locality", "coactivation")
 TRACE_SHAPES = (
     ("32 ranks, 288 slots", 32, 32),
@@ -39,9 +46,21 @@ def machine() -> dict:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        model = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
+        model = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in info.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            model,
+        )
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cpus": cpus, "load_average": list(os.getloadavg()), "system": platform.platform()}
+    return {
+        "cpu": model,
+        "cpus": cpus,
+        "load_average": list(os.getloadavg()),
+        "system": platform.platform(),
+    }
 
 
 def layer_ratio(load: np.ndarray, table: np.ndarray, ranks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +68,9 @@ def layer_ratio(load: np.ndarray, table: np.ndarray, ranks: int) -> tuple[np.nda
     layers, slots = table.shape
     count = np.stack([np.bincount(row, minlength=load.shape[1]) for row in table])
     if (count == 0).any():
-        raise PlacementError(f"a planner left out expert {np.argwhere(count == 0)[0][1]}: its plan cannot serve")
+        raise PlacementError(
+            f"a planner left out expert {np.argwhere(count == 0)[0][1]}: its plan cannot serve"
+        )
     share = np.take_along_axis(load / count, table.astype(np.int64), axis=1)
     by_rank = share.reshape(layers, ranks, slots // ranks).sum(axis=2)
     return by_rank.mean(axis=1), by_rank.max(axis=1)
@@ -72,7 +93,11 @@ def read_traces(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     """Loads by name, int64 [layers, experts], windows added up; files or folders with .json and .safetensors loads."""
     files: list[Path] = []
     for path in paths:
-        files += sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors")) if path.is_dir() else [path]
+        files += (
+            sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
+            if path.is_dir()
+            else [path]
+        )
     return {f.stem: ExpertLoad.read(f).moe_layers().total.astype(np.int64) for f in files}
 
 
@@ -107,29 +132,50 @@ def _compare(contestants: Sequence[Contestant], load, following, shape, repeats:
 def _bound(load: np.ndarray, ranks: int, slots: int, groups: int = 1, nodes: int = 1) -> float:
     """Upper bound of the balancedness of any plan (hierarchical if nodes > 1)."""
     where = as_ranks(np.full(ranks, slots // ranks), np.arange(ranks) * nodes // ranks)
-    _, busiest = group_homes(load.astype(np.float64), where, groups if nodes > 1 else 1, thorough=True)
+    _, busiest = group_homes(
+        load.astype(np.float64), where, groups if nodes > 1 else 1, thorough=True
+    )
     return float(load.sum() / ranks / busiest.sum())
 
 
-def traces_suite(contestants, traces: dict[str, np.ndarray], repeats: int, report: Callable[[str], None]) -> list[dict]:
+def traces_suite(
+    contestants, traces: dict[str, np.ndarray], repeats: int, report: Callable[[str], None]
+) -> list[dict]:
     """Every trace on every cluster; the next window is a redraw of the trace after one step of drift."""
     rows = []
     for name, load in traces.items():
         rng = np.random.default_rng(0)
         popularity = load / np.maximum(load.sum(axis=1, keepdims=True), 1)
-        following = np.stack([rng.multinomial(int(n), p) for n, p in zip(load.sum(axis=1), families.drift(popularity, rng))])
+        following = np.stack(
+            [
+                rng.multinomial(int(n), p)
+                for n, p in zip(load.sum(axis=1), families.drift(popularity, rng))
+            ]
+        )
         for label, ranks, redundant in TRACE_SHAPES:
             slots = load.shape[1] + redundant
             if slots % ranks:
                 continue
             report(f"{name}, {label}")
             found = _compare(contestants, load, following, (label, ranks, slots, 1, 1), repeats)
-            rows.append({"case": name, "shape": label, "bound": _bound(load, ranks, slots), "planners": found})
+            rows.append(
+                {
+                    "case": name,
+                    "shape": label,
+                    "bound": _bound(load, ranks, slots),
+                    "planners": found,
+                }
+            )
     return rows
 
 
 def synthetic_suite(
-    contestants, layers: int, repeats: int, report: Callable[[str], None], shapes=families.SHAPES, seed: int = 0
+    contestants,
+    layers: int,
+    repeats: int,
+    report: Callable[[str], None],
+    shapes=families.SHAPES,
+    seed: int = 0,
 ) -> list[dict]:
     """Model and cluster shapes x load families."""
     rows = []
@@ -137,13 +183,29 @@ def synthetic_suite(
         report(shape.name)
         for family in families.FAMILIES:
             load, following = families.windows(family, shape, 2, seed, min(layers, shape.layers))
-            found = _compare(contestants, load, following, (shape.name, shape.ranks, shape.slots, shape.groups, shape.nodes), repeats)
+            found = _compare(
+                contestants,
+                load,
+                following,
+                (shape.name, shape.ranks, shape.slots, shape.groups, shape.nodes),
+                repeats,
+            )
             bound = _bound(load, shape.ranks, shape.slots, shape.groups, shape.nodes)
-            rows.append({"case": shape.name, "family": family, "kind": shape.kind, "bound": bound, "planners": found})
+            rows.append(
+                {
+                    "case": shape.name,
+                    "family": family,
+                    "kind": shape.kind,
+                    "bound": bound,
+                    "planners": found,
+                }
+            )
     return rows
 
 
-def _chain(contestant: Contestant, loads, start_table, ranks: int, slots: int, repeats: int, **more) -> dict:
+def _chain(
+    contestant: Contestant, loads, start_table, ranks: int, slots: int, repeats: int, **more
+) -> dict:
     """Rebalance window after window, each from the one before."""
     table, moves, planned, following, seconds, cpu = start_table, [], [], [], [], []
     for k, load in enumerate(loads):
@@ -166,7 +228,11 @@ def _chain(contestant: Contestant, loads, start_table, ranks: int, slots: int, r
 
 
 def moves_suite(
-    by_name: dict[str, Contestant], traces: dict[str, np.ndarray], repeats: int, report: Callable[[str], None], windows: int = 20
+    by_name: dict[str, Contestant],
+    traces: dict[str, np.ndarray],
+    repeats: int,
+    report: Callable[[str], None],
+    windows: int = 20,
 ) -> list[dict]:
     """Drifting windows, then every ordered pair of traces: vLLM's policy against the move-limited plan, each from its own plan."""
     vllm, best, replan = (by_name.get(n) for n in ("vLLM default", "best", "replan"))
@@ -189,7 +255,11 @@ def moves_suite(
         slots = old_load.shape[1] + 32
         if slots % 32:
             continue
-        tables = {c.name: c.ask(old_load, slots, 32, repeats=1).table for c in (vllm, best) if c is not None}
+        tables = {
+            c.name: c.ask(old_load, slots, 32, repeats=1).table
+            for c in (vllm, best)
+            if c is not None
+        }
         for target, load in traces.items():
             if target == source or load.shape != old_load.shape:
                 continue
@@ -203,7 +273,11 @@ def moves_suite(
 
 
 def workloads_suite(
-    by_name: dict[str, Contestant], traces: dict[str, np.ndarray], report: Callable[[str], None], ranks: int = 32, redundant: int = 32
+    by_name: dict[str, Contestant],
+    traces: dict[str, np.ndarray],
+    report: Callable[[str], None],
+    ranks: int = 32,
+    redundant: int = 32,
 ) -> list[dict]:
     """Plan on every four of the traces together, judge on those and on the others; against planning on their mean."""
     names = list(traces)
@@ -217,7 +291,11 @@ def workloads_suite(
         table = plan(stack, np.full(ranks, slots // ranks)).physical_to_logical
         seconds = time.perf_counter() - begin
         mean = np.rint(sum(traces[n] / traces[n].sum() for n in trained) * 1e9).astype(np.int64)
-        row = {"trained": list(trained), "seconds": seconds, "together": _worst(traces, trained, others, table, ranks)}
+        row = {
+            "trained": list(trained),
+            "seconds": seconds,
+            "together": _worst(traces, trained, others, table, ranks),
+        }
         for name in ("vLLM default", "best"):
             if name in by_name:
                 on_mean = by_name[name].ask(mean, slots, ranks, repeats=1).table
@@ -234,7 +312,11 @@ def _worst(traces, trained, others, table, ranks: int) -> dict:
 
 
 def locality_suite(
-    traces: dict[str, np.ndarray], report: Callable[[str], None], ranks: int = 32, nodes: int = 4, groups: int = 8
+    traces: dict[str, np.ndarray],
+    report: Callable[[str], None],
+    ranks: int = 32,
+    nodes: int = 4,
+    groups: int = 8,
 ) -> list[dict]:
     """Hierarchical plans against their bound, and the soft form's curve."""
     rows = []
@@ -246,7 +328,14 @@ def locality_suite(
             report(f"{name}, {slots} slots")
             where = {"node_of_rank": np.arange(ranks) * nodes // ranks, "num_groups": groups}
             begin = time.perf_counter()
-            soft = plan(load, np.full(ranks, slots // ranks), locality="soft", max_leaving=0.15, locality_penalty=0.0, **where)
+            soft = plan(
+                load,
+                np.full(ranks, slots // ranks),
+                locality="soft",
+                max_leaving=0.15,
+                locality_penalty=0.0,
+                **where,
+            )
             rows.append(
                 {
                     "case": name,
@@ -261,7 +350,9 @@ def locality_suite(
     return rows
 
 
-def coactivation_suite(paths: Sequence[Path], report: Callable[[str], None], ranks: int = 8, experts: int | None = None) -> list[dict]:
+def coactivation_suite(
+    paths: Sequence[Path], report: Callable[[str], None], ranks: int = 8, experts: int | None = None
+) -> list[dict]:
     """Crossings per token on token-level traces (.npz with ``topk_ids`` [layers, tokens, top_k]): planned on one half, counted on the
     other."""
     rows = []
@@ -271,20 +362,34 @@ def coactivation_suite(paths: Sequence[Path], report: Callable[[str], None], ran
         num_experts = experts or 1 << int(ids.max()).bit_length()
         half = ids.shape[1] // 2
         first, second = ids[:, :half], ids[:, half:]
-        load, following = (np.stack([np.bincount(x.ravel(), minlength=num_experts) for x in part]) for part in (first, second))
+        load, following = (
+            np.stack([np.bincount(x.ravel(), minlength=num_experts) for x in part])
+            for part in (first, second)
+        )
         pairs = coactivation_of(first, num_experts)
         slots = np.full(ranks, num_experts // ranks)
         for nodes in (2, 4):
             report(f"{path.stem}, {nodes} nodes")
             node_of = np.arange(ranks) * nodes // ranks
             linear = np.tile(np.arange(num_experts), (ids.shape[0], 1))
-            tables = {"linear": linear, "balance only": plan(load, slots, node_of_rank=node_of).physical_to_logical}
+            tables = {
+                "linear": linear,
+                "balance only": plan(load, slots, node_of_rank=node_of).physical_to_logical,
+            }
             for allowance in (0.02, 0.05, 0.1):
                 tables[f"gathered on nodes, {allowance:.0%}"] = plan(
-                    load, slots, node_of_rank=node_of, coactivation=pairs, coactivation_allowance=allowance
+                    load,
+                    slots,
+                    node_of_rank=node_of,
+                    coactivation=pairs,
+                    coactivation_allowance=allowance,
                 ).physical_to_logical
             tables["spread over ranks, 2%"] = plan(
-                load, slots, coactivation=pairs, coactivation_goal="spread", coactivation_allowance=0.02
+                load,
+                slots,
+                coactivation=pairs,
+                coactivation_goal="spread",
+                coactivation_allowance=0.02,
             ).physical_to_logical
             rank_of_slot = np.repeat(np.arange(ranks), slots)
             for name, table in tables.items():

@@ -77,10 +77,22 @@ class Contestant:
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
-            raise PlacementError(f"the process of {self.name} ended without an answer:\n{self._log.read()[-2000:]}")
+            raise PlacementError(
+                f"the process of {self.name} ended without an answer:\n{self._log.read()[-2000:]}"
+            )
         return json.loads(line)
 
-    def ask(self, load: np.ndarray, slots: int, ranks: int, groups: int = 1, nodes: int = 1, repeats: int = 5, old=None, **more) -> Answer:
+    def ask(
+        self,
+        load: np.ndarray,
+        slots: int,
+        ranks: int,
+        groups: int = 1,
+        nodes: int = 1,
+        repeats: int = 5,
+        old=None,
+        **more,
+    ) -> Answer:
         """Plan ``load`` [layers, experts].
 
         Raises:
@@ -131,7 +143,9 @@ class Contestant:
         self.close()
 
 
-def start_contestants(names: list[str], pythons: dict[str, str | None]) -> tuple[list[Contestant], dict[str, str]]:
+def start_contestants(
+    names: list[str], pythons: dict[str, str | None]
+) -> tuple[list[Contestant], dict[str, str]]:
     """Start every planner that can be had.
 
     Args:

@@ -35,7 +35,13 @@ class Shape:
         if self.nodes > 1:
             return "hierarchical"
         redundancy = self.slots / self.experts - 1
-        return "no redundancy" if redundancy == 0 else "6-12% redundancy" if redundancy < 0.15 else "17-25% redundancy"
+        return (
+            "no redundancy"
+            if redundancy == 0
+            else "6-12% redundancy"
+            if redundancy < 0.15
+            else "17-25% redundancy"
+        )
 
 
 SHAPES = (
@@ -61,7 +67,16 @@ SHAPES = (
     Shape("DeepSeek-R1 EP32 4 nodes +32", 58, 256, 32, 288, 8, 4),
 )
 
-FAMILIES = ("uniform", "zipf 0.5", "zipf 0.8", "zipf 1.2", "lognormal", "one hot", "hot groups", "bimodal")
+FAMILIES = (
+    "uniform",
+    "zipf 0.5",
+    "zipf 0.8",
+    "zipf 1.2",
+    "lognormal",
+    "one hot",
+    "hot groups",
+    "bimodal",
+)
 
 
 def popularity(family: str, layers: int, experts: int, rng: np.random.Generator) -> np.ndarray:
@@ -82,10 +97,14 @@ def popularity(family: str, layers: int, experts: int, rng: np.random.Generator)
         p[np.arange(layers), rng.integers(experts, size=layers)] = 0.05 * p.sum(axis=1)
     elif family == "hot groups":
         groups = max(2, experts // 32) if experts >= 16 else 2
-        heat = rng.lognormal(0.0, 0.5, (layers, groups)).repeat(-(-experts // groups), axis=1)[:, :experts]
+        heat = rng.lognormal(0.0, 0.5, (layers, groups)).repeat(-(-experts // groups), axis=1)[
+            :, :experts
+        ]
         p = heat * rng.lognormal(0.0, 0.5, (layers, experts))
     elif family == "bimodal":
-        p = np.where(rng.random((layers, experts)) < 0.2, 4.0, 0.7) * rng.lognormal(0.0, 0.15, (layers, experts))
+        p = np.where(rng.random((layers, experts)) < 0.2, 4.0, 0.7) * rng.lognormal(
+            0.0, 0.15, (layers, experts)
+        )
     else:
         raise ValueError(f"unknown load family {family!r}: one of {', '.join(FAMILIES)}")
     return p / p.sum(axis=1, keepdims=True)
@@ -102,9 +121,18 @@ def drift(p: np.ndarray, rng: np.random.Generator, amount: float = 0.15) -> np.n
     return p / p.sum(axis=1, keepdims=True)
 
 
-def windows(family: str, shape: Shape, num_windows: int, seed: int, layers: int | None = None, amount: float = 0.15) -> np.ndarray:
+def windows(
+    family: str,
+    shape: Shape,
+    num_windows: int,
+    seed: int,
+    layers: int | None = None,
+    amount: float = 0.15,
+) -> np.ndarray:
     """Drifting token counts, int64 ``[windows, layers, experts]``; equal for equal arguments."""
-    rng = np.random.default_rng([seed, FAMILIES.index(family), shape.experts, shape.ranks, shape.slots])
+    rng = np.random.default_rng(
+        [seed, FAMILIES.index(family), shape.experts, shape.ranks, shape.slots]
+    )
     p = popularity(family, layers or shape.layers, shape.experts, rng)
     result = []
     for _ in range(num_windows):

@@ -41,7 +41,9 @@ def replicate(weights: np.ndarray, num_slots: int) -> list[int]:
     return replicas
 
 
-def rebalance(load: np.ndarray, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int) -> np.ndarray:
+def rebalance(
+    load: np.ndarray, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
+) -> np.ndarray:
     """Expert of each slot.
 
     Args:

@@ -12,7 +12,9 @@ from rich.table import Table
 def print_machine(result: dict, console: Console) -> None:
     """Print what a bench ran on, and what it left out."""
     machine = result["machine"]
-    console.print(f"{machine['cpu']}, {machine['cpus']} CPUs, load average {machine['load_average'][0]:.1f}; {machine['system']}")
+    console.print(
+        f"{machine['cpu']}, {machine['cpus']} CPUs, load average {machine['load_average'][0]:.1f}; {machine['system']}"
+    )
     for name, versions in result["versions"].items():
         console.print(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     for name, reason in result["missing"].items():
@@ -34,7 +36,9 @@ def print_report(result: dict, console: Console) -> None:
             show(result[suite], console)
 
 
-def _table(console: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+def _table(
+    console: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]
+) -> None:
     table = Table(title=title, title_justify="left")
     for k, column in enumerate(columns):
         table.add_column(column, justify="left" if k == 0 else "right", no_wrap=True)
@@ -48,7 +52,9 @@ def _planners(rows: list[dict]) -> list[str]:
 
 
 def _mean(rows: list[dict], planner: str, key: str) -> float:
-    values = [row["planners"][planner][key] for row in rows if key in row["planners"].get(planner, {})]
+    values = [
+        row["planners"][planner][key] for row in rows if key in row["planners"].get(planner, {})
+    ]
     return float(np.mean(values)) if values else float("nan")
 
 
@@ -57,7 +63,9 @@ def _traces(rows: list[dict], console: Console) -> None:
         here = [row for row in rows if row["shape"] == shape]
         lines = []
         for planner in _planners(here):
-            found = [row["planners"][planner] for row in here if "ms" in row["planners"].get(planner, {})]
+            found = [
+                row["planners"][planner] for row in here if "ms" in row["planners"].get(planner, {})
+            ]
             if not found:
                 reason = next(row["planners"][planner].get("error", "") for row in here)
                 lines.append([planner, reason[:60]])
@@ -66,11 +74,21 @@ def _traces(rows: list[dict], console: Console) -> None:
             lines.append(
                 [planner]
                 + [f"{f['balancedness']:.4f}" for f in found]
-                + [f"{np.mean([f['next'] for f in found]):.4f}", f"{min(f['worst_layer'] for f in found):.4f}", f"{ms:.2f}", f"{cpu:.2f}"]
+                + [
+                    f"{np.mean([f['next'] for f in found]):.4f}",
+                    f"{min(f['worst_layer'] for f in found):.4f}",
+                    f"{ms:.2f}",
+                    f"{cpu:.2f}",
+                ]
             )
         lines.append(["bound", *(f"{row['bound']:.4f}" for row in here)])
         names = [row["case"].replace("deepseek_r1_", "") for row in here]
-        _table(console, f"Traces, {shape}: balancedness", ["planner", *names, "next", "worst layer", "ms", "CPU ms"], lines)
+        _table(
+            console,
+            f"Traces, {shape}: balancedness",
+            ["planner", *names, "next", "worst layer", "ms", "CPU ms"],
+            lines,
+        )
         _ratios(here, console)
 
 
@@ -90,7 +108,9 @@ def _ratios(rows: list[dict], console: Console) -> None:
                     for row in rows
                     if "cpu_ms" in row["planners"].get(other, {})
                 ]
-                parts.append(f"{np.median(ratios):.1f}x faster than {other} (lowest {min(ratios):.1f}x; by CPU time {np.median(cpu):.1f}x)")
+                parts.append(
+                    f"{np.median(ratios):.1f}x faster than {other} (lowest {min(ratios):.1f}x; by CPU time {np.median(cpu):.1f}x)"
+                )
         if parts:
             console.print(f"  {own}: " + ", ".join(parts))
 
@@ -109,18 +129,38 @@ def _synthetic(rows: list[dict], console: Console) -> None:
                     line.append(f"{np.mean([row['bound'] for row in here]):.4f}")
                 elif key == "of the bound":
                     values = [
-                        row["planners"][planner]["balancedness"] / row["bound"] for row in here if "ms" in row["planners"].get(planner, {})
+                        row["planners"][planner]["balancedness"] / row["bound"]
+                        for row in here
+                        if "ms" in row["planners"].get(planner, {})
                     ]
                     line.append(f"{np.mean(values):.5f}" if values else "-")
                 else:
                     line.append(f"{_mean(here, planner, key):.4f}")
             lines.append(line)
-        _table(console, f"Synthetic loads: {key}, mean over shapes and families", ["planner", *groups], lines)
+        _table(
+            console,
+            f"Synthetic loads: {key}, mean over shapes and families",
+            ["planner", *groups],
+            lines,
+        )
     families = dict.fromkeys(row["family"] for row in rows)
     lines = []
     for planner in _planners(rows):
-        lines.append([planner, *(f"{_mean([r for r in rows if r['family'] == f], planner, 'balancedness'):.4f}" for f in families)])
-    _table(console, "Synthetic loads: balancedness by family, all shapes", ["planner", *families], lines)
+        lines.append(
+            [
+                planner,
+                *(
+                    f"{_mean([r for r in rows if r['family'] == f], planner, 'balancedness'):.4f}"
+                    for f in families
+                ),
+            ]
+        )
+    _table(
+        console,
+        "Synthetic loads: balancedness by family, all shapes",
+        ["planner", *families],
+        lines,
+    )
 
 
 def _moves(rows: list[dict], console: Console) -> None:
@@ -143,7 +183,12 @@ def _moves(rows: list[dict], console: Console) -> None:
                         f"{f['cpu_ms']:.1f}",
                     ]
                 )
-    _table(console, "Moves per rebalance", ["case", "planner", "slots moved", "share", "planned", "next", "ms", "CPU ms"], lines)
+    _table(
+        console,
+        "Moves per rebalance",
+        ["case", "planner", "slots moved", "share", "planned", "next", "ms", "CPU ms"],
+        lines,
+    )
     for row in drifting:
         if "vLLM default" in row:
             v, r = row["vLLM default"], row["replan"]
@@ -161,7 +206,9 @@ def _moves(rows: list[dict], console: Console) -> None:
         with_vllm = [row for row in pairs if "vLLM default" in row]
         if with_vllm:
             ratios = [row["vLLM default"]["moved"] / row["replan"]["moved"] for row in with_vllm]
-            loss = max(row["vLLM default"]["planned"] - row["replan"]["planned"] for row in with_vllm)
+            loss = max(
+                row["vLLM default"]["planned"] - row["replan"]["planned"] for row in with_vllm
+            )
             share = np.mean([row["vLLM default"]["moved"] / row["slots"] for row in with_vllm])
             console.print(
                 f"  vLLM moves {share:.1%}: {np.mean(ratios):.1f}x as many (lowest {min(ratios):.1f}x); balance below vLLM's by at most {loss:.4f}"
@@ -175,13 +222,28 @@ def _workloads(rows: list[dict], console: Console) -> None:
         for way in ways:
             trained = pick([row[way]["trained"] for row in rows])
             others = [row[way]["others"] for row in rows if row[way]["others"] is not None]
-            lines.append([f"{label} of {len(rows)}", way, f"{trained:.4f}", f"{pick(others):.4f}" if others else "-"])
-    _table(console, "Several workloads at once: worst balancedness", ["choices of four", "planner", "of the four", "of the others"], lines)
+            lines.append(
+                [
+                    f"{label} of {len(rows)}",
+                    way,
+                    f"{trained:.4f}",
+                    f"{pick(others):.4f}" if others else "-",
+                ]
+            )
+    _table(
+        console,
+        "Several workloads at once: worst balancedness",
+        ["choices of four", "planner", "of the four", "of the others"],
+        lines,
+    )
     console.print(
         f"  time: median {np.median([row['seconds'] for row in rows]):.2f} s, slowest {max(row['seconds'] for row in rows):.2f} s"
     )
     for way in ways[1:]:
-        gains = sorted(((row["together"]["others"] or 0) - (row[way]["others"] or 0), row["trained"]) for row in rows)
+        gains = sorted(
+            ((row["together"]["others"] or 0) - (row[way]["others"] or 0), row["trained"])
+            for row in rows
+        )
         enough = sum(gain >= 0.10 for gain, _ in gains)
         console.print(
             f"  worst of the others against {way}: median {np.median([g for g, _ in gains]):+.4f}, "
@@ -206,7 +268,15 @@ def _locality(rows: list[dict], console: Console) -> None:
     _table(
         console,
         "Nodes: 8 groups on 4",
-        ["trace", "slots", "hierarchical", "bound", "of the bound", "soft, at most 15% leaving", "s"],
+        [
+            "trace",
+            "slots",
+            "hierarchical",
+            "bound",
+            "of the bound",
+            "soft, at most 15% leaving",
+            "s",
+        ],
         lines,
     )
     for row in rows:

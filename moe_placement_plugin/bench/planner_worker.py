@@ -26,9 +26,15 @@ def vllm_policy():
     def prepare(load, old, r):
         weight = torch.from_numpy(load)
         before = None if old is None else torch.from_numpy(old)
-        return lambda: DefaultEplbPolicy.rebalance_experts(weight, r["slots"], r["groups"], r["nodes"], r["ranks"], before)
+        return lambda: DefaultEplbPolicy.rebalance_experts(
+            weight, r["slots"], r["groups"], r["nodes"], r["ranks"], before
+        )
 
-    return prepare, lambda found: found.numpy(), {"vllm": vllm.__version__, "torch": torch.__version__}
+    return (
+        prepare,
+        lambda found: found.numpy(),
+        {"vllm": vllm.__version__, "torch": torch.__version__},
+    )
 
 
 def sglang_algorithm(name):
@@ -41,9 +47,15 @@ def sglang_algorithm(name):
         tokens = torch.from_numpy(load)[None]
         kind = eplb_algorithms.EplbAlgorithm[name + ("_hierarchical" if r["nodes"] > 1 else "")]
         local = r["slots"] // r["ranks"]
-        return lambda: eplb_algorithms.rebalance_experts(tokens, r["slots"], local, r["groups"], r["nodes"], kind)
+        return lambda: eplb_algorithms.rebalance_experts(
+            tokens, r["slots"], local, r["groups"], r["nodes"], kind
+        )
 
-    return prepare, lambda found: found[0].numpy(), {"sglang": version("sglang"), "torch": torch.__version__}
+    return (
+        prepare,
+        lambda found: found[0].numpy(),
+        {"sglang": version("sglang"), "torch": torch.__version__},
+    )
 
 
 def reference():
@@ -67,7 +79,11 @@ def own(mode):
             return lambda: replan(load, old, slots)
         where = {}
         if r["nodes"] > 1:
-            where = {"node_of_rank": np.arange(r["ranks"]) * r["nodes"] // r["ranks"], "num_groups": r["groups"], "locality": "node"}
+            where = {
+                "node_of_rank": np.arange(r["ranks"]) * r["nodes"] // r["ranks"],
+                "num_groups": r["groups"],
+                "locality": "node",
+            }
         return lambda: plan(load, slots, mode=mode, **where)
 
     return prepare, lambda found: found.physical_to_logical, {"numba": numba.__version__}
@@ -113,7 +129,9 @@ def main() -> None:
             if request.get("again"):
                 call()  # the other planners have had the caches meanwhile: times are those of a warm loop
                 wall, cpu, _ = timed(call)
-                print(json.dumps({"seconds": [wall], "cpu_seconds": [cpu]}), file=answers, flush=True)
+                print(
+                    json.dumps({"seconds": [wall], "cpu_seconds": [cpu]}), file=answers, flush=True
+                )
                 continue
             with np.load(request["load"]) as data:
                 load = np.ascontiguousarray(data["load"])
@@ -126,9 +144,15 @@ def main() -> None:
                 seconds.append(wall)
                 cpu_seconds.append(cpu)
             np.save(request["table"], np.asarray(as_table(found), dtype=np.int64))
-            print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}), file=answers, flush=True)
+            print(
+                json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds}),
+                file=answers,
+                flush=True,
+            )
         except Exception as error:  # a planner that cannot do a case is part of the result
-            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
+            print(
+                json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,12 @@ from pathlib import Path
 from typing import Any
 
 # A function is sent to the workers, which vLLM allows on request only.
-_ENVIRONMENT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+_ENVIRONMENT = {
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 _INTERVAL = 10
 
 
@@ -55,7 +60,13 @@ def scales() -> dict[str, Scale]:
     """By device."""
     from ..demo.tiny_models import Size, write_qwen3_moe
 
-    small = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "max_num_batched_tokens": 512, "enforce_eager": True}
+    small = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 512,
+        "enforce_eager": True,
+    }
     large = {
         "dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 128, "max_num_batched_tokens": 8192, "load_format": "dummy",
         # Two engines share the GPU.
@@ -148,14 +159,20 @@ def switch(worker: Any, on: bool) -> None:
 def child(arguments: str) -> None:
     """An engine that generates a round's tokens for each line on stdin and reports tokens per second."""
     given = json.loads(arguments)
-    extra = {} if given["record"] is None else {"expert_load_record": given["record"], "expert_load_interval": _INTERVAL}
+    extra = (
+        {}
+        if given["record"] is None
+        else {"expert_load_record": given["record"], "expert_load_interval": _INTERVAL}
+    )
     from vllm import LLM, SamplingParams
 
     # The module as workers import it, not this process's __main__.
     from moe_placement_plugin.bench import recording
 
     scale = scales()[given["device"]]
-    llm = LLM(model=given["model"], enable_prefix_caching=False, additional_config=extra, **scale.engine)
+    llm = LLM(
+        model=given["model"], enable_prefix_caching=False, additional_config=extra, **scale.engine
+    )
     sampling = SamplingParams(temperature=0, max_tokens=scale.answer, ignore_eos=True)
     # A byte is a token.
     prompts = [(f"{i} " * scale.prompt)[: scale.prompt] for i in range(scale.requests)]
@@ -205,7 +222,9 @@ def main() -> None:
             engine = Engine(model, record, device)
             engines = {"off": engine, "on": engine}
         else:  # One after the other: both look at how much memory of a GPU is free.
-            engines = {name: Engine(model, path, device) for name, path in (("off", None), ("on", record))}
+            engines = {
+                name: Engine(model, path, device) for name, path in (("off", None), ("on", record))
+            }
         speeds: dict[str, list[float]] = {name: [] for name in engines}
         for number in range(given.rounds):
             for name in ("off", "on") if number % 2 == 0 else ("on", "off"):
@@ -216,14 +235,20 @@ def main() -> None:
     ratios = _ratios(speeds["on"], speeds["off"])
     ordered = sorted(ratios)
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
-    print(f"machine: {platform.machine()}, {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}{where}")
-    print(f"versions: vllm {vllm.__version__}, torch {torch.__version__}, moe-placement-plugin {__version__}, Python {platform.python_version()}")
+    print(
+        f"machine: {platform.machine()}, {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}{where}"
+    )
+    print(
+        f"versions: vllm {vllm.__version__}, torch {torch.__version__}, moe-placement-plugin {__version__}, Python {platform.python_version()}"
+    )
     print(
         f"model: {given.model or scale.name}; {given.rounds} rounds each, in turns, of {scale.requests} requests of {scale.prompt} "
         f"tokens and {scale.answer} generated"
     )
     for name, values in speeds.items():
-        print(f"recording {name:>3}: median {statistics.median(values):8.1f} tokens/s (least {min(values):.1f}, most {max(values):.1f})")
+        print(
+            f"recording {name:>3}: median {statistics.median(values):8.1f} tokens/s (least {min(values):.1f}, most {max(values):.1f})"
+        )
     quarter = len(ordered) // 4
     print(
         f"on / off: median {statistics.median(ratios):.4f}, middle half {ordered[quarter]:.4f} to {ordered[-1 - quarter]:.4f}; "

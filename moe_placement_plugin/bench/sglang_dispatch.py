@@ -29,7 +29,9 @@ LAYERS, EXPERTS = 58, 256
 """MoE layers and logical experts of DeepSeek-R1."""
 
 
-def stock_table(slots_of: np.ndarray, num_ranks: int, num_slots: int, ranks_per_node: int | None) -> np.ndarray:
+def stock_table(
+    slots_of: np.ndarray, num_ranks: int, num_slots: int, ranks_per_node: int | None
+) -> np.ndarray:
     """SGLang's own table for all ranks: ``[ranks, layers, experts]``.
 
     Args:
@@ -45,7 +47,9 @@ def stock_table(slots_of: np.ndarray, num_ranks: int, num_slots: int, ranks_per_
     # Captured while it is stock: in a server it may be hooked already.
     function: Any = expert_location.compute_logical_to_rank_dispatch_physical_map
     function = getattr(function, "__wrapped__", function)
-    parallel = types.SimpleNamespace(ep_size=num_ranks, nnodes=num_ranks // (ranks_per_node or num_ranks))
+    parallel = types.SimpleNamespace(
+        ep_size=num_ranks, nnodes=num_ranks // (ranks_per_node or num_ranks)
+    )
     call: dict[str, Any] = {
         "logical_to_all_physical_map": torch.from_numpy(np.ascontiguousarray(slots_of)),
         "ep_size": num_ranks,
@@ -56,7 +60,9 @@ def stock_table(slots_of: np.ndarray, num_ranks: int, num_slots: int, ranks_per_
     if takes_server_args(function):
         call["server_args"] = parallel
     with (
-        mock.patch.object(expert_location, "_prefer_same_node_experts", lambda *_: ranks_per_node is not None),
+        mock.patch.object(
+            expert_location, "_prefer_same_node_experts", lambda *_: ranks_per_node is not None
+        ),
         # Imported by the module, or by the function each time (0.5.17, 0.5.18).
         mock.patch.object(expert_location, "get_parallel", lambda: parallel, create=True),
         mock.patch.object(runtime_context, "get_parallel", lambda: parallel),
@@ -76,13 +82,19 @@ def replica_imbalance(table: np.ndarray, slots_of: np.ndarray) -> np.ndarray:
     return (served.max(axis=-1) * replicas / table.shape[0])[replicas > 1]
 
 
-def skewed_placement(num_ranks: int, num_redundant: int, num_nodes: int, seed: int = 0) -> Placement:
+def skewed_placement(
+    num_ranks: int, num_redundant: int, num_nodes: int, seed: int = 0
+) -> Placement:
     """`eplb`'s placement of R1's layers for a zipf-skewed load."""
     rng = np.random.default_rng(seed)
     popularity = 1.0 / np.arange(1, EXPERTS + 1) ** 0.8
     counts = np.stack([rng.permutation(popularity) for _ in range(LAYERS)]) * 1e6
     request = PlacementRequest(
-        LAYERS, EXPERTS, Topology.even(num_ranks, num_nodes), num_redundant, load=ExpertLoad(counts.astype(np.int64)[None])
+        LAYERS,
+        EXPERTS,
+        Topology.even(num_ranks, num_nodes),
+        num_redundant,
+        load=ExpertLoad(counts.astype(np.int64)[None]),
     )
     return get_strategy("eplb").place(request)
 
@@ -105,9 +117,16 @@ def main(argv: list[str] | None = None) -> None:
     import sglang
     import torch
 
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, ", end="")
-    print(f"torch {torch.__version__}, SGLang {sglang.__version__}; {LAYERS} layers x {EXPERTS} experts; best of {runs}")
-    print(f"{'ranks':>5} {'slots':>5} {'nodes':>5} | {'SGLang ms':>9} {'here ms':>8} {'times':>6} | imbalance mean (worst): SGLang, here")
+    print(
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, ",
+        end="",
+    )
+    print(
+        f"torch {torch.__version__}, SGLang {sglang.__version__}; {LAYERS} layers x {EXPERTS} experts; best of {runs}"
+    )
+    print(
+        f"{'ranks':>5} {'slots':>5} {'nodes':>5} | {'SGLang ms':>9} {'here ms':>8} {'times':>6} | imbalance mean (worst): SGLang, here"
+    )
     for ranks, redundant, nodes in ((32, 32, 4), (64, 64, 8), (64, 64, 1), (128, 128, 16)):
         placement = skewed_placement(ranks, redundant, nodes)
         slots_of = placement.logical_to_physical.astype(np.int64)

@@ -34,7 +34,9 @@ class Stopwatch:
         self._captures: weakref.WeakSet = weakref.WeakSet()
         # One for all captures: the allocator keeps what is freed for the stream that it was used on.
         self._stream = torch.cuda.Stream(device) if self._graphs else None
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self._cuda else None
+        self._flush = (
+            torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self._cuda else None
+        )
 
     def prepare(self, function: Callable[[], Any], warmups: int = 2) -> Callable[[], float]:
         """Warm up and capture; each call of the answer runs the function once and returns microseconds."""
@@ -45,7 +47,10 @@ class Stopwatch:
         torch.cuda.synchronize(self.device)
         run = function
         if self._graphs:
-            if torch.cuda.memory_reserved(self.device) > torch.cuda.get_device_properties(self.device).total_memory // 2:
+            if (
+                torch.cuda.memory_reserved(self.device)
+                > torch.cuda.get_device_properties(self.device).total_memory // 2
+            ):
                 torch.cuda.empty_cache()  # what the warm-up used is not the pool's to take
             run = self._captured(function).replay
         return lambda: self._by_events(run)

@@ -55,7 +55,11 @@ class LazyVerbs(TyperGroup):
 
 
 root = typer.Typer(
-    cls=LazyVerbs, rich_markup_mode=None, no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=LazyVerbs,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

@@ -19,10 +19,19 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def demo(
-    engine: Annotated[str, typer.Option(help="vllm or sglang; default: the one that is installed.")] = "",
-    model: Annotated[str, typer.Option(help="qwen3-moe (30 experts, no groups), glm4-moe (32 experts in 4 groups) or all.")] = "all",
+    engine: Annotated[
+        str, typer.Option(help="vllm or sglang; default: the one that is installed.")
+    ] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="qwen3-moe (30 experts, no groups), glm4-moe (32 experts in 4 groups) or all."
+        ),
+    ] = "all",
     strategy: Annotated[str, typer.Option(help="Strategy of the placed server.")] = "zigzag",
-    keep: Annotated[Path | None, typer.Option(help="Keep checkpoints, logs and recorded loads in this folder.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep checkpoints, logs and recorded loads in this folder.")
+    ] = None,
 ) -> None:
     """Serve a tiny MoE model stock on one rank and placed on two, and show that the answers are equal.
 
@@ -38,11 +47,17 @@ def demo(
     console = Console()
     name = require_engine(engine or None)
     if name not in DEMO_ENGINES:
-        raise PlacementError(f"no demonstration for engine {name!r}: choose one of {', '.join(DEMO_ENGINES)}")
+        raise PlacementError(
+            f"no demonstration for engine {name!r}: choose one of {', '.join(DEMO_ENGINES)}"
+        )
     if model != "all" and model not in MODELS:
-        raise PlacementError(f"unknown model {model!r}: choose one of {', '.join((*MODELS, 'all'))}")
+        raise PlacementError(
+            f"unknown model {model!r}: choose one of {', '.join((*MODELS, 'all'))}"
+        )
     if get_strategy(strategy).needs_load:
-        raise PlacementError(f"strategy {strategy} needs a recorded load, which the demonstration has only afterwards: choose another one")
+        raise PlacementError(
+            f"strategy {strategy} needs a recorded load, which the demonstration has only afterwards: choose another one"
+        )
     folder = Path(tempfile.mkdtemp(prefix="moe-placement-demo-")) if keep is None else keep
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -65,7 +80,9 @@ def demo(
 
 def _show(console: Console, outcome) -> None:
     placement = outcome.placement
-    table = Table(title=f"{outcome.model}: experts of layer {placement.layer_ids[0]} by {outcome.strategy}")
+    table = Table(
+        title=f"{outcome.model}: experts of layer {placement.layer_ids[0]} by {outcome.strategy}"
+    )
     table.add_column("EP rank", justify="right")
     table.add_column("experts")
     for rank in range(placement.num_ranks):
@@ -75,7 +92,9 @@ def _show(console: Console, outcome) -> None:
         console.print(f"The engine says: {outcome.placed_log}", markup=False, highlight=False)
 
     total = int(outcome.load.counts.sum())
-    table = Table(title=f"{outcome.model}: balancedness on the load just seen ({total} expert choices, {outcome.load.num_layers} MoE layers)")
+    table = Table(
+        title=f"{outcome.model}: balancedness on the load just seen ({total} expert choices, {outcome.load.num_layers} MoE layers)"
+    )
     table.add_column("strategy")
     table.add_column("mean rank load / greatest", justify="right")
     for name, value in outcome.balancedness.items():
@@ -88,4 +107,6 @@ def _show(console: Console, outcome) -> None:
             f"log probabilities differ by at most {outcome.largest_logprob_difference:.1e}"
         )
     else:
-        console.print(f"[red]DIFFERENT[/red]: stock {outcome.stock}\nplaced {outcome.placed}", highlight=False)
+        console.print(
+            f"[red]DIFFERENT[/red]: stock {outcome.stock}\nplaced {outcome.placed}", highlight=False
+        )

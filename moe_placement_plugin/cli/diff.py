@@ -12,14 +12,25 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command()
 def diff(
-    old: Annotated[Path, typer.Argument(help="Plan in force, or 'linear' for the engine's default.")],
+    old: Annotated[
+        Path, typer.Argument(help="Plan in force, or 'linear' for the engine's default.")
+    ],
     new: Annotated[Path, typer.Argument(help="Plan to go to.")],
-    expert_bytes: Annotated[int | None, typer.Option("--expert-bytes", help="Bytes of one expert's weights.", min=1)] = None,
-    model: Annotated[
-        Path | None, typer.Option("--model", help="Model directory or config.json, to take the bytes of an expert from.")
+    expert_bytes: Annotated[
+        int | None, typer.Option("--expert-bytes", help="Bytes of one expert's weights.", min=1)
     ] = None,
-    bandwidth: Annotated[float, typer.Option("--bandwidth", help="What a rank can receive, in GB/s (10^9 bytes).")] = 50.0,
-    ranks: Annotated[int | None, typer.Option("--ranks", help="EP ranks, for plans in SGLang's form.", min=1)] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", help="Model directory or config.json, to take the bytes of an expert from."
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        float, typer.Option("--bandwidth", help="What a rank can receive, in GB/s (10^9 bytes).")
+    ] = 50.0,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", help="EP ranks, for plans in SGLang's form.", min=1)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare two plans: experts that cross between ranks, bytes, and the least time at a bandwidth.

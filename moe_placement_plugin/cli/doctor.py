@@ -17,7 +17,9 @@ ENGINES = ("vllm", "sglang")
 
 @app.command()
 def doctor(
-    engine: Annotated[str | None, typer.Option("--engine", help="Look at this engine only: vllm or sglang.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="Look at this engine only: vllm or sglang.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show each engine found, its version, every patch with its target and whether the engine still fits it, and the
@@ -45,15 +47,26 @@ def _examine(name: str) -> dict[str, Any]:
     """Facts on one engine, gathered in this process without applying a patch."""
     if importlib.util.find_spec(name) is None:
         return {"engine": name, "installed": False, "fits": False}
-    result: dict[str, Any] = {"engine": name, "installed": True, "version": None, "problem": None, "patches": [], "refused": []}
+    result: dict[str, Any] = {
+        "engine": name,
+        "installed": True,
+        "version": None,
+        "problem": None,
+        "patches": [],
+        "refused": [],
+    }
     # Engines log to stdout while they are imported, which would break --json.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             result["version"] = importlib.import_module(name).__version__
             {"vllm": _vllm, "sglang": _sglang}[name](result)
         except Exception as error:  # noqa: BLE001 - a broken engine is what doctor is asked about
-            result["problem"] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    result["fits"] = result["problem"] is None and all(p["contract"] == "ok" for p in result["patches"])
+            result["problem"] = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+    result["fits"] = result["problem"] is None and all(
+        p["contract"] == "ok" for p in result["patches"]
+    )
     return result
 
 
@@ -65,8 +78,12 @@ def _vllm(result: dict[str, Any]) -> None:
     result["supported"] = f"{preflight.SUPPORTED[0]} to {preflight.SUPPORTED[1]} (exclusive)"
     preflight.check_version()
     for concern, patches in (
-        ("flags", FLAGS), ("placement", patch_set()), ("verification", load_set()), ("rebalancing", eplb_set()),
-        ("recording", recording_set()), ("several hosts", host_set()),
+        ("flags", FLAGS),
+        ("placement", patch_set()),
+        ("verification", load_set()),
+        ("rebalancing", eplb_set()),
+        ("recording", recording_set()),
+        ("several hosts", host_set()),
     ):
         result["patches"] += [{"concern": concern, **row} for row in patches.report()]
     result["refused"] = [
@@ -74,7 +91,12 @@ def _vllm(result: dict[str, Any]) -> None:
         for name in kernels.MOE_BACKENDS_REFUSED
     ]
     even = ", ".join((*kernels.ALL2ALL_WITH_MAP, *kernels.ALL2ALL_WITH_TABLES))
-    result["refused"].append({"what": f"--all2all-backend other than {even}", "why": "sends tokens to contiguous, even blocks of experts"})
+    result["refused"].append(
+        {
+            "what": f"--all2all-backend other than {even}",
+            "why": "sends tokens to contiguous, even blocks of experts",
+        }
+    )
 
 
 def _sglang(result: dict[str, Any]) -> None:
@@ -93,7 +115,9 @@ def _sglang(result: dict[str, Any]) -> None:
     )  # fmt: skip
     for concern, hooks in groups:
         result["patches"] += [{"concern": concern, **row} for row in hooks.report()]
-    result["refused"] = [{"what": f"{rule.kind}: {rule.what}", "why": rule.why} for rule in support.RULES]
+    result["refused"] = [
+        {"what": f"{rule.kind}: {rule.what}", "why": rule.why} for rule in support.RULES
+    ]
 
 
 def _print(found: list[dict[str, Any]]) -> None:
@@ -106,14 +130,23 @@ def _print(found: list[dict[str, Any]]) -> None:
         if not engine["installed"]:
             out.print(f"{engine['engine']}: not installed here")
             continue
-        out.print(f"{engine['engine']} {engine['version']} (supported: {engine.get('supported', '?')})", style="bold")
+        out.print(
+            f"{engine['engine']} {engine['version']} (supported: {engine.get('supported', '?')})",
+            style="bold",
+        )
         if engine["problem"]:
             out.print(f"  {engine['problem']}", style="red")
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in ("patch", "for", "target", "contract"):
             table.add_column(column, overflow="fold")
         for row in engine["patches"]:
-            table.add_row(row["name"], row["concern"], row["target"], row["contract"], style="" if row["contract"] == "ok" else "red")
+            table.add_row(
+                row["name"],
+                row["concern"],
+                row["target"],
+                row["contract"],
+                style="" if row["contract"] == "ok" else "red",
+            )
         if engine["patches"]:
             out.print(table)
             out.print()

@@ -17,9 +17,15 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     num_layers: Annotated[
         int | None,
-        typer.Option("--num-layers", help="Layers of the model, dense ones included (default: up to the last MoE layer).", min=1),
+        typer.Option(
+            "--num-layers",
+            help="Layers of the model, dense ones included (default: up to the last MoE layer).",
+            min=1,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was written as JSON.")
+    ] = False,
 ) -> None:
     """Write a plan or a load in SGLang's own JSON, which --init-expert-location reads.
 
@@ -43,13 +49,20 @@ def export(
     else:
         total = max(found.layer_ids) + 1 if num_layers is None else num_layers
         if total <= max(found.layer_ids):
-            raise PlacementError(f"--num-layers {total}, but the load has layer {max(found.layer_ids)}: give the model's own")
+            raise PlacementError(
+                f"--num-layers {total}, but the load has layer {max(found.layer_ids)}: give the model's own"
+            )
         rows = np.zeros((total, found.num_experts), dtype=found.total.dtype)
         rows[list(found.layer_ids)] = found.total
         data = {"logical_count": rows.tolist()}
         key = "logical_count"
     write_atomically(output, json.dumps(data).encode())
-    summary = {"file": str(output), "form": key, "layers": len(data[key]), "columns": len(data[key][0])}
+    summary = {
+        "file": str(output),
+        "form": key,
+        "layers": len(data[key]),
+        "columns": len(data[key][0]),
+    }
     if as_json:
         print_json(summary)
     else:

@@ -39,7 +39,9 @@ def read_any(path: Path, num_ranks: int | None = None) -> Placement | ExpertLoad
             if "physical_to_logical_map" not in data:
                 return parse_plan(data, str(path))
             if num_ranks is None:
-                raise PlacementError(f"{path} is a plan in SGLang's form, which does not name the ranks: add --ranks")
+                raise PlacementError(
+                    f"{path} is a plan in SGLang's form, which does not name the ranks: add --ranks"
+                )
             return parse_sglang_plan(data, _experts_of(data), num_ranks, str(path))
     return ExpertLoad.read(path)
 
@@ -60,7 +62,9 @@ def read_plan(path: Path, num_ranks: int | None = None) -> Placement:
     """
     found = read_any(path, num_ranks)
     if isinstance(found, ExpertLoad):
-        raise PlacementError(f"{path} is a recorded load, a plan is needed: make one with `moe-placement plan {path}`")
+        raise PlacementError(
+            f"{path} is a recorded load, a plan is needed: make one with `moe-placement plan {path}`"
+        )
     return found
 
 
@@ -78,16 +82,26 @@ def read_loads(paths: Sequence[Path], phase: str | None = None) -> list[Workload
     for path in paths:
         load = read_any(path)
         if isinstance(load, Placement):
-            raise PlacementError(f"{path} is a plan, a recorded load is needed: give what --expert-load-record wrote")
+            raise PlacementError(
+                f"{path} is a plan, a recorded load is needed: give what --expert-load-record wrote"
+            )
         if not load.counts.any():
-            raise PlacementError(f"{path}: the recording is empty (no token in any layer): record while requests are served")
+            raise PlacementError(
+                f"{path}: the recording is empty (no token in any layer): record while requests are served"
+            )
         if phase is not None:
             keep = [i for i, p in enumerate(load.phases) if p == phase]
             if not keep:
                 raise PlacementError(
                     f"{path} has no window of phase {phase} (it has {', '.join(sorted(set(load.phases)))}): leave --phase out"
                 )
-            load = ExpertLoad(load.counts[keep], load.layer_ids, tuple(load.phases[i] for i in keep), load.coactivation, load.metadata)
+            load = ExpertLoad(
+                load.counts[keep],
+                load.layer_ids,
+                tuple(load.phases[i] for i in keep),
+                load.coactivation,
+                load.metadata,
+            )
         workloads.append(Workload(_name(path, paths), load))
     return workloads
 
@@ -96,7 +110,9 @@ def _name(path: Path, paths: Sequence[Path]) -> str:
     return path.stem if sum(p.stem == path.stem for p in paths) == 1 else str(path)
 
 
-def cluster(ranks: int, nodes: int, redundant: int, groups: int, speed: str | None, locality: str = "none") -> Cluster:
+def cluster(
+    ranks: int, nodes: int, redundant: int, groups: int, speed: str | None, locality: str = "none"
+) -> Cluster:
     """The cluster that the options describe.
 
     Raises:
@@ -107,7 +123,9 @@ def cluster(ranks: int, nodes: int, redundant: int, groups: int, speed: str | No
         try:
             speeds = tuple(float(s) for s in speed.split(","))
         except ValueError:
-            raise PlacementError(f"--speed {speed}: give one number per rank, separated by commas") from None
+            raise PlacementError(
+                f"--speed {speed}: give one number per rank, separated by commas"
+            ) from None
         topology = Topology(ranks, topology.node_of_rank, speeds)
     return Cluster(topology, redundant, groups, locality)
 
@@ -121,7 +139,9 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise PlacementError(f"{path} is a directory: give the path of a file")
     if not path.parent.is_dir():
-        raise PlacementError(f"{path} cannot be written (directory {path.parent} does not exist): make it, or give a writable path")
+        raise PlacementError(
+            f"{path} cannot be written (directory {path.parent} does not exist): make it, or give a writable path"
+        )
 
 
 def print_json(data: Any) -> None:

@@ -12,13 +12,25 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command()
 def plan(
-    loads: Annotated[list[Path], typer.Argument(help="Recorded loads; several are planned for together.", metavar="LOAD")],
+    loads: Annotated[
+        list[Path],
+        typer.Argument(help="Recorded loads; several are planned for together.", metavar="LOAD"),
+    ],
     ranks: Annotated[int, typer.Option("--ranks", help="Expert parallel ranks.", min=1)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write.")],
     strategy: Annotated[str, typer.Option("--strategy", help="Placement strategy.")] = "eplb",
-    redundant: Annotated[int, typer.Option("--redundant", help="Redundant experts per layer.", min=0)] = 0,
-    nodes: Annotated[int, typer.Option("--nodes", help="Nodes that the ranks lie on, the same number on each.", min=1)] = 1,
-    groups: Annotated[int, typer.Option("--groups", help="Expert groups of grouped top-k routing.", min=1)] = 1,
+    redundant: Annotated[
+        int, typer.Option("--redundant", help="Redundant experts per layer.", min=0)
+    ] = 0,
+    nodes: Annotated[
+        int,
+        typer.Option(
+            "--nodes", help="Nodes that the ranks lie on, the same number on each.", min=1
+        ),
+    ] = 1,
+    groups: Annotated[
+        int, typer.Option("--groups", help="Expert groups of grouped top-k routing.", min=1)
+    ] = 1,
     locality: Annotated[
         str,
         typer.Option(
@@ -27,8 +39,13 @@ def plan(
             "are chosen together share a node: needs recorded co-activation).",
         ),
     ] = "none",
-    speed: Annotated[str | None, typer.Option("--speed", help="Relative speed of each rank: 1,1,0.5,...")] = None,
-    phase: Annotated[str | None, typer.Option("--phase", help="Use only windows of this phase: prefill, decode or mixed.")] = None,
+    speed: Annotated[
+        str | None, typer.Option("--speed", help="Relative speed of each rank: 1,1,0.5,...")
+    ] = None,
+    phase: Annotated[
+        str | None,
+        typer.Option("--phase", help="Use only windows of this phase: prefill, decode or mixed."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the prediction as JSON.")] = False,
 ) -> None:
     """Plan where experts lie, and predict how balanced the ranks will be.
@@ -46,7 +63,9 @@ def plan(
 
     check_writable(output)
     planner = get_strategy(strategy)
-    if planner.name == "eplb":  # not one of another package, whose kernels may need what is left out
+    if (
+        planner.name == "eplb"
+    ):  # not one of another package, whose kernels may need what is left out
         from ..planner.compiled import without_blas
 
         without_blas()
@@ -76,7 +95,9 @@ def plan(
                 "balancedness": made.overall_balancedness(together.counts),
                 "linear_balancedness": before.overall_balancedness(together.counts),
                 "balancedness_per_layer": made.balancedness(together.total),
-                "balancedness_per_workload": {w.name: made.overall_balancedness(w.load.counts) for w in workloads},
+                "balancedness_per_workload": {
+                    w.name: made.overall_balancedness(w.load.counts) for w in workloads
+                },
             }
         )
         return

@@ -12,18 +12,36 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command()
 def record(
-    path: Annotated[Path, typer.Argument(help="The recording: what --expert-load-record of the server names.")],
+    path: Annotated[
+        Path, typer.Argument(help="The recording: what --expert-load-record of the server names.")
+    ],
     url: Annotated[
         str | None,
-        typer.Option("--url", help="Address of the server, such as http://localhost:8000. Without it the recording is only read."),
+        typer.Option(
+            "--url",
+            help="Address of the server, such as http://localhost:8000. Without it the recording is only read.",
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help='Prompt file: a prompt per line, or JSON lines with "prompt" or "messages".')
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help='Prompt file: a prompt per line, or JSON lines with "prompt" or "messages".',
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to generate per prompt.", min=1)] = 128,
-    concurrency: Annotated[int, typer.Option("--concurrency", help="Requests under way at a time.", min=1)] = 16,
-    model: Annotated[str | None, typer.Option("--model", help="Model name (default: the first that the server lists).")] = None,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds to wait for an answer.")] = 600.0,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="Tokens to generate per prompt.", min=1)
+    ] = 128,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", help="Requests under way at a time.", min=1)
+    ] = 16,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Model name (default: the first that the server lists)."),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds to wait for an answer.")
+    ] = 600.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Send a prompt file to a server that was started with --expert-load-record, and wait until its recording holds them;
@@ -40,7 +58,9 @@ def record(
     sent = None
     if (url is None) != (prompts is None):
         given, missing = ("--url", "--prompts") if prompts is None else ("--prompts", "--url")
-        raise PlacementError(f"{given} without {missing}: prompts are sent to a server; give both, or neither to read {path}")
+        raise PlacementError(
+            f"{given} without {missing}: prompts are sent to a server; give both, or neither to read {path}"
+        )
     if url is not None and prompts is not None:
         from ..drive import read_prompts, send, wait_for_recording
 

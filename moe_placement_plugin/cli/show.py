@@ -12,27 +12,54 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command()
 def show(
-    files: Annotated[list[Path], typer.Argument(help="Recorded loads, plans, or both.", metavar="FILE")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Recorded loads, plans, or both.", metavar="FILE")
+    ],
     ranks: Annotated[
         int | None,
-        typer.Option("--ranks", help="EP ranks to show strategies for (default: the plan's). Without ranks only the load is shown.", min=1),
+        typer.Option(
+            "--ranks",
+            help="EP ranks to show strategies for (default: the plan's). Without ranks only the load is shown.",
+            min=1,
+        ),
     ] = None,
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            "--strategy", help="Strategy to show beside the plans; repeat (default: linear and zigzag, or with no plan also eplb)."
+            "--strategy",
+            help="Strategy to show beside the plans; repeat (default: linear and zigzag, or with no plan also eplb).",
         ),
     ] = None,
     redundant: Annotated[
-        int, typer.Option("--redundant", help="Redundant experts that strategies have (default: the plan's).", min=-1)
+        int,
+        typer.Option(
+            "--redundant",
+            help="Redundant experts that strategies have (default: the plan's).",
+            min=-1,
+        ),
     ] = -1,
-    phase: Annotated[str | None, typer.Option("--phase", help="Use only windows of this phase: prefill, decode or mixed.")] = None,
-    page: Annotated[Path | None, typer.Option("--html", help="Write one self-contained HTML page.")] = None,
-    png: Annotated[Path | None, typer.Option("--png", help="Write each figure as PNG into this folder (needs the extra 'report').")] = None,
-    layer: Annotated[
-        int | None, typer.Option("--layer", help="Layer whose co-activation is drawn (default: the most skewed).", min=0)
+    phase: Annotated[
+        str | None,
+        typer.Option("--phase", help="Use only windows of this phase: prefill, decode or mixed."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="List every layer, not only the worst.")] = False,
+    page: Annotated[
+        Path | None, typer.Option("--html", help="Write one self-contained HTML page.")
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            "--png", help="Write each figure as PNG into this folder (needs the extra 'report')."
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            "--layer", help="Layer whose co-activation is drawn (default: the most skewed).", min=0
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="List every layer, not only the worst.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a load, a plan, or what a plan does to a load.
@@ -58,7 +85,9 @@ def show(
     workloads = align(read_loads(load_paths, phase)) if load_paths else []
     if not workloads:
         if page is not None or png is not None:
-            raise PlacementError("--html and --png draw a load, and only plans were given: add a recorded load")
+            raise PlacementError(
+                "--html and --png draw a load, and only plans were given: add a recorded load"
+            )
         if as_json:
             print_json({"plans": {name: _plan_facts(plan) for name, plan in plans.items()}})
             return
@@ -72,7 +101,9 @@ def show(
     if page is not None or png is not None:
         from ..report.data import make_report
 
-        report = make_report([w.name for w in workloads], [w.load for w in workloads], placements, layer)
+        report = make_report(
+            [w.name for w in workloads], [w.load for w in workloads], placements, layer
+        )
         if page is not None:
             from ..files import write_atomically
             from ..report.page import render
@@ -88,7 +119,10 @@ def show(
                 "loads": {w.name: _load_facts(w.load) for w in workloads},
                 "plans": {name: _plan_facts(plan) for name, plan in plans.items()},
                 "balancedness": {
-                    name: {"overall": plan.overall_balancedness(together.counts), "per_layer": plan.balancedness(together.total)}
+                    name: {
+                        "overall": plan.overall_balancedness(together.counts),
+                        "per_layer": plan.balancedness(together.total),
+                    }
                     for name, plan in placements.items()
                 },
                 "html": page and str(page),
@@ -105,7 +139,9 @@ def show(
         if name in plans:
             out.print(plan_table(plan, name, together.total, plan.num_layers if every else 8))
         else:
-            out.print(f"{name}: balancedness {plan.overall_balancedness(together.counts):.4f} on {plan.num_ranks} ranks")
+            out.print(
+                f"{name}: balancedness {plan.overall_balancedness(together.counts):.4f} on {plan.num_ranks} ranks"
+            )
         out.print()
     for path in (page, png):
         if path is not None:
@@ -130,13 +166,27 @@ def _strategies(load, ranks, redundant, names, plans):
         if names:
             from ..errors import PlacementError
 
-            raise PlacementError(f"--strategy {names[0]} without --ranks: strategies place experts on ranks; add --ranks")
+            raise PlacementError(
+                f"--strategy {names[0]} without --ranks: strategies place experts on ranks; add --ranks"
+            )
         return {}
     if redundant < 0:
         redundant = first.num_redundant if first is not None and first.num_ranks == ranks else 0
-    slots = first.slots_per_rank if first is not None and (first.num_ranks, first.num_redundant) == (ranks, redundant) else ()
+    slots = (
+        first.slots_per_rank
+        if first is not None and (first.num_ranks, first.num_redundant) == (ranks, redundant)
+        else ()
+    )
     names = names or (["linear", "zigzag"] if plans else ["linear", "zigzag", "eplb"])
-    request = PlacementRequest(load.num_layers, load.num_experts, Topology(ranks), redundant, slots, load.layer_ids, load=load)
+    request = PlacementRequest(
+        load.num_layers,
+        load.num_experts,
+        Topology(ranks),
+        redundant,
+        slots,
+        load.layer_ids,
+        load=load,
+    )
     return {name: get_strategy(name).place(request) for name in names if name not in plans}
 
 

@@ -12,27 +12,60 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command()
 def simulate(
-    loads: Annotated[list[Path], typer.Argument(help="Recorded loads of one model, one per workload.", metavar="LOAD")],
+    loads: Annotated[
+        list[Path],
+        typer.Argument(help="Recorded loads of one model, one per workload.", metavar="LOAD"),
+    ],
     ranks: Annotated[int, typer.Option("--ranks", help="Expert parallel ranks.", min=1)],
     strategy: Annotated[
-        list[str] | None, typer.Option("--strategy", help="Strategy to compare; repeat. The first is what others are compared with.")
+        list[str] | None,
+        typer.Option(
+            "--strategy",
+            help="Strategy to compare; repeat. The first is what others are compared with.",
+        ),
     ] = None,
-    plans: Annotated[list[Path] | None, typer.Option("--plan", help="Plan file to compare too; repeat.")] = None,
-    redundant: Annotated[int, typer.Option("--redundant", help="Redundant experts per layer.", min=0)] = 0,
+    plans: Annotated[
+        list[Path] | None, typer.Option("--plan", help="Plan file to compare too; repeat.")
+    ] = None,
+    redundant: Annotated[
+        int, typer.Option("--redundant", help="Redundant experts per layer.", min=0)
+    ] = 0,
     nodes: Annotated[int, typer.Option("--nodes", help="Nodes that the ranks lie on.", min=1)] = 1,
-    groups: Annotated[int, typer.Option("--groups", help="Expert groups of grouped top-k routing.", min=1)] = 1,
-    speed: Annotated[str | None, typer.Option("--speed", help="Relative speed of each rank: 1,1,0.5,...")] = None,
-    phase: Annotated[str | None, typer.Option("--phase", help="Use only windows of this phase: prefill, decode or mixed.")] = None,
+    groups: Annotated[
+        int, typer.Option("--groups", help="Expert groups of grouped top-k routing.", min=1)
+    ] = 1,
+    speed: Annotated[
+        str | None, typer.Option("--speed", help="Relative speed of each rank: 1,1,0.5,...")
+    ] = None,
+    phase: Annotated[
+        str | None,
+        typer.Option("--phase", help="Use only windows of this phase: prefill, decode or mixed."),
+    ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option("--calibration", help="Cost model of your device: a file, or the name of a shipped one. Without it no times."),
+        typer.Option(
+            "--calibration",
+            help="Cost model of your device: a file, or the name of a shipped one. Without it no times.",
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens-per-step", help="Tokens of a step over all ranks, for times.", min=1)] = 4096,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens-per-step", help="Tokens of a step over all ranks, for times.", min=1
+        ),
+    ] = 4096,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", help="Experts per token, for times (default: as recorded, else 8).", min=1)
+        int | None,
+        typer.Option(
+            "--top-k", help="Experts per token, for times (default: as recorded, else 8).", min=1
+        ),
     ] = None,
     all_gather: Annotated[
-        bool, typer.Option("--all-gather", help="Every rank gets all tokens, not only those with a choice there, for times.")
+        bool,
+        typer.Option(
+            "--all-gather",
+            help="Every rank gets all tokens, not only those with a choice there, for times.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -55,14 +88,18 @@ def simulate(
     for path in plans or []:
         plan = read_plan(path, ranks)
         if plan.num_ranks != ranks:
-            raise PlacementError(f"{path} is a plan for {plan.num_ranks} EP ranks, --ranks is {ranks}: plan for {ranks} ranks")
+            raise PlacementError(
+                f"{path} is a plan for {plan.num_ranks} EP ranks, --ranks is {ranks}: plan for {ranks} ranks"
+            )
         candidates[path.name] = plan
     cost = None
     if calibration is not None:
         measured = find_calibration(calibration)
         cost = fit(measured.measurements)
     if top_k is None:
-        top_k = next((w.load.metadata["top_k"] for w in workloads if w.load.metadata.get("top_k")), 8)
+        top_k = next(
+            (w.load.metadata["top_k"] for w in workloads if w.load.metadata.get("top_k")), 8
+        )
     found = run(workloads, candidates, where, cost, tokens, top_k, all_gather)
     if as_json:
         print_json(
@@ -72,7 +109,9 @@ def simulate(
                 "dead_zone": found.dead_zone,
                 "best": found.best.name,
                 "verdict": found.verdict(),
-                "cost_model": None if cost is None else vars(cost) | {"device": measured.device, "layer": measured.layer},
+                "cost_model": None
+                if cost is None
+                else vars(cost) | {"device": measured.device, "layer": measured.layer},
                 "outcomes": [
                     {
                         "name": o.name,

@@ -84,7 +84,10 @@ def cores_of_ranks(ranks: int) -> str:
     """This machine's cores for each rank, as both engines' CPU builds want them: ``0,1`` for one rank, ``0|1`` for two."""
     cores = sorted(os.sched_getaffinity(0))
     each = max(1, len(cores) // ranks)
-    return "|".join(",".join(str(cores[(rank * each + i) % len(cores)]) for i in range(each)) for rank in range(ranks))
+    return "|".join(
+        ",".join(str(cores[(rank * each + i) % len(cores)]) for i in range(each))
+        for rank in range(ranks)
+    )
 
 
 class DemoEngine(ABC):
@@ -93,7 +96,13 @@ class DemoEngine(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def command(self, model: Path, port: int, placed: Placed | None, settings: ServerSettings = ServerSettings()) -> tuple[list[str], dict[str, str]]:
+    def command(
+        self,
+        model: Path,
+        port: int,
+        placed: Placed | None,
+        settings: ServerSettings = ServerSettings(),
+    ) -> tuple[list[str], dict[str, str]]:
         """Command line and environment of a server.
 
         Args:
@@ -106,7 +115,9 @@ class DemoEngine(ABC):
             PlacementError: when the engine cannot be started so.
         """
 
-    def complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1) -> Answer:
+    def complete(
+        self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1
+    ) -> Answer:
         """A greedy completion by the server.
 
         Args:
@@ -125,7 +136,9 @@ class DemoEngine(ABC):
             raise PlacementError(f"{url} gave no answer: {error}") from error
 
     @abstractmethod
-    def _complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int) -> Answer:
+    def _complete(
+        self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
+    ) -> Answer:
         """`complete`; raises OSError or HTTPException when there is no answer."""
 
 
@@ -134,7 +147,13 @@ class Vllm(DemoEngine):
 
     name = "vllm"
 
-    def command(self, model: Path, port: int, placed: Placed | None, settings: ServerSettings = ServerSettings()) -> tuple[list[str], dict[str, str]]:
+    def command(
+        self,
+        model: Path,
+        port: int,
+        placed: Placed | None,
+        settings: ServerSettings = ServerSettings(),
+    ) -> tuple[list[str], dict[str, str]]:
         length = str(settings.max_model_len)
         # The module, not the `vllm` command: the CPU build's command fails to find its own version.
         command = [
@@ -145,8 +164,19 @@ class Vllm(DemoEngine):
         env = {"HF_HUB_OFFLINE": "1"}
         ranks = settings.stock_ranks if placed is None else placed.ranks
         if settings.cpu:
-            command += ["--enforce-eager", "--max-num-batched-tokens", length, "--max-num-seqs", "8", "--gpu-memory-utilization", "0.2"]
-            env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)}
+            command += [
+                "--enforce-eager",
+                "--max-num-batched-tokens",
+                length,
+                "--max-num-seqs",
+                "8",
+                "--gpu-memory-utilization",
+                "0.2",
+            ]
+            env |= {
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks),
+            }
         if ranks > 1:
             command += ["--tensor-parallel-size", str(ranks)]
         if placed is None:
@@ -155,21 +185,35 @@ class Vllm(DemoEngine):
             command += ["--enable-expert-parallel", *placed.flags()]
             if placed.redundant:
                 # vLLM has redundant experts under its EPLB only; an interval that is never reached leaves them where they are.
-                eplb = {"num_redundant_experts": placed.redundant, "window_size": 1000, "step_interval": NEVER}
+                eplb = {
+                    "num_redundant_experts": placed.redundant,
+                    "window_size": 1000,
+                    "step_interval": NEVER,
+                }
                 command += ["--enable-eplb", "--eplb-config", json.dumps(eplb)]
         return [*command, *settings.arguments], env
 
-    def _complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int) -> Answer:
+    def _complete(
+        self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
+    ) -> Answer:
         from openai import APIError, OpenAI
 
         with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
-            asked = {"max_tokens": tokens, "temperature": 0, "logprobs": alternatives, "extra_body": {"ignore_eos": True}}
+            asked = {
+                "max_tokens": tokens,
+                "temperature": 0,
+                "logprobs": alternatives,
+                "extra_body": {"ignore_eos": True},
+            }
             try:
                 choice = client.completions.create(model=model, prompt=prompt, **asked).choices[0]
             except APIError as error:
                 raise OSError(str(error)) from error
         found = choice.logprobs
-        top = [{_token_id(token): logprob for token, logprob in place.items()} for place in found.top_logprobs]
+        top = [
+            {_token_id(token): logprob for token, logprob in place.items()}
+            for place in found.top_logprobs
+        ]
         return Answer([_token_id(token) for token in found.tokens], list(found.token_logprobs), top)
 
 
@@ -178,7 +222,13 @@ class Sglang(DemoEngine):
 
     name = "sglang"
 
-    def command(self, model: Path, port: int, placed: Placed | None, settings: ServerSettings = ServerSettings()) -> tuple[list[str], dict[str, str]]:
+    def command(
+        self,
+        model: Path,
+        port: int,
+        placed: Placed | None,
+        settings: ServerSettings = ServerSettings(),
+    ) -> tuple[list[str], dict[str, str]]:
         command = [
             sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "tiny",
             "--host", "127.0.0.1", "--port", str(port), "--dtype", settings.dtype, "--context-length", str(settings.max_model_len),
@@ -192,7 +242,11 @@ class Sglang(DemoEngine):
                 "--disable-overlap-schedule", "--max-total-tokens", str(max(4096, 2 * settings.max_model_len)),
                 "--max-running-requests", "8", "--mem-fraction-static", "0.3",
             ]  # fmt: skip
-            env |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "SGLANG_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks)}
+            env |= {
+                "SGLANG_USE_CPU_ENGINE": "1",
+                "TORCHDYNAMO_DISABLE": "1",
+                "SGLANG_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks),
+            }
         if ranks > 1:
             command += ["--tp-size", str(ranks)]
         if placed is None:
@@ -204,16 +258,27 @@ class Sglang(DemoEngine):
                 command += ["--ep-num-redundant-experts", str(placed.redundant)]
         return [*command, *settings.arguments], env
 
-    def _complete(self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int) -> Answer:
+    def _complete(
+        self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
+    ) -> Answer:
         # SGLang's own API: token ids over the other one are younger than the oldest version that we run with.
         asked = {"text" if isinstance(prompt, str) else "input_ids": prompt, "return_logprob": True, "top_logprobs_num": alternatives,
                  "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}}  # fmt: skip
-        request = Request(f"{url}/generate", json.dumps(asked).encode(), {"Content-Type": "application/json"})
+        request = Request(
+            f"{url}/generate", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
         with urlopen(request, timeout=120) as answer:  # noqa: S310 - a server of our own
             found = json.load(answer)["meta_info"]
         chosen = found["output_token_logprobs"]
-        top = [{int(token): float(logprob) for logprob, token, _ in place} for place in found["output_top_logprobs"]]
-        return Answer([int(token) for _, token, _ in chosen], [float(logprob) for logprob, _, _ in chosen], top)
+        top = [
+            {int(token): float(logprob) for logprob, token, _ in place}
+            for place in found["output_top_logprobs"]
+        ]
+        return Answer(
+            [int(token) for _, token, _ in chosen],
+            [float(logprob) for logprob, _, _ in chosen],
+            top,
+        )
 
 
 def _token_id(word: str) -> int:
@@ -227,6 +292,12 @@ DEMO_ENGINES: dict[str, DemoEngine] = {engine.name: engine for engine in (Vllm()
 
 def report_of_workers(log: Path) -> str:
     """The line of a server's log in which an engine's worker reports the placement in force; empty without one."""
-    said = [line for line in log.read_text(errors="replace").splitlines() if "moe_placement_plugin:" in line]
-    lines = [line for line in said if "EP rank" in line] or [line for line in said if "EPLB begins with placement" in line]
+    said = [
+        line
+        for line in log.read_text(errors="replace").splitlines()
+        if "moe_placement_plugin:" in line
+    ]
+    lines = [line for line in said if "EP rank" in line] or [
+        line for line in said if "EPLB begins with placement" in line
+    ]
     return lines[0].partition("moe_placement_plugin:")[2].strip() if lines else ""

@@ -59,7 +59,9 @@ class Outcome:
     def largest_logprob_difference(self) -> float:
         """Over all tokens of all prompts."""
         return max(
-            float(np.abs(np.subtract(a.logprobs, b.logprobs)).max()) if a.token_ids == b.token_ids else float("inf")
+            float(np.abs(np.subtract(a.logprobs, b.logprobs)).max())
+            if a.token_ids == b.token_ids
+            else float("inf")
             for a, b in zip(self.stock, self.placed)
         )
 
@@ -69,7 +71,15 @@ class Outcome:
         return self.largest_logprob_difference <= LOGPROB_TOLERANCE
 
 
-def run(engine: DemoEngine, name: str, checkpoint: Path, strategy: str, folder: Path, progress: Progress, start_timeout: float = 240) -> Outcome:
+def run(
+    engine: DemoEngine,
+    name: str,
+    checkpoint: Path,
+    strategy: str,
+    folder: Path,
+    progress: Progress,
+    start_timeout: float = 240,
+) -> Outcome:
     """Serve ``checkpoint`` twice and compare.
 
     Args:
@@ -88,19 +98,38 @@ def run(engine: DemoEngine, name: str, checkpoint: Path, strategy: str, folder: 
     answers: list[list[Answer]] = []
     placed_log = ""
     for placed in (False, True):
-        what = f"{name}: {engine.name} on {RANKS} ranks, {strategy}" if placed else f"{name}: stock {engine.name} on one rank"
+        what = (
+            f"{name}: {engine.name} on {RANKS} ranks, {strategy}"
+            if placed
+            else f"{name}: stock {engine.name} on one rank"
+        )
         port = free_port()
-        command, env = engine.command(checkpoint, port, Placed(strategy, RANKS, record=record) if placed else None)
+        command, env = engine.command(
+            checkpoint, port, Placed(strategy, RANKS, record=record) if placed else None
+        )
         log = folder / f"{name}-{'placed' if placed else 'stock'}.log"
-        with Server(command, port, env, log, start_timeout, lambda s, line, what=what: progress(f"starting {what}", s, line)) as server:
+        with Server(
+            command,
+            port,
+            env,
+            log,
+            start_timeout,
+            lambda s, line, what=what: progress(f"starting {what}", s, line),
+        ) as server:
             began = time.monotonic()
             answers.append([])
             for index, prompt in enumerate(PROMPTS):
-                progress(f"asking {what}: prompt {index + 1} of {len(PROMPTS)}", time.monotonic() - began, "")
+                progress(
+                    f"asking {what}: prompt {index + 1} of {len(PROMPTS)}",
+                    time.monotonic() - began,
+                    "",
+                )
                 try:
                     answers[-1].append(engine.complete(server.url, "tiny", prompt, TOKENS))
                 except PlacementError as error:
-                    raise PlacementError(f"{what}: {error}; its log ends:\n{server.tail(25)}") from error
+                    raise PlacementError(
+                        f"{what}: {error}; its log ends:\n{server.tail(25)}"
+                    ) from error
             if placed:
                 _wait_for_load(record, progress)
             progress(f"stopping {what}", time.monotonic() - began, "")
@@ -121,7 +150,9 @@ def run(engine: DemoEngine, name: str, checkpoint: Path, strategy: str, folder: 
 
 
 def _place(strategy: str, load: ExpertLoad) -> Placement:
-    request = PlacementRequest(load.num_layers, load.num_experts, Topology(RANKS), layer_ids=load.layer_ids, load=load)
+    request = PlacementRequest(
+        load.num_layers, load.num_experts, Topology(RANKS), layer_ids=load.layer_ids, load=load
+    )
     return get_strategy(strategy).place(request)
 
 
@@ -134,4 +165,6 @@ def _wait_for_load(path: Path, progress: Progress, timeout: float = 60) -> None:
             return
         progress("waiting for the recorded load", waited, "")
         time.sleep(0.5)
-    raise PlacementError(f"{path} was not written within {timeout:.0f} s of the requests: see the server's log beside it")
+    raise PlacementError(
+        f"{path} was not written within {timeout:.0f} s of the requests: see the server's log beside it"
+    )

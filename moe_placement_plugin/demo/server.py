@@ -75,14 +75,21 @@ class Server:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def _wait_until_ready(self, process: subprocess.Popen) -> None:
         began = time.monotonic()
         while (waited := time.monotonic() - began) < self.start_timeout:
             if process.poll() is not None:
-                raise PlacementError(f"the server ended with code {process.returncode} before it was ready{self._why()}")
+                raise PlacementError(
+                    f"the server ended with code {process.returncode} before it was ready{self._why()}"
+                )
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
                     if answer.status == 200:
@@ -91,7 +98,9 @@ class Server:
                 pass
             self.progress(waited, self.tail(1))
             time.sleep(1)
-        raise PlacementError(f"the server was not ready after {self.start_timeout:.0f} s{self._why()}")
+        raise PlacementError(
+            f"the server was not ready after {self.start_timeout:.0f} s{self._why()}"
+        )
 
     def _why(self) -> str:
         """What its output says of a start that failed."""

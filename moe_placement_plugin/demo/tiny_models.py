@@ -42,7 +42,12 @@ class Size:
 
 
 def write_qwen3_moe(
-    path: str | Path, num_experts: int = 30, top_k: int = 4, seed: int = 0, size: Size = Size(), weights: bool = True
+    path: str | Path,
+    num_experts: int = 30,
+    top_k: int = 4,
+    seed: int = 0,
+    size: Size = Size(),
+    weights: bool = True,
 ) -> Path:
     """A Qwen3-MoE checkpoint: softmax router, no groups, every layer an MoE layer.
 
@@ -66,7 +71,14 @@ def write_qwen3_moe(
     return _write(path, config, _tensors(rng, size, mlp) if weights else None)
 
 
-def write_glm4_moe(path: str | Path, num_experts: int = 32, num_groups: int = 4, top_k: int = 4, seed: int = 0, size: Size = Size()) -> Path:
+def write_glm4_moe(
+    path: str | Path,
+    num_experts: int = 32,
+    num_groups: int = 4,
+    top_k: int = 4,
+    seed: int = 0,
+    size: Size = Size(),
+) -> Path:
     """A GLM-4-MoE checkpoint: sigmoid router with correction bias, grouped top-k, a shared expert, layer 0 dense.
 
     Args:
@@ -86,14 +98,26 @@ def write_glm4_moe(path: str | Path, num_experts: int = 32, num_groups: int = 4,
     def mlp(prefix: str, layer: int) -> Tensors:
         if layer == 0:
             return _dense(rng, f"{prefix}.", size.hidden, 2 * size.expert)
-        bias = {f"{prefix}.gate.e_score_correction_bias": rng.normal(0, 0.1, num_experts).astype(np.float32)}
+        bias = {
+            f"{prefix}.gate.e_score_correction_bias": rng.normal(0, 0.1, num_experts).astype(
+                np.float32
+            )
+        }
         shared = _dense(rng, f"{prefix}.shared_experts.", size.hidden, size.expert)
-        return _router(rng, prefix, num_experts, size) | bias | shared | _experts(rng, prefix, num_experts, size)
+        return (
+            _router(rng, prefix, num_experts, size)
+            | bias
+            | shared
+            | _experts(rng, prefix, num_experts, size)
+        )
 
     return _write(path, config, _tensors(rng, size, mlp))
 
 
-MODELS: dict[str, Callable[[Path], Path]] = {"qwen3-moe": write_qwen3_moe, "glm4-moe": write_glm4_moe}
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "qwen3-moe": write_qwen3_moe,
+    "glm4-moe": write_glm4_moe,
+}
 """Name -> writer of the models of the demonstration."""
 
 
@@ -214,7 +238,9 @@ def _write(path: str | Path, config: dict[str, Any], tensors: Tensors | None) ->
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config, indent=2))
-    (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 256, "eos_token_id": 257}))
+    (path / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 256, "eos_token_id": 257})
+    )
     if tensors is not None:
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(path)

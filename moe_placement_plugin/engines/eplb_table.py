@@ -14,7 +14,16 @@ REGROUP_GAIN = 0.05
 """Groups change nodes, for which almost every slot has to be fetched, where that raises balancedness by more than this fraction."""
 
 
-def rebalance_table(load, num_replicas, num_groups, num_nodes, num_ranks, old=None, max_moves=None, node_of_rank=None) -> np.ndarray:
+def rebalance_table(
+    load,
+    num_replicas,
+    num_groups,
+    num_nodes,
+    num_ranks,
+    old=None,
+    max_moves=None,
+    node_of_rank=None,
+) -> np.ndarray:
     """`rebalance_experts` over numpy arrays, with at most `max_moves` slots that change rank; int32 [layers, num_replicas].
 
     ``node_of_rank`` int [ranks] is what the ranks said themselves; without it equal runs of ranks are taken to share a node.
@@ -24,7 +33,9 @@ def rebalance_table(load, num_replicas, num_groups, num_nodes, num_ranks, old=No
     if old is not None and not _in_service(old, load.shape, num_replicas):
         old = None
     if not hierarchical:
-        return (plan(load, slots) if old is None else replan(load, old, slots, max_moves=max_moves)).physical_to_logical
+        return (
+            plan(load, slots) if old is None else replan(load, old, slots, max_moves=max_moves)
+        ).physical_to_logical
     if node_of_rank is None or len(set(node_of_rank)) != num_nodes:
         node_of_rank = np.arange(num_ranks) // max(1, num_ranks // num_nodes)
     where = {"node_of_rank": np.asarray(node_of_rank), "num_groups": num_groups, "locality": "node"}
@@ -33,7 +44,9 @@ def rebalance_table(load, num_replicas, num_groups, num_nodes, num_ranks, old=No
         return fresh.physical_to_logical
     try:
         kept = replan(load, old, slots, max_moves=max_moves, **where)
-    except PlacementError:  # a group lies on several nodes, as where the engine has just started: bring it together
+    except (
+        PlacementError
+    ):  # a group lies on several nodes, as where the engine has just started: bring it together
         return fresh.physical_to_logical
     regroup = max_moves is None and fresh.overall > (1 + REGROUP_GAIN) * kept.overall
     return (fresh if regroup else kept).physical_to_logical
@@ -63,7 +76,9 @@ def _in_service(old: np.ndarray, load_shape: tuple[int, int], num_replicas: int)
     return bool(held.all())
 
 
-def inverse_maps(table: np.ndarray, num_experts: int, usable: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def inverse_maps(
+    table: np.ndarray, num_experts: int, usable: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(logical to physical, int64 [layers, experts, most replicas] padded with -1; replicas, int64 [layers, experts]).
 
     Args:
@@ -103,5 +118,7 @@ def warm_up(table: np.ndarray, num_experts: int, num_ranks: int, plans: bool = T
         load = np.tile(1.0 + np.arange(num_experts), (table.shape[0], 1))
         rebalance_table(load, table.shape[1], 1, 1, num_ranks, table)
     slots = (table.shape[1] // num_ranks,) * num_ranks
-    here, there = (Placement(t, num_experts, slots) for t in (table, np.roll(table, slots[0], axis=1)))
+    here, there = (
+        Placement(t, num_experts, slots) for t in (table, np.roll(table, slots[0], axis=1))
+    )
     plan_exchange(here, there).chunks()

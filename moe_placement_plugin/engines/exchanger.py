@@ -59,7 +59,9 @@ class Meeting:
         found: list[Any] = [None] * cpu_group.size()
         dist.all_gather_object(found, host_key(), group=cpu_group)
         topology = Topology(len(found), number_hosts(found))
-        return cls(topology, Stores(cpu_group) if outlive else None, dist.get_global_rank(cpu_group, 0))
+        return cls(
+            topology, Stores(cpu_group) if outlive else None, dist.get_global_rank(cpu_group, 0)
+        )
 
     def store(self, live_ranks: Sequence[int]) -> dist.Store:
         """The store of an exchange between these ranks, the same on all of them."""
@@ -76,13 +78,20 @@ def connect(group: dist.ProcessGroup, device: torch.device) -> None:
     ranks, rank = group.size(), group.rank()
     if device.type == "cpu" or ranks == 1:
         return
-    out, into = torch.zeros(1, dtype=torch.uint8, device=device), torch.zeros(ranks, dtype=torch.uint8, device=device)
+    out, into = (
+        torch.zeros(1, dtype=torch.uint8, device=device),
+        torch.zeros(ranks, dtype=torch.uint8, device=device),
+    )
     dist.all_reduce(torch.zeros(1, device=device), group=group)
     operations = []
     for step in range(1, ranks):
         to, source = (rank + step) % ranks, (rank - step) % ranks
         operations.append(dist.P2POp(dist.isend, out, dist.get_global_rank(group, to), group))
-        operations.append(dist.P2POp(dist.irecv, into[source : source + 1], dist.get_global_rank(group, source), group))
+        operations.append(
+            dist.P2POp(
+                dist.irecv, into[source : source + 1], dist.get_global_rank(group, source), group
+            )
+        )
     for work in dist.batch_isend_irecv(operations):
         work.wait()
     torch.get_device_module(device).synchronize()
@@ -118,7 +127,11 @@ class Exchanger:
     ):
         self.layer_ids = tuple(sorted(weights))
         self._parameters = {
-            layer: [view_parameter(t, f"layer {layer}, tensor {k}") for k, t in enumerate(weights[layer])] for layer in self.layer_ids
+            layer: [
+                view_parameter(t, f"layer {layer}, tensor {k}")
+                for k, t in enumerate(weights[layer])
+            ]
+            for layer in self.layer_ids
         }
         sizes = padded_bytes([self._parameters[layer] for layer in self.layer_ids])
         self.expert_bytes = dict(zip(self.layer_ids, sizes))
@@ -158,7 +171,9 @@ class Exchanger:
         import torch
 
         bound = self._share if self._bound is None else min(self._bound, 2 * self._share)
-        sends = self._peers is None or not (self._peers.reads | np.eye(self.ranks, dtype=bool)).all()
+        sends = (
+            self._peers is None or not (self._peers.reads | np.eye(self.ranks, dtype=bool)).all()
+        )
         size = bound + (packing_bytes(max(self.expert_bytes.values()), bound) if sends else 0)
         self._staging = torch.empty(size, dtype=torch.uint8, device=self.device)
 
@@ -168,11 +183,21 @@ class Exchanger:
 
     def placement(self, table: np.ndarray, layer_ids: Sequence[int]) -> Placement:
         """An engine's table, int ``[layers, physical experts]``, with as many slots on every rank."""
-        return EngineTable(np.asarray(table), self.num_experts, (self.num_slots,) * self.ranks, tuple(layer_ids))
+        return EngineTable(
+            np.asarray(table), self.num_experts, (self.num_slots,) * self.ranks, tuple(layer_ids)
+        )
 
-    def plan(self, old: Placement, new: Placement, live_ranks: Sequence[int] | None = None) -> ExchangePlan:
+    def plan(
+        self, old: Placement, new: Placement, live_ranks: Sequence[int] | None = None
+    ) -> ExchangePlan:
         """What has to move."""
-        return plan_exchange(old, new, self.topology, live_ranks, [self.expert_bytes[layer] for layer in new.layer_ids])
+        return plan_exchange(
+            old,
+            new,
+            self.topology,
+            live_ranks,
+            [self.expert_bytes[layer] for layer in new.layer_ids],
+        )
 
     def exchange(
         self,
@@ -256,4 +281,3 @@ class _Told(Watchdog):
 def whole(table: np.ndarray) -> bool:
     """Whether every slot of an engine's table holds an expert: while ranks come or go some are -1."""
     return bool((np.asarray(table) >= 0).all())
-

@@ -35,9 +35,13 @@ def require_engine(name: str | None = None) -> str:
     """
     found = installed_engines()
     if not found:
-        raise PlacementError("neither vLLM nor SGLang is installed: install one of them into this environment")
+        raise PlacementError(
+            "neither vLLM nor SGLang is installed: install one of them into this environment"
+        )
     if name is None:
         return next(iter(found))
     if name not in found:
-        raise PlacementError(f"{name} is not installed in this environment (found: {', '.join(found)}): install it or choose another engine")
+        raise PlacementError(
+            f"{name} is not installed in this environment (found: {', '.join(found)}): install it or choose another engine"
+        )
     return name

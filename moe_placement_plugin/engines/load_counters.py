@@ -38,25 +38,40 @@ class LoadCounters:
         coactivation: also count which experts are chosen together.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, max_tokens: int, device: Any, coactivation: bool = False):
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        max_tokens: int,
+        device: Any,
+        coactivation: bool = False,
+    ):
         import torch
 
         self.num_experts = num_experts
         # With its index: the thread that takes snapshots has a current device of its own.
         self.device = torch.empty(0, device=device).device
         self._width = num_experts + 2
-        self._counts = torch.zeros((num_layers, (len(PHASES) + 1) * self._width), dtype=torch.int64, device=self.device)
+        self._counts = torch.zeros(
+            (num_layers, (len(PHASES) + 1) * self._width), dtype=torch.int64, device=self.device
+        )
         self._pairs = None
         if coactivation:
-            self._pairs = torch.zeros((num_layers, self._width, self._width), dtype=torch.int64, device=self.device)
+            self._pairs = torch.zeros(
+                (num_layers, self._width, self._width), dtype=torch.int64, device=self.device
+            )
         # Index of expert 0 in the token's row of `_counts`.
-        self._start = torch.full((max_tokens, 1), 1 + _UNCOUNTED * self._width, dtype=torch.int64, device=self.device)
+        self._start = torch.full(
+            (max_tokens, 1), 1 + _UNCOUNTED * self._width, dtype=torch.int64, device=self.device
+        )
         self._one = torch.ones((), dtype=torch.int64, device=self.device)
         self._marked = 0
         # What `mark` was told last: one decode step after the other has the same batch.
         self._batch: tuple[bytes, bytes] | None = None
         self._kernel = kernel() if self.device.type == "cuda" else None
-        self._on_host = (self._counts.numpy(), self._start.numpy()) if self.device.type == "cpu" else None
+        self._on_host = (
+            (self._counts.numpy(), self._start.numpy()) if self.device.type == "cpu" else None
+        )
         self._kept = _Kept(num_layers) if self._on_host and not coactivation else None
         # The forward pass adds to what is kept while a snapshot, in a thread of its own, empties it.
         self._lock = threading.Lock()
@@ -87,7 +102,9 @@ class LoadCounters:
         else:
             import torch
 
-            values = torch.full((max(tokens, self._marked), 1), 1 + _UNCOUNTED * self._width, dtype=torch.int64)
+            values = torch.full(
+                (max(tokens, self._marked), 1), 1 + _UNCOUNTED * self._width, dtype=torch.int64
+            )
             values[:tokens] = torch.from_numpy(starts)
             if self._stream is not None:
                 # torch's allocator of pinned memory keeps the buffer until the copy has run.
@@ -156,7 +173,9 @@ class LoadCounters:
             ids = np.maximum(ids, -1)
         index = np.minimum(ids, self.num_experts) + start
         index += np.arange(len(ids))[:, None, None] * counts.shape[1]
-        counts[layers] += np.bincount(index.ravel(), minlength=len(ids) * counts.shape[1]).reshape(len(ids), -1)
+        counts[layers] += np.bincount(index.ravel(), minlength=len(ids) * counts.shape[1]).reshape(
+            len(ids), -1
+        )
 
     def snapshot(self) -> tuple[np.ndarray, np.ndarray | None]:
         """The counts so far, copied beside the forward pass on a stream of its own; waits only in the calling thread.
@@ -229,7 +248,9 @@ class _Kept:
             # Snapshots write to it outside of inference mode, in which forward passes run.
             with torch.inference_mode(False):
                 self._choices = torch.full((self._num_layers, _KEPT, top_k), -1, dtype=ids.dtype)
-        return tokens <= _KEPT and top_k == self._choices.shape[2] and ids.dtype == self._choices.dtype
+        return (
+            tokens <= _KEPT and top_k == self._choices.shape[2] and ids.dtype == self._choices.dtype
+        )
 
     def is_full(self, ids: Any) -> bool:
         return self.tokens + len(ids) > _KEPT

@@ -23,7 +23,9 @@ def _count(ids_ptr, start_ptr, counts_ptr, numel, top_k, experts, BLOCK: tl.cons
     place = tl.where(counted, expert, 0)
     if start_ptr is not None:
         place += tl.load(start_ptr + at // top_k, mask=inside, other=0)
-    tl.atomic_add(counts_ptr + place, tl.full([BLOCK], 1, counts_ptr.dtype.element_ty), mask=counted)
+    tl.atomic_add(
+        counts_ptr + place, tl.full([BLOCK], 1, counts_ptr.dtype.element_ty), mask=counted
+    )
 
 
 def count(ids: Any, start: Any, counts: Any, num_experts: int) -> None:
@@ -37,4 +39,6 @@ def count(ids: Any, start: Any, counts: Any, num_experts: int) -> None:
     """
     numel = ids.numel()
     if numel:
-        _count[(triton.cdiv(numel, _BLOCK),)](ids.contiguous(), start, counts, numel, ids.shape[1], num_experts, BLOCK=_BLOCK)
+        _count[(triton.cdiv(numel, _BLOCK),)](
+            ids.contiguous(), start, counts, numel, ids.shape[1], num_experts, BLOCK=_BLOCK
+        )

@@ -60,7 +60,9 @@ class Windows:
         metadata: facts that go into the file.
     """
 
-    def __init__(self, layer_ids: Sequence[int], num_experts: int, length: float, metadata: Mapping[str, Any]):
+    def __init__(
+        self, layer_ids: Sequence[int], num_experts: int, length: float, metadata: Mapping[str, Any]
+    ):
         self.layer_ids = tuple(layer_ids)
         self.num_experts = num_experts
         self.length = length
@@ -90,7 +92,11 @@ class Windows:
             PlacementError: when it has other experts, or was not written by a recorder.
         """
         starts = load.metadata.get("window_start")
-        if load.num_experts != self.num_experts or not isinstance(starts, list) or len(starts) != load.num_windows:
+        if (
+            load.num_experts != self.num_experts
+            or not isinstance(starts, list)
+            or len(starts) != load.num_windows
+        ):
             raise PlacementError("it was recorded on another model or by another tool")
         length = float(load.metadata["window_seconds"])
         if length > self.length:
@@ -98,7 +104,9 @@ class Windows:
         layers = tuple(sorted({*self.layer_ids, *load.layer_ids}))
         mine, theirs = ([layers.index(i) for i in ids] for ids in (self.layer_ids, load.layer_ids))
         if layers != self.layer_ids:
-            self.counts = {key: _spread(counts, mine, len(layers)) for key, counts in self.counts.items()}
+            self.counts = {
+                key: _spread(counts, mine, len(layers)) for key, counts in self.counts.items()
+            }
             self.pairs = None if self.pairs is None else _spread(self.pairs, mine, len(layers))
             self.layer_ids = layers
         for start, phase, counts in zip(starts, load.phases, load.counts):
@@ -115,7 +123,9 @@ class Windows:
         """
         keys = sorted(self.counts)
         if not keys:
-            raise PlacementError("the recording is empty (no token in any layer): record while requests are served")
+            raise PlacementError(
+                "the recording is empty (no token in any layer): record while requests are served"
+            )
         metadata = self.metadata | {
             "window_start": [index * self.length for index, _ in keys],
             "window_seconds": self.length,
@@ -123,7 +133,9 @@ class Windows:
             "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         counts = np.stack([self.counts[key] for key in keys])
-        return ExpertLoad(counts, self.layer_ids, tuple(phase for _, phase in keys), self.pairs, metadata)
+        return ExpertLoad(
+            counts, self.layer_ids, tuple(phase for _, phase in keys), self.pairs, metadata
+        )
 
 
 def _spread(rows: np.ndarray, places: list[int], size: int) -> np.ndarray:
@@ -151,11 +163,17 @@ def check_path(path: str | Path, shape: tuple[int, int] | None = None) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        raise PlacementError(f"--expert-load-record {path} is a directory: give the path of a file in it")
+        raise PlacementError(
+            f"--expert-load-record {path} is a directory: give the path of a file in it"
+        )
     if not path.parent.is_dir():
-        raise PlacementError(f"--expert-load-record {path}: directory {path.parent} does not exist: make it, or give another path")
+        raise PlacementError(
+            f"--expert-load-record {path}: directory {path.parent} does not exist: make it, or give another path"
+        )
     if not os.access(path.parent, os.W_OK):
-        raise PlacementError(f"--expert-load-record {path}: directory {path.parent} cannot be written: give a writable path")
+        raise PlacementError(
+            f"--expert-load-record {path}: directory {path.parent} cannot be written: give a writable path"
+        )
     if path.exists():
         try:
             load = ExpertLoad.read(path)
@@ -163,7 +181,9 @@ def check_path(path: str | Path, shape: tuple[int, int] | None = None) -> None:
             raise PlacementError(
                 f"--expert-load-record {path} exists and is no recording ({error}): give another path or remove the file"
             ) from None
-        if "window_start" not in load.metadata or (shape is not None and (load.num_layers, load.num_experts) != shape):
+        if "window_start" not in load.metadata or (
+            shape is not None and (load.num_layers, load.num_experts) != shape
+        ):
             raise PlacementError(
                 f"--expert-load-record {path} exists and is the recording of another model ({load.num_layers} layers x "
                 f"{load.num_experts} experts): give another path or remove the file"
@@ -181,7 +201,9 @@ def check_interval(seconds: Any) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not 0.1 <= value < math.inf:
-        raise PlacementError(f"--expert-load-interval {seconds}: give seconds between two writes, 0.1 or more")
+        raise PlacementError(
+            f"--expert-load-interval {seconds}: give seconds between two writes, 0.1 or more"
+        )
     return value
 
 
@@ -201,10 +223,20 @@ class LoadRecorder:
         num_parts: how many of them there are.
     """
 
-    def __init__(self, path: str | Path, windows: Windows, snapshot: Snapshot, interval: float, part: int = 0, num_parts: int = 1):
+    def __init__(
+        self,
+        path: str | Path,
+        windows: Windows,
+        snapshot: Snapshot,
+        interval: float,
+        part: int = 0,
+        num_parts: int = 1,
+    ):
         self.path, self.part = Path(path), part
         # What process 0 adds in.
-        self._others = [part_path(path, other) for other in range(1, num_parts)] if part == 0 else []
+        self._others = (
+            [part_path(path, other) for other in range(1, num_parts)] if part == 0 else []
+        )
         self.windows = windows
         self.interval = interval
         self._layer_ids = windows.layer_ids
@@ -230,7 +262,9 @@ class LoadRecorder:
             try:
                 self.windows.merge(ExpertLoad.read(self.path))
             except PlacementError as error:
-                logger.warning("expert load: %s is not continued, it will be replaced (%s)", self.path, error)
+                logger.warning(
+                    "expert load: %s is not continued, it will be replaced (%s)", self.path, error
+                )
 
     def served(self) -> None:
         """Called before each batch of real requests; the first call starts the thread.
@@ -240,7 +274,9 @@ class LoadRecorder:
         self._batch, self._unsaved = time.monotonic(), True
         if not self._served:
             self._served = True
-            self._thread = threading.Thread(target=self._run, name="expert-load-recorder", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, name="expert-load-recorder", daemon=True
+            )
             self._thread.start()
             # Engine processes end through multiprocessing, which does not run atexit handlers.
             util.Finalize(self, self.close, exitpriority=100)
@@ -251,7 +287,9 @@ class LoadRecorder:
             if time.time() >= end:
                 self.flush()
                 end = self._window_end()
-            elif time.monotonic() - self._batch > IDLE and (self._unsaved or self._others_written() != self._added):
+            elif time.monotonic() - self._batch > IDLE and (
+                self._unsaved or self._others_written() != self._added
+            ):
                 self.flush(running=True)
 
     def _window_end(self) -> float:
@@ -288,7 +326,11 @@ class LoadRecorder:
                 self._warned = False
             except Exception as error:  # noqa: BLE001 - recording must never end a server
                 if not self._warned:
-                    logger.warning("expert load: %s; the server goes on, recording tries again every %g s", error, self.interval)
+                    logger.warning(
+                        "expert load: %s; the server goes on, recording tries again every %g s",
+                        error,
+                        self.interval,
+                    )
                 self._warned = True
 
     def _collect(self, running: bool) -> bool:
@@ -301,7 +343,10 @@ class LoadRecorder:
                     "expert load: requests are served but no routing is seen, because the MoE kernel in use chooses experts by itself: "
                     "choose another one, such as --moe-backend triton (vLLM) or --moe-runner-backend triton (SGLang)"
                 )
-        before, pairs_before = self._seen or (np.zeros_like(counts), None if pairs is None else np.zeros_like(pairs))
+        before, pairs_before = self._seen or (
+            np.zeros_like(counts),
+            None if pairs is None else np.zeros_like(pairs),
+        )
         if self._seen is not None and np.array_equal(counts, before) and not self._warned:
             return False
         rows = [self.windows.layer_ids.index(i) for i in self._layer_ids]

@@ -52,9 +52,13 @@ def moe_layer_ids(config: Any) -> tuple[int, ...]:
         return tuple(i for i in layers if i >= first and i % step == 0)
     if getattr(config, "decoder_sparse_step", None) is not None:  # Qwen2 and Qwen3 MoE, Qwen3-Next
         dense = set(getattr(config, "mlp_only_layers", None) or ())
-        return tuple(i for i in layers if i not in dense and (i + 1) % config.decoder_sparse_step == 0)
+        return tuple(
+            i for i in layers if i not in dense and (i + 1) % config.decoder_sparse_step == 0
+        )
     if getattr(config, "expert_layer_period", None) is not None:  # Jamba
-        return tuple(i for i in layers if i % config.expert_layer_period == (config.expert_layer_offset or 0))
+        return tuple(
+            i for i in layers if i % config.expert_layer_period == (config.expert_layer_offset or 0)
+        )
     start = getattr(config, "moe_layer_start_index", None)
     if start is not None:  # ERNIE 4.5
         start = min(start) if isinstance(start, (list, tuple)) else start

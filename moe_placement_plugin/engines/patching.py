@@ -73,9 +73,13 @@ class Patch:
             return None if self.optional else f"{self.target} is not there ({error})"
         if self.state == "applied" or not self.relies_on:
             return None
-        function = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
+        function = (
+            original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
+        )
         if isinstance(function, property):
-            return f"{self.target} is a property, expected a function with {', '.join(self.relies_on)}"
+            return (
+                f"{self.target} is a property, expected a function with {', '.join(self.relies_on)}"
+            )
         parameters = inspect.signature(function).parameters
         missing = [p for p in self.relies_on if p not in parameters]
         if missing:

@@ -60,7 +60,9 @@ def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:
     """
     known = {f.name: f for f in fields(RebalancePolicy)}
     if not isinstance(values or {}, Mapping):
-        raise PlacementError(f"{flag} {values!r}: give a JSON object with some of {', '.join(known)}")
+        raise PlacementError(
+            f"{flag} {values!r}: give a JSON object with some of {', '.join(known)}"
+        )
     for name in values or {}:
         if name not in known:
             raise PlacementError(f"{flag}: {name!r} is not one of {', '.join(known)}")
@@ -75,7 +77,11 @@ def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:
 
 
 def _cost(policy: RebalancePolicy) -> LayerCost | None:
-    return None if policy.calibration is None else fit(find_calibration(policy.calibration).measurements)
+    return (
+        None
+        if policy.calibration is None
+        else fit(find_calibration(policy.calibration).measurements)
+    )
 
 
 class Rebalancer:
@@ -102,7 +108,9 @@ class Rebalancer:
         self.log = log
         self.policy = policy
         self.layer_ids = tuple(layer_ids)
-        self.expert_bytes = np.broadcast_to(np.asarray(expert_bytes, dtype=np.int64), (len(self.layer_ids),))
+        self.expert_bytes = np.broadcast_to(
+            np.asarray(expert_bytes, dtype=np.int64), (len(self.layer_ids),)
+        )
         self.topology = topology
         self.all_gather = all_gather
         self._cost = _cost(policy)
@@ -112,7 +120,13 @@ class Rebalancer:
         self._achieved: float | None = None
 
     def propose(
-        self, load: ExpertLoad, old: np.ndarray, num_ranks: int, groups: int = 1, nodes: int = 1, live_ranks: Sequence[int] | None = None
+        self,
+        load: ExpertLoad,
+        old: np.ndarray,
+        num_ranks: int,
+        groups: int = 1,
+        nodes: int = 1,
+        live_ranks: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, ExchangePlan]:
         """The placement to serve with from now on, and the exchange that leads there.
 
@@ -132,16 +146,27 @@ class Rebalancer:
         began = time.perf_counter()
         slots = (old.shape[1] // num_ranks,) * num_ranks
         before = EngineTable(old, load.num_experts, slots, load.layer_ids, "in force")
-        budget = None if self.policy.max_bytes is None else int(self.policy.max_bytes // max(int(self.expert_bytes.max()), 1))
+        budget = (
+            None
+            if self.policy.max_bytes is None
+            else int(self.policy.max_bytes // max(int(self.expert_bytes.max()), 1))
+        )
         table = self._table(load.counts.sum(axis=0), before, groups, nodes, live_ranks, budget)
         after = EngineTable(table, load.num_experts, slots, load.layer_ids, "eplb")
         exchange = plan_exchange(before, after, self.topology, live_ranks, self.expert_bytes)
-        fits = self.policy.staging_bytes is None or exchange.min_staging_bytes <= self.policy.staging_bytes
+        fits = (
+            self.policy.staging_bytes is None
+            or exchange.min_staging_bytes <= self.policy.staging_bytes
+        )
         chunks = exchange.chunks(self.policy.staging_bytes) if fits else None
-        self.last = decision = decide(exchange, load, self.policy, self._cost, self._achieved, chunks, self.all_gather)
+        self.last = decision = decide(
+            exchange, load, self.policy, self._cost, self._achieved, chunks, self.all_gather
+        )
         announce(decision, log=self.log)
         if not decision.rebalance:
-            return before.physical_to_logical, plan_exchange(before, before, self.topology, live_ranks, self.expert_bytes)
+            return before.physical_to_logical, plan_exchange(
+                before, before, self.topology, live_ranks, self.expert_bytes
+            )
         self._achieved = decision.after
         count_event("rebalances")
         count_event("moved_bytes", decision.bytes)
@@ -149,18 +174,41 @@ class Rebalancer:
         return table, exchange
 
     def _table(
-        self, load: np.ndarray, before: Placement, groups: int, nodes: int, live_ranks: Sequence[int] | None, budget: int | None
+        self,
+        load: np.ndarray,
+        before: Placement,
+        groups: int,
+        nodes: int,
+        live_ranks: Sequence[int] | None,
+        budget: int | None,
     ) -> np.ndarray:
         from .eplb_table import rebalance_table
 
         table, ranks = before.physical_to_logical, before.num_ranks
         if live_ranks is None or len(live_ranks) == ranks:
             where = None if self.topology is None else self.topology.node_of_rank
-            return rebalance_table(load, table.shape[1], groups, nodes, ranks, table, max_moves=budget, node_of_rank=where)
+            return rebalance_table(
+                load,
+                table.shape[1],
+                groups,
+                nodes,
+                ranks,
+                table,
+                max_moves=budget,
+                node_of_rank=where,
+            )
         kept = place_lost(before, live_ranks, load).physical_to_logical
         if (kept != table).any():
             return kept
         slots = np.flatnonzero(np.isin(before.rank_of_slot, list(live_ranks)))
         result = kept.copy()
-        result[:, slots] = rebalance_table(load, slots.size, 1, 1, len(live_ranks), np.ascontiguousarray(kept[:, slots]), max_moves=budget)
+        result[:, slots] = rebalance_table(
+            load,
+            slots.size,
+            1,
+            1,
+            len(live_ranks),
+            np.ascontiguousarray(kept[:, slots]),
+            max_moves=budget,
+        )
         return result

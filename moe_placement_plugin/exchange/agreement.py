@@ -85,7 +85,9 @@ class Agreement:
     ):
         from torch.distributed import PrefixStore
 
-        self._store = BoundedStore(PrefixStore(f"moe-placement-exchange/{int(epoch)}", store), max(timeout, LEAST_ANSWER))
+        self._store = BoundedStore(
+            PrefixStore(f"moe-placement-exchange/{int(epoch)}", store), max(timeout, LEAST_ANSWER)
+        )
         self._epoch, self._rank, self._ranks, self._timeout = epoch, rank, tuple(ranks), timeout
         self._interrupted = interrupted
 
@@ -99,9 +101,16 @@ class Agreement:
             PlacementError: when this rank has used the epoch before.
             ExchangeLost: when the store is gone.
         """
-        times, first = self._ask(lambda s: (s.add(f"entered/{self._rank}", 1), s.compare_set("plan", "", digest).decode()))
+        times, first = self._ask(
+            lambda s: (
+                s.add(f"entered/{self._rank}", 1),
+                s.compare_set("plan", "", digest).decode(),
+            )
+        )
         if times > 1:
-            raise PlacementError(f"exchange epoch {self._epoch} was used before: number exchanges, each number once")
+            raise PlacementError(
+                f"exchange epoch {self._epoch} was used before: number exchanges, each number once"
+            )
         if first == digest:
             return None
         return f"rank {self._rank} has another plan, or tensors of another layout, than the rank that came first"
@@ -151,7 +160,9 @@ class Agreement:
 
     def missing(self, chunk: int) -> list[int]:
         """Ranks that have not voted for the chunk."""
-        return [r for r in self._ranks if not self._word("vote", chunk, r) >> (r % VOTES_PER_WORD) & 1]
+        return [
+            r for r in self._ranks if not self._word("vote", chunk, r) >> (r % VOTES_PER_WORD) & 1
+        ]
 
     def survivors(self, grace: float) -> tuple[int, ...]:
         """Register as alive and learn who else is, the same answer for all; for after an abort.
@@ -168,9 +179,13 @@ class Agreement:
             time.sleep(0.002)
             waits = self._ask(lambda s: self._incomplete(s, "alive", 0))
         alive = [r for r in self._ranks if self._word("alive", 0, r) >> (r % VOTES_PER_WORD) & 1]
-        live = tuple(json.loads(self._ask(lambda s: s.compare_set("live", "", json.dumps(alive))).decode()))
+        live = tuple(
+            json.loads(self._ask(lambda s: s.compare_set("live", "", json.dumps(alive))).decode())
+        )
         if self._rank not in live:
-            raise ExchangeLost(f"ranks {list(live)} went on without rank {self._rank}, which answered too late: stop this rank")
+            raise ExchangeLost(
+                f"ranks {list(live)} went on without rank {self._rank}, which answered too late: stop this rank"
+            )
         return live
 
     def forget(self, chunks: int) -> None:
@@ -179,7 +194,11 @@ class Agreement:
         if self._rank == min(self._ranks):
             words = {rank // VOTES_PER_WORD for rank in self._ranks}
             voted = range(MEETING, chunks)
-            keys += ["plan", *(f"fate/{chunk}" for chunk in voted), *(f"vote/{chunk}/{word}" for chunk in voted for word in words)]
+            keys += [
+                "plan",
+                *(f"fate/{chunk}" for chunk in voted),
+                *(f"vote/{chunk}/{word}" for chunk in voted for word in words),
+            ]
         self._ask(lambda s: [s.delete_key(key) for key in keys])
 
     def _word(self, what: str, chunk: int, rank: int) -> int:

@@ -75,7 +75,9 @@ class Process:
             got = _readv()(self.number, here, len(part), there, len(part), 0)
             if got < 0:
                 error = ctypes.get_errno()
-                raise OSError(error, f"memory of process {self.number} cannot be read: {os.strerror(error)}")
+                raise OSError(
+                    error, f"memory of process {self.number} cannot be read: {os.strerror(error)}"
+                )
             if got != wanted:
                 # The system reads at most 2 GB at once, and stops at what is not there.
                 if got == 0:
@@ -100,7 +102,14 @@ def _readv():
     except AttributeError:
         raise OSError("this system has no process_vm_readv") from None
     call.restype = ctypes.c_ssize_t
-    call.argtypes = (ctypes.c_int, ctypes.POINTER(_Piece), ctypes.c_ulong, ctypes.POINTER(_Piece), ctypes.c_ulong, ctypes.c_ulong)
+    call.argtypes = (
+        ctypes.c_int,
+        ctypes.POINTER(_Piece),
+        ctypes.c_ulong,
+        ctypes.POINTER(_Piece),
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    )
     return call
 
 

@@ -70,11 +70,15 @@ class Checkpoint:
             data = read_json(indexes[0], "safetensors index")
             weight_map = data.get("weight_map") if isinstance(data, dict) else None
             if not isinstance(weight_map, dict):
-                raise PlacementError(f"{indexes[0]} has no weight_map: give a checkpoint as transformers writes it")
+                raise PlacementError(
+                    f"{indexes[0]} has no weight_map: give a checkpoint as transformers writes it"
+                )
             return {name: self.path / file for name, file in weight_map.items()}
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
-            raise PlacementError(f"{self.path} holds no safetensors files: give the local directory of the model that is served")
+            raise PlacementError(
+                f"{self.path} holds no safetensors files: give the local directory of the model that is served"
+            )
         return {name: file for file in files for name in self._file(file).keys()}
 
     def _file(self, file: Path) -> Any:
@@ -84,7 +88,9 @@ class Checkpoint:
             try:
                 self._open[file] = safe_open(file, framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
-                raise PlacementError(f"{file} cannot be read ({error}): give a complete checkpoint") from None
+                raise PlacementError(
+                    f"{file} cannot be read ({error}): give a complete checkpoint"
+                ) from None
         return self._open[file]
 
     @property
@@ -122,7 +128,6 @@ class Checkpoint:
         self.bytes_read += tensor.nbytes
         return tensor
 
-
     def prefetch(self, sources: Iterable[Source]) -> None:
         """Have the system read what is needed soon, without waiting for it.
 
@@ -145,7 +150,12 @@ class Checkpoint:
                         begin, end = begin + source.index * size, begin + (source.index + 1) * size
                     # The kernel cuts a longer request to what it reads ahead at once.
                     for at in range(start + begin, start + end, _READ_AHEAD):
-                        os.posix_fadvise(opened.fileno(), at, min(_READ_AHEAD, start + end - at), os.POSIX_FADV_WILLNEED)
+                        os.posix_fadvise(
+                            opened.fileno(),
+                            at,
+                            min(_READ_AHEAD, start + end - at),
+                            os.POSIX_FADV_WILLNEED,
+                        )
 
     def _header(self, file: Path, opened: BinaryIO) -> tuple[dict[str, Any], int]:
         """Of a safetensors file: what its header says of each tensor, and where the data begin."""
@@ -174,7 +184,9 @@ class CheckpointReader:
 
     def prefetch(self, experts: Iterable[tuple[int, int]]) -> None:
         """(layer, expert) that `read` will be asked for soon."""
-        self._checkpoint.prefetch(source for layer, expert in experts for source in self._locate(layer, expert).values())
+        self._checkpoint.prefetch(
+            source for layer, expert in experts for source in self._locate(layer, expert).values()
+        )
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
         """Fill ``out`` with expert ``expert`` of the model's layer ``layer``; returns the bytes read.
@@ -183,11 +195,16 @@ class CheckpointReader:
             PlacementError: when the checkpoint lacks it, or it does not fit.
         """
         before = self._checkpoint.bytes_read
-        found = {role: self._checkpoint.read(source) for role, source in self._locate(layer, expert).items()}
+        found = {
+            role: self._checkpoint.read(source)
+            for role, source in self._locate(layer, expert).items()
+        }
         try:
             self._fill(found, out)
         except PlacementError as error:
-            raise PlacementError(f"layer {layer}, expert {expert} of {self._checkpoint.path}: {error}") from None
+            raise PlacementError(
+                f"layer {layer}, expert {expert} of {self._checkpoint.path}: {error}"
+            ) from None
         return self._checkpoint.bytes_read - before
 
 
@@ -218,11 +235,17 @@ def hugging_face_experts(checkpoint: Checkpoint) -> Callable[[int, int], Mapping
 
 
 def _single(before: str, between: str, which: int, layer: int, expert: int) -> Mapping[str, Source]:
-    return {role: Source(f"{before}{layer}{between}{expert}.{names[which]}.weight") for role, names in PROJECTIONS.items()}
+    return {
+        role: Source(f"{before}{layer}{between}{expert}.{names[which]}.weight")
+        for role, names in PROJECTIONS.items()
+    }
 
 
 def _fused(before: str, between: str, suffix: str, layer: int, expert: int) -> Mapping[str, Source]:
-    return {name: Source(f"{before}{layer}{between}{name}_proj{suffix}", expert) for name in ("gate_up", "down")}
+    return {
+        name: Source(f"{before}{layer}{between}{name}_proj{suffix}", expert)
+        for name in ("gate_up", "down")
+    }
 
 
 def fill_gate_up_down(found: Mapping[str, torch.Tensor], out: Sequence[torch.Tensor]) -> None:
@@ -234,7 +257,9 @@ def fill_gate_up_down(found: Mapping[str, torch.Tensor], out: Sequence[torch.Ten
         PlacementError: when types or shapes do not fit, or a square tensor leaves open whether it is transposed.
     """
     if len(out) != 2:
-        raise PlacementError(f"{len(out)} tensors per expert: gate, up and down fill two; give a mapping of your own (quantized experts have scales)")
+        raise PlacementError(
+            f"{len(out)} tensors per expert: gate, up and down fill two; give a mapping of your own (quantized experts have scales)"
+        )
     first, down = out
     if "gate_up" in found:
         _fill(first, found["gate_up"], "gate_up", fused=True)
@@ -242,7 +267,9 @@ def fill_gate_up_down(found: Mapping[str, torch.Tensor], out: Sequence[torch.Ten
         return
     width = found["gate"].shape[0]
     if first.shape[0] != 2 * width:
-        raise PlacementError(f"gate has shape {tuple(found['gate'].shape)}, the engine keeps gate and up as {tuple(first.shape)}: they do not fit")
+        raise PlacementError(
+            f"gate has shape {tuple(found['gate'].shape)}, the engine keeps gate and up as {tuple(first.shape)}: they do not fit"
+        )
     _fill(first[:width], found["gate"], "gate")
     _fill(first[width:], found["up"], "up")
     _fill(down, found["down"], "down")
@@ -253,13 +280,22 @@ def _fill(target: torch.Tensor, tensor: torch.Tensor, role: str, fused: bool = F
 
     plain = (torch.float32, torch.bfloat16, torch.float16)
     if tensor.dtype != target.dtype and not (tensor.dtype in plain and target.dtype in plain):
-        raise PlacementError(f"{role} is {tensor.dtype}, the engine keeps {target.dtype}: give a mapping that converts them as the engine does")
-    if fused and tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] and tuple(target.shape) == tuple(tensor.shape):
+        raise PlacementError(
+            f"{role} is {tensor.dtype}, the engine keeps {target.dtype}: give a mapping that converts them as the engine does"
+        )
+    if (
+        fused
+        and tensor.dim() == 2
+        and tensor.shape[0] == tensor.shape[1]
+        and tuple(target.shape) == tuple(tensor.shape)
+    ):
         raise PlacementError(
             f"{role} is square ({tensor.shape[0]} x {tensor.shape[1]}): whether it is stored transposed cannot be told; give a mapping"
         )
     if fused and tuple(tensor.shape) != tuple(target.shape):
         tensor = tensor.mT
     if tuple(tensor.shape) != tuple(target.shape):
-        raise PlacementError(f"{role} has shape {tuple(tensor.shape)}, the engine keeps {tuple(target.shape)}: the checkpoint is of another model")
+        raise PlacementError(
+            f"{role} has shape {tuple(tensor.shape)}, the engine keeps {tuple(target.shape)}: the checkpoint is of another model"
+        )
     target.copy_(tensor)

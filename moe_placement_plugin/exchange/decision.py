@@ -72,7 +72,9 @@ class RebalancePolicy:
     disk_bandwidth: float = 1e9
     horizon: float = 1.0
     small_batches: bool = True
-    tokens_per_step: Mapping[str, int] = field(default_factory=lambda: {"prefill": 8192, "decode": 1024, "mixed": 4096})
+    tokens_per_step: Mapping[str, int] = field(
+        default_factory=lambda: {"prefill": 8192, "decode": 1024, "mixed": 4096}
+    )
     top_k: int = 8
     calibration: str | None = None
     watchdog: float = 30.0
@@ -82,20 +84,39 @@ class RebalancePolicy:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name == "tokens_per_step":
-                if not isinstance(value, Mapping) or not all(isinstance(n, int) and n > 0 for n in value.values()):
-                    raise PlacementError(f'tokens_per_step {value!r}: give tokens by phase, such as {{"prefill": 8192, "decode": 1024}}')
+                if not isinstance(value, Mapping) or not all(
+                    isinstance(n, int) and n > 0 for n in value.values()
+                ):
+                    raise PlacementError(
+                        f'tokens_per_step {value!r}: give tokens by phase, such as {{"prefill": 8192, "decode": 1024}}'
+                    )
             elif f.name == "calibration":
                 if value is not None and not isinstance(value, str):
-                    raise PlacementError(f"calibration {value!r}: give the name of a calibration that comes with the package, or a path")
+                    raise PlacementError(
+                        f"calibration {value!r}: give the name of a calibration that comes with the package, or a path"
+                    )
             elif f.name in ("small_batches", "peer_memory"):
                 if not isinstance(value, bool):
                     raise PlacementError(f"{f.name} {value!r}: give true or false")
-            elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            elif value is not None and (
+                isinstance(value, bool) or not isinstance(value, (int, float))
+            ):
                 raise PlacementError(f"{f.name} {value!r}: give a number")
         for name in ("min_gain", "max_phase_loss", "hysteresis"):
             if not 0 <= getattr(self, name) < 1:
-                raise PlacementError(f"{name} {getattr(self, name)}: give a share of at least 0 and below 1, 0.02 for 2%")
-        for name in ("max_bytes", "max_pause", "staging_bytes", "bandwidth", "disk_bandwidth", "horizon", "top_k", "watchdog"):
+                raise PlacementError(
+                    f"{name} {getattr(self, name)}: give a share of at least 0 and below 1, 0.02 for 2%"
+                )
+        for name in (
+            "max_bytes",
+            "max_pause",
+            "staging_bytes",
+            "bandwidth",
+            "disk_bandwidth",
+            "horizon",
+            "top_k",
+            "watchdog",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise PlacementError(f"{name} {value}: give a positive number")
@@ -139,11 +160,17 @@ class Decision:
         text = f"expert rebalance {'accepted' if self.rebalance else 'declined'}, {REASONS[self.reason]}: gain {self.gain:+.1%}"
         text += f" ({by_phase})" if len(self.phases) > 1 else ""
         text += f", balancedness {self.before:.4f} -> {self.after:.4f}, {self.bytes / 1e6:.1f} MB"
-        text += f" in about {self.seconds:.3g} s, {self.chunks} chunks of at most {self.pause:.3g} s"
+        text += (
+            f" in about {self.seconds:.3g} s, {self.chunks} chunks of at most {self.pause:.3g} s"
+        )
         return text if self.saved is None else text + f"; saves {self.saved:.3g} s"
 
 
-def announce(decision: Decision, count: Callable[[str, float], None] | None = None, log: logging.Logger = logger) -> None:
+def announce(
+    decision: Decision,
+    count: Callable[[str, float], None] | None = None,
+    log: logging.Logger = logger,
+) -> None:
     """Log the decision and count it.
 
     Args:
@@ -183,16 +210,33 @@ def decide(
     policy = policy or RebalancePolicy()
     chunks = plan.chunks() if chunks is None else chunks
     times = [_seconds(chunk, plan, policy) for chunk in chunks]
-    facts: dict = {"bytes": plan.bytes_moved + plan.bytes_read, "seconds": sum(times), "pause": max(times, default=0.0), "chunks": len(times)}
+    facts: dict = {
+        "bytes": plan.bytes_moved + plan.bytes_read,
+        "seconds": sum(times),
+        "pause": max(times, default=0.0),
+        "chunks": len(times),
+    }
     if not len(plan.changed_rows):
         return Decision(False, "unchanged", **facts)
     if not plan.live.all() and _lost(plan):
         return Decision(True, "lost_experts", **facts)
-    old, new = (rows_for(_live_part(p, plan.live), load, name) for p, name in ((plan.old, "the placement in force"), (plan.new, "the plan")))
-    facts |= {"before": old.overall_balancedness(load.counts), "after": new.overall_balancedness(load.counts)}
-    spent = {phase: _spent(old, new, load, phase, policy, cost, all_gather) for phase in dict.fromkeys(load.phases)}
+    old, new = (
+        rows_for(_live_part(p, plan.live), load, name)
+        for p, name in ((plan.old, "the placement in force"), (plan.new, "the plan"))
+    )
+    facts |= {
+        "before": old.overall_balancedness(load.counts),
+        "after": new.overall_balancedness(load.counts),
+    }
+    spent = {
+        phase: _spent(old, new, load, phase, policy, cost, all_gather)
+        for phase in dict.fromkeys(load.phases)
+    }
     before, after = np.sum(list(spent.values()), axis=0)
-    facts |= {"gain": _gain(before, after), "phases": {phase: _gain(*both) for phase, both in spent.items()}}
+    facts |= {
+        "gain": _gain(before, after),
+        "phases": {phase: _gain(*both) for phase, both in spent.items()},
+    }
     if cost is not None:
         facts["saved"] = float(before - after) * policy.horizon
     reason = _refusal(policy, facts, load, old, cost, achieved, plan.min_staging_bytes)
@@ -200,7 +244,13 @@ def decide(
 
 
 def _refusal(
-    policy: RebalancePolicy, facts: Mapping, load: ExpertLoad, old: Placement, cost: LayerCost | None, achieved: float | None, staging: int
+    policy: RebalancePolicy,
+    facts: Mapping,
+    load: ExpertLoad,
+    old: Placement,
+    cost: LayerCost | None,
+    achieved: float | None,
+    staging: int,
 ) -> str | None:
     # The dead zone is a rule of thumb that stands in for a cost model, which knows what active experts cost.
     small = policy.small_batches and set(load.phases) == {"decode"}
@@ -222,7 +272,13 @@ def _gain(before: float, after: float) -> float:
 
 
 def _spent(
-    old: Placement, new: Placement, load: ExpertLoad, phase: str, policy: RebalancePolicy, cost: LayerCost | None, all_gather: bool
+    old: Placement,
+    new: Placement,
+    load: ExpertLoad,
+    phase: str,
+    policy: RebalancePolicy,
+    cost: LayerCost | None,
+    all_gather: bool,
 ) -> tuple[float, float]:
     """What the phase's windows take before and after: seconds with a cost model, else the sum of the greatest rank loads."""
     counts = load.counts[[i for i, p in enumerate(load.phases) if p == phase]]
@@ -231,7 +287,12 @@ def _spent(
     tokens = policy.tokens_per_step[phase]
     total = counts.sum(axis=0)
     steps = float(total.sum(axis=1).mean()) / (tokens * policy.top_k)
-    return tuple(step_time(p, total, tokens, policy.top_k, cost, all_gather=all_gather).total_us * 1e-6 * steps for p in (old, new))
+    return tuple(
+        step_time(p, total, tokens, policy.top_k, cost, all_gather=all_gather).total_us
+        * 1e-6
+        * steps
+        for p in (old, new)
+    )
 
 
 def _seconds(chunk: Chunk, plan: ExchangePlan, policy: RebalancePolicy) -> float:
@@ -261,4 +322,10 @@ def _live_part(placement: Placement, live: np.ndarray) -> Placement:
         return placement
     slots = live[placement.rank_of_slot]
     sizes = tuple(np.array(placement.slots_per_rank)[live].tolist())
-    return type(placement)(placement.physical_to_logical[:, slots], placement.num_logical_experts, sizes, placement.layer_ids, placement.strategy)
+    return type(placement)(
+        placement.physical_to_logical[:, slots],
+        placement.num_logical_experts,
+        sizes,
+        placement.layer_ids,
+        placement.strategy,
+    )

@@ -100,7 +100,8 @@ class Exchange:
     def __init__(
         self,
         plan: ExchangePlan,
-        weights: Mapping[int, Sequence[torch.Tensor | Parameter]] | Sequence[Sequence[torch.Tensor | Parameter]],
+        weights: Mapping[int, Sequence[torch.Tensor | Parameter]]
+        | Sequence[Sequence[torch.Tensor | Parameter]],
         group: dist.ProcessGroup | None = None,
         *,
         epoch: int,
@@ -134,21 +135,45 @@ class Exchange:
         self.chunks = plan.chunks(staging_bytes, max_layers, self._sizes)
         self.metadata = plan.metadata()
         self.report = ExchangeReport()
-        device = next((p.rows.device for parameters in self._layers for p in parameters), torch.device("cpu"))
-        self._reader, self._timeout, self._memory, self._meanwhile = reader, timeout, staging, meanwhile
+        device = next(
+            (p.rows.device for parameters in self._layers for p in parameters), torch.device("cpu")
+        )
+        self._reader, self._timeout, self._memory, self._meanwhile = (
+            reader,
+            timeout,
+            staging,
+            meanwhile,
+        )
         self._watchdog = watchdog or Watchdog()
         batch_bytes = batch_size(batch_bytes, staging_bytes)
         self._meets = peers is not None
-        self._direct = plan.transfers[:0] if peers is None else plan.transfers[peers.reads[plan.transfers[:, 4], plan.transfers[:, 2]]]
+        self._direct = (
+            plan.transfers[:0]
+            if peers is None
+            else plan.transfers[peers.reads[plan.transfers[:, 4], plan.transfers[:, 2]]]
+        )
         seen = SeenPeers.of(peers, plan.new.layer_ids) if peers is not None else None
-        self._transfers = Transfers(self._layers, self.rank, members, group, device, timeout, batch_bytes, self._watchdog, seen)
+        self._transfers = Transfers(
+            self._layers,
+            self.rank,
+            members,
+            group,
+            device,
+            timeout,
+            batch_bytes,
+            self._watchdog,
+            seen,
+        )
         self._agreement = Agreement(
             dist.distributed_c10d._get_default_store() if store is None else store,
             epoch,
             self.rank,
             plan.live_ranks,
             timeout,
-            lambda: self._watchdog.expired and f"rank {self.rank} gave up while it waited for: {self._watchdog.expired}",
+            lambda: (
+                self._watchdog.expired
+                and f"rank {self.rank} gave up while it waited for: {self._watchdog.expired}"
+            ),
         )
 
     def run(self, on_commit: Callable[[tuple[int, ...]], None] | None = None) -> ExchangeReport:
@@ -166,7 +191,10 @@ class Exchange:
         ahead = half is None or self.plan.staging_needed(self._sizes).max(initial=0) <= half
         if ahead and half is not None and len(self.chunks) > 1:
             self.chunks = self.plan.chunks(half, layers, self._sizes)
-        steps = self._carry_out(ahead=len(self.chunks) > 1 and ahead, double=len(self.chunks) > 1 and not ahead and self._double)
+        steps = self._carry_out(
+            ahead=len(self.chunks) > 1 and ahead,
+            double=len(self.chunks) > 1 and not ahead and self._double,
+        )
         for rows in steps:
             if on_commit is not None:
                 on_commit(rows)
@@ -203,7 +231,11 @@ class Exchange:
                                 self._transfers.connect()
                         for next_one in range(index, min(index + 1 + ahead, len(self.chunks))):
                             if next_one not in staged:
-                                staged[next_one] = self._transfers.begin(self.chunks[next_one], halves[next_one % len(halves)], self._named)
+                                staged[next_one] = self._transfers.begin(
+                                    self.chunks[next_one],
+                                    halves[next_one % len(halves)],
+                                    self._named,
+                                )
                         if index == 0 and self._meanwhile is not None:
                             self._meanwhile()
                         self._read(chunk, staged[index])
@@ -224,7 +256,10 @@ class Exchange:
             self.report.seconds += taken
             self.report.longest = max(self.report.longest, taken)
             self.report.chunks += 1
-            self.report.bytes_sent, self.report.bytes_received = self._transfers.sent, self._transfers.received
+            self.report.bytes_sent, self.report.bytes_received = (
+                self._transfers.sent,
+                self._transfers.received,
+            )
             yield chunk.rows
 
     def _enter(self) -> str | None:
@@ -262,7 +297,10 @@ class Exchange:
         waits = self._transfers.blocks and len(self._direct) < len(self.plan.transfers)
         if double and not waits and need and self._transfers.free_memory() >= DOUBLE_LEAVES * need:
             parts.append(self._transfers.allocate(need))
-        self.report.staging_bytes, self.report.packing_bytes = sum(part.numel() for part in parts), out
+        self.report.staging_bytes, self.report.packing_bytes = (
+            sum(part.numel() for part in parts),
+            out,
+        )
         return parts
 
     def survivors(self, grace: float | None = None) -> tuple[int, ...]:
@@ -277,14 +315,21 @@ class Exchange:
         return self._agreement.survivors(self._timeout if grace is None else grace)
 
     def _digest(self) -> str:
-        return f"{self.plan.digest} {layout_digest(self._layers)} {self._limits} {len(self._direct)}"
+        return (
+            f"{self.plan.digest} {layout_digest(self._layers)} {self._limits} {len(self._direct)}"
+        )
 
     def _prefetch(self) -> None:
         """Tell the reader of all experts that this rank will read, of all chunks, if it cares."""
         prefetch = getattr(self._reader, "prefetch", None)
         if prefetch is not None:
             reads = self.plan.reads
-            prefetch([(self.plan.new.layer_ids[row], expert) for row, expert in reads[reads[:, 2] == self.rank, :2].tolist()])
+            prefetch(
+                [
+                    (self.plan.new.layer_ids[row], expert)
+                    for row, expert in reads[reads[:, 2] == self.rank, :2].tolist()
+                ]
+            )
 
     def _read(self, chunk: Chunk, staged: Staged) -> None:
         """Read what this rank needs from the checkpoint, while the network is busy."""
@@ -293,7 +338,13 @@ class Exchange:
             if rank == self.rank:
                 parameters, unit = self._layers[row], self._transfers.unit
                 tensors = staged.take_expert(parameters)
-                wanted.append((self.plan.new.layer_ids[row], expert, [p.typed(t) for p, t in zip(parameters, tensors)]))
+                wanted.append(
+                    (
+                        self.plan.new.layer_ids[row],
+                        expert,
+                        [p.typed(t) for p, t in zip(parameters, tensors)],
+                    )
+                )
                 staged.sources += [t.view(unit) for t in tensors]
                 staged.targets += [p.units(unit)[slot] for p in parameters]
         if not wanted:
@@ -355,7 +406,13 @@ class _Copies:
     sources: list[torch.Tensor] = field(default_factory=list)
     targets: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, source: tuple[int, int], to: tuple[int, int], sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+    def add(
+        self,
+        source: tuple[int, int],
+        to: tuple[int, int],
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+    ) -> None:
         """One expert, from slot to slot, each (row, slot)."""
         # Scratch is one expert's memory whatever the row.
         source, to = ((-1, SCRATCH) if slot[1] == SCRATCH else slot for slot in (source, to))
@@ -389,5 +446,7 @@ def _ranks_of(plan: ExchangePlan, group: dist.ProcessGroup) -> tuple[int, dict[i
         )
     own = [rank for rank, member in members.items() if member == group.rank()]
     if not own:
-        raise PlacementError(f"this process is EP rank {group.rank()}, which the plan counts as dead: only live ranks {list(live)} take part")
+        raise PlacementError(
+            f"this process is EP rank {group.rank()}, which the plan counts as dead: only live ranks {list(live)} take part"
+        )
     return own[0], {rank: dist.get_global_rank(group, member) for rank, member in members.items()}

@@ -103,7 +103,10 @@ def route(old, new, old_start, new_start, experts, live, node_of, transfers, rea
                     if (
                         best < 0
                         or sends[a] < sends[best]
-                        or (sends[a] == sends[best] and sends_before[a] + sends[a] < sends_before[best] + sends[best])
+                        or (
+                            sends[a] == sends[best]
+                            and sends_before[a] + sends[a] < sends_before[best] + sends[best]
+                        )
                     ):
                         best = a
                 sends[best] += 1

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PROBE = 64
 """Bytes of each parameter that a rank says it has and the others must find there: memory that is seen wrongly must not be read."""
 
+
 @dataclass(frozen=True)
 class PeerMemory:
     """Who reads whose weights, and this rank's view of those that it reads.
@@ -44,7 +45,13 @@ class PeerMemory:
     parameters: Mapping[int, Mapping[int, Sequence[Parameter | AttachedRows]]]
 
     @classmethod
-    def of(cls, own: Mapping[int, Sequence[Parameter]], topology: Topology, cpu_group: dist.ProcessGroup, log: logging.Logger) -> PeerMemory:
+    def of(
+        cls,
+        own: Mapping[int, Sequence[Parameter]],
+        topology: Topology,
+        cpu_group: dist.ProcessGroup,
+        log: logging.Logger,
+    ) -> PeerMemory:
         """See what can be seen; a collective call. What cannot be seen (another host, no peer access, memory of an allocator that does not
         share) is left to messages.
 
@@ -60,7 +67,11 @@ class PeerMemory:
         dist.all_gather_object(found, _offer(own, log), group=cpu_group)
         seen = {}
         for peer, offer in enumerate(found):
-            if peer != rank and offer is not None and topology.node_of_rank[peer] == topology.node_of_rank[rank]:
+            if (
+                peer != rank
+                and offer is not None
+                and topology.node_of_rank[peer] == topology.node_of_rank[rank]
+            ):
                 parameters = _take(offer, own, peer, log)
                 if parameters is not None:
                     seen[peer] = parameters
@@ -90,13 +101,20 @@ class SeenPeers:
     @classmethod
     def of(cls, peers: PeerMemory, layer_ids: Sequence[int]) -> SeenPeers:
         """Of an exchange of these layers."""
-        return cls(peers.reads, {rank: [seen[layer] for layer in layer_ids] for rank, seen in peers.parameters.items()})
+        return cls(
+            peers.reads,
+            {rank: [seen[layer] for layer in layer_ids] for rank, seen in peers.parameters.items()},
+        )
 
     @property
     def mapped(self) -> list[Sequence[Parameter]]:
         """Parameters that lie in this process's own address space as well."""
         found = (parameters for of_rank in self.layers.values() for parameters in of_rank)
-        return [parameters for parameters in found if not any(isinstance(p, AttachedRows) for p in parameters)]
+        return [
+            parameters
+            for parameters in found
+            if not any(isinstance(p, AttachedRows) for p in parameters)
+        ]
 
 
 def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes | None:
@@ -110,7 +128,9 @@ def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes
         for layer, parameters in own.items():
             for parameter in parameters:
                 rows = parameter.rows
-                if rows.device.type == "cpu" and not rows.is_shared():  # to share it would move it, and the engine would go on with what it had
+                if (
+                    rows.device.type == "cpu" and not rows.is_shared()
+                ):  # to share it would move it, and the engine would go on with what it had
                     handle = AttachedRows, (process, rows.data_ptr(), rows.stride(0), rows.shape[1])
                 elif rows.device.type in ("cpu", "cuda"):
                     if rows.device.type == "cuda":
@@ -123,11 +143,16 @@ def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes
         ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(handles)
         return buffer.getvalue()
     except Exception as error:  # noqa: BLE001 - whatever it is, messages are left
-        log.info("moe_placement_plugin: experts' memory cannot be shared with other ranks, they are sent: %s", _in_a_line(error))
+        log.info(
+            "moe_placement_plugin: experts' memory cannot be shared with other ranks, they are sent: %s",
+            _in_a_line(error),
+        )
         return None
 
 
-def _take(offer: bytes, own: Mapping[int, Sequence[Parameter]], peer: int, log: logging.Logger) -> dict[int, list[Parameter | AttachedRows]] | None:
+def _take(
+    offer: bytes, own: Mapping[int, Sequence[Parameter]], peer: int, log: logging.Logger
+) -> dict[int, list[Parameter | AttachedRows]] | None:
     """The parameters of another rank; None when they cannot be seen, or are not what it says."""
     device = next((p.rows.device for parameters in own.values() for p in parameters), None)
     seen: dict[int, list[Parameter | AttachedRows]] = {layer: [] for layer in own}
@@ -145,7 +170,9 @@ def _take(offer: bytes, own: Mapping[int, Sequence[Parameter]], peer: int, log: 
                 # Seen from this rank's own device, which reads the peer's memory: no context on the peer's is needed. Nor is there an event
                 # to wait for: the owner has waited for its device.
                 named = dict(zip(inspect.signature(rebuild).parameters, arguments))
-                rows = rebuild(**(named | {"storage_device": device.index, "event_sync_required": False}))
+                rows = rebuild(
+                    **(named | {"storage_device": device.index, "event_sync_required": False})
+                )
             else:
                 rows = rebuild(*arguments)
             if _beginning(rows) != beginning:
@@ -153,7 +180,11 @@ def _take(offer: bytes, own: Mapping[int, Sequence[Parameter]], peer: int, log: 
             like = own[layer][len(seen[layer])]
             seen[layer].append(Parameter(rows, like.shape, like.stride, like.dtype))
     except Exception as error:  # noqa: BLE001 - whatever it is, messages are left
-        log.info("moe_placement_plugin: the memory of EP rank %d cannot be read, experts are sent: %s", peer, _in_a_line(error))
+        log.info(
+            "moe_placement_plugin: the memory of EP rank %d cannot be read, experts are sent: %s",
+            peer,
+            _in_a_line(error),
+        )
         return None
     return seen
 

@@ -65,11 +65,24 @@ class CommitMetadata:
                 f"{int(self.committed.sum())} of {self.committed.size} layers are on {self.new.num_slots} slots, the others on "
                 f"{self.old.num_slots}: one placement cannot hold both; take the maps layer by layer (row_in_force)"
             )
-        table = np.where(self.committed[:, None], self.new.physical_to_logical, self.old.physical_to_logical)
+        table = np.where(
+            self.committed[:, None], self.new.physical_to_logical, self.old.physical_to_logical
+        )
         kind = EngineTable if EngineTable in (type(self.old), type(self.new)) else Placement
-        return kind(table, self.new.num_logical_experts, self.new.slots_per_rank, self.new.layer_ids, self.new.strategy)
+        return kind(
+            table,
+            self.new.num_logical_experts,
+            self.new.slots_per_rank,
+            self.new.layer_ids,
+            self.new.strategy,
+        )
 
-    def undo(self, topology: Topology | None = None, live_ranks: Sequence[int] | None = None, expert_bytes: int | Sequence[int] = 1) -> ExchangePlan:
+    def undo(
+        self,
+        topology: Topology | None = None,
+        live_ranks: Sequence[int] | None = None,
+        expert_bytes: int | Sequence[int] = 1,
+    ) -> ExchangePlan:
         """The exchange that brings every layer back to its old map.
 
         Raises:
@@ -137,7 +150,10 @@ class ExchangePlan:
         """int64 rows of the layers whose map changes (if only in slots of dead ranks: nothing moves then)."""
         if self.old.slots_per_rank != self.new.slots_per_rank:
             return np.arange(self.new.num_layers)
-        return np.flatnonzero((self.old.physical_to_logical != self.new.physical_to_logical).any(axis=1) | self._touched)
+        return np.flatnonzero(
+            (self.old.physical_to_logical != self.new.physical_to_logical).any(axis=1)
+            | self._touched
+        )
 
     @cached_property
     def _touched(self) -> np.ndarray:
@@ -151,7 +167,10 @@ class ExchangePlan:
         """int64 ``[layers, ranks]``: experts that a rank receives or reads."""
         shape = (self.new.num_layers, self.new.num_ranks)
         flat = np.concatenate(
-            [self.transfers[:, 0].astype(np.int64) * shape[1] + self.transfers[:, 4], self.reads[:, 0].astype(np.int64) * shape[1] + self.reads[:, 2]]
+            [
+                self.transfers[:, 0].astype(np.int64) * shape[1] + self.transfers[:, 4],
+                self.reads[:, 0].astype(np.int64) * shape[1] + self.reads[:, 2],
+            ]
         )
         return np.bincount(flat, minlength=shape[0] * shape[1]).reshape(shape)
 
@@ -183,7 +202,13 @@ class ExchangePlan:
     @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of all that the plan follows from: ranks whose digests agree carry out the same plan."""
-        facts = [self.old.digest, self.new.digest, self.live.tolist(), self.topology.node_of_rank, self.expert_bytes.tolist()]
+        facts = [
+            self.old.digest,
+            self.new.digest,
+            self.live.tolist(),
+            self.topology.node_of_rank,
+            self.expert_bytes.tolist(),
+        ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def staging_needed(self, expert_bytes: Sequence[int] | None = None) -> np.ndarray:
@@ -192,7 +217,9 @@ class ExchangePlan:
         Args:
             expert_bytes: ``[layers]`` when an executor pads experts; the plan's own when left out.
         """
-        size = self.expert_bytes if expert_bytes is None else np.asarray(expert_bytes, dtype=np.int64)
+        size = (
+            self.expert_bytes if expert_bytes is None else np.asarray(expert_bytes, dtype=np.int64)
+        )
         return (self.incoming + self.needs_scratch) * size[:, None]
 
     @property
@@ -200,7 +227,12 @@ class ExchangePlan:
         """The least bound that `chunks` takes: what the neediest rank needs for the neediest layer."""
         return int(self.staging_needed().max(initial=0))
 
-    def chunks(self, staging_bytes: int | None = None, max_layers: int | None = None, expert_bytes: Sequence[int] | None = None) -> tuple[Chunk, ...]:
+    def chunks(
+        self,
+        staging_bytes: int | None = None,
+        max_layers: int | None = None,
+        expert_bytes: Sequence[int] | None = None,
+    ) -> tuple[Chunk, ...]:
         """Cut into runs of layers that fit the staging memory.
 
         A layer is never cut: it is committed as a whole or not at all, so what it receives must fit at once. The end state does not
@@ -217,7 +249,9 @@ class ExchangePlan:
         for name, value in (("staging_bytes", staging_bytes), ("max_layers", max_layers)):
             if value is not None and value < 1:
                 raise PlacementError(f"{name} {value}: give 1 or more, or None for no limit")
-        size = self.expert_bytes if expert_bytes is None else np.asarray(expert_bytes, dtype=np.int64)
+        size = (
+            self.expert_bytes if expert_bytes is None else np.asarray(expert_bytes, dtype=np.int64)
+        )
         needed = self.staging_needed(size)
         if staging_bytes is not None and needed.max(initial=0) > staging_bytes:
             row, rank = np.unravel_index(int(needed.argmax()), needed.shape)
@@ -228,7 +262,9 @@ class ExchangePlan:
             )
         return tuple(self._cut(size, staging_bytes, max_layers))
 
-    def _cut(self, size: np.ndarray, staging_bytes: int | None, max_layers: int | None) -> Iterator[Chunk]:
+    def _cut(
+        self, size: np.ndarray, staging_bytes: int | None, max_layers: int | None
+    ) -> Iterator[Chunk]:
         rows: list[int] = []
         incoming = np.zeros(self.new.num_ranks, dtype=np.int64)
         scratch = np.zeros_like(incoming)
@@ -236,7 +272,8 @@ class ExchangePlan:
             more = incoming + self.incoming[row] * size[row]
             opened = np.maximum(scratch, self.needs_scratch[row] * size[row])
             if rows and (
-                (max_layers is not None and len(rows) == max_layers) or (staging_bytes is not None and (more + opened).max() > staging_bytes)
+                (max_layers is not None and len(rows) == max_layers)
+                or (staging_bytes is not None and (more + opened).max() > staging_bytes)
             ):
                 yield self._chunk(rows, incoming + scratch)
                 rows = []
@@ -249,13 +286,30 @@ class ExchangePlan:
     def _chunk(self, rows: list[int], staging: np.ndarray) -> Chunk:
         from .kernels import color
 
-        def of_rows(work: np.ndarray) -> np.ndarray:  # all work is in ascending order of rows, and chunks are runs of changed rows
-            return work[np.searchsorted(work[:, 0], rows[0]) : np.searchsorted(work[:, 0], rows[-1], side="right")]
+        def of_rows(
+            work: np.ndarray,
+        ) -> (
+            np.ndarray
+        ):  # all work is in ascending order of rows, and chunks are runs of changed rows
+            return work[
+                np.searchsorted(work[:, 0], rows[0]) : np.searchsorted(
+                    work[:, 0], rows[-1], side="right"
+                )
+            ]
 
         transfers = of_rows(self.transfers)
-        rounds = color(transfers[:, 2].astype(np.int64), transfers[:, 4].astype(np.int64), self.new.num_ranks)
+        rounds = color(
+            transfers[:, 2].astype(np.int64), transfers[:, 4].astype(np.int64), self.new.num_ranks
+        )
         order = np.argsort(rounds, kind="stable")
-        return Chunk(tuple(rows), transfers[order], rounds[order], of_rows(self.reads), of_rows(self.copies), staging)
+        return Chunk(
+            tuple(rows),
+            transfers[order],
+            rounds[order],
+            of_rows(self.reads),
+            of_rows(self.copies),
+            staging,
+        )
 
     def metadata(self) -> CommitMetadata:
         """Bookkeeping for carrying the plan out: no layer committed yet, except those that do not change."""
@@ -265,11 +319,15 @@ class ExchangePlan:
 
     def __str__(self) -> str:
         parts = [f"{len(self.changed_rows)} of {self.new.num_layers} layers change"]
-        parts.append(f"{len(self.transfers)} experts ({self.bytes_moved / 1e6:.1f} MB) between ranks")
+        parts.append(
+            f"{len(self.transfers)} experts ({self.bytes_moved / 1e6:.1f} MB) between ranks"
+        )
         if self.topology.num_nodes > 1:
             parts.append(f"{self.bytes_between_nodes / 1e6:.1f} MB of it between nodes")
         parts.append(f"{len(self.copies)} copies within ranks")
-        parts.append(f"{len(self.reads)} experts ({self.bytes_read / 1e6:.1f} MB) from the checkpoint")
+        parts.append(
+            f"{len(self.reads)} experts ({self.bytes_read / 1e6:.1f} MB) from the checkpoint"
+        )
         dead = np.flatnonzero(~self.live).tolist()
         return ", ".join(parts) + (f"; dead ranks {dead}" if dead else "")
 
@@ -299,7 +357,9 @@ def plan_exchange(
     ranks = new.num_ranks
     topology = Topology(ranks) if topology is None else topology
     if topology.num_ranks != ranks:
-        raise PlacementError(f"a topology of {topology.num_ranks} EP ranks for placements on {ranks}: give the group's own")
+        raise PlacementError(
+            f"a topology of {topology.num_ranks} EP ranks for placements on {ranks}: give the group's own"
+        )
     live = np.ones(ranks, dtype=bool)
     if live_ranks is not None:
         alive = [int(r) for r in live_ranks]
@@ -308,9 +368,15 @@ def plan_exchange(
             raise PlacementError(f"live_ranks {alive}: give at least one, each in 0..{ranks - 1}")
         live[:] = False
         live[alive] = True
-    size = np.full(new.num_layers, expert_bytes, dtype=np.int64) if np.ndim(expert_bytes) == 0 else np.asarray(expert_bytes, np.int64)
+    size = (
+        np.full(new.num_layers, expert_bytes, dtype=np.int64)
+        if np.ndim(expert_bytes) == 0
+        else np.asarray(expert_bytes, np.int64)
+    )
     if size.shape != (new.num_layers,) or (size < 0).any():
-        raise PlacementError(f"expert_bytes {expert_bytes}: give one number >= 0, or one for each of the {new.num_layers} layers")
+        raise PlacementError(
+            f"expert_bytes {expert_bytes}: give one number >= 0, or one for each of the {new.num_layers} layers"
+        )
     _check_served(new, live)
     layers, slots = new.physical_to_logical.shape
     transfers = np.empty((layers * slots, 6), np.int32)
@@ -320,7 +386,9 @@ def plan_exchange(
         old.physical_to_logical, new.physical_to_logical, old.rank_offsets, new.rank_offsets, new.num_logical_experts, live,
         np.array(topology.node_of_rank, dtype=np.int64), transfers, reads, copies,
     )  # fmt: skip
-    return ExchangePlan(old, new, topology, live, size, transfers[:n].copy(), reads[:m].copy(), copies[:k].copy())
+    return ExchangePlan(
+        old, new, topology, live, size, transfers[:n].copy(), reads[:m].copy(), copies[:k].copy()
+    )
 
 
 def _check_served(new: Placement, live: np.ndarray) -> None:

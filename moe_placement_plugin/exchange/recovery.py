@@ -10,7 +10,9 @@ from ..errors import PlacementError
 from ..placement import Placement
 
 
-def place_lost(old: Placement, live_ranks: Sequence[int], load: np.ndarray | None = None) -> Placement:
+def place_lost(
+    old: Placement, live_ranks: Sequence[int], load: np.ndarray | None = None
+) -> Placement:
     """``old`` with every expert that only dead ranks hold put on a live one, in place of a replica that can be spared.
 
     Nothing else moves: it is the quickest way back to serving, and what the next rebalance starts from. What has to be read is dealt out evenly
@@ -32,9 +34,13 @@ def place_lost(old: Placement, live_ranks: Sequence[int], load: np.ndarray | Non
             f"live ranks {list(live_ranks)} have {slots.size} slots for {experts} experts: that many cannot be served; restart with fewer "
             "ranks, or plan for a loss with more redundant experts"
         )
-    load = np.ones((old.num_layers, experts)) if load is None else np.asarray(load, dtype=np.float64)
+    load = (
+        np.ones((old.num_layers, experts)) if load is None else np.asarray(load, dtype=np.float64)
+    )
     if load.shape != (old.num_layers, experts):
-        raise PlacementError(f"load of shape {load.shape} for {old.num_layers} layers of {experts} experts: give that of the model served")
+        raise PlacementError(
+            f"load of shape {load.shape} for {old.num_layers} layers of {experts} experts: give that of the model served"
+        )
     table = old.physical_to_logical.copy()
     rank_of = np.searchsorted(np.unique(old.rank_of_slot[slots]), old.rank_of_slot[slots])
     in_all = np.zeros(rank_of.max() + 1, dtype=np.int64)
@@ -44,7 +50,9 @@ def place_lost(old: Placement, live_ranks: Sequence[int], load: np.ndarray | Non
         lost = np.flatnonzero(copies == 0)
         here = np.zeros_like(in_all)
         for expert in lost[np.argsort(-tokens[lost], kind="stable")]:
-            added = np.where(copies[held] > 1, tokens[held] / np.maximum(copies[held] - 1, 1), np.inf)
+            added = np.where(
+                copies[held] > 1, tokens[held] / np.maximum(copies[held] - 1, 1), np.inf
+            )
             order = np.lexsort((added, in_all[rank_of], here[rank_of], ~np.isfinite(added)))
             at = int(order[0])
             copies[held[at]] -= 1

@@ -42,7 +42,9 @@ class Stores:
 
         self._timeout = timedelta(seconds=timeout)
         self._rank = group.rank()
-        own = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+        own = dist.TCPStore(
+            "0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=self._timeout
+        )
         found: list[Any] = [None] * group.size()
         dist.all_gather_object(found, (own_address(), own.port), group=group)
         self._addresses: list[tuple[str, int]] = found
@@ -58,5 +60,7 @@ class Stores:
             import torch.distributed as dist
 
             host, port = self._addresses[rank]
-            self._stores[rank] = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=self._timeout)
+            self._stores[rank] = dist.TCPStore(
+                host, port, is_master=False, wait_for_workers=False, timeout=self._timeout
+            )
         return self._stores[rank]

@@ -113,7 +113,12 @@ class Transfers:
         seen: SeenPeers | None = None,
     ):
         self._layers, self._rank, self._peers, self._group = layers, rank, peers, group
-        self._device, self._timeout, self._batch_bytes, self._watchdog = device, timeout, batch_bytes, watchdog
+        self._device, self._timeout, self._batch_bytes, self._watchdog = (
+            device,
+            timeout,
+            batch_bytes,
+            watchdog,
+        )
         self._bytes = [sum(p.bytes for p in parameters) for parameters in layers]
         self._padded = [sum(p.padded for p in parameters) for parameters in layers]
         self._seen = seen
@@ -122,7 +127,11 @@ class Transfers:
         self._parts = [_parts(parameters, self.unit.itemsize) for parameters in layers]
         self._outgoing: _Outgoing | None = None
         # Packing and reading go beside what the engine has queued, beside the commit of the chunk before, and beside each other.
-        self._lane, self._reading = (None, None) if device.type == "cpu" else (_device_module(device).Stream() for _ in range(2))
+        self._lane, self._reading = (
+            (None, None)
+            if device.type == "cpu"
+            else (_device_module(device).Stream() for _ in range(2))
+        )
         self.sent = self.received = 0
 
     def allocate(self, size: int) -> torch.Tensor:
@@ -133,11 +142,19 @@ class Transfers:
 
     def free_memory(self) -> int:
         """Bytes of the device's memory that nobody has taken; on CPU, where the system overcommits, none."""
-        return 0 if self._device.type == "cpu" else _device_module(self._device).mem_get_info(self._device)[0]
+        return (
+            0
+            if self._device.type == "cpu"
+            else _device_module(self._device).mem_get_info(self._device)[0]
+        )
 
     def connect(self) -> None:
         """NCCL makes its communicator at the first call on a group, which all members must take part in: not when some are dead."""
-        if self._device.type == "cpu" or self._group.group_name in _connected or len(self._peers) < self._group.size():
+        if (
+            self._device.type == "cpu"
+            or self._group.group_name in _connected
+            or len(self._peers) < self._group.size()
+        ):
             return
         import torch
         import torch.distributed as dist
@@ -160,7 +177,9 @@ class Transfers:
         half = memory.numel() // 2
         self._outgoing = _Outgoing((memory[:half], memory[half:]))
 
-    def begin(self, chunk: Chunk, buffer: torch.Tensor, named: Callable[[Chunk], tuple[int, ...]]) -> Staged:
+    def begin(
+        self, chunk: Chunk, buffer: torch.Tensor, named: Callable[[Chunk], tuple[int, ...]]
+    ) -> Staged:
         """Start to receive what the chunk brings to this rank, and to send what others need.
 
         Args:
@@ -179,12 +198,29 @@ class Transfers:
             self._read_peers(chunk, staged, named)
         with self._beside(self._lane):
             for number, sends, receives in self._batches(chunk):
-                size = sum(self._bytes[t[0]] for transfers in (*sends.values(), *receives.values()) for t in transfers)
-                waiting = WaitingFor("receive", named(chunk), number, tuple(sorted(sends.keys() | receives.keys())), size)
+                size = sum(
+                    self._bytes[t[0]]
+                    for transfers in (*sends.values(), *receives.values())
+                    for t in transfers
+                )
+                waiting = WaitingFor(
+                    "receive",
+                    named(chunk),
+                    number,
+                    tuple(sorted(sends.keys() | receives.keys())),
+                    size,
+                )
                 self._watchdog.waits_for(waiting)
                 operations = [(dist.isend, peer, message) for peer, message in self._pack(sends)]
-                operations += [(dist.irecv, peer, self._unpack(transfers, staged)) for peer, transfers in receives.items()]
-                made = [dist.P2POp(call, message, self._peers[peer], self._group) for call, peer, message in operations if message.numel()]
+                operations += [
+                    (dist.irecv, peer, self._unpack(transfers, staged))
+                    for peer, transfers in receives.items()
+                ]
+                made = [
+                    dist.P2POp(call, message, self._peers[peer], self._group)
+                    for call, peer, message in operations
+                    if message.numel()
+                ]
                 works = dist.batch_isend_irecv(made) if made else []
                 staged.pending.append((waiting, works))
                 if sends:
@@ -197,7 +233,9 @@ class Transfers:
             return np.zeros(len(transfers), dtype=bool)
         return self._seen.reads[transfers[:, 4], transfers[:, 2]]
 
-    def _read_peers(self, chunk: Chunk, staged: Staged, named: Callable[[Chunk], tuple[int, ...]]) -> None:
+    def _read_peers(
+        self, chunk: Chunk, staged: Staged, named: Callable[[Chunk], tuple[int, ...]]
+    ) -> None:
         """Copy experts from the memory of other ranks."""
         read = chunk.transfers[self._is_read(chunk.transfers)]
         self.sent += sum(self._bytes[row] for row in read[read[:, 2] == self._rank, 0].tolist())
@@ -206,13 +244,20 @@ class Transfers:
             return
         size = sum(self._bytes[row] for row in mine[:, 0].tolist())
         self.received += size
-        waiting = WaitingFor("read peers", named(chunk), None, tuple(np.unique(mine[:, 2]).tolist()), size)
+        waiting = WaitingFor(
+            "read peers", named(chunk), None, tuple(np.unique(mine[:, 2]).tolist()), size
+        )
         self._watchdog.waits_for(waiting)
         together: list[tuple[torch.Tensor, torch.Tensor]] = []
         attached: dict[Process, list[tuple[int, int, int]]] = {}
         runs, width = list(_runs(mine)), self.unit.itemsize
         # All views of the staging memory at once: slice by slice they take as long as the link does for the bytes.
-        sizes = [number * own.padded // width for row, _, _, _, number in runs for own in self._layers[row] if own.bytes]
+        sizes = [
+            number * own.padded // width
+            for row, _, _, _, number in runs
+            for own in self._layers[row]
+            if own.bytes
+        ]
         pieces = iter(staged.take(sum(sizes) * width).view(self.unit).split(sizes))
         for row, rank, slot, to, number in runs:
             for own, theirs in zip(self._layers[row], self._seen.layers[rank][row]):
@@ -221,7 +266,9 @@ class Transfers:
                 target = next(pieces)
                 if isinstance(theirs, AttachedRows):
                     at, step = target.data_ptr(), own.padded
-                    attached.setdefault(theirs.process, []).extend((at + k * step, theirs.row(slot + k), own.bytes) for k in range(number))
+                    attached.setdefault(theirs.process, []).extend(
+                        (at + k * step, theirs.row(slot + k), own.bytes) for k in range(number)
+                    )
                 if number > 1:
                     target = target.view(number, -1)
                 if own.padded > own.bytes:
@@ -241,12 +288,18 @@ class Transfers:
             staged.read = self._reading.record_event()
         staged.pending.append((waiting, []))
 
-    def _batches(self, chunk: Chunk) -> Iterator[tuple[int, dict[int, list[list[int]]], dict[int, list[list[int]]]]]:
+    def _batches(
+        self, chunk: Chunk
+    ) -> Iterator[tuple[int, dict[int, list[list[int]]], dict[int, list[list[int]]]]]:
         """(first round, transfers to each rank, transfers from each rank) of the batches that this rank takes part in."""
         per_batch = self._rounds_per_batch(chunk)
-        mine = ((chunk.transfers[:, 2] == self._rank) | (chunk.transfers[:, 4] == self._rank)) & ~self._is_read(chunk.transfers)
+        mine = (
+            (chunk.transfers[:, 2] == self._rank) | (chunk.transfers[:, 4] == self._rank)
+        ) & ~self._is_read(chunk.transfers)
         batches: dict[int, tuple[dict[int, list[list[int]]], dict[int, list[list[int]]]]] = {}
-        for number, transfer in zip((chunk.round_of[mine] // per_batch).tolist(), chunk.transfers[mine].tolist()):
+        for number, transfer in zip(
+            (chunk.round_of[mine] // per_batch).tolist(), chunk.transfers[mine].tolist()
+        ):
             sends, receives = batches.setdefault(number, ({}, {}))
             if transfer[2] == self._rank:
                 sends.setdefault(transfer[4], []).append(transfer)
@@ -355,7 +408,9 @@ class Transfers:
 
         _connected.discard(self._group.group_name)
         if dist.get_backend(self._group) != "gloo":
-            with suppress(RuntimeError, NotImplementedError):  # back ends that notice dead ranks by themselves have no abort
+            with suppress(
+                RuntimeError, NotImplementedError
+            ):  # back ends that notice dead ranks by themselves have no abort
                 self._group.abort()
             return
         # gloo has no abort: a receive that runs out of its time closes all connections of the group. Its tag is not that of any
@@ -374,7 +429,9 @@ def batch_size(batch_bytes: int, staging_bytes: int | None) -> int:
     return batch_bytes if staging_bytes is None else min(batch_bytes, max(1, staging_bytes // 2))
 
 
-def packing_bytes(expert_bytes: int, staging_bytes: int | None, batch_bytes: int = BATCH_BYTES) -> int:
+def packing_bytes(
+    expert_bytes: int, staging_bytes: int | None, batch_bytes: int = BATCH_BYTES
+) -> int:
     """The most memory that a rank's messages are packed in: two batches, the last expert of each over its measure."""
     return 2 * (batch_size(batch_bytes, staging_bytes) + expert_bytes)
 
@@ -389,7 +446,9 @@ def copy_rows(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
 
 def _runs(transfers: np.ndarray) -> Iterator[tuple[int, int, int, int, int]]:
     """Transfers ``[n, 6]`` to one rank as (row, source rank, source slot, slot, how many): one where slots follow each other at both ends."""
-    ordered = transfers[np.lexsort((transfers[:, 3], transfers[:, 2], transfers[:, 0]))][:, [0, 2, 3, 5]]
+    ordered = transfers[np.lexsort((transfers[:, 3], transfers[:, 2], transfers[:, 0]))][
+        :, [0, 2, 3, 5]
+    ]
     follows = (np.diff(ordered, axis=0) == (0, 0, 1, 1)).all(axis=1)
     begins = np.flatnonzero(np.concatenate(([True], ~follows)))
     for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(ordered)]):

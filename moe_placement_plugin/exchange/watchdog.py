@@ -34,9 +34,18 @@ class WaitingFor:
     bytes: int = 0
 
     def __str__(self) -> str:
-        layers = f"layers {self.layers[0]}..{self.layers[-1]}" if len(self.layers) > 1 else f"layer {self.layers[0]}" if self.layers else ""
+        layers = (
+            f"layers {self.layers[0]}..{self.layers[-1]}"
+            if len(self.layers) > 1
+            else f"layer {self.layers[0]}"
+            if self.layers
+            else ""
+        )
         parts = [self.step, layers, "" if self.round is None else f"round {self.round}"]
-        parts += [f"ranks {list(self.peers)}" if self.peers else "", f"{self.bytes:,} bytes" if self.bytes else ""]
+        parts += [
+            f"ranks {list(self.peers)}" if self.peers else "",
+            f"{self.bytes:,} bytes" if self.bytes else "",
+        ]
         return ", ".join(part for part in parts if part)
 
 
@@ -65,7 +74,9 @@ class Watchdog:
         report: Callable[[str], None] | None = None,
     ):
         if limit <= 0 or (give_up is not None and give_up < limit):
-            raise PlacementError(f"watchdog limits {limit} and {give_up} s: give a positive limit, and a give_up that is not below it")
+            raise PlacementError(
+                f"watchdog limits {limit} and {give_up} s: give a positive limit, and a give_up that is not below it"
+            )
         if action not in ("raise", "abort"):
             raise PlacementError(f"watchdog action {action!r}: choose raise or abort")
         self.limit, self.give_up, self.action = limit, give_up, action
@@ -97,7 +108,11 @@ class Watchdog:
 
     @property
     def _next(self) -> float:
-        return self._warn_at if self.give_up is None else min(self._warn_at, self._begin + self.give_up)
+        return (
+            self._warn_at
+            if self.give_up is None
+            else min(self._warn_at, self._begin + self.give_up)
+        )
 
     def _passed(self, now: float) -> bool:
         """A limit has passed: say so, and act; whether the watchdog has done all that it will."""
@@ -105,13 +120,19 @@ class Watchdog:
         if self.give_up is not None and now >= self._begin + self.give_up:
             self.expired = waiting
             what = "ending this process" if self.action == "abort" else "interrupting it"
-            self._report(f"expert exchange not finished after {now - self._begin:.1f} s, {what}; waiting for: {waiting}")
+            self._report(
+                f"expert exchange not finished after {now - self._begin:.1f} s, {what}; waiting for: {waiting}"
+            )
             if self.action == "abort":
                 os.abort()
             if self._interrupt is not None:
-                threading.Thread(target=self._interrupt, name="exchange-interrupt", daemon=True).start()
+                threading.Thread(
+                    target=self._interrupt, name="exchange-interrupt", daemon=True
+                ).start()
             return True
-        self._report(f"expert exchange not finished after {now - self._begin:.1f} s; waiting for: {waiting}")
+        self._report(
+            f"expert exchange not finished after {now - self._begin:.1f} s; waiting for: {waiting}"
+        )
         self._warn_at += self.limit
         return False
 
@@ -129,7 +150,9 @@ class _Monitor:
 
     @classmethod
     def of_this_process(cls) -> _Monitor:
-        if cls._of is None or cls._of[0] != os.getpid():  # a forked process has the object and not the thread
+        if (
+            cls._of is None or cls._of[0] != os.getpid()
+        ):  # a forked process has the object and not the thread
             cls._of = os.getpid(), cls()
         return cls._of[1]
 
@@ -148,7 +171,9 @@ class _Monitor:
         with self._changed:
             while True:
                 self._wakes_at = min((w._next for w in self._watched), default=None)
-                self._changed.wait(None if self._wakes_at is None else max(0.0, self._wakes_at - time.monotonic()))
+                self._changed.wait(
+                    None if self._wakes_at is None else max(0.0, self._wakes_at - time.monotonic())
+                )
                 now = time.monotonic()
                 for watchdog in [w for w in self._watched if now >= w._next]:
                     if watchdog._passed(now):

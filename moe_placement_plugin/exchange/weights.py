@@ -31,7 +31,9 @@ class Parameter:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    _views: dict[torch.dtype, list[torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _views: dict[torch.dtype, list[torch.Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def bytes(self) -> int:
@@ -51,7 +53,9 @@ class Parameter:
 
     def block(self, unit: torch.dtype, first: int, number: int) -> torch.Tensor:
         """The bytes of experts that lie one behind the other, ``[number, units]``, or ``[units]`` of a single one, which has its view already."""
-        return self.units(unit)[first] if number == 1 else self.rows[first : first + number].view(unit)
+        return (
+            self.units(unit)[first] if number == 1 else self.rows[first : first + number].view(unit)
+        )
 
     def typed(self, row: torch.Tensor) -> torch.Tensor:
         """One expert's bytes as a tensor of the parameter's own type, shape and strides."""
@@ -67,7 +71,9 @@ def view_parameter(tensor: torch.Tensor, name: str) -> Parameter:
     import torch
 
     if tensor.dim() == 0:
-        raise PlacementError(f"{name} is a single number: give tensors whose first dimension is the rank's slots")
+        raise PlacementError(
+            f"{name} is a single number: give tensors whose first dimension is the rank's slots"
+        )
     tensor = tensor.detach()
     shape = tuple(tensor.shape[1:])
     # A dimension of one element may have any stride: ranks whose tensors are alike must not differ by it.
@@ -84,13 +90,18 @@ def view_parameter(tensor: torch.Tensor, name: str) -> Parameter:
             )
         dense *= extent
     if tensor.shape[0] > 1 and tensor.stride(0) < size:
-        raise PlacementError(f"{name} has strides {tuple(tensor.stride())}: its slots overlap in memory; give each its own")
+        raise PlacementError(
+            f"{name} has strides {tuple(tensor.stride())}: its slots overlap in memory; give each its own"
+        )
     flat = tensor.as_strided((tensor.shape[0], size), (max(tensor.stride(0), 1), 1))
-    return Parameter(flat.view(torch.uint8) if flat.dtype != torch.uint8 else flat, shape, stride, tensor.dtype)
+    return Parameter(
+        flat.view(torch.uint8) if flat.dtype != torch.uint8 else flat, shape, stride, tensor.dtype
+    )
 
 
 def view_weights(
-    weights: Mapping[int, Sequence[torch.Tensor | Parameter]] | Sequence[Sequence[torch.Tensor | Parameter]],
+    weights: Mapping[int, Sequence[torch.Tensor | Parameter]]
+    | Sequence[Sequence[torch.Tensor | Parameter]],
     old: Placement,
     new: Placement,
     rank: int,
@@ -109,16 +120,23 @@ def view_weights(
     if isinstance(weights, Mapping):
         missing = [layer for layer in new.layer_ids if layer not in weights]
         if missing:
-            raise PlacementError(f"weights of layer {missing[0]} are not given: give those of all {new.num_layers} layers of the placement")
+            raise PlacementError(
+                f"weights of layer {missing[0]} are not given: give those of all {new.num_layers} layers of the placement"
+            )
         rows = [weights[layer] for layer in new.layer_ids]
     else:
         rows = list(weights)
         if len(rows) != new.num_layers:
-            raise PlacementError(f"weights of {len(rows)} layers for a placement of {new.num_layers}: give one list of tensors per layer")
+            raise PlacementError(
+                f"weights of {len(rows)} layers for a placement of {new.num_layers}: give one list of tensors per layer"
+            )
     slots = max(old.slots_per_rank[rank], new.slots_per_rank[rank])
     result = []
     for layer, tensors in zip(new.layer_ids, rows):
-        parameters = [t if isinstance(t, Parameter) else view_parameter(t, f"layer {layer}, tensor {k}") for k, t in enumerate(tensors)]
+        parameters = [
+            t if isinstance(t, Parameter) else view_parameter(t, f"layer {layer}, tensor {k}")
+            for k, t in enumerate(tensors)
+        ]
         for k, parameter in enumerate(parameters):
             if parameter.rows.shape[0] < slots:
                 raise PlacementError(
@@ -128,7 +146,9 @@ def view_weights(
         result.append(parameters)
     devices = {p.rows.device for parameters in result for p in parameters}
     if len(devices) > 1:
-        raise PlacementError(f"weights lie on {sorted(map(str, devices))}: the experts of a rank must be on one device")
+        raise PlacementError(
+            f"weights lie on {sorted(map(str, devices))}: the experts of a rank must be on one device"
+        )
     return result
 
 
@@ -139,7 +159,10 @@ def widest_unit(layers: Sequence[Sequence[Parameter]]) -> torch.dtype:
     for unit in (torch.int64, torch.int32, torch.int16):
         width = unit.itemsize
         if all(
-            number % width == 0 for parameters in layers for p in parameters for number in (p.bytes, p.rows.stride(0), p.rows.data_ptr())
+            number % width == 0
+            for parameters in layers
+            for p in parameters
+            for number in (p.bytes, p.rows.stride(0), p.rows.data_ptr())
         ):
             return unit
     return torch.uint8
@@ -152,5 +175,7 @@ def padded_bytes(layers: Sequence[Sequence[Parameter]]) -> list[int]:
 
 def layout_digest(layers: Sequence[Sequence[Parameter]]) -> str:
     """Hex SHA-256 of types, shapes and strides: ranks whose digests differ cannot send each other bytes."""
-    facts: list[Any] = [[[str(p.dtype), p.shape, p.stride] for p in parameters] for parameters in layers]
+    facts: list[Any] = [
+        [[str(p.dtype), p.shape, p.stride] for p in parameters] for parameters in layers
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

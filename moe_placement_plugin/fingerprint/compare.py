@@ -37,7 +37,9 @@ class WeightsMismatch(PlacementError):
 
     def __init__(self, what: str, differences: list[str], mend: str):
         self.differences = differences
-        shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
+        shown = "; ".join(differences[:4]) + (
+            f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
+        )
         super().__init__(f"{what}: {shown}. {mend}")
 
 
@@ -75,12 +77,18 @@ def check_replicas(ranks: list[RankDigests], num_experts: int | Mapping[int, int
                 if expert < 0:
                     continue
                 here = f"slot {slot} of rank {rank}"
-                other = first.setdefault((layer_id, expert), (here, layer.names, layer.values[slot]))
+                other = first.setdefault(
+                    (layer_id, expert), (here, layer.names, layer.values[slot])
+                )
                 if other[1] != layer.names:
-                    differences.append(f"layer {layer_id}: {here} has tensors {layer.names}, {other[0]} has {other[1]}")
+                    differences.append(
+                        f"layer {layer_id}: {here} has tensors {layer.names}, {other[0]} has {other[1]}"
+                    )
                 elif not np.array_equal(other[2], layer.values[slot]):
                     wrong = _names(layer.names, other[2] != layer.values[slot])
-                    differences.append(f"layer {layer_id}, expert {expert}: {here} and {other[0]} differ in {wrong}")
+                    differences.append(
+                        f"layer {layer_id}, expert {expert}: {here} and {other[0]} differ in {wrong}"
+                    )
     for layer_id in sorted({layer for rank in ranks for layer in rank}):
         experts = num_experts if isinstance(num_experts, int) else num_experts[layer_id]
         absent = [expert for expert in range(experts) if (layer_id, expert) not in first]
@@ -88,11 +96,15 @@ def check_replicas(ranks: list[RankDigests], num_experts: int | Mapping[int, int
             differences.append(f"layer {layer_id}: no rank holds expert {_list(absent)}")
     if differences:
         raise WeightsMismatch(
-            "replicas of an expert differ", differences, "The server stops, since answers would depend on which replica is chosen"
+            "replicas of an expert differ",
+            differences,
+            "The server stops, since answers would depend on which replica is chosen",
         )
 
 
-def check_experts(expected: ExpertDigests, ranks: list[RankDigests], what: str, mend: str, first_rank: int = 0) -> None:
+def check_experts(
+    expected: ExpertDigests, ranks: list[RankDigests], what: str, mend: str, first_rank: int = 0
+) -> None:
     """Every slot holds the bits that its expert had.
 
     Args:
@@ -113,7 +125,9 @@ def check_experts(expected: ExpertDigests, ranks: list[RankDigests], what: str, 
                 continue
             names, experts = expected[layer_id]
             if names != layer.names:
-                differences.append(f"layer {layer_id}, rank {rank}: tensors {layer.names}, expected {names}")
+                differences.append(
+                    f"layer {layer_id}, rank {rank}: tensors {layer.names}, expected {names}"
+                )
                 continue
             whose = {value.tobytes(): expert for expert, value in experts.items()}
             for slot, expert in enumerate(layer.experts.tolist()):
@@ -124,9 +138,15 @@ def check_experts(expected: ExpertDigests, ranks: list[RankDigests], what: str, 
                     differences.append(f"{here}: expert {expert} is not known")
                 elif not np.array_equal(experts[expert], layer.values[slot]):
                     other = whose.get(layer.values[slot].tobytes())
-                    found = "which hold something else" if other is None else f"which hold expert {other}"
+                    found = (
+                        "which hold something else"
+                        if other is None
+                        else f"which hold expert {other}"
+                    )
                     wrong = _names(names, experts[expert] != layer.values[slot])
-                    differences.append(f"{here} should hold expert {expert}: it differs in {wrong}, {found}")
+                    differences.append(
+                        f"{here} should hold expert {expert}: it differs in {wrong}, {found}"
+                    )
     missing = sorted(set(expected) - {layer for rank in ranks for layer in rank})
     if missing:
         differences.append(f"layer {_list(missing)} is gone")
@@ -156,4 +176,6 @@ def _names(names: tuple[str, ...], differs: np.ndarray) -> str:
 
 
 def _list(values: list[int]) -> str:
-    return ", ".join(map(str, values[:6])) + (f" and {len(values) - 6} more" if len(values) > 6 else "")
+    return ", ".join(map(str, values[:6])) + (
+        f" and {len(values) - 6} more" if len(values) > 6 else ""
+    )

@@ -62,7 +62,9 @@ def digests(data: np.ndarray, threads: int = 1) -> np.ndarray:
     def run(job):
         slot, first = job
         part = words[slot, first : first + step]
-        return _blocks(part, KEYS, factors[first // BLOCK : first // BLOCK + -(-part.size // BLOCK)])
+        return _blocks(
+            part, KEYS, factors[first // BLOCK : first // BLOCK + -(-part.size // BLOCK)]
+        )
 
     if threads > 1 and len(jobs) > 1:
         with ThreadPoolExecutor(threads) as pool:

@@ -32,7 +32,9 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def _keys() -> np.ndarray:
-    drawn = (splitmix64(np.arange(2 * BLOCK, dtype=np.uint64)) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+    drawn = (splitmix64(np.arange(2 * BLOCK, dtype=np.uint64)) >> np.uint64(32)).astype(
+        np.uint32
+    ) | np.uint32(1)
     # Different keys, so that no two words of a block can be exchanged unseen.
     first = np.sort(np.unique(drawn, return_index=True)[1])[:BLOCK]
     return drawn[first]
@@ -55,13 +57,20 @@ def reference(data: bytes | np.ndarray) -> int:
     Args:
         data: the bytes in memory order.
     """
-    raw = np.frombuffer(np.ascontiguousarray(data).tobytes() if isinstance(data, np.ndarray) else data, dtype=np.uint8)
+    raw = np.frombuffer(
+        np.ascontiguousarray(data).tobytes() if isinstance(data, np.ndarray) else data,
+        dtype=np.uint8,
+    )
     words = np.zeros(-(-raw.size // (4 * BLOCK)) * BLOCK, dtype="<u4")
     words.view(np.uint8)[: raw.size] = raw
-    sums = (words.reshape(-1, BLOCK).astype(np.uint64) * KEYS.astype(np.uint64)).sum(1, dtype=np.uint64)
+    sums = (words.reshape(-1, BLOCK).astype(np.uint64) * KEYS.astype(np.uint64)).sum(
+        1, dtype=np.uint64
+    )
     return int((sums * multipliers(sums.size)).sum(dtype=np.uint64)) & _MASK
 
 
 def salt(name: str, shape: tuple[int, ...], dtype: str) -> int:
     """What a tensor's name, shape without the slots, and type add to its slots' digests (mod 2^64)."""
-    return int.from_bytes(hashlib.blake2b(f"{name}|{shape}|{dtype}".encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(f"{name}|{shape}|{dtype}".encode(), digest_size=8).digest(), "little"
+    )

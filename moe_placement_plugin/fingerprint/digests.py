@@ -9,7 +9,9 @@ import numpy as np
 from ..errors import PlacementError
 from .definition import BLOCK, KEYS, multipliers, salt
 
-_CHUNK = 64 * BLOCK  # words at a time on devices without a kernel of their own: 2 MiB of 64-bit products
+_CHUNK = (
+    64 * BLOCK
+)  # words at a time on devices without a kernel of their own: 2 MiB of 64-bit products
 
 
 def slot_bytes(tensor: Any) -> Any:
@@ -26,7 +28,11 @@ def slot_bytes(tensor: Any) -> Any:
     if not tensor.is_contiguous() and tensor.numel():
         inner = sorted(range(1, tensor.dim()), key=lambda d: (-tensor.stride(d), -tensor.shape[d]))
         tensor = tensor.permute(0, *inner)
-    return tensor.contiguous().reshape(slots, -1).view(torch.uint8) if tensor.numel() else torch.empty((slots, 0), dtype=torch.uint8)
+    return (
+        tensor.contiguous().reshape(slots, -1).view(torch.uint8)
+        if tensor.numel()
+        else torch.empty((slots, 0), dtype=torch.uint8)
+    )
 
 
 def tensor_digests(tensor: Any, threads: int | None = None) -> np.ndarray:
@@ -86,7 +92,9 @@ def torch_digests(data: Any) -> Any:
     return total
 
 
-def layer_digests(tensors: dict[str, Any], threads: int | None = None) -> tuple[tuple[str, ...], np.ndarray]:
+def layer_digests(
+    tensors: dict[str, Any], threads: int | None = None
+) -> tuple[tuple[str, ...], np.ndarray]:
     """Digests of every slot of a layer, one for each of its tensors.
 
     Args:

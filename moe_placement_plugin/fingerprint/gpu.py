@@ -35,7 +35,9 @@ def _blocks(
             at = block.to(tl.int64) * BLOCK + column + lane
             word = tl.load(words + slot * stride + at, mask=at < size, other=0)
             key = tl.load(keys + column + lane)
-            inner += (word.to(tl.uint32, bitcast=True).to(tl.uint64)) * (key.to(tl.uint32, bitcast=True).to(tl.uint64))
+            inner += (word.to(tl.uint32, bitcast=True).to(tl.uint64)) * (
+                key.to(tl.uint32, bitcast=True).to(tl.uint64)
+            )
         total += inner * factor
     tl.store(parts + slot * num_parts + part, tl.sum(total.to(tl.int64, bitcast=True), axis=0))
 

@@ -28,5 +28,7 @@ def check_level(value: str | None, placed: bool) -> str:
     if value is None:
         return "replicas" if placed else "off"
     if value not in LEVELS:
-        raise PlacementError(f"--expert-placement-verify {value}: expected one of {', '.join(LEVELS)}")
+        raise PlacementError(
+            f"--expert-placement-verify {value}: expected one of {', '.join(LEVELS)}"
+        )
     return value

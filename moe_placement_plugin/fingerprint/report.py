@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import PlacementError
-from .compare import ExpertDigests, LayerDigests, RankDigests, alike, check_experts, check_replicas, expert_digests
+from .compare import (
+    ExpertDigests,
+    LayerDigests,
+    RankDigests,
+    alike,
+    check_experts,
+    check_replicas,
+    expert_digests,
+)
 from .digests import layer_digests
 
 RESTORE = "The server stops: restart it, and if it happens again report the model, the quantisation and this message"
@@ -68,7 +76,9 @@ def gather(mine: Any, group: Any, size: int) -> list[Any]:
     return found
 
 
-def digest_ranks(measure: Callable[[], Pass], group: Any, size: int) -> tuple[Pass, list[RankDigests]]:
+def digest_ranks(
+    measure: Callable[[], Pass], group: Any, size: int
+) -> tuple[Pass, list[RankDigests]]:
     """Digest this rank's slots and share what was found.
 
     A rank that cannot digest its slots tells the others, so that all stop with its reason instead of waiting for it.
@@ -125,7 +135,10 @@ def verify(
         )  # fmt: skip
     experts = expert_digests(ranks)
     for sentence in alike(experts):
-        logger.warning("moe_placement_plugin: %s; right for an upcycled model, else the checkpoint was read wrongly", sentence)
+        logger.warning(
+            "moe_placement_plugin: %s; right for an upcycled model, else the checkpoint was read wrongly",
+            sentence,
+        )
     logger.info(
         "moe_placement_plugin: verified %d slots in %d layers of this rank (%s), %.2f GB in %.3f s (%.1f GB/s)",
         mine.num_slots,

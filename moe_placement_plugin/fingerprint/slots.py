@@ -7,7 +7,10 @@ from typing import Any
 
 from ..errors import PlacementError
 
-_WRAPPERS = ("triton_kernels", "vllm.third_party.triton_kernels")  # packages whose tensors hold torch's as storage.data
+_WRAPPERS = (
+    "triton_kernels",
+    "vllm.third_party.triton_kernels",
+)  # packages whose tensors hold torch's as storage.data
 _DEPTH = 3  # module -> quantisation method -> kernel -> its quantisation config
 
 
@@ -15,7 +18,9 @@ class Unverifiable(PlacementError):
     """A kernel keeps its weights in a way that does not show which bytes are which slot's."""
 
 
-def expert_tensors(layer: Any, slots: int, experts: frozenset[int], ignore: frozenset[str], where: str) -> dict[str, Any]:
+def expert_tensors(
+    layer: Any, slots: int, experts: frozenset[int], ignore: frozenset[str], where: str
+) -> dict[str, Any]:
     """Every tensor of a layer that has one row for each of this rank's slots.
 
     Kernels re-pack weights after loading and keep some of what they made beside the module, so that its quantisation
@@ -53,7 +58,11 @@ def expert_tensors(layer: Any, slots: int, experts: frozenset[int], ignore: froz
         if rows != slots or not _by_slot(tensor):
             continue
         first = tensor.data_ptr()
-        last = first + (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1) * tensor.element_size()
+        last = (
+            first
+            + (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1)
+            * tensor.element_size()
+        )
         # A view of what was found already, such as a scale in the order that a kernel wants it.
         if not any(begin <= first and last <= end for begin, end in stretches):
             stretches.append((first, last))
@@ -69,7 +78,10 @@ def expert_tensors(layer: Any, slots: int, experts: frozenset[int], ignore: froz
 
 def _by_slot(tensor: Any) -> bool:
     """Whether the rows lie one behind the other; else the first dimension has the right length by accident."""
-    return all(n == 1 or s <= tensor.stride(0) for n, s in zip(tensor.shape[1:], tensor.stride()[1:])) or tensor.shape[0] == 1
+    return (
+        all(n == 1 or s <= tensor.stride(0) for n, s in zip(tensor.shape[1:], tensor.stride()[1:]))
+        or tensor.shape[0] == 1
+    )
 
 
 def _unwrapped(value: Any) -> Any:
@@ -94,11 +106,17 @@ def _tensors(layer: Any, ignore: frozenset[str]) -> Iterator[tuple[str, Any]]:
         yield from _attributes(method, "quant_method", _DEPTH, set(), ignore)
 
 
-def _attributes(owner: Any, path: str, depth: int, seen: set[int], ignore: frozenset[str]) -> Iterator[tuple[str, Any]]:
+def _attributes(
+    owner: Any, path: str, depth: int, seen: set[int], ignore: frozenset[str]
+) -> Iterator[tuple[str, Any]]:
     import torch
 
     # SGLang's quantisation methods are modules themselves; other modules that they name are not the layer's own.
-    if id(owner) in seen or not hasattr(owner, "__dict__") or (isinstance(owner, torch.nn.Module) and depth < _DEPTH):
+    if (
+        id(owner) in seen
+        or not hasattr(owner, "__dict__")
+        or (isinstance(owner, torch.nn.Module) and depth < _DEPTH)
+    ):
         return
     seen.add(id(owner))
     for name, value in sorted(vars(owner).items()):
@@ -106,5 +124,9 @@ def _attributes(owner: Any, path: str, depth: int, seen: set[int], ignore: froze
         if isinstance(value, torch.Tensor):
             if name not in ignore:
                 yield f"{path}.{name}", value
-        elif depth and type(value).__module__.split(".")[0] in ("vllm", "sglang", "triton_kernels") and not isinstance(value, type):
+        elif (
+            depth
+            and type(value).__module__.split(".")[0] in ("vllm", "sglang", "triton_kernels")
+            and not isinstance(value, type)
+        ):
             yield from _attributes(value, f"{path}.{name}", depth - 1, seen, ignore)

@@ -81,7 +81,11 @@ class Agreed:
         return tuple(_label(group) for group in _by_host(self.statements))
 
     def __str__(self) -> str:
-        late = f" (the last rank came {self.waited * 1000:.0f} ms after this one)" if self.waited > 0.01 else ""
+        late = (
+            f" (the last rank came {self.waited * 1000:.0f} ms after this one)"
+            if self.waited > 0.01
+            else ""
+        )
         return f"{len(self.names())} hosts agree after {self.seconds * 1000:.1f} ms{late}: {'; '.join(self.names())}"
 
 
@@ -131,11 +135,19 @@ def agree(
             f"the hosts could not compare their placements: the store on the host of rank 0 does not answer ({_first_line(error)}); "
             "look for the reason there"
         ) from error
-    return Agreed(tuple(statements[rank] for rank in range(ranks)), head, time.perf_counter() - began - waited, waited)
+    return Agreed(
+        tuple(statements[rank] for rank in range(ranks)),
+        head,
+        time.perf_counter() - began - waited,
+        waited,
+    )
 
 
 def differences(
-    statements: Sequence[Statement], missing: Sequence[int] = (), wait: float = WAIT, name_rank: Callable[[int], str] = "rank {}".format
+    statements: Sequence[Statement],
+    missing: Sequence[int] = (),
+    wait: float = WAIT,
+    name_rank: Callable[[int], str] = "rank {}".format,
 ) -> str | None:
     """One message that says which host differs from the head in what; None when all agree.
 
@@ -148,7 +160,9 @@ def differences(
     parts = []
     if missing:
         where = ", ".join(dict.fromkeys(name_rank(rank) for rank in missing))
-        parts.append(f"no word within {wait:g} s from {where}: {NOWHERE}; install the plugin on every host and give all of them the same flags")
+        parts.append(
+            f"no word within {wait:g} s from {where}: {NOWHERE}; install the plugin on every host and give all of them the same flags"
+        )
     hosts = _by_host(statements)
     for group in hosts:
         failed = next((s for s in group if s.error is not None), None)
@@ -163,16 +177,26 @@ def differences(
                 break  # its other ranks say the same
     if not parts:
         return None
-    return f"the hosts do not agree on the expert placement, so none of them starts (the head is {_label(hosts[0])}). " + ". ".join(parts)
+    return (
+        f"the hosts do not agree on the expert placement, so none of them starts (the head is {_label(hosts[0])}). "
+        + ". ".join(parts)
+    )
 
 
 def _compare(other: Statement, head: Statement) -> list[str]:
     return [
         _unequal("plugin version", other.plugin, head.plugin, "install one version everywhere"),
         _unequal("engine", other.engine, head.engine, "install one version everywhere"),
-        _unequal("strategy", other.strategy, head.strategy, "give all hosts the same --expert-placement-strategy"),
+        _unequal(
+            "strategy",
+            other.strategy,
+            head.strategy,
+            "give all hosts the same --expert-placement-strategy",
+        ),
         *(
-            _unequal(name, other.rules.get(name), head.rules.get(name), "give all hosts the same flags")
+            _unequal(
+                name, other.rules.get(name), head.rules.get(name), "give all hosts the same flags"
+            )
             for name in sorted({*other.rules, *head.rules})
         ),
         _unequal_placement(other, head),
@@ -190,7 +214,11 @@ def _unequal_placement(other: Statement, head: Statement) -> str:
         return "no placement file, and the head has none either: give the head the file"
 
     def say(statement: Statement) -> str:
-        digest = f"placement {statement.digest[:12]}" if statement.digest else "the engine's own placement"
+        digest = (
+            f"placement {statement.digest[:12]}"
+            if statement.digest
+            else "the engine's own placement"
+        )
         return digest + (f" from {statement.source}" if statement.source else "")
 
     mend = (
@@ -226,7 +254,13 @@ def _hear(asked: BoundedStore, keys: Sequence[str], wait: float) -> list[int]:
     while not asked.ask(lambda s: s.check(list(keys))):
         waited = time.monotonic() - began
         if waited > wait or asked.ask(lambda s: s.check(["missing"])):
-            text = json.dumps([rank for rank, key in enumerate(keys) if not asked.ask(lambda s, key=key: s.check([key]))])
+            text = json.dumps(
+                [
+                    rank
+                    for rank, key in enumerate(keys)
+                    if not asked.ask(lambda s, key=key: s.check([key]))
+                ]
+            )
             return json.loads(asked.ask(lambda s, text=text: s.compare_set("missing", "", text)))
         time.sleep(0.001 if waited < 0.1 else 0.05)
     return []
@@ -248,7 +282,9 @@ def _farewell(asked: BoundedStore, rank: int, heard: int) -> None:
     """Rank 0's process holds the store: it stays until the others have read why all stop."""
     asked.ask(lambda s: s.add("told", 1))
     deadline = time.monotonic() + _GRACE
-    while rank == 0 and asked.ask(lambda s: s.add("told", 0)) < heard and time.monotonic() < deadline:
+    while (
+        rank == 0 and asked.ask(lambda s: s.add("told", 0)) < heard and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
 
 

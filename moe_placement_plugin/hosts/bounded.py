@@ -28,7 +28,9 @@ class BoundedStore:
 
     def __init__(self, store: Any, limit: float):
         self._store, self._limit = store, limit
-        self._jobs: queue.SimpleQueue[tuple[Callable[[Any], Any], queue.SimpleQueue] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[Any], Any], queue.SimpleQueue] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread: threading.Thread | None = None
         self._silent: str | None = None
 
@@ -46,7 +48,9 @@ class BoundedStore:
             raise StoreSilent(self._silent)
         if self._thread is None:
             # A daemon: one that waits for a vanished host must not keep the process from ending.
-            self._thread = threading.Thread(target=_serve, args=(self._store, self._jobs), name="bounded-store", daemon=True)
+            self._thread = threading.Thread(
+                target=_serve, args=(self._store, self._jobs), name="bounded-store", daemon=True
+            )
             self._thread.start()
         answer: queue.SimpleQueue = queue.SimpleQueue()
         self._jobs.put((call, answer))

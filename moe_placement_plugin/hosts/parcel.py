@@ -51,7 +51,10 @@ def unpack(packed: dict[str, Any]) -> Placement:
         PlacementError: when it is not what was sent.
     """
     try:
-        raw = np.frombuffer(zlib.decompress(base64.b64decode(packed["physical_to_logical"])), dtype=f"<i{packed['bytes_per_slot']}")
+        raw = np.frombuffer(
+            zlib.decompress(base64.b64decode(packed["physical_to_logical"])),
+            dtype=f"<i{packed['bytes_per_slot']}",
+        )
         placement = Placement(
             raw.reshape(len(packed["layer_ids"]), -1).astype(np.int32),
             packed["num_logical_experts"],

@@ -37,7 +37,9 @@ def topology(ranks: Sequence[int]) -> Topology | None:
         return None
     nodes = _agreed.node_of_rank
     numbers: dict[int, int] = {}
-    return Topology(len(ranks), tuple(numbers.setdefault(nodes[rank], len(numbers)) for rank in ranks))
+    return Topology(
+        len(ranks), tuple(numbers.setdefault(nodes[rank], len(numbers)) for rank in ranks)
+    )
 
 
 def open_session(
@@ -66,9 +68,18 @@ def open_session(
     from .. import __version__
 
     global _agreed, _watch
-    store, rank, ranks = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    store, rank, ranks = (
+        dist.distributed_c10d._get_default_store(),
+        dist.get_rank(),
+        dist.get_world_size(),
+    )
     mine = Statement(
-        rank=rank, host=socket.gethostname(), address=address_towards(_store_host(store)), key=host_key(), plugin=__version__, **said
+        rank=rank,
+        host=socket.gethostname(),
+        address=address_towards(_store_host(store)),
+        key=host_key(),
+        plugin=__version__,
+        **said,
     )
     _agreed = agree(store, mine, ranks, parcel, min(timeout, WAIT), name_rank)
     if rank == 0:
@@ -76,7 +87,13 @@ def open_session(
     nodes = _agreed.node_of_rank
     if len(set(nodes)) > 1 and nodes.index(nodes[rank]) == rank:
         connection = own_connection(store, timeout)
-        _watch = HostWatch(connection, nodes[rank], _agreed.names(), timeout=timeout, end=end or partial(end_process, log=log)).start()
+        _watch = HostWatch(
+            connection,
+            nodes[rank],
+            _agreed.names(),
+            timeout=timeout,
+            end=end or partial(end_process, log=log),
+        ).start()
     return _agreed
 
 
@@ -86,7 +103,9 @@ def close_session() -> None:
         _watch.stop()
 
 
-def warn_about_nodes(planned: Sequence[int] | None, real: Topology | None, log: logging.Logger) -> None:
+def warn_about_nodes(
+    planned: Sequence[int] | None, real: Topology | None, log: logging.Logger
+) -> None:
     """Say so when a plan was made for ranks that lie on other nodes than they do.
 
     Args:

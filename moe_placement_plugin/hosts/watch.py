@@ -40,7 +40,9 @@ def check_timeout(value: Any, flag: str = "--expert-host-timeout") -> float:
     except (TypeError, ValueError):
         seconds = float("nan")
     if not 2 <= seconds < float("inf"):
-        raise PlacementError(f"{flag} {value}: give the seconds after which a silent host counts as gone, 2 or more")
+        raise PlacementError(
+            f"{flag} {value}: give the seconds after which a silent host counts as gone, 2 or more"
+        )
     return seconds
 
 
@@ -127,7 +129,9 @@ class HostWatch:
             reason = self._reason(allowed)
             if reason is not None:
                 self._stop.set()
-                self._end(f"{reason}. This host stops serving; start all hosts again once they reach each other")
+                self._end(
+                    f"{reason}. This host stops serving; start all hosts again once they reach each other"
+                )
                 return
 
     def _reason(self, allowed: int) -> str | None:
@@ -186,7 +190,9 @@ class JoinWatch:
                     "--expert-placement-strategy, or unrecognized arguments)"
                 )
                 return
-            self._report(f"moe_placement_plugin: still waiting for {self._what} after {waited:.0f} s")
+            self._report(
+                f"moe_placement_plugin: still waiting for {self._what} after {waited:.0f} s"
+            )
 
 
 def own_connection(store: Any, timeout: float) -> Any:

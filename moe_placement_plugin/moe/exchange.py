@@ -27,14 +27,18 @@ class EpGroup:
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         if not dist.is_initialized():
-            raise PlacementError("torch.distributed is not initialised: call init_process_group first, or use EpGroup.single()")
+            raise PlacementError(
+                "torch.distributed is not initialised: call init_process_group first, or use EpGroup.single()"
+            )
         self._group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._in_order = dist.get_backend(group) != "nccl"
         # Renamed in torch 2.13; the old names warn there.
         self._all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        self._reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        self._reduce_scatter = (
+            getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        )
 
     @classmethod
     def single(cls) -> EpGroup:
@@ -57,9 +61,15 @@ class EpGroup:
         result = x.new_empty(((self.size - 1) * x.shape[0], *x.shape[1:]))
         if result.numel():
             x, others = x.contiguous(), [rank for rank in range(self.size) if rank != self.rank]
-            peers = [rank if self._group is None else dist.get_global_rank(self._group, rank) for rank in others]
+            peers = [
+                rank if self._group is None else dist.get_global_rank(self._group, rank)
+                for rank in others
+            ]
             pairs = [dist.P2POp(dist.isend, x, peer, self._group) for peer in peers]
-            pairs += [dist.P2POp(dist.irecv, part, peer, self._group) for part, peer in zip(result.view(len(peers), *x.shape).unbind(0), peers)]
+            pairs += [
+                dist.P2POp(dist.irecv, part, peer, self._group)
+                for part, peer in zip(result.view(len(peers), *x.shape).unbind(0), peers)
+            ]
             for work in dist.batch_isend_irecv(pairs):
                 work.wait()
         return result
@@ -71,12 +81,16 @@ class EpGroup:
         mine = torch.tensor(values, dtype=torch.int64, device=device)
         return self.all_gather(mine).view(self.size, -1).tolist()
 
-    def all_to_all(self, x: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:
+    def all_to_all(
+        self, x: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> torch.Tensor:
         """``[sum of send_counts, ...]``, ordered by target, to ``[sum of receive_counts, ...]``, ordered by source."""
         if self.size == 1:
             return x
         result = x.new_empty((sum(receive_counts), *x.shape[1:]))
-        dist.all_to_all_single(result, x.contiguous(), list(receive_counts), list(send_counts), group=self._group)
+        dist.all_to_all_single(
+            result, x.contiguous(), list(receive_counts), list(send_counts), group=self._group
+        )
         return result
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +104,9 @@ class EpGroup:
             result = x.new_empty((rows, *x.shape[1:]))
             self._reduce_scatter(result, x.contiguous(), group=self._group)
             return result
-        parts = self.all_to_all(x, [rows] * self.size, [rows] * self.size).view(self.size, rows, *x.shape[1:])
+        parts = self.all_to_all(x, [rows] * self.size, [rows] * self.size).view(
+            self.size, rows, *x.shape[1:]
+        )
         return add_in_order(parts.unbind(0))
 
 

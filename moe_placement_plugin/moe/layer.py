@@ -17,7 +17,17 @@ from .own_first import add_own, bring_others, own_rows, return_others
 from .placed import PlacedExperts
 from .results import ExpertHidden, RouteMetadata, Selection
 from .select import Routing
-from .stages import check_inputs, dispatch, gather_selection, gather_tokens, gmm_down, gmm_up, plan_dispatch, select, unroute
+from .stages import (
+    check_inputs,
+    dispatch,
+    gather_selection,
+    gather_tokens,
+    gmm_down,
+    gmm_up,
+    plan_dispatch,
+    select,
+    unroute,
+)
 from .weights import ExpertWeights, SharedExperts
 
 
@@ -88,7 +98,9 @@ class StagedMoE:
 
     def __post_init__(self) -> None:
         # One rank has nothing to exchange, and nothing to gain from another stream.
-        self._lane = ExchangeLane(self.weights.w13.device if self.group.size > 1 else torch.device("cpu"))
+        self._lane = ExchangeLane(
+            self.weights.w13.device if self.group.size > 1 else torch.device("cpu")
+        )
 
     def __call__(
         self,
@@ -119,11 +131,17 @@ class StagedMoE:
         """
         check_inputs(x, logits, self.placed, self.group)
         if token_chunks < 1 or embedding_chunks < 1 or (token_chunks > 1 and embedding_chunks > 1):
-            raise PlacementError(f"{token_chunks} token chunks and {embedding_chunks} embedding chunks: give 1 or more of one, 1 of the other")
+            raise PlacementError(
+                f"{token_chunks} token chunks and {embedding_chunks} embedding chunks: give 1 or more of one, 1 of the other"
+            )
         if embedding_chunks > 1 and not self.use_ring:
-            raise PlacementError(f"{embedding_chunks} embedding chunks with the all-to-all exchange: use token_chunks, or the ring")
+            raise PlacementError(
+                f"{embedding_chunks} embedding chunks with the all-to-all exchange: use token_chunks, or the ring"
+            )
         if own_first and max(token_chunks, embedding_chunks) > 1:
-            raise PlacementError(f"own_first with {token_chunks} token and {embedding_chunks} embedding chunks: give 1 of each or leave it out")
+            raise PlacementError(
+                f"own_first with {token_chunks} token and {embedding_chunks} embedding chunks: give 1 of each or leave it out"
+            )
         # Chosen for all tokens at once: a chunk must not choose or deal otherwise than the batch.
         selection = select(logits, self.routing, self.placed, 0, self.dealing)
         bounds = _bounds(x.shape[0], token_chunks)
@@ -138,7 +156,9 @@ class StagedMoE:
             return self._by_source(x, selection, plans[0])
         return self._by_tokens([x[start:stop] for start, stop in bounds], parts, plans)
 
-    def _by_tokens(self, xs: list[torch.Tensor], parts: list[Selection], plans: list[RouteMetadata]) -> torch.Tensor:
+    def _by_tokens(
+        self, xs: list[torch.Tensor], parts: list[Selection], plans: list[RouteMetadata]
+    ) -> torch.Tensor:
         def bring(i: int) -> Callable[[], Any]:
             return self._lane.start(dispatch, xs[i], parts[i], plans[i], self.placed, self.group)
 
@@ -154,13 +174,17 @@ class StagedMoE:
         result = finished[0] if len(finished) == 1 else torch.cat(finished)
         return result if shared is None else result + shared
 
-    def _by_source(self, x: torch.Tensor, selection: Selection, plan: RouteMetadata) -> torch.Tensor:
+    def _by_source(
+        self, x: torch.Tensor, selection: Selection, plan: RouteMetadata
+    ) -> torch.Tensor:
         coming = self._lane.start(bring_others, x, selection, plan, self.placed, self.group)
         rows, own = own_rows(x, selection, plan, self.placed)
         own_hidden = gmm_up(rows, own, self.weights, self.matmuls)
         shared = self._shared([x])
         rows, others = coming()
-        partial = gmm_down(gmm_up(rows, others, self.weights, self.matmuls), others, self.weights, self.matmuls)
+        partial = gmm_down(
+            gmm_up(rows, others, self.weights, self.matmuls), others, self.weights, self.matmuls
+        )
         going = self._lane.start(return_others, partial, plan, self.group)
         own_partial = gmm_down(own_hidden, own, self.weights, self.matmuls)
         result = add_own(going(), own_partial, plan, self.group)
@@ -172,7 +196,9 @@ class StagedMoE:
             return None
         return self.shared(xs[0] if len(xs) == 1 else torch.cat(xs))
 
-    def _by_columns(self, x: torch.Tensor, selection: Selection, plan: RouteMetadata, chunks: int) -> torch.Tensor:
+    def _by_columns(
+        self, x: torch.Tensor, selection: Selection, plan: RouteMetadata, chunks: int
+    ) -> torch.Tensor:
         bounds = _column_bounds(x.shape[1], chunks)
 
         def bring(i: int) -> Callable[[], torch.Tensor]:
@@ -205,5 +231,7 @@ def _column_bounds(width: int, chunks: int) -> list[tuple[int, int]]:
     """Chunks of whole tiles: a product on CPU is a sum over tiles, and a chunk must not cut one."""
     tiles = -(-width // TILE)
     if chunks > tiles:
-        raise PlacementError(f"{chunks} embedding chunks of a hidden size of {width}: at most {tiles}, each a multiple of {TILE} columns")
+        raise PlacementError(
+            f"{chunks} embedding chunks of a hidden size of {width}: at most {tiles}, each a multiple of {TILE} columns"
+        )
     return [(start * TILE, min(stop * TILE, width)) for start, stop in _bounds(tiles, chunks)]

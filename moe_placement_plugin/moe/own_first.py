@@ -19,7 +19,9 @@ from .results import RouteMetadata, RouteOutput, Selection
 from .stages import dispatch, gather_selection, gather_tokens, keep_local, return_all_to_all
 
 
-def own_rows(x: torch.Tensor, selection: Selection, plan: RouteMetadata, placed: PlacedExperts) -> tuple[torch.Tensor, RouteOutput]:
+def own_rows(
+    x: torch.Tensor, selection: Selection, plan: RouteMetadata, placed: PlacedExperts
+) -> tuple[torch.Tensor, RouteOutput]:
     """This rank's tokens that chose one of its experts (the ring: all its tokens), with what the matmuls need of them.
 
     Args:
@@ -32,14 +34,22 @@ def own_rows(x: torch.Tensor, selection: Selection, plan: RouteMetadata, placed:
         ``[own rows, hidden]`` and the filtered choices.
     """
     if plan.use_ring:
-        return x, keep_local(placed.local_slot[selection.slots], selection.weights, placed.num_local, False)
+        return x, keep_local(
+            placed.local_slot[selection.slots], selection.weights, placed.num_local, False
+        )
     start, stop = _own_segment(plan.send_counts, placed.rank)
     tokens = plan.sent_tokens[start:stop]
-    return x[tokens], keep_local(plan.sent_slots[start:stop], selection.weights[tokens], placed.num_local, False)
+    return x[tokens], keep_local(
+        plan.sent_slots[start:stop], selection.weights[tokens], placed.num_local, False
+    )
 
 
 def bring_others(
-    x: torch.Tensor, selection: Selection, plan: RouteMetadata, placed: PlacedExperts, group: EpGroup
+    x: torch.Tensor,
+    selection: Selection,
+    plan: RouteMetadata,
+    placed: PlacedExperts,
+    group: EpGroup,
 ) -> tuple[torch.Tensor, RouteOutput]:
     """The other ranks' tokens, in order of rank. Shapes as in `own_rows`."""
     if plan.use_ring:
@@ -61,10 +71,14 @@ def return_others(partial: torch.Tensor, plan: RouteMetadata, group: EpGroup) ->
     if plan.use_ring:
         rows = _zero_at([max(plan.tokens_per_rank)] * group.size, group.rank)
         return group.all_to_all(partial, rows, rows)
-    return group.all_to_all(partial, _zero_at(plan.receive_counts, group.rank), _zero_at(plan.send_counts, group.rank))
+    return group.all_to_all(
+        partial, _zero_at(plan.receive_counts, group.rank), _zero_at(plan.send_counts, group.rank)
+    )
 
 
-def add_own(returned: torch.Tensor, own: torch.Tensor, plan: RouteMetadata, group: EpGroup) -> torch.Tensor:
+def add_own(
+    returned: torch.Tensor, own: torch.Tensor, plan: RouteMetadata, group: EpGroup
+) -> torch.Tensor:
     """Each token's sums added up in ascending order of rank, as `unroute` does, ``[tokens, hidden]``.
 
     Args:
@@ -74,7 +88,11 @@ def add_own(returned: torch.Tensor, own: torch.Tensor, plan: RouteMetadata, grou
         group: the EP ranks.
     """
     if plan.use_ring:
-        parts = list(returned.view(group.size - 1, max(plan.tokens_per_rank), own.shape[1])[:, : plan.num_tokens].unbind(0))
+        parts = list(
+            returned.view(group.size - 1, max(plan.tokens_per_rank), own.shape[1])[
+                :, : plan.num_tokens
+            ].unbind(0)
+        )
         return add_in_order([*parts[: group.rank], own, *parts[group.rank :]])
     start, _ = _own_segment(plan.send_counts, group.rank)
     return return_all_to_all(torch.cat([returned[:start], own, returned[start:]]), plan.return_rows)

@@ -36,20 +36,27 @@ class PlacedExperts:
     local_slot: torch.Tensor
 
     @classmethod
-    def of(cls, placement: Placement, row: int, rank: int, device: torch.device | str = "cpu") -> PlacedExperts:
+    def of(
+        cls, placement: Placement, row: int, rank: int, device: torch.device | str = "cpu"
+    ) -> PlacedExperts:
         """The tables of a placement's row for a rank.
 
         Raises:
             PlacementError: when the placement has no such rank.
         """
         if not 0 <= rank < placement.num_ranks:
-            raise PlacementError(f"rank {rank} of a placement for {placement.num_ranks} ranks: plan for as many ranks as the group has")
+            raise PlacementError(
+                f"rank {rank} of a placement for {placement.num_ranks} ranks: plan for as many ranks as the group has"
+            )
 
         def table(array, dtype=torch.int64) -> torch.Tensor:
             return torch.as_tensor(array.copy(), dtype=dtype, device=device)
 
         rank_of_slot = table(placement.rank_of_slot)
-        slot_on_rank = torch.arange(placement.num_slots, device=device) - table(placement.rank_offsets)[rank_of_slot]
+        slot_on_rank = (
+            torch.arange(placement.num_slots, device=device)
+            - table(placement.rank_offsets)[rank_of_slot]
+        )
         local = torch.where(rank_of_slot == rank, slot_on_rank, -1)
         return cls(
             rank,
@@ -76,7 +83,9 @@ class PlacedExperts:
         """Physical experts of this rank."""
         return self.slots_per_rank[self.rank]
 
-    def deal(self, experts: torch.Tensor, first_token: int = 0, dealing: Literal["hash", "turn"] = "hash") -> torch.Tensor:
+    def deal(
+        self, experts: torch.Tensor, first_token: int = 0, dealing: Literal["hash", "turn"] = "hash"
+    ) -> torch.Tensor:
         """Physical experts for logical ones, replicas chosen by the token's index and by nothing else.
 
         Args:

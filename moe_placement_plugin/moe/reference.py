@@ -10,7 +10,11 @@ from .weights import ExpertWeights, SharedExperts
 
 
 def reference_moe(
-    x: torch.Tensor, logits: torch.Tensor, routing: Routing, experts: ExpertWeights, shared: SharedExperts | None = None
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    routing: Routing,
+    experts: ExpertWeights,
+    shared: SharedExperts | None = None,
 ) -> torch.Tensor:
     """A MoE layer in float64. Shares no code with the stages.
 
@@ -39,8 +43,14 @@ def reference_moe(
 
 def _choose(logits: np.ndarray, routing: Routing) -> tuple[list[int], np.ndarray]:
     """One token's experts and their weights."""
-    scores = _sigmoid(logits) if routing.scoring == "sigmoid" else np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-    biased = scores if routing.correction_bias is None else scores + _float64(routing.correction_bias)
+    scores = (
+        _sigmoid(logits)
+        if routing.scoring == "sigmoid"
+        else np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    )
+    biased = (
+        scores if routing.correction_bias is None else scores + _float64(routing.correction_bias)
+    )
     size = routing.num_experts // routing.num_groups
     groups = [list(range(g * size, (g + 1) * size)) for g in range(routing.num_groups)]
     best_of_each = 1 if routing.correction_bias is None else 2

@@ -44,16 +44,24 @@ class Routing:
     def __post_init__(self) -> None:
         if self.scoring not in ("softmax", "sigmoid"):
             raise PlacementError(f"scoring {self.scoring!r}: choose softmax or sigmoid")
-        if self.num_groups < 1 or self.num_experts % self.num_groups or not 1 <= self.top_groups <= self.num_groups:
+        if (
+            self.num_groups < 1
+            or self.num_experts % self.num_groups
+            or not 1 <= self.top_groups <= self.num_groups
+        ):
             raise PlacementError(
                 f"{self.top_groups} of {self.num_groups} groups for {self.num_experts} experts: the groups must divide the experts, "
                 "and a token chooses from 1 up to all of them"
             )
         reachable = self.num_experts // self.num_groups * self.top_groups
         if not 1 <= self.top_k <= reachable:
-            raise PlacementError(f"top_k {self.top_k}: a token can choose 1 to {reachable} experts here")
+            raise PlacementError(
+                f"top_k {self.top_k}: a token can choose 1 to {reachable} experts here"
+            )
         if self.correction_bias is not None and self.correction_bias.shape != (self.num_experts,):
-            raise PlacementError(f"correction_bias of shape {tuple(self.correction_bias.shape)}: it must be [{self.num_experts}]")
+            raise PlacementError(
+                f"correction_bias of shape {tuple(self.correction_bias.shape)}: it must be [{self.num_experts}]"
+            )
 
 
 def select_experts(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,9 +78,13 @@ def select_experts(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor
         PlacementError: when the logits have another number of experts.
     """
     if logits.dim() != 2 or logits.shape[1] != routing.num_experts:
-        raise PlacementError(f"logits of shape {tuple(logits.shape)}: they must be [tokens, {routing.num_experts}]")
+        raise PlacementError(
+            f"logits of shape {tuple(logits.shape)}: they must be [tokens, {routing.num_experts}]"
+        )
     logits = logits.float()
-    scores = torch.softmax(logits, dim=-1) if routing.scoring == "softmax" else torch.sigmoid(logits)
+    scores = (
+        torch.softmax(logits, dim=-1) if routing.scoring == "softmax" else torch.sigmoid(logits)
+    )
     choice = scores if routing.correction_bias is None else scores + routing.correction_bias
     if routing.num_groups > 1:
         choice = _best_groups_only(choice, routing)

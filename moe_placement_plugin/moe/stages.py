@@ -21,7 +21,11 @@ from .weights import ExpertWeights
 
 
 def select(
-    logits: torch.Tensor, routing: Routing, placed: PlacedExperts, first_token: int = 0, dealing: Literal["hash", "turn"] = "hash"
+    logits: torch.Tensor,
+    routing: Routing,
+    placed: PlacedExperts,
+    first_token: int = 0,
+    dealing: Literal["hash", "turn"] = "hash",
 ) -> Selection:
     """Choose experts, and the slots that serve them. Shapes as in `route`."""
     experts, weights = select_experts(logits, routing)
@@ -68,14 +72,18 @@ def route(
     return dispatch(x, selection, plan, placed, group)
 
 
-def check_inputs(x: torch.Tensor, logits: torch.Tensor, placed: PlacedExperts, group: EpGroup) -> None:
+def check_inputs(
+    x: torch.Tensor, logits: torch.Tensor, placed: PlacedExperts, group: EpGroup
+) -> None:
     """Refuse what `route` cannot take.
 
     Raises:
         PlacementError: when shapes, tables and group do not belong together.
     """
     if x.dim() != 2 or logits.shape[0] != x.shape[0]:
-        raise PlacementError(f"x {tuple(x.shape)} and logits {tuple(logits.shape)}: they must be [tokens, hidden] and [tokens, experts]")
+        raise PlacementError(
+            f"x {tuple(x.shape)} and logits {tuple(logits.shape)}: they must be [tokens, hidden] and [tokens, experts]"
+        )
     if placed.num_ranks != group.size or placed.rank != group.rank:
         raise PlacementError(
             f"a placement's tables for rank {placed.rank} of {placed.num_ranks} on rank {group.rank} of a group of {group.size}: make "
@@ -105,7 +113,9 @@ def plan_dispatch(
         if tokens_per_rank is None:
             tokens_per_rank = list(zip(*group.all_gather_ints(tokens, device)))
         elif [counts[group.rank] for counts in tokens_per_rank] != tokens:
-            raise PlacementError(f"tokens_per_rank {list(tokens_per_rank)} on rank {group.rank} with {tokens} tokens: they must agree")
+            raise PlacementError(
+                f"tokens_per_rank {list(tokens_per_rank)} on rank {group.rank} with {tokens} tokens: they must agree"
+            )
         return [RouteMetadata(True, n, tuple(counts)) for n, counts in zip(tokens, tokens_per_rank)]
 
     needed = [_needed_ranks(s, placed) for s in selections]
@@ -113,7 +123,11 @@ def plan_dispatch(
         send = [tokens]
     else:
         send = torch.stack([n.sum(dim=0) for n in needed]).tolist()
-    table = group.all_gather_ints([c for counts in send for c in counts], device) if group.size > 1 else [tokens]
+    table = (
+        group.all_gather_ints([c for counts in send for c in counts], device)
+        if group.size > 1
+        else [tokens]
+    )
     plans = []
     for chunk, (selection, mask) in enumerate(zip(selections, needed)):
         sent = table[group.rank][chunk * group.size : (chunk + 1) * group.size]
@@ -124,11 +138,17 @@ def plan_dispatch(
 
 def _needed_ranks(selection: Selection, placed: PlacedExperts) -> torch.Tensor:
     """bool ``[tokens, ranks]``: whether the rank holds one of the token's choices."""
-    mask = torch.zeros((selection.slots.shape[0], placed.num_ranks), dtype=torch.bool, device=selection.slots.device)
+    mask = torch.zeros(
+        (selection.slots.shape[0], placed.num_ranks),
+        dtype=torch.bool,
+        device=selection.slots.device,
+    )
     return mask.scatter_(1, placed.rank_of_slot[selection.slots], True)
 
 
-def _all_to_all_plan(selection: Selection, mask: torch.Tensor, sent, received, placed: PlacedExperts) -> RouteMetadata:
+def _all_to_all_plan(
+    selection: Selection, mask: torch.Tensor, sent, received, placed: PlacedExperts
+) -> RouteMetadata:
     target, token = mask.T.nonzero(as_tuple=True)  # by target rank, then by token
     slots = selection.slots[token]
     there = placed.rank_of_slot[slots] == target[:, None]
@@ -148,7 +168,11 @@ def _all_to_all_plan(selection: Selection, mask: torch.Tensor, sent, received, p
 
 
 def dispatch(
-    x: torch.Tensor, selection: Selection, plan: RouteMetadata, placed: PlacedExperts, group: EpGroup
+    x: torch.Tensor,
+    selection: Selection,
+    plan: RouteMetadata,
+    placed: PlacedExperts,
+    group: EpGroup,
 ) -> tuple[torch.Tensor, RouteOutput, RouteMetadata]:
     """Bring tokens to their experts as planned. Shapes as in `route`."""
     if plan.use_ring:
@@ -158,23 +182,40 @@ def dispatch(
     weights = selection.weights[plan.sent_tokens]
     packed = torch.cat([plan.sent_slots, weights.view(torch.int32)], dim=1)
     slots, weights = group.all_to_all(packed, plan.send_counts, plan.receive_counts).chunk(2, dim=1)
-    output = keep_local(slots, weights.contiguous().view(torch.float32), placed.num_local, group.size == 1)
+    output = keep_local(
+        slots, weights.contiguous().view(torch.float32), placed.num_local, group.size == 1
+    )
     return rows, output, plan
 
 
-def gather_tokens(x: torch.Tensor, plan: RouteMetadata, group: EpGroup, others: bool = False) -> torch.Tensor:
+def gather_tokens(
+    x: torch.Tensor, plan: RouteMetadata, group: EpGroup, others: bool = False
+) -> torch.Tensor:
     """Ring: ``[tokens, columns]`` of every rank, or of every other rank, to ``[ranks * max tokens, columns]``."""
-    return (group.gather_others if others else group.all_gather)(_padded(x, max(plan.tokens_per_rank), 0))
+    return (group.gather_others if others else group.all_gather)(
+        _padded(x, max(plan.tokens_per_rank), 0)
+    )
 
 
-def gather_selection(selection: Selection, plan: RouteMetadata, placed: PlacedExperts, group: EpGroup, others: bool = False) -> RouteOutput:
+def gather_selection(
+    selection: Selection,
+    plan: RouteMetadata,
+    placed: PlacedExperts,
+    group: EpGroup,
+    others: bool = False,
+) -> RouteOutput:
     """Ring: every rank's choices, or every other rank's, filtered to this rank's slots."""
     most = max(plan.tokens_per_rank)
     slots = _padded(selection.slots.int(), most, placed.num_slots)
     packed = torch.cat([slots, _padded(selection.weights, most, 0).view(torch.int32)], dim=1)
     slots, weights = (group.gather_others if others else group.all_gather)(packed).chunk(2, dim=1)
     # The extra entry of the table, -1, is for padding rows.
-    return keep_local(placed.local_slot[slots], weights.contiguous().view(torch.float32), placed.num_local, group.size == 1)
+    return keep_local(
+        placed.local_slot[slots],
+        weights.contiguous().view(torch.float32),
+        placed.num_local,
+        group.size == 1,
+    )
 
 
 def _padded(x: torch.Tensor, rows: int, value: int) -> torch.Tensor:
@@ -183,7 +224,9 @@ def _padded(x: torch.Tensor, rows: int, value: int) -> torch.Tensor:
     return torch.cat([x, x.new_full((rows - x.shape[0], *x.shape[1:]), value)])
 
 
-def keep_local(local_slots: torch.Tensor, weights: torch.Tensor, num_local: int, complete: bool) -> RouteOutput:
+def keep_local(
+    local_slots: torch.Tensor, weights: torch.Tensor, num_local: int, complete: bool
+) -> RouteOutput:
     """Filter group sizes, slots and weights to one rank in one place, so that they cannot disagree.
 
     MaxText's ring of experts filtered the group sizes alone, and everything indexed like them was read at the wrong
@@ -229,18 +272,29 @@ def gmm_up(
     start = into.columns if into else 0
     stop = start + x.shape[1]
     if stop > weights.hidden_size:
-        raise PlacementError(f"x has {stop} columns in all, the weights {weights.hidden_size}: they must agree")
+        raise PlacementError(
+            f"x has {stop} columns in all, the weights {weights.hidden_size}: they must agree"
+        )
     plan = into.plan if into else matmuls.plan(x, output, weights)
     if x.shape[1] == weights.hidden_size:
-        return ExpertHidden(matmuls.activate(matmuls.up(x, output, plan, weights.w13), x.dtype), plan, stop)
-    sums = matmuls.up_columns(x, output, plan, weights.w13[:, :, start:stop], into.values if into else None)
+        return ExpertHidden(
+            matmuls.activate(matmuls.up(x, output, plan, weights.w13), x.dtype), plan, stop
+        )
+    sums = matmuls.up_columns(
+        x, output, plan, weights.w13[:, :, start:stop], into.values if into else None
+    )
     if stop == weights.hidden_size:
         sums = matmuls.activate(sums, x.dtype)
     return ExpertHidden(sums, plan, stop)
 
 
 def gmm_down(
-    hidden: ExpertHidden, output: RouteOutput, weights: ExpertWeights, matmuls: Matmuls, start: int = 0, stop: int | None = None
+    hidden: ExpertHidden,
+    output: RouteOutput,
+    weights: ExpertWeights,
+    matmuls: Matmuls,
+    start: int = 0,
+    stop: int | None = None,
 ) -> torch.Tensor:
     """Down projection, times the router weights, summed over the choices that lie on this rank.
 
@@ -256,11 +310,18 @@ def gmm_down(
         ``[rows, stop - start]``, partial sums: the other ranks have the rest.
     """
     if hidden.columns != weights.hidden_size:
-        raise PlacementError(f"{hidden.columns} of {weights.hidden_size} columns have been multiplied: call gmm_up with the others first")
+        raise PlacementError(
+            f"{hidden.columns} of {weights.hidden_size} columns have been multiplied: call gmm_up with the others first"
+        )
     return matmuls.down(hidden.values, output, hidden.plan, weights.w2[:, start:stop])
 
 
-def unroute(partial: torch.Tensor, metadata: RouteMetadata, group: EpGroup | None = None, shared: torch.Tensor | None = None) -> torch.Tensor:
+def unroute(
+    partial: torch.Tensor,
+    metadata: RouteMetadata,
+    group: EpGroup | None = None,
+    shared: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Bring the partial sums back to the tokens' ranks and add them up.
 
     Args:
@@ -285,4 +346,9 @@ def return_all_to_all(returned: torch.Tensor, return_rows: torch.Tensor) -> torc
     """Each token's rows ``[rows sent, columns]`` added in ascending order of rank, ``[tokens, columns]``."""
     if not returned.shape[0]:
         return returned.new_zeros((return_rows.shape[0], returned.shape[1]))
-    return add_in_order([torch.where((rows >= 0)[:, None], returned[rows.clamp_min(0)], 0) for rows in return_rows.unbind(1)])
+    return add_in_order(
+        [
+            torch.where((rows >= 0)[:, None], returned[rows.clamp_min(0)], 0)
+            for rows in return_rows.unbind(1)
+        ]
+    )

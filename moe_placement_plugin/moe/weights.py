@@ -44,7 +44,9 @@ class ExpertWeights:
             row: the placement's row of this layer.
             rank: the EP rank.
         """
-        local = torch.from_numpy(placement.local_experts(row, rank).astype("int64")).to(self.w13.device)
+        local = torch.from_numpy(placement.local_experts(row, rank).astype("int64")).to(
+            self.w13.device
+        )
         return ExpertWeights(self.w13[local], self.w2[local])
 
 

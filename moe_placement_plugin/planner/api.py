@@ -128,7 +128,9 @@ def plan(
             table, leaving, curve = _relax(mean, ranks, homes, table, locality_penalty, max_leaving)
         ranks, table = restore(table)
     else:
-        table = fresh_plan(mean, ranks, tolerance, swaps, kicks if windows.shape[0] == 1 else min(kicks, 0))
+        table = fresh_plan(
+            mean, ranks, tolerance, swaps, kicks if windows.shape[0] == 1 else min(kicks, 0)
+        )
         if windows.shape[0] > 1 and effort.window_kicks >= 0:
             pooled, pooled_weights = _pool(windows, weights)
             plan_windows(
@@ -198,10 +200,14 @@ def replan(
     if not tolerance > 0:
         raise PlacementError(f"tolerance {tolerance}: give a positive fraction, 0.01 for 1%")
     if not replica_cap >= 1:
-        raise PlacementError(f"replica_cap {replica_cap}: a plan cannot keep replicas smaller than the best one's; give 1 or more")
+        raise PlacementError(
+            f"replica_cap {replica_cap}: a plan cannot keep replicas smaller than the best one's; give 1 or more"
+        )
     if max_bytes is not None:
         if not bytes_per_expert or bytes_per_expert < 1:
-            raise PlacementError("max_bytes without bytes_per_expert: give the size of one expert's weights in one layer")
+            raise PlacementError(
+                "max_bytes without bytes_per_expert: give the size of one expert's weights in one layer"
+            )
         limit = int(max_bytes) // int(bytes_per_expert)
         max_moves = limit if max_moves is None else min(max_moves, limit)
     if max_moves is not None and max_moves < 0:
@@ -214,13 +220,25 @@ def replan(
     ordered, slot_order, restore = by_node(ranks)
     before = np.ascontiguousarray(old[:, slot_order])
     homes = homes_in_service(before, ordered, experts, num_groups)
-    ranks, table = restore(move_limited(mean, ordered, before, tolerance, max_moves, replica_cap, homes))
+    ranks, table = restore(
+        move_limited(mean, ordered, before, tolerance, max_moves, replica_cap, homes)
+    )
     return _result(windows, weights, ranks, table, old, 0.0, ())
 
 
-def locality_curve(load, slots_per_rank, *, node_of_rank, num_groups, speed=None, window_weights=None) -> tuple[LocalityPoint, ...]:
+def locality_curve(
+    load, slots_per_rank, *, node_of_rank, num_groups, speed=None, window_weights=None
+) -> tuple[LocalityPoint, ...]:
     """The trade-off between balance and load that leaves its home node, hierarchical plan first; arguments as for `plan`."""
-    result = plan(load, slots_per_rank, node_of_rank=node_of_rank, num_groups=num_groups, speed=speed, window_weights=window_weights, locality="soft")
+    result = plan(
+        load,
+        slots_per_rank,
+        node_of_rank=node_of_rank,
+        num_groups=num_groups,
+        speed=speed,
+        window_weights=window_weights,
+        locality="soft",
+    )
     return result.locality_curve
 
 
@@ -228,8 +246,15 @@ def _weights(window_weights, num_windows: int) -> np.ndarray:
     if window_weights is None:
         return np.full(num_windows, 1.0 / num_windows)
     weights = np.asarray(window_weights, dtype=np.float64)
-    if weights.shape != (num_windows,) or not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() == 0:
-        raise PlacementError(f"window_weights {window_weights!r} for {num_windows} windows: give one weight of 0 or more per window")
+    if (
+        weights.shape != (num_windows,)
+        or not np.isfinite(weights).all()
+        or weights.min() < 0
+        or weights.sum() == 0
+    ):
+        raise PlacementError(
+            f"window_weights {window_weights!r} for {num_windows} windows: give one weight of 0 or more per window"
+        )
     return weights / weights.sum()
 
 
@@ -269,9 +294,22 @@ def _relax(mean, ranks, homes, table, penalty, max_leaving):
     candidates = [(table, 0.0)]
     for target in LOCALITY_TARGETS:
         relaxed = table.copy()
-        relax_layers(mean, expert_home, ranks.node_of, ranks.start, ranks.rank_of, ranks.slowness, ranks.total_slowness, target, relaxed)
+        relax_layers(
+            mean,
+            expert_home,
+            ranks.node_of,
+            ranks.start,
+            ranks.rank_of,
+            ranks.slowness,
+            ranks.total_slowness,
+            target,
+            relaxed,
+        )
         candidates.append((relaxed, load_leaving(mean, relaxed, expert_home, node_of_slot)))
-    curve = [LocalityPoint(_overall(mean[None], np.ones(1), ranks, t), leaving) for t, leaving in candidates]
+    curve = [
+        LocalityPoint(_overall(mean[None], np.ones(1), ranks, t), leaving)
+        for t, leaving in candidates
+    ]
     best, best_cost = 0, np.inf
     for k, point in enumerate(curve):
         if max_leaving is not None and point.leaving > max_leaving:
@@ -286,14 +324,18 @@ def _cluster(mean, coactivation, ranks, goal, allowance, table) -> None:
     layers, experts = mean.shape
     pairs = np.ascontiguousarray(coactivation, dtype=np.float64)
     if pairs.shape != (layers, experts, experts):
-        raise PlacementError(f"coactivation of shape {pairs.shape}: it must be {(layers, experts, experts)} for this load")
+        raise PlacementError(
+            f"coactivation of shape {pairs.shape}: it must be {(layers, experts, experts)} for this load"
+        )
     if goal not in ("node", "rank", "spread"):
         raise PlacementError(f"coactivation_goal {goal!r}: choose node, rank or spread")
     if not allowance >= 0:
         raise PlacementError(f"coactivation_allowance {allowance}: give a fraction of 0 or more")
     part = ranks.node_of if goal == "node" else np.arange(ranks.num_ranks)
     if goal == "node" and ranks.num_nodes == 1:
-        raise PlacementError("coactivation_goal node with all ranks on one node: give node_of_rank, or the goal rank or spread")
+        raise PlacementError(
+            "coactivation_goal node with all ranks on one node: give node_of_rank, or the goal rank or spread"
+        )
     cluster_layers(
         mean,
         pairs,
@@ -337,8 +379,14 @@ def _figures(windows, weights, ranks, table) -> Figures:
     scale = _window_scale(windows, weights)
     times = _times(windows, ranks, table)
     means = windows.sum(axis=2) / ranks.total_speed
-    overall = _ratio(np.atleast_1d(scale @ means.sum(axis=1)), np.atleast_1d(scale @ times.sum(axis=1)))
-    return Figures(_ratio(scale @ means, scale @ times), _ratio(means.sum(axis=1), times.sum(axis=1)), float(overall[0]))
+    overall = _ratio(
+        np.atleast_1d(scale @ means.sum(axis=1)), np.atleast_1d(scale @ times.sum(axis=1))
+    )
+    return Figures(
+        _ratio(scale @ means, scale @ times),
+        _ratio(means.sum(axis=1), times.sum(axis=1)),
+        float(overall[0]),
+    )
 
 
 def _result(windows, weights, ranks, table, old, leaving, curve) -> Plan:

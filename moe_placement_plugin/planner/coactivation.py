@@ -25,7 +25,19 @@ def _affinity(pairs, count, expert_of, part_of_slot, parts, affinity):
 
 
 @kernel
-def cluster_layers(load, pairs, part_of_rank, start, rank_of, slowness, total_slowness, allowance, sign, sweeps, plan):
+def cluster_layers(
+    load,
+    pairs,
+    part_of_rank,
+    start,
+    rank_of,
+    slowness,
+    total_slowness,
+    allowance,
+    sign,
+    sweeps,
+    plan,
+):
     """Exchange replicas between parts (nodes, or ranks) as long as that raises `sign` times the co-activation inside parts.
 
     Args:
@@ -81,7 +93,9 @@ def cluster_layers(load, pairs, part_of_rank, start, rank_of, slowness, total_sl
                     if gain <= best:
                         continue
                     step = share_of[i] - share_of[j]
-                    if (rank_load[r] - step) * slowness[r] > limit or (rank_load[q] + step) * slowness[q] > limit:
+                    if (rank_load[r] - step) * slowness[r] > limit or (
+                        rank_load[q] + step
+                    ) * slowness[q] > limit:
                         continue
                     if not may_swap(i, j, r, q, count, start, expert_of):
                         continue

@@ -81,7 +81,9 @@ def _enlist(listed, place, value, sizes, which, slot, wanted):
 
 
 @kernel
-def keep_lists(sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, slot, foreign, count):
+def keep_lists(
+    sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, slot, foreign, count
+):
     """Bring `slot` on the lists that it belongs to and off the others.
 
     Args:
@@ -101,7 +103,21 @@ def coarse(value, bits):
 
 @kernel
 def _value_giving_up(
-    spare_at, spare_value, give_up, expert, target, cap, bits, load, count, rank_of, slowness, share_of, rank_load, first_slot, next_slot
+    spare_at,
+    spare_value,
+    give_up,
+    expert,
+    target,
+    cap,
+    bits,
+    load,
+    count,
+    rank_of,
+    slowness,
+    share_of,
+    rank_load,
+    first_slot,
+    next_slot,
 ):
     """Write what the other replicas' ranks gain in excess when a slot of a replicated expert is given up, for each of its slots.
 
@@ -169,12 +185,28 @@ def see_rank(
             guest_value[1, at] = left
         at = spare_at[s]
         if at >= 0:
-            spare_value[1, at] = coarse(target - (rank_load[rank] - share_of[s]) * slowness[rank], bits)
+            spare_value[1, at] = coarse(
+                target - (rank_load[rank] - share_of[s]) * slowness[rank], bits
+            )
             e = expert_of[s]
             if valued[e] < step:
                 valued[e] = step
                 _value_giving_up(
-                    spare_at, spare_value, give_up, e, target, cap, bits, load, count, rank_of, slowness, share_of, rank_load, first_slot, next_slot
+                    spare_at,
+                    spare_value,
+                    give_up,
+                    e,
+                    target,
+                    cap,
+                    bits,
+                    load,
+                    count,
+                    rank_of,
+                    slowness,
+                    share_of,
+                    rank_load,
+                    first_slot,
+                    next_slot,
                 )
 
 
@@ -231,7 +263,10 @@ def replica_gains(relief, share, give_up, room, bits, gain):
     """
     best = np.int32(0)
     for s in range(give_up.size):
-        v = np.int32(np.int32(np.int32(relief - give_up[s]) - max(np.int32(0), np.int32(share - room[s]))) << bits[s])
+        v = np.int32(
+            np.int32(np.int32(relief - give_up[s]) - max(np.int32(0), np.int32(share - room[s])))
+            << bits[s]
+        )
         gain[s] = v
         best = max(best, v)
     return best

@@ -11,7 +11,9 @@ from .replicate import largest_replica, order_by_load, replicate_sorted, sorted_
 
 
 @kernel
-def plan_layers(load, order, start, rank_of, slowness, inverse_speed, tolerance, max_swaps, kicks, seed, result):
+def plan_layers(
+    load, order, start, rank_of, slowness, inverse_speed, tolerance, max_swaps, kicks, seed, result
+):
     """Plan every layer for one load.
 
     Args:
@@ -80,7 +82,15 @@ def plan_layers(load, order, start, rank_of, slowness, inverse_speed, tolerance,
         if total <= 0.0:
             continue
         if packed:
-            swap_hot_cold(count, start, expert_of, share_of, rank_load, max_swaps, total / used * (1.0 + tolerance))
+            swap_hot_cold(
+                count,
+                start,
+                expert_of,
+                share_of,
+                rank_load,
+                max_swaps,
+                total / used * (1.0 + tolerance),
+            )
         if kicks < 0 and packed:
             continue
         bound = busiest_at_least(w, order[layer], largest, start, inverse_speed, slots, kicks > 0)
@@ -88,10 +98,24 @@ def plan_layers(load, order, start, rank_of, slowness, inverse_speed, tolerance,
         # Time in the integer unit: slowness 1 stands for an inverse speed of 1 where all ranks are equal, else for `unit`.
         unit = 1.0 if equal else slowness.max() / inverse_speed.max()
         target = np.int64(bound * scale * unit * (1.0 + tolerance))
-        refine(scaled, count, start, rank_of, 0, ranks, slowness, expert_of, target, kicks, seed + layer)
+        refine(
+            scaled,
+            count,
+            start,
+            rank_of,
+            0,
+            ranks,
+            slowness,
+            expert_of,
+            target,
+            kicks,
+            seed + layer,
+        )
 
 
-def fresh_plan(load: np.ndarray, ranks, tolerance: float, max_swaps: int, kicks: int, seed: int = 0) -> np.ndarray:
+def fresh_plan(
+    load: np.ndarray, ranks, tolerance: float, max_swaps: int, kicks: int, seed: int = 0
+) -> np.ndarray:
     """int32 [layers, slots]: the expert of each slot, for one load float64 [layers, experts]; `ranks` as `Ranks`."""
     result = np.empty((load.shape[0], ranks.num_slots), np.int32)
     plan_layers(

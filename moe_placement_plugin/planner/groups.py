@@ -18,7 +18,20 @@ _MAX_EXACT = 3000  # partitions of the groups up to which all are looked at
 
 
 @kernel
-def node_value(load, order, group_size, members, start, inverse_speed, slots, thorough, sub_order, count, heap_value, heap_expert):
+def node_value(
+    load,
+    order,
+    group_size,
+    members,
+    start,
+    inverse_speed,
+    slots,
+    thorough,
+    sub_order,
+    count,
+    heap_value,
+    heap_expert,
+):
     """(lower bound of the busiest rank, largest replica) of a node that holds the groups flagged in `members`."""
     experts = 0
     for k in range(order.size):
@@ -39,7 +52,21 @@ def node_value(load, order, group_size, members, start, inverse_speed, slots, th
 
 
 @kernel
-def _measure_node(node, home, load, order, node_start, node_rank, node_inverse_speed, thorough, members, sub_order, count, heap_value, heap_expert):
+def _measure_node(
+    node,
+    home,
+    load,
+    order,
+    node_start,
+    node_rank,
+    node_inverse_speed,
+    thorough,
+    members,
+    sub_order,
+    count,
+    heap_value,
+    heap_expert,
+):
     """Lower bound of the busiest rank of one node with the groups that `home`, int64 [groups], gives it; arguments as for `pack_groups`."""
     for g in range(home.size):
         members[g] = home[g] == node
@@ -62,7 +89,19 @@ def _measure_node(node, home, load, order, node_start, node_rank, node_inverse_s
 
 
 @kernel
-def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_inverse_speed, exact, thorough, home, value):
+def pack_groups(
+    load,
+    order,
+    num_groups,
+    capacity,
+    node_start,
+    node_rank,
+    node_inverse_speed,
+    exact,
+    thorough,
+    home,
+    value,
+):
     """Choose the node of every group, layer by layer, for the lowest in-node lower bound of the busiest node.
 
     Args:
@@ -98,7 +137,9 @@ def pack_groups(load, order, num_groups, capacity, node_start, node_rank, node_i
         for g in by_sum:
             best_node = -1
             for n in range(nodes):
-                if node_count[n] < capacity[n] and (best_node < 0 or node_sum[n] < node_sum[best_node]):
+                if node_count[n] < capacity[n] and (
+                    best_node < 0 or node_sum[n] < node_sum[best_node]
+                ):
                     best_node = n
             home[layer, g] = best_node
             node_sum[best_node] += sums[g]
@@ -281,7 +322,9 @@ def _partitions(num_groups: int, size: int) -> float:
 def check_groups(num_experts: int, num_groups: int) -> None:
     """Raise PlacementError where the groups are not of equal size."""
     if num_groups < 1 or num_experts % num_groups:
-        raise PlacementError(f"{num_groups} groups for {num_experts} experts: the groups must be of equal size")
+        raise PlacementError(
+            f"{num_groups} groups for {num_experts} experts: the groups must be of equal size"
+        )
 
 
 def group_homes(load: np.ndarray, ranks: Ranks, num_groups: int, thorough: bool = False):
@@ -303,13 +346,21 @@ def group_homes(load: np.ndarray, ranks: Ranks, num_groups: int, thorough: bool 
     per_rank = np.diff(ranks.start)
     node_slots = np.bincount(ranks.node_of, weights=per_rank, minlength=nodes).astype(np.int64)
     capacity = _capacities(num_groups, experts // num_groups, node_slots)
-    node_rank = np.concatenate([[0], np.cumsum(np.bincount(ranks.node_of, minlength=nodes))]).astype(np.int64)
+    node_rank = np.concatenate(
+        [[0], np.cumsum(np.bincount(ranks.node_of, minlength=nodes))]
+    ).astype(np.int64)
     lists = [np.concatenate([[0], np.cumsum(per_rank[ranks.node_of == n])]) for n in range(nodes)]
     alike = all(
-        np.array_equal(lists[0], other) and np.array_equal(ranks.speed[ranks.node_of == 0], ranks.speed[ranks.node_of == n])
+        np.array_equal(lists[0], other)
+        and np.array_equal(ranks.speed[ranks.node_of == 0], ranks.speed[ranks.node_of == n])
         for n, other in enumerate(lists)
     )
-    exact = alike and len(set(capacity.tolist())) == 1 and num_groups <= 12 and _partitions(num_groups, int(capacity[0])) <= _MAX_EXACT
+    exact = (
+        alike
+        and len(set(capacity.tolist())) == 1
+        and num_groups <= 12
+        and _partitions(num_groups, int(capacity[0])) <= _MAX_EXACT
+    )
     home = np.empty((layers, num_groups), np.int64)
     value = np.empty(layers, np.float64)
     pack_groups(
@@ -328,7 +379,9 @@ def group_homes(load: np.ndarray, ranks: Ranks, num_groups: int, thorough: bool 
     return home, value
 
 
-def hierarchical_plan(load: np.ndarray, ranks: Ranks, home: np.ndarray, tolerance: float, max_swaps: int, kicks: int) -> np.ndarray:
+def hierarchical_plan(
+    load: np.ndarray, ranks: Ranks, home: np.ndarray, tolerance: float, max_swaps: int, kicks: int
+) -> np.ndarray:
     """int32 [layers, slots]: every node planned by itself with the experts of its groups; `home` from `group_homes`."""
     layers, experts = load.shape
     group_size = experts // home.shape[1]
@@ -348,7 +401,9 @@ def hierarchical_plan(load: np.ndarray, ranks: Ranks, home: np.ndarray, toleranc
         local = np.empty((layers, last_slot - first_slot), np.int32)
         start = ranks.start[here[0] : here[-1] + 2] - first_slot
         if num_experts == 0:
-            raise PlacementError(f"node {n} has {last_slot - first_slot} slots and no group to fill them: use fewer nodes than groups")
+            raise PlacementError(
+                f"node {n} has {last_slot - first_slot} slots and no group to fill them: use fewer nodes than groups"
+            )
         plan_layers(
             sub,
             order_by_load(sub),
@@ -362,5 +417,7 @@ def hierarchical_plan(load: np.ndarray, ranks: Ranks, home: np.ndarray, toleranc
             0,
             local,
         )
-        result[:, first_slot:last_slot] = np.take_along_axis(members, local.astype(np.int64), axis=1)
+        result[:, first_slot:last_slot] = np.take_along_axis(
+            members, local.astype(np.int64), axis=1
+        )
     return result

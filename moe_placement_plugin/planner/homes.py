@@ -53,7 +53,9 @@ def home_bounds(load, order, expert_home, start, node_of, inverse_speed, bound, 
             first = last
 
 
-def homes_in_service(old: np.ndarray, ranks: Ranks, num_experts: int, num_groups: int) -> np.ndarray:
+def homes_in_service(
+    old: np.ndarray, ranks: Ranks, num_experts: int, num_groups: int
+) -> np.ndarray:
     """int64 [layers, experts]: the node that each expert's group is on in a placement in service, int32 [layers, slots].
 
     Raises:

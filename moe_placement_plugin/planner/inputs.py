@@ -46,7 +46,11 @@ class Ranks:
     @property
     def unit(self) -> float:
         """Time at slowness 1 is this multiple of the time at an inverse speed of 1."""
-        return 1.0 if self.slowness.min() == self.slowness.max() else self.slowness.max() / self.inverse_speed.max()
+        return (
+            1.0
+            if self.slowness.min() == self.slowness.max()
+            else self.slowness.max() / self.inverse_speed.max()
+        )
 
     @property
     def total_slowness(self) -> float:
@@ -66,17 +70,32 @@ def as_ranks(slots_per_rank, node_of_rank=None, speed=None) -> Ranks:
         PlacementError: for negative or fractional slots, no slots at all, or arrays of another length.
     """
     slots = np.asarray(slots_per_rank)
-    if slots.ndim != 1 or slots.size == 0 or not np.issubdtype(slots.dtype, np.integer) or (slots < 0).any():
-        raise PlacementError(f"slots_per_rank {slots_per_rank!r}: give one whole number per rank, 0 for a rank that is down")
+    if (
+        slots.ndim != 1
+        or slots.size == 0
+        or not np.issubdtype(slots.dtype, np.integer)
+        or (slots < 0).any()
+    ):
+        raise PlacementError(
+            f"slots_per_rank {slots_per_rank!r}: give one whole number per rank, 0 for a rank that is down"
+        )
     slots = slots.astype(np.int64)
     if slots.sum() == 0:
         raise PlacementError(f"slots_per_rank {slots.tolist()}: at least one rank must have slots")
     ranks = slots.size
-    nodes = np.zeros(ranks, np.int64) if node_of_rank is None else np.asarray(node_of_rank, dtype=np.int64)
+    nodes = (
+        np.zeros(ranks, np.int64)
+        if node_of_rank is None
+        else np.asarray(node_of_rank, dtype=np.int64)
+    )
     if node_of_rank is not None and (nodes.shape != (ranks,) or nodes.min() < 0):
-        raise PlacementError(f"node_of_rank {nodes.tolist()}: give the node of each of the {ranks} ranks, numbered from 0")
+        raise PlacementError(
+            f"node_of_rank {nodes.tolist()}: give the node of each of the {ranks} ranks, numbered from 0"
+        )
     pace = np.ones(ranks) if speed is None else np.array(speed, dtype=np.float64)
-    if speed is not None and (pace.shape != (ranks,) or not np.isfinite(pace).all() or (pace <= 0).any()):
+    if speed is not None and (
+        pace.shape != (ranks,) or not np.isfinite(pace).all() or (pace <= 0).any()
+    ):
         raise PlacementError(
             f"speed {pace.tolist()}: give a positive relative speed for each of the {ranks} ranks; a rank that is down gets no slots"
         )
@@ -100,23 +119,33 @@ def as_windows(load) -> np.ndarray:
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3 or 0 in array.shape:
-        raise PlacementError(f"a load of shape {np.shape(load)}: it must be [windows, layers, experts] or [layers, experts], not empty")
+        raise PlacementError(
+            f"a load of shape {np.shape(load)}: it must be [windows, layers, experts] or [layers, experts], not empty"
+        )
     if array.shape[2] > MAX_EXPERTS:
-        raise PlacementError(f"{array.shape[2]} experts per layer: the planner takes at most {MAX_EXPERTS}")
+        raise PlacementError(
+            f"{array.shape[2]} experts per layer: the planner takes at most {MAX_EXPERTS}"
+        )
     if array.dtype.kind not in "iuf":
         raise PlacementError(f"a load of {array.dtype}: counts must be integers or floats")
-    array = np.array(array, dtype=np.float64, order="C")  # a copy always: a plan measures itself on it later
+    array = np.array(
+        array, dtype=np.float64, order="C"
+    )  # a copy always: a plan measures itself on it later
     # One pass finds both: NaN and negative counts fail the first comparison, infinities the second.
     low, high = array.min(), array.max()
     if not (low >= 0 and high < np.inf):
-        raise PlacementError(f"a load with counts from {low} to {high}: counts must be finite and not negative; record again")
+        raise PlacementError(
+            f"a load with counts from {low} to {high}: counts must be finite and not negative; record again"
+        )
     return array
 
 
 def check_fits(num_experts: int, ranks: Ranks) -> None:
     """Raise PlacementError where the slots cannot hold every expert."""
     if ranks.num_slots < num_experts:
-        raise PlacementError(f"{ranks.num_slots} slots for {num_experts} experts: every expert needs a slot; give the ranks more slots")
+        raise PlacementError(
+            f"{ranks.num_slots} slots for {num_experts} experts: every expert needs a slot; give the ranks more slots"
+        )
 
 
 def as_old(old, num_layers: int, num_experts: int, ranks: Ranks) -> np.ndarray:
@@ -127,12 +156,18 @@ def as_old(old, num_layers: int, num_experts: int, ranks: Ranks) -> np.ndarray:
     """
     table = np.array(old, dtype=np.int32, order="C")
     if table.shape != (num_layers, ranks.num_slots):
-        raise PlacementError(f"an old placement of shape {table.shape} for {num_layers} layers of {ranks.num_slots} slots: give the one in service")
+        raise PlacementError(
+            f"an old placement of shape {table.shape} for {num_layers} layers of {ranks.num_slots} slots: give the one in service"
+        )
     if table.min() < 0 or table.max() >= num_experts:
-        raise PlacementError(f"an old placement with experts {table.min()} to {table.max()}: experts are numbered 0 to {num_experts - 1}")
+        raise PlacementError(
+            f"an old placement with experts {table.min()} to {table.max()}: experts are numbered 0 to {num_experts - 1}"
+        )
     layer, expert = missing_expert(table, num_experts)
     if expert >= 0:
-        raise PlacementError(f"an old placement without expert {expert} in layer {layer}: every expert needs a slot")
+        raise PlacementError(
+            f"an old placement without expert {expert} in layer {layer}: every expert needs a slot"
+        )
     return table
 
 

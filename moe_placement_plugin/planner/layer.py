@@ -57,7 +57,11 @@ def may_swap(i, j, rank_i, rank_j, count, start, expert_of):
     """Whether slots `i` and `j` of different ranks can exchange experts without either rank holding one twice."""
     a = expert_of[i]
     b = expert_of[j]
-    return a != b and (count[a] == 1 or not holds(expert_of, start, rank_j, a)) and (count[b] == 1 or not holds(expert_of, start, rank_i, b))
+    return (
+        a != b
+        and (count[a] == 1 or not holds(expert_of, start, rank_j, a))
+        and (count[b] == 1 or not holds(expert_of, start, rank_i, b))
+    )
 
 
 @kernel

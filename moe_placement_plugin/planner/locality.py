@@ -8,11 +8,36 @@ excess they remove. Run for a ladder of targets this gives the curve of load lea
 import numpy as np
 
 from .compiled import kernel
-from .layer import LOAD_SCALE, busiest_free, count_replicas, exchange, holds, may_swap, measure, over, replace_replica, scale_load, sum_of
+from .layer import (
+    LOAD_SCALE,
+    busiest_free,
+    count_replicas,
+    exchange,
+    holds,
+    may_swap,
+    measure,
+    over,
+    replace_replica,
+    scale_load,
+    sum_of,
+)
 
 
 @kernel
-def _swap_out(hot, target, home, node_of, count, start, rank_of, slowness, expert_of, share_of, rank_load, free):
+def _swap_out(
+    hot,
+    target,
+    home,
+    node_of,
+    count,
+    start,
+    rank_of,
+    slowness,
+    expert_of,
+    share_of,
+    rank_load,
+    free,
+):
     """Best exchange off rank `hot` by excess removed per load that leaves: (rate, slot here, slot there)."""
     best_rate = 0.0
     best_i = -1
@@ -39,8 +64,12 @@ def _swap_out(hot, target, home, node_of, count, start, rank_of, slowness, exper
             node_q = node_of[q]
             leaving = np.int64(0)
             if node_q != node_hot:
-                leaving += share_of[i] * (np.int64(home[a] != node_q) - np.int64(home[a] != node_hot))
-                leaving += share_of[j] * (np.int64(home[b] != node_hot) - np.int64(home[b] != node_q))
+                leaving += share_of[i] * (
+                    np.int64(home[a] != node_q) - np.int64(home[a] != node_hot)
+                )
+                leaving += share_of[j] * (
+                    np.int64(home[b] != node_hot) - np.int64(home[b] != node_q)
+                )
             rate = gain / max(leaving + free, 1.0)
             if leaving < 0:
                 rate = gain / 1.0
@@ -90,7 +119,9 @@ def _replace_out(
         t = first_slot[e]
         while t >= 0:
             r = rank_of[t]
-            relief += over(rank_load[r] * slowness[r], target) - over((rank_load[r] - drop) * slowness[r], target)
+            relief += over(rank_load[r] * slowness[r], target) - over(
+                (rank_load[r] - drop) * slowness[r], target
+            )
             away_e += home[e] != node_of[r]
             t = next_slot[t]
         if relief <= 0:
@@ -103,7 +134,11 @@ def _replace_out(
             if r == hot or holds(expert_of, start, r, e):
                 continue
             share_f = load[f] // (count[f] - 1)
-            gain = relief + over(rank_load[r] * slowness[r], target) - over((rank_load[r] - share_of[s] + share_e) * slowness[r], target)
+            gain = (
+                relief
+                + over(rank_load[r] * slowness[r], target)
+                - over((rank_load[r] - share_of[s] + share_e) * slowness[r], target)
+            )
             if gain <= 0:
                 continue
             away_f = 0
@@ -112,7 +147,9 @@ def _replace_out(
                 q = rank_of[t]
                 away_f += home[f] != node_of[q]
                 if t != s:
-                    gain -= over((rank_load[q] + share_f - share_of[s]) * slowness[q], target) - over(rank_load[q] * slowness[q], target)
+                    gain -= over(
+                        (rank_load[q] + share_f - share_of[s]) * slowness[q], target
+                    ) - over(rank_load[q] * slowness[q], target)
                 t = next_slot[t]
             if gain <= 0:
                 continue
@@ -127,7 +164,9 @@ def _replace_out(
 
 
 @kernel
-def _bring_home(target, home, node_of, count, start, rank_of, slowness, expert_of, share_of, rank_load):
+def _bring_home(
+    target, home, node_of, count, start, rank_of, slowness, expert_of, share_of, rank_load
+):
     """Exchange replicas of different nodes where less load leaves and no rank rises above `target`; returns whether any was."""
     slots = expert_of.size
     changed = False
@@ -144,7 +183,9 @@ def _bring_home(target, home, node_of, count, start, rank_of, slowness, expert_o
                 continue
             b = expert_of[j]
             leaving = share_of[i] * (np.int64(home[a] != node_of[q]) - 1)
-            leaving += share_of[j] * (np.int64(home[b] != node_of[r]) - np.int64(home[b] != node_of[q]))
+            leaving += share_of[j] * (
+                np.int64(home[b] != node_of[r]) - np.int64(home[b] != node_of[q])
+            )
             if leaving >= best:
                 continue
             step = share_of[i] - share_of[j]
@@ -163,7 +204,9 @@ def _bring_home(target, home, node_of, count, start, rank_of, slowness, expert_o
 
 
 @kernel
-def relax_layers(load, home, node_of, start, rank_of, slowness, total_speed_slowness, target_factor, plan):
+def relax_layers(
+    load, home, node_of, start, rank_of, slowness, total_speed_slowness, target_factor, plan
+):
     """Bring every layer's ranks to `target_factor` times the mean time, letting as little load as possible leave its home node.
 
     Args:
@@ -195,7 +238,20 @@ def relax_layers(load, home, node_of, start, rank_of, slowness, total_speed_slow
             hot = busiest_free(rank_load, slowness, target, stuck)
             if hot < 0:
                 break
-            rate, i, j = _swap_out(hot, target, home[layer], node_of, count, start, rank_of, slowness, expert_of, share_of, rank_load, free)
+            rate, i, j = _swap_out(
+                hot,
+                target,
+                home[layer],
+                node_of,
+                count,
+                start,
+                rank_of,
+                slowness,
+                expert_of,
+                share_of,
+                rank_load,
+                free,
+            )
             slot = -1
             if slots > experts:
                 rate, slot, expert = _replace_out(
@@ -217,7 +273,9 @@ def relax_layers(load, home, node_of, start, rank_of, slowness, total_speed_slow
                     next_slot,
                 )
             if slot >= 0:
-                replace_replica(scaled, count, start, rank_of, expert_of, share_of, rank_load, slot, expert)
+                replace_replica(
+                    scaled, count, start, rank_of, expert_of, share_of, rank_load, slot, expert
+                )
             elif i >= 0:
                 exchange(expert_of, share_of, rank_load, i, j, hot, rank_of[j])
             else:
@@ -225,11 +283,24 @@ def relax_layers(load, home, node_of, start, rank_of, slowness, total_speed_slow
                 continue
             stuck[:] = False
         for _ in range(4):
-            if not _bring_home(target, home[layer], node_of, count, start, rank_of, slowness, expert_of, share_of, rank_load):
+            if not _bring_home(
+                target,
+                home[layer],
+                node_of,
+                count,
+                start,
+                rank_of,
+                slowness,
+                expert_of,
+                share_of,
+                rank_load,
+            ):
                 break
 
 
-def load_leaving(load: np.ndarray, plan: np.ndarray, home: np.ndarray, node_of_slot: np.ndarray) -> float:
+def load_leaving(
+    load: np.ndarray, plan: np.ndarray, home: np.ndarray, node_of_slot: np.ndarray
+) -> float:
     """Share of the load that is served off its home node, 0..1.
 
     Args:

@@ -35,12 +35,31 @@ def _bounds(load, order, start, inverse_speed, bound, largest):
         w = load[layer]
         head = replicate_sorted(w, order[layer], slots, used, count, heap_value, heap_expert)
         largest[layer] = largest_replica(w, order[layer], count, head)
-        bound[layer] = busiest_at_least(w, order[layer], largest[layer], start, inverse_speed, slots, slots == experts)
+        bound[layer] = busiest_at_least(
+            w, order[layer], largest[layer], start, inverse_speed, slots, slots == experts
+        )
 
 
 @kernel
 def _run_layers(
-    load, bound, largest, node_slots, start, rank_of, slowness, unit, old, tolerance, cap_factor, plan, slot, expert, moves, time, steps, first_time
+    load,
+    bound,
+    largest,
+    node_slots,
+    start,
+    rank_of,
+    slowness,
+    unit,
+    old,
+    tolerance,
+    cap_factor,
+    plan,
+    slot,
+    expert,
+    moves,
+    time,
+    steps,
+    first_time,
 ):
     """Move-limited descent of every layer to its lower bound times 1 + tolerance; see `descend_moves` for the outputs, by layer."""
     layers, experts = load.shape
@@ -144,7 +163,16 @@ def move_limited(load, ranks, old, tolerance, max_moves, cap_factor=REPLICA_CAP,
         nodes = np.arange(ranks.num_nodes)
         edges = [np.searchsorted(ranks.node_of, nodes, side) for side in ("left", "right")]
         node_slots = np.stack([ranks.start[edge] for edge in edges], axis=1)[ranks.node_of]
-        home_bounds(load, order_by_load(load), expert_home, ranks.start, ranks.node_of, ranks.inverse_speed, bound, largest)
+        home_bounds(
+            load,
+            order_by_load(load),
+            expert_home,
+            ranks.start,
+            ranks.node_of,
+            ranks.inverse_speed,
+            bound,
+            largest,
+        )
     slot = np.empty((layers, max_steps, 2), np.int64)
     expert = np.empty((layers, max_steps, 2), np.int32)
     moves = np.empty((layers, max_steps), np.int64)
@@ -187,7 +215,8 @@ def move_limited(load, ranks, old, tolerance, max_moves, cap_factor=REPLICA_CAP,
             if n:
                 log = (slot[layer, :n].copy(), expert[layer, :n].copy())
                 curves[layer].extend(
-                    (int(m), float(t * totals[layer]), log, k + 1) for k, (m, t) in enumerate(zip(moves[layer, :n], time[layer, :n], strict=True))
+                    (int(m), float(t * totals[layer]), log, k + 1)
+                    for k, (m, t) in enumerate(zip(moves[layer, :n], time[layer, :n], strict=True))
                 )
         if needed <= max_moves:
             break

@@ -79,7 +79,9 @@ def best_new_replica(
         t = first_slot[e]
         while t >= 0:
             r = rank_of[t]
-            relief += over(rank_load[r] * slowness[r], target) - over((rank_load[r] - drop) * slowness[r], target)
+            relief += over(rank_load[r] * slowness[r], target) - over(
+                (rank_load[r] - drop) * slowness[r], target
+            )
             t = next_slot[t]
         if even:
             largest[k] = 2 * replica_gains(
@@ -109,7 +111,9 @@ def best_new_replica(
         t = first_slot[e]
         while t >= 0:
             r = rank_of[t]
-            relief += over(rank_load[r] * slowness[r], target) - over((rank_load[r] - drop) * slowness[r], target)
+            relief += over(rank_load[r] * slowness[r], target) - over(
+                (rank_load[r] - drop) * slowness[r], target
+            )
             t = next_slot[t]
         bar = np.int64(best_rate) >> bits
         for m in range(spares):
@@ -118,10 +122,18 @@ def best_new_replica(
             s = spare[m]
             r = rank_of[s]
             # The slot's own rank may be over the target too: giving up there gains as well.
-            value = relief - give_up[s] - over((rank_load[r] - share_of[s] + share_new) * slowness[r], target)
+            value = (
+                relief
+                - give_up[s]
+                - over((rank_load[r] - share_of[s] + share_new) * slowness[r], target)
+            )
             if value <= 0 or r == hot or expert_of[s] == e or not low_slot <= s < high_slot:
                 continue
-            rate = FREE * value if foreign[s] or has(e, r, rank_of, first_old, next_old) else 1.0 * value
+            rate = (
+                FREE * value
+                if foreign[s] or has(e, r, rank_of, first_old, next_old)
+                else 1.0 * value
+            )
             if rate <= best_rate or has(e, r, rank_of, first_slot, next_slot):
                 continue
             best_rate = rate
@@ -135,7 +147,21 @@ def best_new_replica(
 
 
 @kernel
-def split_largest(sizes, spare, cap, node_slots, load, count, rank_of, slowness, expert_of, share_of, rank_load, first_slot, next_slot):
+def split_largest(
+    sizes,
+    spare,
+    cap,
+    node_slots,
+    load,
+    count,
+    rank_of,
+    slowness,
+    expert_of,
+    share_of,
+    rank_load,
+    first_slot,
+    next_slot,
+):
     """The best slot to turn into a replica of the expert with the largest replica: (slot, expert), slot -1 if none is above `cap`.
 
     Args:

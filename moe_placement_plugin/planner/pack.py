@@ -68,7 +68,9 @@ def _merge(queue_load, queue_rank, front, back, tail, sorted_load, sorted_rank, 
     seen[:n] = 0
     for i in range(n):
         place = np.uintp(_lighter(loads, loads[i]))
-        k = place + np.uintp(seen[place])  # equals have the same place: one after the other from there
+        k = place + np.uintp(
+            seen[place]
+        )  # equals have the same place: one after the other from there
         seen[place] += 1
         sorted_load[k] = loads[i]
         sorted_rank[k] = ranks[i]
@@ -80,7 +82,21 @@ def _merge(queue_load, queue_rank, front, back, tail, sorted_load, sorted_rank, 
 
 
 @kernel
-def pack_lpt(item_expert, item_load, count, start, expert_of, share_of, rank_load, queue_load, queue_rank, next_slot, sorted_load, sorted_rank, seen):
+def pack_lpt(
+    item_expert,
+    item_load,
+    count,
+    start,
+    expert_of,
+    share_of,
+    rank_load,
+    queue_load,
+    queue_rank,
+    next_slot,
+    sorted_load,
+    sorted_rank,
+    seen,
+):
     """Deal replicas to ranks of equal speed, heaviest first, each to the least loaded rank with a free slot.
 
     The ranks wait in a queue, sorted up to `back`. One that has got a replica waits unsorted behind the others, for it is seldom among
@@ -113,7 +129,9 @@ def pack_lpt(item_expert, item_load, count, start, expert_of, share_of, rank_loa
         v = item_load[k]
         c = count[e]
         if tail > back and (back - front < c or queue_load[front + c - 1] > behind):
-            front, back = _merge(queue_load, queue_rank, front, back, tail, sorted_load, sorted_rank, seen)
+            front, back = _merge(
+                queue_load, queue_rank, front, back, tail, sorted_load, sorted_rank, seen
+            )
             tail = back
             behind = np.inf
         if back - front < c:

@@ -76,7 +76,20 @@ def _best_partner_uneven(top, load_hot, slow_hot, shares, loads, slowness):
 
 
 @kernel
-def _best_allowed_partner(i, hot, count, start, rank_of, slowness, expert_of, share_of, rank_load, low_slot, high_slot, limit):
+def _best_allowed_partner(
+    i,
+    hot,
+    count,
+    start,
+    rank_of,
+    slowness,
+    expert_of,
+    share_of,
+    rank_load,
+    low_slot,
+    high_slot,
+    limit,
+):
     """As `_best_partner` for slot `i`, leaving out exchanges that would put an expert twice on a rank.
 
     Returns:
@@ -96,7 +109,21 @@ def _best_allowed_partner(i, hot, count, start, rank_of, slowness, expert_of, sh
 
 
 @kernel
-def descend(count, start, rank_of, rank_first, rank_last, slowness, slot_slowness, expert_of, share_of, rank_load, slot_load, target, max_swaps):
+def descend(
+    count,
+    start,
+    rank_of,
+    rank_first,
+    rank_last,
+    slowness,
+    slot_slowness,
+    expert_of,
+    share_of,
+    rank_load,
+    slot_load,
+    target,
+    max_swaps,
+):
     """Swap replicas off the busiest rank until it is at `target`, no swap lowers it, or `max_swaps` were made.
 
     Args:
@@ -128,7 +155,14 @@ def descend(count, start, rank_of, rank_first, rank_last, slowness, slot_slownes
         width = start[hot + 1] - first
         for k in range(width):
             if uneven:
-                lowest[k] = _best_partner_uneven(share_of[first + k], rank_load[hot], slowness[hot], shares, loads, slot_slowness[low_slot:high_slot])
+                lowest[k] = _best_partner_uneven(
+                    share_of[first + k],
+                    rank_load[hot],
+                    slowness[hot],
+                    shares,
+                    loads,
+                    slot_slowness[low_slot:high_slot],
+                )
             else:
                 lowest[k] = _best_partner(share_of[first + k], rank_load[hot], shares, loads)
         while True:
@@ -141,7 +175,20 @@ def descend(count, start, rank_of, rank_first, rank_last, slowness, slot_slownes
             if k < 0:
                 break
             lowest[k] = high
-            v, j = _best_allowed_partner(first + k, hot, count, start, rank_of, slowness, expert_of, share_of, rank_load, low_slot, high_slot, best)
+            v, j = _best_allowed_partner(
+                first + k,
+                hot,
+                count,
+                start,
+                rank_of,
+                slowness,
+                expert_of,
+                share_of,
+                rank_load,
+                low_slot,
+                high_slot,
+                best,
+            )
             if j >= 0:
                 best = v
                 best_i = first + k
@@ -158,7 +205,21 @@ def descend(count, start, rank_of, rank_first, rank_last, slowness, slot_slownes
 
 
 @kernel
-def best_replacement(load, count, start, rank_of, rank_first, rank_last, slowness, expert_of, share_of, rank_load, hot, first_slot, next_slot):
+def best_replacement(
+    load,
+    count,
+    start,
+    rank_of,
+    rank_first,
+    rank_last,
+    slowness,
+    expert_of,
+    share_of,
+    rank_load,
+    hot,
+    first_slot,
+    next_slot,
+):
     """The change of one slot into another expert's replica that lowers the busiest rank most.
 
     Every expert of the busiest rank is tried as the one that gains a replica, every replica elsewhere of an expert that has several as
@@ -222,7 +283,9 @@ def best_replacement(load, count, start, rank_of, rank_first, rank_last, slownes
 
 
 @kernel
-def refine(load, count, start, rank_of, rank_first, rank_last, slowness, expert_of, target, kicks, seed):
+def refine(
+    load, count, start, rank_of, rank_first, rank_last, slowness, expert_of, target, kicks, seed
+):
     """Lower the busiest of the ranks [rank_first, rank_last) of one layer to `target`, as far as `kicks` allow.
 
     Swaps off the busiest rank alternate with re-replication (joint replicate-and-pack). Where both are stuck the search is
@@ -299,7 +362,9 @@ def refine(load, count, start, rank_of, rank_first, rank_last, slowness, expert_
             )
             if slot < 0:
                 break
-            replace_replica(load, count, start, rank_of, expert_of, share_of, rank_load, slot, expert)
+            replace_replica(
+                load, count, start, rank_of, expert_of, share_of, rank_load, slot, expert
+            )
         if high < best:
             best = high
             best_expert_of[:] = expert_of
@@ -323,7 +388,9 @@ def refine(load, count, start, rank_of, rank_first, rank_last, slowness, expert_
                 continue
             if redundant and count[b] > 1 and next_random(state) % 2 == 0:
                 if not holds(expert_of, start, r, a):
-                    replace_replica(load, count, start, rank_of, expert_of, share_of, rank_load, j, a)
+                    replace_replica(
+                        load, count, start, rank_of, expert_of, share_of, rank_load, j, a
+                    )
                     continue
             if may_swap(i, j, hot, r, count, start, expert_of):
                 exchange(expert_of, share_of, rank_load, i, j, hot, r)

@@ -27,7 +27,20 @@ from .slot_lists import has
 
 
 @kernel
-def _swap_rate(i, j, gain, best_rate, hot, rank_of, foreign, expert_of, first_slot, next_slot, first_old, next_old):
+def _swap_rate(
+    i,
+    j,
+    gain,
+    best_rate,
+    hot,
+    rank_of,
+    foreign,
+    expert_of,
+    first_slot,
+    next_slot,
+    first_old,
+    next_old,
+):
     """Excess removed per move by exchanging slots `i` (on `hot`) and `j`; -1 where that is not better or not allowed."""
     q = rank_of[j]
     a = expert_of[i]
@@ -35,22 +48,57 @@ def _swap_rate(i, j, gain, best_rate, hot, rank_of, foreign, expert_of, first_sl
     cost = 2 - foreign[i] - foreign[j]
     cost -= has(a, q, rank_of, first_old, next_old) + has(b, hot, rank_of, first_old, next_old)
     rate = FREE * gain if cost <= 0 else gain / cost
-    if rate <= best_rate or has(a, q, rank_of, first_slot, next_slot) or has(b, hot, rank_of, first_slot, next_slot):
+    if (
+        rate <= best_rate
+        or has(a, q, rank_of, first_slot, next_slot)
+        or has(b, hot, rank_of, first_slot, next_slot)
+    ):
         return -1.0
     return rate
 
 
 @kernel
-def _try_swap(i, j, best_rate, target, hot, rank_of, slowness, foreign, expert_of, share_of, rank_load, first_slot, next_slot, first_old, next_old):
+def _try_swap(
+    i,
+    j,
+    best_rate,
+    target,
+    hot,
+    rank_of,
+    slowness,
+    foreign,
+    expert_of,
+    share_of,
+    rank_load,
+    first_slot,
+    next_slot,
+    first_old,
+    next_old,
+):
     """`_swap_rate` of an exchange, -1 where it removes no excess."""
     q = rank_of[j]
     step = share_of[i] - share_of[j]
     slow = slowness[hot]
-    gain = excess_removed(step, rank_load[hot] * slow - target, slow, slowness[q], target - rank_load[q] * slowness[q])
+    gain = excess_removed(
+        step, rank_load[hot] * slow - target, slow, slowness[q], target - rank_load[q] * slowness[q]
+    )
     if q == hot or gain <= 0:
         return -1.0
     gain += step * slow >> ROOM
-    return _swap_rate(i, j, gain, best_rate, hot, rank_of, foreign, expert_of, first_slot, next_slot, first_old, next_old)
+    return _swap_rate(
+        i,
+        j,
+        gain,
+        best_rate,
+        hot,
+        rank_of,
+        foreign,
+        expert_of,
+        first_slot,
+        next_slot,
+        first_old,
+        next_old,
+    )
 
 
 @kernel
@@ -113,14 +161,26 @@ def best_swap(
         # No swap gains more than the load that leaves.
         if guests == 0 or FREE * (min(most, top * slow) + (top * slow >> ROOM)) <= best_rate:
             continue
-        more_bits = np.int32(FREE_BITS if foreign[i] or next_old[first_old[e]] >= 0 else 0)  # it may go home too
+        more_bits = np.int32(
+            FREE_BITS if foreign[i] or next_old[first_old[e]] >= 0 else 0
+        )  # it may go home too
         if even:
-            largest[k] = 2 * guest_gains(np.int32(top >> bits), coarse_most, guest_share, guest_slack, guest_bits, more_bits, gain[k])
+            largest[k] = 2 * guest_gains(
+                np.int32(top >> bits),
+                coarse_most,
+                guest_share,
+                guest_slack,
+                guest_bits,
+                more_bits,
+                gain[k],
+            )
             continue
         for m in range(guests):
             j = guest[m]
             q = rank_of[j]
-            v = gain_uneven(top - share_of[j], most, slow, slowness[q], target - rank_load[q] * slowness[q])
+            v = gain_uneven(
+                top - share_of[j], most, slow, slowness[q], target - rank_load[q] * slowness[q]
+            )
             gain[k, m] = v << (guest_value[2, m] | more_bits)
             largest[k] = max(largest[k], 2 * np.int64(gain[k, m]))
     while True:
@@ -166,7 +226,15 @@ def best_swap(
             if low_slot <= t < high_slot and (slack > 0 or not even):
                 for j in range(start[q], start[q + 1]):
                     step = share_of[i] - share_of[j]
-                    if step > 0 and FREE * (excess_removed(step, most, slow, slowness[q], slack) + (step * slow >> ROOM)) > best_rate:
+                    if (
+                        step > 0
+                        and FREE
+                        * (
+                            excess_removed(step, most, slow, slowness[q], slack)
+                            + (step * slow >> ROOM)
+                        )
+                        > best_rate
+                    ):
                         rate = _try_swap(
                             i,
                             j,
@@ -208,11 +276,15 @@ def best_swap(
             continue
         by_two_moves = 1 + foreign[i]
         if even:
-            largest[k] = by_two_moves * gains(np.int32(top >> bits), coarse_most, shares, slacks, gain[k, low_slot:high_slot])
+            largest[k] = by_two_moves * gains(
+                np.int32(top >> bits), coarse_most, shares, slacks, gain[k, low_slot:high_slot]
+            )
         else:
             for j in range(low_slot, high_slot):
                 q = rank_of[j]
-                gain[k, j] = gain_uneven(top - share_of[j], most, slow, slowness[q], target - rank_load[q] * slowness[q])
+                gain[k, j] = gain_uneven(
+                    top - share_of[j], most, slow, slowness[q], target - rank_load[q] * slowness[q]
+                )
                 largest[k] = max(largest[k], by_two_moves * gain[k, j])
     while True:
         k = most_promising(largest, width, bits, best_rate)

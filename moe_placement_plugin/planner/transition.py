@@ -43,7 +43,18 @@ def _set_shares(
         rank_load[rank_of[s]] += share - share_of[s]
         share_of[s] = share
         seen_load[rank_of[s]] = -1
-        keep_lists(sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, s, foreign[s], count[expert])
+        keep_lists(
+            sizes,
+            guest,
+            guest_at,
+            guest_value,
+            spare,
+            spare_at,
+            spare_value,
+            s,
+            foreign[s],
+            count[expert],
+        )
         s = next_slot[s]
 
 
@@ -98,7 +109,9 @@ def descend_moves(
     valued = np.full(load.size, -1, np.int64)
     gain = np.empty((width, slots + 8), np.int32)
     largest = np.empty(width, np.int64)
-    foreign = np.zeros(slots, np.int64)  # 1 if the slot's rank did not hold its expert in the old placement, else 0
+    foreign = np.zeros(
+        slots, np.int64
+    )  # 1 if the slot's rank did not hold its expert in the old placement, else 0
     first_slot = np.empty(load.size, np.int64)
     next_slot = np.empty(slots, np.int64)
     first_old = np.empty(load.size, np.int64)
@@ -109,7 +122,18 @@ def descend_moves(
     moves = 0
     for s in range(slots):
         if count[expert_of[s]] > 1:
-            keep_lists(sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, s, 0, count[expert_of[s]])
+            keep_lists(
+                sizes,
+                guest,
+                guest_at,
+                guest_value,
+                spare,
+                spare_at,
+                spare_value,
+                s,
+                0,
+                count[expert_of[s]],
+            )
     stuck = np.zeros(ranks, np.bool_)
     redundant = slots > load.size
     splitting = redundant
@@ -122,7 +146,19 @@ def descend_moves(
         before = -1
         if splitting:
             slot, expert = split_largest(
-                sizes, spare, cap, node_slots, load, count, rank_of, slowness, expert_of, share_of, rank_load, first_slot, next_slot
+                sizes,
+                spare,
+                cap,
+                node_slots,
+                load,
+                count,
+                rank_of,
+                slowness,
+                expert_of,
+                share_of,
+                rank_load,
+                first_slot,
+                next_slot,
             )
             splitting = slot >= 0
         if not splitting:
@@ -238,7 +274,18 @@ def descend_moves(
                 moves -= foreign[s]
                 foreign[s] = not has(expert_of[s], rank_of[s], rank_of, first_old, next_old)
                 moves += foreign[s]
-                keep_lists(sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, s, foreign[s], count[expert_of[s]])
+                keep_lists(
+                    sizes,
+                    guest,
+                    guest_at,
+                    guest_value,
+                    spare,
+                    spare_at,
+                    spare_value,
+                    s,
+                    foreign[s],
+                    count[expert_of[s]],
+                )
         if i < 0:
             for e in (before, expert):
                 _set_shares(

@@ -65,7 +65,21 @@ def _lowest(cost):
 
 
 @kernel
-def _best_swap(rank, best, count, start, rank_of, slowness, slot_slowness, expert_of, share, rank_load, slot_load, others, cost):
+def _best_swap(
+    rank,
+    best,
+    count,
+    start,
+    rank_of,
+    slowness,
+    slot_slowness,
+    expert_of,
+    share,
+    rank_load,
+    slot_load,
+    others,
+    cost,
+):
     """Best exchange of any replica on `rank`: (sum of busiest times, slot here, slot there), -1 if none is below `best`."""
     windows, slots = share.shape
     best_i = -1
@@ -81,7 +95,16 @@ def _best_swap(rank, best, count, start, rank_of, slowness, slot_slowness, exper
     for i in range(start[rank], start[rank + 1]):
         cost[:] = 0
         for w in range(windows):
-            _add_times(cost, share[w, i], rank_load[w, rank], slowness[rank], share[w], slot_load[w], slot_slowness, others[w])
+            _add_times(
+                cost,
+                share[w, i],
+                rank_load[w, rank],
+                slowness[rank],
+                share[w],
+                slot_load[w],
+                slot_slowness,
+                others[w],
+            )
         for j in range(start[rank], start[rank + 1]):
             cost[j] = 1 << 61
         if _lowest(cost) >= best:
@@ -134,7 +157,9 @@ def _replace(load, count, rank_of, expert_of, share, rank_load, slot_load, slot,
 
 
 @kernel
-def _best_replacement(load, best, count, start, rank_of, slowness, expert_of, share, rank_load, change):
+def _best_replacement(
+    load, best, count, start, rank_of, slowness, expert_of, share, rank_load, change
+):
     """Best change of one slot into another replica of an expert of a busiest rank: (sum, slot, expert), slot -1 if none is below `best`."""
     windows = load.shape[0]
     slots = expert_of.size
@@ -225,7 +250,19 @@ def refine_windows(load, count, start, rank_of, slowness, expert_of, target, kic
                     if rank_load[w, r] * slowness[r] > rank_load[w, hot] * slowness[hot]:
                         hot = r
                 value, i, j = _best_swap(
-                    hot, now, count, start, rank_of, slowness, slot_slowness, expert_of, share, rank_load, slot_load, others, cost
+                    hot,
+                    now,
+                    count,
+                    start,
+                    rank_of,
+                    slowness,
+                    slot_slowness,
+                    expert_of,
+                    share,
+                    rank_load,
+                    slot_load,
+                    others,
+                    cost,
                 )
                 if i >= 0:
                     _swap(i, j, rank_of, start, expert_of, share, rank_load, slot_load)
@@ -236,7 +273,9 @@ def refine_windows(load, count, start, rank_of, slowness, expert_of, target, kic
                 w = (w + 1) % windows
             if now <= target or not redundant or tried % 8 != 0:
                 break
-            value, slot, expert = _best_replacement(load, now, count, start, rank_of, slowness, expert_of, share, rank_load, change)
+            value, slot, expert = _best_replacement(
+                load, now, count, start, rank_of, slowness, expert_of, share, rank_load, change
+            )
             if slot < 0:
                 break
             _replace(load, count, rank_of, expert_of, share, rank_load, slot_load, slot, expert)
@@ -268,7 +307,12 @@ def refine_windows(load, count, start, rank_of, slowness, expert_of, target, kic
             r = rank_of[j]
             if r == hot or a == b:
                 continue
-            if redundant and count[b] > 1 and next_random(state) % 2 == 0 and not holds(expert_of, start, r, a):
+            if (
+                redundant
+                and count[b] > 1
+                and next_random(state) % 2 == 0
+                and not holds(expert_of, start, r, a)
+            ):
                 _replace(load, count, rank_of, expert_of, share, rank_load, slot_load, j, a)
             elif may_swap(i, j, hot, r, count, start, expert_of):
                 _swap(i, j, rank_of, start, expert_of, share, rank_load, slot_load)
@@ -279,7 +323,9 @@ def refine_windows(load, count, start, rank_of, slowness, expert_of, target, kic
 
 
 @kernel
-def plan_windows(load, weight, start, rank_of, slowness, total_slowness, tolerance, kicks, seed, plan):
+def plan_windows(
+    load, weight, start, rank_of, slowness, total_slowness, tolerance, kicks, seed, plan
+):
     """Refine every layer of `plan` for several windows at once.
 
     Args:
@@ -295,10 +341,14 @@ def plan_windows(load, weight, start, rank_of, slowness, total_slowness, toleran
         for w in range(windows):
             total = sum_of(load[w, layer])
             # A window's total stands for its weight: the sum over windows is in units of one layer.
-            factor = scale_load(load[w, layer], total / weight[w] if weight[w] > 0 else 0.0, scaled[w])
+            factor = scale_load(
+                load[w, layer], total / weight[w] if weight[w] > 0 else 0.0, scaled[w]
+            )
             sum_of_means += total * factor / total_slowness
         if sum_of_means == 0.0:
             continue
         count_replicas(plan[layer], count)
         target = np.int64(sum_of_means * (1.0 + tolerance))
-        refine_windows(scaled, count, start, rank_of, slowness, plan[layer], target, kicks, seed + layer)
+        refine_windows(
+            scaled, count, start, rank_of, slowness, plan[layer], target, kicks, seed + layer
+        )

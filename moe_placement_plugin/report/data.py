@@ -59,7 +59,12 @@ class Report:
     coactivation: Mapping[int, np.ndarray]
 
 
-def make_report(names: Sequence[str], loads: Sequence[ExpertLoad], placements: Mapping[str, Placement], layer: int | None = None) -> Report:
+def make_report(
+    names: Sequence[str],
+    loads: Sequence[ExpertLoad],
+    placements: Mapping[str, Placement],
+    layer: int | None = None,
+) -> Report:
     """The report on loads of one model, aligned to the same layers.
 
     Args:
@@ -82,7 +87,12 @@ def make_report(names: Sequence[str], loads: Sequence[ExpertLoad], placements: M
         windows = placement.rank_load(together.counts)
         ranks = windows.sum(axis=0)
         greatest = windows.max(axis=-1).sum(axis=1)
-        per_window = np.divide(windows.mean(axis=-1).sum(axis=1), greatest, out=np.ones_like(greatest), where=greatest > 0)
+        per_window = np.divide(
+            windows.mean(axis=-1).sum(axis=1),
+            greatest,
+            out=np.ones_like(greatest),
+            where=greatest > 0,
+        )
         views.append(
             PlacementView(
                 name,
@@ -125,11 +135,19 @@ def _window_names(names: Sequence[str], loads: Sequence[ExpertLoad]) -> list[str
 
 def _pairs(load: ExpertLoad, layer: int | None) -> dict[int, np.ndarray]:
     if layer is not None and layer not in load.layer_ids:
-        raise PlacementError(f"--layer {layer}: the load has layers {load.layer_ids[0]}..{load.layer_ids[-1]}; give one of them")
+        raise PlacementError(
+            f"--layer {layer}: the load has layers {load.layer_ids[0]}..{load.layer_ids[-1]}; give one of them"
+        )
     if load.coactivation is None:
         if layer is not None:
-            raise PlacementError(f"--layer {layer}: the load holds no co-activation; record with --expert-load-coactivation")
+            raise PlacementError(
+                f"--layer {layer}: the load holds no co-activation; record with --expert-load-coactivation"
+            )
         return {}
     total = load.total
-    row = load.layer_ids.index(layer) if layer is not None else int((total.max(axis=1) / np.maximum(total.mean(axis=1), 1e-12)).argmax())
+    row = (
+        load.layer_ids.index(layer)
+        if layer is not None
+        else int((total.max(axis=1) / np.maximum(total.mean(axis=1), 1e-12)).argmax())
+    )
     return {load.layer_ids[row]: load.coactivation[row]}

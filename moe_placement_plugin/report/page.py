@@ -47,7 +47,10 @@ def _data(report: Report) -> dict[str, Any]:
             }
             for view in report.placements
         ],
-        "pairs": [{"layer": layer, "values": _packed(_relative(pairs))} for layer, pairs in report.coactivation.items()],
+        "pairs": [
+            {"layer": layer, "values": _packed(_relative(pairs))}
+            for layer, pairs in report.coactivation.items()
+        ],
     }
 
 
@@ -62,11 +65,19 @@ def _packed(values: np.ndarray) -> dict[str, Any]:
     most = float(values.max()) or 1.0
     steps = np.round(values / most * 65535).astype("<u2")
     rows, columns = values.shape
-    return {"rows": rows, "columns": columns, "most": most, "data": base64.b64encode(steps.tobytes()).decode()}
+    return {
+        "rows": rows,
+        "columns": columns,
+        "most": most,
+        "data": base64.b64encode(steps.tobytes()).decode(),
+    }
 
 
 def _summary(report: Report) -> str:
-    facts = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in report.facts)
+    facts = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+        for name, value in report.facts
+    )
     cards = "".join(
         f'<article class="card"><h3>{html.escape(view.name)}</h3><p class="figure">{view.overall:.3f}</p>'
         f"<p>balancedness; the busiest rank has {1 / view.overall:.2f}x the mean</p>"

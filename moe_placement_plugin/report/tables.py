@@ -58,7 +58,9 @@ def _heading(text: str) -> Text:
     return Text(text, style="italic")
 
 
-def plan_summary(made: Placement, before: Placement, workloads: Sequence[Workload], path: str) -> Group:
+def plan_summary(
+    made: Placement, before: Placement, workloads: Sequence[Workload], path: str
+) -> Group:
     """What ``plan`` prints: prediction against the engine's default, per workload, and the worst layers."""
     together = ExpertLoad.concatenate([w.load for w in workloads])
     table = _table(["workload", "windows", "linear", made.strategy])
@@ -92,12 +94,20 @@ FACTS = ("model", "engine", "started", "hosts")
 
 def _nodes(plan: Placement) -> str:
     nodes = plan.metadata.get("node_of_rank")
-    return f" on {len(set(nodes))} nodes" if isinstance(nodes, list) and len(nodes) == plan.num_ranks else ""
+    return (
+        f" on {len(set(nodes))} nodes"
+        if isinstance(nodes, list) and len(nodes) == plan.num_ranks
+        else ""
+    )
 
 
 def describe(plan: Placement) -> str:
     """A plan in one line."""
-    slots = str(plan.slots_per_rank[0]) if plan.is_even else f"{min(plan.slots_per_rank)} to {max(plan.slots_per_rank)}"
+    slots = (
+        str(plan.slots_per_rank[0])
+        if plan.is_even
+        else f"{min(plan.slots_per_rank)} to {max(plan.slots_per_rank)}"
+    )
     return (
         f"Plan {plan.digest[:12]} ({plan.strategy}): {plan.num_layers} layers x {plan.num_logical_experts} experts on {plan.num_ranks} "
         f"ranks{_nodes(plan)}, {slots} slots each, {plan.num_redundant} redundant"
@@ -110,10 +120,20 @@ def load_table(workload: Workload, limit: int | None = 12) -> Group:
     total = load.total
     mean = np.maximum(total.mean(axis=1), 1e-12)
     skew = total.max(axis=1) / mean
-    rows = np.argsort(-skew, kind="stable")[:limit] if limit is not None and load.num_layers > limit else np.arange(load.num_layers)
+    rows = (
+        np.argsort(-skew, kind="stable")[:limit]
+        if limit is not None and load.num_layers > limit
+        else np.arange(load.num_layers)
+    )
     phases = ", ".join(f"{load.phases.count(p)} {p}" for p in dict.fromkeys(load.phases))
-    of = f" (the {len(rows)} most skewed of {load.num_layers})" if len(rows) < load.num_layers else ""
-    table = _table(["layer", "by expert", "tokens", "max/mean", "never used", "hottest experts"], left=2)
+    of = (
+        f" (the {len(rows)} most skewed of {load.num_layers})"
+        if len(rows) < load.num_layers
+        else ""
+    )
+    table = _table(
+        ["layer", "by expert", "tokens", "max/mean", "never used", "hottest experts"], left=2
+    )
     for row in rows:
         hottest = np.argsort(-total[row], kind="stable")[:3]
         table.add_row(
@@ -121,16 +141,31 @@ def load_table(workload: Workload, limit: int | None = 12) -> Group:
             str(int((total[row] == 0).sum())), "  ".join(f"{e} ({total[row, e] / mean[row]:.1f}x)" for e in hottest),
         )  # fmt: skip
     facts = "  ".join(f"{key} {load.metadata[key]}" for key in FACTS if load.metadata.get(key))
-    head = f"{workload.name}: {load.num_layers} layers x {load.num_experts} experts, windows: {phases}"
-    return Group(Text(head, style="bold"), *([Text(facts)] if facts else []), Text(), _heading(f"Load by layer{of}"), table)
+    head = (
+        f"{workload.name}: {load.num_layers} layers x {load.num_experts} experts, windows: {phases}"
+    )
+    return Group(
+        Text(head, style="bold"),
+        *([Text(facts)] if facts else []),
+        Text(),
+        _heading(f"Load by layer{of}"),
+        table,
+    )
 
 
-def plan_table(plan: Placement, name: str, counts: np.ndarray | None = None, limit: int = 12) -> Group:
+def plan_table(
+    plan: Placement, name: str, counts: np.ndarray | None = None, limit: int = 12
+) -> Group:
     """A plan, and with counts ``[layers, experts]`` the rank loads that it gives in the worst layers."""
     parts: list = [Text(f"{name}: {describe(plan)}")]
     copies = np.bincount(plan.replica_counts.ravel())
     if plan.num_redundant:
-        parts.append(Text("Copies of an expert: " + ", ".join(f"{n} x {copies[n]}" for n in range(1, len(copies)) if copies[n])))
+        parts.append(
+            Text(
+                "Copies of an expert: "
+                + ", ".join(f"{n} x {copies[n]}" for n in range(1, len(copies)) if copies[n])
+            )
+        )
     if counts is not None:
         balance, ranks = plan.balancedness(counts), plan.rank_load(counts)
         table = _table(["layer", "by rank", "balancedness", "max/mean", "busiest rank"], left=2)
@@ -162,7 +197,10 @@ def simulation_table(found: Simulation) -> Group:
             f"{outcome.per_window.min():.4f}", "-" if outcome.next_window is None else f"{outcome.next_window:.4f}",
         ]  # fmt: skip
         if outcome.step is not None:
-            row += [f"{outcome.step.total_us / 1000:.3f}", f"{outcome.step.ideal_us.sum() / 1000:.3f}"]
+            row += [
+                f"{outcome.step.total_us / 1000:.3f}",
+                f"{outcome.step.ideal_us.sum() / 1000:.3f}",
+            ]
         table.add_row(*row, style="bold" if outcome is found.best else "")
     parts: list = [_heading("On the recorded load"), table]
     names = [w.name for w in found.workloads]
@@ -170,16 +208,29 @@ def simulation_table(found: Simulation) -> Group:
         if outcome.served is None:
             continue
         fixed = bool(np.allclose(outcome.served, outcome.served[0]))
-        title = f"{outcome.name}: " + ("the same whatever it is planned on" if fixed else "planned on the row, serving the column")
+        title = f"{outcome.name}: " + (
+            "the same whatever it is planned on"
+            if fixed
+            else "planned on the row, serving the column"
+        )
         matrix = _table(["", *(str(i + 1) for i in range(len(names)))])
         for i, name in enumerate(names[:1] if fixed else names):
-            matrix.add_row("any" if fixed else f"{i + 1} {name}", *(f"{v:.3f}" for v in outcome.served[i]))
+            matrix.add_row(
+                "any" if fixed else f"{i + 1} {name}", *(f"{v:.3f}" for v in outcome.served[i])
+            )
         if not fixed:
             counts = [w.load.counts for w in found.workloads]
-            matrix.add_row("all together", *(f"{outcome.placement.overall_balancedness(c):.3f}" for c in counts), style="bold")
+            matrix.add_row(
+                "all together",
+                *(f"{outcome.placement.overall_balancedness(c):.3f}" for c in counts),
+                style="bold",
+            )
         parts += [Text(), _heading(title), matrix]
     if len(names) > 1:
-        parts += [Text(), Text("Workloads: " + ", ".join(f"{i + 1} {name}" for i, name in enumerate(names)))]
+        parts += [
+            Text(),
+            Text("Workloads: " + ", ".join(f"{i + 1} {name}" for i, name in enumerate(names))),
+        ]
     return Group(*parts, Text(), *(Text(sentence) for sentence in found.verdict()))
 
 
@@ -203,6 +254,9 @@ def moves_table(moves: Moves, expert_bytes: int | None, bandwidth: float) -> Gro
     for row in np.argsort(-per_layer, kind="stable")[:8]:
         if per_layer[row]:
             table.add_row(
-                str(moves.layer_ids[row]), sparkline(moves.received[row]), str(int(per_layer[row])), str(int(moves.changed_slots[row]))
+                str(moves.layer_ids[row]),
+                sparkline(moves.received[row]),
+                str(int(per_layer[row])),
+                str(int(moves.changed_slots[row])),
             )
     return Group(*(Text(line) for line in lines), Text(), _heading("Most moves"), table)

@@ -7,4 +7,11 @@ objects are `Strategy` instances (or classes without constructor arguments).
 from .base import PlacementRequest, Strategy
 from .registry import ALIASES, ENTRY_POINT_GROUP, get_strategy, strategy_names
 
-__all__ = ["ALIASES", "ENTRY_POINT_GROUP", "PlacementRequest", "Strategy", "get_strategy", "strategy_names"]
+__all__ = [
+    "ALIASES",
+    "ENTRY_POINT_GROUP",
+    "PlacementRequest",
+    "Strategy",
+    "get_strategy",
+    "strategy_names",
+]

@@ -15,5 +15,7 @@ class Balanced(Strategy):
     name = "balanced"
 
     def place(self, request: PlacementRequest) -> Placement:
-        even = replace(request, slots_per_rank=even_slots(request.num_slots, request.topology.num_ranks))
+        even = replace(
+            request, slots_per_rank=even_slots(request.num_slots, request.topology.num_ranks)
+        )
         return self._placement(even, contiguous_table(even))

@@ -68,10 +68,17 @@ class PlacementRequest:
                 "a second copy on a rank is of no use; ask for fewer redundant experts"
             )
         object.__setattr__(self, "slots_per_rank", per_rank)
-        object.__setattr__(self, "layer_ids", tuple(self.layer_ids) or tuple(range(self.num_layers)))
+        object.__setattr__(
+            self, "layer_ids", tuple(self.layer_ids) or tuple(range(self.num_layers))
+        )
         if self.locality not in LOCALITIES:
-            raise PlacementError(f"locality {self.locality!r}: choose one of {', '.join(LOCALITIES)}")
-        if self.load is not None and self.load.counts.shape[1:] != (self.num_layers, self.num_experts):
+            raise PlacementError(
+                f"locality {self.locality!r}: choose one of {', '.join(LOCALITIES)}"
+            )
+        if self.load is not None and self.load.counts.shape[1:] != (
+            self.num_layers,
+            self.num_experts,
+        ):
             raise PlacementError(
                 f"the load has {self.load.num_layers} layers of {self.load.num_experts} experts, the model has "
                 f"{self.num_layers} MoE layers of {self.num_experts}: it was recorded on another model; record on this one"
@@ -105,5 +112,10 @@ class Strategy(ABC):
     def _placement(self, request: PlacementRequest, table: np.ndarray) -> Placement:
         table = np.broadcast_to(table, (request.num_layers, request.num_slots))
         return Placement(
-            table, request.num_experts, request.slots_per_rank, request.layer_ids, self.name, request.metadata
+            table,
+            request.num_experts,
+            request.slots_per_rank,
+            request.layer_ids,
+            self.name,
+            request.metadata,
         )

@@ -39,13 +39,19 @@ def _near(request: PlacementRequest) -> dict[str, Any]:
         return {}
     nodes, groups, pairs = request.topology.num_nodes, request.num_groups, request.load.coactivation
     if nodes == 1:
-        raise PlacementError(f"locality {request.locality} with all {request.topology.num_ranks} EP ranks on one node: leave it out")
+        raise PlacementError(
+            f"locality {request.locality} with all {request.topology.num_ranks} EP ranks on one node: leave it out"
+        )
     if request.locality == "soft" and pairs is not None and groups == 1:
         return {"coactivation": pairs, "coactivation_goal": "node"}
     if groups % nodes or groups < nodes:
         raise PlacementError(
             f"locality {request.locality}: {groups} expert groups do not divide over {nodes} nodes"
-            + ("; soft also takes a load with co-activation (--expert-load-coactivation)" if request.locality == "soft" else "")
+            + (
+                "; soft also takes a load with co-activation (--expert-load-coactivation)"
+                if request.locality == "soft"
+                else ""
+            )
             + "; leave it out, or use another number of nodes"
         )
     return {"num_groups": groups, "locality": request.locality}

@@ -58,8 +58,12 @@ def get_strategy(name: str) -> Strategy:
     try:
         loaded = point.load()
     except Exception as error:
-        raise PlacementError(f"strategy {name!r} ({point.value}) failed to import: {error}; mend or remove that package") from error
+        raise PlacementError(
+            f"strategy {name!r} ({point.value}) failed to import: {error}; mend or remove that package"
+        ) from error
     strategy = loaded() if isinstance(loaded, type) else loaded
     if not isinstance(strategy, Strategy):
-        raise PlacementError(f"strategy {name!r} ({point.value}) is no Strategy: derive it from moe_placement_plugin.strategies.Strategy")
+        raise PlacementError(
+            f"strategy {name!r} ({point.value}) is no Strategy: derive it from moe_placement_plugin.strategies.Strategy"
+        )
     return strategy

@@ -136,7 +136,11 @@ def resolve_placement(
         locality,
         {"model": shape.name}
         | ({"load": Path(file).name} if file is not None else {})
-        | ({"locality": locality, "node_of_rank": list(topology.node_of_rank)} if locality != "none" else {}),
+        | (
+            {"locality": locality, "node_of_rank": list(topology.node_of_rank)}
+            if locality != "none"
+            else {}
+        ),
     )
     return planner.place(request)
 
@@ -178,7 +182,12 @@ def check_plan(
     if plan.layer_ids == tuple(range(plan.num_layers)) and plan.num_layers == len(shape.layer_ids):
         # Numbered by MoE layers only.
         return Placement(
-            plan.physical_to_logical, plan.num_logical_experts, plan.slots_per_rank, shape.layer_ids, plan.strategy, plan.metadata
+            plan.physical_to_logical,
+            plan.num_logical_experts,
+            plan.slots_per_rank,
+            shape.layer_ids,
+            plan.strategy,
+            plan.metadata,
         )
     if not set(shape.layer_ids) <= set(plan.layer_ids):
         raise PlacementError(

@@ -30,7 +30,10 @@ class Zigzag(Strategy):
         while any(len(h) < s for h, s in zip(held, request.slots_per_rank)):
             for r in range(ranks):
                 if len(held[r]) < request.slots_per_rank[r]:
-                    expert = min((e for e in range(request.num_experts) if e not in held[r]), key=lambda e: (copies[e], e))
+                    expert = min(
+                        (e for e in range(request.num_experts) if e not in held[r]),
+                        key=lambda e: (copies[e], e),
+                    )
                     held[r].append(expert)
                     copies[expert] += 1
         return self._placement(request, np.array([e for h in held for e in h], dtype=np.int32))

@@ -9,7 +9,9 @@ from hypothesis.extra import numpy as hnp
 
 from moe_placement_plugin import ExpertLoad, PlacementError
 
-COUNTS = hnp.arrays(np.int64, hnp.array_shapes(min_dims=3, max_dims=3, max_side=4), elements=st.integers(0, 10**12))
+COUNTS = hnp.arrays(
+    np.int64, hnp.array_shapes(min_dims=3, max_dims=3, max_side=4), elements=st.integers(0, 10**12)
+)
 
 
 @given(COUNTS)
@@ -19,14 +21,20 @@ def test_safetensors_round_trip(counts):
 
     windows, layers, experts = counts.shape
     pairs = np.ones((layers, experts, experts), dtype=np.int64)
-    load = ExpertLoad(counts, tuple(range(3, 3 + layers)), ("decode",) * windows, pairs, {"model": "m"})
+    load = ExpertLoad(
+        counts, tuple(range(3, 3 + layers)), ("decode",) * windows, pairs, {"model": "m"}
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "load.safetensors"
         load.write(path)
         back = ExpertLoad.read(path)
     np.testing.assert_array_equal(back.counts, counts)
     np.testing.assert_array_equal(back.coactivation, pairs)
-    assert (back.layer_ids, back.phases, back.metadata) == (load.layer_ids, load.phases, {"model": "m"})
+    assert (back.layer_ids, back.phases, back.metadata) == (
+        load.layer_ids,
+        load.phases,
+        {"model": "m"},
+    )
 
 
 def test_sglang_json_with_dense_layers(tmp_path):

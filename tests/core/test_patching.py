@@ -48,10 +48,14 @@ def wrapping(label):
 
 
 def patch(target, relies_on=(), **more):
-    return Patch(more.pop("name", target), target, wrapping("ours"), why="test", relies_on=relies_on, **more)
+    return Patch(
+        more.pop("name", target), target, wrapping("ours"), why="test", relies_on=relies_on, **more
+    )
 
 
-@pytest.mark.parametrize("target", ["place", "Engine.load", "Engine.add_args", "Engine.build", "Derived.load"])
+@pytest.mark.parametrize(
+    "target", ["place", "Engine.load", "Engine.add_args", "Engine.build", "Derived.load"]
+)
 def test_apply_is_idempotent_and_undo_restores_the_very_object(module, target):
     def owner():
         cls, _, name = target.rpartition(".")
@@ -92,7 +96,9 @@ def test_replacement_sees_the_original_and_hits_are_counted(module):
         ("fake_engine:Engine.gone", (), "is not there"),
     ],
 )
-def test_a_contract_that_does_not_match_is_refused_and_nothing_is_touched(module, target, relies_on, message):
+def test_a_contract_that_does_not_match_is_refused_and_nothing_is_touched(
+    module, target, relies_on, message
+):
     good = patch("fake_engine:Engine.load")
     before = module.Engine.load
     patches = PatchSet([good, patch(target, relies_on, name="bad")])
@@ -114,7 +120,12 @@ def test_a_set_undoes_what_it_did_when_a_patch_fails_half_way(module):
         raise RuntimeError("boom")
 
     before = module.place
-    patches = PatchSet([patch("fake_engine:place"), Patch("explodes", "fake_engine:Engine.load", explode, why="test")])
+    patches = PatchSet(
+        [
+            patch("fake_engine:place"),
+            Patch("explodes", "fake_engine:Engine.load", explode, why="test"),
+        ]
+    )
     with pytest.raises(RuntimeError, match="boom"):
         patches.apply()
     assert module.place is before
@@ -142,5 +153,10 @@ def test_report_has_a_row_per_patch(module):
     patches.apply()
     module.place(1, 2)
     (row,) = patches.report()
-    assert row["state"] == "applied" and row["hits"] == 1 and row["contract"] == "ok" and row["upstream"] == "PR 1"
+    assert (
+        row["state"] == "applied"
+        and row["hits"] == 1
+        and row["contract"] == "ok"
+        and row["upstream"] == "PR 1"
+    )
     assert patches.hits() == {"fake_engine:place": 1}

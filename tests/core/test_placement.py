@@ -35,7 +35,9 @@ def test_rank_load_conserves_tokens_and_follows_replicas(p, seed):
         for row in range(p.num_layers):
             expected = np.zeros(p.num_ranks)
             for slot, expert in enumerate(p.physical_to_logical[row]):
-                expected[p.rank_of_slot[slot]] += counts[window, row, expert] / p.replica_counts[row, expert]
+                expected[p.rank_of_slot[slot]] += (
+                    counts[window, row, expert] / p.replica_counts[row, expert]
+                )
             np.testing.assert_allclose(load[window, row], expected)
     balance = p.balancedness(counts)
     assert ((0 < balance) & (balance <= 1 + 1e-12)).all()
@@ -91,15 +93,25 @@ def test_sglang_form_numbers_all_layers():
 @given(st.integers(0, 300), st.integers(1, 40))
 def test_even_slots_differ_by_at_most_one(slots, ranks):
     per_rank = even_slots(slots, ranks)
-    assert sum(per_rank) == slots and max(per_rank) - min(per_rank) <= 1 and list(per_rank) == sorted(per_rank, reverse=True)
+    assert (
+        sum(per_rank) == slots
+        and max(per_rank) - min(per_rank) <= 1
+        and list(per_rank) == sorted(per_rank, reverse=True)
+    )
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (([[0, 1, 2]], 4, (2, 1)), r"layer 0 has no slot for expert 3.*give the expert a slot"),
-        (([[0, 0, 1, 2]], 3, (2, 2)), r"layer 0 holds expert 0 2 times on rank 0.*move it to another rank"),
-        (([[0, 1, 7]], 3, (2, 1)), r"slot 2 holds expert 7: expert ids of this plan must lie in 0\.\.2"),
+        (
+            ([[0, 0, 1, 2]], 3, (2, 2)),
+            r"layer 0 holds expert 0 2 times on rank 0.*move it to another rank",
+        ),
+        (
+            ([[0, 1, 7]], 3, (2, 1)),
+            r"slot 2 holds expert 7: expert ids of this plan must lie in 0\.\.2",
+        ),
         (([[0, 1, -1]], 2, (2, 1)), r"holds expert -1"),
         (([[0, 1]], 2, (2, 1)), r"adds up to 3, but a layer has 2 slots"),
         (([[0, 1], [0]], 2, (1, 1)), r"rows of different lengths"),
@@ -160,7 +172,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
     Placement([[0, 1]], 2, (1, 1)).write(path)
     before = path.read_bytes()
-    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(PlacementError, match="No space left"):
         Placement([[1, 0]], 2, (1, 1)).write(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

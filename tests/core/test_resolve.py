@@ -47,7 +47,12 @@ def test_sglang_forms(tmp_path):
     p = resolve_placement("eplb", write(tmp_path, {"physical_to_logical_map": rows}), SHAPE, TWO)
     assert p.layer_ids == (1, 2, 3) and p.physical_to_logical.tolist() == rows[1:]
     load = {"logical_count": [[0] * 4, [9, 9, 1, 1], [9, 9, 1, 1], [9, 9, 1, 1]]}
-    assert resolve_placement("eplb", write(tmp_path, load), SHAPE, TWO).overall_balancedness(np.array(load["logical_count"])[1:]) == 1.0
+    assert (
+        resolve_placement("eplb", write(tmp_path, load), SHAPE, TWO).overall_balancedness(
+            np.array(load["logical_count"])[1:]
+        )
+        == 1.0
+    )
 
 
 def test_plans_numbered_by_moe_layer_or_by_all_layers(tmp_path):
@@ -66,24 +71,74 @@ def test_plans_with_redundant_experts(tmp_path):
     "strategy, thing, more, message",
     [
         ("nonsense", None, {}, "unknown expert placement strategy 'nonsense'"),
-        ("eplb", None, {}, "eplb places experts by a recorded load and has none: add --expert-placement-file"),
-        ("zigzag", ExpertLoad(np.ones((1, 3, 4))), {}, "recorded load, which strategy zigzag does not use: choose eplb"),
+        (
+            "eplb",
+            None,
+            {},
+            "eplb places experts by a recorded load and has none: add --expert-placement-file",
+        ),
+        (
+            "zigzag",
+            ExpertLoad(np.ones((1, 3, 4))),
+            {},
+            "recorded load, which strategy zigzag does not use: choose eplb",
+        ),
         ("eplb", ExpertLoad(np.ones((1, 3, 5))), {}, "5 experts per layer, the model has 4"),
-        ("eplb", ExpertLoad(np.ones((1, 5, 4)), (4, 5, 6, 7, 8)), {}, "the load has 5 layers, the model has 3 MoE layers"),
-        ("eplb", plan(rows=[[0, 1, 2, 3, 4]] * 3, experts=5, slots=(3, 2)), {}, "plan for 5 experts, the model has 4"),
+        (
+            "eplb",
+            ExpertLoad(np.ones((1, 5, 4)), (4, 5, 6, 7, 8)),
+            {},
+            "the load has 5 layers, the model has 3 MoE layers",
+        ),
+        (
+            "eplb",
+            plan(rows=[[0, 1, 2, 3, 4]] * 3, experts=5, slots=(3, 2)),
+            {},
+            "plan for 5 experts, the model has 4",
+        ),
         ("eplb", plan(slots=(1, 1, 1, 1)), {}, "plan for 4 EP ranks, the engine runs 2"),
-        ("eplb", plan(rows=[[3, 2, 1, 0]] * 2, ids=(0, 1)), {}, "plan for 2 layers, the model has 3 MoE layers"),
-        ("eplb", plan(rows=[[3, 2, 1, 0]] * 5, ids=(1, 2, 3, 4, 5)), {}, "plan for 5 layers up to 5, the model's last MoE layer is 3"),
-        ("eplb", plan(rows=[[0, 1, 2, 2, 3, 0]] * 3, slots=(3, 3)), {}, "2 redundant experts, the engine is started with 0"),
+        (
+            "eplb",
+            plan(rows=[[3, 2, 1, 0]] * 2, ids=(0, 1)),
+            {},
+            "plan for 2 layers, the model has 3 MoE layers",
+        ),
+        (
+            "eplb",
+            plan(rows=[[3, 2, 1, 0]] * 5, ids=(1, 2, 3, 4, 5)),
+            {},
+            "plan for 5 layers up to 5, the model's last MoE layer is 3",
+        ),
+        (
+            "eplb",
+            plan(rows=[[0, 1, 2, 2, 3, 0]] * 3, slots=(3, 3)),
+            {},
+            "2 redundant experts, the engine is started with 0",
+        ),
         ("eplb", plan(), {"num_redundant": 2}, "0 redundant experts, the engine is started with 2"),
-        ("eplb", plan(slots=(3, 1)), {"slots_per_rank": (2, 2)}, r"slots, this engine needs \[2, 2\]"),
-        ("eplb", {"physical_to_logical_map": [[0, 1, 2]]}, {}, "3 slots do not divide over 2 EP ranks"),
+        (
+            "eplb",
+            plan(slots=(3, 1)),
+            {"slots_per_rank": (2, 2)},
+            r"slots, this engine needs \[2, 2\]",
+        ),
+        (
+            "eplb",
+            {"physical_to_logical_map": [[0, 1, 2]]},
+            {},
+            "3 slots do not divide over 2 EP ranks",
+        ),
         ("eplb", {"physical_to_logical_map": [[0, 1, 1, 2]]}, {}, "no slot for expert 3"),
         ("eplb", {"physical_to_logical_map": []}, {}, "list of layers"),
         ("eplb", {"hello": 1}, {}, "neither a plan"),
         ("eplb", [1, 2], {}, "neither a plan"),
         ("eplb", b"hello", {}, "is not JSON"),
-        ("eplb", {"logical_count": [[-1.0] * 4] * 3}, {}, "is -1.0: token counts must be finite and not negative"),
+        (
+            "eplb",
+            {"logical_count": [[-1.0] * 4] * 3},
+            {},
+            "is -1.0: token counts must be finite and not negative",
+        ),
         ("eplb", b'{"logical_count": [[NaN, 1, 1, 1]]}', {}, "is nan: token counts"),
     ],
 )
@@ -96,5 +151,8 @@ def test_bad_input(tmp_path, strategy, thing, more, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(PlacementError, match="nowhere.json does not exist: give the path of a plan or recorded load file"):
+    with pytest.raises(
+        PlacementError,
+        match="nowhere.json does not exist: give the path of a plan or recorded load file",
+    ):
         resolve_placement("eplb", tmp_path / "nowhere.json", SHAPE, TWO)

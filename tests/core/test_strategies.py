@@ -3,7 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_placement_plugin import ExpertLoad, PlacementError, PlacementRequest, Topology, get_strategy, strategy_names
+from moe_placement_plugin import (
+    ExpertLoad,
+    PlacementError,
+    PlacementRequest,
+    Topology,
+    get_strategy,
+    strategy_names,
+)
 from moe_placement_plugin.strategies import Strategy, registry
 
 
@@ -69,12 +76,17 @@ def test_eplb_beats_linear_on_a_skewed_load():
 
 
 def test_eplb_without_a_load_says_so():
-    with pytest.raises(PlacementError, match="eplb places experts by a recorded load and has none.*zigzag"):
+    with pytest.raises(
+        PlacementError, match="eplb places experts by a recorded load and has none.*zigzag"
+    ):
         place("eplb", 8, 2)
 
 
 def test_unknown_strategy_lists_the_known_ones():
-    with pytest.raises(PlacementError, match="unknown expert placement strategy 'zigzga': choose one of linear, balanced, zigzag, eplb"):
+    with pytest.raises(
+        PlacementError,
+        match="unknown expert placement strategy 'zigzga': choose one of linear, balanced, zigzag, eplb",
+    ):
         get_strategy("zigzga")
     assert get_strategy("round_robin").name == "zigzag"
 
@@ -164,11 +176,15 @@ def near(locality="soft", topology=None, groups=1, pairs=None):
         together[:, range(16), range(16)] = 0
     topology = topology or Topology(4, (0, 1, 0, 1))
     load = ExpertLoad(counts, coactivation=together)
-    return get_strategy("eplb").place(PlacementRequest(2, 16, topology, num_groups=groups, load=load, locality=locality))
+    return get_strategy("eplb").place(
+        PlacementRequest(2, 16, topology, num_groups=groups, load=load, locality=locality)
+    )
 
 
 def nodes_of(placement, topology, layer):
-    return np.array(topology.node_of_rank)[placement.rank_of_slot[np.argsort(placement.physical_to_logical[layer])]]
+    return np.array(topology.node_of_rank)[
+        placement.rank_of_slot[np.argsort(placement.physical_to_logical[layer])]
+    ]
 
 
 def test_soft_locality_brings_together_what_is_chosen_together():
@@ -183,7 +199,11 @@ def test_soft_locality_brings_together_what_is_chosen_together():
 def test_groups_stay_on_their_nodes(locality):
     topology = Topology(4, (0, 1, 0, 1))
     placement = near(locality, groups=4)
-    crossing = sum(len(set(nodes_of(placement, topology, layer)[g * 4 : g * 4 + 4])) - 1 for layer in range(2) for g in range(4))
+    crossing = sum(
+        len(set(nodes_of(placement, topology, layer)[g * 4 : g * 4 + 4])) - 1
+        for layer in range(2)
+        for g in range(4)
+    )
     assert crossing == 0 if locality == "node" else crossing < 8
 
 
@@ -192,7 +212,10 @@ def test_groups_stay_on_their_nodes(locality):
     [
         ({"locality": "near"}, "choose one of none, node, soft"),
         ({"topology": Topology(4)}, "all 4 EP ranks on one node"),
-        ({"groups": 1}, "1 expert groups do not divide over 2 nodes; soft also takes a load with co-activation"),
+        (
+            {"groups": 1},
+            "1 expert groups do not divide over 2 nodes; soft also takes a load with co-activation",
+        ),
         ({"locality": "node", "groups": 3}, "3 expert groups do not divide over 2 nodes"),
     ],
 )

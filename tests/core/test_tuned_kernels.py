@@ -24,7 +24,9 @@ class Engine:
                 return files[E, down_moe]
             return self.get(E, N, dtype, down_moe=False) if down_moe else None
 
-        self.get = functools.wraps(original)(lambda *args, **kwargs: ours(original, *args, **kwargs))
+        self.get = functools.wraps(original)(
+            lambda *args, **kwargs: ours(original, *args, **kwargs)
+        )
 
 
 def test_the_configuration_without_redundant_experts_is_used_once_it_is_missed(caplog):

@@ -12,7 +12,9 @@ from moe_placement_plugin.placement import Placement
 from moe_placement_plugin.topology import Topology
 
 
-def random_placement(rng: np.random.Generator, layers: int, experts: int, slots, live=None) -> Placement:
+def random_placement(
+    rng: np.random.Generator, layers: int, experts: int, slots, live=None
+) -> Placement:
     """A valid placement; with ``live`` every expert has a slot on one of those ranks."""
     rank_of = np.repeat(np.arange(len(slots)), slots)
     preferred = np.ones(rank_of.size, bool) if live is None else np.isin(rank_of, live)
@@ -38,7 +40,10 @@ def drifted(rng: np.random.Generator, old: Placement, live=None, share: float = 
             a, b = rng.integers(row.size, size=2)
             swapped = row.copy()
             swapped[[a, b]] = swapped[[b, a]]
-            if all(np.unique(swapped[rank_of == r]).size == (rank_of == r).sum() for r in (rank_of[a], rank_of[b])):
+            if all(
+                np.unique(swapped[rank_of == r]).size == (rank_of == r).sum()
+                for r in (rank_of[a], rank_of[b])
+            ):
                 row[:] = swapped
     return Placement(table, old.num_logical_experts, old.slots_per_rank)
 
@@ -69,12 +74,16 @@ def exchanges(draw, most_ranks: int = 7) -> ExchangePlan:
     else:
         new = random_placement(rng, layers, experts, new_slots, live)
     topology = Topology(ranks, tuple(int(n) for n in rng.integers(nodes, size=ranks)))
-    return plan_exchange(old, new, topology, live, draw(st.sampled_from([1, 1000, list(range(1, layers + 1))])))
+    return plan_exchange(
+        old, new, topology, live, draw(st.sampled_from([1, 1000, list(range(1, layers + 1))]))
+    )
 
 
 def expert_content(row: int, expert: int, parameter: int, width: int = 6) -> np.ndarray:
     """Bytes that tell every parameter of every expert of every layer apart."""
-    return np.random.default_rng([row, expert, parameter]).integers(0, 256, width + parameter, dtype=np.uint8)
+    return np.random.default_rng([row, expert, parameter]).integers(
+        0, 256, width + parameter, dtype=np.uint8
+    )
 
 
 @dataclass
@@ -84,7 +93,9 @@ class SimulatedRanks:
     weights: list[list[list[np.ndarray]]]
 
     @classmethod
-    def holding(cls, placement: Placement, capacity=None, dead=(), parameters: int = 2) -> SimulatedRanks:
+    def holding(
+        cls, placement: Placement, capacity=None, dead=(), parameters: int = 2
+    ) -> SimulatedRanks:
         """What the ranks hold under a placement; dead ranks and spare slots hold noise."""
         rng = np.random.default_rng(99)
         capacity = placement.slots_per_rank if capacity is None else capacity
@@ -92,7 +103,10 @@ class SimulatedRanks:
         for rank, slots in enumerate(capacity):
             rows = []
             for row in range(placement.num_layers):
-                tensors = [rng.integers(0, 256, (slots, expert_content(0, 0, p).size), dtype=np.uint8) for p in range(parameters)]
+                tensors = [
+                    rng.integers(0, 256, (slots, expert_content(0, 0, p).size), dtype=np.uint8)
+                    for p in range(parameters)
+                ]
                 if rank not in dead:
                     for slot, expert in enumerate(placement.local_experts(row, rank).tolist()):
                         for p, tensor in enumerate(tensors):
@@ -109,7 +123,9 @@ class SimulatedRanks:
                 assert plan.live[source] and plan.live[rank]
                 staged[row, rank, to] = [t[slot].copy() for t in self.weights[source][row]]
             for row, expert, rank, to in chunk.reads.tolist():
-                staged[row, rank, to] = [expert_content(row, expert, p) for p in range(len(self.weights[rank][row]))]
+                staged[row, rank, to] = [
+                    expert_content(row, expert, p) for p in range(len(self.weights[rank][row]))
+                ]
             scratch: dict[int, list[np.ndarray]] = {}
             for row, rank, source, to in chunk.copies.tolist():
                 tensors = self.weights[rank][row]
@@ -129,4 +145,10 @@ class SimulatedRanks:
             for row in range(placement.num_layers) if rows is None else rows:
                 for slot, expert in enumerate(placement.local_experts(row, rank).tolist()):
                     for p, tensor in enumerate(self.weights[rank][row]):
-                        assert (tensor[slot] == expert_content(row, expert, p)).all(), (rank, row, slot, expert, p)
+                        assert (tensor[slot] == expert_content(row, expert, p)).all(), (
+                            rank,
+                            row,
+                            slot,
+                            expert,
+                            p,
+                        )

@@ -32,7 +32,9 @@ class Ranks:
         self._context = forkserver.context()
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
-    def run(self, function: Callable[..., Any], world: int, *args, timeout: float = 60, meanwhile=None) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], world: int, *args, timeout: float = 60, meanwhile=None
+    ) -> list[Any]:
         """``function(rank, world, store, *args)`` in ``world`` processes of one gloo group.
 
         Args:
@@ -51,7 +53,11 @@ class Ranks:
         stacks = tempfile.TemporaryDirectory()
         for rank in range(world):
             here, there = self._context.Pipe(duplex=False)
-            process = self._context.Process(target=_child, args=(function, rank, world, self.store.port, name, there, stacks.name, args), daemon=True)
+            process = self._context.Process(
+                target=_child,
+                args=(function, rank, world, self.store.port, name, there, stacks.name, args),
+                daemon=True,
+            )
             process.start()
             there.close()
             processes.append(process)
@@ -64,7 +70,9 @@ class Ranks:
             for rank, pipe in enumerate(pipes):
                 if not pipe.poll(max(0.0, deadline - time.monotonic())):
                     stuck = _stacks(processes, stacks.name)
-                    raise AssertionError(f"rank {rank} did not end within {timeout} s; where it and the others wait:\n{stuck}")
+                    raise AssertionError(
+                        f"rank {rank} did not end within {timeout} s; where it and the others wait:\n{stuck}"
+                    )
                 try:
                     kind, value = pipe.recv()
                 except EOFError:
@@ -87,7 +95,11 @@ def _stacks(processes: list[Any], folder: str) -> str:
         if process.is_alive():
             os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.5)
-    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(Path(folder).iterdir()) if path.stat().st_size)
+    return "\n".join(
+        f"{path.name}:\n{path.read_text()}"
+        for path in sorted(Path(folder).iterdir())
+        if path.stat().st_size
+    )
 
 
 def _child(function, rank, world, port, name, pipe, stacks, args) -> None:
@@ -95,9 +107,21 @@ def _child(function, rank, world, port, name, pipe, stacks, args) -> None:
 
     faulthandler.register(signal.SIGUSR1, open(f"{stacks}/rank-{rank}", "w"))  # noqa: SIM115 - for as long as the process lives
     try:
-        client = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        client = dist.TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=30),
+        )
         store = dist.PrefixStore(name, client)
-        dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timedelta(seconds=30))
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=30),
+        )
         # Nobody's connections are complete because this rank's are, and one that ends early would leave the others waiting for it.
         if store.add("connected", 1) == world:
             store.set("all connected", "")

@@ -26,7 +26,12 @@ from moe_placement_plugin.topology import Topology
 from .cases import expert_content
 from .pieces import Pieces
 
-SHAPES = (((5, 3), torch.float32), ((7,), torch.uint8), ((2, 4), torch.bfloat16), ((1,), torch.float8_e4m3fn))
+SHAPES = (
+    ((5, 3), torch.float32),
+    ((7,), torch.uint8),
+    ((2, 4), torch.bfloat16),
+    ((1,), torch.float8_e4m3fn),
+)
 """One slot of each tensor of a layer. Their bytes are random, so NaNs of all kinds are among them."""
 
 
@@ -43,7 +48,11 @@ def weights_of(placement, rank: int, slots: int) -> list[list[torch.Tensor]]:
     for row in range(placement.num_layers):
         tensors = []
         for parameter, (shape, dtype) in enumerate(SHAPES):
-            tensor = torch.zeros((slots, *shape[::-1]), dtype=dtype).transpose(1, 2) if parameter == 0 else torch.zeros((slots, *shape), dtype=dtype)
+            tensor = (
+                torch.zeros((slots, *shape[::-1]), dtype=dtype).transpose(1, 2)
+                if parameter == 0
+                else torch.zeros((slots, *shape), dtype=dtype)
+            )
             for slot, expert in enumerate(placement.local_experts(row, rank).tolist()):
                 tensor[slot] = expert_tensor(row, expert, parameter)
             tensors.append(tensor)
@@ -67,7 +76,10 @@ def peer_memory(weights: list[list[torch.Tensor]], nodes: tuple[int, ...]) -> Pe
 
 
 def as_bytes(weights: list[list[torch.Tensor]]) -> list[list[np.ndarray]]:
-    return [[t.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy() for t in tensors] for tensors in weights]
+    return [
+        [t.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy() for t in tensors]
+        for tensors in weights
+    ]
 
 
 class Reader:
@@ -132,8 +144,21 @@ def exchange_with_a_death(
 
     def prepared(epoch: int) -> tuple[list[list[torch.Tensor]], Exchange]:
         weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
-        peers = {} if nodes is None else {"peers": peer_memory(weights if attached else shared(weights), nodes)}
-        return weights, Exchange(plan, weights, epoch=epoch, store=store, reader=Reader(), timeout=timeout, **limits, **peers)
+        peers = (
+            {}
+            if nodes is None
+            else {"peers": peer_memory(weights if attached else shared(weights), nodes)}
+        )
+        return weights, Exchange(
+            plan,
+            weights,
+            epoch=epoch,
+            store=store,
+            reader=Reader(),
+            timeout=timeout,
+            **limits,
+            **peers,
+        )
 
     _, calm = prepared(1)
     dist.barrier()
@@ -162,7 +187,12 @@ def exchange_with_a_death(
 
 
 def start(rank: int, store, plan: ExchangePlan, weights, **more) -> Exchange:
-    return Exchange(plan, weights, store=store, **({"epoch": 1, "reader": Reader(), "timeout": 10, "max_layers": 1} | more))
+    return Exchange(
+        plan,
+        weights,
+        store=store,
+        **({"epoch": 1, "reader": Reader(), "timeout": 10, "max_layers": 1} | more),
+    )
 
 
 def outcome(found: Exchange, weights):
@@ -221,7 +251,9 @@ def after_the_store_is_gone(rank: int, world: int, store, plan: ExchangePlan):
         own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         store.set("port", str(own.port))
     else:
-        own = dist.TCPStore("127.0.0.1", int(store.get("port")), is_master=False, wait_for_workers=False)
+        own = dist.TCPStore(
+            "127.0.0.1", int(store.get("port")), is_master=False, wait_for_workers=False
+        )
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     try:
         for _ in start(rank, own, plan, weights).steps():
@@ -244,7 +276,9 @@ def recovering(rank: int, world: int, store, plan: ExchangePlan, victim: int):
         live = found.survivors(0.5)
         in_force = aborted.metadata.in_force()
     dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=live.index(rank), world_size=len(live))
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("again", store), rank=live.index(rank), world_size=len(live)
+    )
     reader = Reader()
     after = plan_exchange(in_force, place_lost(in_force, live), live_ranks=live)
     start(rank, store, after, weights, epoch=2, reader=reader).run()
@@ -260,7 +294,13 @@ def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
     weights = weights_of(placements[0], rank, placements[0].slots_per_rank[rank])
     meeting = Meeting.of(dist.group.WORLD, outlive=dies is not None)
     exchanger = Exchanger(
-        dict(enumerate(weights)), placements[0].num_logical_experts, dist.group.WORLD, meeting, "test", logging.getLogger(), timeout=20
+        dict(enumerate(weights)),
+        placements[0].num_logical_experts,
+        dist.group.WORLD,
+        meeting,
+        "test",
+        logging.getLogger(),
+        timeout=20,
     )
     exchanger.reserve()
     live = None
@@ -276,7 +316,11 @@ def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
                 os._exit(0)
             live = [r for r in range(world) if r != dies]
         committed: list[int] = []
-        exchanger.exchange(exchanger.plan(old, new, live), lambda rows, committed=committed: committed.extend(rows), Reader())
+        exchanger.exchange(
+            exchanger.plan(old, new, live),
+            lambda rows, committed=committed: committed.extend(rows),
+            Reader(),
+        )
         assert committed == exchanger.plan(old, new, live).changed_rows.tolist()
         staging.add(exchanger._staging.data_ptr())
     return as_bytes(weights), store.num_keys() - before, len(staging)

@@ -26,7 +26,12 @@ _runs = itertools.count()
 def members(timeout: float = 20, ranks=RANKS) -> list[Agreement]:
     """One for each rank, each with its own connection."""
     name = f"run-{next(_runs)}"
-    stores = [PrefixStore(name, TCPStore("127.0.0.1", _server.port, is_master=False, wait_for_workers=False)) for _ in ranks]
+    stores = [
+        PrefixStore(
+            name, TCPStore("127.0.0.1", _server.port, is_master=False, wait_for_workers=False)
+        )
+        for _ in ranks
+    ]
     return [Agreement(store, 1, rank, ranks, timeout) for store, rank in zip(stores, ranks)]
 
 
@@ -48,7 +53,9 @@ def test_one_is_missing():
     """Whichever counter it would vote in."""
     for silent in (0, len(RANKS) - 1):
         agreements = members(timeout=1)
-        reasons = all_at_once([a for k, a in enumerate(agreements) if k != silent], lambda a: a.vote(0))
+        reasons = all_at_once(
+            [a for k, a in enumerate(agreements) if k != silent], lambda a: a.vote(0)
+        )
         assert len(set(reasons)) == 1 and f"for ranks [{RANKS[silent]}]" in reasons[0]
         # It comes too late, and learns it.
         assert agreements[silent].vote(0) == reasons[0]

@@ -82,8 +82,14 @@ def advised(monkeypatch, reader: CheckpointReader, experts) -> bytes:
 
 def test_prefetch_asks_for_just_the_experts(sharded, monkeypatch):
     checkpoint = Checkpoint(sharded)
-    monkeypatch.setattr("moe_placement_plugin.exchange.checkpoint._READ_AHEAD", 10)  # a tensor takes several requests
-    asked = advised(monkeypatch, CheckpointReader(checkpoint, hugging_face_experts(checkpoint)), [(2, 1), (1, 0)])
+    monkeypatch.setattr(
+        "moe_placement_plugin.exchange.checkpoint._READ_AHEAD", 10
+    )  # a tensor takes several requests
+    asked = advised(
+        monkeypatch,
+        CheckpointReader(checkpoint, hugging_face_experts(checkpoint)),
+        [(2, 1), (1, 0)],
+    )
     wanted = (*expert(2, 1), *expert(1, 0))
     assert asked == b"".join(t.numpy().tobytes() for t in wanted) and checkpoint.bytes_read == 0
 
@@ -108,7 +114,10 @@ def test_without_an_index(sharded):
 def test_mixtral_names(tmp_path):
     gate, up, down = expert(3, 1)
     start = "model.layers.3.block_sparse_moe.experts.1."
-    save_file({start + "w1.weight": gate, start + "w3.weight": up, start + "w2.weight": down}, tmp_path / "model.safetensors")
+    save_file(
+        {start + "w1.weight": gate, start + "w3.weight": up, start + "w2.weight": down},
+        tmp_path / "model.safetensors",
+    )
     checkpoint = Checkpoint(tmp_path)
     check(CheckpointReader(checkpoint, hugging_face_experts(checkpoint)), 3, 1)
 
@@ -120,19 +129,31 @@ def test_all_experts_in_one_tensor(tmp_path, transposed, monkeypatch):
     if transposed:
         gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
     save_file(
-        {"model.language_model.layers.0.mlp.experts.gate_up_proj": gate_up, "model.language_model.layers.0.mlp.experts.down_proj": down},
+        {
+            "model.language_model.layers.0.mlp.experts.gate_up_proj": gate_up,
+            "model.language_model.layers.0.mlp.experts.down_proj": down,
+        },
         tmp_path / "model.safetensors",
     )
     checkpoint = Checkpoint(tmp_path)
     reader = CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
     check(reader, 0, 2)
-    assert advised(monkeypatch, reader, [(0, 2)]) == gate_up[2].numpy().tobytes() + down[2].numpy().tobytes()
+    assert (
+        advised(monkeypatch, reader, [(0, 2)])
+        == gate_up[2].numpy().tobytes() + down[2].numpy().tobytes()
+    )
     with pytest.raises(PlacementError, match="holds 3 experts, expert 3"):
         reader.read(0, 3, [torch.zeros(1), torch.zeros(1)])
 
 
 def test_a_square_fused_tensor_is_not_guessed(tmp_path):
-    save_file({"layers.0.experts.gate_up_proj": torch.zeros(1, 8, 8), "layers.0.experts.down_proj": torch.zeros(1, 8, 4)}, tmp_path / "a.safetensors")
+    save_file(
+        {
+            "layers.0.experts.gate_up_proj": torch.zeros(1, 8, 8),
+            "layers.0.experts.down_proj": torch.zeros(1, 8, 4),
+        },
+        tmp_path / "a.safetensors",
+    )
     checkpoint = Checkpoint(tmp_path)
     reader = CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
     with pytest.raises(PlacementError, match="square"):
@@ -142,7 +163,11 @@ def test_a_square_fused_tensor_is_not_guessed(tmp_path):
 def test_plain_types_are_converted_and_others_refused(tmp_path):
     gate, up, down = expert(0, 0, torch.bfloat16)
     start = "model.layers.0.mlp.experts.0."
-    tensors = {start + "gate_proj.weight": gate, start + "up_proj.weight": up, start + "down_proj.weight": down}
+    tensors = {
+        start + "gate_proj.weight": gate,
+        start + "up_proj.weight": up,
+        start + "down_proj.weight": down,
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path)
     reader = CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
@@ -162,7 +187,9 @@ def test_plain_types_are_converted_and_others_refused(tmp_path):
 def test_what_is_missing_is_named(sharded, tmp_path_factory):
     checkpoint = Checkpoint(sharded)
     reader = CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
-    with pytest.raises(PlacementError, match=r"no tensor model\.layers\.9\.mlp\.experts\.0\.gate_proj\.weight"):
+    with pytest.raises(
+        PlacementError, match=r"no tensor model\.layers\.9\.mlp\.experts\.0\.gate_proj\.weight"
+    ):
         reader.read(9, 0, [])
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(PlacementError, match="no safetensors files"):

@@ -26,7 +26,11 @@ LAYERS = 6
 
 def make_plan(rng):
     old = random_placement(rng, LAYERS, 12, [4] * WORLD)
-    new = drifted(rng, old, share=0.4) if rng.random() < 0.5 else random_placement(rng, LAYERS, 12, [4] * WORLD)
+    new = (
+        drifted(rng, old, share=0.4)
+        if rng.random() < 0.5
+        else random_placement(rng, LAYERS, 12, [4] * WORLD)
+    )
     return plan_exchange(old, new)
 
 
@@ -62,8 +66,12 @@ def trial(ranks, number: int) -> tuple[str, bool, bool]:
     rng = np.random.default_rng([7, number])
     plan = make_plan(rng)
     victim = int(rng.integers(WORLD))
-    limits = [{"max_layers": 1}, {"max_layers": 2, "batch_bytes": 1}, {}][number % 3]  # one byte: a round is a batch
-    nodes = [None, (0,) * WORLD, (0, 0, 0, 1, 1)][number // 3 % 3]  # all is sent, all is read in the others' memory (mapped or not), some
+    limits = [{"max_layers": 1}, {"max_layers": 2, "batch_bytes": 1}, {}][
+        number % 3
+    ]  # one byte: a round is a batch
+    nodes = [None, (0,) * WORLD, (0, 0, 0, 1, 1)][
+        number // 3 % 3
+    ]  # all is sent, all is read in the others' memory (mapped or not), some
     # Half of the victims are killed from outside at a random time, half kill themselves at a random piece of work.
     share = float(rng.uniform())
 
@@ -77,7 +85,17 @@ def trial(ranks, number: int) -> tuple[str, bool, bool]:
             os.kill(processes[victim].pid, signal.SIGKILL)
 
     moment = share if number % 2 else None
-    results = ranks.run(exchange_with_a_death, WORLD, plan, victim, moment, limits, nodes, number % 2 == number // 9 % 2, meanwhile=kill)
+    results = ranks.run(
+        exchange_with_a_death,
+        WORLD,
+        plan,
+        victim,
+        moment,
+        limits,
+        nodes,
+        number % 2 == number // 9 % 2,
+        meanwhile=kill,
+    )
     return *check_survivors(plan, results, victim), results[victim] is None
 
 
@@ -88,7 +106,9 @@ def run_trials(ranks, numbers) -> None:
     died = sum(dead for *_, dead in outcomes)
     late = sum(late for _, late, _ in outcomes)
     kinds = {kind for kind, _, dead in outcomes if dead}
-    print(f"{died} of {len(outcomes)} victims died in the exchange; {late} times a rank came too late; {sorted(kinds)}")
+    print(
+        f"{died} of {len(outcomes)} victims died in the exchange; {late} times a rank came too late; {sorted(kinds)}"
+    )
     # Deaths must be spread over the exchange: before its beginning or after its end they would prove nothing.
     assert died >= 0.6 * len(outcomes)
     assert len(kinds) >= 3

@@ -32,7 +32,13 @@ def test_a_gain_is_taken_and_told():
     assert (found.before, found.after) == (pytest.approx(60 / 80), pytest.approx(1))
     assert found.bytes == 2_000_000 and found.seconds == pytest.approx(1e6 / 25e9)
     line = str(found)
-    assert "\n" not in line and "accepted" in line and "+25.0%" in line and "0.7500 -> 1.0000" in line and "2.0 MB" in line
+    assert (
+        "\n" not in line
+        and "accepted" in line
+        and "+25.0%" in line
+        and "0.7500 -> 1.0000" in line
+        and "2.0 MB" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,21 +54,37 @@ def test_a_gain_is_taken_and_told():
     ],
 )
 def test_each_refusal(reason, change, windows, phases, achieved):
-    found = decide(PLAN, load(*windows, phases=phases), RebalancePolicy(**change), achieved=achieved)
+    found = decide(
+        PLAN, load(*windows, phases=phases), RebalancePolicy(**change), achieved=achieved
+    )
     assert not found.rebalance and found.reason == reason
     assert "declined, " + REASONS[reason] in str(found)
 
 
 def test_just_within_every_bound():
-    policy = RebalancePolicy(min_gain=0.24, max_bytes=2_000_000, max_pause=4.1e-5, hysteresis=0.1, staging_bytes=1_000_000)
+    policy = RebalancePolicy(
+        min_gain=0.24,
+        max_bytes=2_000_000,
+        max_pause=4.1e-5,
+        hysteresis=0.1,
+        staging_bytes=1_000_000,
+    )
     assert decide(PLAN, load(HOT), policy, achieved=0.851).rebalance
 
 
 def test_the_dead_zone_is_only_that_of_small_decode_batches():
     mild = [1005, 1005, 995, 995]
     policy = {"min_gain": 0.001}
-    assert decide(PLAN, load(mild, phases=("decode",)), RebalancePolicy(**policy)).reason == "dead_zone"
-    assert decide(PLAN, load(mild, phases=("decode",)), RebalancePolicy(small_batches=False, **policy)).reason == "pays"
+    assert (
+        decide(PLAN, load(mild, phases=("decode",)), RebalancePolicy(**policy)).reason
+        == "dead_zone"
+    )
+    assert (
+        decide(
+            PLAN, load(mild, phases=("decode",)), RebalancePolicy(small_batches=False, **policy)
+        ).reason
+        == "pays"
+    )
     assert decide(PLAN, load(mild, phases=("prefill",)), RebalancePolicy(**policy)).reason == "pays"
 
 
@@ -94,16 +116,23 @@ def test_no_change_and_lost_experts():
 
 
 def test_chunks_bound_the_pause():
-    both = plan_exchange(OLD, Placement(np.array([[0, 2, 1, 3]] * 2), 4, (2, 2)), expert_bytes=1_000_000)
+    both = plan_exchange(
+        OLD, Placement(np.array([[0, 2, 1, 3]] * 2), 4, (2, 2)), expert_bytes=1_000_000
+    )
     whole, cut = (decide(both, load(HOT), chunks=both.chunks(max_layers=n)) for n in (None, 1))
     assert (whole.chunks, cut.chunks) == (1, 2)
-    assert cut.pause == pytest.approx(whole.pause / 2) and cut.seconds == pytest.approx(whole.seconds)
+    assert cut.pause == pytest.approx(whole.pause / 2) and cut.seconds == pytest.approx(
+        whole.seconds
+    )
 
 
 def test_decisions_are_logged_and_counted(caplog):
     counted = {}
     with caplog.at_level(logging.INFO, "moe_placement_plugin"):
-        announce(decide(PLAN, load(HOT), RebalancePolicy(min_gain=0.5)), lambda event, amount: counted.update({event: amount}))
+        announce(
+            decide(PLAN, load(HOT), RebalancePolicy(min_gain=0.5)),
+            lambda event, amount: counted.update({event: amount}),
+        )
     assert counted == {"rebalance_declined": 1, "rebalance_declined_min_gain": 1}
     assert len(caplog.records) == 1 and "below the minimum" in caplog.text
 
@@ -116,7 +145,9 @@ def test_they_reach_the_recording():
     assert load_recorder._events["rebalance_accepted_pays"] == before + 1
 
 
-@pytest.mark.parametrize("change", [{"min_gain": -1}, {"hysteresis": 1.5}, {"bandwidth": 0}, {"max_bytes": -5}])
+@pytest.mark.parametrize(
+    "change", [{"min_gain": -1}, {"hysteresis": 1.5}, {"bandwidth": 0}, {"max_bytes": -5}]
+)
 def test_senseless_policies(change):
     with pytest.raises(PlacementError, match=next(iter(change))):
         RebalancePolicy(**change)

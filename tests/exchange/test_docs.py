@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def test_examples_of_the_page():
-    text = (Path(__file__).resolve().parents[2] / "docs" / "exchange.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "exchange.md").read_text(
+        encoding="utf-8"
+    )
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     scope: dict = {}
     for block in blocks:

@@ -21,8 +21,16 @@ def check_weights(weights, placement: Placement, rank: int, rows=None) -> None:
     for row in range(placement.num_layers) if rows is None else rows:
         for slot, expert in enumerate(placement.local_experts(row, rank).tolist()):
             for parameter in range(len(SHAPES)):
-                wanted = expert_tensor(row, expert, parameter).contiguous().view(torch.uint8).numpy()
-                assert (weights[row][parameter][slot] == wanted).all(), (rank, row, slot, expert, parameter)
+                wanted = (
+                    expert_tensor(row, expert, parameter).contiguous().view(torch.uint8).numpy()
+                )
+                assert (weights[row][parameter][slot] == wanted).all(), (
+                    rank,
+                    row,
+                    slot,
+                    expert,
+                    parameter,
+                )
 
 
 def carry_out(ranks, plan: ExchangePlan, limits: dict, by_layer: bool = False):
@@ -45,7 +53,11 @@ def test_chunked_and_whole_end_alike(ranks, slots, experts):
 
     rng = np.random.default_rng(len(slots))
     old = random_placement(rng, 4, experts, slots)
-    plan = plan_exchange(old, random_placement(rng, 4, experts, slots), Topology(len(slots), tuple(r % 2 for r in range(len(slots)))))
+    plan = plan_exchange(
+        old,
+        random_placement(rng, 4, experts, slots),
+        Topology(len(slots), tuple(r % 2 for r in range(len(slots)))),
+    )
     whole = carry_out(ranks, plan, {})
     padded = plan.staging_needed([64 * len(SHAPES)] * 4).max()
     cut = carry_out(ranks, plan, {"staging_bytes": int(padded)}, by_layer=True)
@@ -57,12 +69,18 @@ def test_chunked_and_whole_end_alike(ranks, slots, experts):
         assert b[2].staging_bytes <= padded
         assert not a[1]
     size = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in SHAPES)
-    assert sum(r[2].bytes_received for r in cut) == sum(r[2].bytes_sent for r in cut) == len(plan.transfers) * size
+    assert (
+        sum(r[2].bytes_received for r in cut)
+        == sum(r[2].bytes_sent for r in cut)
+        == len(plan.transfers) * size
+    )
 
 
 def test_other_numbers_of_slots(ranks):
     rng = np.random.default_rng(3)
-    plan = plan_exchange(random_placement(rng, 3, 8, [4, 4, 4]), random_placement(rng, 3, 8, [2, 6, 5]))
+    plan = plan_exchange(
+        random_placement(rng, 3, 8, [4, 4, 4]), random_placement(rng, 3, 8, [2, 6, 5])
+    )
     carry_out(ranks, plan, {"max_layers": 2})
 
 
@@ -75,7 +93,12 @@ def test_dead_ranks_are_left_out_and_only_what_died_is_read(ranks, dead):
     plan = plan_exchange(old, new, live_ranks=live)
     results = carry_out(ranks, plan, {"max_layers": 1})
     asked = [r for result in results if result for r in result[1]]
-    lost = {(row, e) for row in range(3) for e in range(8) if not any(e in old.local_experts(row, r) for r in live)}
+    lost = {
+        (row, e)
+        for row in range(3)
+        for e in range(8)
+        if not any(e in old.local_experts(row, r) for r in live)
+    }
     assert set(asked) == lost and len(asked) == len(plan.reads)
 
 

@@ -21,7 +21,9 @@ from .test_executor import check_weights
 def a_plan(seed=0, ranks=3, layers=3, experts=8, slots=4, live=None):
     rng = np.random.default_rng(seed)
     return plan_exchange(
-        random_placement(rng, layers, experts, [slots] * ranks), random_placement(rng, layers, experts, [slots] * ranks, live), live_ranks=live
+        random_placement(rng, layers, experts, [slots] * ranks),
+        random_placement(rng, layers, experts, [slots] * ranks, live),
+        live_ranks=live,
     )
 
 
@@ -79,7 +81,10 @@ def test_the_watchdog_ends_the_wait_for_a_rank_that_hangs(ranks):
     assert any(re.search(r"ranks \[(0, |2, )?1\b", results[rank][3][0]) for rank in (0, 2))
     for rank in (0, 2):
         reason, said = results[rank][2:]
-        assert re.search(r"not finished after 0\.\d s; waiting for: receive, layer 0, round \d, ranks \[.*\], [\d,]+ bytes", said[0]), said
+        assert re.search(
+            r"not finished after 0\.\d s; waiting for: receive, layer 0, round \d, ranks \[.*\], [\d,]+ bytes",
+            said[0],
+        ), said
         assert any("interrupting" in line for line in said)
         assert reason
 
@@ -101,7 +106,12 @@ def test_survivors_go_on_without_the_dead(ranks):
     weights, in_force, live, _ = results[0]
     assert live == (0, 1, 3)
     after = place_lost(in_force, live)
-    lost = {(row, e) for row in range(5) for e in range(10) if not any(e in in_force.local_experts(row, r) for r in live)}
+    lost = {
+        (row, e)
+        for row in range(5)
+        for e in range(10)
+        if not any(e in in_force.local_experts(row, r) for r in live)
+    }
     asked = set()
     for rank in live:
         assert results[rank][1] == in_force
@@ -117,7 +127,12 @@ def test_place_lost_moves_nothing_else():
     new = place_lost(old, [0, 1, 3], load)
     plan = plan_exchange(old, new, live_ranks=[0, 1, 3])
     assert not len(plan.transfers) and not len(plan.copies)
-    lost = [(row, e) for row in range(4) for e in range(10) if not any(e in old.local_experts(row, r) for r in (0, 1, 3))]
+    lost = [
+        (row, e)
+        for row in range(4)
+        for e in range(10)
+        if not any(e in old.local_experts(row, r) for r in (0, 1, 3))
+    ]
     assert sorted(map(tuple, plan.reads[:, :2].tolist())) == lost and lost
     assert (new.physical_to_logical[:, 10:15] == old.physical_to_logical[:, 10:15]).all()
     with pytest.raises(PlacementError, match="5 slots for 10 experts"):
@@ -141,7 +156,9 @@ def test_the_watchdog_says_what_is_waited_for_and_then_is_quiet():
     with watchdog:
         until(lambda: len(said) >= 2)
     count = len(said)
-    assert all("receive, layers 3..4, round 2, ranks [7, 1], 44,040,192 bytes" in line for line in said)
+    assert all(
+        "receive, layers 3..4, round 2, ranks [7, 1], 44,040,192 bytes" in line for line in said
+    )
     time.sleep(0.15)
     assert len(said) == count and watchdog.expired is None
 

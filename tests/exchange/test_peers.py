@@ -25,7 +25,11 @@ def placements(seed: int, slots, experts: int = 12):
     return random_placement(rng, 4, experts, slots), random_placement(rng, 4, experts, slots)
 
 
-@pytest.mark.parametrize("nodes", [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 1, 2)], ids=["one node", "two nodes", "a rank alone"])
+@pytest.mark.parametrize(
+    "nodes",
+    [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 1, 2)],
+    ids=["one node", "two nodes", "a rank alone"],
+)
 @pytest.mark.parametrize("cut", ["whole", "singly", "by layer", "staging", "double"])
 @pytest.mark.parametrize("attached", [False, True], ids=["mapped", "attached"])
 def test_read_and_sent_end_alike(ranks, nodes, cut, attached):
@@ -34,19 +38,35 @@ def test_read_and_sent_end_alike(ranks, nodes, cut, attached):
     plan = plan_exchange(*placements(1, [5, 4, 6, 5]), Topology(4, nodes))
     need = int(plan.staging_needed([64 * len(SHAPES)] * 4).max())
     double = {"staging_bytes": need, "double": True, "free": 4 * need}
-    limits = {"whole": {}, "singly": {"singly": 20}, "by layer": {"max_layers": 1}, "staging": {"staging_bytes": need}, "double": double}[cut]
-    read, sent = (ranks.run(exchange, 4, plan, limits, False, given, attached) for given in (nodes, None))
+    limits = {
+        "whole": {},
+        "singly": {"singly": 20},
+        "by layer": {"max_layers": 1},
+        "staging": {"staging_bytes": need},
+        "double": double,
+    }[cut]
+    read, sent = (
+        ranks.run(exchange, 4, plan, limits, False, given, attached) for given in (nodes, None)
+    )
     for rank, (a, b) in enumerate(zip(read, sent)):
         check_weights(a[0], plan.new, rank)
         assert all((x == y).all() for p, q in zip(a[0], b[0]) for x, y in zip(p, q))
-        assert (a[2].bytes_received, a[2].bytes_sent, a[2].chunks) == (b[2].bytes_received, b[2].bytes_sent, b[2].chunks)
+        assert (a[2].bytes_received, a[2].bytes_sent, a[2].chunks) == (
+            b[2].bytes_received,
+            b[2].bytes_sent,
+            b[2].chunks,
+        )
         assert a[2].packing_bytes <= b[2].packing_bytes
     doubled = [result[2].staging_bytes > need for result in read]
-    assert any(doubled) == (cut in ("whole", "singly", "by layer") or cut == "double" and nodes == (0, 0, 0, 0))
+    assert any(doubled) == (
+        cut in ("whole", "singly", "by layer") or cut == "double" and nodes == (0, 0, 0, 0)
+    )
     packed = [result[2].packing_bytes for result in read]
     node_of = np.array(nodes)
     between = node_of[plan.transfers[:, 2]] != node_of[plan.transfers[:, 4]]
-    assert [size > 0 for size in packed] == [bool((plan.transfers[between, 2] == rank).any()) for rank in range(4)]
+    assert [size > 0 for size in packed] == [
+        bool((plan.transfers[between, 2] == rank).any()) for rank in range(4)
+    ]
 
 
 def repeatedly(rank, world, store, plan, back, number, attached):
@@ -72,7 +92,10 @@ def repeatedly(rank, world, store, plan, back, number, attached):
 def test_nobody_reads_what_is_being_overwritten(ranks, attached):
     """Ranks that have ended an exchange would read in the next one what a slow rank has yet to overwrite, if nothing held them."""
     old, new = placements(2, [6, 6, 6])
-    assert ranks.run(repeatedly, 3, plan_exchange(old, new), plan_exchange(new, old), 6, attached) == [True] * 3
+    assert (
+        ranks.run(repeatedly, 3, plan_exchange(old, new), plan_exchange(new, old), 6, attached)
+        == [True] * 3
+    )
 
 
 def without_a_rank(rank, world, store, plan, dead, attached):
@@ -85,7 +108,9 @@ def without_a_rank(rank, world, store, plan, dead, attached):
     peers = peer_memory(weights if attached else shared(weights), (0,) * world)
     if rank == dead:
         return None
-    report = Exchange(plan, weights, epoch=1, store=store, peers=peers, reader=Reader(), timeout=20).run()
+    report = Exchange(
+        plan, weights, epoch=1, store=store, peers=peers, reader=Reader(), timeout=20
+    ).run()
     check_weights(as_bytes(weights), plan.new, rank)
     return report.bytes_sent
 
@@ -97,7 +122,9 @@ def test_the_others_go_on_without_a_dead_rank(ranks, attached):
     live = [0, 1, 3]
     old, new = random_placement(rng, 3, 8, [6] * 4), random_placement(rng, 3, 8, [6] * 4, live)
     results = ranks.run(without_a_rank, 4, plan_exchange(old, new, live_ranks=live), 2, attached)
-    assert results[2] is None and sum(result for rank, result in enumerate(results) if rank != 2) > 0
+    assert (
+        results[2] is None and sum(result for rank, result in enumerate(results) if rank != 2) > 0
+    )
 
 
 def refuse(self, pieces):
@@ -128,9 +155,14 @@ def looks(rank, world, store, what, attached):
             peers.Process.read = refuse
     pointers = [t.data_ptr() for tensors in weights for t in tensors]
     found = peer_memory(weights, (0,) * world)
-    assert pointers == [t.data_ptr() for tensors in weights for t in tensors], "an engine would go on with other memory"
+    assert pointers == [t.data_ptr() for tensors in weights for t in tensors], (
+        "an engine would go on with other memory"
+    )
     torch.distributed.barrier()
-    seen = {peer: [contents(p) for tensors in layers.values() for p in tensors] for peer, layers in found.parameters.items()}
+    seen = {
+        peer: [contents(p) for tensors in layers.values() for p in tensors]
+        for peer, layers in found.parameters.items()
+    }
     torch.distributed.barrier()  # memory goes with its owner
     return found.reads, seen, str(found), as_bytes(weights)
 
@@ -142,7 +174,9 @@ def contents(parameter):
     if not isinstance(parameter, AttachedRows):
         return parameter.rows.clone().numpy()
     found = np.zeros((3, parameter.bytes), np.uint8)
-    parameter.process.read([(found[slot].ctypes.data, parameter.row(slot), parameter.bytes) for slot in range(3)])
+    parameter.process.read(
+        [(found[slot].ctypes.data, parameter.row(slot), parameter.bytes) for slot in range(3)]
+    )
     return found
 
 
@@ -155,12 +189,20 @@ def test_what_cannot_be_seen_is_left_to_messages(ranks, what, attached):
     """Memory that does not hold what its owner says, or that the system does not let be read."""
     results = ranks.run(looks, 3, what, attached)
     expected = ~np.eye(3, dtype=bool)
-    if what in ("wrong", "another process", "no longer there"):  # what rank 1 says of its own does not hold
+    if what in (
+        "wrong",
+        "another process",
+        "no longer there",
+    ):  # what rank 1 says of its own does not hold
         expected[:, 1] = False
-    if what == "not allowed" or what == "wrong" and not attached:  # and it sees nothing of the others'
+    if (
+        what == "not allowed" or what == "wrong" and not attached
+    ):  # and it sees nothing of the others'
         expected[1, :] = False
     for reads, _, text, _ in results:
-        assert (reads == expected).all() and text == f"{expected.sum()} of 6 pairs of ranks read each other's memory"
+        assert (
+            reads == expected
+        ).all() and text == f"{expected.sum()} of 6 pairs of ranks read each other's memory"
     for reader in range(3):
         seen = results[reader][1]
         assert sorted(seen) == np.flatnonzero(expected[reader]).tolist()
@@ -179,7 +221,9 @@ def drops_out(rank, world, store, plan):
     from .ranks import as_bytes, peer_memory, shared, weights_of
 
     weights = shared(weights_of(plan.old, rank, plan.old.slots_per_rank[rank]))
-    found = Exchange(plan, weights, epoch=1, store=store, peers=peer_memory(weights, (0,) * world), timeout=1.0)
+    found = Exchange(
+        plan, weights, epoch=1, store=store, peers=peer_memory(weights, (0,) * world), timeout=1.0
+    )
     if rank == 1:
         return None
     with pytest.raises(ExchangeAborted) as caught:
@@ -199,12 +243,16 @@ def test_torch_names_what_is_changed_of_a_cuda_tensor():
     """A CUDA tensor is seen from the reader's device: what says so must be known by these names in the installed torch."""
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-    assert {"storage_device", "event_sync_required"} <= set(inspect.signature(rebuild_cuda_tensor).parameters)
+    assert {"storage_device", "event_sync_required"} <= set(
+        inspect.signature(rebuild_cuda_tensor).parameters
+    )
 
 
 def test_memory_of_another_process_in_many_pieces_and_its_end():
     """More pieces than the system takes at once, and what ends before all of it is read."""
-    child = subprocess.Popen([sys.executable, "-c", OTHER], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", OTHER], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
     try:
         at = int(child.stdout.readline())
         other = Process(child.pid, at, bytes(range(16)))
@@ -220,7 +268,9 @@ def test_memory_of_another_process_in_many_pieces_and_its_end():
     finally:
         child.kill()
         child.wait()
-    with pytest.raises(ProcessLookupError, match=f"memory of process {child.pid} cannot be read: No such process"):
+    with pytest.raises(
+        ProcessLookupError, match=f"memory of process {child.pid} cannot be read: No such process"
+    ):
         other.read([(found.ctypes.data, at, 1)])
 
 

@@ -37,7 +37,9 @@ def test_every_slot_gets_its_expert_however_the_plan_is_cut(plan, max_layers, ti
     whole.check(plan.new, plan.live_ranks)
     for rank in range(plan.new.num_ranks):
         for row in range(plan.new.num_layers):
-            for a, b, c in zip(whole.weights[rank][row], cut.weights[rank][row], before.weights[rank][row]):
+            for a, b, c in zip(
+                whole.weights[rank][row], cut.weights[rank][row], before.weights[rank][row]
+            ):
                 assert (a == b).all()
                 if not plan.live[rank]:
                     assert (a == c).all()
@@ -54,7 +56,14 @@ def test_an_engines_table_may_hold_an_expert_twice_on_a_rank(seed, ranks, slots)
     experts = int(rng.integers(1, ranks * slots + 1))
 
     def table() -> EngineTable:
-        rows = [rng.permutation(np.concatenate([np.arange(experts), rng.integers(experts, size=ranks * slots - experts)])) for _ in range(3)]
+        rows = [
+            rng.permutation(
+                np.concatenate(
+                    [np.arange(experts), rng.integers(experts, size=ranks * slots - experts)]
+                )
+            )
+            for _ in range(3)
+        ]
         return EngineTable(np.array(rows), experts, (slots,) * ranks)
 
     plan = plan_exchange(table(), table())
@@ -63,7 +72,9 @@ def test_an_engines_table_may_hold_an_expert_twice_on_a_rank(seed, ranks, slots)
     ran.check(plan.new, plan.live_ranks)
     half = plan.metadata()
     half.committed[1] = True
-    assert half.in_force().physical_to_logical[1].tolist() == plan.new.physical_to_logical[1].tolist()
+    assert (
+        half.in_force().physical_to_logical[1].tolist() == plan.new.physical_to_logical[1].tolist()
+    )
 
 
 @RUNS
@@ -85,7 +96,10 @@ def test_rounds_have_no_contention_and_are_as_few_as_can_be(plan):
 def test_sources(plan):
     """Live experts come from live ranks, from the receiver's node where it has one, and no holder sends two more than another could."""
     node = plan.topology.node_of_rank
-    held = [[set(plan.old.local_experts(row, r).tolist()) for r in range(plan.old.num_ranks)] for row in range(plan.old.num_layers)]
+    held = [
+        [set(plan.old.local_experts(row, r).tolist()) for r in range(plan.old.num_ranks)]
+        for row in range(plan.old.num_layers)
+    ]
     for row in range(plan.new.num_layers):
         of_layer = plan.transfers[plan.transfers[:, 0] == row]
         sends = np.bincount(of_layer[:, 2], minlength=plan.new.num_ranks)
@@ -108,7 +122,9 @@ def test_undo_restores(plan, seed):
     assume(plan.old.slots_per_rank == plan.new.slots_per_rank and plan.live.all())
     ranks = simulated(plan)
     done = plan.metadata()
-    for chunk in plan.chunks(max_layers=1)[: int(np.random.default_rng(seed).integers(0, plan.new.num_layers + 1))]:
+    for chunk in plan.chunks(max_layers=1)[
+        : int(np.random.default_rng(seed).integers(0, plan.new.num_layers + 1))
+    ]:
         ranks.carry_out(plan, (chunk,))
         done.committed[list(chunk.rows)] = True
     ranks.check(done.in_force(), plan.live_ranks)
@@ -142,9 +158,13 @@ def test_a_live_replica_wins_over_the_checkpoint():
     assert not len(plan.reads)
     assert plan.transfers.tolist() == [[0, 0, 1, 1, 3, 0]]
     assert plan.copies.tolist() == [[0, 3, 0, 1]]
-    lost = plan_exchange(old, Placement(np.array([[0, 1, 2, 0, 1, 3, 2, 3]]), 4, (2, 2, 2, 2)), live_ranks=[1, 2, 3])
+    lost = plan_exchange(
+        old, Placement(np.array([[0, 1, 2, 0, 1, 3, 2, 3]]), 4, (2, 2, 2, 2)), live_ranks=[1, 2, 3]
+    )
     assert not len(lost.reads) and not len(lost.transfers)
-    lost = plan_exchange(old, Placement(np.array([[0, 1, 2, 0, 1, 3, 1, 3]]), 4, (2, 2, 2, 2)), live_ranks=[1, 3])
+    lost = plan_exchange(
+        old, Placement(np.array([[0, 1, 2, 0, 1, 3, 1, 3]]), 4, (2, 2, 2, 2)), live_ranks=[1, 3]
+    )
     assert lost.reads.tolist() == [[0, 1, 3, 0]]
 
 
@@ -172,7 +192,9 @@ def test_even_sources():
     table = old.physical_to_logical.copy()
     table[0, 8::2] = 0
     plan = plan_exchange(old, Placement(table, 5, (2,) * 8))
-    assert sorted(plan.transfers[:, 2].tolist()) == [0, 1, 2, 3] and plan.chunks()[0].num_rounds == 1
+    assert (
+        sorted(plan.transfers[:, 2].tolist()) == [0, 1, 2, 3] and plan.chunks()[0].num_rounds == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +217,11 @@ def test_bad_input(change, words):
 def test_other_models_and_bounds_are_refused():
     rng = np.random.default_rng(0)
     old, new = random_placement(rng, 3, 8, [4, 4, 4]), random_placement(rng, 3, 8, [4, 4, 4])
-    for other in (random_placement(rng, 3, 6, [4, 4, 4]), random_placement(rng, 2, 8, [4, 4, 4]), random_placement(rng, 3, 8, [8, 8])):
+    for other in (
+        random_placement(rng, 3, 6, [4, 4, 4]),
+        random_placement(rng, 2, 8, [4, 4, 4]),
+        random_placement(rng, 3, 8, [8, 8]),
+    ):
         with pytest.raises(PlacementError, match="one model"):
             plan_exchange(old, other)
     plan = plan_exchange(old, new, expert_bytes=100)
@@ -207,7 +233,9 @@ def test_other_models_and_bounds_are_refused():
 
 def test_maps_of_different_sizes_do_not_mix():
     rng = np.random.default_rng(0)
-    plan = plan_exchange(random_placement(rng, 3, 8, [4, 4, 4]), random_placement(rng, 3, 8, [5, 4, 3]))
+    plan = plan_exchange(
+        random_placement(rng, 3, 8, [4, 4, 4]), random_placement(rng, 3, 8, [5, 4, 3])
+    )
     done = plan.metadata()
     assert done.in_force() is plan.old
     done.committed[0] = True
@@ -230,7 +258,9 @@ def test_quick_at_the_size_of_r1(ranks):
         return time.process_time() - begin
 
     once()
-    assert min(once() for _ in range(5)) < 0.15  # nearly every slot moves; a few hundredths of a second on a slow core
+    assert (
+        min(once() for _ in range(5)) < 0.15
+    )  # nearly every slot moves; a few hundredths of a second on a slow core
 
 
 def test_what_was_lost_is_read_by_all_live_ranks_alike():

@@ -28,7 +28,10 @@ def in_force() -> np.ndarray:
 
 
 def load() -> ExpertLoad:
-    return ExpertLoad(np.random.default_rng(0).zipf(1.4, (2, LAYERS, EXPERTS)).clip(max=400), phases=("prefill", "decode"))
+    return ExpertLoad(
+        np.random.default_rng(0).zipf(1.4, (2, LAYERS, EXPERTS)).clip(max=400),
+        phases=("prefill", "decode"),
+    )
 
 
 def on(table: np.ndarray, ranks) -> np.ndarray:
@@ -40,13 +43,17 @@ def test_what_was_lost_comes_first_and_nothing_else_moves():
     old = in_force()
     table, exchange = planner.propose(load(), old, RANKS, live_ranks=[0, 1, 2])
     assert planner.last.rebalance and planner.last.reason == "lost_experts"
-    assert not len(exchange.transfers) and sorted(map(tuple, exchange.reads[:, :2].tolist())) == [(row, 11) for row in range(LAYERS)]
+    assert not len(exchange.transfers) and sorted(map(tuple, exchange.reads[:, :2].tolist())) == [
+        (row, 11) for row in range(LAYERS)
+    ]
     assert (table != old).sum() == LAYERS and (on(table, [3]) == on(old, [3])).all()
     # Then, with all of them there, balance decides, and a dead rank is neither source nor goal.
     planner = rebalancer()
     after, exchange = planner.propose(load(), table, RANKS, live_ranks=[0, 1, 2])
     assert planner.last.reason == "pays" and not len(exchange.reads) and len(exchange.transfers)
-    assert not (exchange.transfers[:, [2, 4]] == 3).any() and (on(after, [3]) == on(table, [3])).all()
+    assert (
+        not (exchange.transfers[:, [2, 4]] == 3).any() and (on(after, [3]) == on(table, [3])).all()
+    )
     for row in range(LAYERS):
         assert set(on(after, [0, 1, 2])[row]) == set(range(EXPERTS))
 
@@ -59,16 +66,28 @@ def test_too_few_slots_are_refused():
 def test_more_staging_memory_than_is_allowed():
     planner = rebalancer(staging_bytes=1)
     table, exchange = planner.propose(load(), in_force(), RANKS)
-    assert planner.last.reason == "staging" and (table == in_force()).all() and not len(exchange.changed_rows)
+    assert (
+        planner.last.reason == "staging"
+        and (table == in_force()).all()
+        and not len(exchange.changed_rows)
+    )
 
 
 def test_with_a_calibration_the_gain_is_a_time(tmp_path):
-    times = [Measurement(tokens=t, active_experts=e, microseconds=5.0 + 0.01 * t + 2.0 * e) for t in (10, 100, 1000, 5000) for e in (1, 4, 6)]
+    times = [
+        Measurement(tokens=t, active_experts=e, microseconds=5.0 + 0.01 * t + 2.0 * e)
+        for t in (10, 100, 1000, 5000)
+        for e in (1, 4, 6)
+    ]
     Calibration(device="a GPU", layer={}, measurements=times).write(tmp_path / "gpu.json")
     planner = rebalancer(calibration=str(tmp_path / "gpu.json"), top_k=2)
     planner.propose(load(), in_force(), RANKS)
     assert planner.last.saved is not None and "saves" in str(planner.last)
-    rows = [m.model_copy(update={"rows": r, "microseconds": m.microseconds + r}) for m in times for r in (500, 1000)]
+    rows = [
+        m.model_copy(update={"rows": r, "microseconds": m.microseconds + r})
+        for m in times
+        for r in (500, 1000)
+    ]
     Calibration(device="a GPU", layer={}, measurements=rows).write(tmp_path / "gpu.json")
     gains = []
     for gathers in (False, True):

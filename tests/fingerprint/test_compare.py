@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_placement_plugin.fingerprint.compare import LayerDigests, WeightsMismatch, alike, check_experts, check_replicas, expert_digests
+from moe_placement_plugin.fingerprint.compare import (
+    LayerDigests,
+    WeightsMismatch,
+    alike,
+    check_experts,
+    check_replicas,
+    expert_digests,
+)
 from moe_placement_plugin.fingerprint.level import check_level
 
 NAMES = ("w13_weight", "w2_weight")
@@ -13,7 +20,9 @@ NAMES = ("w13_weight", "w2_weight")
 
 def digests(*experts, changed=()):
     """A rank's layer 4; an expert e has digests (10 e, 10 e + 1), changed ones differ in w2."""
-    values = np.array([(10 * abs(e), 10 * abs(e) + 1 + (e in changed)) for e in experts], dtype=np.uint64).reshape(-1, 2)
+    values = np.array(
+        [(10 * abs(e), 10 * abs(e) + 1 + (e in changed)) for e in experts], dtype=np.uint64
+    ).reshape(-1, 2)
     return {4: LayerDigests(np.array(experts, dtype=np.int32), NAMES, values)}
 
 
@@ -21,11 +30,18 @@ def test_equal_replicas_pass_and_give_every_expert():
     ranks = [digests(0, 1), digests(2, 0), digests(-1)]
     check_replicas(ranks, 3)
     names, experts = expert_digests(ranks)[4]
-    assert names == NAMES and {e: v.tolist() for e, v in experts.items()} == {0: [0, 1], 1: [10, 11], 2: [20, 21]}
+    assert names == NAMES and {e: v.tolist() for e, v in experts.items()} == {
+        0: [0, 1],
+        1: [10, 11],
+        2: [20, 21],
+    }
 
 
 def test_replicas_that_differ_are_named():
-    with pytest.raises(WeightsMismatch, match="layer 4, expert 1: slot 1 of rank 1 and slot 1 of rank 0 differ in w2_weight"):
+    with pytest.raises(
+        WeightsMismatch,
+        match="layer 4, expert 1: slot 1 of rank 1 and slot 1 of rank 0 differ in w2_weight",
+    ):
         check_replicas([digests(0, 1), digests(2, 1, changed=(1,))], 3)
 
 
@@ -35,8 +51,15 @@ def test_an_expert_that_nobody_holds_is_named():
 
 
 def test_replicas_with_other_tensors_are_named():
-    other = {4: LayerDigests(np.array([0], dtype=np.int32), ("w13_weight",), np.zeros((1, 1), dtype=np.uint64))}
-    with pytest.raises(WeightsMismatch, match=r"slot 0 of rank 1 has tensors \('w13_weight',\), slot 0 of rank 0 has"):
+    other = {
+        4: LayerDigests(
+            np.array([0], dtype=np.int32), ("w13_weight",), np.zeros((1, 1), dtype=np.uint64)
+        )
+    }
+    with pytest.raises(
+        WeightsMismatch,
+        match=r"slot 0 of rank 1 has tensors \('w13_weight',\), slot 0 of rank 0 has",
+    ):
         check_replicas([digests(0), other], 1)
 
 
@@ -81,7 +104,9 @@ def test_levels(value, placed, level):
 
 
 def test_an_unknown_level_is_refused():
-    with pytest.raises(Exception, match="--expert-placement-verify full: expected one of off, replicas, checkpoint"):
+    with pytest.raises(
+        Exception, match="--expert-placement-verify full: expected one of off, replicas, checkpoint"
+    ):
         check_level("full", True)
 
 

@@ -16,16 +16,37 @@ from moe_placement_plugin import PlacementError
 from moe_placement_plugin.fingerprint import cpu, definition
 
 torch = pytest.importorskip("torch", reason="torch comes with an engine")
-from moe_placement_plugin.fingerprint.digests import layer_digests, slot_bytes, tensor_digests, torch_digests  # noqa: E402
+from moe_placement_plugin.fingerprint.digests import (  # noqa: E402
+    layer_digests,
+    slot_bytes,
+    tensor_digests,
+    torch_digests,
+)
 
 ROOT = Path(__file__).parents[2]
 
-SIZES = (0, 1, 3, 4, 5, 63, 4 * definition.BLOCK - 1, 4 * definition.BLOCK, 4 * definition.BLOCK + 4, 5_000_001)
+SIZES = (
+    0,
+    1,
+    3,
+    4,
+    5,
+    63,
+    4 * definition.BLOCK - 1,
+    4 * definition.BLOCK,
+    4 * definition.BLOCK + 4,
+    5_000_001,
+)
 
 
 def test_keys_are_odd_and_all_different():
-    assert definition.KEYS.size == definition.BLOCK == np.unique(definition.KEYS).size and (definition.KEYS % 2 == 1).all()
-    assert (definition.multipliers(1000) % np.uint64(2) == 1).all() and np.unique(definition.multipliers(1000)).size == 1000
+    assert (
+        definition.KEYS.size == definition.BLOCK == np.unique(definition.KEYS).size
+        and (definition.KEYS % 2 == 1).all()
+    )
+    assert (definition.multipliers(1000) % np.uint64(2) == 1).all() and np.unique(
+        definition.multipliers(1000)
+    ).size == 1000
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -40,10 +61,16 @@ def test_every_form_gives_the_reference(size, threads):
 def test_the_reference_by_hand():
     words = np.array([7, 0, 2**32 - 1], dtype="<u4")
     keys, factor = definition.KEYS.astype(object), int(definition.multipliers(1)[0])
-    assert definition.reference(words.tobytes()) == (7 * keys[0] + (2**32 - 1) * keys[2]) * factor % 2**64
+    assert (
+        definition.reference(words.tobytes())
+        == (7 * keys[0] + (2**32 - 1) * keys[2]) * factor % 2**64
+    )
     two_blocks = np.zeros(definition.BLOCK + 1, dtype="<u4")
     two_blocks[-1] = 1
-    assert definition.reference(two_blocks.tobytes()) == int(keys[0]) * int(definition.multipliers(2)[1]) % 2**64
+    assert (
+        definition.reference(two_blocks.tobytes())
+        == int(keys[0]) * int(definition.multipliers(2)[1]) % 2**64
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,11 +83,16 @@ def test_any_changed_byte_and_any_two_exchanged_words_change_it(size, seed, data
     assert cpu.digests(other)[0] != before
     words = row[:, : size // 4 * 4].copy().view("<u4")
     if words.shape[1] > 1:
-        first, second = data.draw(st.integers(0, words.shape[1] - 1)), data.draw(st.integers(0, words.shape[1] - 1))
+        first, second = (
+            data.draw(st.integers(0, words.shape[1] - 1)),
+            data.draw(st.integers(0, words.shape[1] - 1)),
+        )
         swapped = words.copy()
         swapped[0, [first, second]] = swapped[0, [second, first]]
         same = words[0, first] == words[0, second]
-        assert (cpu.digests(swapped.view(np.uint8))[0] == cpu.digests(words.view(np.uint8))[0]) == same
+        assert (
+            cpu.digests(swapped.view(np.uint8))[0] == cpu.digests(words.view(np.uint8))[0]
+        ) == same
 
 
 def test_bits_count_not_numbers():
@@ -78,13 +110,21 @@ def test_a_transposed_weight_is_read_where_it_lies_and_one_with_gaps_in_order():
     transposed = whole.transpose(1, 2)
     assert slot_bytes(transposed).data_ptr() == whole.data_ptr()
     assert tensor_digests(transposed).tolist() == tensor_digests(whole).tolist()
-    assert tensor_digests(whole[:, :, ::2]).tolist() == tensor_digests(whole[:, :, ::2].contiguous()).tolist()
+    assert (
+        tensor_digests(whole[:, :, ::2]).tolist()
+        == tensor_digests(whole[:, :, ::2].contiguous()).tolist()
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.float8_e4m3fn],
+)
 def test_every_type_is_read_as_bytes(dtype):
     tensor = torch.arange(3 * 37, dtype=torch.int64).remainder(100).reshape(3, 37).to(dtype)
-    assert tensor_digests(tensor).tolist() == [definition.reference(row.numpy()) for row in tensor.view(torch.uint8).view(3, -1)]
+    assert tensor_digests(tensor).tolist() == [
+        definition.reference(row.numpy()) for row in tensor.view(torch.uint8).view(3, -1)
+    ]
 
 
 def test_a_layers_digests_depend_on_name_shape_and_type():
@@ -108,18 +148,34 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(not __import__("importlib.util").util.find_spec("triton"), reason="triton is not installed beside this engine")
+@pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("triton"),
+    reason="triton is not installed beside this engine",
+)
 def test_the_triton_kernel_gives_the_reference_under_the_interpreter():
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", INTERPRETED],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.uint8, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.uint8, torch.int64]
+)
 def test_a_gpu_gives_the_same_digests_as_the_cpu(dtype):
-    for shape in [(3, 1), (2, 37), (5, 64, 96), (3, definition.BLOCK * 16 + 3), (2, 129, 2 * definition.BLOCK)]:
+    for shape in [
+        (3, 1),
+        (2, 37),
+        (5, 64, 96),
+        (3, definition.BLOCK * 16 + 3),
+        (2, 129, 2 * definition.BLOCK),
+    ]:
         tensor = torch.randint(0, 100, shape, dtype=torch.int64).to(dtype)
         expected = tensor_digests(tensor).tolist()
         assert tensor_digests(tensor.cuda()).tolist() == expected, shape

@@ -25,7 +25,12 @@ def found(module):
 
 
 def test_every_tensor_with_a_row_for_each_slot_counts():
-    module = layer(scale=torch.ones(4), zero=torch.zeros(4, 3, dtype=torch.uint8), shared=torch.ones(1), scalar=torch.tensor(1.0))
+    module = layer(
+        scale=torch.ones(4),
+        zero=torch.zeros(4, 3, dtype=torch.uint8),
+        shared=torch.ones(1),
+        scalar=torch.tensor(1.0),
+    )
     assert found(module) == {"w13_weight", "scale", "zero"}
 
 
@@ -51,14 +56,20 @@ def test_plain_attributes_of_the_module_and_of_a_method_that_is_a_module_count()
 
 def test_a_tensor_as_long_as_the_model_has_experts_is_refused_unless_all_rows_agree():
     assert found(layer(scale=torch.ones(8))) == {"w13_weight"}
-    with pytest.raises(PlacementError, match="layer 1: scale has 8 rows, one for every expert of the model, where this rank has 4 slots"):
+    with pytest.raises(
+        PlacementError,
+        match="layer 1: scale has 8 rows, one for every expert of the model, where this rank has 4 slots",
+    ):
         found(layer(scale=torch.arange(8.0)))
 
 
 def test_a_layer_without_rows_for_slots_is_refused():
     module = torch.nn.Module()
     module.packed = torch.nn.Parameter(torch.randn(3, 5))
-    with pytest.raises(PlacementError, match=r"none of its tensors has a row for each of the 4 slots \(\{'packed': \(3, 5\)\}\)"):
+    with pytest.raises(
+        PlacementError,
+        match=r"none of its tensors has a row for each of the 4 slots \(\{'packed': \(3, 5\)\}\)",
+    ):
         found(module)
 
 
@@ -67,7 +78,9 @@ def test_a_view_of_what_was_found_counts_once_and_one_that_mixes_slots_not_at_al
     module = layer(scale=whole)
     module.quant_method = type("Method", (), {"__module__": "vllm.x"})()
     module.quant_method.halved = whole[:, :2]
-    module.quant_method.by_kernel = torch.randn(4, 6, 4).permute(2, 1, 0)  # slots last in memory: 4 rows by accident
+    module.quant_method.by_kernel = torch.randn(4, 6, 4).permute(
+        2, 1, 0
+    )  # slots last in memory: 4 rows by accident
     module.quant_method.turned = torch.randn(4, 6, 3).transpose(1, 2)
     assert found(module) == {"w13_weight", "scale", "quant_method.turned"}
 

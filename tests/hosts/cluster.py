@@ -35,7 +35,14 @@ class Cluster:
         self.errors: list[list[str]] = [[] for _ in range(world)]
         environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
         for rank in range(world):
-            command = [sys.executable, "-m", "tests.hosts.ranks", str(rank), str(world), hosts.address(first)]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.hosts.ranks",
+                str(rank),
+                str(world),
+                hosts.address(first),
+            ]
             process = subprocess.Popen(
                 hosts.on(first + rank % 2, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                 env=environment, start_new_session=True,
@@ -87,7 +94,9 @@ class Cluster:
             try:
                 word = self._said[rank].get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise AssertionError(f"rank {rank} did not say {key}: {''.join(self.errors[rank])[-3000:]}") from None
+                raise AssertionError(
+                    f"rank {rank} did not say {key}: {''.join(self.errors[rank])[-3000:]}"
+                ) from None
             assert "failed" not in word or key == "failed", f"rank {rank}:\n{word['failed']}"
             if key in word:
                 return word[key]
@@ -98,7 +107,9 @@ class Cluster:
         """What a rank wrote to stderr, where the words must be: they may be read later than what it says."""
         deadline = time.monotonic() + patience
         while words not in (found := "".join(self.errors[rank])):
-            assert time.monotonic() < deadline, f"rank {rank} did not write {words}: {found[-3000:]}"
+            assert time.monotonic() < deadline, (
+                f"rank {rank} did not write {words}: {found[-3000:]}"
+            )
             time.sleep(0.05)
         return found
 

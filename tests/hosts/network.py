@@ -23,7 +23,11 @@ def why_not() -> str | None:
     probe = f"moe-probe-{os.getpid()}"  # two tests may run at once
     tried = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", probe], capture_output=True)
-    return None if tried.returncode == 0 else f"network namespaces cannot be made here: {tried.stderr.strip()}"
+    return (
+        None
+        if tried.returncode == 0
+        else f"network namespaces cannot be made here: {tried.stderr.strip()}"
+    )
 
 
 class Hosts:

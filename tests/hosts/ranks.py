@@ -32,7 +32,13 @@ def join(rank: int, world: int, address: str, port: int):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
     return dist.distributed_c10d._get_default_store()
 
 
@@ -54,15 +60,26 @@ def agree(job: dict, rank: int, world: int, address: str) -> dict:
     from moe_placement_plugin.hosts.parcel import pack, unpack
 
     join(rank, world, address, job["port"])
-    plan = Placement(np.stack([np.resize(np.random.default_rng(i).permutation(256), 288) for i in range(58)]), 256, (144, 144))
+    plan = Placement(
+        np.stack([np.resize(np.random.default_rng(i).permutation(256), 288) for i in range(58)]),
+        256,
+        (144, 144),
+    )
     head = rank == 0
     dist.barrier()
     began = time.perf_counter()
-    found = meet(rank, {"digest": plan.digest if head else None}, {"plan": pack(plan) if head else None})
+    found = meet(
+        rank, {"digest": plan.digest if head else None}, {"plan": pack(plan) if head else None}
+    )
     placement = unpack(found.parcel["plan"])
     seconds = time.perf_counter() - began
     dist.barrier()  # rank 0 holds the store
-    return {"seconds": seconds, "nodes": found.node_of_rank, "names": found.names(), "same": placement.digest == plan.digest}
+    return {
+        "seconds": seconds,
+        "nodes": found.node_of_rank,
+        "names": found.names(),
+        "same": placement.digest == plan.digest,
+    }
 
 
 def moe(job: dict, rank: int, world: int, address: str) -> dict:
@@ -72,14 +89,24 @@ def moe(job: dict, rank: int, world: int, address: str) -> dict:
 
     from moe_placement_plugin import ExpertLoad, PlacementRequest, get_strategy
     from moe_placement_plugin.hosts import session
-    from moe_placement_plugin.moe import EpGroup, ExpertWeights, PlacedExperts, Routing, StagedMoE, find_matmuls
+    from moe_placement_plugin.moe import (
+        EpGroup,
+        ExpertWeights,
+        PlacedExperts,
+        Routing,
+        StagedMoE,
+        find_matmuls,
+    )
 
     join(rank, world, address, job["port"])
     found = meet(rank)
     topology = session.topology(range(world))
     ids = np.load(job["trace"])["topk_ids"][job["layers"]].astype(np.int64)
     experts, hidden = 64, job["hidden"]
-    seen, later = ids[:, : ids.shape[1] // 2], ids[:, ids.shape[1] // 2 :][:, : job["tokens"] * world]
+    seen, later = (
+        ids[:, : ids.shape[1] // 2],
+        ids[:, ids.shape[1] // 2 :][:, : job["tokens"] * world],
+    )
     chosen = np.zeros((*seen.shape[:2], experts), np.float32)
     np.put_along_axis(chosen, seen, 1, axis=2)
     pairs = np.einsum("lte,ltf->lef", chosen, chosen).astype(np.int64)
@@ -88,7 +115,10 @@ def moe(job: dict, rank: int, world: int, address: str) -> dict:
     request = PlacementRequest(len(ids), experts, topology, load=load, locality=job["locality"])
     plan = get_strategy("eplb").place(request)
     rng = torch.Generator().manual_seed(0)
-    weights = ExpertWeights(torch.randn(experts, 32, hidden, generator=rng) / hidden**0.5, torch.randn(experts, hidden, 16, generator=rng) / 4)
+    weights = ExpertWeights(
+        torch.randn(experts, 32, hidden, generator=rng) / hidden**0.5,
+        torch.randn(experts, hidden, 16, generator=rng) / 4,
+    )
     group = EpGroup()
     mine = slice(rank * job["tokens"], (rank + 1) * job["tokens"])
     dist.barrier()
@@ -97,9 +127,20 @@ def moe(job: dict, rank: int, world: int, address: str) -> dict:
     total = 0.0
     for row in range(len(ids)):
         placed, shard = PlacedExperts.of(plan, row, rank), weights.shard(plan, row, rank)
-        layer = StagedMoE(Routing(experts, ids.shape[2]), placed, shard, find_matmuls("torch"), group, use_ring=False)
-        logits = torch.full((job["tokens"], experts), -10.0).scatter_(1, torch.from_numpy(later[row, mine]), 1.0)
-        x = torch.randn(job["tokens"], hidden, generator=torch.Generator().manual_seed(row * world + rank))
+        layer = StagedMoE(
+            Routing(experts, ids.shape[2]),
+            placed,
+            shard,
+            find_matmuls("torch"),
+            group,
+            use_ring=False,
+        )
+        logits = torch.full((job["tokens"], experts), -10.0).scatter_(
+            1, torch.from_numpy(later[row, mine]), 1.0
+        )
+        x = torch.randn(
+            job["tokens"], hidden, generator=torch.Generator().manual_seed(row * world + rank)
+        )
         total += float(layer(x, logits).double().abs().sum())
     dist.barrier()
     load_of = [np.bincount(np.searchsorted(plan.rank_offsets[1:], _slot_of(plan, row)[later[row].ravel()], side="right"), minlength=world)
@@ -122,7 +163,13 @@ def exchange(job: dict, rank: int, world: int, address: str) -> dict:
     meet(rank)
     layers, experts, _ = job["exchanged"]
     placements = _with_copies_on_both_hosts(experts, layers)
-    found = Moved(job, rank, store, placements, session.topology(range(world)) if job["near"] else Topology(world))
+    found = Moved(
+        job,
+        rank,
+        store,
+        placements,
+        session.topology(range(world)) if job["near"] else Topology(world),
+    )
     dist.barrier()
     say(ready=True)
     sys.stdin.readline()
@@ -183,7 +230,14 @@ class Moved:
         self._size = job["bytes"]
         self._weights = [[self._rows(self._old, row)] for row in range(layers)]
         plan = plan_exchange(self._old, self._new, topology)
-        self._exchange = Exchange(plan, self._weights, epoch=epoch, store=store, timeout=TIMEOUT, max_layers=job.get("max_layers"))
+        self._exchange = Exchange(
+            plan,
+            self._weights,
+            epoch=epoch,
+            store=store,
+            timeout=TIMEOUT,
+            max_layers=job.get("max_layers"),
+        )
 
     def run(self) -> dict:
         """How it ended, in which time, which layers are committed and whether each is whole."""
@@ -197,9 +251,19 @@ class Moved:
             kind, reason = type(error).__name__, str(error)
         seconds = time.monotonic() - began
         done = self._exchange.metadata.committed
-        whole = [bool((w == self._rows(self._new if done[row] else self._old, row)).all()) for row, (w,) in enumerate(self._weights)]
+        whole = [
+            bool((w == self._rows(self._new if done[row] else self._old, row)).all())
+            for row, (w,) in enumerate(self._weights)
+        ]
         sent = self._exchange.report.bytes_sent
-        return {"kind": kind, "reason": reason, "seconds": seconds, "committed": done.tolist(), "whole": whole, "sent": sent}
+        return {
+            "kind": kind,
+            "reason": reason,
+            "seconds": seconds,
+            "committed": done.tolist(),
+            "whole": whole,
+            "sent": sent,
+        }
 
     def _rows(self, placement, row: int):
         """This rank's slots of a layer, int32 ``[slots, size / 4]``: every expert is told by its content."""

@@ -30,17 +30,38 @@ def connections(count: int) -> list[PrefixStore]:
 def statement(rank: int, host: int | None = None, **more) -> Statement:
     """A rank of a cluster whose hosts have two ranks each."""
     host = rank // 2 if host is None else host
-    fields = {"plugin": "1.0", "engine": "vLLM 0.32.0", "strategy": "eplb", "digest": "d" * 64, "source": "/plans/plan.json"}
-    return Statement(rank=rank, host=f"node{host}", address=f"10.0.0.{host + 1}", key=f"boot {host}", **fields | more)
+    fields = {
+        "plugin": "1.0",
+        "engine": "vLLM 0.32.0",
+        "strategy": "eplb",
+        "digest": "d" * 64,
+        "source": "/plans/plan.json",
+    }
+    return Statement(
+        rank=rank,
+        host=f"node{host}",
+        address=f"10.0.0.{host + 1}",
+        key=f"boot {host}",
+        **fields | more,
+    )
 
 
-def all_agree(statements, parcels=None, wait: float = 20.0, ranks: int | None = None) -> list[Agreed | Exception]:
+def all_agree(
+    statements, parcels=None, wait: float = 20.0, ranks: int | None = None
+) -> list[Agreed | Exception]:
     """What each of the ranks that speak gets, in their order."""
     ranks = len(statements) if ranks is None else ranks
 
     def one(store, mine):
         try:
-            return agree(store, mine, ranks, (parcels or {}).get(mine.rank), wait, "the host of rank {}".format)
+            return agree(
+                store,
+                mine,
+                ranks,
+                (parcels or {}).get(mine.rank),
+                wait,
+                "the host of rank {}".format,
+            )
         except Exception as error:
             return error
 

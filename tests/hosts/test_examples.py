@@ -36,7 +36,13 @@ def test_scripts(script):
 
 def test_kubernetes():
     manifest = EXAMPLES / "kubernetes.yaml"
-    lint(tool("yamllint"), "-d", "{extends: default, rules: {line-length: {max: 150}, comments: {min-spaces-from-content: 1}}}", "-s", manifest)
+    lint(
+        tool("yamllint"),
+        "-d",
+        "{extends: default, rules: {line-length: {max: 150}, comments: {min-spaces-from-content: 1}}}",
+        "-s",
+        manifest,
+    )
     lint(tool("kubernetes-validate"), "--strict", manifest)
 
 
@@ -53,16 +59,40 @@ def test_slurm_gives_vllm_flags_that_it_has(tmp_path):
     for name, text in fake.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2"}
-    done = subprocess.run(["bash", EXAMPLES / "slurm.sh", "MODEL", "load.safetensors"], capture_output=True, text=True, env=env)
+    env = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_NNODES": "2",
+    }
+    done = subprocess.run(
+        ["bash", EXAMPLES / "slurm.sh", "MODEL", "load.safetensors"],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert "--headless" not in first and "--headless" in second and "--node-rank 0" in first and "--node-rank 1" in second
-    assert first.replace("--node-rank 0", "") == second.replace("--headless ", "").replace("--node-rank 1", "")
+    assert (
+        "--headless" not in first
+        and "--headless" in second
+        and "--node-rank 0" in first
+        and "--node-rank 1" in second
+    )
+    assert first.replace("--node-rank 0", "") == second.replace("--headless ", "").replace(
+        "--node-rank 1", ""
+    )
     child = "import sys; sys.argv[1:] = sys.argv[1].split()[2:]; from tests.support.vllm_headless import parser; print(parser().parse_args())"
-    parsed = subprocess.run([sys.executable, "-c", child, second], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    parsed = subprocess.run(
+        [sys.executable, "-c", child, second], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert parsed.returncode == 0, parsed.stderr[-2000:]
-    for part in ("nnodes=2", "node_rank=1", "master_addr='node0'", "expert_placement_strategy='eplb'", "expert_host_timeout=60.0"):
+    for part in (
+        "nnodes=2",
+        "node_rank=1",
+        "master_addr='node0'",
+        "expert_placement_strategy='eplb'",
+        "expert_host_timeout=60.0",
+    ):
         assert part in parsed.stdout
 
 
@@ -74,4 +104,8 @@ def test_docs_name_flags_and_keys_that_there_are():
     text = (ROOT / "docs" / "hosts.md").read_text()
     for flag in (host_flags.LOCALITY_FLAG, host_flags.TIMEOUT_FLAG):
         assert flag in text and flag in (ROOT / "README.md").read_text()
-    assert f"({watch.DEFAULT_TIMEOUT:g} s;" in text and f"{parcel.LIMIT // 2**20} MiB" in text and watch.JOIN_TIMEOUT == 10 * watch.DEFAULT_TIMEOUT
+    assert (
+        f"({watch.DEFAULT_TIMEOUT:g} s;" in text
+        and f"{parcel.LIMIT // 2**20} MiB" in text
+        and watch.JOIN_TIMEOUT == 10 * watch.DEFAULT_TIMEOUT
+    )

@@ -34,9 +34,14 @@ def test_agreement_over_a_real_link_is_quick(cluster, hosts):
     for _ in range(5):
         results = cluster.run("agree")
         assert all(r["same"] and r["nodes"] == [0, 1, 0, 1] for r in results)
-        assert results[1]["names"] == [f"{hosts.name}0 (10.77.0.1), ranks 0, 2", f"{hosts.name}1 (10.77.0.2), ranks 1, 3"]
+        assert results[1]["names"] == [
+            f"{hosts.name}0 (10.77.0.1), ranks 0, 2",
+            f"{hosts.name}1 (10.77.0.2), ranks 1, 3",
+        ]
         seconds.append(max(r["seconds"] for r in results))
-    print(f"agreement of 4 ranks on 2 hosts with R1's plan: {', '.join(f'{s * 1000:.1f}' for s in seconds)} ms")
+    print(
+        f"agreement of 4 ranks on 2 hosts with R1's plan: {', '.join(f'{s * 1000:.1f}' for s in seconds)} ms"
+    )
     assert min(seconds) < 0.1
 
 
@@ -52,7 +57,9 @@ def crossed(cluster, hosts, job: str, **more) -> tuple[int, list]:
     return sum(hosts.traffic(1)) - before, results
 
 
-@pytest.mark.skipif(not TRACE.exists(), reason=f"the recorded tokens are not beside the checkout ({TRACE})")
+@pytest.mark.skipif(
+    not TRACE.exists(), reason=f"the recorded tokens are not beside the checkout ({TRACE})"
+)
 def test_plans_that_know_the_hosts_send_less(cluster, hosts):
     """Tokens of DeepSeek-V2-Lite through the staged layer's all-to-all; planned on the first half of the trace, run on the second."""
     job = {"trace": str(TRACE), "layers": list(range(0, 26, 5)), "hidden": 512, "tokens": 500}
@@ -63,7 +70,9 @@ def test_plans_that_know_the_hosts_send_less(cluster, hosts):
         f"between hosts: flat {flat:,} bytes (again {again:,}), soft {soft:,} ({soft / flat - 1:+.1%}); balancedness "
         f"{flat_results[0]['balancedness']:.3f} and {soft_results[0]['balancedness']:.3f}"
     )
-    np.testing.assert_allclose([r["total"] for r in flat_results], [r["total"] for r in soft_results], rtol=1e-5)
+    np.testing.assert_allclose(
+        [r["total"] for r in flat_results], [r["total"] for r in soft_results], rtol=1e-5
+    )
     assert abs(again - flat) < 0.02 * flat
     assert soft < 0.93 * flat
 
@@ -73,7 +82,9 @@ def test_exchanges_take_experts_from_their_own_host_first(cluster, hosts):
     near, results = crossed(cluster, hosts, "exchange", near=True, **job)
     anywhere, _ = crossed(cluster, hosts, "exchange", near=False, **job)
     sent = sum(r["sent"] for r in results)
-    print(f"exchange of {sent:,} bytes: {near:,} cross hosts when their topology is known, {anywhere:,} when it is not")
+    print(
+        f"exchange of {sent:,} bytes: {near:,} cross hosts when their topology is known, {anywhere:,} when it is not"
+    )
     assert all(r["kind"] == "complete" and all(r["whole"]) for r in results) and sent > 90_000_000
     assert near < 0.01 * sent < 0.2 * sent < anywhere
 
@@ -106,14 +117,18 @@ def check(results: list[dict], number: int) -> str:
     """What became of the exchange; every layer of every rank is whole, and those who can still hear each other agree."""
     for rank, result in enumerate(results):
         assert all(result["whole"]), f"trial {number}: rank {rank} holds a mixed layer"
-        assert result["seconds"] < STATED, f"trial {number}: rank {rank} took {result['seconds']:.1f} s"
+        assert result["seconds"] < STATED, (
+            f"trial {number}: rank {rank} took {result['seconds']:.1f} s"
+        )
         assert result["kind"] == "complete" or len(result["reason"]) > 40, result
         assert (result["kind"] == "complete") == all(result["committed"])
     # The store is on the first host: its ranks decide together. Those of the second may stop not knowing, never further on.
     assert results[0]["committed"] == results[2]["committed"]
     for rank in (1, 3):
         assert results[rank]["kind"] in ("complete", "ExchangeAborted", "ExchangeLost")
-        assert sum(results[rank]["committed"]) <= sum(results[0]["committed"]) + (results[rank]["kind"] == "complete")
+        assert sum(results[rank]["committed"]) <= sum(results[0]["committed"]) + (
+            results[rank]["kind"] == "complete"
+        )
     done = sum(results[0]["committed"])
     return "complete" if done == len(results[0]["committed"]) else f"{done} layers"
 
@@ -125,7 +140,10 @@ def test_a_link_that_goes_down_during_an_exchange(cluster, hosts):
     moments = np.random.default_rng(10).uniform(0, 1, TRIALS)
 
     def some(which: int) -> list:
-        return [trial(clusters[which], hosts, number, float(moments[number])) for number in range(which, TRIALS, len(clusters))]
+        return [
+            trial(clusters[which], hosts, number, float(moments[number]))
+            for number in range(which, TRIALS, len(clusters))
+        ]
 
     try:
         with ThreadPoolExecutor(len(clusters)) as pool:
@@ -139,8 +157,12 @@ def test_a_link_that_goes_down_during_an_exchange(cluster, hosts):
     undisturbed = np.median([r["undisturbed"] for r in results])
     assert len(outcomes) == TRIALS
     stopped = sum(outcome != "complete" for outcome in outcomes)
-    print(f"undisturbed {undisturbed:.2f} s; {TRIALS} links down: {outcomes}; longest {longest:.1f} s of {STATED:g} stated")
-    assert stopped >= TRIALS // 2, "most links must go down within the exchange, else nothing was tried"
+    print(
+        f"undisturbed {undisturbed:.2f} s; {TRIALS} links down: {outcomes}; longest {longest:.1f} s of {STATED:g} stated"
+    )
+    assert stopped >= TRIALS // 2, (
+        "most links must go down within the exchange, else nothing was tried"
+    )
 
 
 def test_a_link_that_goes_down_while_serving(cluster, hosts):
@@ -155,7 +177,11 @@ def test_a_link_that_goes_down_while_serving(cluster, hosts):
         # Rank 0 watches for host 0, rank 1 for host 1; an engine ends the others of a host with them.
         for rank, other in ((0, 1), (1, 0)):
             cluster.next(rank, "ended", gone + 2 * timeout)
-            assert f"host {hosts.name}{other} (10.77.0.{other + 1})" in cluster.wrote(rank, "gave no sign of life for 4 s")
-        print(f"both hosts ended {time.monotonic() - gone:.1f} s after the link, with a timeout of {timeout:g} s")
+            assert f"host {hosts.name}{other} (10.77.0.{other + 1})" in cluster.wrote(
+                rank, "gave no sign of life for 4 s"
+            )
+        print(
+            f"both hosts ended {time.monotonic() - gone:.1f} s after the link, with a timeout of {timeout:g} s"
+        )
     finally:
         hosts.link(1, "up")

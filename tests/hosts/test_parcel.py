@@ -19,7 +19,9 @@ def random_plan(layers: int, experts: int, redundant: int, ranks: int, seed: int
     rows = []
     for _ in range(layers):
         order = rng.permutation(experts)
-        rows.append(np.concatenate([order, order[:redundant]]))  # the copies lie on the last ranks, far from the first
+        rows.append(
+            np.concatenate([order, order[:redundant]])
+        )  # the copies lie on the last ranks, far from the first
     slots = experts + redundant
     per_rank = [slots // ranks + (rank < slots % ranks) for rank in range(ranks)]
     return Placement(np.stack(rows), experts, tuple(per_rank), tuple(range(3, 3 + layers)), "eplb")
@@ -33,7 +35,10 @@ def test_r1_travels_whole_and_small():
     print(f"R1, 58 x 288 slots: {size} bytes packed")
     assert size < 32_000 < parcel.LIMIT // 100
     there = parcel.unpack(json.loads(json.dumps(packed)))
-    assert there.digest == plan.digest and (there.physical_to_logical == plan.physical_to_logical).all()
+    assert (
+        there.digest == plan.digest
+        and (there.physical_to_logical == plan.physical_to_logical).all()
+    )
     settings = PlacementSettings.make("eplb", plan, 32)
     assert len(pickle.dumps(dict(settings))) < 33_000
     assert settings.placement.digest == plan.digest
@@ -47,13 +52,20 @@ def test_the_limit_is_far_beyond_any_model_of_today():
 
 def test_what_is_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(parcel, "LIMIT", 20_000)
-    with pytest.raises(PlacementError, match=r"58 layers with 288 slots takes \d+ bytes packed, and 20000 travel"):
+    with pytest.raises(
+        PlacementError, match=r"58 layers with 288 slots takes \d+ bytes packed, and 20000 travel"
+    ):
         PlacementSettings.make("eplb", random_plan(58, 256, 32, 32), 32)
 
 
 def test_what_was_damaged_on_the_way_is_refused():
     packed = parcel.pack(random_plan(2, 16, 2, 3))
-    for change in ({"slots_per_rank": [18]}, {"digest": "0" * 64}, {"physical_to_logical": "AAAA"}, {"bytes_per_slot": 4}):
+    for change in (
+        {"slots_per_rank": [18]},
+        {"digest": "0" * 64},
+        {"physical_to_logical": "AAAA"},
+        {"bytes_per_slot": 4},
+    ):
         with pytest.raises(PlacementError):
             parcel.unpack(packed | change)
     with pytest.raises(PlacementError):
@@ -62,5 +74,12 @@ def test_what_was_damaged_on_the_way_is_refused():
 
 def test_nodes_travel_with_the_plan():
     plan = random_plan(2, 16, 2, 3)
-    plan = Placement(plan.physical_to_logical, 16, plan.slots_per_rank, plan.layer_ids, "eplb", {"node_of_rank": [0, 0, 1]})
+    plan = Placement(
+        plan.physical_to_logical,
+        16,
+        plan.slots_per_rank,
+        plan.layer_ids,
+        "eplb",
+        {"node_of_rank": [0, 0, 1]},
+    )
     assert parcel.unpack(parcel.pack(plan)).metadata["node_of_rank"] == [0, 0, 1]

@@ -28,7 +28,14 @@ def test_hosts_are_hosts_and_vanish_again():
     (name, before), links_before = (socket.gethostname(), namespaces()), links()
     for hosts in made("script", 3):
         assert links() == links_before, "the machine's own network must not change"
-        said = [subprocess.run(hosts.on(n, [sys.executable, "-c", PROBE, hosts.address(0)]), capture_output=True, text=True) for n in range(3)]
+        said = [
+            subprocess.run(
+                hosts.on(n, [sys.executable, "-c", PROBE, hosts.address(0)]),
+                capture_output=True,
+                text=True,
+            )
+            for n in range(3)
+        ]
         words = [s.stdout.split() for s in said]
         assert [w[0] for w in words] == [f"{hosts.name}{n}" for n in range(3)], said
         assert [w[1] for w in words] == [hosts.address(n) for n in range(3)]
@@ -52,7 +59,9 @@ s.sendall(bytes(1_000_000))
 def check_bytes(hosts: Hosts) -> int:
     """Send a million bytes from host 1 to host 0; what the interface of host 1 counted."""
     received_before, sent_before = hosts.traffic(1)
-    server = subprocess.Popen(hosts.on(0, [sys.executable, "-c", SERVER]), stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        hosts.on(0, [sys.executable, "-c", SERVER]), stdout=subprocess.PIPE, text=True
+    )
     subprocess.run(hosts.on(1, [sys.executable, "-c", CLIENT, hosts.address(0)]), check=True)
     assert server.communicate(timeout=20)[0].strip() == "1000000"
     received, sent = hosts.traffic(1)

@@ -31,18 +31,42 @@ CASES = {
     "one host": (parallel(), False, False, True),
     "--nnodes 2, the head": (parallel(nnodes=2), True, True, True),
     "--nnodes 2, the other": (parallel(nnodes=2, node_rank=1), True, True, False),
-    "data parallel on one host": (parallel(data_parallel_size=4, data_parallel_size_local=4), False, False, True),
-    "data parallel hosts, the head": (parallel(data_parallel_size=4, data_parallel_size_local=2), True, True, True),
-    "data parallel hosts, the other": (parallel(data_parallel_size=4, data_parallel_size_local=2, data_parallel_rank=2), True, True, False),
+    "data parallel on one host": (
+        parallel(data_parallel_size=4, data_parallel_size_local=4),
+        False,
+        False,
+        True,
+    ),
+    "data parallel hosts, the head": (
+        parallel(data_parallel_size=4, data_parallel_size_local=2),
+        True,
+        True,
+        True,
+    ),
+    "data parallel hosts, the other": (
+        parallel(data_parallel_size=4, data_parallel_size_local=2, data_parallel_rank=2),
+        True,
+        True,
+        False,
+    ),
     "Ray": (parallel(use_ray=True, distributed_executor_backend="ray"), True, False, True),
-    "data parallel with Ray": (parallel(data_parallel_backend="ray", data_parallel_size=4), True, False, True),
+    "data parallel with Ray": (
+        parallel(data_parallel_backend="ray", data_parallel_size=4),
+        True,
+        False,
+        True,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_host_is_among_others(name):
     config, spans, everywhere, head = CASES[name]
-    assert (hosts.spans_hosts(config), hosts.resolves_on_every_host(config), hosts.is_head(config)) == (spans, everywhere, head)
+    assert (
+        hosts.spans_hosts(config),
+        hosts.resolves_on_every_host(config),
+        hosts.is_head(config),
+    ) == (spans, everywhere, head)
 
 
 def test_an_external_launcher_says_its_rank_in_the_environment(monkeypatch):
@@ -55,26 +79,40 @@ def test_an_external_launcher_says_its_rank_in_the_environment(monkeypatch):
 
 def test_the_nodes_that_a_static_plan_is_made_for():
     assert hosts.planned_topology(parallel(nnodes=2), 8) == Topology.even(8, 2)
-    assert hosts.planned_topology(parallel(data_parallel_size=4, data_parallel_size_local=1), 8) == Topology.even(8, 4)
-    assert hosts.planned_topology(parallel(), 8) == Topology(8) == hosts.planned_topology(parallel(use_ray=True), 8)
+    assert hosts.planned_topology(
+        parallel(data_parallel_size=4, data_parallel_size_local=1), 8
+    ) == Topology.even(8, 4)
+    assert (
+        hosts.planned_topology(parallel(), 8)
+        == Topology(8)
+        == hosts.planned_topology(parallel(use_ray=True), 8)
+    )
     assert hosts.planned_topology(parallel(nnodes=3), 8) == Topology(8)  # no equal hosts: not known
 
 
 @pytest.fixture
 def two_hosts(monkeypatch):
     """Four ranks that said they lie on two hosts, in turn."""
-    monkeypatch.setattr(session, "_agreed", Agreed(tuple(statement(rank, host=rank % 2) for rank in range(4)), None, 0.001))
+    monkeypatch.setattr(
+        session,
+        "_agreed",
+        Agreed(tuple(statement(rank, host=rank % 2) for rank in range(4)), None, 0.001),
+    )
 
 
 def test_what_ranks_said_is_what_an_ep_group_gets(two_hosts):
     assert session.topology(range(4)).node_of_rank == (0, 1, 0, 1)
-    assert session.topology([3, 1]).node_of_rank == (0, 0) and session.topology([3, 2]).node_of_rank == (0, 1)
+    assert session.topology([3, 1]).node_of_rank == (0, 0) and session.topology(
+        [3, 2]
+    ).node_of_rank == (0, 1)
     assert session.host_names() == "2: node0 (10.0.0.1), ranks 0, 2; node1 (10.0.0.2), ranks 1, 3"
 
 
 def test_a_plan_for_other_nodes_is_warned_about(two_hosts, caplog):
     log = logging.getLogger("hosts-test")
-    session.warn_about_nodes([1, 0, 1, 0], session.topology(range(4)), log)  # the same but for their numbers
+    session.warn_about_nodes(
+        [1, 0, 1, 0], session.topology(range(4)), log
+    )  # the same but for their numbers
     session.warn_about_nodes(None, session.topology(range(4)), log)
     assert not caplog.records
     session.warn_about_nodes([0, 0, 1, 1], session.topology(range(4)), log)
@@ -86,7 +124,13 @@ def test_a_rebalance_keeps_groups_on_the_real_nodes(two_hosts):
     topology = session.topology(range(4))
     counts = np.random.default_rng(0).zipf(1.3, (1, 2, 16)).astype(np.int64) * 100
     old = np.tile(np.arange(16), (2, 1))
-    rebalancer = Rebalancer(RebalancePolicy(min_gain=0, hysteresis=0, max_phase_loss=0.9), (0, 1), 1000, logging.getLogger("hosts-test"), topology)
+    rebalancer = Rebalancer(
+        RebalancePolicy(min_gain=0, hysteresis=0, max_phase_loss=0.9),
+        (0, 1),
+        1000,
+        logging.getLogger("hosts-test"),
+        topology,
+    )
     table, exchange = rebalancer.propose(ExpertLoad(counts), old, 4, groups=4, nodes=2)
     nodes = np.array(topology.node_of_rank)[Placement(table, 16, (4,) * 4).rank_of_slot]
     for row in table:

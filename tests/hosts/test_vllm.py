@@ -28,7 +28,9 @@ from .vllm_cases import case, run_on_head
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.timeout(1500),
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed in this environment"),
+    pytest.mark.skipif(
+        find_spec("vllm") is None, reason="vLLM is not installed in this environment"
+    ),
 ]
 
 TIMEOUT = 10
@@ -46,7 +48,9 @@ def made(tmp_path_factory):
     load = ExpertLoad(rng.zipf(1.5, (2, 3, 32)), (1, 2, 3))
     load.write(folder / "load.safetensors")
     for name in ("plan", "stale"):
-        Placement([rng.permutation(32) for _ in range(3)], 32, (16, 16), (1, 2, 3)).write(folder / f"{name}.json")
+        Placement([rng.permutation(32) for _ in range(3)], 32, (16, 16), (1, 2, 3)).write(
+            folder / f"{name}.json"
+        )
     return {"model": write_glm4_moe(folder / "glm"), "folder": folder, "load": load}
 
 
@@ -82,7 +86,10 @@ def test_zigzag_on_two_hosts_gives_the_tokens_of_one(one_host, served):
     expected, answers = answers_of(one_host, "stock"), answers_of(results, "zigzag")
     assert [a["ids"] for a in answers] == [a["ids"] for a in expected]
     assert largest_difference(answers, expected) < FLOAT32_TOLERANCE
-    check_maps(results["zigzag"]["workers"], get_strategy("zigzag").place(PlacementRequest(3, 32, Topology(2), layer_ids=(1, 2, 3))))
+    check_maps(
+        results["zigzag"]["workers"],
+        get_strategy("zigzag").place(PlacementRequest(3, 32, Topology(2), layer_ids=(1, 2, 3))),
+    )
 
 
 def test_the_hosts_agree_in_time_and_say_who_they_are(hosts, served):
@@ -96,10 +103,20 @@ def test_a_plan_from_a_file_that_only_the_head_has(made, one_host, served):
     expected, answers = answers_of(one_host, "stock"), answers_of(results, "eplb")
     assert [a["ids"] for a in answers] == [a["ids"] for a in expected]
     assert largest_difference(answers, expected) < FLOAT32_TOLERANCE
-    request = PlacementRequest(3, 32, Topology.even(2, 2), layer_ids=(1, 2, 3), num_groups=4, load=made["load"], locality="soft")
+    request = PlacementRequest(
+        3,
+        32,
+        Topology.even(2, 2),
+        layer_ids=(1, 2, 3),
+        num_groups=4,
+        load=made["load"],
+        locality="soft",
+    )
     plan = get_strategy("eplb").place(request)
     check_maps(results["eplb"]["workers"], plan)
-    flat = get_strategy("eplb").place(PlacementRequest(3, 32, Topology(2), layer_ids=(1, 2, 3), load=made["load"]))
+    flat = get_strategy("eplb").place(
+        PlacementRequest(3, 32, Topology(2), layer_ids=(1, 2, 3), load=made["load"])
+    )
     assert plan.digest != flat.digest, "the nodes must have reached the planner"
 
 
@@ -107,7 +124,10 @@ def test_a_stale_file_on_one_host_stops_both(hosts, made, served):
     results, logs = served
     assert "error" in results["stale"] and "answers" not in results["stale"]
     head, _, there = logs["stale"].partition("=== the other host")
-    plans = {name: Placement.read(made["folder"] / f"{name}.json").digest[:12] for name in ("plan", "stale")}
+    plans = {
+        name: Placement.read(made["folder"] / f"{name}.json").digest[:12]
+        for name in ("plan", "stale")
+    }
     message = (
         f"{hosts.name}1 (10.77.0.2), rank 1 has placement {plans['stale']} from {made['folder'] / 'stale.json'}, "
         f"the head has placement {plans['plan']} from {made['folder'] / 'plan.json'}"
@@ -122,7 +142,9 @@ def test_a_host_that_vanishes_while_serving(hosts, served):
     vanished = results["eplb"]["vanished"]
     assert vanished["error"], "a request was answered without the other host"
     assert vanished["seconds"] < TIMEOUT * 1.2 + GRACE
-    print(f"the head's request failed {vanished['seconds']:.1f} s after the link: {vanished['error'][:100]}")
+    print(
+        f"the head's request failed {vanished['seconds']:.1f} s after the link: {vanished['error'][:100]}"
+    )
     head, _, there = logs["eplb"].partition("=== the other host")
     assert f"host {hosts.name}1 (10.77.0.2), rank 1 gave no sign of life for {TIMEOUT} s" in head
     assert f"host {hosts.name}0 (10.77.0.1), rank 0 gave no sign of life for {TIMEOUT} s" in there
@@ -142,25 +164,57 @@ def ray_nodes(folder, starts: list[tuple[list[str], str]]):
     Yields:
         (the head's address, a function that reads what the workers wrote: not all of it need have reached the driver by its end).
     """
-    temporary = Path(tempfile.mkdtemp(prefix="ray-"))  # sockets lie in it, whose paths must be short
+    temporary = Path(
+        tempfile.mkdtemp(prefix="ray-")
+    )  # sockets lie in it, whose paths must be short
     env = {**os.environ, "PYTHONPATH": ray_path(), "RAY_USAGE_STATS_ENABLED": "0"}
     processes = []
     head = f"{starts[0][1]}:6379"
     try:
         for number, (prefix, address) in enumerate(starts):
-            where = ["--head", "--port", "6379", "--include-dashboard", "false", "--temp-dir", str(temporary)] if number == 0 else ["--address", head]
+            where = (
+                [
+                    "--head",
+                    "--port",
+                    "6379",
+                    "--include-dashboard",
+                    "false",
+                    "--temp-dir",
+                    str(temporary),
+                ]
+                if number == 0
+                else ["--address", head]
+            )
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--node-ip-address", address, "--num-cpus", "2",
                        "--num-gpus", str(2 // len(starts)), "--object-store-memory", "100000000", "--block"]  # fmt: skip
             log = open(folder / f"ray{number}.log", "w")
-            processes.append(subprocess.Popen([*prefix, *command], stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True))
+            processes.append(
+                subprocess.Popen(
+                    [*prefix, *command],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=env,
+                    start_new_session=True,
+                )
+            )
             deadline = time.monotonic() + 60
             while "Ray runtime started" not in (folder / f"ray{number}.log").read_text():
-                assert time.monotonic() < deadline and processes[-1].poll() is None, (folder / f"ray{number}.log").read_text()[-2000:]
+                assert time.monotonic() < deadline and processes[-1].poll() is None, (
+                    folder / f"ray{number}.log"
+                ).read_text()[-2000:]
                 time.sleep(0.2)
-        yield head, lambda: "".join(f.read_text(errors="replace") for f in sorted(temporary.glob("session_2*/logs/worker-*")))
+        yield (
+            head,
+            lambda: "".join(
+                f.read_text(errors="replace")
+                for f in sorted(temporary.glob("session_2*/logs/worker-*"))
+            ),
+        )
     finally:
         for process in reversed(processes):
-            if not starts[0][0]:  # on hosts of our own it is ended with them; here Ray takes half a minute to drain
+            if not starts[0][
+                0
+            ]:  # on hosts of our own it is ended with them; here Ray takes half a minute to drain
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=60)
@@ -174,14 +228,26 @@ def test_ray_gives_the_tokens_of_one_host(made, one_host):
     reason = why_not()
     folder = made["folder"] / "ray"
     folder.mkdir()
-    engine = {"model": made["model"], "tensor_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "ray"}
-    asked = {"name": "ray", "engine": engine | {"expert_placement_file": made["folder"] / "plan.json"}, "env": {}, "probe": True}
+    engine = {
+        "model": made["model"],
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "distributed_executor_backend": "ray",
+    }
+    asked = {
+        "name": "ray",
+        "engine": engine | {"expert_placement_file": made["folder"] / "plan.json"},
+        "env": {},
+        "probe": True,
+    }
     if reason is None:
         hosts = Hosts(f"ray-{os.getpid()}-", 2)
         starts = [(hosts.on(number, []), hosts.address(number)) for number in range(2)]
         try:
             with ray_nodes(folder, starts) as (head, workers):
-                results, _ = run_on_head(hosts, folder, [asked], 300, {"RAY_ADDRESS": head, "PYTHONPATH": ray_path()})
+                results, _ = run_on_head(
+                    hosts, folder, [asked], 300, {"RAY_ADDRESS": head, "PYTHONPATH": ray_path()}
+                )
                 written = workers()
         finally:
             hosts.down()
@@ -189,7 +255,9 @@ def test_ray_gives_the_tokens_of_one_host(made, one_host):
     else:
         print(f"Ray on one host only: {reason}")
         with ray_nodes(folder, [([], socket.gethostbyname(socket.gethostname()))]) as (head, _):
-            results = run_cases(folder, [asked], {"RAY_ADDRESS": head, "PYTHONPATH": ray_path()}, 300)
+            results = run_cases(
+                folder, [asked], {"RAY_ADDRESS": head, "PYTHONPATH": ray_path()}, 300
+            )
     expected, answers = answers_of(one_host, "stock"), answers_of(results, "ray")
     assert [a["ids"] for a in answers] == [a["ids"] for a in expected]
     assert largest_difference(answers, expected) < FLOAT32_TOLERANCE

@@ -24,7 +24,13 @@ def watches(timeout: float):
     said: list[list[tuple[float, str]]] = [[] for _ in NAMES]
     stores = connections(len(NAMES))
     found = [
-        HostWatch(store, host, NAMES, timeout=timeout, end=lambda reason, host=host: said[host].append((time.monotonic(), reason)))
+        HostWatch(
+            store,
+            host,
+            NAMES,
+            timeout=timeout,
+            end=lambda reason, host=host: said[host].append((time.monotonic(), reason)),
+        )
         for host, store in enumerate(stores)
     ]
     return found, said
@@ -40,8 +46,11 @@ def test_a_host_that_falls_silent_is_named_by_all_others():
     gone = time.monotonic()
     time.sleep(2.5)
     for host in (0, 2):
-        (when, reason), = said[host]
-        assert "host node1 (10.0.0.2), rank 1 gave no sign of life for 1 s" in reason and "node0" not in reason
+        ((when, reason),) = said[host]
+        assert (
+            "host node1 (10.0.0.2), rank 1 gave no sign of life for 1 s" in reason
+            and "node0" not in reason
+        )
         assert when - gone < 2.2
     found[0].stop(), found[2].stop()
 
@@ -96,7 +105,10 @@ def test_a_host_that_does_not_join(monkeypatch):
     ended, reports = [], []
     with JoinWatch("the other hosts to join at node0:29500", 0.7, ended.append, reports.append):
         time.sleep(1.0)
-    assert 2 <= len(reports) <= 3 and "still waiting for the other hosts to join at node0:29500" in reports[0]
+    assert (
+        2 <= len(reports) <= 3
+        and "still waiting for the other hosts to join at node0:29500" in reports[0]
+    )
     assert len(ended) == 1 and "waited 0.7 s" in ended[0] and "invalid choice" in ended[0]
 
 
@@ -123,4 +135,7 @@ def test_who_shares_a_host(monkeypatch):
     assert host_key() == "rack 1"
     assert number_hosts(["b", "a", "b", "c"]) == (0, 1, 0, 2)
     assert ranges([5, 0, 1, 2]) == "0-2, 5"
-    assert address_towards("127.0.0.1") == "127.0.0.1" and address_towards("no such host.invalid") == ""
+    assert (
+        address_towards("127.0.0.1") == "127.0.0.1"
+        and address_towards("no such host.invalid") == ""
+    )

@@ -27,7 +27,15 @@ def flags(arguments: dict) -> list[str]:
     return words
 
 
-def case(hosts: Hosts, folder: Path, name: str, arguments: dict, there: dict | None = None, env_there: dict | None = None, **extra) -> dict:
+def case(
+    hosts: Hosts,
+    folder: Path,
+    name: str,
+    arguments: dict,
+    there: dict | None = None,
+    env_there: dict | None = None,
+    **extra,
+) -> dict:
     """A case over two hosts with ``--nnodes 2``.
 
     Args:
@@ -35,9 +43,19 @@ def case(hosts: Hosts, folder: Path, name: str, arguments: dict, there: dict | N
         there: what differs on the second one; None takes an argument away.
         env_there: the second one's environment.
     """
-    common = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "nnodes": 2, "master_addr": hosts.address(0), "master_port": next(_ports)}
+    common = {
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "nnodes": 2,
+        "master_addr": hosts.address(0),
+        "master_port": next(_ports),
+    }
     common |= arguments
-    theirs = {key: value for key, value in (common | {"node_rank": 1} | (there or {})).items() if value is not None}
+    theirs = {
+        key: value
+        for key, value in (common | {"node_rank": 1} | (there or {})).items()
+        if value is not None
+    }
     environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "1", **(env_there or {})}
     return {
         "name": name,
@@ -58,13 +76,24 @@ def run_on_head(
     """(results, what both hosts wrote) by case name; the head is host 0."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases, default=str))
-    command = [sys.executable, "-m", "tests.support.vllm_runner", str(folder / "cases.json"), str(folder / "results.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.vllm_runner",
+        str(folder / "cases.json"),
+        str(folder / "results.json"),
+    ]
     with engine_lock():
-        finished = run_child(hosts.on(0, command), timeout, {"PYTHONPATH": python_path(), **(env or {})}, ROOT)
+        finished = run_child(
+            hosts.on(0, command), timeout, {"PYTHONPATH": python_path(), **(env or {})}, ROOT
+        )
     (folder / "head.log").write_text(finished.output)
     file = folder / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    missing = {"error": f"the head's process ended with {finished.code}", "traceback": finished.output[-4000:]}
+    missing = {
+        "error": f"the head's process ended with {finished.code}",
+        "traceback": finished.output[-4000:],
+    }
     logs = {}
     for one in cases:
         name = one["name"]

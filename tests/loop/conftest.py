@@ -21,7 +21,9 @@ def traces() -> Path:
     return TRACES
 
 
-def skewed(windows: int = 3, layers: int = 4, experts: int = 16, seed: int = 0, **kwargs) -> ExpertLoad:
+def skewed(
+    windows: int = 3, layers: int = 4, experts: int = 16, seed: int = 0, **kwargs
+) -> ExpertLoad:
     """A load whose first experts are hot, slightly different in every window."""
     rng = np.random.default_rng(seed)
     shape = 1 / np.arange(1, experts + 1)

@@ -25,10 +25,18 @@ class Reference:
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         """The answer of so many tokens to a prompt of token ids."""
         ids = self._torch.tensor([prompt])
-        found = self.network.generate(ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        found = self.network.generate(
+            ids,
+            attention_mask=self._torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )
         return found[0, len(prompt) :].tolist()
 
-    def expected(self, prompts: list[list[int]], answers: list[list[int]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def expected(
+        self, prompts: list[list[int]], answers: list[list[int]]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Counts per phase ``[layers, experts]`` and pairs ``[layers, experts, experts]`` of greedy answers to prompts of token ids."""
         config = self.network.config
         layers, experts = config.num_hidden_layers, config.num_experts
@@ -40,7 +48,11 @@ class Reference:
             with self._torch.no_grad():
                 logits = self.network(tokens, output_router_logits=True).router_logits
             for layer, scores in enumerate(logits):
-                chosen = scores.reshape(tokens.shape[1], -1).topk(config.num_experts_per_tok).indices.numpy()
+                chosen = (
+                    scores.reshape(tokens.shape[1], -1)
+                    .topk(config.num_experts_per_tok)
+                    .indices.numpy()
+                )
                 for position, ids in enumerate(chosen):
                     counts["prefill" if position < len(prompt) else "decode"][layer, ids] += 1
                     pairs[layer][np.ix_(ids, ids)] += 1
@@ -53,7 +65,11 @@ def check(load, counts: dict[str, np.ndarray], pairs: np.ndarray | None) -> None
         got = sum(window for window, p in zip(load.counts, load.phases) if p == phase)
         assert got.sum(axis=1).tolist() == expected.sum(axis=1).tolist(), phase
         # Two computations of one router may differ where experts tie.
-        assert np.abs(got - expected).sum() <= 0.02 * expected.sum(), (phase, np.abs(got - expected).sum(), expected.sum())
+        assert np.abs(got - expected).sum() <= 0.02 * expected.sum(), (
+            phase,
+            np.abs(got - expected).sum(),
+            expected.sum(),
+        )
     if pairs is None:
         assert load.coactivation is None
     else:

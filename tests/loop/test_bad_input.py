@@ -45,7 +45,10 @@ def test_truncated_header(cli, output, load_file):
     refused(plan(cli, output, load_file), str(load_file))
 
 
-@pytest.mark.parametrize("content", [b"", b"not a load", b"\x00\x01\x02" * 50, b"[1, 2", b'{"a": 1}', b"PK\x03\x04nonsense"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a load", b"\x00\x01\x02" * 50, b"[1, 2", b'{"a": 1}', b"PK\x03\x04nonsense"],
+)
 def test_foreign_file(cli, output, tmp_path, content):
     path = tmp_path / "foreign"
     path.write_bytes(content)
@@ -87,7 +90,11 @@ def test_loads_of_two_models(cli, output, load_file, tmp_path):
 
 
 def test_phase_that_was_not_recorded(cli, output, load_file):
-    refused(plan(cli, output, load_file, more=("--phase", "decode")), str(load_file), "no window of phase decode")
+    refused(
+        plan(cli, output, load_file, more=("--phase", "decode")),
+        str(load_file),
+        "no window of phase decode",
+    )
 
 
 def test_unknown_strategy(cli, output, load_file):
@@ -106,22 +113,33 @@ def test_a_plan_is_no_load(cli, output, load_file, tmp_path):
 
 def test_directory_that_does_not_exist(cli, load_file, tmp_path):
     refused(plan(cli, tmp_path / "nowhere" / "plan.json", load_file), "nowhere")
-    refused(cli("show", load_file, "--html", tmp_path / "nowhere" / "page.html", code=None), "nowhere")
+    refused(
+        cli("show", load_file, "--html", tmp_path / "nowhere" / "page.html", code=None), "nowhere"
+    )
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a directory that nobody, root included, can write to")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"),
+    reason="needs a directory that nobody, root included, can write to",
+)
 @pytest.mark.parametrize("verb", ["plan", "show", "export"])
 def test_directory_that_cannot_be_written(cli, load_file, verb):
     target = "/proc/self/out"  # a directory in which even root cannot make files
-    arguments = {"plan": ("--ranks", 4, "-o", target), "show": ("--html", target), "export": ("-o", target)}[verb]
+    arguments = {
+        "plan": ("--ranks", 4, "-o", target),
+        "show": ("--html", target),
+        "export": ("-o", target),
+    }[verb]
     refused(cli(verb, load_file, *arguments, code=None), target, "cannot be written")
 
 
 def test_plan_for_other_ranks(cli, load_file, tmp_path):
     made = tmp_path / "made.json"
     cli("plan", load_file, "--ranks", 4, "-o", made)
-    refused(cli("simulate", load_file, "--ranks", 8, "--plan", made, code=None), str(made), "4 EP ranks")
+    refused(
+        cli("simulate", load_file, "--ranks", 8, "--plan", made, code=None), str(made), "4 EP ranks"
+    )
     other = tmp_path / "other.json"
     cli("plan", load_file, "--ranks", 8, "-o", other)
     refused(cli("diff", made, other, code=None), "4 and 8 EP ranks")
@@ -135,10 +153,20 @@ def test_plan_for_another_model(cli, load_file, tmp_path):
 
 
 def test_calibration(cli, load_file, tmp_path):
-    refused(cli("simulate", load_file, "--ranks", 4, "--calibration", "h900", code=None), "h900", "bench layer")
+    refused(
+        cli("simulate", load_file, "--ranks", 4, "--calibration", "h900", code=None),
+        "h900",
+        "bench layer",
+    )
     path = tmp_path / "calibration.json"
-    path.write_text('{"format": "moe-layer-calibration", "version": 1, "device": "x", "layer": {}, "measurements": [{"tokens": 1}]}')
-    refused(cli("simulate", load_file, "--ranks", 4, "--calibration", path, code=None), str(path), "measurements.0.")
+    path.write_text(
+        '{"format": "moe-layer-calibration", "version": 1, "device": "x", "layer": {}, "measurements": [{"tokens": 1}]}'
+    )
+    refused(
+        cli("simulate", load_file, "--ranks", 4, "--calibration", path, code=None),
+        str(path),
+        "measurements.0.",
+    )
 
 
 def test_layer_without_coactivation(cli, load_file, tmp_path):
@@ -167,8 +195,18 @@ def test_old_file_survives_a_failed_write(cli, load_file, tmp_path):
 
 def test_coactivation_of_wrong_shape(cli, output, tmp_path):
     path = tmp_path / "pairs.safetensors"
-    header = {"format": "moe-expert-load", "version": "1", "layer_ids": "[0]", "phases": '["mixed"]', "metadata": "{}"}
-    save_file({"counts": np.ones((1, 1, 4), np.int64), "coactivation": np.ones((1, 2, 2), np.int64)}, path, metadata=header)
+    header = {
+        "format": "moe-expert-load",
+        "version": "1",
+        "layer_ids": "[0]",
+        "phases": '["mixed"]',
+        "metadata": "{}",
+    }
+    save_file(
+        {"counts": np.ones((1, 1, 4), np.int64), "coactivation": np.ones((1, 2, 2), np.int64)},
+        path,
+        metadata=header,
+    )
     with pytest.raises(ValueError):
         ExpertLoad.read(path)
     refused(plan(cli, output, path, ranks=2), str(path), "coactivation")

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementError, Topology, get_strategy
-from moe_placement_plugin.costmodel import Calibration, LayerCost, Measurement, find_calibration, fit, shipped
+from moe_placement_plugin.costmodel import (
+    Calibration,
+    LayerCost,
+    Measurement,
+    find_calibration,
+    fit,
+    shipped,
+)
 from moe_placement_plugin.moves import compare, expert_bytes_of
 from moe_placement_plugin.simulate import Cluster, Workload, align, dead_zone, simulate, step_time
 
@@ -24,7 +31,11 @@ def measurements(noise: float = 0.0, held_out: bool = True):
             result.append(Measurement(tokens=tokens, active_experts=active, microseconds=time))
             if held_out:
                 exact = 20 + 6 * active + 0.05 * (tokens + 3)
-                result.append(Measurement(tokens=tokens + 3, active_experts=active, microseconds=exact, held_out=True))
+                result.append(
+                    Measurement(
+                        tokens=tokens + 3, active_experts=active, microseconds=exact, held_out=True
+                    )
+                )
     return result
 
 
@@ -39,21 +50,43 @@ def test_fit_finds_the_coefficients_and_states_its_error_on_what_it_did_not_see(
 
 def test_fit_tells_rows_from_tokens_where_they_are_known():
     """As measured on an H200: as many tokens on 32 experts as on 64 took a fifth longer, since twice as many rows had arrived."""
-    grid = [(t, a, r) for t in (1000, 8000, 60_000) for a in (16, 64) for r in (t // 8, t // 4, t // 2)]
-    known = [Measurement(tokens=t, active_experts=a, rows=r, microseconds=15 + 1.5 * a + 0.02 * t + 0.03 * r) for t, a, r in grid]
+    grid = [
+        (t, a, r) for t in (1000, 8000, 60_000) for a in (16, 64) for r in (t // 8, t // 4, t // 2)
+    ]
+    known = [
+        Measurement(
+            tokens=t, active_experts=a, rows=r, microseconds=15 + 1.5 * a + 0.02 * t + 0.03 * r
+        )
+        for t, a, r in grid
+    ]
     cost = fit(known)
-    assert (cost.fixed, cost.per_expert, cost.per_token, cost.per_row) == pytest.approx((15, 1.5, 0.02, 0.03), rel=1e-6)
-    assert cost.time(1000, 16, 125) == pytest.approx(15 + 24 + 20 + 3.75) and "0.03000 per row" in cost.formula
+    assert (cost.fixed, cost.per_expert, cost.per_token, cost.per_row) == pytest.approx(
+        (15, 1.5, 0.02, 0.03), rel=1e-6
+    )
+    assert (
+        cost.time(1000, 16, 125) == pytest.approx(15 + 24 + 20 + 3.75)
+        and "0.03000 per row" in cost.formula
+    )
     blind = fit([*known[1:], known[0].model_copy(update={"rows": None})])
-    assert blind.per_row == 0 and "row" not in blind.formula, "one of which the rows are not known: none can be used"
+    assert blind.per_row == 0 and "row" not in blind.formula, (
+        "one of which the rows are not known: none can be used"
+    )
     held = known[0].model_copy(update={"rows": None, "held_out": True})
-    assert fit([*known, held]).per_row == 0 and fit([*known, held]).error < 1, "nor when it is one that is held out"
+    assert fit([*known, held]).per_row == 0 and fit([*known, held]).error < 1, (
+        "nor when it is one that is held out"
+    )
     same = fit([m.model_copy(update={"rows": 500}) for m in known])
-    assert same.per_row == 0 and same.fixed > 0, "of rows that are always the same nothing can be told"
+    assert same.per_row == 0 and same.fixed > 0, (
+        "of rows that are always the same nothing can be told"
+    )
 
 
 def test_fit_never_goes_negative():
-    falling = [Measurement(tokens=t, active_experts=a, microseconds=100 - 0.01 * t + 5 * a) for t in (1, 10, 1000) for a in (1, 2, 8)]
+    falling = [
+        Measurement(tokens=t, active_experts=a, microseconds=100 - 0.01 * t + 5 * a)
+        for t in (1, 10, 1000)
+        for a in (1, 2, 8)
+    ]
     cost = fit(falling)
     assert cost.per_token == 0 and cost.per_expert > 0 and cost.fixed > 0
 
@@ -62,12 +95,19 @@ def test_fit_refuses_what_cannot_tell_tokens_from_experts():
     with pytest.raises(PlacementError, match="4 or more"):
         fit(measurements()[:3])
     with pytest.raises(PlacementError, match="told apart"):
-        fit([Measurement(tokens=8 * a, active_experts=a, microseconds=10.0 + a) for a in range(1, 6)])
+        fit(
+            [
+                Measurement(tokens=8 * a, active_experts=a, microseconds=10.0 + a)
+                for a in range(1, 6)
+            ]
+        )
 
 
 def test_calibration_file_round_trip(tmp_path):
     path = tmp_path / "c.json"
-    Calibration(device="NVIDIA H200", layer={"hidden_size": 64}, measurements=measurements()).write(path)
+    Calibration(device="NVIDIA H200", layer={"hidden_size": 64}, measurements=measurements()).write(
+        path
+    )
     again = Calibration.read(path)
     assert again.device == "NVIDIA H200" and fit(again.measurements).per_expert == pytest.approx(6)
     data = json.loads(path.read_text())
@@ -120,27 +160,43 @@ def test_simulation_judges_on_the_next_window():
     quiet[:, 0] = 1000
     moved[:, 5] = 1000
     load = ExpertLoad(np.stack([quiet, moved, quiet]).astype(np.int64))
-    found = simulate([Workload("w", load)], {n: get_strategy(n) for n in ("linear", "eplb")}, Cluster(Topology(4), 4))
+    found = simulate(
+        [Workload("w", load)],
+        {n: get_strategy(n) for n in ("linear", "eplb")},
+        Cluster(Topology(4), 4),
+    )
     eplb = found.outcomes[1]
     # Window 0's plan replicates expert 0; on window 1, where expert 5 is hot, it cannot be balanced.
     assert eplb.next_window < 0.6 < eplb.overall
-    assert found.best is eplb and found.outcomes[0].next_window == pytest.approx(found.outcomes[0].overall, rel=0.2)
+    assert found.best is eplb and found.outcomes[0].next_window == pytest.approx(
+        found.outcomes[0].overall, rel=0.2
+    )
 
 
 def test_served_matrix_is_best_where_planned():
     a, b = skewed(1, seed=1), ExpertLoad(skewed(1, seed=2).counts[..., ::-1].copy())
-    found = simulate([Workload("a", a), Workload("b", b)], {"eplb": get_strategy("eplb")}, Cluster(Topology(4), 4))
+    found = simulate(
+        [Workload("a", a), Workload("b", b)],
+        {"eplb": get_strategy("eplb")},
+        Cluster(Topology(4), 4),
+    )
     served = found.outcomes[0].served
     assert served[0, 0] > served[0, 1] and served[1, 1] > served[1, 0]
 
 
 def test_verdict_says_when_balance_buys_nothing():
     even = ExpertLoad(np.full((1, 2, 16), 100, dtype=np.int64), phases=("decode",))
-    found = simulate([Workload("w", even)], {n: get_strategy(n) for n in ("linear", "zigzag")}, Cluster(Topology(4)))
+    found = simulate(
+        [Workload("w", even)],
+        {n: get_strategy(n) for n in ("linear", "zigzag")},
+        Cluster(Topology(4)),
+    )
     text = " ".join(found.verdict())
     assert "leave the placement as it is" in text and "Dead zone" in text and "calibration" in text
     skew = simulate(
-        [Workload("w", skewed(phases=("decode",) * 3))], {n: get_strategy(n) for n in ("linear", "eplb")}, Cluster(Topology(4), 4)
+        [Workload("w", skewed(phases=("decode",) * 3))],
+        {n: get_strategy(n) for n in ("linear", "eplb")},
+        Cluster(Topology(4), 4),
     )
     text = " ".join(skew.verdict())
     assert "eplb lowers" in text and "Dead zone" not in text
@@ -169,7 +225,11 @@ def test_moves():
 
 
 def test_expert_bytes():
-    r1 = {"hidden_size": 7168, "moe_intermediate_size": 2048, "quantization_config": {"quant_method": "fp8"}}
+    r1 = {
+        "hidden_size": 7168,
+        "moe_intermediate_size": 2048,
+        "quantization_config": {"quant_method": "fp8"},
+    }
     assert expert_bytes_of(r1, "R1") == 3 * 7168 * 2048
     with pytest.raises(PlacementError, match="--expert-bytes"):
         expert_bytes_of({"hidden_size": 8}, "x")
@@ -180,7 +240,12 @@ def test_a_shipped_calibration_fits_and_says_where_it_comes_from(name):
     found = find_calibration(name)
     cost = fit(found.measurements)
     # Of a third of R1's decode measurements the rows are not certain: they were left out.
-    assert cost.held_out >= {"r1-decode-h100": 80}.get(name, 100) and cost.error < 0.05 and cost.per_token > 0 and cost.per_row > 0
+    assert (
+        cost.held_out >= {"r1-decode-h100": 80}.get(name, 100)
+        and cost.error < 0.05
+        and cost.per_token > 0
+        and cost.per_row > 0
+    )
     assert {"command", "date", "torch", "kernel", "load"} <= found.provenance.keys()
     assert "/" not in found.provenance["command"], "a folder of the machine that measured"
     assert found.summary.startswith(found.device) and found.layer["kernel"] in found.summary

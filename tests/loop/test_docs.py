@@ -24,7 +24,9 @@ def test_commands_of_the_walk(traces, tmp_path):
     (tmp_path / "traces").symlink_to(traces)
     command = tmp_path / "bin" / "moe-placement"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from moe_placement_plugin.cli import main; main()" "$@"\n')
+    command.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "from moe_placement_plugin.cli import main; main()" "$@"\n'
+    )
     command.chmod(0o755)
     script = "set -e\n" + "\n".join(blocks)
     done = subprocess.run(
@@ -68,7 +70,9 @@ def test_dashboard_asks_for_metrics_that_exist(tmp_path):
         for sample in family.samples:
             known.setdefault(sample.name, set()).update(sample.labels)
     dashboard = json.loads(DASHBOARD.read_text())
-    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    expressions = [
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
+    ]
     asked = {name for expression in expressions for name in re.findall(r"moe_\w+", expression)}
     assert asked <= set(known), asked - set(known)
     assert set(known) <= asked, "a metric that no panel shows"

@@ -46,7 +46,11 @@ def run(counters: LoadCounters, batch: Batch, device: str = "cpu") -> None:
 def test_counts_pairs_phases_and_padding(device):
     counters = LoadCounters(LAYERS, EXPERTS, 64, device, coactivation=True)
     # A mixed batch, a smaller one (its padding lies where the first had tokens), and decode only.
-    batches = [Batch([5, 1, 7], [True, False, True], 3, 1), Batch([2, 1], [True, False], 9, 2), Batch([1] * 6, [False] * 6, 2, 3)]
+    batches = [
+        Batch([5, 1, 7], [True, False, True], 3, 1),
+        Batch([2, 1], [True, False], 9, 2),
+        Batch([1] * 6, [False] * 6, 2, 3),
+    ]
     for batch in batches:
         run(counters, batch, device)
     counts, pairs = counters.snapshot()
@@ -77,7 +81,9 @@ def test_snapshots_beside_the_host_lose_and_double_nothing():
     thread = threading.Thread(target=watch)
     thread.start()
     batches = [Batch([1] * 7, [False] * 7, 0, seed) for seed in range(100)]
-    batches += [Batch([seed % 300 + 1, 2], [True, False], seed % 3, seed) for seed in range(0, 900, 45)]
+    batches += [
+        Batch([seed % 300 + 1, 2], [True, False], seed % 3, seed) for seed in range(0, 900, 45)
+    ]
     try:
         with torch.inference_mode():
             for batch in batches:
@@ -86,7 +92,9 @@ def test_snapshots_beside_the_host_lose_and_double_nothing():
         done.set()
         thread.join()
     np.testing.assert_array_equal(counters.snapshot()[0], sum(b.counts for b in batches))
-    assert len(taken) > 3 and all((later >= earlier).all() for earlier, later in zip(taken, taken[1:]))
+    assert len(taken) > 3 and all(
+        (later >= earlier).all() for earlier, later in zip(taken, taken[1:])
+    )
 
 
 def test_dummy_batches_do_not_count():
@@ -112,7 +120,10 @@ def test_ids_outside_the_experts_are_left_out(dtype, pairs, device):
     rows = [[0, 3, 4], [1, 2, 5]] if dtype == torch.uint32 else [[0, 3, 4], [-1, 2, 30000]]
     counters.count(0, torch.tensor(rows).to(dtype).to(device))
     counts, together = counters.snapshot()
-    assert counts[1, 0].tolist() == ([1, 1, 1, 1] if dtype == torch.uint32 else [1, 0, 1, 1]) and not counts[0].any()
+    assert (
+        counts[1, 0].tolist() == ([1, 1, 1, 1] if dtype == torch.uint32 else [1, 0, 1, 1])
+        and not counts[0].any()
+    )
     assert (together[0, 0, 3] == together[0, 3, 0] == 1) if pairs else together is None
 
 
@@ -150,7 +161,9 @@ def test_compiled_without_a_graph_break():
         before = counters.snapshot()[0]
         ids = step(x)
         gained = counters.snapshot()[0] - before
-        np.testing.assert_array_equal(gained[1, 0], np.bincount(ids.flatten().numpy(), minlength=EXPERTS))
+        np.testing.assert_array_equal(
+            gained[1, 0], np.bincount(ids.flatten().numpy(), minlength=EXPERTS)
+        )
 
 
 @needs_gpu
@@ -177,7 +190,10 @@ def test_cuda_graph_replays_count_while_snapshots_are_taken():
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    expected, pairs = np.zeros((2, LAYERS, EXPERTS), np.int64), np.zeros((LAYERS, EXPERTS, EXPERTS), np.int64)
+    expected, pairs = (
+        np.zeros((2, LAYERS, EXPERTS), np.int64),
+        np.zeros((LAYERS, EXPERTS, EXPERTS), np.int64),
+    )
     rng = np.random.default_rng(0)
     for step in range(300):
         real = int(rng.integers(1, size + 1))

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed beside this engine")
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="triton is not installed beside this engine"
+)
 
 KERNELS = """
 import numpy as np, torch
@@ -73,7 +75,12 @@ print("equal")
 
 def run(code: str, interpret: str = "1") -> None:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": interpret}, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": interpret},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
 

@@ -16,41 +16,62 @@ pytest.importorskip("prometheus_client", reason="comes with the engines")
 
 def two_windows(path) -> ExpertLoad:
     counts = np.array([[[9, 9, 9, 9]], [[30, 10, 0, 0]], [[0, 0, 20, 20]]])
-    metadata = {"window_start": [0, 60, 60], "window_seconds": 60, "events": {"rebalances": 2, "moved_bytes": 1e9}}
+    metadata = {
+        "window_start": [0, 60, 60],
+        "window_seconds": 60,
+        "events": {"rebalances": 2, "moved_bytes": 1e9},
+    }
     load = ExpertLoad(counts, (3,), ("decode", "prefill", "decode"), metadata=metadata)
     load.write(path)
     return load
 
 
 def samples(collector) -> dict:
-    return {(s.name, *sorted(s.labels.values())): s.value for family in collector.collect() for s in family.samples}
+    return {
+        (s.name, *sorted(s.labels.values())): s.value
+        for family in collector.collect()
+        for s in family.samples
+    }
 
 
 def test_values_of_the_newest_window(tmp_path):
     path = tmp_path / "load"
     two_windows(path)
     found = samples(LoadCollector(path, lambda load: contiguous(load, 2)))
-    assert found["moe_expert_tokens_total", "prefill"] == 40 and found["moe_expert_tokens_total", "decode"] == 76
+    assert (
+        found["moe_expert_tokens_total", "prefill"] == 40
+        and found["moe_expert_tokens_total", "decode"] == 76
+    )
     # Newest window: 30 10 20 20, so 40 on either rank.
-    assert found["moe_expert_balancedness", "3"] == 1 and found["moe_expert_balancedness_overall",] == 1
+    assert (
+        found["moe_expert_balancedness", "3"] == 1
+        and found["moe_expert_balancedness_overall",] == 1
+    )
     assert found["moe_expert_rank_load_ratio", "0"] == 1
     assert found["moe_expert_hottest_load_ratio", "0", "3"] == 1.5
     assert len([k for k in found if k[0] == "moe_expert_hottest_load_ratio"]) == 3
-    assert found["moe_placement_events_total", "rebalances"] == 2 and found["moe_placement_events_total", "moved_bytes"] == 1e9
+    assert (
+        found["moe_placement_events_total", "rebalances"] == 2
+        and found["moe_placement_events_total", "moved_bytes"] == 1e9
+    )
 
 
 def test_placement_in_force_counts(tmp_path):
     path = tmp_path / "load"
     two_windows(path)
     skewed = Placement(np.array([[0, 2, 1, 3]]), 4, (2, 2), (3,))
-    assert samples(LoadCollector(path, lambda load: skewed))["moe_expert_balancedness", "3"] == pytest.approx(40 / 50)
+    assert samples(LoadCollector(path, lambda load: skewed))[
+        "moe_expert_balancedness", "3"
+    ] == pytest.approx(40 / 50)
 
 
 def test_without_ranks_only_experts(tmp_path):
     path = tmp_path / "load"
     two_windows(path)
     names = {key[0] for key in samples(LoadCollector(path, lambda load: None))}
-    assert "moe_expert_hottest_load_ratio" in names and not any("rank" in n or "balancedness" in n for n in names)
+    assert "moe_expert_hottest_load_ratio" in names and not any(
+        "rank" in n or "balancedness" in n for n in names
+    )
 
 
 def test_a_scrape_never_fails(tmp_path):
@@ -101,4 +122,7 @@ def test_events_reach_the_recording(tmp_path, monkeypatch):
     load_recorder.count_event("moved_bytes", 5)
     source.counts += 1
     r.close()
-    assert ExpertLoad.read(tmp_path / "load").metadata["events"] == {"rebalances": 1, "moved_bytes": 5}
+    assert ExpertLoad.read(tmp_path / "load").metadata["events"] == {
+        "rebalances": 1,
+        "moved_bytes": 5,
+    }

@@ -15,8 +15,12 @@ from moe_placement_plugin import ExpertLoad
 
 from .conftest import skewed
 
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
+CHROMIUM = next(
+    (p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None
+)
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"
+)
 
 # Reads the painted page: size, and how many colours each canvas shows.
 PROBE = """<script>
@@ -70,7 +74,9 @@ def page(tmp_path_factory):
 
 def test_page_is_self_contained(page):
     text = page.read_text()
-    assert not re.search(r"https?://|//[a-z]+\.|<link[^>]+href=\"(?!data:)|<img|@import|url\(", text)
+    assert not re.search(
+        r"https?://|//[a-z]+\.|<link[^>]+href=\"(?!data:)|<img|@import|url\(", text
+    )
     assert "&lt;b&gt;load&lt;/b&gt;" in text and "<b>load" not in text
     assert text.count("<script>") == 1
 
@@ -90,8 +96,17 @@ def test_page_in_chromium(page, tmp_path, width, scheme):
         )
     probed.write_text(text)
     setting = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
-    done = chromium(tmp_path, f"--window-size={width},2000", setting, "--virtual-time-budget=2000", "--dump-dom", f"file://{probed}")
-    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    done = chromium(
+        tmp_path,
+        f"--window-size={width},2000",
+        setting,
+        "--virtual-time-budget=2000",
+        "--dump-dom",
+        f"file://{probed}",
+    )
+    assert "CONSOLE" not in done.stderr, [
+        line for line in done.stderr.splitlines() if "CONSOLE" in line
+    ]
     found = re.search(r'data-probe="([^"]*)"', done.stdout)
     assert found, done.stdout[:500] + done.stderr[-500:]
     data = json.loads(html.unescape(found[1]))
@@ -101,7 +116,9 @@ def test_page_in_chromium(page, tmp_path, width, scheme):
     for canvas in data["canvases"]:
         assert canvas["colours"] > 5, canvas
         assert 250 < canvas["width"] <= width
-    assert data["tip"] == "layer 3, expert 0: " + data["tip"].split(": ")[1] and data["tip"].endswith("x the mean")
+    assert data["tip"] == "layer 3, expert 0: " + data["tip"].split(": ")[1] and data[
+        "tip"
+    ].endswith("x the mean")
     dark = sum(map(int, re.findall(r"\d+", data["background"])[:3])) < 380
     assert dark == (scheme == "dark")
     assert contrast(data["background"], data["text"]) > 7
@@ -124,7 +141,13 @@ def contrast(a: str, b: str) -> float:
 @needs_chromium
 def test_screenshot(page, tmp_path):
     shot = tmp_path / "shot.png"
-    chromium(tmp_path, "--window-size=1280,1200", "--virtual-time-budget=2000", f"--screenshot={shot}", f"file://{page}")
+    chromium(
+        tmp_path,
+        "--window-size=1280,1200",
+        "--virtual-time-budget=2000",
+        f"--screenshot={shot}",
+        f"file://{page}",
+    )
     assert shot.stat().st_size > 20_000
 
 
@@ -152,4 +175,6 @@ def test_page_holds_the_load(page):
     steps = np.frombuffer(base64.b64decode(data["load"]["data"]), "<u2").reshape(4, 16)
     total = ExpertLoad(skewed().counts).total.astype(float)
     expected = total / total.mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(steps / 65535 * data["load"]["most"], expected, atol=data["load"]["most"] / 65535)
+    np.testing.assert_allclose(
+        steps / 65535 * data["load"]["most"], expected, atol=data["load"]["most"] / 65535
+    )

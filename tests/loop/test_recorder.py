@@ -15,7 +15,13 @@ import pytest
 
 from moe_placement_plugin import ExpertLoad, PlacementError
 from moe_placement_plugin.engines import load_recorder
-from moe_placement_plugin.engines.load_recorder import LoadRecorder, Windows, check_interval, check_path, part_path
+from moe_placement_plugin.engines.load_recorder import (
+    LoadRecorder,
+    Windows,
+    check_interval,
+    check_path,
+    part_path,
+)
 from tests.support.children import python_path
 
 
@@ -31,7 +37,9 @@ class Source:
 
 
 def recorder(path, source, layers=(0, 1), interval=60.0, **kwargs) -> LoadRecorder:
-    return LoadRecorder(path, Windows(layers, 4, interval, {"model": "tiny"}), source, interval, **kwargs)
+    return LoadRecorder(
+        path, Windows(layers, 4, interval, {"model": "tiny"}), source, interval, **kwargs
+    )
 
 
 def test_counts_are_differences_and_phases_are_apart(tmp_path, monkeypatch):
@@ -49,7 +57,10 @@ def test_counts_are_differences_and_phases_are_apart(tmp_path, monkeypatch):
     load = ExpertLoad.read(path)
     assert load.phases == ("prefill", "decode", "prefill")
     assert load.counts[:, 0, 0].tolist() == [5, 2, 1]
-    assert load.metadata["window_start"] == [1000, 1010, 1010] and load.metadata["window_seconds"] == 10
+    assert (
+        load.metadata["window_start"] == [1000, 1010, 1010]
+        and load.metadata["window_seconds"] == 10
+    )
 
 
 def test_nothing_is_written_before_a_token_was_served(tmp_path):
@@ -93,7 +104,10 @@ def test_parts_of_other_processes_are_added(tmp_path):
     stale.write_bytes(b"of an earlier run")
     sources = [Source(), Source(), Source()]
     layers = [(0, 1), (0, 1), (2, 3)]
-    recorders = [recorder(path, s, ids, part=k, num_parts=3) for k, (s, ids) in enumerate(zip(sources, layers))]
+    recorders = [
+        recorder(path, s, ids, part=k, num_parts=3)
+        for k, (s, ids) in enumerate(zip(sources, layers))
+    ]
     assert not stale.exists()
     for k, source in enumerate(sources):
         source.counts[1] += 10**k
@@ -178,7 +192,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_crash_loses_at_most_the_running_window(tmp_path):
     path = tmp_path / "load"
-    done = subprocess.run([sys.executable, "-c", CRASHING, str(path)], capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHING, str(path)], capture_output=True, timeout=60
+    )
     assert done.returncode == -signal.SIGKILL
     total = ExpertLoad.read(path).total
     # Ten steps of 2; one interval is two steps, and one more may fall between the flush and the kill.
@@ -188,7 +204,11 @@ def test_a_crash_loses_at_most_the_running_window(tmp_path):
 
 
 def test_what_was_half_written_goes_when_the_next_server_starts(tmp_path):
-    own, part, kept = tmp_path / ".load.k3_9abcd", tmp_path / ".load.part-1.k3_9abcd", [tmp_path / ".load.keep", tmp_path / ".loads.k3_9abcd"]
+    own, part, kept = (
+        tmp_path / ".load.k3_9abcd",
+        tmp_path / ".load.part-1.k3_9abcd",
+        [tmp_path / ".load.keep", tmp_path / ".loads.k3_9abcd"],
+    )
     for file in (own, part, *kept):
         file.write_bytes(b"half")
     recorder(tmp_path / "load", Source(), part=1, num_parts=2)
@@ -211,7 +231,10 @@ def wait_for(path, tokens: int) -> None:
 def test_an_idle_engine_has_written_everything(tmp_path):
     """Servers kill their workers when they are stopped: what was counted must not wait for the window's end, nor other processes' parts."""
     path, sources = tmp_path / "load", [Source(), Source()]
-    recorders = [recorder(path, source, interval=10_000, part=k, num_parts=2) for k, source in enumerate(sources)]
+    recorders = [
+        recorder(path, source, interval=10_000, part=k, num_parts=2)
+        for k, source in enumerate(sources)
+    ]
     for r in recorders:
         r.served()
     sources[0].counts += 2
@@ -279,7 +302,12 @@ if __name__ == "__main__":
 def test_a_process_that_ends_writes_its_last_window(tmp_path, method):
     path, script = tmp_path / "load", tmp_path / "ending.py"
     script.write_text(ENDING)
-    subprocess.run([sys.executable, script, path, method], check=True, timeout=60, env={**os.environ, "PYTHONPATH": python_path()})
+    subprocess.run(
+        [sys.executable, script, path, method],
+        check=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": python_path()},
+    )
     assert (ExpertLoad.read(path).total == 14).all()
 
 
@@ -316,7 +344,9 @@ def test_routing_that_is_not_seen_is_said_once(tmp_path, caplog):
     r.served()
     for count in range(4):
         r.flush()
-        assert len([record for record in caplog.records if "no routing is seen" in record.getMessage()]) == (count > 0)
+        assert len(
+            [record for record in caplog.records if "no routing is seen" in record.getMessage()]
+        ) == (count > 0)
     source.counts += 1
     r.flush()
     r.close()

@@ -33,14 +33,25 @@ def test_counts_are_the_models_own_routing(tmp_path, ranks):
     if ranks == 2:  # logical ids, whatever the placement; alone, recording must not need one
         arguments |= {"expert_placement_strategy": "zigzag", "expert_load_coactivation": True}
     workers = ["forked"] if ranks == 2 else []
-    command = python("-m", "tests.loop.sglang_recording_child", json.dumps(arguments), json.dumps(PROMPTS), str(result), *workers)
+    command = python(
+        "-m",
+        "tests.loop.sglang_recording_child",
+        json.dumps(arguments),
+        json.dumps(PROMPTS),
+        str(result),
+        *workers,
+    )
     with engine_lock():
-        done = run_child(command, 240, env=ENV | {"SGLANG_CPU_OMP_THREADS_BIND": threads(ranks)}, cwd=ROOT)
+        done = run_child(
+            command, 240, env=ENV | {"SGLANG_CPU_OMP_THREADS_BIND": threads(ranks)}, cwd=ROOT
+        )
     assert result.exists(), done.output[-4000:]
     counts, pairs = Reference(model).expected(PROMPTS, json.loads(result.read_text()))
     load = ExpertLoad.read(path)
     check(load, counts, pairs if ranks == 2 else None)
-    assert load.metadata["engine"].startswith("sglang ") and load.metadata["expert_parallel"] == (ranks == 2)
+    assert load.metadata["engine"].startswith("sglang ") and load.metadata["expert_parallel"] == (
+        ranks == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +59,10 @@ def test_counts_are_the_models_own_routing(tmp_path, ranks):
     [
         ({"expert_load_interval": "5"}, "without --expert-load-record"),
         ({"expert_load_record": "/no/such/folder/load"}, "does not exist"),
-        ({"expert_load_record": "load", "expert_load_interval": "soon"}, "--expert-load-interval soon"),
+        (
+            {"expert_load_record": "load", "expert_load_interval": "soon"},
+            "--expert-load-interval soon",
+        ),
     ],
 )
 def test_bad_flags(values, words):

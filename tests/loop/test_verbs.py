@@ -24,8 +24,16 @@ def test_help_imports_neither_engine_nor_compiler():
         "heavy = {'torch', 'numba', 'numpy', 'vllm', 'sglang', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    for verb in ([], *([v] for v in ("diff", "doctor", "export", "plan", "record", "show", "simulate"))):
-        done = subprocess.run([sys.executable, "-c", code, *verb, "--help"], capture_output=True, text=True, timeout=60)
+    for verb in (
+        [],
+        *([v] for v in ("diff", "doctor", "export", "plan", "record", "show", "simulate")),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *verb, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 0, (verb, done.stderr)
         if not verb:
             assert all(name in done.stdout for name in VERBS)
@@ -35,7 +43,10 @@ def test_help_imports_neither_engine_nor_compiler():
 
 def test_importing_the_command_line_is_quick():
     code = "import time; t = time.perf_counter(); import moe_placement_plugin.cli; print(time.perf_counter() - t)"
-    times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) for _ in range(5)]
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+        for _ in range(5)
+    ]
     assert min(times) < 0.3, times
 
 
@@ -61,11 +72,18 @@ def test_plan_for_nodes(cli, tmp_path):
     pairs[:, ::2, ::2] = pairs[:, 1::2, 1::2] = 10
     pairs[:, range(8), range(8)] = 0
     path, plan = tmp_path / "load.safetensors", tmp_path / "plan.json"
-    ExpertLoad(np.full((1, 1, 8), 100), coactivation=pairs, metadata={"hosts": "2: a, ranks 0-1; b, ranks 2-3"}).write(path)
+    ExpertLoad(
+        np.full((1, 1, 8), 100),
+        coactivation=pairs,
+        metadata={"hosts": "2: a, ranks 0-1; b, ranks 2-3"},
+    ).write(path)
     cli("plan", path, "--ranks", 4, "--nodes", 2, "--locality", "soft", "-o", plan)
     made = Placement.read(plan)
     assert made.metadata["node_of_rank"] == [0, 0, 1, 1] and made.metadata["locality"] == "soft"
-    assert {frozenset(part % 2) for part in np.split(made.physical_to_logical[0], 2)} == {frozenset([0]), frozenset([1])}
+    assert {frozenset(part % 2) for part in np.split(made.physical_to_logical[0], 2)} == {
+        frozenset([0]),
+        frozenset([1]),
+    }
     assert "4 ranks on 2 nodes" in cli("show", plan).stdout.replace("\n", " ")
     assert "hosts 2: a, ranks 0-1; b, ranks 2-3" in cli("show", path).stdout.replace("\n", " ")
 
@@ -75,7 +93,9 @@ def test_plan_for_one_phase(cli, tmp_path):
     counts[0, 0, 0], counts[1, 0, 3] = 100, 100
     path, plan = tmp_path / "load", tmp_path / "plan.json"
     ExpertLoad(counts, phases=("prefill", "decode")).write(path)
-    done = cli("plan", path, "--ranks", 2, "--redundant", 2, "--phase", "decode", "-o", plan, "--json")
+    done = cli(
+        "plan", path, "--ranks", 2, "--redundant", 2, "--phase", "decode", "-o", plan, "--json"
+    )
     assert Placement.read(plan).replica_counts[0, 3] == 2
     assert json.loads(done.stdout)["balancedness"] > 0.9
 
@@ -85,12 +105,18 @@ def test_simulate(cli, load_file, tmp_path):
     skewed(seed=5).write(other)
     plan = tmp_path / "plan.json"
     cli("plan", load_file, "--ranks", 4, "-o", plan)
-    data = json.loads(cli("simulate", load_file, other, "--ranks", 4, "--plan", plan, "--json").stdout)
+    data = json.loads(
+        cli("simulate", load_file, other, "--ranks", 4, "--plan", plan, "--json").stdout
+    )
     assert [o["name"] for o in data["outcomes"]] == ["linear", "zigzag", "eplb", "plan.json"]
     assert data["cost_model"] is None and all(o["step"] is None for o in data["outcomes"])
     assert np.shape(data["outcomes"][2]["served"]) == (2, 2)
     text = cli("simulate", load_file, "--ranks", 4).stdout
-    assert "Times need a calibration file" in text and "next window" in text and "ms" not in text.split("Times")[0]
+    assert (
+        "Times need a calibration file" in text
+        and "next window" in text
+        and "ms" not in text.split("Times")[0]
+    )
 
 
 def test_simulate_with_a_calibration(cli, load_file, tmp_path):
@@ -99,8 +125,22 @@ def test_simulate_with_a_calibration(cli, load_file, tmp_path):
     from .test_cost_and_simulate import measurements
 
     path = tmp_path / "calibration.json"
-    Calibration(device="made up for this test", layer={}, measurements=measurements(0.02)).write(path)
-    data = json.loads(cli("simulate", load_file, "--ranks", 4, "--calibration", path, "--tokens-per-step", 5000, "--json").stdout)
+    Calibration(device="made up for this test", layer={}, measurements=measurements(0.02)).write(
+        path
+    )
+    data = json.loads(
+        cli(
+            "simulate",
+            load_file,
+            "--ranks",
+            4,
+            "--calibration",
+            path,
+            "--tokens-per-step",
+            5000,
+            "--json",
+        ).stdout
+    )
     assert data["cost_model"]["held_out"] == 12 and 0 < data["cost_model"]["error"] < 0.05
     linear, eplb = data["outcomes"][0]["step"], data["outcomes"][2]["step"]
     assert eplb["total_us"] < linear["total_us"] and len(eplb["layer_us"]) == 4
@@ -111,8 +151,13 @@ def test_simulate_with_a_calibration(cli, load_file, tmp_path):
 def test_diff(cli, load_file, tmp_path):
     plan = tmp_path / "plan.json"
     cli("plan", load_file, "--ranks", 4, "-o", plan)
-    data = json.loads(cli("diff", "linear", plan, "--expert-bytes", 1000, "--bandwidth", 0.001, "--json").stdout)
-    assert data["bytes"] == data["moves"] * 1000 and data["seconds"] == max(map(sum, zip(*data["received"]))) / 1000
+    data = json.loads(
+        cli("diff", "linear", plan, "--expert-bytes", 1000, "--bandwidth", 0.001, "--json").stdout
+    )
+    assert (
+        data["bytes"] == data["moves"] * 1000
+        and data["seconds"] == max(map(sum, zip(*data["received"]))) / 1000
+    )
     assert "0 of" not in cli("diff", "linear", plan).stdout
     assert "No expert crosses" in cli("diff", plan, plan).stdout
 
@@ -125,7 +170,9 @@ def test_export_is_what_sglang_reads(cli, load_file, tmp_path):
     assert rows[:4] == Placement.read(plan).physical_to_logical.tolist() and len(rows) == 6
     cli("export", load_file, "-o", exported, "--json")
     assert (ExpertLoad.read(exported).total == ExpertLoad.read(load_file).total).all()
-    assert "--num-layers" in cli("export", load_file, "-o", exported, "--num-layers", 2, code=2).stderr
+    assert (
+        "--num-layers" in cli("export", load_file, "-o", exported, "--num-layers", 2, code=2).stderr
+    )
 
 
 def test_reads_sglangs_pt(cli, tmp_path):
@@ -146,14 +193,21 @@ def test_r1_plan_and_page_within_two_seconds(cli, traces, tmp_path):
     Seven tenths of the loop are imports of this kind, so that a slow or busy machine stretches both alike; what this project
     adds to them (a kernel compiled again, a module imported needlessly, a slow page) stretches the loop alone.
     """
-    trace, plan, page = traces / "deepseek_r1_decode_in1000out1000.json", tmp_path / "plan.json", tmp_path / "page.html"
+    trace, plan, page = (
+        traces / "deepseek_r1_decode_in1000out1000.json",
+        tmp_path / "plan.json",
+        tmp_path / "page.html",
+    )
 
     def seconds(work) -> float:
         # What a user waits for; processor time where other work on the machine adds to that (it counts helper threads as well).
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         work()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return min(time.monotonic() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(
+            time.monotonic() - began,
+            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        )
 
     def loop() -> None:
         cli("plan", trace, "--ranks", 32, "--redundant", 32, "-o", plan)
@@ -163,7 +217,9 @@ def test_r1_plan_and_page_within_two_seconds(cli, traces, tmp_path):
         subprocess.run([sys.executable, "-c", "import numba.np.arraymath"], check=True, timeout=60)
 
     loop()
-    rounds = [(seconds(loop), seconds(imports)) for _ in range(5)]  # side by side: the machine's speed changes
+    rounds = [
+        (seconds(loop), seconds(imports)) for _ in range(5)
+    ]  # side by side: the machine's speed changes
     taken, reference = map(min, zip(*rounds))
     assert taken < 2 * max(1, reference / IMPORT_SECONDS), rounds
     assert page.stat().st_size > 50_000
@@ -175,7 +231,10 @@ def test_doctor(cli):
     assert data["fits"] and data["installed"]
     names = {row["name"] for row in data["patches"]}
     assert {"expert-map", "record-bind", "file-flag"} <= names
-    assert all(row["state"] == "off" and row["contract"] == "ok" and row["why"] and row["target"] for row in data["patches"])
+    assert all(
+        row["state"] == "off" and row["contract"] == "ok" and row["why"] and row["target"]
+        for row in data["patches"]
+    )
     assert any("flashinfer_trtllm" in row["what"] for row in data["refused"])
 
 

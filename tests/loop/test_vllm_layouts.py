@@ -18,7 +18,9 @@ from moe_placement_plugin.engines.vllm.settings import PlacementSettings  # noqa
 EXPERTS = 8
 
 
-def rank(dp_rank: int = 0, tp_rank: int = 0, tp_size: int = 1, sequence_parallel: bool = False) -> recording.LoadRecording:
+def rank(
+    dp_rank: int = 0, tp_rank: int = 0, tp_size: int = 1, sequence_parallel: bool = False
+) -> recording.LoadRecording:
     """The recording of one rank, without a model."""
     made = object.__new__(recording.LoadRecording)
     made.dp_rank, made.tp_rank, made.tp_size = dp_rank, tp_rank, tp_size
@@ -30,8 +32,12 @@ def rank(dp_rank: int = 0, tp_rank: int = 0, tp_size: int = 1, sequence_parallel
 def context(monkeypatch, sizes=None, local_sizes=None):
     metadata = None
     if sizes is not None:
-        metadata = SimpleNamespace(num_tokens_across_dp_cpu=torch.tensor(sizes), local_sizes=local_sizes)
-    monkeypatch.setattr("vllm.forward_context.get_forward_context", lambda: SimpleNamespace(dp_metadata=metadata))
+        metadata = SimpleNamespace(
+            num_tokens_across_dp_cpu=torch.tensor(sizes), local_sizes=local_sizes
+        )
+    monkeypatch.setattr(
+        "vllm.forward_context.get_forward_context", lambda: SimpleNamespace(dp_metadata=metadata)
+    )
 
 
 def tokens(count: int, seed: int) -> np.ndarray:
@@ -114,9 +120,15 @@ def config(folder, **changes):
         tensor_parallel_size=2, data_parallel_size=1, prefill_context_parallel_size=1, enable_expert_parallel=True, enable_eplb=False,
         use_ubatching=False, enable_elastic_ep=False,
     )  # fmt: skip
-    text = SimpleNamespace(num_hidden_layers=4, num_experts=EXPERTS, decoder_sparse_step=1, mlp_only_layers=[])
+    text = SimpleNamespace(
+        num_hidden_layers=4, num_experts=EXPERTS, decoder_sparse_step=1, mlp_only_layers=[]
+    )
     model = SimpleNamespace(
-        is_moe=True, model="tiny", hf_text_config=text, get_num_experts=lambda: EXPERTS, enable_return_routed_experts=False
+        is_moe=True,
+        model="tiny",
+        hf_text_config=text,
+        get_num_experts=lambda: EXPERTS,
+        enable_return_routed_experts=False,
     )
     for name, value in changes.items():
         target = parallel if hasattr(parallel, name) else model
@@ -127,8 +139,16 @@ def config(folder, **changes):
 
 def test_record_settings(tmp_path):
     made = recording.record_settings(config(tmp_path, extra={"expert_load_interval": "5"}))
-    assert made["interval"] == 5 and made["num_experts"] == EXPERTS and made["ep_ranks"] == 2 and not made["coactivation"]
-    assert recording.record_settings(config(tmp_path, enable_expert_parallel=False))["ep_ranks"] is None
+    assert (
+        made["interval"] == 5
+        and made["num_experts"] == EXPERTS
+        and made["ep_ranks"] == 2
+        and not made["coactivation"]
+    )
+    assert (
+        recording.record_settings(config(tmp_path, enable_expert_parallel=False))["ep_ranks"]
+        is None
+    )
     assert recording.record_settings(config(tmp_path, enable_eplb=True))["ep_ranks"] is None
     assert recording.record_settings(SimpleNamespace(additional_config={})) is None
     assert list(tmp_path.iterdir()) == []
@@ -144,7 +164,10 @@ def test_record_settings(tmp_path):
         ({"enable_return_routed_experts": True}, "--enable-return-routed-experts"),
         ({"extra": {"expert_load_interval": "soon"}}, "--expert-load-interval soon"),
         ({"extra": {"expert_load_record": "/no/such/folder/load"}}, "does not exist"),
-        ({"extra": {"expert_load_record": None, "expert_load_coactivation": True}}, "without --expert-load-record"),
+        (
+            {"extra": {"expert_load_record": None, "expert_load_coactivation": True}},
+            "without --expert-load-record",
+        ),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(tmp_path, changes, words):
@@ -156,6 +179,8 @@ def test_only_what_was_asked_for_is_patched(monkeypatch):
     monkeypatch.setattr("moe_placement_plugin.engines.vllm.request.is_cpu_build", lambda: False)
     record = {"path": "load"}
     assert patches.patch_sets(PlacementSettings.make("linear", None, 2, None)) == []
-    assert patches.patch_sets(PlacementSettings.make("linear", None, 2, record)) == [patches.recording_set()]
+    assert patches.patch_sets(PlacementSettings.make("linear", None, 2, record)) == [
+        patches.recording_set()
+    ]
     names = {p.name for p in patches.recording_set()}
     assert names and all(name.startswith("record-") for name in names)

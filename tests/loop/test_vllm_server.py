@@ -31,8 +31,14 @@ def fetch(url: str) -> str:
 @pytest.mark.engine
 @pytest.mark.timeout(1800)
 def test_record_scrape_and_plan(tmp_path, cli):
-    model, path, prompts = write_qwen3_moe(tmp_path / "qwen"), tmp_path / "load.safetensors", tmp_path / "prompts.txt"
-    prompts.write_text("hello world\nThe quick brown fox\n" + json.dumps({"prompt": "0123456789"}) + "\n")
+    model, path, prompts = (
+        write_qwen3_moe(tmp_path / "qwen"),
+        tmp_path / "load.safetensors",
+        tmp_path / "prompts.txt",
+    )
+    prompts.write_text(
+        "hello world\nThe quick brown fox\n" + json.dumps({"prompt": "0123456789"}) + "\n"
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,7 +56,9 @@ def test_record_scrape_and_plan(tmp_path, cli):
         )  # fmt: skip
         try:
             wait_until_ready(server, url, tmp_path / "server.log")
-            done = cli("record", path, "--url", url, "--prompts", prompts, "--max-tokens", 5, "--json")
+            done = cli(
+                "record", path, "--url", url, "--prompts", prompts, "--max-tokens", 5, "--json"
+            )
             metrics = fetch(f"{url}/metrics")
         finally:
             end_group(server)
@@ -62,9 +70,20 @@ def test_record_scrape_and_plan(tmp_path, cli):
     assert sent["routed_tokens"] == routed == ExpertLoad.read(path).counts.sum()
     # Expert parallelism is off: an operator records before deciding.
     reference = Reference(model)
-    tokens = [reference.tokenizer(prompt)["input_ids"] for prompt in ("hello world", "The quick brown fox", "0123456789")]
-    check(ExpertLoad.read(path), reference.expected(tokens, [reference.greedy(prompt, 5) for prompt in tokens])[0], None)
-    ours = {line.split(" ")[0]: float(line.split(" ")[1]) for line in metrics.splitlines() if line.startswith("moe_")}
+    tokens = [
+        reference.tokenizer(prompt)["input_ids"]
+        for prompt in ("hello world", "The quick brown fox", "0123456789")
+    ]
+    check(
+        ExpertLoad.read(path),
+        reference.expected(tokens, [reference.greedy(prompt, 5) for prompt in tokens])[0],
+        None,
+    )
+    ours = {
+        line.split(" ")[0]: float(line.split(" ")[1])
+        for line in metrics.splitlines()
+        if line.startswith("moe_")
+    }
     assert sum(v for k, v in ours.items() if k.startswith("moe_expert_tokens_total")) == routed
     assert sum(k.startswith("moe_expert_hottest_load_ratio") for k in ours) == 12
     assert "vllm:" in metrics
@@ -91,8 +110,17 @@ def test_record_says_what_is_wrong(cli, tmp_path):
     assert str(path) in done.stderr
     assert "--prompts" in cli("record", path, "--url", "http://127.0.0.1:9", code=2).stderr
     prompts.write_text("\n")
-    assert "holds no prompt" in cli("record", path, "--url", "http://127.0.0.1:9", "--prompts", prompts, code=2).stderr
+    assert (
+        "holds no prompt"
+        in cli("record", path, "--url", "http://127.0.0.1:9", "--prompts", prompts, code=2).stderr
+    )
     prompts.write_text('{"text": 1}\n')
-    assert "line 1" in cli("record", path, "--url", "http://127.0.0.1:9", "--prompts", prompts, code=2).stderr
+    assert (
+        "line 1"
+        in cli("record", path, "--url", "http://127.0.0.1:9", "--prompts", prompts, code=2).stderr
+    )
     prompts.write_text("hello\n")
-    assert "cannot be reached" in cli("record", path, "--url", "http://127.0.0.1:9", "--prompts", prompts, code=2).stderr
+    assert (
+        "cannot be reached"
+        in cli("record", path, "--url", "http://127.0.0.1:9", "--prompts", prompts, code=2).stderr
+    )

@@ -8,7 +8,16 @@ import numpy as np
 import torch
 
 from moe_placement_plugin import Placement
-from moe_placement_plugin.moe import EpGroup, ExpertWeights, PlacedExperts, Routing, SharedExperts, StagedMoE, find_matmuls, route
+from moe_placement_plugin.moe import (
+    EpGroup,
+    ExpertWeights,
+    PlacedExperts,
+    Routing,
+    SharedExperts,
+    StagedMoE,
+    find_matmuls,
+    route,
+)
 from moe_placement_plugin.placement import even_slots
 
 HIDDEN, INTERMEDIATE = 192, 32
@@ -75,12 +84,15 @@ def make(case: Case) -> Made:
     bias = torch.randn(case.experts, generator=rng) * 0.3 if case.bias else None
     routing = Routing(case.experts, **{"top_k": 4, **dict(case.routing)}, correction_bias=bias)
     experts = ExpertWeights(
-        normal(case.experts, 2 * INTERMEDIATE, HIDDEN, scale=HIDDEN**-0.5), normal(case.experts, HIDDEN, INTERMEDIATE, scale=INTERMEDIATE**-0.5)
+        normal(case.experts, 2 * INTERMEDIATE, HIDDEN, scale=HIDDEN**-0.5),
+        normal(case.experts, HIDDEN, INTERMEDIATE, scale=INTERMEDIATE**-0.5),
     )
     shared = None
     if case.shared:
         gate = normal(1, HIDDEN, scale=HIDDEN**-0.5) if case.shared == "gated" else None
-        shared = SharedExperts(normal(64, HIDDEN, scale=HIDDEN**-0.5), normal(HIDDEN, 32, scale=32**-0.5), gate)
+        shared = SharedExperts(
+            normal(64, HIDDEN, scale=HIDDEN**-0.5), normal(HIDDEN, 32, scale=32**-0.5), gate
+        )
     xs = [normal(n, HIDDEN) for n in case.tokens_per_rank]
     logits = [torch.randn(n, case.experts, generator=rng) for n in case.tokens_per_rank]
     for part in logits:
@@ -129,5 +141,7 @@ def routed(case: Case, group: EpGroup) -> tuple[torch.Tensor, ...]:
     """Rows, group sizes, local slots and weights of this rank after `route`."""
     made = make(case)
     placed = PlacedExperts.of(made.placement, 0, group.rank)
-    x, output, _ = route(made.xs[group.rank], made.logits[group.rank], made.routing, placed, group, case.use_ring)
+    x, output, _ = route(
+        made.xs[group.rank], made.logits[group.rank], made.routing, placed, group, case.use_ring
+    )
     return x, output.group_sizes, output.local_slots, output.weights

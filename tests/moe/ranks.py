@@ -21,7 +21,13 @@ SIZES = (1, 2, 4, 8)
 def serve(rank: int, world: int, store: str, pipe) -> None:
     """Join the groups, then answer (function name, case) until None comes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
     groups = {size: dist.new_group(list(range(size))) for size in SIZES if size <= world}
     while (job := pipe.recv()) is not None:
         function, case = job

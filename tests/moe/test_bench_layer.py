@@ -12,7 +12,13 @@ import torch
 from moe_placement_plugin import ExpertLoad, PlacementError
 from moe_placement_plugin.bench import layer as bench_layer
 from moe_placement_plugin.bench.layer import LayerBench, fitted, plan_all
-from moe_placement_plugin.bench.layer_shapes import SHAPES, draw_step, find_shape, read_load, synthetic_load
+from moe_placement_plugin.bench.layer_shapes import (
+    SHAPES,
+    draw_step,
+    find_shape,
+    read_load,
+    synthetic_load,
+)
 from moe_placement_plugin.bench.timing import in_turn
 from moe_placement_plugin.cli.bench import layer as bench_command
 from moe_placement_plugin.costmodel import Calibration, fit
@@ -20,7 +26,14 @@ from moe_placement_plugin.moe import find_matmuls
 
 from ..support.children import python, run_child
 
-CLI = ("-c", "from moe_placement_plugin.cli import main; main()", "bench", "layer", "--device", "cpu")
+CLI = (
+    "-c",
+    "from moe_placement_plugin.cli import main; main()",
+    "bench",
+    "layer",
+    "--device",
+    "cpu",
+)
 CPU = torch.device("cpu")
 
 
@@ -66,11 +79,19 @@ def test_times_follow_a_known_law(monkeypatch):
         assert list(outcome.layers) == [0, 2]
         for times in outcome.layers.values():
             assert len(times) == outcome.ranks
-            assert sum(t.tokens for t in times) == outcome.tokens_per_rank * outcome.ranks * shape.top_k
+            assert (
+                sum(t.tokens for t in times)
+                == outcome.tokens_per_rank * outcome.ranks * shape.top_k
+            )
             assert all(t.active <= t.slots for t in times)
-        assert outcome.microseconds == sum(max(20 + 5 * t.active + 0.25 * t.tokens for t in times) for times in outcome.layers.values())
+        assert outcome.microseconds == sum(
+            max(20 + 5 * t.active + 0.25 * t.tokens for t in times)
+            for times in outcome.layers.values()
+        )
     linear, eplb = outcomes[2], outcomes[3]
-    assert eplb.balancedness > 0.95 > linear.balancedness and eplb.microseconds < linear.microseconds
+    assert (
+        eplb.balancedness > 0.95 > linear.balancedness and eplb.microseconds < linear.microseconds
+    )
     calibration = bench.calibration("decode", {"device": "a law"}, "command")
     cost = fitted(calibration)
     assert (cost.fixed, cost.per_expert, cost.per_token) == pytest.approx((20.0, 5.0, 0.25))
@@ -87,7 +108,10 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(bench_layer, "free_memory", lambda device: 1 << 20)
     bench = LayerBench("tiny", SHAPES["tiny"], CPU, find_matmuls("torch"), 1, use_ring=False)
     load = synthetic_load(SHAPES["tiny"], 0.7)
-    with pytest.raises(PlacementError, match=r"tiny at EP 2 needs .* for 8 experts and .* rows, 0.0 GiB are free on cpu: measure more ranks"):
+    with pytest.raises(
+        PlacementError,
+        match=r"tiny at EP 2 needs .* for 8 experts and .* rows, 0.0 GiB are free on cpu: measure more ranks",
+    ):
         bench.measure(plan_all(["linear"], load, 2, 1), load, [0], "prefill", 512, lambda _: None)
 
 
@@ -99,7 +123,9 @@ def test_bad_input(tmp_path):
         "choose from r1, v2-lite": lambda: find_shape("r2"),
         "has 8 experts, tiny has 16": lambda: read_load([path], SHAPES["tiny"], "tiny"),
         "no token-level trace": lambda: read_load([tmp_path / "no.npz"], SHAPES["tiny"], "tiny"),
-        "after the plus": lambda: plan_all(["eplb+many"], synthetic_load(SHAPES["tiny"], 1.0), 2, 1),
+        "after the plus": lambda: plan_all(
+            ["eplb+many"], synthetic_load(SHAPES["tiny"], 1.0), 2, 1
+        ),
     }.items():
         with pytest.raises(PlacementError, match=says):
             call()
@@ -115,20 +141,59 @@ def test_token_traces_are_counted(tmp_path):
 def test_command(tmp_path):
     load = tmp_path / "load.safetensors"
     synthetic_load(SHAPES["tiny"], 1.0).write(load)
-    options = ["--shape", "tiny", "--load", load, "--ep", 2, "--ep", 3, "--prefill", 24, "--decode", 4, "--layers", 2, "--repeats", 2]
+    options = [
+        "--shape",
+        "tiny",
+        "--load",
+        load,
+        "--ep",
+        2,
+        "--ep",
+        3,
+        "--prefill",
+        24,
+        "--decode",
+        4,
+        "--layers",
+        2,
+        "--repeats",
+        2,
+    ]
     done = run_child(
-        python(*CLI, *map(str, options), "--calibrations", str(tmp_path), "--json", str(tmp_path / "out.json")), 120, {"OMP_NUM_THREADS": "1"}
+        python(
+            *CLI,
+            *map(str, options),
+            "--calibrations",
+            str(tmp_path),
+            "--json",
+            str(tmp_path / "out.json"),
+        ),
+        120,
+        {"OMP_NUM_THREADS": "1"},
     )
     assert done.code == 0, done.output
-    assert "kernel torch" in done.output and "EP 3, decode, 4 tokens per rank, 2 layers" in done.output
+    assert (
+        "kernel torch" in done.output and "EP 3, decode, 4 tokens per rank, 2 layers" in done.output
+    )
     outcomes = json.loads((tmp_path / "out.json").read_text())["outcomes"]
-    assert [o["strategy"] for o in outcomes[:4]] == ["linear", "balanced", "zigzag", "eplb"] and len(outcomes) == 16
+    assert [o["strategy"] for o in outcomes[:4]] == [
+        "linear",
+        "balanced",
+        "zigzag",
+        "eplb",
+    ] and len(outcomes) == 16
     for outcome in outcomes:
         layers = outcome["layers"].values()
-        assert outcome["microseconds"] == pytest.approx(sum(max(r["microseconds"] for r in layer) for layer in layers)) != 0
+        assert (
+            outcome["microseconds"]
+            == pytest.approx(sum(max(r["microseconds"] for r in layer) for layer in layers))
+            != 0
+        )
     for phase in ("prefill", "decode"):
         calibration = Calibration.read(tmp_path / f"tiny-{phase}.json")
-        assert calibration.layer["hidden_size"] == 128 and calibration.layer["kernel"].startswith("torch")
+        assert calibration.layer["hidden_size"] == 128 and calibration.layer["kernel"].startswith(
+            "torch"
+        )
         assert fit(calibration.measurements).held_out >= 8
 
 
@@ -142,9 +207,31 @@ def test_command_without_a_gpu():
 def test_staged_benchmark_runs(tmp_path):
     """Two gloo ranks: check, overhead and overlap to the end, with its own check passed."""
     script = os.path.join(os.path.dirname(__file__), "..", "..", "benchmarks", "staged_moe.py")
-    command = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "check", "overhead", "overlap")
+    command = python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        "check",
+        "overhead",
+        "overlap",
+    )
     done = run_child(
-        [*command, "--device", "cpu", "--rounds", "2", "--chunks", "2", "--json", str(tmp_path / "r.json")], 120, {"OMP_NUM_THREADS": "1"}
+        [
+            *command,
+            "--device",
+            "cpu",
+            "--rounds",
+            "2",
+            "--chunks",
+            "2",
+            "--json",
+            str(tmp_path / "r.json"),
+        ],
+        120,
+        {"OMP_NUM_THREADS": "1"},
     )
     assert done.code == 0, done.output
     result = json.loads((tmp_path / "r.json").read_text())

@@ -33,7 +33,10 @@ def test_kernel_under_the_interpreter(engine):
     on_cuda = result["as on CUDA"]
     assert len(on_cuda) == 12
     rounding = 1e-5 if engine == "vllm" else 2e-3  # float32, float16
-    assert all(apart == 0 if name.endswith("fused") else apart < rounding for name, apart in on_cuda.items()), on_cuda
+    assert all(
+        apart == 0 if name.endswith("fused") else apart < rounding
+        for name, apart in on_cuda.items()
+    ), on_cuda
 
 
 def test_align_of_the_engines_own_example():
@@ -46,15 +49,23 @@ def test_align_of_the_engines_own_example():
 
 @pytest.mark.parametrize("keep", [False, True], ids=["vllm", "sglang"])
 def test_align_with_choices_elsewhere(keep):
-    slots = torch.randint(-1, 5, (37, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    slots = torch.randint(
+        -1, 5, (37, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int32
+    )
     slots[slots == 2] = 4  # a slot without tokens
     ids, experts, padded = align_blocks(slots, 8, 5, keep)
     flat, blocks = slots.flatten(), ids.view(-1, 8)
     assert ids.numel() == int(padded) == experts.numel() * 8
-    assert experts.tolist() == sorted(experts.tolist()) and 2 not in experts and (-1 in experts) == keep
+    assert (
+        experts.tolist() == sorted(experts.tolist())
+        and 2 not in experts
+        and (-1 in experts) == keep
+    )
     real = blocks < flat.numel()
     assert (flat[blocks[real].long()] == experts.repeat_interleave(8).view(-1, 8)[real]).all()
-    assert sorted(blocks[real].tolist()) == [i for i, s in enumerate(flat.tolist()) if keep or s >= 0]
+    assert sorted(blocks[real].tolist()) == [
+        i for i, s in enumerate(flat.tolist()) if keep or s >= 0
+    ]
     assert real.any(dim=1).all(), "a block of padding alone"
 
 
@@ -69,10 +80,19 @@ def test_align_of_nothing():
         (lambda: find_matmuls("cutlass"), "choose from auto, vllm"),
         (lambda: find_matmuls("vllm"), "vllm"),
         (lambda: find_matmuls("torch").up, None),
-        (lambda: engine_function("json", "no_such", ()), "json.no_such is not in the installed engine"),
-        (lambda: require_parameters(lambda A, B, new: None, "engine.launch", ("A", "B")), "also needs new"),
+        (
+            lambda: engine_function("json", "no_such", ()),
+            "json.no_such is not in the installed engine",
+        ),
+        (
+            lambda: require_parameters(lambda A, B, new: None, "engine.launch", ("A", "B")),
+            "also needs new",
+        ),
         (lambda: require_parameters(lambda A: None, "engine.launch", ("A", "B")), "lacks B"),
-        (lambda: require_parameters(lambda A, B, new=1, **k: None, "engine.launch", ("A", "B")), None),
+        (
+            lambda: require_parameters(lambda A, B, new=1, **k: None, "engine.launch", ("A", "B")),
+            None,
+        ),
     ],
 )
 def test_what_is_asked_of_the_engine(ask, says):

@@ -22,14 +22,24 @@ KINDS = {
     "known tokens": Case(tokens=(5, 0, 12, 3), known_tokens=True),
     "one choice": Case(routing=(("top_k", 1), ("renormalize", False))),
     "DeepSeek-V3 routing": Case(routing=DEEPSEEK, bias=True, shared="plain"),
-    "DeepSeek-V2 routing": Case(routing=(("num_groups", 4), ("top_groups", 2), ("renormalize", False), ("scaling_factor", 16.0))),
+    "DeepSeek-V2 routing": Case(
+        routing=(
+            ("num_groups", 4),
+            ("top_groups", 2),
+            ("renormalize", False),
+            ("scaling_factor", 16.0),
+        )
+    ),
     "shared, gated": Case(shared="gated"),
 }
 
 
 def reference(case: Case) -> list[torch.Tensor]:
     made = make(case)
-    return [reference_moe(x, logits, made.routing, made.experts, made.shared) for x, logits in zip(made.xs, made.logits)]
+    return [
+        reference_moe(x, logits, made.routing, made.experts, made.shared)
+        for x, logits in zip(made.xs, made.logits)
+    ]
 
 
 def check(case: Case, outputs: list[torch.Tensor]) -> None:
@@ -53,7 +63,16 @@ def test_against_reference(ranks, kind, matmuls, use_ring):
 @pytest.mark.parametrize("matmuls", ["torch", "dense"])
 @pytest.mark.parametrize("ep", [1, 2, 4, 8])
 def test_ranks(ranks, ep, matmuls, use_ring):
-    case = Case(ep=ep, redundant=ep // 2, routing=DEEPSEEK, bias=True, shared="plain", use_ring=use_ring, matmuls=matmuls, seed=ep)
+    case = Case(
+        ep=ep,
+        redundant=ep // 2,
+        routing=DEEPSEEK,
+        bias=True,
+        shared="plain",
+        use_ring=use_ring,
+        matmuls=matmuls,
+        seed=ep,
+    )
     check(case, ranks.call("run", case))
 
 
@@ -80,7 +99,14 @@ CHUNKED = {
 def test_chunked_is_whole_bit_for_bit(ranks, how, matmuls):
     for kind in (
         Case(tokens=(9, 0, 40, 1), redundant=8, shared="plain"),
-        Case(experts=15, slots_per_rank=(3, 6, 1, 5), dtype="bfloat16", routing=DEEPSEEK[:1], tokens=(5, 18, 2, 33), known_tokens=True),
+        Case(
+            experts=15,
+            slots_per_rank=(3, 6, 1, 5),
+            dtype="bfloat16",
+            routing=DEEPSEEK[:1],
+            tokens=(5, 18, 2, 33),
+            known_tokens=True,
+        ),
     ):
         chunked = kind.but(matmuls=matmuls, **CHUNKED[how])
         whole = chunked.but(token_chunks=1, embedding_chunks=1, own_first=False)
@@ -104,6 +130,12 @@ def test_own_tokens_first(ranks, kind, use_ring):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ep", [4, 8])
 def test_both_exchanges_give_the_same_bits(ranks, ep, dtype):
-    case = Case(ep=ep, redundant=4, routing=(("top_k", 8),), dtype=dtype, tokens=(13, 0, 5, 20, 1, 9, 2, 7)[:ep])
+    case = Case(
+        ep=ep,
+        redundant=4,
+        routing=(("top_k", 8),),
+        dtype=dtype,
+        tokens=(13, 0, 5, 20, 1, 9, 2, 7)[:ep],
+    )
     ring, all_to_all = ranks.call("run", case), ranks.call("run", case.but(use_ring=False))
     assert all(torch.equal(one, other) for one, other in zip(ring, all_to_all, strict=True))

@@ -31,14 +31,18 @@ from .cases import HIDDEN, Case, layer, make
 
 @pytest.mark.parametrize("use_ring", [True, False], ids=["ring", "all-to-all"])
 def test_route_filters_everything_together(ranks, use_ring):
-    case = Case(tokens=(9, 0, 17, 1), redundant=8, slots_per_rank=(8, 5, 2, 9), use_ring=use_ring, dead=(3,))
+    case = Case(
+        tokens=(9, 0, 17, 1), redundant=8, slots_per_rank=(8, 5, 2, 9), use_ring=use_ring, dead=(3,)
+    )
     made = make(case)
     tables = [PlacedExperts.of(made.placement, 0, r) for r in range(case.ep)]
     wanted: list[dict] = [{} for _ in range(case.ep)]
     for x, logits in zip(made.xs, made.logits):
         experts, weights = select_experts(logits, made.routing)
         slots = tables[0].deal(experts)
-        assert (torch.tensor(made.placement.physical_to_logical[0].tolist())[slots] == experts).all()
+        assert (
+            torch.tensor(made.placement.physical_to_logical[0].tolist())[slots] == experts
+        ).all()
         for token in range(len(x)):
             for slot, weight in zip(slots[token].tolist(), weights[token].tolist()):
                 rank = int(made.placement.rank_of_slot[slot])
@@ -47,9 +51,15 @@ def test_route_filters_everything_together(ranks, use_ring):
     for rank, (rows, group_sizes, slots, weights) in enumerate(ranks.call("routed", case)):
         found: dict = {}
         for row, choice in (slots >= 0).nonzero().tolist():
-            found.setdefault(int(slots[row, choice]), []).append((rows[row, 0].item(), weights[row, choice].item()))
-        assert {k: sorted(v) for k, v in found.items()} == {k: sorted(v) for k, v in wanted[rank].items()}
-        assert group_sizes.tolist() == [len(found.get(s, ())) for s in range(made.placement.slots_per_rank[rank])]
+            found.setdefault(int(slots[row, choice]), []).append(
+                (rows[row, 0].item(), weights[row, choice].item())
+            )
+        assert {k: sorted(v) for k, v in found.items()} == {
+            k: sorted(v) for k, v in wanted[rank].items()
+        }
+        assert group_sizes.tolist() == [
+            len(found.get(s, ())) for s in range(made.placement.slots_per_rank[rank])
+        ]
         assert (weights[slots < 0] == 0).all()
 
 
@@ -62,13 +72,28 @@ def test_engines_kernels_can_read_what_route_returns_by_address(use_ring):
     assert all(t.is_contiguous() for t in (output.local_slots, output.buckets, output.weights))
     local = torch.tensor([[0, -1, 2], [-1, 1, 0]])
     kept = keep_local(local.T, torch.ones(3, 2), 3, False)
-    assert kept.local_slots.is_contiguous() and kept.local_slots.dtype == kept.buckets.dtype == torch.int32
-    assert kept.buckets.tolist() == [[0, 3], [3, 1], [2, 0]] and kept.weights.tolist() == [[1, 0], [0, 1], [1, 1]]
+    assert (
+        kept.local_slots.is_contiguous()
+        and kept.local_slots.dtype == kept.buckets.dtype == torch.int32
+    )
+    assert kept.buckets.tolist() == [[0, 3], [3, 1], [2, 0]] and kept.weights.tolist() == [
+        [1, 0],
+        [0, 1],
+        [1, 1],
+    ]
     assert kept.group_sizes.tolist() == [2, 1, 1]
 
 
 def test_every_field_is_documented():
-    for kind in (Selection, RouteOutput, RouteMetadata, ExpertHidden, PlacedExperts, ExpertWeights, Routing):
+    for kind in (
+        Selection,
+        RouteOutput,
+        RouteMetadata,
+        ExpertHidden,
+        PlacedExperts,
+        ExpertWeights,
+        Routing,
+    ):
         assert kind.__dataclass_params__.frozen
         for field in fields(kind):
             assert f"\n        {field.name}: " in kind.__doc__, f"{kind.__name__}.{field.name}"
@@ -83,7 +108,10 @@ def test_replicas_are_dealt_as_the_engines_do():
     for token, row in enumerate(experts.tolist()):
         for choice, expert in enumerate(row):
             replicas = table[expert]
-            assert by_hash[token, choice] == replicas[(token * 2654435769 & 0xFFFFFFFF) % len(replicas)]
+            assert (
+                by_hash[token, choice]
+                == replicas[(token * 2654435769 & 0xFFFFFFFF) % len(replicas)]
+            )
             assert by_turn[token, choice] == replicas[token % len(replicas)]
     # A chunk is dealt as the batch is.
     assert torch.equal(placed.deal(experts[7:], first_token=7), by_hash[7:])
@@ -102,7 +130,10 @@ def test_stages_one_by_one_are_the_layer():
     with pytest.raises(PlacementError, match="64 of 192 columns"):
         gmm_down(first, output, weights, matmuls)
     hidden = gmm_up(rows[:, 64:], output, weights, matmuls, into=first)
-    partial = torch.cat([gmm_down(hidden, output, weights, matmuls, *part) for part in ((0, 128), (128, None))], dim=1)
+    partial = torch.cat(
+        [gmm_down(hidden, output, weights, matmuls, *part) for part in ((0, 128), (128, None))],
+        dim=1,
+    )
     assert torch.equal(unroute(partial, metadata, shared=made.shared(x)), whole(x, logits))
 
 
@@ -119,8 +150,12 @@ def test_refusals():
         "give 1 or more of one": lambda: one(x, logits, 2, 2),
         "give 1 of each": lambda: one(x, logits, 2, 1, None, True),
         "at most 3": lambda: one(x, logits, 1, 4),
-        "rows and 16 slots": lambda: gmm_up(x[1:], route(x, logits, made.routing, one.placed)[1], one.weights, one.matmuls),
-        "in all, the weights": lambda: gmm_up(x.repeat(1, 2), route(x, logits, made.routing, one.placed)[1], one.weights, one.matmuls),
+        "rows and 16 slots": lambda: gmm_up(
+            x[1:], route(x, logits, made.routing, one.placed)[1], one.weights, one.matmuls
+        ),
+        "in all, the weights": lambda: gmm_up(
+            x.repeat(1, 2), route(x, logits, made.routing, one.placed)[1], one.weights, one.matmuls
+        ),
         "scoring 'tanh'": lambda: Routing(8, 2, "tanh"),
         "3 of 2 groups": lambda: Routing(8, 2, num_groups=2, top_groups=3),
         "can choose 1 to 4": lambda: Routing(8, 5, num_groups=2),

@@ -17,7 +17,10 @@ def traces() -> dict[str, np.ndarray]:
     files = sorted(TRACES.glob("deepseek_r1_*.json"))
     if not files:
         pytest.skip(f"needs the recorded loads in {TRACES}")
-    return {f.stem[len("deepseek_r1_") :]: np.array(json.loads(f.read_text())["logical_count"])[3:] for f in files}
+    return {
+        f.stem[len("deepseek_r1_") :]: np.array(json.loads(f.read_text())["logical_count"])[3:]
+        for f in files
+    }
 
 
 def check_valid(table: np.ndarray, slots_per_rank, num_experts: int) -> None:

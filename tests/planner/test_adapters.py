@@ -31,13 +31,17 @@ def test_signatures_are_the_engines_own():
 def test_signature_of_the_installed_vllm():
     abstract = pytest.importorskip("vllm.distributed.eplb.policy.abstract", reason="needs vLLM")
     theirs = inspect.signature(abstract.AbstractEplbPolicy.rebalance_experts)
-    assert list(theirs.parameters) == list(inspect.signature(eplb_policy.rebalance_experts).parameters)
+    assert list(theirs.parameters) == list(
+        inspect.signature(eplb_policy.rebalance_experts).parameters
+    )
 
 
 def test_signature_of_the_installed_sglang():
     algorithms = pytest.importorskip("sglang.srt.eplb.eplb_algorithms", reason="needs SGLang")
     theirs = inspect.signature(algorithms.rebalance_experts)
-    assert list(theirs.parameters) == list(inspect.signature(eplb_algorithm.rebalance_experts).parameters)
+    assert list(theirs.parameters) == list(
+        inspect.signature(eplb_algorithm.rebalance_experts).parameters
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
@@ -55,12 +59,20 @@ def test_vllm_moves_little_from_the_old_placement(load):
     assert (found != old).float().mean() < 0.3
     assert balance(drifted, found.numpy(), [9] * 8) > 0.98
     # A placement of another size, as elastic scaling gives, is no reason to fail.
-    check_valid(eplb_policy.rebalance_experts(torch.from_numpy(drifted), 80, 8, 1, 8, old).numpy(), [10] * 8, 64)
+    check_valid(
+        eplb_policy.rebalance_experts(torch.from_numpy(drifted), 80, 8, 1, 8, old).numpy(),
+        [10] * 8,
+        64,
+    )
 
 
 @pytest.mark.parametrize("with_old", [False, True])
 def test_vllm_keeps_groups_on_nodes(load, with_old):
-    old = eplb_policy.rebalance_experts(torch.from_numpy(load[::-1].copy()), 80, 8, 4, 8) if with_old else None
+    old = (
+        eplb_policy.rebalance_experts(torch.from_numpy(load[::-1].copy()), 80, 8, 4, 8)
+        if with_old
+        else None
+    )
     found = eplb_policy.rebalance_experts(torch.from_numpy(load), 80, 8, 4, 8, old).numpy()
     check_valid(found, [10] * 8, 64)
     for row in found:
@@ -71,7 +83,9 @@ def test_vllm_keeps_groups_on_nodes(load, with_old):
 @pytest.mark.parametrize("algorithm", ["deepseek", "deepseek_hierarchical"])
 def test_sglang(load, algorithm):
     steps = np.stack([load, load * 2, load[:, ::-1]])
-    to_logical, to_physical, count = eplb_algorithm.rebalance_experts(torch.from_numpy(steps.copy()), 80, 10, 8, 4, algorithm)
+    to_logical, to_physical, count = eplb_algorithm.rebalance_experts(
+        torch.from_numpy(steps.copy()), 80, 10, 8, 4, algorithm
+    )
     check_valid(to_logical.numpy(), [10] * 8, 64)
     assert count.sum(dim=1).tolist() == [80] * 5
     for layer in range(5):
@@ -85,11 +99,16 @@ def test_refusals(load):
     with pytest.raises(PlacementError, match="73 physical experts on 8 ranks"):
         eplb_policy.rebalance_experts(torch.from_numpy(load), 73, 8, 1, 8)
     with pytest.raises(PlacementError, match="must divide over the nodes"):
-        eplb_algorithm.rebalance_experts(torch.from_numpy(load[None]), 72, 9, None, 4, "deepseek_hierarchical")
+        eplb_algorithm.rebalance_experts(
+            torch.from_numpy(load[None]), 72, 9, None, 4, "deepseek_hierarchical"
+        )
 
 
 def group_nodes(row, size, slots_per_node):
-    return [sorted({int(s) // slots_per_node for s in np.flatnonzero(row // size == g)}) for g in range(row.max() // size + 1)]
+    return [
+        sorted({int(s) // slots_per_node for s in np.flatnonzero(row // size == g)})
+        for g in range(row.max() // size + 1)
+    ]
 
 
 def test_vllm_brings_groups_together_and_then_moves_little(load):
@@ -105,8 +124,12 @@ def test_vllm_brings_groups_together_and_then_moves_little(load):
     # Groups do change nodes where keeping them costs a lot.
     lopsided = load.copy()
     lopsided[:, first.numpy()[0, :20]] *= 20
-    regrouped = eplb_policy.rebalance_experts(torch.from_numpy(lopsided), 80, 8, 4, 8, first).numpy()
-    assert any(group_nodes(a, 8, 20) != group_nodes(b, 8, 20) for a, b in zip(first.numpy(), regrouped))
+    regrouped = eplb_policy.rebalance_experts(
+        torch.from_numpy(lopsided), 80, 8, 4, 8, first
+    ).numpy()
+    assert any(
+        group_nodes(a, 8, 20) != group_nodes(b, 8, 20) for a, b in zip(first.numpy(), regrouped)
+    )
 
 
 def by_vllm(weight, replicas, groups, nodes, ranks):
@@ -117,7 +140,9 @@ def by_vllm(weight, replicas, groups, nodes, ranks):
 
 def by_sglang(weight, replicas, groups, nodes, ranks):
     algorithm = "deepseek_hierarchical" if nodes > 1 else "deepseek"
-    table, _, count = eplb_algorithm.rebalance_experts(torch.tensor([weight]), replicas, replicas // ranks, groups, nodes, algorithm)
+    table, _, count = eplb_algorithm.rebalance_experts(
+        torch.tensor([weight]), replicas, replicas // ranks, groups, nodes, algorithm
+    )
     assert table.shape == (len(weight), replicas) and count.shape == (len(weight), len(weight[0]))
     return table.numpy()
 
@@ -126,7 +151,14 @@ def by_sglang(weight, replicas, groups, nodes, ranks):
 @pytest.mark.parametrize(
     ("weight", "replicas", "groups", "nodes", "ranks", "counts"),
     [
-        ([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]], 16, 4, 2, 8, None),  # the example of DeepSeek's EPLB
+        (
+            [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]],
+            16,
+            4,
+            2,
+            8,
+            None,
+        ),  # the example of DeepSeek's EPLB
         ([[10, 20, 30, 40]], 4, 1, 1, 1, [[1, 1, 1, 1]]),  # one GPU
         ([[50] * 8], 8, 4, 2, 4, [[1] * 8]),  # all alike
         ([[100, 1, 1, 1, 1, 1, 1, 1]], 12, 4, 2, 4, None),  # one hot expert
@@ -135,7 +167,9 @@ def by_sglang(weight, replicas, groups, nodes, ranks):
         ([[0] * 8], 8, 1, 1, 4, [[1] * 8]),  # nothing recorded yet
     ],
 )
-def test_what_engines_ask_of_an_eplb_algorithm(rebalance, weight, replicas, groups, nodes, ranks, counts):
+def test_what_engines_ask_of_an_eplb_algorithm(
+    rebalance, weight, replicas, groups, nodes, ranks, counts
+):
     """Shapes, every expert present, as many replicas as slots, groups whole, and the most replicas where the load is."""
     table = rebalance(weight, replicas, groups, nodes, ranks)
     check_valid(table, [replicas // ranks] * ranks, len(weight[0]))
@@ -144,5 +178,9 @@ def test_what_engines_ask_of_an_eplb_algorithm(rebalance, weight, replicas, grou
     for load, count, row in zip(weight, found, table):
         assert count[np.argmax(load)] == count.max()
         if nodes > 1:
-            assert all(len(n) == 1 for n in group_nodes(row, len(load) // groups, replicas // nodes))
-    assert np.array_equal(table, rebalance(weight, replicas, groups, nodes, ranks))  # asked from another thread later, the answer is the same
+            assert all(
+                len(n) == 1 for n in group_nodes(row, len(load) // groups, replicas // nodes)
+            )
+    assert np.array_equal(
+        table, rebalance(weight, replicas, groups, nodes, ranks)
+    )  # asked from another thread later, the answer is the same

@@ -26,15 +26,30 @@ print(Path(evaluate.__file__).parents[1], moved[0], sum(stats.cache_hits.values(
 def installed(tmp_path):
     """A copy of the package whose folders cannot be written: a file stands where numba would make its own beside the source."""
     package = tmp_path / "site-packages" / "moe_placement_plugin"
-    shutil.copytree(Path(moe_placement_plugin.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(moe_placement_plugin.__file__).parent,
+        package,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     (package / "planner" / "__pycache__").write_text("")  # permissions would not stop root
     return package
 
 
 def run(package, home, **more):
     kept = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
-    env = kept | {"PYTHONPATH": str(package.parent), "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"} | more
-    found = subprocess.run([sys.executable, "-c", SCRIPT], env=env, cwd=home, capture_output=True, text=True, timeout=120)
+    env = (
+        kept
+        | {"PYTHONPATH": str(package.parent), "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+        | more
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=env,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert found.returncode == 0, found.stderr
     where, moved, hits, misses, cache = found.stdout.strip().split("|")
     assert Path(where) == package and moved == "2"
@@ -54,7 +69,9 @@ def test_an_installation_that_cannot_be_written_caches_elsewhere(installed, tmp_
     if not chosen:
         return
     # Any file of the planner counts: a kernel that calls one of another file must not outlive it.
-    (installed / "planner" / "bound.py").write_text((installed / "planner" / "bound.py").read_text() + "\n# changed\n")
+    (installed / "planner" / "bound.py").write_text(
+        (installed / "planner" / "bound.py").read_text() + "\n# changed\n"
+    )
     assert run(installed, home, **more)[:2] == (0, 1)
 
 

@@ -45,7 +45,9 @@ def test_any_problem_gets_a_valid_plan_whose_figures_are_true(problem, mode):
     found = plan(load, slots, speed=speed, mode=mode)
     check_valid(found.physical_to_logical, slots, load.shape[1])
     if load.sum():
-        assert found.overall == pytest.approx(balance(load, found.physical_to_logical, slots, speed))
+        assert found.overall == pytest.approx(
+            balance(load, found.physical_to_logical, slots, speed)
+        )
         assert 0 < found.overall <= 1 + 1e-9
     else:
         assert found.overall == 1
@@ -55,12 +57,16 @@ def test_any_problem_gets_a_valid_plan_whose_figures_are_true(problem, mode):
 def test_equal_input_gives_the_equal_plan(mode):
     load = np.random.default_rng(3).zipf(1.3, (3, 48)).clip(max=10**6)
     first = plan(load, [10] * 6, mode=mode).physical_to_logical
-    assert np.array_equal(first, plan(load.astype(np.float64), [10] * 6, mode=mode).physical_to_logical)
+    assert np.array_equal(
+        first, plan(load.astype(np.float64), [10] * 6, mode=mode).physical_to_logical
+    )
 
 
 def test_the_plan_does_not_depend_on_the_unit_of_the_load():
     load = np.random.default_rng(4).integers(1, 1000, (3, 48))
-    assert np.array_equal(plan(load, [9] * 6).physical_to_logical, plan(load * 2**20, [9] * 6).physical_to_logical)
+    assert np.array_equal(
+        plan(load, [9] * 6).physical_to_logical, plan(load * 2**20, [9] * 6).physical_to_logical
+    )
 
 
 @pytest.mark.parametrize("family", ["uniform", "zipf 1.2", "lognormal", "one hot", "bimodal"])
@@ -144,7 +150,9 @@ def _dealt_one_by_one(loads, counts, start):
     return table
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 32, 300])  # places are counted up to 256 ranks, searched above
+@pytest.mark.parametrize(
+    "ranks", [1, 3, 32, 300]
+)  # places are counted up to 256 ranks, searched above
 @pytest.mark.parametrize("kind", ["ties", "equal", "one hot", "steep", "smooth"])
 def test_replicas_are_dealt_heaviest_first_to_the_least_loaded_rank(ranks, kind):
     rng = np.random.default_rng(10)
@@ -164,8 +172,23 @@ def test_replicas_are_dealt_heaviest_first_to_the_least_loaded_rank(ranks, kind)
     slots = int(start[-1])
     table, share, rank_load = np.empty(slots, np.int32), np.empty(slots), np.empty(ranks)
     queue = np.empty(ranks + 2 * slots + 2), np.empty(ranks + 2 * slots + 2, np.int64)
-    scratch = np.empty(ranks, np.int64), np.empty(ranks), np.empty(ranks, np.int64), np.empty(ranks, np.int64)
-    packed = pack_lpt(np.arange(experts), loads, np.array(counts), start, table, share, rank_load, *queue, *scratch)
+    scratch = (
+        np.empty(ranks, np.int64),
+        np.empty(ranks),
+        np.empty(ranks, np.int64),
+        np.empty(ranks, np.int64),
+    )
+    packed = pack_lpt(
+        np.arange(experts),
+        loads,
+        np.array(counts),
+        start,
+        table,
+        share,
+        rank_load,
+        *queue,
+        *scratch,
+    )
     expected = _dealt_one_by_one(loads, counts, start)
     assert packed == (expected is not None)
     if packed:

@@ -28,7 +28,12 @@ OLD = np.tile(np.arange(8), (2, 1))
         (LOAD, [4, 4], {"mode": "quick"}, "choose one of fast, best, thorough"),
         (LOAD, [4, 4], {"locality": "rack"}, "choose none, node or soft"),
         (LOAD, [4, 4], {"locality": "node", "node_of_rank": [0, 1], "num_groups": 3}, "equal size"),
-        (LOAD, [4, 4], {"locality": "node", "node_of_rank": [0, 1], "num_groups": 1}, "do not fit whole"),
+        (
+            LOAD,
+            [4, 4],
+            {"locality": "node", "node_of_rank": [0, 1], "num_groups": 1},
+            "do not fit whole",
+        ),
         (LOAD, [4, 4], {"window_weights": [1, 2]}, "one weight of 0 or more per window"),
         (LOAD, [4, 4], {"coactivation": np.ones((2, 8, 7))}, "it must be \\(2, 8, 8\\)"),
         (LOAD, [4, 4], {"coactivation": np.ones((2, 8, 8))}, "give node_of_rank"),

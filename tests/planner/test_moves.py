@@ -14,12 +14,18 @@ from .conftest import balance, check_valid
 def loads(seed, layers=6, experts=64):
     rng = np.random.default_rng(seed)
     first = rng.lognormal(0, 0.8, (layers, experts)) * 1000
-    return first.astype(np.int64) + 1, (first * rng.lognormal(0, 0.5, first.shape)).astype(np.int64) + 1
+    return first.astype(np.int64) + 1, (first * rng.lognormal(0, 0.5, first.shape)).astype(
+        np.int64
+    ) + 1
 
 
 def fetched(old, new, slots) -> int:
     start = np.concatenate([[0], np.cumsum(slots)])
-    return sum(len(set(b[x:y].tolist()) - set(a[x:y].tolist())) for a, b in zip(old, new) for x, y in zip(start, start[1:]))
+    return sum(
+        len(set(b[x:y].tolist()) - set(a[x:y].tolist()))
+        for a, b in zip(old, new)
+        for x, y in zip(start, start[1:])
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -40,7 +46,9 @@ def test_the_budget_holds_and_the_figures_are_true(seed, slots, budget, uneven):
     assert budget is None or found.moved_slots <= budget
     assert found.overall_before == pytest.approx(balance(after, old, slots, speed))
     assert found.overall == pytest.approx(balance(after, new, slots, speed))
-    assert found.gain >= -0.01  # splitting an outsized replica may cost a little of the present for the next window
+    assert (
+        found.gain >= -0.01
+    )  # splitting an outsized replica may cost a little of the present for the next window
     if budget == 0:
         assert np.array_equal(new, old)
 
@@ -60,7 +68,9 @@ def test_bytes_are_moves():
     old = plan(before, slots).physical_to_logical
     by_bytes = replan(after, old, slots, max_bytes=10 * 1000 + 999, bytes_per_expert=1000)
     assert by_bytes.moved_slots <= 10
-    assert np.array_equal(by_bytes.physical_to_logical, replan(after, old, slots, max_moves=10).physical_to_logical)
+    assert np.array_equal(
+        by_bytes.physical_to_logical, replan(after, old, slots, max_moves=10).physical_to_logical
+    )
 
 
 def test_a_balanced_placement_is_left_alone():
@@ -91,7 +101,10 @@ def test_replicas_are_capped():
 def test_two_recordings_at_an_eighth_of_the_moves(traces):
     """Between the two most different recordings: a 1% loss at most, and under an eighth of the 96% of slots that a fresh plan moves."""
     slots = [9] * 32
-    for source, target in (("prefill_in1024", "decode_in1000out1000"), ("decode_in500out1500", "prefill_in2000out100")):
+    for source, target in (
+        ("prefill_in1024", "decode_in1000out1000"),
+        ("decode_in500out1500", "prefill_in2000out100"),
+    ):
         old = plan(traces[source], slots).physical_to_logical
         found = replan(traces[target], old, slots)
         assert found.overall > 0.988
@@ -123,4 +136,11 @@ def test_groups_on_several_nodes_are_refused():
     before, after = loads(7)
     old = plan(before, [8] * 8).physical_to_logical
     with pytest.raises(PlacementError, match="on several nodes: plan with locality node once"):
-        replan(after, old, [8] * 8, node_of_rank=[0, 0, 1, 1, 2, 2, 3, 3], num_groups=8, locality="node")
+        replan(
+            after,
+            old,
+            [8] * 8,
+            node_of_rank=[0, 0, 1, 1, 2, 2, 3, 3],
+            num_groups=8,
+            locality="node",
+        )

@@ -15,7 +15,9 @@ from .conftest import TRACES, balance, check_valid
 def nodes_of_groups(table, slots, node_of, groups):
     node_of_slot = np.repeat(node_of, slots)
     size = (table.max() + 1) // groups
-    return [{int(n) for n in node_of_slot[row // size == g]} for row in table for g in range(groups)]
+    return [
+        {int(n) for n in node_of_slot[row // size == g]} for row in table for g in range(groups)
+    ]
 
 
 @pytest.mark.parametrize("node_of", [[0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 2, 3, 0, 1, 2, 3]])
@@ -24,7 +26,9 @@ def test_groups_stay_on_one_node(node_of, slots):
     load = np.random.default_rng(0).lognormal(0, 1, (5, 64))
     found = plan(load, [slots] * 8, node_of_rank=node_of, num_groups=8, locality="node")
     check_valid(found.physical_to_logical, [slots] * 8, 64)
-    assert all(len(n) == 1 for n in nodes_of_groups(found.physical_to_logical, [slots] * 8, node_of, 8))
+    assert all(
+        len(n) == 1 for n in nodes_of_groups(found.physical_to_logical, [slots] * 8, node_of, 8)
+    )
     assert found.leaving == 0
     if node_of[1] == 0:
         reference = balance(load, rebalance(load, 8 * slots, 8, 4, 8), [slots] * 8)
@@ -39,7 +43,9 @@ def test_many_groups_and_uneven_nodes():
     assert all(len(n) == 1 for n in nodes_of_groups(found.physical_to_logical, slots, node_of, 24))
 
 
-@pytest.mark.parametrize(("slots", "groups", "at_least"), [(8, 8, 0.0), (8, 16, 0.01), (10, 16, 0.02)])
+@pytest.mark.parametrize(
+    ("slots", "groups", "at_least"), [(8, 8, 0.0), (8, 16, 0.01), (10, 16, 0.02)]
+)
 def test_groups_are_packed_by_balance_not_by_sum(slots, groups, at_least):
     """Against groups packed by their sums, as DeepSeek's EPLB does, with the same plans within the nodes."""
     node_of = np.arange(8) // 2
@@ -48,7 +54,11 @@ def test_groups_are_packed_by_balance_not_by_sum(slots, groups, at_least):
     for layer, sums in enumerate(load.reshape(12, groups, -1).sum(axis=2)):
         for node, members in enumerate(pack(sums, 4)):
             by_sum[layer, members] = node
-    theirs = balance(load, hierarchical_plan(load, as_ranks([slots] * 8, node_of), by_sum, 4e-4, 4, 32), [slots] * 8)
+    theirs = balance(
+        load,
+        hierarchical_plan(load, as_ranks([slots] * 8, node_of), by_sum, 4e-4, 4, 32),
+        [slots] * 8,
+    )
     ours = plan(load, [slots] * 8, node_of_rank=node_of, num_groups=groups, locality="node").overall
     assert ours >= theirs + at_least - 1e-6
 
@@ -56,7 +66,13 @@ def test_groups_are_packed_by_balance_not_by_sum(slots, groups, at_least):
 def test_hierarchical_reaches_its_bound_on_recordings(traces):
     for name in ("decode_in1000out1000", "prefill_in1024"):
         for slots in (256, 288):
-            found = plan(traces[name], [slots // 32] * 32, node_of_rank=np.arange(32) // 8, num_groups=8, locality="node")
+            found = plan(
+                traces[name],
+                [slots // 32] * 32,
+                node_of_rank=np.arange(32) // 8,
+                num_groups=8,
+                locality="node",
+            )
             assert found.overall >= 0.998 * _bound(traces[name], 32, slots, 8, 4)
 
 
@@ -76,7 +92,12 @@ def test_soft_form_trades_locality_for_balance(traces):
 def test_counting_pairs_and_crossings():
     ids = np.array([[[0, 1], [0, 2], [3, 1]]])
     pairs = coactivation_of(ids, 4)
-    assert pairs[0, 0, 1] == pairs[0, 1, 0] == 1 and pairs[0, 0, 2] == 1 and pairs[0, 1, 3] == 1 and pairs.sum() == 6
+    assert (
+        pairs[0, 0, 1] == pairs[0, 1, 0] == 1
+        and pairs[0, 0, 2] == 1
+        and pairs[0, 1, 3] == 1
+        and pairs.sum() == 6
+    )
     apart, together = np.array([[0, 3, 1, 2]]), np.array([[0, 1, 2, 3]])
     node_of_slot = np.array([0, 0, 1, 1])
     assert crossings_per_token(ids, together, node_of_slot) == pytest.approx(2 / 3)
@@ -99,10 +120,12 @@ def test_coactivation_lowers_crossings_within_the_allowance():
     check_valid(near.physical_to_logical, [8] * 8, 64)
     assert near.overall >= 1 / 1.05 - 1e-6
     held_out = ids[:, half:]
-    before, after = (crossings_per_token(held_out, p.physical_to_logical, node_of_slot) for p in (plain, near))
+    before, after = (
+        crossings_per_token(held_out, p.physical_to_logical, node_of_slot) for p in (plain, near)
+    )
     assert after < 0.75 * before
     apart = plan(load, [8] * 8, coactivation=pairs, coactivation_goal="spread")
     rank_of_slot = np.repeat(np.arange(8), 8)
-    assert crossings_per_token(held_out, apart.physical_to_logical, rank_of_slot) > crossings_per_token(
-        held_out, plain.physical_to_logical, rank_of_slot
-    )
+    assert crossings_per_token(
+        held_out, apart.physical_to_logical, rank_of_slot
+    ) > crossings_per_token(held_out, plain.physical_to_logical, rank_of_slot)

@@ -26,7 +26,10 @@ def test_recordings(traces):
     assert figures(traces["decode_in1000out1000"], 32, 256) >= 0.947
     assert figures(traces["prefill_in1024"], 32, 256) >= 0.911
     load = traces["prefill_in1024"][:8]
-    assert figures(load, 144, 288) >= bench.balancedness(load, rebalance(load, 288, 1, 1, 144), 144) - 1e-9
+    assert (
+        figures(load, 144, 288)
+        >= bench.balancedness(load, rebalance(load, 288, 1, 1, 144), 144) - 1e-9
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,7 +38,9 @@ def test_fast_is_nowhere_worse_than_the_reference(family):
     for shape in FLAT:
         load = windows(family, shape, 1, 0, 2)[0]
         ours.append(figures(load, shape.ranks, shape.slots, "fast"))
-        reference.append(bench.balancedness(load, rebalance(load, shape.slots, 1, 1, shape.ranks), shape.ranks))
+        reference.append(
+            bench.balancedness(load, rebalance(load, shape.slots, 1, 1, shape.ranks), shape.ranks)
+        )
     assert np.mean(ours) >= np.mean(reference) - 1e-9
 
 
@@ -45,7 +50,10 @@ def test_without_redundancy_the_bound_is_reached():
         if shape.kind == "no redundancy":
             for family in FAMILIES:
                 load = windows(family, shape, 1, 0, 2)[0]
-                ratios.append(figures(load, shape.ranks, shape.slots) / bench._bound(load, shape.ranks, shape.slots))
+                ratios.append(
+                    figures(load, shape.ranks, shape.slots)
+                    / bench._bound(load, shape.ranks, shape.slots)
+                )
     assert np.mean(ratios) >= 0.9995
     assert max(ratios) <= 1 + 1e-9  # else the bound is none
 
@@ -66,17 +74,32 @@ def test_the_bound_is_never_beaten_and_sharp_on_small_cases():
     rng = np.random.default_rng(0)
     for _ in range(20):
         load = rng.integers(1, 100, (1, 6))
-        best = min(max(load[0, list(p[i : i + 2])].sum() for i in (0, 2, 4)) for p in permutations(range(6)))
+        best = min(
+            max(load[0, list(p[i : i + 2])].sum() for i in (0, 2, 4))
+            for p in permutations(range(6))
+        )
         assert load.sum() / 3 / best <= bench._bound(load, 3, 6) + 1e-12
         assert figures(load, 3, 6) == pytest.approx(load.sum() / 3 / best)
 
 
 def test_the_reference_on_the_example_of_its_readme():
     """github.com/deepseek-ai/EPLB, README: two layers, 12 experts, 16 slots, 4 groups, 2 nodes, 8 GPUs."""
-    load = np.array([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]])
+    load = np.array(
+        [
+            [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+            [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+        ]
+    )
     table = rebalance(load, 16, 4, 2, 8)
-    expected = np.array([[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]])
-    assert [sorted(map(sorted, row.reshape(8, 2).tolist())) for row in table] == [sorted(map(sorted, row.reshape(8, 2).tolist())) for row in expected]
+    expected = np.array(
+        [
+            [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+            [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+        ]
+    )
+    assert [sorted(map(sorted, row.reshape(8, 2).tolist())) for row in table] == [
+        sorted(map(sorted, row.reshape(8, 2).tolist())) for row in expected
+    ]
     assert pack(np.array([4.0, 3, 2, 1]), 2) == [[0, 3], [1, 2]]
     assert replicate(np.array([6.0, 3, 3]), 5) == [0, 1, 2, 0, 0]
 
@@ -87,7 +110,9 @@ def test_a_worker_answers_as_the_planner_does():
         answer = contestant.ask(load, 64, 8, repeats=2)
         assert np.array_equal(answer.table, plan(load, [8] * 8).physical_to_logical)
         assert answer.seconds.shape == (2,) and min(contestant.again()) > 0
-        with pytest.raises(PlacementError, match="best failed: PlacementError: 56 slots for 64 experts"):
+        with pytest.raises(
+            PlacementError, match="best failed: PlacementError: 56 slots for 64 experts"
+        ):
             contestant.ask(load, 56, 8)
 
 

@@ -27,11 +27,17 @@ class Layer:
         self.ranks = as_ranks(slots, speed=speed)
         self.even = self.ranks.slowness.min() == self.ranks.slowness.max()
         load = rng.lognormal(0, 0.8, EXPERTS)
-        self.old = np.array(plan((load * 1e6).astype(np.int64)[None], slots, speed=speed, mode="fast").physical_to_logical[0])
+        self.old = np.array(
+            plan(
+                (load * 1e6).astype(np.int64)[None], slots, speed=speed, mode="fast"
+            ).physical_to_logical[0]
+        )
         shifted = load * rng.lognormal(0, 0.6, EXPERTS)
         self.load = (shifted / shifted.sum() * LOAD_SCALE).astype(np.int64)
         self.expert_of = self.old.copy()
-        for _ in range(rng.integers(0, 6)):  # some slots hold what is not at home, replicas come and go
+        for _ in range(
+            rng.integers(0, 6)
+        ):  # some slots hold what is not at home, replicas come and go
             i, j = rng.integers(0, self.expert_of.size, 2)
             if rng.random() < 0.5 and self.count[self.expert_of[i]] > 1:
                 self.place({i: self.expert_of[j]})
@@ -54,7 +60,9 @@ class Layer:
         for slot, expert in changes.items():
             changed[slot] = expert
         widths = np.diff(self.ranks.start)
-        if np.unique(changed).size == EXPERTS and all(len(self.held(changed, r)) == widths[r] for r in range(widths.size)):
+        if np.unique(changed).size == EXPERTS and all(
+            len(self.held(changed, r)) == widths[r] for r in range(widths.size)
+        ):
             self.expert_of = changed
 
     def times(self, expert_of):
@@ -65,17 +73,30 @@ class Layer:
     def kernels(self):
         """(sizes, guests, spares, ...) as `transition.descend_moves` keeps them."""
         slots = self.expert_of.size
-        self.share_of, self.rank_load = np.empty(slots, np.int64), np.empty(self.ranks.num_ranks, np.int64)
+        self.share_of, self.rank_load = (
+            np.empty(slots, np.int64),
+            np.empty(self.ranks.num_ranks, np.int64),
+        )
         count = self.count
         measure(self.load, count, self.ranks.start, self.expert_of, self.share_of, self.rank_load)
-        self.now, self.before = ((np.empty(EXPERTS, np.int64), np.empty(slots, np.int64)) for _ in range(2))
+        self.now, self.before = (
+            (np.empty(EXPERTS, np.int64), np.empty(slots, np.int64)) for _ in range(2)
+        )
         slot_lists.list_slots(self.expert_of, *self.now)
         slot_lists.list_slots(self.old, *self.before)
-        self.foreign = np.array([self.expert_of[s] not in self.held(self.old, self.ranks.rank_of[s]) for s in range(slots)], np.int64)
+        self.foreign = np.array(
+            [
+                self.expert_of[s] not in self.held(self.old, self.ranks.rank_of[s])
+                for s in range(slots)
+            ],
+            np.int64,
+        )
         self.sizes = np.zeros(2, np.int64)
         self.guests, self.spares = coarse.empty_list(slots), coarse.empty_list(slots)
         for s in range(slots):
-            coarse.keep_lists(self.sizes, *self.guests, *self.spares, s, self.foreign[s], count[self.expert_of[s]])
+            coarse.keep_lists(
+                self.sizes, *self.guests, *self.spares, s, self.foreign[s], count[self.expert_of[s]]
+            )
         self.near = np.empty(slots, np.int32), np.empty(slots, np.int32)
         self.give_up = np.empty(slots, np.int64)
         valued = np.full(EXPERTS, -1, np.int64)
@@ -106,7 +127,9 @@ class Layer:
 
     def rate(self, changed, slots, room) -> float:
         """Excess removed and room made per slot to be fetched, for `slots` of the present placement that hold what `changed` says."""
-        gain = excess(self.times(self.expert_of), self.target) - excess(self.times(changed), self.target)
+        gain = excess(self.times(self.expert_of), self.target) - excess(
+            self.times(changed), self.target
+        )
         if gain <= 0:
             return 0.0
         gain += room
@@ -125,12 +148,18 @@ class Layer:
             for j in range(self.expert_of.size):
                 q = self.ranks.rank_of[j]
                 a, b = self.expert_of[i], self.expert_of[j]
-                if q == hot or a in self.held(self.expert_of, q) or b in self.held(self.expert_of, hot):
+                if (
+                    q == hot
+                    or a in self.held(self.expert_of, q)
+                    or b in self.held(self.expert_of, hot)
+                ):
                     continue
                 changed = self.expert_of.copy()
                 changed[i], changed[j] = b, a
                 room = int(self.share_of[i] - self.share_of[j]) * int(self.ranks.slowness[hot]) >> 5
-                twice = (not self.foreign[i] and a in self.held(self.old, q)) or (not self.foreign[j] and b in self.held(self.old, hot))
+                twice = (not self.foreign[i] and a in self.held(self.old, q)) or (
+                    not self.foreign[j] and b in self.held(self.old, hot)
+                )
                 rates.append((self.rate(changed, (i, j), room), not twice))
         return rates
 
@@ -141,7 +170,11 @@ class Layer:
         for e in self.held(self.expert_of, self.hot):
             for s in range(self.expert_of.size):
                 r = self.ranks.rank_of[s]
-                if r == self.hot or count[self.expert_of[s]] < 2 or e in self.held(self.expert_of, r):
+                if (
+                    r == self.hot
+                    or count[self.expert_of[s]] < 2
+                    or e in self.held(self.expert_of, r)
+                ):
                     continue
                 changed = self.expert_of.copy()
                 changed[s] = e
@@ -160,7 +193,11 @@ def test_no_swap_off_the_busiest_rank_is_better(seed, case):
     found = layer.best_swap()
     swaps = layer.every_swap()
     least = max((rate for rate, must in swaps if must), default=0.0)
-    assert least * (1 - 1e-6) - 4.0 <= found <= max((rate for rate, _ in swaps), default=0.0) * (1 + 1e-6) + 4.0
+    assert (
+        least * (1 - 1e-6) - 4.0
+        <= found
+        <= max((rate for rate, _ in swaps), default=0.0) * (1 + 1e-6) + 4.0
+    )
 
 
 @settings(max_examples=60)
@@ -169,6 +206,13 @@ def test_no_new_replica_of_its_experts_is_better(seed, case):
     """Where ranks hold both the expert that gains a replica and the one that loses one, what they lose is estimated: those are left out."""
     layer = Layer(seed, *case)
     found = layer.best_new_replica()
-    ranks_of = [{layer.ranks.rank_of[s] for s in np.flatnonzero(layer.expert_of == e)} for e in range(EXPERTS)]
-    clear = [rate for rate, e, f, must in layer.every_new_replica() if must and not ranks_of[e] & ranks_of[f]]
+    ranks_of = [
+        {layer.ranks.rank_of[s] for s in np.flatnonzero(layer.expert_of == e)}
+        for e in range(EXPERTS)
+    ]
+    clear = [
+        rate
+        for rate, e, f, must in layer.every_new_replica()
+        if must and not ranks_of[e] & ranks_of[f]
+    ]
     assert found >= max(clear, default=0.0) * (1 - 1e-6) - 4.0

@@ -16,7 +16,9 @@ def test_one_plan_serves_workloads_that_a_plan_for_their_sum_does_not():
     check_valid(together.physical_to_logical, slots, 64)
     on_sum = plan(load.sum(axis=0), slots).physical_to_logical
     for w in range(3):
-        assert together.window_balancedness[w] == pytest.approx(balance(load[w], together.physical_to_logical, slots))
+        assert together.window_balancedness[w] == pytest.approx(
+            balance(load[w], together.physical_to_logical, slots)
+        )
     assert together.window_balancedness.min() > 0.95
     assert min(balance(load[w], on_sum, slots) for w in range(3)) < 0.93
 
@@ -26,7 +28,9 @@ def test_a_window_counts_by_its_weight_not_by_its_tokens():
     load = rng.lognormal(0, 0.8, (2, 3, 32))
     slots = [5] * 8
     large = load * np.array([1e6, 1.0])[:, None, None]
-    assert np.array_equal(plan(load, slots).physical_to_logical, plan(large, slots).physical_to_logical)
+    assert np.array_equal(
+        plan(load, slots).physical_to_logical, plan(large, slots).physical_to_logical
+    )
     only_first = plan(load, slots, window_weights=[1, 0])
     assert only_first.window_balancedness[0] > only_first.window_balancedness[1]
 
@@ -53,5 +57,7 @@ def test_four_recordings_at_once(traces):
     assert found.window_balancedness.min() >= 0.985
     mean = sum(traces[n] / traces[n].sum() for n in trained)
     on_mean = plan(mean, slots).physical_to_logical
-    gain = min(balance(traces[n], found.physical_to_logical, slots) for n in others) - min(balance(traces[n], on_mean, slots) for n in others)
+    gain = min(balance(traces[n], found.physical_to_logical, slots) for n in others) - min(
+        balance(traces[n], on_mean, slots) for n in others
+    )
     assert gain >= 0.10

@@ -18,7 +18,8 @@ def decode(rank: str, running: int, throughput: float) -> str:
 
 BEFORE = (
     "[2026-11-28 07:55:47 TP0 EP0] Prefill batch, #new-seq: 38, #new-token: 2432, #cached-token: 0, token usage: 0.10, #running-req: 90, "
-    "#queue-req: 0, input throughput (token/s): 1.0, cuda graph: False\n" + decode("TP0 EP0", 128, 7719.36)
+    "#queue-req: 0, input throughput (token/s): 1.0, cuda graph: False\n"
+    + decode("TP0 EP0", 128, 7719.36)
 )
 LOG = (
     BEFORE
@@ -68,13 +69,17 @@ def test_both_engines_are_read_from_one_moment_to_another(tmp_path):
     before = clock.read()
     assert clock.per_token(before) is None
     log.write_text(LOG)
-    assert clock.per_token(before) == pytest.approx(5.5), "the first line counts from a moment that was not looked at"
+    assert clock.per_token(before) == pytest.approx(5.5), (
+        "the first line counts from a moment that was not looked at"
+    )
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         clock = EngineClock("vllm", f"http://127.0.0.1:{server.server_port}", log)
         before = clock.read()
-        assert before == {"sum": 1.0, "count": 200.0} and clock.per_token(before) == pytest.approx(5.0)
+        assert before == {"sum": 1.0, "count": 200.0} and clock.per_token(before) == pytest.approx(
+            5.0
+        )
         server.shutdown()
     gone = EngineClock("vllm", f"http://127.0.0.1:{server.server_port}", log)
     assert gone.per_token(gone.read()) is None

@@ -44,7 +44,9 @@ def files(tmp_path_factory) -> dict[str, Path]:
     rng = np.random.default_rng(7)
     made: dict[str, Path] = {}
 
-    def plan(name: str, table, experts: int, slots: tuple[int, ...], layer_ids: tuple[int, ...] = ()) -> None:
+    def plan(
+        name: str, table, experts: int, slots: tuple[int, ...], layer_ids: tuple[int, ...] = ()
+    ) -> None:
         made[name] = folder / f"{name}.json"
         Placement(table, experts, slots, layer_ids).write(made[name])
 
@@ -66,7 +68,9 @@ def files(tmp_path_factory) -> dict[str, Path]:
     text("missing-expert", json.dumps({"physical_to_logical_map": wrong}))
     text("not-json", "physical_to_logical_map: [1, 2]")
     text("neither", json.dumps({"weights": [1, 2]}))
-    counts = (1e4 / (1 + rng.permutation(32)) ** 1.2 * rng.uniform(0.5, 1, (3, 4, 32))).astype(np.int64)
+    counts = (1e4 / (1 + rng.permutation(32)) ** 1.2 * rng.uniform(0.5, 1, (3, 4, 32))).astype(
+        np.int64
+    )
     text("load", json.dumps({"logical_count": counts.tolist()}))
     text("load-three", json.dumps({"logical_count": counts[:, :3].tolist()}))
     text("load-negative", json.dumps({"logical_count": (counts - 10**6).tolist()}))

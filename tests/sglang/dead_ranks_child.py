@@ -25,10 +25,22 @@ from pathlib import Path
 from tests.support.warm_workers import WarmContext
 
 RANKS = 4
-STEPS = (("skewed", ()), ("after one death", (3,)), ("after the death of the store's rank", (0,)), ("another load", ()))
+STEPS = (
+    ("skewed", ()),
+    ("after one death", (3,)),
+    ("after the death of the store's rank", (0,)),
+    ("another load", ()),
+)
 """Name of each rebalance and who dies before it."""
 
-STEPS_OF_EIGHT = (("skewed", ()), ("1 dead", (7,)), ("2 dead", (0,)), ("3 dead", (4,)), ("4 dead", (2,)), ("another load", ()))
+STEPS_OF_EIGHT = (
+    ("skewed", ()),
+    ("1 dead", (7,)),
+    ("2 dead", (0,)),
+    ("3 dead", (4,)),
+    ("4 dead", (2,)),
+    ("another load", ()),
+)
 
 
 def counts(step: int, layers: int, experts: int):
@@ -50,7 +62,10 @@ class Recorder:
     def dump_record(self, output_mode: str):
         import torch
 
-        return {"logical_count": torch.from_numpy(counts(self.step, *self.shape)), "average_utilization_rate_over_window": None}
+        return {
+            "logical_count": torch.from_numpy(counts(self.step, *self.shape)),
+            "average_utilization_rate_over_window": None,
+        }
 
 
 def _publish(server_args, rank: int) -> None:
@@ -62,7 +77,10 @@ def _publish(server_args, rank: int) -> None:
     elif not hasattr(runtime_context, "SpawnRanks"):
         runtime_context.publish(server_args, role="scheduler")
     else:
-        ranks = runtime_context.SpawnRanks(world_rank=runtime_context.spawn_world_rank(server_args, tp_rank=rank, pp_rank=0), gpu_id=rank)
+        ranks = runtime_context.SpawnRanks(
+            world_rank=runtime_context.spawn_world_rank(server_args, tp_rank=rank, pp_rank=0),
+            gpu_id=rank,
+        )
         runtime_context.publish(server_args, role="scheduler", ranks=ranks)
 
 
@@ -76,9 +94,15 @@ def start(server_args, port_args, rank: int):
     from sglang.srt.utils import configure_logger
 
     _publish(server_args, rank)
-    for name in ("initialize_moe_config", "initialize_fp8_gemm_config", "initialize_fp4_gemm_config"):
+    for name in (
+        "initialize_moe_config",
+        "initialize_fp8_gemm_config",
+        "initialize_fp4_gemm_config",
+    ):
         initialize = getattr(one_batch, name)
-        initialize(*[server_args][: len(inspect.signature(initialize).parameters)])  # 0.5.16 wants them
+        initialize(
+            *[server_args][: len(inspect.signature(initialize).parameters)]
+        )  # 0.5.16 wants them
     configure_logger(server_args, prefix=f" TP{rank} EP{rank}")
     made = []
     real = one_batch.ModelRunner
@@ -113,7 +137,11 @@ def wrong_slots(runner, folder: str) -> list[tuple[int, int]]:
             expert = held[layer][get_parallel().moe_ep_rank * first.shape[0] + slot]
             part = {role: checkpoint.read(source) for role, source in locate(layer, expert).items()}
             width = part["gate"].shape[0]
-            here = {"gate": first[slot, :width], "up": first[slot, half : half + width], "down": down[slot, :, :width]}
+            here = {
+                "gate": first[slot, :width],
+                "up": first[slot, half : half + width],
+                "down": down[slot, :, :width],
+            }
             if not all(tensor.equal(part[role]) for role, tensor in here.items()):
                 wrong.append((layer, slot))
     return wrong
@@ -123,7 +151,10 @@ def tables(runner) -> dict:
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
     metadata = get_global_expert_location_metadata()
-    return {"held": metadata.physical_to_logical_map.tolist(), "slots_of": metadata.logical_to_all_physical_map.tolist()}
+    return {
+        "held": metadata.physical_to_logical_map.tolist(),
+        "slots_of": metadata.logical_to_all_physical_map.tolist(),
+    }
 
 
 def reload(runner, folder: str) -> float | str:
@@ -138,7 +169,10 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
     try:
         runner = start(server_args, port_args, rank)
         import torch
-        from sglang.srt.elastic_ep.elastic_ep import ElasticEPStateManager, maybe_rebalance_after_rank_fault
+        from sglang.srt.elastic_ep.elastic_ep import (
+            ElasticEPStateManager,
+            maybe_rebalance_after_rank_fault,
+        )
         from sglang.srt.eplb import eplb_manager
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
@@ -153,7 +187,9 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
         while True:
             step, dead = pipe.recv()
             recorder.step = step
-            before = getattr(getattr(runner.expert_location_updater, eplb_update._EXCHANGER, None), "last", None)
+            before = getattr(
+                getattr(runner.expert_location_updater, eplb_update._EXCHANGER, None), "last", None
+            )
             began = time.perf_counter()
             for gone in dead:
                 state.active_ranks[gone] = 0
@@ -164,13 +200,26 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
             taken = time.perf_counter() - began
             exchanger = getattr(runner.expert_location_updater, eplb_update._EXCHANGER, None)
             planner = getattr(runner.eplb_manager, eplb._PLANNER)
-            report = exchanger.last if exchanger is not None and exchanger.last is not before else None  # of this step
+            report = (
+                exchanger.last if exchanger is not None and exchanger.last is not before else None
+            )  # of this step
             wrong = wrong_slots(runner, folder)
             again = reload(runner, folder)
-            seen = {"wrong": wrong, "after reload": wrong_slots(runner, folder), "seconds": taken, "reload": again, **tables(runner)}
+            seen = {
+                "wrong": wrong,
+                "after reload": wrong_slots(runner, folder),
+                "seconds": taken,
+                "reload": again,
+                **tables(runner),
+            }
             seen |= {"decision": planner.last.reason, "accepted": planner.last.rebalance}
             if report is not None:
-                seen |= {"received": report.bytes_received, "read": report.bytes_read, "staging": report.staging_bytes, "exchange": report.seconds}
+                seen |= {
+                    "received": report.bytes_received,
+                    "read": report.bytes_read,
+                    "staging": report.staging_bytes,
+                    "exchange": report.seconds,
+                }
             pipe.send(seen)
     except BaseException:
         pipe.send({"error": traceback.format_exc()})
@@ -192,9 +241,26 @@ def main() -> None:
 
     common = "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch --grammar-backend none --log-level info"
     eplb = "--enable-eplb --expert-placement-strategy eplb --max-total-tokens 512 --mem-fraction-static 0.2"
-    rules = json.dumps({"min_gain": 0.0, "hysteresis": 0.0, "max_phase_loss": 0.5, "small_batches": False})
-    argv = ["--model-path", model, *common.split(), *eplb.split(), "--tp-size", str(ranks), "--ep-size", str(ranks), "--expert-rebalance", rules]
-    argv += ["--skip-tokenizer-init", "--ep-num-redundant-experts", str(experts)]  # two replicas of each on average
+    rules = json.dumps(
+        {"min_gain": 0.0, "hysteresis": 0.0, "max_phase_loss": 0.5, "small_batches": False}
+    )
+    argv = [
+        "--model-path",
+        model,
+        *common.split(),
+        *eplb.split(),
+        "--tp-size",
+        str(ranks),
+        "--ep-size",
+        str(ranks),
+        "--expert-rebalance",
+        rules,
+    ]
+    argv += [
+        "--skip-tokenizer-init",
+        "--ep-num-redundant-experts",
+        str(experts),
+    ]  # two replicas of each on average
     server_args = prepare_server_args(argv)
     if hasattr(server_args, "resolve_once"):
         server_args.resolve_once()
@@ -205,7 +271,11 @@ def main() -> None:
     processes, pipes = [], []
     for rank in range(ranks):
         here, there = context.Pipe()
-        process = context.Process(target=rank_process, args=(server_args, port_args, rank, ranks, model, there), daemon=True)
+        process = context.Process(
+            target=rank_process,
+            args=(server_args, port_args, rank, ranks, model, there),
+            daemon=True,
+        )
         process.start()
         there.close()
         processes.append(process)

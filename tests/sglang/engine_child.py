@@ -48,7 +48,11 @@ def run(case: dict, keep) -> dict:
     def generate():
         return engine.generate(
             input_ids=case["prompts"],
-            sampling_params={"temperature": 0.0, "max_new_tokens": case["max_new_tokens"], "ignore_eos": True},
+            sampling_params={
+                "temperature": 0.0,
+                "max_new_tokens": case["max_new_tokens"],
+                "ignore_eos": True,
+            },
             return_logprob=True,
             logprob_start_len=0,
         )
@@ -60,11 +64,26 @@ def run(case: dict, keep) -> dict:
         keep({"rows": rows, "checks": checks, "vanished": time.time()})
         subprocess.run(case["vanish"], check=True)
         generate()
-        return {"rows": rows, "checks": checks, "error": "a request was answered without the other host"}
+        return {
+            "rows": rows,
+            "checks": checks,
+            "error": "a request was answered without the other host",
+        }
     info = engine.get_server_info()
     engine.shutdown()
-    keys = ("ep_num_redundant_experts", "ep_dispatch_algorithm", "init_expert_location", "ep_size", "tp_size")
-    return {"rows": rows, "checks": checks, "info": {key: info.get(key) for key in keys}, "start_s": ready - began}
+    keys = (
+        "ep_num_redundant_experts",
+        "ep_dispatch_algorithm",
+        "init_expert_location",
+        "ep_size",
+        "tp_size",
+    )
+    return {
+        "rows": rows,
+        "checks": checks,
+        "info": {key: info.get(key) for key in keys},
+        "start_s": ready - began,
+    }
 
 
 def row_of(output: dict) -> dict:
@@ -80,7 +99,9 @@ def row_of(output: dict) -> dict:
 def _check(engine, action: str) -> tuple[bool, str]:
     from sglang.srt.managers.io_struct import CheckWeightsReqInput
 
-    succeeded, message, *_ = engine.loop.run_until_complete(engine.tokenizer_manager.check_weights(CheckWeightsReqInput(action=action), None))
+    succeeded, message, *_ = engine.loop.run_until_complete(
+        engine.tokenizer_manager.check_weights(CheckWeightsReqInput(action=action), None)
+    )
     return succeeded, message
 
 

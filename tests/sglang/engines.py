@@ -54,10 +54,20 @@ def threads(ranks: int) -> str:
 
 
 def case(
-    name: str, model: Path, tp: int = 1, ep: int = 1, late_env: dict[str, str] | None = None, actions: tuple[str, ...] = (), **arguments: Any
+    name: str,
+    model: Path,
+    tp: int = 1,
+    ep: int = 1,
+    late_env: dict[str, str] | None = None,
+    actions: tuple[str, ...] = (),
+    **arguments: Any,
 ) -> dict:
     """A case for `engine_child`; with actions nothing is generated."""
-    engine = ENGINE | {"model_path": str(model), "skip_tokenizer_init": True, "tp_size": tp, "ep_size": ep} | arguments
+    engine = (
+        ENGINE
+        | {"model_path": str(model), "skip_tokenizer_init": True, "tp_size": tp, "ep_size": ep}
+        | arguments
+    )
     return {
         "name": name,
         "engine": engine,
@@ -88,12 +98,17 @@ class Outcome:
 
     def first(self, tokens: int) -> Outcome:
         """The same with only so many output tokens per prompt."""
-        rows = [{**row, "ids": row["ids"][:tokens], "logprobs": row["logprobs"][:tokens]} for row in self.result["rows"]]
+        rows = [
+            {**row, "ids": row["ids"][:tokens], "logprobs": row["logprobs"][:tokens]}
+            for row in self.result["rows"]
+        ]
         return Outcome({**self.result, "rows": rows}, self.log)
 
     def processes_with(self, text: str) -> set[str]:
         """Names of the scheduler processes ("TP0 EP0") whose log has a line with ``text``."""
-        return set(re.findall(r"\[[-\d]+ [:\d]+ (TP\d+ EP\d+)\] [^\n]*" + re.escape(text), self.log))
+        return set(
+            re.findall(r"\[[-\d]+ [:\d]+ (TP\d+ EP\d+)\] [^\n]*" + re.escape(text), self.log)
+        )
 
 
 def run_cases(
@@ -114,7 +129,9 @@ def run_cases(
     wanted, given = folder / "cases.json", folder / "results.json"
     wanted.write_text(json.dumps(cases))
     began = time.monotonic()
-    command = python("-m", "tests.sglang.engine_child", str(wanted), str(given), *(["forked"] if forked else []))
+    command = python(
+        "-m", "tests.sglang.engine_child", str(wanted), str(given), *(["forked"] if forked else [])
+    )
     finished = run_child(on(command), timeout_per_case * len(cases), ENV | (env or {}), ROOT)
     (folder / "log.txt").write_text(finished.output)
     print(f"{len(cases)} engine starts in {time.monotonic() - began:.0f} s, log in {folder}")

@@ -28,8 +28,12 @@ def install(folder: Path) -> str:
     """Write the metadata by which SGLang finds this module; returns the PYTHONPATH that makes it do so."""
     info = folder / "moe_placement_faults-0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moe-placement-faults\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nmoe_placement_faults = tests.sglang.faults:register\n")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: moe-placement-faults\nVersion: 0\n"
+    )
+    (info / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nmoe_placement_faults = tests.sglang.faults:register\n"
+    )
     return python_path(folder)
 
 
@@ -42,17 +46,29 @@ def register() -> None:
     fault = os.environ.get(VARIABLE, "")
     layer = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
     if not fault:
-        HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.check_weights", _check_weights, HookType.AROUND)
+        HookRegistry.register(
+            "sglang.srt.model_executor.model_runner.ModelRunner.check_weights",
+            _check_weights,
+            HookType.AROUND,
+        )
         method = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
         HookRegistry.register(f"{method}.process_weights_after_loading", _attach, HookType.AROUND)
     elif fault == "hook-lost":
         _lose_a_hook(HookRegistry)
     elif fault == "wrong-everywhere":
-        HookRegistry.register("sglang.srt.eplb.expert_location.ExpertLocationMetadata.logical_to_all_physical", _wrong_slots, HookType.AROUND)
+        HookRegistry.register(
+            "sglang.srt.eplb.expert_location.ExpertLocationMetadata.logical_to_all_physical",
+            _wrong_slots,
+            HookType.AROUND,
+        )
     elif fault == "replica-left-out":
-        HookRegistry.register(f"{layer}._map_global_expert_id_to_local_expert_id", _leave_out, HookType.AROUND)
+        HookRegistry.register(
+            f"{layer}._map_global_expert_id_to_local_expert_id", _leave_out, HookType.AROUND
+        )
     elif fault == "replica-of-another":
-        HookRegistry.register(f"{layer}._weight_loader_physical", _fill_with_another, HookType.AROUND)
+        HookRegistry.register(
+            f"{layer}._weight_loader_physical", _fill_with_another, HookType.AROUND
+        )
     else:
         raise ValueError(fault)
 
@@ -97,8 +113,18 @@ def _check_weights(original: Callable, self: Any, action: str, *args: Any, **kwa
         layer = layers[LAYER]
         here = layer.moe_ep_rank == 1 and layer.moe_tp_rank == layer.moe_tp_size - 1
         tables = [getattr(metadata, name) for name in vars(metadata) if "map" in name]
-        tensors = [layer.w13_weight.data, layer.w2_weight.data, layer.w13_scale.data, layer.w2_zero_point, layer.w2_bias]
-        for tensor in [*tensors, layer.quant_method.alphas, *filter(lambda t: t is not None, tables)]:
+        tensors = [
+            layer.w13_weight.data,
+            layer.w2_weight.data,
+            layer.w13_scale.data,
+            layer.w2_zero_point,
+            layer.w2_bias,
+        ]
+        for tensor in [
+            *tensors,
+            layer.quant_method.alphas,
+            *filter(lambda t: t is not None, tables),
+        ]:
             _saved.append((tensor, tensor.clone()))
         fault = action.partition(":")[2]
         if fault in EVERYWHERE:
@@ -140,7 +166,10 @@ def _set(tensor: Any, value: Any) -> None:
 
 
 def _halves(layer: Any, layers: Any) -> None:
-    _set(layer.w13_weight.data[SLOT], layer.w13_weight.data[SLOT].roll(layer.w13_weight.shape[1] // 2, 0))
+    _set(
+        layer.w13_weight.data[SLOT],
+        layer.w13_weight.data[SLOT].roll(layer.w13_weight.shape[1] // 2, 0),
+    )
 
 
 def _rows(layer: Any, layers: Any) -> None:
@@ -202,9 +231,15 @@ FAULTS: dict[str, Callable[[Any, Any], None]] = {
     "another expert's weights": _slots(lambda t: _set(t[SLOT], t[OTHER])),
     "gate and up halves exchanged": _halves,
     "two rows exchanged": _rows,
-    "shifted by one element": _slots(lambda t: _set(t[SLOT], t[SLOT].flatten().roll(1).view_as(t[SLOT]))),
-    "w2 transposed": lambda layer, layers: _set(layer.w2_weight.data[SLOT], layer.w2_weight.data[SLOT].T),
-    "w13 moved without w2": lambda layer, layers: _set(layer.w13_weight.data[SLOT], layer.w13_weight.data[OTHER]),
+    "shifted by one element": _slots(
+        lambda t: _set(t[SLOT], t[SLOT].flatten().roll(1).view_as(t[SLOT]))
+    ),
+    "w2 transposed": lambda layer, layers: _set(
+        layer.w2_weight.data[SLOT], layer.w2_weight.data[SLOT].T
+    ),
+    "w13 moved without w2": lambda layer, layers: _set(
+        layer.w13_weight.data[SLOT], layer.w13_weight.data[OTHER]
+    ),
     "the expert of another layer": _of_another_layer,
     "rounded through bfloat16": _slots(_rounded),
     "all slots of the rank moved on by one": _slots(lambda t: _set(t, t.roll(1, 0))),
@@ -227,7 +262,12 @@ def _new_map(runner: Any, metadata: Any, change: Callable[[Any], None]) -> None:
     change(table[LAYER])
     make = type(metadata).init_by_mapping
     more = {"server_args": runner.server_args} if versions.takes_server_args(make) else {}
-    metadata.update(make(model_config=runner.model_config, physical_to_logical_map=table, moe_ep_rank=0, **more), [LAYER])
+    metadata.update(
+        make(
+            model_config=runner.model_config, physical_to_logical_map=table, moe_ep_rank=0, **more
+        ),
+        [LAYER],
+    )
 
 
 def _exchanged(row: Any) -> None:
@@ -246,10 +286,14 @@ def _routing_alone(runner: Any, metadata: Any) -> None:
 
 
 EVERYWHERE: dict[str, Callable[[Any, Any], None]] = {
-    "map changed, weights not moved": lambda runner, metadata: _new_map(runner, metadata, _exchanged),
+    "map changed, weights not moved": lambda runner, metadata: _new_map(
+        runner, metadata, _exchanged
+    ),
     "map leaves an expert out": lambda runner, metadata: _new_map(runner, metadata, _one_less),
     "routing table alone changed": _routing_alone,
-    "table of slots alone changed": lambda runner, metadata: _exchanged(metadata.physical_to_logical_map_cpu[LAYER]),
+    "table of slots alone changed": lambda runner, metadata: _exchanged(
+        metadata.physical_to_logical_map_cpu[LAYER]
+    ),
 }
 """Name -> what happens to SGLang's own tables, on every rank."""
 
@@ -266,9 +310,13 @@ def _fill_with_another(original: Callable, self: Any, *args: Any, **kwargs: Any)
         original(self, *args, **{**kwargs, "expert_id": REPLICA})
 
 
-def _wrong_slots(original: Callable, self: Any, layer_id: int, logical_expert_id: int, *args: Any, **kwargs: Any) -> list[int]:
+def _wrong_slots(
+    original: Callable, self: Any, layer_id: int, logical_expert_id: int, *args: Any, **kwargs: Any
+) -> list[int]:
     """Experts 6 and 7 take each other's place, all replicas alike, but not in SGLang's trivial placement."""
-    trivial = self.physical_to_logical_map_cpu[0].tolist() == [slot % self.num_logical_experts for slot in range(self.num_physical_experts)]
+    trivial = self.physical_to_logical_map_cpu[0].tolist() == [
+        slot % self.num_logical_experts for slot in range(self.num_physical_experts)
+    ]
     if layer_id == LAYER and not trivial:
         logical_expert_id = {6: 7, 7: 6}.get(logical_expert_id, logical_expert_id)
     return original(self, layer_id, logical_expert_id, *args, **kwargs)
@@ -280,7 +328,12 @@ def _lose_a_hook(registry: Any) -> None:
 
     def apply_hooks() -> None:
         routing = "sglang.srt.layers.moe.topk._post_process_topk_ids"
-        registry._hooks.pop(routing if routing in registry._hooks else "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.weight_loader", None)
+        registry._hooks.pop(
+            routing
+            if routing in registry._hooks
+            else "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.weight_loader",
+            None,
+        )
         apply()
 
     registry.apply_hooks = apply_hooks

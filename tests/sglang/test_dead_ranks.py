@@ -24,15 +24,21 @@ def steps(models, tmp_path_factory) -> dict[str, dict[int, dict]]:
     results = tmp_path_factory.mktemp("dead") / "results.json"
     command = python("-m", "tests.sglang.dead_ranks_child", str(models["qwen32"]), str(results))
     with engine_lock():
-        finished = run_child(command, 300, ENV | {"SGLANG_CPU_OMP_THREADS_BIND": threads(RANKS)}, ROOT)
+        finished = run_child(
+            command, 300, ENV | {"SGLANG_CPU_OMP_THREADS_BIND": threads(RANKS)}, ROOT
+        )
     found = json.loads(results.read_text()) if results.exists() else []
     for step in found:
         for rank, seen in step["ranks"].items():
             assert "error" not in seen, f"{step['name']}, rank {rank}:\n{seen['error']}"
-    assert [step["name"] for step in found] == ["begin", *(name for name, _ in STEPS)], finished.output[-3000:]
+    assert [step["name"] for step in found] == ["begin", *(name for name, _ in STEPS)], (
+        finished.output[-3000:]
+    )
     for step in found:
         step["log"] = finished.output
-    return {step["name"]: {int(rank): seen for rank, seen in step["ranks"].items()} for step in found}
+    return {
+        step["name"]: {int(rank): seen for rank, seen in step["ranks"].items()} for step in found
+    }
 
 
 def live_after(name: str) -> list[int]:
@@ -51,7 +57,9 @@ def test_every_slot_of_a_live_rank_holds_its_expert(steps, name):
     first = steps[name][live[0]]
     for seen in steps[name].values():
         assert seen["wrong"] == [] and seen.get("after reload", []) == []
-        assert seen["held"] == first["held"] and seen["slots_of"] == first["slots_of"], "the ranks disagree"
+        assert seen["held"] == first["held"] and seen["slots_of"] == first["slots_of"], (
+            "the ranks disagree"
+        )
     for layer, of_layer in enumerate(first["slots_of"]):
         for expert, slots in enumerate(of_layer):
             slots = [slot for slot in slots if slot >= 0]
@@ -67,7 +75,12 @@ def test_only_what_no_live_rank_held_is_read(steps):
         held = np.array(next(iter(steps[before].values()))["held"])
         now = np.array(next(iter(steps[name].values()))["held"])
         slots = np.isin(np.arange(held.shape[1]) // SLOTS, live)
-        lost = [(layer, expert) for layer in range(len(held)) for expert in range(EXPERTS) if expert not in held[layer][slots]]
+        lost = [
+            (layer, expert)
+            for layer in range(len(held))
+            for expert in range(EXPERTS)
+            if expert not in held[layer][slots]
+        ]
         fetched = sum(int((now[layer][slots] == expert).sum()) for layer, expert in lost)
         read = sum(seen.get("read", 0) for seen in steps[name].values())
         assert read == fetched * EXPERT_BYTES, (name, lost)

@@ -9,7 +9,11 @@ from moe_placement_plugin.engines.sglang.dispatch import dispatch_table
 from moe_placement_plugin.errors import PlacementError
 
 pytest.importorskip("sglang", reason="runs in SGLang's environment")
-from moe_placement_plugin.bench.sglang_dispatch import replica_imbalance, skewed_placement, stock_table  # noqa: E402
+from moe_placement_plugin.bench.sglang_dispatch import (
+    replica_imbalance,
+    skewed_placement,
+    stock_table,
+)  # noqa: E402
 
 
 def random_slots(seed: int, ranks: int, per_rank: int, experts: int, layers: int = 2) -> np.ndarray:
@@ -21,11 +25,17 @@ def random_slots(seed: int, ranks: int, per_rank: int, experts: int, layers: int
         for index, expert in enumerate(rng.permutation(experts)):
             where[layer][expert].append(int(order[index]))
         for slot in order[experts:]:
-            free = [e for e in range(experts) if all(s // per_rank != slot // per_rank for s in where[layer][e])]
+            free = [
+                e
+                for e in range(experts)
+                if all(s // per_rank != slot // per_rank for s in where[layer][e])
+            ]
             if free:
                 where[layer][int(rng.choice(free))].append(int(slot))
     width = max(len(slots) for rows in where for slots in rows)
-    return np.array([[sorted(slots) + [-1] * (width - len(slots)) for slots in rows] for rows in where])
+    return np.array(
+        [[sorted(slots) + [-1] * (width - len(slots)) for slots in rows] for rows in where]
+    )
 
 
 def classes(slots_of, table, ranks, per_rank, per_node):
@@ -35,7 +45,11 @@ def classes(slots_of, table, ranks, per_rank, per_node):
     for rank in range(ranks):
         pick = table[rank] // per_rank
         replicas = (slots_of != -1).sum(-1)
-        near = ((owner != -1) & (owner // per_node == rank // per_node)).sum(-1) if per_node else replicas
+        near = (
+            ((owner != -1) & (owner // per_node == rank // per_node)).sum(-1)
+            if per_node
+            else replicas
+        )
         own = (owner == rank).any(-1)
         narrowing = (near > 0) & (near < replicas)
         result[rank] = np.where(own, 0, np.where(narrowing, 1, 2))
@@ -48,8 +62,16 @@ def classes(slots_of, table, ranks, per_rank, per_node):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), nodes=st.sampled_from([1, 2, 4]), on_node=st.integers(1, 4), per_rank=st.integers(1, 4), data=st.data())
-def test_equal_to_sglangs_up_to_the_choice_among_equal_replicas(seed, nodes, on_node, per_rank, data):
+@given(
+    seed=st.integers(0, 10**6),
+    nodes=st.sampled_from([1, 2, 4]),
+    on_node=st.integers(1, 4),
+    per_rank=st.integers(1, 4),
+    data=st.data(),
+)
+def test_equal_to_sglangs_up_to_the_choice_among_equal_replicas(
+    seed, nodes, on_node, per_rank, data
+):
     ranks = nodes * on_node
     experts = data.draw(st.integers(per_rank, ranks * per_rank))
     slots_of = random_slots(seed, ranks, per_rank, experts)
@@ -64,8 +86,12 @@ def test_equal_to_sglangs_up_to_the_choice_among_equal_replicas(seed, nodes, on_
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), ranks=st.integers(2, 12), per_rank=st.integers(1, 4), data=st.data())
-def test_without_nodes_the_replicas_of_an_expert_serve_equal_numbers_of_ranks(seed, ranks, per_rank, data):
+@given(
+    seed=st.integers(0, 10**6), ranks=st.integers(2, 12), per_rank=st.integers(1, 4), data=st.data()
+)
+def test_without_nodes_the_replicas_of_an_expert_serve_equal_numbers_of_ranks(
+    seed, ranks, per_rank, data
+):
     experts = data.draw(st.integers(per_rank, ranks * per_rank))
     slots_of = random_slots(seed, ranks, per_rank, experts)
     table = dispatch_table(slots_of, ranks, ranks * per_rank)
@@ -112,7 +138,12 @@ def test_the_hook_answers_as_the_function_that_it_replaces(monkeypatch):
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: parallel)
     original = inspect.unwrap(expert_location.compute_logical_to_rank_dispatch_physical_map)
     slots_of = torch.from_numpy(random_slots(5, 8, 5, 32))
-    call = {"logical_to_all_physical_map": slots_of, "ep_size": 8, "num_physical_experts": 40, "ep_rank": 3}
+    call = {
+        "logical_to_all_physical_map": slots_of,
+        "ep_size": 8,
+        "num_physical_experts": 40,
+        "ep_rank": 3,
+    }
     if "server_args" in inspect.signature(original).parameters:
         call["server_args"] = parallel
     ours, stock = static_dispatch(original, **call), original(**call)

@@ -70,7 +70,9 @@ def outcomes(models, files, stock, served, tmp_path_factory) -> dict[str, Outcom
         case("glm-redundant-tp4-ep2", glm, 4, 2, expert_placement_strategy="zigzag", ep_num_redundant_experts=4),
     ]  # fmt: skip
     wrong = case("wrong-experts", swapped_experts(q32, tmp_path_factory.mktemp("wrong") / "model"))
-    unloaded = case(UNLOADED, q32, 2, 2, {"SGLANG_PLUGINS": "another"}, expert_placement_strategy="zigzag")
+    unloaded = case(
+        UNLOADED, q32, 2, 2, {"SGLANG_PLUGINS": "another"}, expert_placement_strategy="zigzag"
+    )
     # The last one takes the process that asked for it along.
     found = run_cases([wrong, *placed, unloaded], tmp_path_factory.mktemp("engines"))
     return {**stock, "qwen32": stock["qwen32"].first(MAX_NEW_TOKENS), "zigzag": served[0], **found}
@@ -95,7 +97,11 @@ def furthest(one: Outcome, other: Outcome) -> float:
 
 
 def test_every_case_ran(outcomes):
-    failed = {name: o.result.get("error", o.log[-1500:]) for name, o in outcomes.items() if name != UNLOADED and "rows" not in o.result}
+    failed = {
+        name: o.result.get("error", o.log[-1500:])
+        for name, o in outcomes.items()
+        if name != UNLOADED and "rows" not in o.result
+    }
     assert not failed
 
 
@@ -124,7 +130,17 @@ def test_the_patches_work_in_every_scheduler_process(outcomes, name):
     direct = 0 if replicas else layers
     assert outcome.processes_with(f"routed by one look-up in {direct};") == everyone
     assert outcome.processes_with(f"slots in {layers} layers of this rank (replicas)") == everyone
-    used = ["placement", "slots", "loader", "slot-loader", "model", "cpu-expert-parallelism", "verify-load", "verify-clean", "routing"]
+    used = [
+        "placement",
+        "slots",
+        "loader",
+        "slot-loader",
+        "model",
+        "cpu-expert-parallelism",
+        "verify-load",
+        "verify-clean",
+        "routing",
+    ]
     used += [] if versions.topk_finds_the_placement() else ["remap"]
     used += [] if versions.dispatch_is_rank_invariant() else ["all-replicas"]
     for patch in used:
@@ -159,14 +175,27 @@ def served(models, tmp_path_factory) -> tuple[Outcome, dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("sglang")), "serve", "--model-path", str(models["qwen32"]), "--host", "127.0.0.1"]
+    command = [
+        str(Path(sys.executable).with_name("sglang")),
+        "serve",
+        "--model-path",
+        str(models["qwen32"]),
+        "--host",
+        "127.0.0.1",
+    ]
     command += f"--port {port} --tp-size 2 --ep-size 2 --expert-placement-strategy zigzag --device cpu --dtype float32".split()
     command += "--attention-backend torch_native --sampling-backend pytorch --grammar-backend none --skip-server-warmup".split()
     command += "--disable-overlap-schedule --max-total-tokens 4096 --max-running-requests 8 --mem-fraction-static 0.3".split()
     sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True}
     folder = tmp_path_factory.mktemp("served")
     log, record = folder / "server.log", folder / "load"
-    command += ["--enable-metrics", "--expert-load-record", str(record), "--expert-load-interval", "0.5"]
+    command += [
+        "--enable-metrics",
+        "--expert-load-record",
+        str(record),
+        "--expert-load-interval",
+        "0.5",
+    ]
     more = {"record": record}
     with open(log, "wb") as output:
         server = subprocess.Popen(
@@ -175,9 +204,18 @@ def served(models, tmp_path_factory) -> tuple[Outcome, dict]:
         )  # fmt: skip
         try:
             _wait_until_ready(server, port, log)
-            wanted = {"input_ids": PROMPTS, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+            wanted = {
+                "input_ids": PROMPTS,
+                "sampling_params": sampling,
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            }
             answers = _ask(port, "/generate", wanted)
-            more["completion"] = _ask(port, "/v1/completions", {"model": "m", "prompt": "hello", "max_tokens": 4, "temperature": 0})
+            more["completion"] = _ask(
+                port,
+                "/v1/completions",
+                {"model": "m", "prompt": "hello", "max_tokens": 4, "temperature": 0},
+            )
             more["verified"] = _ask(port, "/weights_checker", {"action": "expert_placement"})
             info = _ask(port, "/server_info")
             time.sleep(1.5)  # three intervals of the recording
@@ -185,7 +223,9 @@ def served(models, tmp_path_factory) -> tuple[Outcome, dict]:
         finally:
             end_group(server)
     more["code"] = server.returncode
-    return Outcome({"rows": [row_of(answer) for answer in answers], "info": info}, log.read_text()), more
+    return Outcome(
+        {"rows": [row_of(answer) for answer in answers], "info": info}, log.read_text()
+    ), more
 
 
 def test_the_http_server_takes_the_flag_and_answers(served):
@@ -204,14 +244,23 @@ def test_metrics_are_what_was_recorded(served):
     asked = (sum(len(prompt) for prompt in PROMPTS) + usage["prompt_tokens"]) * 4 * 4
     assert metrics['moe_expert_tokens_total{phase="prefill"}'] >= asked
     recorded = ExpertLoad.read(more["record"]).counts.sum()
-    assert metrics['moe_expert_tokens_total{phase="prefill"}'] + metrics['moe_expert_tokens_total{phase="decode"}'] == recorded
-    assert sum(name.startswith("moe_expert_balancedness{") for name in metrics) == 4 and 0.5 <= metrics["moe_expert_balancedness_overall"] <= 1
+    assert (
+        metrics['moe_expert_tokens_total{phase="prefill"}']
+        + metrics['moe_expert_tokens_total{phase="decode"}']
+        == recorded
+    )
+    assert (
+        sum(name.startswith("moe_expert_balancedness{") for name in metrics) == 4
+        and 0.5 <= metrics["moe_expert_balancedness_overall"] <= 1
+    )
     assert metrics['moe_placement_events_total{event="verified_slots"}'] >= 4 * 16
 
 
 def _ask(port: int, path: str, body: dict | None = None):
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=120) as response:
         return json.load(response)
 
@@ -221,7 +270,10 @@ def _scrape(port: int) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
         lines = response.read().decode().splitlines()
     assert any(line.startswith("sglang:") for line in lines), "the engine's own metrics are gone"
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line.startswith("moe_"))}
+    return {
+        name: float(value)
+        for name, _, value in (line.rpartition(" ") for line in lines if line.startswith("moe_"))
+    }
 
 
 def _wait_until_ready(server: subprocess.Popen, port: int, log: Path, seconds: float = 240) -> None:

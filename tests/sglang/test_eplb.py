@@ -32,21 +32,60 @@ TOLERANCE = 1e-4
 
 def test_strategy_eplb_begins_where_eplb_does(models):
     asked = settings.of(
-        resolve(arguments(models["qwen32"], *TWO, *EPLB, "--ep-num-redundant-experts", "4", "--expert-rebalance", '{"min_gain": 0.1}'))
+        resolve(
+            arguments(
+                models["qwen32"],
+                *TWO,
+                *EPLB,
+                "--ep-num-redundant-experts",
+                "4",
+                "--expert-rebalance",
+                '{"min_gain": 0.1}',
+            )
+        )
     )
     assert asked.placement.physical_to_logical[3].tolist() == [*range(32), 0, 1, 2, 3]
     arrived = pickle.loads(pickle.dumps(asked))
     assert arrived.moves and arrived.rebalance == {"min_gain": 0.1}
-    padded = settings.of(resolve(arguments(models["qwen30"], "--tp-size", "4", "--ep-size", "4", *EPLB)))
-    assert padded.padding == 2 and padded.placement.physical_to_logical[0].tolist() == [*range(30), 0, 1]
+    padded = settings.of(
+        resolve(arguments(models["qwen30"], "--tp-size", "4", "--ep-size", "4", *EPLB))
+    )
+    assert padded.padding == 2 and padded.placement.physical_to_logical[0].tolist() == [
+        *range(30),
+        0,
+        1,
+    ]
 
 
 def test_other_strategies_and_loads_are_where_eplb_begins(models, files):
-    zigzag = settings.of(resolve(arguments(models["qwen32"], *TWO, "--enable-eplb", "--expert-placement-strategy", "zigzag")))
-    assert zigzag.moves and zigzag.placement.physical_to_logical[0].tolist() == [*range(0, 32, 2), *range(1, 32, 2)]
-    planned = settings.of(resolve(arguments(models["qwen32"], *TWO, *EPLB, "--expert-placement-file", str(files["load"]))))
+    zigzag = settings.of(
+        resolve(
+            arguments(
+                models["qwen32"], *TWO, "--enable-eplb", "--expert-placement-strategy", "zigzag"
+            )
+        )
+    )
+    assert zigzag.moves and zigzag.placement.physical_to_logical[0].tolist() == [
+        *range(0, 32, 2),
+        *range(1, 32, 2),
+    ]
+    planned = settings.of(
+        resolve(
+            arguments(models["qwen32"], *TWO, *EPLB, "--expert-placement-file", str(files["load"]))
+        )
+    )
     assert planned.plans and not zigzag.plans
-    by_file = settings.of(resolve(arguments(models["qwen32"], *TWO, "--enable-eplb", "--expert-placement-file", str(files["permutation"]))))
+    by_file = settings.of(
+        resolve(
+            arguments(
+                models["qwen32"],
+                *TWO,
+                "--enable-eplb",
+                "--expert-placement-file",
+                str(files["permutation"]),
+            )
+        )
+    )
     assert by_file.moves and by_file.plans
     assert planned.moves and planned.placement.physical_to_logical[0].tolist() != list(range(32))
 
@@ -54,15 +93,37 @@ def test_other_strategies_and_loads_are_where_eplb_begins(models, files):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ((*TWO, "--expert-placement-strategy", "eplb", "--expert-rebalance", "{}"), "without --enable-eplb"),
-        ((*TWO, "--expert-placement-strategy", "zigzag", "--enable-eplb", "--expert-rebalance", "{}"), "nothing of ours rebalances"),
+        (
+            (*TWO, "--expert-placement-strategy", "eplb", "--expert-rebalance", "{}"),
+            "without --enable-eplb",
+        ),
+        (
+            (
+                *TWO,
+                "--expert-placement-strategy",
+                "zigzag",
+                "--enable-eplb",
+                "--expert-rebalance",
+                "{}",
+            ),
+            "nothing of ours rebalances",
+        ),
         ((*TWO, "--enable-eplb", "--expert-rebalance", "{}"), "add it, or leave it out"),
-        ((*TWO, *EPLB, "--expert-rebalance", '{"min_gian": 1}'), "'min_gian' is not one of min_gain"),
+        (
+            (*TWO, *EPLB, "--expert-rebalance", '{"min_gian": 1}'),
+            "'min_gian' is not one of min_gain",
+        ),
         ((*TWO, *EPLB, "--eplb-algorithm", "deepseek"), "--eplb-algorithm deepseek.*both decide"),
-        (("--tp-size", "4", "--ep-size", "2", *EPLB), "--tp-size 4 and --ep-size 2.*make them equal"),
+        (
+            ("--tp-size", "4", "--ep-size", "2", *EPLB),
+            "--tp-size 4 and --ep-size 2.*make them equal",
+        ),
         ((*TWO, *EPLB, "--load-format", "dummy"), "--load-format dummy"),
         ((*TWO, "--eplb-algorithm", "expert_placement"), "expert_placement without --enable-eplb"),
-        ((*TWO, *EPLB, "--expert-rebalance", '{"calibration": "/no/such"}'), "calibration '/no/such' is neither a file"),
+        (
+            (*TWO, *EPLB, "--expert-rebalance", '{"calibration": "/no/such"}'),
+            "calibration '/no/such' is neither a file",
+        ),
     ],
 )
 def test_what_would_not_go_well_is_refused(models, more, words):
@@ -72,12 +133,17 @@ def test_what_would_not_go_well_is_refused(models, more, words):
 def test_a_model_that_does_not_list_its_experts(monkeypatch):
     layer = torch.nn.Module()
     layer.layer_id, layer.num_local_experts, layer.num_fused_shared_experts = 2, 5, 0
-    layer.w2_weight, layer.correction_bias = torch.nn.Parameter(torch.ones(5, 3)), torch.nn.Parameter(torch.ones(5))
+    layer.w2_weight, layer.correction_bias = (
+        torch.nn.Parameter(torch.ones(5, 3)),
+        torch.nn.Parameter(torch.ones(5)),
+    )
     monkeypatch.setattr(eplb, "expert_layers", lambda model: {"mlp.experts": layer})
     model = torch.nn.Module()
     eplb.list_weights(model)
     layer.w2_weight.data = torch.zeros(5, 3)  # as a transformation after loading does
-    assert [t.data_ptr() for t in model.routed_experts_weights_of_layer[2]] == [layer.w2_weight.data_ptr()]
+    assert [t.data_ptr() for t in model.routed_experts_weights_of_layer[2]] == [
+        layer.w2_weight.data_ptr()
+    ]
     listed = types.SimpleNamespace(routed_experts_weights_of_layer={})
     eplb.list_weights(listed)
     assert listed.routed_experts_weights_of_layer == {}
@@ -90,7 +156,12 @@ def test_forward_passes_are_put_together_into_windows_of_their_phase():
     counts = np.zeros((40, 1, 2), dtype=np.int32)
     counts[:34, 0, 0] = 1
     found, of = eplb.windows(counts, ["decode"] * 40, 16)
-    assert found.shape == (16, 1, 2) and found.sum() == 34 and set(found[:, 0, 0]) == {2, 3} and set(of) == {"decode"}
+    assert (
+        found.shape == (16, 1, 2)
+        and found.sum() == 34
+        and set(found[:, 0, 0]) == {2, 3}
+        and set(of) == {"decode"}
+    )
     assert eplb.windows(counts[:3], ["mixed"] * 3)[0][:, 0, 0].tolist() == [1, 1, 1]
     none, _ = eplb.windows(counts[34:], ["decode"] * 6)
     assert not none.any() and len(none) == 1
@@ -105,10 +176,14 @@ def test_a_pass_is_what_its_batch_was_where_the_recorder_keeps_it(monkeypatch):
 
     monkeypatch.setattr(phases, "_of", {})
     monkeypatch.setattr(phases, "_one_batch", lambda: True)
-    accumulator = types.SimpleNamespace(_global_physical_count_of_buffered_step=types.SimpleNamespace(_curr_index=2))
+    accumulator = types.SimpleNamespace(
+        _global_physical_count_of_buffered_step=types.SimpleNamespace(_curr_index=2)
+    )
 
     def append(self, *args):
-        self._global_physical_count_of_buffered_step._curr_index = (self._global_physical_count_of_buffered_step._curr_index + 1) % 4
+        self._global_physical_count_of_buffered_step._curr_index = (
+            self._global_physical_count_of_buffered_step._curr_index + 1
+        ) % 4
 
     for mode in (ForwardMode.EXTEND, ForwardMode.DECODE, ForwardMode.MIXED):
         phases._start(lambda *args: None, None, types.SimpleNamespace(forward_mode=mode))
@@ -120,7 +195,9 @@ def test_a_pass_is_what_its_batch_was_where_the_recorder_keeps_it(monkeypatch):
 
 def test_our_planner_as_an_algorithm_with_any_strategy(models):
     ours = ("--enable-eplb", "--eplb-algorithm", "expert_placement")
-    zigzag = resolve(arguments(models["qwen32"], *TWO, *ours, "--expert-placement-strategy", "zigzag"))
+    zigzag = resolve(
+        arguments(models["qwen32"], *TWO, *ours, "--expert-placement-strategy", "zigzag")
+    )
     assert settings.of(zigzag).plans and settings.of(zigzag).placement.strategy == "zigzag"
     alone = resolve(arguments(models["qwen32"], *TWO, *ours))
     assert settings.of(alone).plans and settings.of(alone).strategy == "eplb"
@@ -139,7 +216,10 @@ def metadata(table, usable=None) -> Metadata:
     to_physical, _ = inverse_maps(table, EXPERTS, usable)
     wide = np.full((*to_physical.shape[:2], table.shape[1]), -1)
     wide[..., : to_physical.shape[2]] = to_physical
-    return Metadata(physical_to_logical_map_cpu=torch.tensor(table), logical_to_all_physical_map_cpu=torch.tensor(wide))
+    return Metadata(
+        physical_to_logical_map_cpu=torch.tensor(table),
+        logical_to_all_physical_map_cpu=torch.tensor(wide),
+    )
 
 
 @pytest.fixture
@@ -156,7 +236,9 @@ def serving(monkeypatch):
 
 
 def under_way(monkeypatch, **policy):
-    here = eplb_update.Rebalance(Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger()))
+    here = eplb_update.Rebalance(
+        Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger())
+    )
     monkeypatch.setattr(eplb_update, "under_way", here)
     return here
 
@@ -186,7 +268,9 @@ def test_our_plan_moves_little_and_leaves_what_is_no_moe_layer(serving, monkeypa
     for layer in range(LAYERS):
         for expert in range(EXPERTS):
             slots = [s for s in to_physical[layer, expert].tolist() if s >= 0]
-            assert len(slots) == int(count[layer, expert]) and {int(table[layer, s]) for s in slots} == {expert}
+            assert len(slots) == int(count[layer, expert]) and {
+                int(table[layer, s]) for s in slots
+            } == {expert}
 
 
 @pytest.mark.parametrize("counts", [hot(3), np.zeros((4, LAYERS, EXPERTS), dtype=int)])
@@ -240,7 +324,9 @@ def test_a_dead_rank_gets_no_expert_and_no_token(serving, monkeypatch):
     monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: (0,))
     with pytest.raises(PlacementError, match="5 slots for 8 experts"):
         planned(hot(3))
-    table = np.tile([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7], (LAYERS, 1))  # both ranks hold all
+    table = np.tile(
+        [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7], (LAYERS, 1)
+    )  # both ranks hold all
     serving.__dict__.update(vars(metadata(table)))
     kept, to_physical, count = eplb.plan(None, torch.tensor(hot(3)), 16, 8, None, 1, None)
     assert kept.tolist() == table.tolist() and not here.planner.last.rebalance
@@ -260,14 +346,18 @@ class Manager:
     """What `eplb.rebalance` asks of SGLang's manager."""
 
     def _get_model(self):
-        return types.SimpleNamespace(routed_experts_weights_of_layer={1: [torch.zeros(5, 2)], 2: [torch.zeros(5, 2)]})
+        return types.SimpleNamespace(
+            routed_experts_weights_of_layer={1: [torch.zeros(5, 2)], 2: [torch.zeros(5, 2)]}
+        )
 
 
 @pytest.fixture
 def rebalancing(serving, monkeypatch):
     """Layers that were checked, for a rebalance in two chunks."""
     checked = []
-    monkeypatch.setattr(eplb, "recheck", lambda model, what, only, alone: checked.append(list(only)))
+    monkeypatch.setattr(
+        eplb, "recheck", lambda model, what, only, alone: checked.append(list(only))
+    )
     monkeypatch.setattr(eplb.loaded, "current", lambda: object())
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
     settings.set_current(settings.Settings("eplb", rebalance={"watchdog": 0.05}, moves=True))
@@ -314,11 +404,26 @@ def test_an_exchange_that_does_not_finish_says_what_it_waits_for(rebalancing, ca
 @pytest.fixture(scope="module")
 def moving(models, tmp_path_factory) -> Outcome:
     """An engine whose experts move all the time."""
-    often = {"enable_eplb": True, "eplb_rebalance_num_iterations": 2, "eplb_rebalance_layers_per_chunk": 3}
+    often = {
+        "enable_eplb": True,
+        "eplb_rebalance_num_iterations": 2,
+        "eplb_rebalance_layers_per_chunk": 3,
+    }
     rules = {"min_gain": 0.0, "hysteresis": 0.0, "small_batches": False}
-    wanted = case("moving", models["qwen32"], 2, 2, expert_placement_strategy="eplb", ep_num_redundant_experts=4, expert_rebalance=rules, **often)
+    wanted = case(
+        "moving",
+        models["qwen32"],
+        2,
+        2,
+        expert_placement_strategy="eplb",
+        ep_num_redundant_experts=4,
+        expert_rebalance=rules,
+        **often,
+    )
     with engine_lock():
-        return run_cases([wanted | {"max_new_tokens": LONG}], tmp_path_factory.mktemp("engines"))["moving"]
+        return run_cases([wanted | {"max_new_tokens": LONG}], tmp_path_factory.mktemp("engines"))[
+            "moving"
+        ]
 
 
 @pytest.mark.engine
@@ -339,10 +444,16 @@ def test_experts_moved_at_least_four_times_and_were_verified_each_time(moving):
         mine = [line for line in log.splitlines() if f"TP{rank} EP{rank}]" in line]
         accepted = [line for line in mine if "expert rebalance accepted" in line]
         assert len(accepted) >= 4, log[-3000:]
-        assert len([line for line in mine if re.search(r"verified \d+ slots again", line)]) >= len(accepted)
+        assert len([line for line in mine if re.search(r"verified \d+ slots again", line)]) >= len(
+            accepted
+        )
     # The serving benchmark reads the same lines.
     found = moved(log, "sglang")
-    assert found["accepted"] >= 4 and found["engine_rebalances"] >= 4 and found["exchange_ms"] >= found["chunk_ms"] > 0
+    assert (
+        found["accepted"] >= 4
+        and found["engine_rebalances"] >= 4
+        and found["exchange_ms"] >= found["chunk_ms"] > 0
+    )
     assert found["moved_bytes"] and found["verify_ms"]
     decisions = [re.findall(rf"TP{rank} .*expert rebalance (.*)", log) for rank in (0, 1)]
     assert decisions[0] == decisions[1], "the ranks disagree"

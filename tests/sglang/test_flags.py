@@ -51,7 +51,9 @@ TWO = ("--tp-size", "2", "--ep-size", "2")
 
 @pytest.mark.parametrize("strategy", ["linear", "balanced", "zigzag", "round_robin"])
 def test_a_strategy_becomes_the_engines_placement(models, strategy):
-    server_args = resolve(arguments(models["qwen32"], *TWO, "--expert-placement-strategy", strategy))
+    server_args = resolve(
+        arguments(models["qwen32"], *TWO, "--expert-placement-strategy", strategy)
+    )
     asked = settings.of(server_args)
     assert server_args.init_expert_location == settings.SENTINEL
     assert asked.placement.layer_ids == (0, 1, 2, 3)
@@ -68,7 +70,9 @@ def test_without_the_flags_the_arguments_are_stock(models):
 
 
 def test_the_settings_survive_pickling_and_announce_themselves(models):
-    server_args = resolve(arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "zigzag"))
+    server_args = resolve(
+        arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "zigzag")
+    )
     packed = pickle.dumps(server_args)
     settings.set_current(None)
     copy = pickle.loads(packed)
@@ -87,7 +91,11 @@ def test_engine_arguments(models):
     from sglang import Engine
 
     server_args = Engine.server_args_class(
-        model_path=str(models["qwen32"]), device="cpu", tp_size=2, ep_size=2, expert_placement_strategy="zigzag"
+        model_path=str(models["qwen32"]),
+        device="cpu",
+        tp_size=2,
+        ep_size=2,
+        expert_placement_strategy="zigzag",
     )
     assert settings.of(server_args).strategy == "zigzag"
     assert server_args.init_expert_location == settings.SENTINEL
@@ -97,27 +105,48 @@ def test_engine_arguments(models):
 
 @pytest.mark.parametrize("name", ["permutation", "permutation-sglang"])
 def test_a_plan_file_decides_alone(models, files, name):
-    server_args = resolve(arguments(models["qwen32"], *TWO, "--expert-placement-file", str(files[name])))
+    server_args = resolve(
+        arguments(models["qwen32"], *TWO, "--expert-placement-file", str(files[name]))
+    )
     rows = settings.of(server_args).placement.physical_to_logical
     assert len({tuple(row) for row in rows.tolist()}) == 4
 
 
 @pytest.mark.parametrize("name", ["load", "load-pt", "load-safetensors"])
 def test_a_recorded_load_is_planned_with_the_engines_redundant_experts(models, files, name):
-    flags = ("--expert-placement-strategy", "eplb", "--expert-placement-file", str(files[name]), "--ep-num-redundant-experts", "4")
+    flags = (
+        "--expert-placement-strategy",
+        "eplb",
+        "--expert-placement-file",
+        str(files[name]),
+        "--ep-num-redundant-experts",
+        "4",
+    )
     asked = settings.of(resolve(arguments(models["qwen32"], *TWO, *flags)))
     assert asked.placement.num_slots == 36 and asked.placement.slots_per_rank == (18, 18)
     assert asked.placement.replica_counts.max() == 2
 
 
 @pytest.mark.parametrize(
-    ("experts", "ranks", "wanted", "padding"), [(30, 8, 0, 2), (30, 4, 0, 2), (30, 2, 0, 0), (30, 4, 2, 0), (30, 8, 3, 7), (32, 8, 0, 0)]
+    ("experts", "ranks", "wanted", "padding"),
+    [(30, 8, 0, 2), (30, 4, 0, 2), (30, 2, 0, 0), (30, 4, 2, 0), (30, 8, 3, 7), (32, 8, 0, 0)],
 )
-def test_uneven_counts_are_padded_with_replicas(models, monkeypatch, experts, ranks, wanted, padding):
-    flags = ("--tp-size", str(ranks), "--ep-size", str(ranks), "--ep-num-redundant-experts", str(wanted))
+def test_uneven_counts_are_padded_with_replicas(
+    models, monkeypatch, experts, ranks, wanted, padding
+):
+    flags = (
+        "--tp-size",
+        str(ranks),
+        "--ep-size",
+        str(ranks),
+        "--ep-num-redundant-experts",
+        str(wanted),
+    )
     said: list[str] = []
     monkeypatch.setattr(plan.logger, "warning", lambda text, *values: said.append(text % values))
-    server_args = resolve(arguments(models[f"qwen{experts}"], *flags, "--expert-placement-strategy", "balanced"))
+    server_args = resolve(
+        arguments(models[f"qwen{experts}"], *flags, "--expert-placement-strategy", "balanced")
+    )
     asked = settings.of(server_args)
     from moe_placement_plugin.engines.sglang.versions import resolved
 
@@ -129,12 +158,22 @@ def test_uneven_counts_are_padded_with_replicas(models, monkeypatch, experts, ra
 
 
 def test_together_with_the_recording_of_the_load(models, tmp_path):
-    flags = ("--expert-placement-strategy", "zigzag", "--expert-load-record", str(tmp_path / "load.safetensors"))
-    assert settings.of(resolve(arguments(models["qwen32"], *TWO, *flags))).placement.strategy == "zigzag"
+    flags = (
+        "--expert-placement-strategy",
+        "zigzag",
+        "--expert-load-record",
+        str(tmp_path / "load.safetensors"),
+    )
+    assert (
+        settings.of(resolve(arguments(models["qwen32"], *TWO, *flags))).placement.strategy
+        == "zigzag"
+    )
 
 
 def test_moe_layers_only_are_placed(models):
-    asked = settings.of(resolve(arguments(models["glm"], *TWO, "--expert-placement-strategy", "zigzag")))
+    asked = settings.of(
+        resolve(arguments(models["glm"], *TWO, "--expert-placement-strategy", "zigzag"))
+    )
     assert asked.placement.layer_ids == (1, 2, 3)
     assert len(asked.placement.to_sglang(4)["physical_to_logical_map"]) == 4
 
@@ -145,7 +184,14 @@ def test_ep_smaller_than_tp(models):
 
 
 def test_an_uneven_plan_of_vllm_keeps_its_experts_and_is_filled_up(models, files):
-    flags = ("--tp-size", "4", "--ep-size", "4", "--expert-placement-file", str(files["uneven-four-ranks"]))
+    flags = (
+        "--tp-size",
+        "4",
+        "--ep-size",
+        "4",
+        "--expert-placement-file",
+        str(files["uneven-four-ranks"]),
+    )
     placement = settings.of(resolve(arguments(models["qwen30"], *flags))).placement
     from moe_placement_plugin.placement import Placement
 
@@ -153,7 +199,10 @@ def test_an_uneven_plan_of_vllm_keeps_its_experts_and_is_filled_up(models, files
     assert placement.slots_per_rank == (8, 8, 8, 8)
     for row in range(4):
         for rank in range(4):
-            assert placement.local_experts(row, rank)[: given.slots_per_rank[rank]].tolist() == given.local_experts(row, rank).tolist()
+            assert (
+                placement.local_experts(row, rank)[: given.slots_per_rank[rank]].tolist()
+                == given.local_experts(row, rank).tolist()
+            )
 
 
 def test_redundancy_decides_the_dispatch(models):
@@ -179,7 +228,9 @@ def test_unknown_strategy_on_the_command_line(models, capsys):
     from sglang.srt.server_args import prepare_server_args
 
     with pytest.raises(SystemExit):
-        prepare_server_args(arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "spiral"))
+        prepare_server_args(
+            arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "spiral")
+        )
     message = capsys.readouterr().err
     assert "spiral" in message and "zigzag" in message and "eplb" in message
 
@@ -187,8 +238,13 @@ def test_unknown_strategy_on_the_command_line(models, capsys):
 def test_unknown_strategy_in_python(models):
     from sglang import Engine
 
-    with pytest.raises(PlacementError, match="unknown expert placement strategy 'spiral': choose one of linear, balanced, zigzag, eplb"):
-        Engine.server_args_class(model_path=str(models["qwen32"]), expert_placement_strategy="spiral")
+    with pytest.raises(
+        PlacementError,
+        match="unknown expert placement strategy 'spiral': choose one of linear, balanced, zigzag, eplb",
+    ):
+        Engine.server_args_class(
+            model_path=str(models["qwen32"]), expert_placement_strategy="spiral"
+        )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +263,9 @@ def test_unknown_strategy_in_python(models):
     ],
 )
 def test_bad_files(models, files, name, words):
-    message = refused(arguments(models["qwen32"], *TWO, "--expert-placement-file", str(files[name])))
+    message = refused(
+        arguments(models["qwen32"], *TWO, "--expert-placement-file", str(files[name]))
+    )
     import re
 
     assert re.search(words, message), message
@@ -215,7 +273,9 @@ def test_bad_files(models, files, name, words):
 
 
 def test_missing_file(models, tmp_path):
-    message = refused(arguments(models["qwen32"], *TWO, "--expert-placement-file", str(tmp_path / "none.json")))
+    message = refused(
+        arguments(models["qwen32"], *TWO, "--expert-placement-file", str(tmp_path / "none.json"))
+    )
     assert "none.json" in message
 
 
@@ -230,26 +290,50 @@ def test_eplb_without_a_load(models):
 
 
 def test_one_expert_parallel_rank(models):
-    message = refused(arguments(models["qwen32"], "--tp-size", "2", "--expert-placement-strategy", "zigzag"))
+    message = refused(
+        arguments(models["qwen32"], "--tp-size", "2", "--expert-placement-strategy", "zigzag")
+    )
     assert "--ep-size 1" in message and "add --ep-size" in message
 
 
 def test_together_with_init_expert_location(models, files):
-    flags = ("--expert-placement-strategy", "zigzag", "--init-expert-location", str(files["permutation-sglang"]))
+    flags = (
+        "--expert-placement-strategy",
+        "zigzag",
+        "--init-expert-location",
+        str(files["permutation-sglang"]),
+    )
     message = refused(arguments(models["qwen32"], *TWO, *flags))
     assert "--init-expert-location" in message and "leave one out" in message
 
 
 def test_dispatch_that_differs_by_rank_with_redundant_experts(models):
-    flags = ("--expert-placement-strategy", "zigzag", "--ep-num-redundant-experts", "4", "--ep-dispatch-algorithm", "static")
+    flags = (
+        "--expert-placement-strategy",
+        "zigzag",
+        "--ep-num-redundant-experts",
+        "4",
+        "--ep-dispatch-algorithm",
+        "static",
+    )
     with pytest.raises(ValueError, match="static"):  # from 0.5.17 SGLang itself refuses it
         resolve(arguments(models["qwen32"], *TWO, *flags))
 
 
 def test_elastic_expert_parallelism(models):
-    flags = ("--expert-placement-strategy", "zigzag", "--elastic-ep-backend", "mooncake", "--moe-a2a-backend", "mooncake")
+    flags = (
+        "--expert-placement-strategy",
+        "zigzag",
+        "--elastic-ep-backend",
+        "mooncake",
+        "--moe-a2a-backend",
+        "mooncake",
+    )
     message = refused(arguments(models["qwen32"], *TWO, *flags))
-    assert "`--elastic-ep-backend` without `--enable-eplb`" in message and "leave --elastic-ep-backend out" in message
+    assert (
+        "`--elastic-ep-backend` without `--enable-eplb`" in message
+        and "leave --elastic-ep-backend out" in message
+    )
 
 
 def test_a_model_that_sglang_keeps_no_map_for(models, tmp_path):
@@ -259,7 +343,9 @@ def test_a_model_that_sglang_keeps_no_map_for(models, tmp_path):
     folder = tmp_path / "olmoe"
     shutil.copytree(models["qwen32"], folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe"}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe"})
+    )
     message = refused(arguments(folder, *TWO, "--expert-placement-strategy", "zigzag"))
     assert "OlmoeForCausalLM" in message and "keeps no map of experts" in message
 
@@ -271,9 +357,17 @@ def test_a_dense_model(models, tmp_path):
     folder = tmp_path / "dense"
     shutil.copytree(models["qwen32"], folder)
     config = json.loads((folder / "config.json").read_text())
-    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"):
+    for key in (
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+    ):
         config.pop(key)
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"})
+    )
     message = refused(arguments(folder, *TWO, "--expert-placement-strategy", "zigzag"))
     assert "no Mixture-of-Experts model" in message
 
@@ -296,7 +390,10 @@ def test_a_changed_contract_is_named(models, monkeypatch):
 
     monkeypatch.setattr(FusedMoE, "weight_loader", weight_loader)
     message = refused(arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "zigzag"))
-    assert "loader" in message and "expected also loaded_weight, weight_name, shard_id, expert_id" in message
+    assert (
+        "loader" in message
+        and "expected also loaded_weight, weight_name, shard_id, expert_id" in message
+    )
 
 
 def test_hosts_with_and_without_the_heads_file(models, files, tmp_path):
@@ -308,9 +405,25 @@ def test_hosts_with_and_without_the_heads_file(models, files, tmp_path):
     def asked(*more: str):
         return settings.of(resolve(arguments(models["glm"], *more)))
 
-    head = asked(*two, "0", *eplb, str(files["load-three"]), "--expert-placement-locality", "soft", "--expert-host-timeout", "20")
-    assert head.placement.metadata["node_of_rank"] == [0, 1] and head.host_timeout == 20 and not head.adopts
-    for second in (asked(*two, "1", *eplb, absent), asked(*two, "1", "--expert-placement-strategy", "eplb")):
+    head = asked(
+        *two,
+        "0",
+        *eplb,
+        str(files["load-three"]),
+        "--expert-placement-locality",
+        "soft",
+        "--expert-host-timeout",
+        "20",
+    )
+    assert (
+        head.placement.metadata["node_of_rank"] == [0, 1]
+        and head.host_timeout == 20
+        and not head.adopts
+    )
+    for second in (
+        asked(*two, "1", *eplb, absent),
+        asked(*two, "1", "--expert-placement-strategy", "eplb"),
+    ):
         assert second.adopts and second.placement is None and second.error is None
     # An error that may be this host's only is told to the others by the workers; on one host it is raised at once.
     other = asked(*two, "1", "--expert-placement-file", str(files["other-experts"]))
@@ -319,9 +432,22 @@ def test_hosts_with_and_without_the_heads_file(models, files, tmp_path):
     assert absent in refused(arguments(models["glm"], *TWO, "--expert-placement-file", absent))
     assert asked(*two, "1", "--expert-placement-strategy", "zigzag").nodes == 2
     zigzag = (*TWO, "--expert-placement-strategy", "zigzag")
-    assert "there is no other host" in refused(arguments(models["glm"], *zigzag, "--expert-host-timeout", "20"))
-    assert "on one node" in refused(arguments(models["glm"], *TWO, *eplb, str(files["load-three"]), "--expert-placement-locality", "node"))
-    assert "without an expert placement" in refused(arguments(models["glm"], *TWO, "--expert-host-timeout", "20"))
+    assert "there is no other host" in refused(
+        arguments(models["glm"], *zigzag, "--expert-host-timeout", "20")
+    )
+    assert "on one node" in refused(
+        arguments(
+            models["glm"],
+            *TWO,
+            *eplb,
+            str(files["load-three"]),
+            "--expert-placement-locality",
+            "node",
+        )
+    )
+    assert "without an expert placement" in refused(
+        arguments(models["glm"], *TWO, "--expert-host-timeout", "20")
+    )
 
 
 def test_every_strategy_is_offered():
@@ -371,7 +497,12 @@ def changed(env: dict[str, str] | None = None) -> set[str]:
 
     code = textwrap.dedent(_SNAPSHOT)
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=180, env={**os.environ, **(env or {})}, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, **(env or {})},
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return {line.split()[1] for line in run.stdout.splitlines() if line.startswith("CHANGED")}
@@ -399,6 +530,13 @@ load_plugins()
 prepare_server_args({arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "zigzag")!r})
 """
     env = {**os.environ, "SGLANG_PLUGINS": "another"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, env=env, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=env,
+        check=False,
+    )
     assert run.returncode == 2
     assert "unrecognized arguments: --expert-placement-strategy zigzag" in run.stderr

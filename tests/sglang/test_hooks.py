@@ -43,7 +43,13 @@ def doubled(original, left, right):
 
 
 def hook(**changes) -> Hook:
-    plain = {"name": "double", "target": "made_up_home:add", "hook": doubled, "relies_on": ("left",), "why": "test"}
+    plain = {
+        "name": "double",
+        "target": "made_up_home:add",
+        "hook": doubled,
+        "relies_on": ("left",),
+        "why": "test",
+    }
     return Hook(**plain | changes)
 
 
@@ -64,7 +70,10 @@ def test_applied_once_counted_and_undone_in_every_module(engine):
 
 
 def test_a_target_that_is_hooked_already_gets_the_next_hook_on_top(engine):
-    first, second = hook(), hook(name="more", hook=lambda original, left, right: original(left, right) + 1)
+    first, second = (
+        hook(),
+        hook(name="more", hook=lambda original, left, right: original(left, right) + 1),
+    )
     first.apply()
     second.apply()
     assert engine.home.add(1, 2) == engine.user.add(1, 2) == 7
@@ -83,7 +92,10 @@ def test_a_method(engine):
 
 
 def test_another_contract_is_refused_and_named(engine):
-    with pytest.raises(PlacementError, match=r"patch double does not fit .* has parameters \(left, right\), expected also factor"):
+    with pytest.raises(
+        PlacementError,
+        match=r"patch double does not fit .* has parameters \(left, right\), expected also factor",
+    ):
         hook(relies_on=("left", "factor")).apply()
     with pytest.raises(PlacementError, match="double.*is not there"):
         hook(target="made_up_home:subtract").apply()
@@ -91,7 +103,10 @@ def test_another_contract_is_refused_and_named(engine):
 
 
 def test_a_set_registers_all_or_none(engine):
-    fits, other = hook(), hook(name="other", target="made_up_home:Box.__init__", relies_on=("colour",))
+    fits, other = (
+        hook(),
+        hook(name="other", target="made_up_home:Box.__init__", relies_on=("colour",)),
+    )
     with pytest.raises(PlacementError, match="other.*colour"):
         HookSet([fits, other]).register()
     assert fits.state == "off"

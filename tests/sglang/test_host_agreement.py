@@ -12,8 +12,21 @@ import pytest
 from moe_placement_plugin import Placement
 from moe_placement_plugin.engines.sglang.settings import Settings
 
-PLAN = Placement([np.random.default_rng(layer).permutation(16) for layer in range(3)], 16, (8, 8), (1, 2, 3), "eplb", {"node_of_rank": [0, 1]})
-STALE = Placement([np.random.default_rng(layer + 9).permutation(16) for layer in range(3)], 16, (8, 8), (1, 2, 3), "eplb")
+PLAN = Placement(
+    [np.random.default_rng(layer).permutation(16) for layer in range(3)],
+    16,
+    (8, 8),
+    (1, 2, 3),
+    "eplb",
+    {"node_of_rank": [0, 1]},
+)
+STALE = Placement(
+    [np.random.default_rng(layer + 9).permutation(16) for layer in range(3)],
+    16,
+    (8, 8),
+    (1, 2, 3),
+    "eplb",
+)
 
 
 def scheduler(rank: int, port: int, cases: list[Settings], pipe) -> None:
@@ -26,9 +39,13 @@ def scheduler(rank: int, port: int, cases: list[Settings], pipe) -> None:
 
     os.environ["NCCL_HOSTID"] = f"host {rank}"
     hosts.real_topology = lambda: None  # needs SGLang's own groups
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store = dist.TCPStore(
+        "127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
     for number, asked in enumerate(cases):
-        dist.init_process_group("gloo", store=dist.PrefixStore(f"world {number}", store), rank=rank, world_size=2)
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore(f"world {number}", store), rank=rank, world_size=2
+        )
         settings.set_current(asked)
         hosts.session._agreed = None  # as in a process that has just begun
         try:
@@ -50,7 +67,13 @@ def on_two_hosts(cases: list[tuple[Settings, Settings]]) -> list[tuple]:
     context, pipes, processes = mp.get_context("spawn"), [], []
     for rank in range(2):
         mine, theirs = context.Pipe()
-        processes.append(context.Process(target=scheduler, args=(rank, store.port, [case[rank] for case in cases], theirs), daemon=True))
+        processes.append(
+            context.Process(
+                target=scheduler,
+                args=(rank, store.port, [case[rank] for case in cases], theirs),
+                daemon=True,
+            )
+        )
         processes[-1].start()
         pipes.append(mine)
     try:
@@ -65,12 +88,26 @@ def on_two_hosts(cases: list[tuple[Settings, Settings]]) -> list[tuple]:
 
 
 def settings_of(**more) -> Settings:
-    return Settings(**{"strategy": "eplb", "file": "/plans/plan.json", "nodes": 2, "placement": PLAN, "host_timeout": 20.0} | more)
+    return Settings(
+        **{
+            "strategy": "eplb",
+            "file": "/plans/plan.json",
+            "nodes": 2,
+            "placement": PLAN,
+            "host_timeout": 20.0,
+        }
+        | more
+    )
 
 
 DIFFERENT = {
-    f"has placement {STALE.digest[:12]} from /plans/plan.json, the head has placement {PLAN.digest[:12]}": {"placement": STALE},
-    "cannot have what was asked for: /plans/plan.json is a plan for 8 ranks": {"placement": None, "error": "/plans/plan.json is a plan for 8 ranks"},
+    f"has placement {STALE.digest[:12]} from /plans/plan.json, the head has placement {PLAN.digest[:12]}": {
+        "placement": STALE
+    },
+    "cannot have what was asked for: /plans/plan.json is a plan for 8 ranks": {
+        "placement": None,
+        "error": "/plans/plan.json is a plan for 8 ranks",
+    },
     "strategy zigzag, the head has eplb": {"strategy": "zigzag"},
 }
 """What the message says -> what the second host has."""
@@ -90,4 +127,7 @@ def test_the_placement_of_the_head_is_taken(results):
 def test_hosts_that_differ_all_stop_with_one_message(results, words):
     first, second = results[1 + list(DIFFERENT).index(words)]
     assert isinstance(first, str) and isinstance(second, str), (first, second)
-    assert words in first and first.rpartition("PlacementError: ")[2] == second.rpartition("PlacementError: ")[2]
+    assert (
+        words in first
+        and first.rpartition("PlacementError: ")[2] == second.rpartition("PlacementError: ")[2]
+    )

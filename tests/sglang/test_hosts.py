@@ -50,19 +50,43 @@ def flags(arguments: dict) -> list[str]:
     return words
 
 
-def on_two_hosts(hosts, folder, name: str, model, arguments: dict, there: dict | None = None, **extra):
+def on_two_hosts(
+    hosts, folder, name: str, model, arguments: dict, there: dict | None = None, **extra
+):
     """(what the head's case left behind, what the other host wrote, when the head had ended)."""
     folder.mkdir(parents=True, exist_ok=True)
     common = {"nnodes": 2, "dist_init_addr": f"{hosts.address(0)}:{next(_ports)}", **arguments}
-    head = case(name, model, 2, 2, host=hosts.address(0), node_rank=0, **common) | {"threads": "0|0"} | extra
-    theirs = ENGINE | {"model_path": model, "skip_tokenizer_init": True, "tp_size": 2, "ep_size": 2, "host": hosts.address(1), "node_rank": 1}
-    command = hosts.on(1, [sys.executable, "-m", "sglang.launch_server", *flags(theirs | common | (there or {}))])
+    head = (
+        case(name, model, 2, 2, host=hosts.address(0), node_rank=0, **common)
+        | {"threads": "0|0"}
+        | extra
+    )
+    theirs = ENGINE | {
+        "model_path": model,
+        "skip_tokenizer_init": True,
+        "tp_size": 2,
+        "ep_size": 2,
+        "host": hosts.address(1),
+        "node_rank": 1,
+    }
+    command = hosts.on(
+        1, [sys.executable, "-m", "sglang.launch_server", *flags(theirs | common | (there or {}))]
+    )
     path = python_path()
     env = {**os.environ, **ENV, "PYTHONPATH": path, "SGLANG_CPU_OMP_THREADS_BIND": "1|1"}
     with open(folder / "other.log", "w") as log:
-        other = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=ROOT, start_new_session=True)
+        other = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=ROOT, start_new_session=True
+        )
     try:
-        outcome = run_cases([head], folder, 240, {"PYTHONPATH": path}, lambda words: hosts.on(0, words), forked=False)[name]
+        outcome = run_cases(
+            [head],
+            folder,
+            240,
+            {"PYTHONPATH": path},
+            lambda words: hosts.on(0, words),
+            forked=False,
+        )[name]
         ended = time.time()
         if extra or not outcome.result.get("rows"):
             other.wait(timeout=TIMEOUT + GRACE)  # it must end by itself
@@ -74,7 +98,11 @@ def on_two_hosts(hosts, folder, name: str, model, arguments: dict, there: dict |
 @pytest.fixture(scope="module")
 def one_host(models, tmp_path_factory):
     """SGLang's own answers on one host and one rank."""
-    return run_cases([case("glm", models["glm"])], tmp_path_factory.mktemp("one-host"), env={"SGLANG_PLUGINS": "none"})["glm"]
+    return run_cases(
+        [case("glm", models["glm"])],
+        tmp_path_factory.mktemp("one-host"),
+        env={"SGLANG_PLUGINS": "none"},
+    )["glm"]
 
 
 def check_equal(outcome, reference):
@@ -103,7 +131,13 @@ def test_a_file_that_only_the_head_has_and_a_link_that_goes_down(hosts, models, 
     there = {"expert_placement_file": str(tmp_path / "not-on-this-host" / "load.json")}
     try:
         outcome, other, ended = on_two_hosts(
-            hosts, tmp_path, "eplb", models["glm"], arguments, there, vanish=hosts.command("link", 1, "down")
+            hosts,
+            tmp_path,
+            "eplb",
+            models["glm"],
+            arguments,
+            there,
+            vanish=hosts.command("link", 1, "down"),
         )
     finally:
         hosts.link(1, "up")
@@ -115,7 +149,10 @@ def test_a_file_that_only_the_head_has_and_a_link_that_goes_down(hosts, models, 
     seconds = ended - outcome.result["vanished"]
     print(f"the head ended {seconds:.1f} s after the link")
     assert seconds < TIMEOUT * 1.2 + GRACE
-    assert f"host {hosts.name}1 (10.77.0.2), rank 1 gave no sign of life for {TIMEOUT} s" in outcome.log
+    assert (
+        f"host {hosts.name}1 (10.77.0.2), rank 1 gave no sign of life for {TIMEOUT} s"
+        in outcome.log
+    )
     assert f"host {hosts.name}0 (10.77.0.1), rank 0 gave no sign of life for {TIMEOUT} s" in other
 
 
@@ -125,9 +162,17 @@ def test_a_stale_file_on_one_host_stops_both(hosts, models, tmp_path):
     for name in ("plan", "stale"):
         plans[name] = Placement([rng.permutation(32) for _ in range(4)], 32, (16, 16))
         plans[name].write(tmp_path / f"{name}.json")
-    arguments = {"expert_placement_file": str(tmp_path / "plan.json"), "expert_host_timeout": TIMEOUT}
+    arguments = {
+        "expert_placement_file": str(tmp_path / "plan.json"),
+        "expert_host_timeout": TIMEOUT,
+    }
     outcome, other, _ = on_two_hosts(
-        hosts, tmp_path, "stale", models["qwen32"], arguments, {"expert_placement_file": str(tmp_path / "stale.json")}
+        hosts,
+        tmp_path,
+        "stale",
+        models["qwen32"],
+        arguments,
+        {"expert_placement_file": str(tmp_path / "stale.json")},
     )
     assert not outcome.result.get("rows")
     message = (

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from moe_placement_plugin.engines.sglang import direct, layers, remote_slots, routing, settings, support, worker
+from moe_placement_plugin.engines.sglang import (
+    direct,
+    layers,
+    remote_slots,
+    routing,
+    settings,
+    support,
+    worker,
+)
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.placement import Placement
 
@@ -78,7 +86,9 @@ def test_tokens_without_any_local_slot_get_zeros():
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
     output = StandardTopKOutput(torch.ones(2, 2), torch.full((2, 2), -1), None)
-    result = remote_slots.skip_remote_slots(lambda *_: pytest.fail("no token is local"), make_layer(4), torch.ones(2, 8), output, None)
+    result = remote_slots.skip_remote_slots(
+        lambda *_: pytest.fail("no token is local"), make_layer(4), torch.ones(2, 8), output, None
+    )
     assert result.shape == (2, 8) and not result.any()
 
 
@@ -89,7 +99,10 @@ def test_local_slots_repeats_no_slot_and_keeps_the_weights():
     assert rows.tolist() == [0, 2]
     for row, (slot, weight) in enumerate(zip(slots.tolist(), kept.tolist(), strict=True)):
         assert len(set(slot)) == 2
-        assert {s: round(w, 3) for s, w in zip(slot, weight, strict=True) if w} == [{2: 0.5, 0: 0.2}, {1: 0.9}][row]
+        assert {s: round(w, 3) for s, w in zip(slot, weight, strict=True) if w} == [
+            {2: 0.5, 0: 0.2},
+            {1: 0.9},
+        ][row]
 
 
 def test_torch_compiles_experts_of_all_ranks_add_up_to_the_whole_layer():
@@ -100,7 +113,12 @@ def test_torch_compiles_experts_of_all_ranks_add_up_to_the_whole_layer():
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
     original = getattr(fused_moe_forward_native, "__wrapped__", fused_moe_forward_native)
-    whole, x, weights, ids = make_layer(8), torch.randn(1, 8), torch.rand(1, 3), torch.tensor([[6, 1, 3]], dtype=torch.int32)
+    whole, x, weights, ids = (
+        make_layer(8),
+        torch.randn(1, 8),
+        torch.rand(1, 3),
+        torch.tensor([[6, 1, 3]], dtype=torch.int32),
+    )
     whole.moe_runner_config = MoeRunnerConfig(activation="silu")
 
     def rank_of(layer, ids):
@@ -109,9 +127,14 @@ def test_torch_compiles_experts_of_all_ranks_add_up_to_the_whole_layer():
     expected, found, stock = original(*rank_of(whole, ids)).hidden_states, 0, 0
     for begin in (0, 4):
         layer = types.SimpleNamespace(moe_runner_config=whole.moe_runner_config)
-        layer.w13_weight, layer.w2_weight = whole.w13_weight[begin : begin + 4], whole.w2_weight[begin : begin + 4]
+        layer.w13_weight, layer.w2_weight = (
+            whole.w13_weight[begin : begin + 4],
+            whole.w2_weight[begin : begin + 4],
+        )
         local = torch.where((ids >= begin) & (ids < begin + 4), ids - begin, -1)
-        found += remote_slots.weigh_remote_slots_nothing(original, *rank_of(layer, local)).hidden_states
+        found += remote_slots.weigh_remote_slots_nothing(
+            original, *rank_of(layer, local)
+        ).hidden_states
         stock += original(*rank_of(layer, local)).hidden_states
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (stock - expected).abs().max() > 0.1, "SGLang heeds -1 now: drop the hook"
@@ -125,7 +148,9 @@ def test_redundant_slots_are_added_to_layers_that_leave_them_out(placed):
 
     layers.build(original, None, num_experts=4, hidden_size=8, layer_id=1)
     layers.build(original, None, 6, 8, 1)  # counts them itself
-    layers.build(original, None, num_experts=5, hidden_size=8, layer_id=1, num_fused_shared_experts=1)
+    layers.build(
+        original, None, num_experts=5, hidden_size=8, layer_id=1, num_fused_shared_experts=1
+    )
     settings.set_current(None)
     layers.build(original, None, num_experts=4, hidden_size=8, layer_id=1)
     assert built == [6, 6, 7, 4]
@@ -136,13 +161,22 @@ def test_a_fused_checkpoint_gives_each_rank_the_rows_of_its_slots(placed, rank):
     taken = []
     layer = types.SimpleNamespace(layer_id=1, moe_ep_rank=rank)
     checkpoint = torch.arange(4.0)[:, None, None].expand(4, 2, 3)
-    layers.load_fused(lambda self, param, loaded_weight, *_: taken.append(loaded_weight), layer, None, checkpoint, "w13", "w13")
+    layers.load_fused(
+        lambda self, param, loaded_weight, *_: taken.append(loaded_weight),
+        layer,
+        None,
+        checkpoint,
+        "w13",
+        "w13",
+    )
     assert taken[0][:, 0, 0].tolist() == placed.local_experts(0, rank).tolist()
 
 
 def test_fused_weights_of_unknown_experts_are_refused(placed):
     layer = types.SimpleNamespace(layer_id=1, moe_ep_rank=0)
-    with pytest.raises(PlacementError, match="layer 1: the checkpoint brings 2 of 4 experts at once"):
+    with pytest.raises(
+        PlacementError, match="layer 1: the checkpoint brings 2 of 4 experts at once"
+    ):
         layers.load_fused(lambda *_: None, layer, None, torch.ones(2, 2, 3), "w13", "w13")
 
 
@@ -176,7 +210,10 @@ def test_a_slot_that_nothing_filled_is_noticed(placed):
     layers.fill(lambda *_: None, layer, scale, None, "scale", "w2", 0)  # may be left to its default
     for slot in (0, 2):
         layers.fill(lambda *_: None, layer, param, None, "weight", "w2", expert_id=slot)
-    with pytest.raises(PlacementError, match="mlp: nothing filled slot 1 of rank 1 with w2 of expert 0: a loader went round"):
+    with pytest.raises(
+        PlacementError,
+        match="mlp: nothing filled slot 1 of rank 1 with w2 of expert 0: a loader went round",
+    ):
         layers._check_weights("mlp", layer, placed)
     layers.fill(lambda *_: None, layer, param, None, "weight", "w2", 1)
     layers._check_weights("mlp", layer, placed)
@@ -184,7 +221,9 @@ def test_a_slot_that_nothing_filled_is_noticed(placed):
 
 def test_a_layer_built_with_other_slots_is_refused(placed):
     layer = types.SimpleNamespace(layer_id=1, _num_global_routed=4, moe_ep_size=2)
-    with pytest.raises(PlacementError, match="built with 4 slots on 2 ranks, the placement has 6 on 2"):
+    with pytest.raises(
+        PlacementError, match="built with 4 slots on 2 ranks, the placement has 6 on 2"
+    ):
         layers._check_experts("mlp", layer, placed)
     layer = types.SimpleNamespace(layer_id=0, _num_global_routed=6, moe_ep_size=2)
     with pytest.raises(PlacementError, match="mlp is layer 0, which the placement leaves out"):
@@ -215,10 +254,14 @@ def test_replicas_are_picked_by_row_as_sglang_does_from_0_5_17(placed, monkeypat
 
     from moe_placement_plugin.engines.sglang import versions
 
-    monkeypatch.setattr(utils, "get_moe_a2a_backend", lambda: types.SimpleNamespace(is_none=lambda: True))
+    monkeypatch.setattr(
+        utils, "get_moe_a2a_backend", lambda: types.SimpleNamespace(is_none=lambda: True)
+    )
     info = dispatch_info(placed)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(40)]).to(torch.int32)
+    ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(40)]).to(
+        torch.int32
+    )
     ours = routing.pick_by_row(lambda *_: pytest.fail("random pick"), ids, info)
     assert ours.dtype == ids.dtype
     table = torch.from_numpy(placed.physical_to_logical[0].astype(np.int64))
@@ -231,7 +274,9 @@ def test_replicas_are_picked_by_row_as_sglang_does_from_0_5_17(placed, monkeypat
 def test_shared_experts_follow_the_redundant_slots(placed, monkeypatch):
     info = dispatch_info(placed)
     info.ep_dispatch_algorithm = "static"
-    info.partial_logical_to_rank_dispatch_physical_map = info.partial_logical_to_all_physical_map[:, 0]
+    info.partial_logical_to_rank_dispatch_physical_map = info.partial_logical_to_all_physical_map[
+        :, 0
+    ]
     ids = torch.tensor([[3, 0, 4], [1, 2, 4]])
     assert routing._remap(ids, 1, info).tolist() == [[0, 2, 6], [1, 3, 6]]
 
@@ -240,12 +285,20 @@ def test_the_dispatch_information_is_there_before_the_router_runs(placed, monkey
     monkeypatch.setattr(routing, "_dispatch_info", lambda config: "info")
     seen = []
 
-    def original(hidden_states, router_logits, topk_config, *, expert_location_dispatch_info=None, **rest):
+    def original(
+        hidden_states, router_logits, topk_config, *, expert_location_dispatch_info=None, **rest
+    ):
         seen.append(expert_location_dispatch_info)
 
     config = types.SimpleNamespace(torch_native=False)
     routing.select(original, None, None, config)
-    routing.select(original, hidden_states=None, router_logits=None, topk_config=config, expert_location_dispatch_info="model's")
+    routing.select(
+        original,
+        hidden_states=None,
+        router_logits=None,
+        topk_config=config,
+        expert_location_dispatch_info="model's",
+    )
     routing.select(original, None, None, types.SimpleNamespace(torch_native=True), layer_id=1)
     assert seen == ["info", "model's", None]
 
@@ -268,11 +321,15 @@ def test_one_look_up_where_the_dispatcher_has_the_placements_table(placed):
     setattr(config, direct._EXPERTS, experts)
     info, ids = dispatch_info(placed), torch.tensor([[3, 0]])
     info.ep_dispatch_algorithm = "static"
-    info.partial_logical_to_rank_dispatch_physical_map = info.partial_logical_to_all_physical_map[:, 0]
+    info.partial_logical_to_rank_dispatch_physical_map = info.partial_logical_to_all_physical_map[
+        :, 0
+    ]
 
     def both():
         routing.select(router, None, None, config, expert_location_dispatch_info=info)
-        return routing.post_process(after, ids, None, config, None, 1, expert_location_dispatch_info=info)[0]
+        return routing.post_process(
+            after, ids, None, config, None, 1, expert_location_dispatch_info=info
+        )[0]
 
     assert both().tolist() == [[3, 0]] and seen == [None, None]
     dispatcher.local_expert_mapping = None
@@ -297,7 +354,9 @@ def test_draft_layers_and_other_models_are_left_alone(placed):
     assert result[0] is ids and result[2] is ids
 
 
-def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(placed, tmp_path, monkeypatch):
+def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(
+    placed, tmp_path, monkeypatch
+):
     from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe_triton_config as engine
 
     monkeypatch.setattr(engine, "get_device_name", lambda: "a GPU")
@@ -315,10 +374,14 @@ def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(placed
     assert layers.redundant_per_rank() == 1
     assert hook.check() is None
     original = getattr(engine.get_moe_configs, "__wrapped__", engine.get_moe_configs)
-    monkeypatch.setattr(engine, "get_moe_configs", lambda *args, **kwargs: hook.hook(original, *args, **kwargs))
+    monkeypatch.setattr(
+        engine, "get_moe_configs", lambda *args, **kwargs: hook.hook(original, *args, **kwargs)
+    )
     assert original(61, 96, None) is None
     for down in (False, True):
-        assert engine.get_moe_configs(61, 96, None, 0, 0, per_channel_quant=False, down_moe=down) == {1: config}
+        assert engine.get_moe_configs(
+            61, 96, None, 0, 0, per_channel_quant=False, down_moe=down
+        ) == {1: config}
     assert engine.get_moe_configs(62, 96, None, 0, 0, per_channel_quant=False) is None
 
 
@@ -331,7 +394,14 @@ def test_the_settings_go_through_json_and_pickle_on_their_way(placed):
 
     arguments = types.SimpleNamespace(tp_size=2)
     settings.attach(arguments, settings.Settings("zigzag", placement=placed, padding=2))
-    assert json.dumps(jsonable_encoder(msgspec_to_builtins(vars(arguments)))) == '{"tp_size": 2, "_moe_placement": "zigzag"}'
+    assert (
+        json.dumps(jsonable_encoder(msgspec_to_builtins(vars(arguments))))
+        == '{"tp_size": 2, "_moe_placement": "zigzag"}'
+    )
     settings.set_current(None)
     sent = pickle.loads(pickle.dumps(arguments))
-    assert settings.of(sent).placement == placed and settings.of(sent).padding == 2 and settings.current() is settings.of(sent)
+    assert (
+        settings.of(sent).placement == placed
+        and settings.of(sent).padding == 2
+        and settings.current() is settings.of(sent)
+    )

@@ -21,8 +21,12 @@ class Layer(torch.nn.Module):
     def __init__(self, layer_id: int, held: list[int]):
         super().__init__()
         self.layer_id, self.held = layer_id, held
-        self.w13_weight = torch.nn.Parameter(torch.zeros(len(held), 2 * WIDTH, HIDDEN), requires_grad=False)
-        self.w2_weight = torch.nn.Parameter(torch.zeros(len(held), HIDDEN, WIDTH), requires_grad=False)
+        self.w13_weight = torch.nn.Parameter(
+            torch.zeros(len(held), 2 * WIDTH, HIDDEN), requires_grad=False
+        )
+        self.w2_weight = torch.nn.Parameter(
+            torch.zeros(len(held), HIDDEN, WIDTH), requires_grad=False
+        )
         self.w13_weight.packing = "of this parameter"
 
     def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id):
@@ -41,7 +45,9 @@ class Layer(torch.nn.Module):
         def original(layer, param, loaded_weight, weight_name, shard_id):
             param.data.copy_(loaded_weight)
 
-        if not reload.intercepted(self, param, loaded_weight, weight_name, shard_id, None, original):
+        if not reload.intercepted(
+            self, param, loaded_weight, weight_name, shard_id, None, original
+        ):
             original(self, param, loaded_weight[self.held], weight_name, shard_id)
 
 
@@ -50,7 +56,9 @@ class Model(torch.nn.Module):
         super().__init__()
         self.experts = torch.nn.ModuleList([Layer(layer, held) for layer in LAYERS])
         self.dense = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
-        self.routed_experts_weights_of_layer = {layer.layer_id: [layer.w13_weight.data, layer.w2_weight.data] for layer in self.experts}
+        self.routed_experts_weights_of_layer = {
+            layer.layer_id: [layer.w13_weight.data, layer.w2_weight.data] for layer in self.experts
+        }
 
     def load_weights(self, weights):
         self.routed_experts_weights_of_layer = "listed anew"
@@ -67,7 +75,18 @@ class Model(torch.nn.Module):
         layer = self.experts[LAYERS.index(int(layer))]
         shard = {"gate": "w1", "up": "w3", "down": "w2"}[part]
         param = layer.w2_weight if shard == "w2" else layer.w13_weight
-        return [(layer.weight_loader, (param, tensor, "experts.w2_weight" if shard == "w2" else "experts.w13_weight", shard, int(expert)))]
+        return [
+            (
+                layer.weight_loader,
+                (
+                    param,
+                    tensor,
+                    "experts.w2_weight" if shard == "w2" else "experts.w13_weight",
+                    shard,
+                    int(expert),
+                ),
+            )
+        ]
 
     def go(self, calls):
         for call, arguments in calls:
@@ -91,7 +110,9 @@ class Fused(Model):
         _, layer, part = name.split(".")
         layer = self.experts[LAYERS.index(int(layer))]
         if part == "gate_up":
-            return [(layer.weight_loader_fused, (layer.w13_weight, tensor, "experts.w13_weight", "w13"))]
+            return [
+                (layer.weight_loader_fused, (layer.w13_weight, tensor, "experts.w13_weight", "w13"))
+            ]
         return [(layer.weight_loader_fused, (layer.w2_weight, tensor, "experts.w2_weight", "w2"))]
 
 
@@ -106,7 +127,9 @@ def tensors(fused: bool) -> dict[str, torch.Tensor]:
         else:
             for e in range(EXPERTS):
                 parts = {"gate": gate_up[e, :WIDTH], "up": gate_up[e, WIDTH:], "down": down[e]}
-                found |= {f"layers.{layer}.{e}.{name}": part.contiguous() for name, part in parts.items()}
+                found |= {
+                    f"layers.{layer}.{e}.{name}": part.contiguous() for name, part in parts.items()
+                }
     return found
 
 
@@ -120,12 +143,22 @@ def loaded(kind, folder, prefix: str = ""):
     content = tensors(kind is Fused)
     save_file(content, folder / "model.safetensors")
     model = kind([0, 2, 4])
-    source = types.SimpleNamespace(model_or_path=str(folder), revision=None, fall_back_to_pt=False, prefix=prefix)
-    loader = types.SimpleNamespace(_prepare_weights=lambda path, revision, fall_back: (path, ["model.safetensors"], True))
+    source = types.SimpleNamespace(
+        model_or_path=str(folder), revision=None, fall_back_to_pt=False, prefix=prefix
+    )
+    loader = types.SimpleNamespace(
+        _prepare_weights=lambda path, revision, fall_back: (path, ["model.safetensors"], True)
+    )
     with reload.learning(True):
-        found = reload.weights(lambda self, source: iter((prefix + n, t.clone()) for n, t in content.items()), loader, source)
+        found = reload.weights(
+            lambda self, source: iter((prefix + n, t.clone()) for n, t in content.items()),
+            loader,
+            source,
+        )
         model.load_weights((name.removeprefix(prefix), tensor) for name, tensor in found)
-    model.routed_experts_weights_of_layer = {layer.layer_id: [layer.w13_weight.data, layer.w2_weight.data] for layer in model.experts}
+    model.routed_experts_weights_of_layer = {
+        layer.layer_id: [layer.w13_weight.data, layer.w2_weight.data] for layer in model.experts
+    }
     return model, content
 
 
@@ -149,8 +182,12 @@ def test_experts_are_read_through_the_models_loader(kind, tmp_path):
         for tensor, right in zip(out, expected(content, layer, expert)):
             assert tensor.equal(right), (layer, expert)
     size = 3 * WIDTH * HIDDEN * 4
-    assert amount == (2 * EXPERTS * size if kind is Fused else 3 * size), "more was read than what is wanted"
-    assert all(before[name].equal(p) for name, p in model.named_parameters()), "the model itself was written to"
+    assert amount == (2 * EXPERTS * size if kind is Fused else 3 * size), (
+        "more was read than what is wanted"
+    )
+    assert all(before[name].equal(p) for name, p in model.named_parameters()), (
+        "the model itself was written to"
+    )
     assert model.routed_experts_weights_of_layer is listed
 
 
@@ -161,7 +198,9 @@ def test_names_with_a_prefix(tmp_path):
     for key in list(names.of):
         assert all(name.startswith("target.") for name in names.of[key])
     load = model.load_weights
-    model.load_weights = lambda found: load((name.removeprefix("target."), tensor) for name, tensor in found)
+    model.load_weights = lambda found: load(
+        (name.removeprefix("target."), tensor) for name, tensor in found
+    )
     reload.EngineReader(model, model.routed_experts_weights_of_layer).read(2, 4, out)
     assert out[1].equal(expected(content, 2, 4)[1])
 
@@ -175,7 +214,9 @@ def test_what_cannot_be_read_is_an_error(tmp_path):
         reader.read(1, 9, [])
     calls = model.calls_of
     model.calls_of = lambda name, tensor: [] if name.endswith("up") else calls(name, tensor)
-    with pytest.raises(PlacementError, match=r"loader did not bring \[\('experts.w13_weight', 'w3'\)\]"):
+    with pytest.raises(
+        PlacementError, match=r"loader did not bring \[\('experts.w13_weight', 'w3'\)\]"
+    ):
         reader.read(1, 3, [torch.empty(2 * WIDTH, HIDDEN), torch.empty(HIDDEN, WIDTH)])
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from moe_placement_plugin.engines.sglang.support import RIGHT, RULES, Combination, check, refusals, table
+from moe_placement_plugin.engines.sglang.support import (
+    RIGHT,
+    RULES,
+    Combination,
+    check,
+    refusals,
+    table,
+)
 from moe_placement_plugin.errors import PlacementError
 
 PLAIN = Combination(version="0.5.20", architecture="Qwen3MoeForCausalLM")
@@ -22,8 +29,14 @@ def with_(**changes) -> Combination:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"has_location": False, "architecture": "MixtralForCausalLM"}, "MixtralForCausalLM.*keeps no map of experts"),
-        ({"architecture": "BailingMoeV2ForCausalLM", "redundant": 2}, "asserts that there are none"),
+        (
+            {"has_location": False, "architecture": "MixtralForCausalLM"},
+            "MixtralForCausalLM.*keeps no map of experts",
+        ),
+        (
+            {"architecture": "BailingMoeV2ForCausalLM", "redundant": 2},
+            "asserts that there are none",
+        ),
         ({"architecture": "LLaDA2MoeModelLM", "redundant": 2}, "asserts that there are none"),
         ({"architecture": "LongcatFlashForCausalLM"}, "beyond the map"),
         ({"architecture": "TransformersMoEForCausalLM"}, "outside SGLang's TopK"),
@@ -39,8 +52,14 @@ def with_(**changes) -> Combination:
         ({"dispatch": "static", "redundant": 4}, "counts several times"),
         ({"dispatch": "fake"}, "random numbers"),
         ({"options": frozenset({"elastic_ep_backend"})}, "--elastic-ep-backend.*add --enable-eplb"),
-        ({"options": frozenset({"elastic_ep_backend", "enable_eplb", "max_ep_size"})}, "ranks that join"),
-        ({"options": frozenset({"elastic_ep_backend", "enable_eplb"}), "quantization": "awq"}, "packs its weights anew"),
+        (
+            {"options": frozenset({"elastic_ep_backend", "enable_eplb", "max_ep_size"})},
+            "ranks that join",
+        ),
+        (
+            {"options": frozenset({"elastic_ep_backend", "enable_eplb"}), "quantization": "awq"},
+            "packs its weights anew",
+        ),
         ({"speculative": "EAGLE"}, "speculative decoding before 0.5.23"),
         ({"options": frozenset({"enable_lora"})}, "--enable-lora"),
         ({"options": frozenset({"lora_paths"})}, "--lora-paths"),
@@ -59,14 +78,23 @@ def test_refused_with_the_reason(changes, words):
         {"version": "0.5.16", "redundant": 4},
         {"architecture": "Glm4MoeForCausalLM", "redundant": 4},
         {"architecture": "BailingMoeV2ForCausalLM"},
-        {"a2a_backend": "deepep", "dispatch": "static", "redundant": 32, "architecture": "DeepseekV3ForCausalLM"},
+        {
+            "a2a_backend": "deepep",
+            "dispatch": "static",
+            "redundant": 32,
+            "architecture": "DeepseekV3ForCausalLM",
+        },
         {"dispatch": "static"},
         {"speculative": "EAGLE", "version": "0.5.23"},
         {"speculative": "NGRAM"},
         {"quantization": "moe_wna16", "version": "0.5.23"},
         {"runner_backend": "triton"},
         {"device": "cpu"},
-        {"options": frozenset({"elastic_ep_backend", "enable_eplb"}), "quantization": "fp8", "a2a_backend": "mooncake"},
+        {
+            "options": frozenset({"elastic_ep_backend", "enable_eplb"}),
+            "quantization": "fp8",
+            "a2a_backend": "mooncake",
+        },
     ],
 )
 def test_allowed(changes):
@@ -89,7 +117,17 @@ def test_every_rule_can_refuse_and_says_what_to_do_instead():
         with_(dispatch="lp", redundant=1),
         with_(dispatch="fake"),
         with_(options=frozenset({"elastic_ep_backend"})),
-        with_(options=frozenset({"elastic_ep_backend", "enable_eplb", "ep_join_mode", "enable_elastic_expert_backup"}), quantization="awq"),
+        with_(
+            options=frozenset(
+                {
+                    "elastic_ep_backend",
+                    "enable_eplb",
+                    "ep_join_mode",
+                    "enable_elastic_expert_backup",
+                }
+            ),
+            quantization="awq",
+        ),
         with_(speculative="EAGLE3"),
         with_(options=frozenset({"enable_waterfill"})),
     ]
@@ -100,5 +138,8 @@ def test_every_rule_can_refuse_and_says_what_to_do_instead():
 
 def test_the_table_in_the_docs_is_up_to_date():
     text = (Path(__file__).parents[2] / "docs" / "sglang.md").read_text()
-    begin, end = "<!-- table: python -m moe_placement_plugin.engines.sglang.support -->", "<!-- end of table -->"
+    begin, end = (
+        "<!-- table: python -m moe_placement_plugin.engines.sglang.support -->",
+        "<!-- end of table -->",
+    )
     assert text.partition(begin)[2].partition(end)[0].strip() == table()

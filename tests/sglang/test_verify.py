@@ -59,11 +59,22 @@ def test_yaml_and_engine_arguments(models, tmp_path):
     from sglang import Engine
 
     config = tmp_path / "server.yaml"
-    config.write_text("tp-size: 2\nep-size: 2\nexpert-placement-strategy: zigzag\nexpert-placement-verify: checkpoint\n")
+    config.write_text(
+        "tp-size: 2\nep-size: 2\nexpert-placement-strategy: zigzag\nexpert-placement-verify: checkpoint\n"
+    )
     assert level(resolve(arguments(models["qwen32"], "--config", str(config)))) == "checkpoint"
-    own = {"model_path": str(models["qwen32"]), "device": "cpu", "tp_size": 2, "ep_size": 2, "expert_placement_strategy": "zigzag"}
+    own = {
+        "model_path": str(models["qwen32"]),
+        "device": "cpu",
+        "tp_size": 2,
+        "ep_size": 2,
+        "expert_placement_strategy": "zigzag",
+    }
     assert level(Engine.server_args_class(**own, expert_placement_verify="off")) == "off"
-    with pytest.raises(Exception, match="--expert-placement-verify twice: expected one of off, replicas, checkpoint"):
+    with pytest.raises(
+        Exception,
+        match="--expert-placement-verify twice: expected one of off, replicas, checkpoint",
+    ):
         Engine.server_args_class(**own, expert_placement_verify="twice")
 
 
@@ -75,26 +86,47 @@ def test_an_unknown_level_is_refused_by_the_command_line(models, capsys):
 
 def test_alone_it_needs_expert_parallelism(models):
     assert level(resolve(arguments(models["qwen32"], *TWO, *flag("replicas")))) == "replicas"
-    assert "--expert-placement-verify replicas with --ep-size 1" in refused(arguments(models["qwen32"], "--tp-size", "2", *flag("replicas")))
+    assert "--expert-placement-verify replicas with --ep-size 1" in refused(
+        arguments(models["qwen32"], "--tp-size", "2", *flag("replicas"))
+    )
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("checkpoint", "--load-format", "dummy"), "there is no checkpoint to compare with; use replicas"),
-        (("checkpoint", "--load-format", "sharded_state"), "can be loaded a second time; use replicas"),
-        (("checkpoint", "--cpu-offload-gb", "1"), "--cpu-offload-gb: it would keep the model of the clean load"),
-        (("replicas", "--load-format", "dummy", "--ep-num-redundant-experts", "2"), "2 redundant experts: replicas are random and differ"),
+        (
+            ("checkpoint", "--load-format", "dummy"),
+            "there is no checkpoint to compare with; use replicas",
+        ),
+        (
+            ("checkpoint", "--load-format", "sharded_state"),
+            "can be loaded a second time; use replicas",
+        ),
+        (
+            ("checkpoint", "--cpu-offload-gb", "1"),
+            "--cpu-offload-gb: it would keep the model of the clean load",
+        ),
+        (
+            ("replicas", "--load-format", "dummy", "--ep-num-redundant-experts", "2"),
+            "2 redundant experts: replicas are random and differ",
+        ),
     ],
 )
 def test_what_cannot_be_verified_is_refused(models, more, message):
-    assert message in refused(arguments(models["qwen32"], *ZIGZAG, "--expert-placement-verify", *more))
+    assert message in refused(
+        arguments(models["qwen32"], *ZIGZAG, "--expert-placement-verify", *more)
+    )
 
 
 def test_random_replicas_are_not_verified_by_default(models):
     dummy = ("--load-format", "dummy")
     assert level(resolve(arguments(models["qwen32"], *ZIGZAG, *dummy))) == "replicas"
-    assert level(resolve(arguments(models["qwen32"], *ZIGZAG, *dummy, "--ep-num-redundant-experts", "2"))) == "off"
+    assert (
+        level(
+            resolve(arguments(models["qwen32"], *ZIGZAG, *dummy, "--ep-num-redundant-experts", "2"))
+        )
+        == "off"
+    )
 
 
 def tables(slots: list[int], experts: int) -> types.SimpleNamespace:
@@ -115,9 +147,21 @@ def tables(slots: list[int], experts: int) -> types.SimpleNamespace:
 @pytest.mark.parametrize(
     ("name", "at", "message"),
     [
-        ("logical_to_rank_dispatch_physical_map", (0, 2), "layer 0: tokens of expert 2 go to slot 0, which holds expert 3"),
-        ("physical_to_logical_map_cpu", (0, 1), r"layer 0: SGLang's physical_to_logical_map differs between device and host at \[1\]"),
-        ("logical_to_all_physical_map_cpu", (0, 3, 1), r"logical_to_all_physical_map differs between device and host at \[3, 1\]"),
+        (
+            "logical_to_rank_dispatch_physical_map",
+            (0, 2),
+            "layer 0: tokens of expert 2 go to slot 0, which holds expert 3",
+        ),
+        (
+            "physical_to_logical_map_cpu",
+            (0, 1),
+            r"layer 0: SGLang's physical_to_logical_map differs between device and host at \[1\]",
+        ),
+        (
+            "logical_to_all_physical_map_cpu",
+            (0, 3, 1),
+            r"logical_to_all_physical_map differs between device and host at \[3, 1\]",
+        ),
     ],
 )
 def test_tables_that_contradict_each_other_are_noticed(name, at, message):
@@ -129,7 +173,13 @@ def test_tables_that_contradict_each_other_are_noticed(name, at, message):
 
 
 def test_the_expert_of_a_slot_is_the_one_in_force():
-    layer = types.SimpleNamespace(layer_id=0, moe_ep_rank=1, _num_local_routed=3, _num_global_routed=6, num_fused_shared_experts=1)
+    layer = types.SimpleNamespace(
+        layer_id=0,
+        moe_ep_rank=1,
+        _num_local_routed=3,
+        _num_global_routed=6,
+        num_fused_shared_experts=1,
+    )
     metadata = tables([3, 1, 0, 2, 0, 3], 4)
     assert verify.slot_experts(layer, metadata).tolist() == [2, 0, 3, 4]
     metadata.physical_to_logical_map[0, 3] = 1
@@ -140,8 +190,19 @@ def test_the_expert_of_a_slot_is_the_one_in_force():
 
 
 def test_a_lost_hook_is_noticed_by_the_others():
-    hooks = HookSet([Hook(name="verify-lost", target="json:dumps", hook=lambda original, *args: original(*args), why="a test")])
-    with pytest.raises(PlacementError, match="SGLang did not apply the hooks verify-lost in this process"):
+    hooks = HookSet(
+        [
+            Hook(
+                name="verify-lost",
+                target="json:dumps",
+                hook=lambda original, *args: original(*args),
+                why="a test",
+            )
+        ]
+    )
+    with pytest.raises(
+        PlacementError, match="SGLang did not apply the hooks verify-lost in this process"
+    ):
         hooks.require_applied()
 
 
@@ -186,7 +247,9 @@ def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
     """Every engine, one after another; those that die take their caller along, so each is the last of its own."""
     env = {"PYTHONPATH": faults.install(tmp_path_factory.mktemp("plugin"))}
     placed = {"expert_placement_file": str(files["redundant"]), "ep_num_redundant_experts": 4}
-    spoiled = [action for fault in SPOILED for action in (f"fault:{fault}", CHECK, "restore", CHECK)]
+    spoiled = [
+        action for fault in SPOILED for action in (f"fault:{fault}", CHECK, "restore", CHECK)
+    ]
     cut = ("fault:one bit of w2 flipped", CHECK, "restore", CHECK)
     cases = [
         case("spoiled", models["qwen32"], 2, 2, actions=(CHECK, *spoiled), **placed),
@@ -195,7 +258,16 @@ def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
         case("alone", models["qwen32"], 2, 2, actions=(CHECK,), ep_num_redundant_experts=4, expert_placement_verify="replicas"),
     ]  # fmt: skip
     faulty = [
-        case(fault, models["qwen32"], 2, 2, {faults.VARIABLE: fault}, actions=(CHECK,), expert_placement_verify=verify, **placed)
+        case(
+            fault,
+            models["qwen32"],
+            2,
+            2,
+            {faults.VARIABLE: fault},
+            actions=(CHECK,),
+            expert_placement_verify=verify,
+            **placed,
+        )
         for fault, verify in STARTS.items()
     ]
     with engine_lock():
@@ -217,7 +289,9 @@ class TestEngines:
         wrong, other = row[18 + faults.SLOT], row[18 + faults.OTHER]
         print("\n| fault | what the check says |\n|---|---|")
         for number, fault in enumerate(SPOILED):
-            injected, (succeeded, message), restored, again = checks[1 + 4 * number : 5 + 4 * number]
+            injected, (succeeded, message), restored, again = checks[
+                1 + 4 * number : 5 + 4 * number
+            ]
             print(f"| {fault} | {message.partition('. ')[0]} |")
             assert injected[0] and restored[0] and not succeeded, fault
             assert again == [True, "Success."], fault
@@ -239,25 +313,40 @@ class TestEngines:
             "routing table alone changed": rf"layer {faults.LAYER}: tokens of expert 0 go to slot \d+, which holds expert 1 by",
             "table of slots alone changed": rf"layer {faults.LAYER}: tokens of expert \d+ go to slot \d+, which holds expert \d+ by",
         }
-        return known.get(fault, rf"{slot} {wrong}: it differs in {names}, which hold something else")
+        return known.get(
+            fault, rf"{slot} {wrong}: it differs in {names}, which hold something else"
+        )
 
     def test_experts_cut_over_ranks_are_compared_part_by_part(self, outcomes):
         cut = outcomes["cut"]
         ok, injected, spoiled, restored, again = cut.result["checks"]
         assert ok[0] and injected[0] and restored[0] and again[0] and not spoiled[0]
-        assert spoiled[1].startswith(f"MoE-TP rank 1: expert weights have changed since the model was loaded: layer {faults.LAYER}, slot 3 of rank 1")
-        assert cut.processes_with("(replicas and checkpoint)") == {"TP0 EP0", "TP1 EP0", "TP2 EP1", "TP3 EP1"}
+        assert spoiled[1].startswith(
+            f"MoE-TP rank 1: expert weights have changed since the model was loaded: layer {faults.LAYER}, slot 3 of rank 1"
+        )
+        assert cut.processes_with("(replicas and checkpoint)") == {
+            "TP0 EP0",
+            "TP1 EP0",
+            "TP2 EP1",
+            "TP3 EP1",
+        }
 
     def test_without_a_placement_the_engines_own_is_verified(self, outcomes):
         alone = outcomes["alone"]
         assert alone.result["checks"] == [[True, "Success."]]
-        assert alone.processes_with("verified 72 slots in 4 layers of this rank (replicas)") == {"TP0 EP0", "TP1 EP1"}
+        assert alone.processes_with("verified 72 slots in 4 layers of this rank (replicas)") == {
+            "TP0 EP0",
+            "TP1 EP1",
+        }
         assert "expert placement" not in alone.log
 
     @pytest.mark.parametrize("fault", STARTS)
     def test_an_engine_that_was_loaded_wrongly_never_serves(self, outcomes, plan, fault):
         row = plan.physical_to_logical[plan.layer_ids.index(faults.LAYER)].tolist()
-        replica, first = f"slot {faults.REPLICA - 18} of rank 1", f"slot {row.index(row[faults.REPLICA])} of rank 0"
+        replica, first = (
+            f"slot {faults.REPLICA - 18} of rank 1",
+            f"slot {row.index(row[faults.REPLICA])} of rank 0",
+        )
         differ = f"replicas of an expert differ: layer {faults.LAYER}, expert {row[faults.REPLICA]}: {replica} and {first} differ in w13_"
         message = {
             "replica-left-out": f"nothing filled {replica} with w[123] of expert {row[faults.REPLICA]}: a loader went round",

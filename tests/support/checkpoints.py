@@ -32,10 +32,14 @@ def fuse_experts(source: Path, target: Path) -> Path:
     assert experts, f"{source} has no experts"
     for prefix, parts in experts.items():
         count = 1 + max(expert for expert, _ in parts)
-        tensors[f"{prefix}.gate_up_proj"] = np.stack([np.concatenate([parts[e, "gate"], parts[e, "up"]]) for e in range(count)])
+        tensors[f"{prefix}.gate_up_proj"] = np.stack(
+            [np.concatenate([parts[e, "gate"], parts[e, "up"]]) for e in range(count)]
+        )
         tensors[f"{prefix}.down_proj"] = np.stack([parts[e, "down"] for e in range(count)])
     save_file(tensors, file, metadata={"format": "pt"})
     index = target / "model.safetensors.index.json"
     if index.exists():
-        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
+        index.write_text(
+            json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)})
+        )
     return target

@@ -67,7 +67,10 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def run_child(
-    command: Sequence[str], timeout: float, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    command: Sequence[str],
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> Finished:
     """Run a command to its end, or to ``timeout`` seconds.
 

@@ -32,7 +32,10 @@ def int8_experts(w13: torch.Tensor, w2: torch.Tensor):
 
 def fp8_experts(w13: torch.Tensor, w2: torch.Tensor):
     """The same for 128 x 128 blocks of float8."""
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8, prepare_fp8_moe_layer_for_cpu
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
+        CPUExpertsFp8,
+        prepare_fp8_moe_layer_for_cpu,
+    )
 
     def quantize(w):
         e, rows, columns = w.shape
@@ -42,7 +45,11 @@ def fp8_experts(w13: torch.Tensor, w2: torch.Tensor):
 
     (q13, s13), (q2, s2) = quantize(w13), quantize(w2)
     q13, q2 = prepare_fp8_moe_layer_for_cpu(q13, q2)
-    state = SimpleNamespace(w1_scale=s13, w2_scale=s2, quant_config=SimpleNamespace(block_shape=[128, 128], w1_bias=None, w2_bias=None))
+    state = SimpleNamespace(
+        w1_scale=s13,
+        w2_scale=s2,
+        quant_config=SimpleNamespace(block_shape=[128, 128], w1_bias=None, w2_bias=None),
+    )
     return CPUExpertsFp8, state, q13, q2
 
 
@@ -73,7 +80,10 @@ def main() -> None:
         return output.float()
 
     whole = run(list(range(EXPERTS)), None)
-    parts = [run([e for e in range(EXPERTS) if m[e] >= 0], torch.tensor(m, dtype=torch.int32)) for m in MAPS]
+    parts = [
+        run([e for e in range(EXPERTS) if m[e] >= 0], torch.tensor(m, dtype=torch.int32))
+        for m in MAPS
+    ]
     wrong = run([1, 3, 5], torch.tensor(MAPS[0], dtype=torch.int32)) + parts[1]
     answer = {
         "difference": float((sum(parts) - whole).abs().max()),

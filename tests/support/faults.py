@@ -14,8 +14,14 @@ W13, W2 = "w13_weight", "w2_weight"
 def attach(module, slots: int) -> None:
     """Give a module of unquantized experts a scale, zero points and a bias, as quantized ones have."""
     generator = torch.Generator().manual_seed(slots)
-    module.register_buffer("w13_weight_scale", torch.rand(slots, 4, generator=generator), persistent=False)
-    module.register_buffer("w13_qzeros", torch.randint(0, 16, (slots, 3), generator=generator, dtype=torch.uint8), persistent=False)
+    module.register_buffer(
+        "w13_weight_scale", torch.rand(slots, 4, generator=generator), persistent=False
+    )
+    module.register_buffer(
+        "w13_qzeros",
+        torch.randint(0, 16, (slots, 3), generator=generator, dtype=torch.uint8),
+        persistent=False,
+    )
     module.register_buffer("w2_bias", torch.randn(slots, 8, generator=generator), persistent=False)
 
 

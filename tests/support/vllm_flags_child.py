@@ -41,7 +41,9 @@ def snapshot() -> dict[str, object]:
     """Every attribute of every imported vLLM module and of every class in them."""
     seen: dict[str, object] = {}
     for name, module in list(sys.modules.items()):
-        if not (name == "vllm" or name.startswith("vllm.")) or not isinstance(module, types.ModuleType):
+        if not (name == "vllm" or name.startswith("vllm.")) or not isinstance(
+            module, types.ModuleType
+        ):
             continue
         for attribute, value in list(vars(module).items()):
             seen[f"{name}:{attribute}"] = value
@@ -73,8 +75,12 @@ def attributes(argv: list[str]) -> dict:
     # vLLM's own note that plugins were loaded is no change of ours.
     own = {"vllm.plugins:plugins_loaded"}
     return {
-        "changed": sorted(n for n, value in before.items() if after.get(n) is not value and n not in own),
-        "ours": sorted(n for n, value in after.items() if "moe_placement_plugin" in code_file(value)),
+        "changed": sorted(
+            n for n, value in before.items() if after.get(n) is not value and n not in own
+        ),
+        "ours": sorted(
+            n for n, value in after.items() if "moe_placement_plugin" in code_file(value)
+        ),
         "count": len(before),
         "loaded": "moe_placement_plugin.engines.vllm" in sys.modules,
     }
@@ -127,11 +133,18 @@ def parser(argvs: list[list[str]]) -> list[dict]:
     for argv in argvs:
         sys.argv = ["api_server", *argv]
         try:
-            engine_args = AsyncEngineArgs.from_cli_args(make_arg_parser(FlexibleArgumentParser()).parse_args(argv))
+            engine_args = AsyncEngineArgs.from_cli_args(
+                make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
+            )
         except SystemExit as refused:
             found.append({"exit": refused.code})
         else:
-            found.append({"strategy": engine_args.expert_placement_strategy, "additional_config": engine_args.additional_config})
+            found.append(
+                {
+                    "strategy": engine_args.expert_placement_strategy,
+                    "additional_config": engine_args.additional_config,
+                }
+            )
     return found
 
 

@@ -19,7 +19,9 @@ class Followers:
     """
 
     def __init__(self, cases: Sequence[dict]):
-        wanted = {tuple(case["follower"]["on"]): case["follower"] for case in cases if "follower" in case}
+        wanted = {
+            tuple(case["follower"]["on"]): case["follower"] for case in cases if "follower" in case
+        }
         self.hosts = {
             on: subprocess.Popen(
                 [*on, sys.executable, "-m", "tests.support.vllm_headless"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

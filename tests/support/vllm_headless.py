@@ -66,7 +66,9 @@ def main() -> None:
     from tests.support.vllm_runner import IMPORTED
     from tests.support.warm_workers import WarmContext
 
-    WarmContext(IMPORTED)  # imports what workers are forked with while this process imports what it forks
+    WarmContext(
+        IMPORTED
+    )  # imports what workers are forked with while this process imports what it forks
     import vllm.entrypoints.cli.serve  # noqa: F401
     from vllm.v1.executor import multiproc_executor  # noqa: F401
 

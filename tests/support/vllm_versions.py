@@ -1,6 +1,6 @@
 """A few placements on the vLLM that this interpreter imports, against its own single rank; prints a table.
 
-    python -m tests.support.vllm_versions
+python -m tests.support.vllm_versions
 """
 
 from __future__ import annotations
@@ -44,16 +44,28 @@ def main() -> int:
         (folder / "cases.json").write_text(json.dumps(cases))
         with engine_lock():
             finished = run_child(
-                python("-m", "tests.support.vllm_runner", str(folder / "cases.json"), str(folder / "results.json")), 600, cwd=ROOT
+                python(
+                    "-m",
+                    "tests.support.vllm_runner",
+                    str(folder / "cases.json"),
+                    str(folder / "results.json"),
+                ),
+                600,
+                cwd=ROOT,
             )
         path = folder / "results.json"
         results = json.loads(path.read_text()) if path.exists() else {}
     import torch
     import vllm
 
-    print(f"vllm {vllm.__version__} from {Path(vllm.__file__).parents[1].name}, torch {torch.__version__}")
+    print(
+        f"vllm {vllm.__version__} from {Path(vllm.__file__).parents[1].name}, torch {torch.__version__}"
+    )
     for case in cases:
-        result = results.get(case["name"], {"error": f"not reached, exit code {finished.code}\n{finished.output[-3000:]}"})
+        result = results.get(
+            case["name"],
+            {"error": f"not reached, exit code {finished.code}\n{finished.output[-3000:]}"},
+        )
         if "error" in result:
             print(f"  {case['name']:30} FAILED {result['error']}")
             failed += 1
@@ -61,16 +73,28 @@ def main() -> int:
         stock = results[f"{case['name'].split()[0]} stock, one rank"]["answers"]
         same = [a["ids"] for a in result["answers"]] == [a["ids"] for a in stock]
         difference = largest(result["answers"], stock)
-        hits = [sum(n for name, n in w["hits"].items() if name.startswith("cpu-")) for w in result.get("workers", [])]
-        wrong = f", sabotaged {largest(result['sabotaged'], stock):.1e}" if "sabotaged" in result else ""
-        print(f"  {case['name']:30} tokens {'equal' if same else 'DIFFERENT'}, logprobs within {difference:.1e}, CPU patch hits {hits}{wrong}")
+        hits = [
+            sum(n for name, n in w["hits"].items() if name.startswith("cpu-"))
+            for w in result.get("workers", [])
+        ]
+        wrong = (
+            f", sabotaged {largest(result['sabotaged'], stock):.1e}"
+            if "sabotaged" in result
+            else ""
+        )
+        print(
+            f"  {case['name']:30} tokens {'equal' if same else 'DIFFERENT'}, logprobs within {difference:.1e}, CPU patch hits {hits}{wrong}"
+        )
         failed += not same or difference > TOLERANCE
     return 1 if failed else 0
 
 
 def largest(a: list[dict], b: list[dict]) -> float:
     """Greatest difference of log probabilities."""
-    return max(float(np.abs(np.subtract(x["logprobs"], y["logprobs"])).max()) for x, y in zip(a, b, strict=True))
+    return max(
+        float(np.abs(np.subtract(x["logprobs"], y["logprobs"])).max())
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 if __name__ == "__main__":

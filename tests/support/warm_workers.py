@@ -36,7 +36,9 @@ class WarmContext(context.ForkServerContext):
         forkserver.ensure_running()
         # SGLang ends all processes below its own when an engine is shut down: the next engine's workers come from the same one.
         server, found = forkserver._forkserver._forkserver_pid, psutil.Process.children
-        psutil.Process.children = lambda self, recursive=False: [one for one in found(self, recursive) if one.pid != server]
+        psutil.Process.children = lambda self, recursive=False: [
+            one for one in found(self, recursive) if one.pid != server
+        ]
 
     @classmethod
     def inherited(cls) -> WarmContext:
@@ -48,8 +50,19 @@ class WarmContext(context.ForkServerContext):
         """Have a module of vLLM start its processes so."""
         module.get_mp_context = lambda: self
 
-    def Process(self, *, target: Callable, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **more: Any):  # noqa: N802
-        return super().Process(target=_run, args=(os.getpid(), dict(os.environ), _Outputs(), target, args, kwargs or {}), **more)
+    def Process(
+        self,
+        *,
+        target: Callable,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        **more: Any,
+    ):  # noqa: N802
+        return super().Process(
+            target=_run,
+            args=(os.getpid(), dict(os.environ), _Outputs(), target, args, kwargs or {}),
+            **more,
+        )
 
 
 class _Outputs:
@@ -63,7 +76,14 @@ def _received(*outputs: Any) -> list[int]:
     return [output.detach() for output in outputs]
 
 
-def _run(parent: int, environment: dict[str, str], outputs: Sequence[int], target: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _run(
+    parent: int,
+    environment: dict[str, str],
+    outputs: Sequence[int],
+    target: Callable,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
     """In the process: what a spawned one would have from the start."""
     import torch
 
@@ -78,7 +98,9 @@ def _run(parent: int, environment: dict[str, str], outputs: Sequence[int], targe
     # OpenMP is loaded and has read its variables.
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
-    if cores := re.findall(r"\d+", environment.get("OMP_PLACES") or environment.get("GOMP_CPU_AFFINITY") or ""):
+    if cores := re.findall(
+        r"\d+", environment.get("OMP_PLACES") or environment.get("GOMP_CPU_AFFINITY") or ""
+    ):
         os.sched_setaffinity(0, set(map(int, cores)))
     # SGLang's workers send their parent a signal when they fail.
     own, found = os.getpid(), psutil.Process.parent

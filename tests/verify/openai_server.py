@@ -22,7 +22,9 @@ class Model:
         self.answers, self.shift = {}, shift
         for file in tasks.glob("*.jsonl"):
             for line in map(json.loads, file.read_text().splitlines()):
-                self.answers[line["prompt"]] = line["answer"] if "answer" in line else line["choices"][line["label"]]
+                self.answers[line["prompt"]] = (
+                    line["answer"] if "answer" in line else line["choices"][line["label"]]
+                )
         if wrong:
             self.answers[wrong] = self.answers[wrong][::-1] + "0"
 
@@ -35,13 +37,22 @@ class Model:
         right = (prompt + self.answers[prompt]).ljust(len(text), "\0")
         # One number per token and one more for the token that is generated behind them.
         values = [(-0.01 if a == b else -3.0) + self.shift for a, b in zip(text, right)] + [0.0]
-        return {"index": index, "text": text, "logprobs": {"token_logprobs": values, "top_logprobs": [{"": value} for value in values]}}
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": {
+                "token_logprobs": values,
+                "top_logprobs": [{"": value} for value in values],
+            },
+        }
 
 
 def main() -> None:
     port, tasks, tokenizer, *more = sys.argv[1:]
     options = dict(zip(more[::2], more[1::2]))
-    model = Model(Path(tasks), Path(tokenizer), options.get("wrong", ""), float(options.get("shift", 0)))
+    model = Model(
+        Path(tasks), Path(tokenizer), options.get("wrong", ""), float(options.get("shift", 0))
+    )
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -50,7 +61,10 @@ def main() -> None:
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            choices = [model.choice(i, ids, asked.get("echo", False)) for i, ids in enumerate(asked["prompt"])]
+            choices = [
+                model.choice(i, ids, asked.get("echo", False))
+                for i, ids in enumerate(asked["prompt"])
+            ]
             body = json.dumps({"choices": choices}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")

@@ -30,7 +30,14 @@ class MadeUp(DemoEngine):
 
     def command(self, model, port, placed, settings=None):
         faults = [] if placed is None else self.faults[placed.strategy]
-        return [sys.executable, str(Path(__file__).with_name("openai_server.py")), str(port), str(TASKS), str(model), *faults], {}
+        return [
+            sys.executable,
+            str(Path(__file__).with_name("openai_server.py")),
+            str(port),
+            str(TASKS),
+            str(model),
+            *faults,
+        ], {}
 
     def _complete(self, url, model, prompt, tokens, alternatives):
         raise AssertionError("the accuracy check does not ask for single completions")
@@ -51,9 +58,21 @@ def verified(tmp_path, monkeypatch, capsys):
         engine.faults = faults
         code = 0
         strategies = ",".join(faults)
-        arguments = {"strategies": strategies, "limit": 4, "include_path": TASKS, "engine": "vllm", "device": "cpu"}
+        arguments = {
+            "strategies": strategies,
+            "limit": 4,
+            "include_path": TASKS,
+            "engine": "vllm",
+            "device": "cpu",
+        }
         try:
-            verify.accuracy(model=QWEN, tasks=tasks, json_path=tmp_path / "found.json", keep=tmp_path / "kept", **arguments)
+            verify.accuracy(
+                model=QWEN,
+                tasks=tasks,
+                json_path=tmp_path / "found.json",
+                keep=tmp_path / "kept",
+                **arguments,
+            )
         except typer.Exit as exit_:
             code = exit_.exit_code
         return code, json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
@@ -65,18 +84,31 @@ def verified(tmp_path, monkeypatch, capsys):
 def test_differing_answers_are_found_by_lm_eval(verified):
     """An equal server passes; one wrong text and shifted log probabilities are counted and end with exit code 1."""
     first = json.loads((TASKS / "sum.jsonl").read_text().splitlines()[0])
-    code, found, text = verified({"linear": [], "zigzag": ["wrong", first["prompt"]], "balanced": ["shift", "-0.01"]}, "tiny_moe")
+    code, found, text = verified(
+        {"linear": [], "zigzag": ["wrong", first["prompt"]], "balanced": ["shift", "-0.01"]},
+        "tiny_moe",
+    )
     assert code == 1 and not found["passed"] and "DIFFERENT" in text
     scores = found["runs"]["stock"]["scores"]
-    assert len(scores) == 7 and all(metric["value"] == 1.0 for task in scores.values() for metric in task.values())
-    linear, zigzag, balanced = (found["comparisons"][name] for name in ("linear", "zigzag", "balanced"))
-    assert all(task["passed"] and task["questions"] == 4 and not task["differing_answers"] for task in linear.values())
+    assert len(scores) == 7 and all(
+        metric["value"] == 1.0 for task in scores.values() for metric in task.values()
+    )
+    linear, zigzag, balanced = (
+        found["comparisons"][name] for name in ("linear", "zigzag", "balanced")
+    )
+    assert all(
+        task["passed"] and task["questions"] == 4 and not task["differing_answers"]
+        for task in linear.values()
+    )
     assert zigzag["tiny_moe_sum"]["differing_answers"] == 1 and not zigzag["tiny_moe_sum"]["passed"]
     assert zigzag["tiny_moe_sum"]["metrics"]["exact_match,none"]["difference"] == -0.25
     assert zigzag["tiny_moe_sum"]["examples"] == [[0, first["answer"], first["answer"][::-1] + "0"]]
     assert zigzag["tiny_moe_brackets_choice"]["passed"] and zigzag["tiny_moe_sort"]["passed"]
     assert balanced["tiny_moe_sum"]["passed"]
-    assert balanced["tiny_moe_brackets_choice"]["differing_logprobs"] == 4 and not balanced["tiny_moe_brackets_choice"]["passed"]
+    assert (
+        balanced["tiny_moe_brackets_choice"]["differing_logprobs"] == 4
+        and not balanced["tiny_moe_brackets_choice"]["passed"]
+    )
     assert balanced["tiny_moe_brackets_choice"]["metrics"]["acc,none"]["difference"] == 0
 
 
@@ -85,8 +117,14 @@ def test_differing_answers_are_found_by_lm_eval(verified):
     [
         ("raise ValueError('unknown task x: name another')", "^unknown task x: name another$"),
         ("raise KeyError('x')", "^KeyError: 'x'$"),
-        ("import os; print('out of memory', flush=True); os._exit(3)", "lm-eval ended with code 3:\nout of memory"),
-        ("import time; time.sleep(60)", "lm-eval was not ready after 1 s: give it more with --timeout"),
+        (
+            "import os; print('out of memory', flush=True); os._exit(3)",
+            "lm-eval ended with code 3:\nout of memory",
+        ),
+        (
+            "import time; time.sleep(60)",
+            "lm-eval was not ready after 1 s: give it more with --timeout",
+        ),
     ],
 )
 def test_what_lm_eval_says_reaches_the_user(monkeypatch, tmp_path, code, message):
@@ -106,24 +144,46 @@ def test_what_lm_eval_says_reaches_the_user(monkeypatch, tmp_path, code, message
 
 def test_bad_input_is_named(cli, tmp_path):
     def said(*arguments: object, model: object = QWEN, tasks: str = "tiny_moe") -> str:
-        done = cli("verify", "accuracy", "--model", model, "--tasks", tasks, "--device", "cpu", *arguments, code=2)
+        done = cli(
+            "verify",
+            "accuracy",
+            "--model",
+            model,
+            "--tasks",
+            tasks,
+            "--device",
+            "cpu",
+            *arguments,
+            code=2,
+        )
         return done.stderr
 
     include = ("--include-path", TASKS)
     assert "has no config.json: give the folder of a checkpoint" in said(model=tmp_path)
     assert "--engine trt: choose one of vllm, sglang" in said("--engine", "trt")
-    assert "add --expert-placement-file with a recorded load or a plan" in said(*include, "--strategies", "eplb")
-    assert "load does not exist: give a plan or a recorded load" in said("--expert-placement-file", tmp_path / "load")
+    assert "add --expert-placement-file with a recorded load or a plan" in said(
+        *include, "--strategies", "eplb"
+    )
+    assert "load does not exist: give a plan or a recorded load" in said(
+        "--expert-placement-file", tmp_path / "load"
+    )
 
 
 def test_unknown_tasks_are_named(monkeypatch):
-    tasks = pytest.importorskip("lm_eval.tasks", reason="the extra `accuracy` is not installed here")
+    tasks = pytest.importorskip(
+        "lm_eval.tasks", reason="the extra `accuracy` is not installed here"
+    )
     from moe_placement_plugin.accuracy.examiner import Examination, find_tasks
 
     # Without lm-eval's own tasks, which take ten seconds to look through.
-    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(
+        tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False)
+    )
     assert find_tasks(Examination(("tiny_moe",), str(TASKS)))
-    with pytest.raises(ValueError, match="unknown task 'tiny_moe_sums': `lm_eval ls tasks` lists those that lm-eval has$"):
+    with pytest.raises(
+        ValueError,
+        match="unknown task 'tiny_moe_sums': `lm_eval ls tasks` lists those that lm-eval has$",
+    ):
         find_tasks(Examination(("tiny_moe_sum", "tiny_moe_sums"), str(TASKS)))
 
 
@@ -132,12 +192,17 @@ def test_missing_lm_eval_and_folder_are_named(monkeypatch, tmp_path):
     from moe_placement_plugin.accuracy.examiner import Examination
 
     monkeypatch.setattr(harness, "find_spec", lambda name: None if name == "lm_eval" else object())
-    with pytest.raises(PlacementError, match=r"lm_eval is not installed .*pip install 'moe-placement-plugin\[accuracy\]'"):
+    with pytest.raises(
+        PlacementError,
+        match=r"lm_eval is not installed .*pip install 'moe-placement-plugin\[accuracy\]'",
+    ):
         with harness.Examiner(Examination(("a",)), True, tmp_path / "log", lambda s, line: None):
             pass
     monkeypatch.setattr(harness, "find_spec", lambda name: object())
     with pytest.raises(PlacementError, match="--include-path nowhere is no folder"):
-        with harness.Examiner(Examination(("a",), "nowhere"), True, tmp_path / "log", lambda s, line: None):
+        with harness.Examiner(
+            Examination(("a",), "nowhere"), True, tmp_path / "log", lambda s, line: None
+        ):
             pass
 
 
@@ -146,8 +211,15 @@ def test_documented_commands_are_spelt_right(monkeypatch):
     from typer.main import get_command
 
     root = TINY.parents[1]
-    text = "\n".join((root / page).read_text() for page in ("docs/accuracy.md", "examples/gsm8k/README.md", "examples/tiny_moe/README.md"))
-    commands = re.findall(r"^(?:    |\$ )(?:\w+=\w+ )?((?:moe-placement verify accuracy|lm_eval) .*)$", text.replace("\\\n", " "), re.M)
+    text = "\n".join(
+        (root / page).read_text()
+        for page in ("docs/accuracy.md", "examples/gsm8k/README.md", "examples/tiny_moe/README.md")
+    )
+    commands = re.findall(
+        r"^(?:    |\$ )(?:\w+=\w+ )?((?:moe-placement verify accuracy|lm_eval) .*)$",
+        text.replace("\\\n", " "),
+        re.M,
+    )
     ours = [shlex.split(command)[3:] for command in commands if command.startswith("moe-placement")]
     theirs = [shlex.split(command)[1:] for command in commands if command.startswith("lm_eval")]
     assert len(ours) >= 6 and len(theirs) >= 4

@@ -38,7 +38,9 @@ def lines(name: str) -> list[dict]:
 def test_task_data_is_what_the_script_writes():
     written = {path.name: lines(path.name) for path in TASKS.glob("*.jsonl")}
     assert written == questions()
-    assert {path.stem for path in TASKS.glob("*.yaml")} == {name.removesuffix(".jsonl") for name in written}
+    assert {path.stem for path in TASKS.glob("*.yaml")} == {
+        name.removesuffix(".jsonl") for name in written
+    }
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -46,7 +48,9 @@ def test_questions_have_right_answers_and_are_not_trained_on(domain):
     asked = lines(f"{domain}.jsonl")
     assert len({line["prompt"] for line in asked}) == 200
     assert all(line["answer"] == right_answer(domain, line["prompt"]) for line in asked)
-    trained = {problem.prompt for problem in itertools.islice(problems(domain, 0, training=True), 20_000)}
+    trained = {
+        problem.prompt for problem in itertools.islice(problems(domain, 0, training=True), 20_000)
+    }
     assert not trained & {line["prompt"] for line in asked}
     # The rule that keeps them apart, whatever the seed.
     assert all(held_out(line["prompt"]) for line in asked) and not any(map(held_out, trained))
@@ -57,7 +61,9 @@ def test_questions_have_right_answers_and_are_not_trained_on(domain):
 def test_choices_have_one_right_answer(domain):
     for line in lines(f"{domain}_choice.jsonl"):
         right = right_answer(domain, line["prompt"])
-        assert [choice == right for choice in line["choices"]] == [i == line["label"] for i in range(4)]
+        assert [choice == right for choice in line["choices"]] == [
+            i == line["label"] for i in range(4)
+        ]
         assert {len(choice) for choice in line["choices"]} == {len(right)}
 
 
@@ -76,9 +82,15 @@ def test_task_files_load_in_lm_eval():
         assert task.doc_to_text(doc) == doc["prompt"]
         if name.endswith("_choice"):
             assert task.config.output_type == "multiple_choice"
-            assert task.doc_to_choice(doc) == doc["choices"] and task.doc_to_target(doc) == doc["label"]
+            assert (
+                task.doc_to_choice(doc) == doc["choices"]
+                and task.doc_to_target(doc) == doc["label"]
+            )
         else:
-            assert task.config.output_type == "generate_until" and task.doc_to_target(doc) == doc["answer"]
+            assert (
+                task.config.output_type == "generate_until"
+                and task.doc_to_target(doc) == doc["answer"]
+            )
             assert task.config.generation_kwargs["temperature"] == 0
 
 
@@ -88,11 +100,20 @@ def test_checkpoint_is_small_and_its_load_fits(model):
 
     assert (TINY / model / "model.safetensors").stat().st_size <= 3_000_000
     config = json.loads((TINY / model / "config.json").read_text())
-    assert (config.get("num_experts") or config["n_routed_experts"], config["num_experts_per_tok"]) == (32, 4)
+    assert (
+        config.get("num_experts") or config["n_routed_experts"],
+        config["num_experts_per_tok"],
+    ) == (32, 4)
     with safe_open(TINY / model / "model.safetensors", "np") as tensors:
-        layers = {int(name.split(".")[2]) for name in tensors.keys() if ".experts.31.up_proj" in name}
+        layers = {
+            int(name.split(".")[2]) for name in tensors.keys() if ".experts.31.up_proj" in name
+        }
     load = ExpertLoad.read(TINY / "loads" / f"{model}.safetensors")
-    assert load.layer_ids == tuple(sorted(layers)) and load.num_experts == 32 and load.num_windows == len(DOMAINS)
+    assert (
+        load.layer_ids == tuple(sorted(layers))
+        and load.num_experts == 32
+        and load.num_windows == len(DOMAINS)
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -104,7 +125,10 @@ def test_readme_states_what_was_measured(model):
         assert row in text, row
     assert f"| {model} | all | | {measured['max_over_mean']['all']:.1f} |" in text
     distance = measured["distance"]
-    assert f"{model}: {distance['least']:.2f} to {distance['greatest']:.2f}, mean {distance['mean']:.2f}" in text
+    assert (
+        f"{model}: {distance['least']:.2f} to {distance['greatest']:.2f}, mean {distance['mean']:.2f}"
+        in text
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +157,9 @@ def test_answers_and_routing_are_as_stated(loaded, model):
         load = routing(network, encode, sample).double()
         shares[domain] = load / load.sum(1, keepdim=True)
         skew = (load.amax(1) / load.mean(1)).mean().item()
-        assert skew == pytest.approx(measured["max_over_mean"][domain], rel=0.1) and skew > 2.5, domain
+        assert skew == pytest.approx(measured["max_over_mean"][domain], rel=0.1) and skew > 2.5, (
+            domain
+        )
     for a, b in itertools.combinations(shares, 2):
         assert 0.5 * (shares[a] - shares[b]).abs().sum(1).mean() > 0.25, (a, b)
     together = torch.stack(list(shares.values())).mean(0)
@@ -173,7 +199,9 @@ def test_two_exchanged_experts_move_log_probabilities(loaded, broken, model):
     from train import routing
 
     network, encode = loaded[model]
-    asked = [line for domain in ("sum", "brackets") for line in lines(f"{domain}_choice.jsonl")[:50]]
+    asked = [
+        line for domain in ("sum", "brackets") for line in lines(f"{domain}_choice.jsonl")[:50]
+    ]
     sample = [Problem(line["prompt"], choice) for line in asked for choice in line["choices"]]
     ids, targets, _ = encode(sample)
 
@@ -181,7 +209,12 @@ def test_two_exchanged_experts_move_log_probabilities(loaded, broken, model):
     def logprobs():
         """``[questions, choices]``"""
         every = network(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-        return every.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets < 0, 0).sum(1).view(-1, 4)
+        return (
+            every.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+            .masked_fill(targets < 0, 0)
+            .sum(1)
+            .view(-1, 4)
+        )
 
     right = logprobs()
     assert torch.equal(logprobs(), right)

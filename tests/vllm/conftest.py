@@ -32,7 +32,9 @@ def pytest_collection_modifyitems(items):
     if find_spec("vllm") is None:
         for item in items:
             if item.path.is_relative_to(HERE):
-                item.add_marker(pytest.mark.skip(reason="vLLM is not installed in this environment"))
+                item.add_marker(
+                    pytest.mark.skip(reason="vLLM is not installed in this environment")
+                )
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +42,11 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """Name -> checkpoint: Qwen3-MoE with 30 experts, GLM-4-MoE with 32 in 4 groups."""
     folder = tmp_path_factory.mktemp("checkpoints")
     qwen = write_qwen3_moe(folder / "qwen")
-    return {"qwen": qwen, "glm": write_glm4_moe(folder / "glm"), "fused": fuse_experts(qwen, folder / "fused")}
+    return {
+        "qwen": qwen,
+        "glm": write_glm4_moe(folder / "glm"),
+        "fused": fuse_experts(qwen, folder / "fused"),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +63,20 @@ def files(tmp_path_factory) -> dict[str, Path]:
     return paths
 
 
-def run_cases(folder: Path, cases: list[dict], env: dict[str, str], timeout: float) -> dict[str, dict]:
+def run_cases(
+    folder: Path, cases: list[dict], env: dict[str, str], timeout: float
+) -> dict[str, dict]:
     """Results by case name; a case that the child did not reach is an error of its own."""
     (folder / "cases.json").write_text(json.dumps(cases, default=str))
     with engine_lock():
         finished = run_child(
-            [sys.executable, "-m", "tests.support.vllm_runner", str(folder / "cases.json"), str(folder / "results.json")],
+            [
+                sys.executable,
+                "-m",
+                "tests.support.vllm_runner",
+                str(folder / "cases.json"),
+                str(folder / "results.json"),
+            ],
             timeout,
             env,
             Path(__file__).parents[2],
@@ -70,7 +84,10 @@ def run_cases(folder: Path, cases: list[dict], env: dict[str, str], timeout: flo
     (folder / "log").write_text(finished.output)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    missing = {"error": f"the engine's process ended with {finished.code}", "traceback": finished.output[-4000:]}
+    missing = {
+        "error": f"the engine's process ended with {finished.code}",
+        "traceback": finished.output[-4000:],
+    }
     return {case["name"]: results.get(case["name"], missing) for case in cases}
 
 
@@ -80,7 +97,11 @@ def stock(checkpoints, tmp_path_factory) -> dict[str, dict]:
     cases = [
         {"name": "qwen", "engine": {"model": checkpoints["qwen"]}, "env": BOTH},
         {"name": "glm", "engine": {"model": checkpoints["glm"]}, "env": BOTH},
-        {"name": "qwen-bf16", "engine": {"model": checkpoints["qwen"], "dtype": "bfloat16"}, "env": BOTH},
+        {
+            "name": "qwen-bf16",
+            "engine": {"model": checkpoints["qwen"], "dtype": "bfloat16"},
+            "env": BOTH,
+        },
     ]
     return run_cases(tmp_path_factory.mktemp("stock"), cases, {"VLLM_PLUGINS": ""}, 600)
 
@@ -91,10 +112,22 @@ def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("placed", numbered=False)
 
     def record(name: str, **more) -> dict:
-        return {"additional_config": {"expert_load_record": str(folder / name), "expert_load_interval": 0.5, **more}}
+        return {
+            "additional_config": {
+                "expert_load_record": str(folder / name),
+                "expert_load_interval": 0.5,
+                **more,
+            }
+        }
 
     def case(name, model, more, **extra):
-        return {"name": name, "engine": {"model": checkpoints[model], **TWO_RANKS, **more}, "env": ONE_EACH, "probe": True, **extra}
+        return {
+            "name": name,
+            "engine": {"model": checkpoints[model], **TWO_RANKS, **more},
+            "env": ONE_EACH,
+            "probe": True,
+            **extra,
+        }
 
     cases = [
         case("qwen linear", "qwen", {}, profile=True),
@@ -110,17 +143,38 @@ def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
     ]  # fmt: skip
     own_core = case("glm round_robin own core", "glm", {"expert_placement_strategy": "round_robin"})
     own_core["env"] = OWN_CORE
-    four = case("qwen zigzag four ranks", "qwen", {"expert_placement_strategy": "zigzag", "tensor_parallel_size": 4})
+    four = case(
+        "qwen zigzag four ranks",
+        "qwen",
+        {"expert_placement_strategy": "zigzag", "tensor_parallel_size": 4},
+    )
     four["env"] = {**ONE_EACH, "VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
     return run_cases(folder, [*cases, own_core, four], {}, 1500)
 
 
 MOVING = {
-    "qwen eplb load": ("qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": "qwen"}),
-    "glm eplb": ("glm", {"expert_placement_strategy": "eplb",
-                         "additional_config": {"expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5,
-                                                                   "small_batches": False}}}),
-    "qwen fused checkpoint": ("fused", {"expert_placement_strategy": "zigzag", "expert_placement_verify": "checkpoint"}),
+    "qwen eplb load": (
+        "qwen",
+        {"expert_placement_strategy": "eplb", "expert_placement_file": "qwen"},
+    ),
+    "glm eplb": (
+        "glm",
+        {
+            "expert_placement_strategy": "eplb",
+            "additional_config": {
+                "expert_rebalance": {
+                    "min_gain": 0,
+                    "hysteresis": 0,
+                    "max_phase_loss": 0.5,
+                    "small_batches": False,
+                }
+            },
+        },
+    ),
+    "qwen fused checkpoint": (
+        "fused",
+        {"expert_placement_strategy": "zigzag", "expert_placement_verify": "checkpoint"},
+    ),
 }
 """Case -> (checkpoint, arguments) of servers whose experts EPLB moves; the name's first word is the stock case."""
 
@@ -131,9 +185,19 @@ def moving(checkpoints, files, tmp_path_factory) -> tuple[dict[str, dict], dict[
     cases = []
     for name, (model, more) in MOVING.items():
         more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}
-        eplb = {"enable_eplb": True, "eplb_config": {"window_size": 2, "step_interval": 2, "num_redundant_experts": 2}}
+        eplb = {
+            "enable_eplb": True,
+            "eplb_config": {"window_size": 2, "step_interval": 2, "num_redundant_experts": 2},
+        }
         env = OWN_CORE if name == "glm eplb" else ONE_EACH
-        cases.append({"name": name, "engine": {"model": checkpoints[model], **TWO_RANKS, **eplb, **more}, "env": env, "probe": True})
+        cases.append(
+            {
+                "name": name,
+                "engine": {"model": checkpoints[model], **TWO_RANKS, **eplb, **more},
+                "env": env,
+                "probe": True,
+            }
+        )
     folder = tmp_path_factory.mktemp("moving")
     results = run_cases(folder, cases, {}, 1200)
     parts = (folder / "log").read_text().split("=== case ")
@@ -145,7 +209,9 @@ def recordings(placed, tmp_path_factory) -> dict[str, tuple[list[dict], ExpertLo
     """Name -> (answers, what was recorded while they were given)."""
     folder = tmp_path_factory.getbasetemp() / "placed"
     of = {"eager": "qwen eplb filter", "compiled": "qwen zigzag compiled"}
-    return {name: (placed[case]["answers"], ExpertLoad.read(folder / name)) for name, case in of.items()}
+    return {
+        name: (placed[case]["answers"], ExpertLoad.read(folder / name)) for name, case in of.items()
+    }
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,11 @@ def tables(number: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(number)
 
     def one() -> np.ndarray:
-        return rng.permutation(np.concatenate([np.arange(EXPERTS), rng.integers(EXPERTS, size=ranks * SLOTS - EXPERTS)]))
+        return rng.permutation(
+            np.concatenate(
+                [np.arange(EXPERTS), rng.integers(EXPERTS, size=ranks * SLOTS - EXPERTS)]
+            )
+        )
 
     old = np.stack([one() for _ in range(LAYERS)])
     new = np.stack([one() for _ in range(LAYERS)])
@@ -55,7 +59,15 @@ def exchanger_of(state, name: str):
     from moe_placement_plugin.engines.vllm import eplb_exchange
 
     group = dist.group.WORLD
-    found = Exchanger(dict(enumerate(state.model.expert_weights)), EXPERTS, group, Meeting.of(group), name, eplb_exchange.logger, timeout=10)
+    found = Exchanger(
+        dict(enumerate(state.model.expert_weights)),
+        EXPERTS,
+        group,
+        Meeting.of(group),
+        name,
+        eplb_exchange.logger,
+        timeout=10,
+    )
     setattr(state, eplb_exchange.EXCHANGER, found)
     return found
 
@@ -88,7 +100,10 @@ def both_modes(rank: int, world: int, store, numbers) -> dict:
         sent = []
         communicator = TorchDistNcclEplbCommunicator(ep_group=dist.group.WORLD)
         add_send = communicator.add_send
-        communicator.add_send = lambda tensors, to, expert_id, add_send=add_send, sent=sent: (sent.append(to), add_send(tensors, to, expert_id))
+        communicator.add_send = lambda tensors, to, expert_id, add_send=add_send, sent=sent: (
+            sent.append(to),
+            add_send(tensors, to, expert_id),
+        )
         state.communicator = communicator
         eplb_exchange._exchangers[id(weights)] = (state, exchanger)
         buffer = [torch.empty_like(w) for w in weights[0]]
@@ -102,11 +117,16 @@ def both_modes(rank: int, world: int, store, numbers) -> dict:
                 result["unchanged layers sent"] += len(sent) - before
             rebalance_execute.move_from_buffer(weights[layer], buffer, metadata, new[layer], rank)
             eplb_state._commit_eplb_maps_for_layer(state, torch.from_numpy(new[layer]), layer)
-        result["async"].append(equal(weights, new, rank) and state.physical_to_logical_map.numpy().tolist() == new.tolist())
+        result["async"].append(
+            equal(weights, new, rank)
+            and state.physical_to_logical_map.numpy().tolist() == new.tolist()
+        )
     return result
 
 
-def with_a_rank_that_fails(rank: int, world: int, store, number: int) -> tuple[str, bool, bool, int]:
+def with_a_rank_that_fails(
+    rank: int, world: int, store, number: int
+) -> tuple[str, bool, bool, int]:
     """Rank 1 cannot finish its second chunk: what every rank is told, and whether maps and weights agree, layer by layer."""
     from moe_placement_plugin.engines.vllm import eplb_exchange
     from moe_placement_plugin.exchange.agreement import ExchangeAborted
@@ -131,7 +151,12 @@ def with_a_rank_that_fails(rank: int, world: int, store, number: int) -> tuple[s
     except ExchangeAborted as aborted:
         in_force = state.physical_to_logical_map.numpy()
         mixed = [row for row in in_force.tolist() if row not in old.tolist() + new.tolist()]
-        return aborted.reason, equal(weights, in_force, rank), not mixed, int((in_force == new).all(axis=1).sum())
+        return (
+            aborted.reason,
+            equal(weights, in_force, rank),
+            not mixed,
+            int((in_force == new).all(axis=1).sum()),
+        )
     return "not noticed", False, False, 0
 
 

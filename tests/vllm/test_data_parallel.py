@@ -31,20 +31,49 @@ def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_p
     """Planned from a load, two redundant experts, rebalanced while requests run, recorded: answers are one rank's, counts the model's."""
     port, record, prompts = free_port(), tmp_path / "load.safetensors", PROMPTS * ROUNDS
     eplb = {"window_size": 8, "step_interval": 8, "num_redundant_experts": 2}
-    moving = ("--enable-eplb", "--eplb-config", json.dumps(eplb), "--expert-rebalance", json.dumps(RESTLESS), "--no-enable-prefix-caching")
+    moving = (
+        "--enable-eplb",
+        "--eplb-config",
+        json.dumps(eplb),
+        "--expert-rebalance",
+        json.dumps(RESTLESS),
+        "--no-enable-prefix-caching",
+    )
     vllm = DEMO_ENGINES["vllm"]
-    line, env = vllm.command(checkpoints["qwen"], port, Placed("eplb", 2, files["qwen"], record=record), ServerSettings(arguments=moving))
+    line, env = vllm.command(
+        checkpoints["qwen"],
+        port,
+        Placed("eplb", 2, files["qwen"], record=record),
+        ServerSettings(arguments=moving),
+    )
     line[line.index("--tensor-parallel-size")] = "--data-parallel-size"
     env["PYTHONPATH"] = python_path(WARM_SITE, one_gpu.HERE / "shared")
-    with engine_lock(), Server(line, port, env, tmp_path / "log", 240) as server, ThreadPoolExecutor(len(PROMPTS)) as pool:
-        answers = list(pool.map(lambda prompt: vllm.complete(server.url, "tiny", prompt, MAX_TOKENS), prompts))
-        time.sleep(IDLE + 3)  # idle engines write what they have counted: within two looks, and one of the first rank at the other's part
+    with (
+        engine_lock(),
+        Server(line, port, env, tmp_path / "log", 240) as server,
+        ThreadPoolExecutor(len(PROMPTS)) as pool,
+    ):
+        answers = list(
+            pool.map(lambda prompt: vllm.complete(server.url, "tiny", prompt, MAX_TOKENS), prompts)
+        )
+        time.sleep(
+            IDLE + 3
+        )  # idle engines write what they have counted: within two looks, and one of the first rank at the other's part
     found = moved(server.output(), "vllm")
     assert found["accepted"] and found["exchanges"] and found["moved_bytes"], server.tail(40)
     references = stock["qwen"]["answers"] * ROUNDS
-    assert [answer.token_ids for answer in answers] == [reference["ids"] for reference in references]
-    ours, theirs = (np.array(all_of) for all_of in ([a.logprobs for a in answers], [r["logprobs"] for r in references]))
+    assert [answer.token_ids for answer in answers] == [
+        reference["ids"] for reference in references
+    ]
+    ours, theirs = (
+        np.array(all_of)
+        for all_of in ([a.logprobs for a in answers], [r["logprobs"] for r in references])
+    )
     assert np.abs(ours - theirs).max() < 1e-4
     reference = Reference(checkpoints["qwen"])
     tokens = [reference.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    check(ExpertLoad.read(record), reference.expected(tokens, [answer.token_ids for answer in answers])[0], None)
+    check(
+        ExpertLoad.read(record),
+        reference.expected(tokens, [answer.token_ids for answer in answers])[0],
+        None,
+    )

@@ -38,7 +38,10 @@ def answers_of(results, name):
 
 
 def largest_difference(a, b):
-    return max(float(np.abs(np.subtract(x["logprobs"], y["logprobs"])).max()) for x, y in zip(a, b, strict=True))
+    return max(
+        float(np.abs(np.subtract(x["logprobs"], y["logprobs"])).max())
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -53,7 +56,9 @@ def test_bfloat16_differs_by_rounding_only(stock, placed):
     expected, answers = answers_of(stock, "qwen-bf16"), answers_of(placed, "qwen-bf16 zigzag")
     compared = 0
     for a, b in zip(answers, expected, strict=True):
-        same = next((i for i, (x, y) in enumerate(zip(a["ids"], b["ids"])) if x != y), len(a["ids"]))
+        same = next(
+            (i for i, (x, y) in enumerate(zip(a["ids"], b["ids"])) if x != y), len(a["ids"])
+        )
         compared += same
         difference = np.abs(np.subtract(a["logprobs"][:same], b["logprobs"][:same]))
         assert difference.size == 0 or difference.max() < BFLOAT16_TOLERANCE
@@ -81,7 +86,11 @@ def test_the_map_in_force_in_every_worker_is_the_strategys(placed, files, name):
     strategy, layers, experts, load = EXPECTED[name]
     ranks = 4 if "four" in name else 2
     request = PlacementRequest(
-        len(layers), experts, Topology(ranks), layer_ids=tuple(layers), load=ExpertLoad.read(files[load]) if load else None
+        len(layers),
+        experts,
+        Topology(ranks),
+        layer_ids=tuple(layers),
+        load=ExpertLoad.read(files[load]) if load else None,
     )
     check_maps(placed[name]["workers"], get_strategy(strategy).place(request))
 
@@ -106,8 +115,13 @@ def test_patches_ran_in_every_worker_process(placed, name):
     layers = 4 if name.startswith("qwen") else 3
     for worker in placed[name]["workers"]:
         hits = worker["hits"]
-        times = 2 if name == "glm balanced" else 1  # it is loaded twice to be compared with a clean load
-        assert hits["layer-placement"] == hits["expert-map"] == layers * times and hits["load-report"] == 1
+        times = (
+            2 if name == "glm balanced" else 1
+        )  # it is loaded twice to be compared with a clean load
+        assert (
+            hits["layer-placement"] == hits["expert-map"] == layers * times
+            and hits["load-report"] == 1
+        )
         assert hits["cpu-cpu_moe-CPUUnquantizedExperts"] > 0
         assert (hits["weight-filter"] == 1) == ("filter" in name)
 
@@ -115,7 +129,10 @@ def test_patches_ran_in_every_worker_process(placed, name):
 def test_a_static_placement_adds_no_operator_to_a_forward_pass(placed):
     # Operators of the dispatcher have a namespace; what else the profiler lists are torch.compile's own doings.
     linear, zigzag = (
-        [{name: count for name, count in worker.items() if "::" in name} for worker in placed[case]["operators"]]
+        [
+            {name: count for name, count in worker.items() if "::" in name}
+            for worker in placed[case]["operators"]
+        ]
         for case in ("qwen linear", "qwen zigzag")
     )
     assert any("moe" in name for name in linear[0]) and len(linear[0]) > 50

@@ -17,12 +17,19 @@ torch = pytest.importorskip("torch")
 
 
 def differs(ours, theirs):
-    return [n for n, (a, b) in enumerate(zip(ours["answers"], theirs["answers"])) if a["ids"] != b["ids"]]
+    return [
+        n
+        for n, (a, b) in enumerate(zip(ours["answers"], theirs["answers"]))
+        if a["ids"] != b["ids"]
+    ]
 
 
 @pytest.mark.parametrize("name", MOVING)
 def test_answers_equal_stock_while_experts_move(moving, stock, name):
-    result, reference = moving[0][name], stock[name.split()[0]]  # the fused checkpoint holds the same weights
+    result, reference = (
+        moving[0][name],
+        stock[name.split()[0]],
+    )  # the fused checkpoint holds the same weights
     assert "error" not in result, result.get("traceback")
     assert not differs(result, reference)
     ours, theirs = (np.array([a["logprobs"] for a in r["answers"]]) for r in (result, reference))
@@ -43,12 +50,20 @@ def test_experts_were_rebalanced_at_least_four_times_and_verified_each_time(movi
     assert re.search(r"verified \d+ slots after the exchange", log)
     # The serving benchmark reads the same lines.
     found = moved(log, "vllm")
-    assert found["engine_rebalances"] >= 4 and found["exchanges"] and found["exchange_ms"] >= found["chunk_ms"] > 0 and found["verify_ms"]
+    assert (
+        found["engine_rebalances"] >= 4
+        and found["exchanges"]
+        and found["exchange_ms"] >= found["chunk_ms"] > 0
+        and found["verify_ms"]
+    )
     assert found["moved_bytes"] and bool(found["accepted"] + found["declined"]) == ("eplb" in name)
 
 
 def test_the_first_placement_is_the_strategys(moving):
-    assert re.search(r"EPLB begins with placement \w+ \(zigzag\), policy DefaultEplbPolicy", moving[1]["qwen fused checkpoint"])
+    assert re.search(
+        r"EPLB begins with placement \w+ \(zigzag\), policy DefaultEplbPolicy",
+        moving[1]["qwen fused checkpoint"],
+    )
     assert re.search(r"policy PlannerPolicy", moving[1]["qwen eplb load"])
 
 
@@ -61,7 +76,10 @@ def test_routing_in_torch_is_the_kernels():
     ids = torch.tensor([[0, 1], [0, 2], [2, 0], [1, 2], [0, 2]], dtype=torch.int32)
     seen = torch.zeros(6, dtype=torch.int32)
     found = map_and_record(ids, seen, table, count, torch.tensor(True), torch.tensor(4))
-    expected = [[int(table[e, (t * 2654435769 % 2**32) % int(count[e])]) for e in row] for t, row in enumerate(ids.tolist())]
+    expected = [
+        [int(table[e, (t * 2654435769 % 2**32) % int(count[e])]) for e in row]
+        for t, row in enumerate(ids.tolist())
+    ]
     assert found.tolist() == expected and found.dtype == torch.int32
     assert seen.tolist() == np.bincount(np.array(expected[:4]).ravel(), minlength=6).tolist()
     map_and_record(ids, seen, table, count, torch.tensor(False))
@@ -74,7 +92,9 @@ def test_a_fused_tensor_gets_rows_for_redundant_experts():
     layer = type("Layer", (), {"layer_name": "model.layers.0.mlp.experts"})
     fused = torch.arange(4 * 6).view(4, 2, 3)
     assert with_replicas(layer, "gate_up_proj", fused, 4, 3)[4:].equal(fused[:3])
-    assert with_replicas(layer, "2.w1_packed", fused, 4, 3) is fused  # one expert's own three-dimensional weight
+    assert (
+        with_replicas(layer, "2.w1_packed", fused, 4, 3) is fused
+    )  # one expert's own three-dimensional weight
     assert with_replicas(layer, "bias", fused[0], 4, 3).shape == (2, 3)
     assert EPLB_ROW.startswith("_")
 
@@ -91,17 +111,24 @@ def test_models_that_name_no_redundant_experts_load_them_all_the_same():
     from moe_placement_plugin.engines.patching import PatchSet
     from moe_placement_plugin.engines.vllm.eplb_weights import weight_patches
 
-    assert "num_redundant_experts" not in inspect.getsource(glm4_moe_mtp), "this one names them now: take another, or drop the patch"
+    assert "num_redundant_experts" not in inspect.getsource(glm4_moe_mtp), (
+        "this one names them now: take another, or drop the patch"
+    )
 
     def model(physical):
         layer = RoutedExperts.__new__(RoutedExperts)
         torch.nn.Module.__init__(layer)
-        layer.layer_name, layer.moe_config = "model.layers.1.mlp.experts", SimpleNamespace(num_experts=physical, num_logical_experts=8)
+        layer.layer_name, layer.moe_config = (
+            "model.layers.1.mlp.experts",
+            SimpleNamespace(num_experts=physical, num_logical_experts=8),
+        )
         return torch.nn.ModuleList([layer])
 
     def slots(physical, **more):
         """Physical experts that the down projection of expert 1 is offered to."""
-        mapping = fused_moe_make_expert_params_mapping(model(physical), "gate_proj", "down_proj", "up_proj", 8, **more)
+        mapping = fused_moe_make_expert_params_mapping(
+            model(physical), "gate_proj", "down_proj", "up_proj", 8, **more
+        )
         return [number for _, weight, number, _ in mapping if weight == "experts.1.down_proj."]
 
     assert slots(10) == [1]  # without the patch

@@ -56,15 +56,26 @@ def test_the_window_is_told_apart_by_phase(monkeypatch):
 
     monkeypatch.setattr(parallel_state, "get_ep_group", lambda: SimpleNamespace(device_group=None))
     summed = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: summed.append(tensor.mul_(2)))
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor, group: summed.append(tensor.mul_(2))
+    )
     table = torch.tensor([[0, 1, 2, 0], [2, 1, 0, 1]])
     window = torch.arange(4 * 2 * 4, dtype=torch.int32).view(4, 2, 4)
     state = SimpleNamespace(
-        expert_load_window=window, physical_to_logical_map=table, logical_replica_count=torch.ones(2, 3, dtype=torch.long)
+        expert_load_window=window,
+        physical_to_logical_map=table,
+        logical_replica_count=torch.ones(2, 3, dtype=torch.long),
     )
-    server = Eplb(expert_load_window_size=4, expert_load_window_step=0, recording=True, model_states={"m": state})
+    server = Eplb(
+        expert_load_window_size=4,
+        expert_load_window_step=0,
+        recording=True,
+        model_states={"m": state},
+    )
     runner = SimpleNamespace(eplb_state=server)
-    for step, (prompts, dummy) in enumerate([([True], False), ([False, False], False), ([False, True], True), ([False], False)]):
+    for step, (prompts, dummy) in enumerate(
+        [([True], False), ([False, False], False), ([False, True], True), ([False], False)]
+    ):
         eplb_phases.note(runner, np.array(prompts))
         server.expert_load_window_step = step
         eplb_phases.recorded(server, dummy, False)
@@ -73,7 +84,11 @@ def test_the_window_is_told_apart_by_phase(monkeypatch):
     for layer in range(2):
         for slot, expert in enumerate(table[layer].tolist()):
             logical[:, layer, expert] += window[:, layer, slot].numpy()
-    assert load.tolist() == [(2 * logical[0]).tolist(), (2 * (logical[1] + logical[3])).tolist(), (2 * logical[2]).tolist()]
+    assert load.tolist() == [
+        (2 * logical[0]).tolist(),
+        (2 * (logical[1] + logical[3])).tolist(),
+        (2 * logical[2]).tolist(),
+    ]
 
     rebalancer = Rebalancer(policy_from({}, eplb.REBALANCE_FLAG), range(2), 1000, eplb.logger)
     server.__dict__[eplb._REBALANCERS] = {(2, 3): rebalancer}
@@ -93,7 +108,12 @@ def test_maps_are_vllms():
     ours = _logical_maps(lambda *args: pytest.fail("vLLM's own was asked"))
     rng = np.random.default_rng(0)
     for case in range(8):
-        table = np.stack([rng.permutation(np.concatenate([np.arange(7), rng.integers(7, size=5)])) for _ in range(3)])
+        table = np.stack(
+            [
+                rng.permutation(np.concatenate([np.arange(7), rng.integers(7, size=5)]))
+                for _ in range(3)
+            ]
+        )
         if case % 2:  # slots of ranks that come hold nothing yet
             table[:, rng.integers(12, size=2)] = -1
         table = torch.from_numpy(table)

@@ -21,7 +21,12 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def policy(*shapes, **rules):
-    return eplb.planner_policy({s: Rebalancer(policy_from(rules, REBALANCE_FLAG), range(s[0]), 1000, logger) for s in shapes})
+    return eplb.planner_policy(
+        {
+            s: Rebalancer(policy_from(rules, REBALANCE_FLAG), range(s[0]), 1000, logger)
+            for s in shapes
+        }
+    )
 
 
 def tables(rows, experts, slots):
@@ -43,7 +48,9 @@ def test_a_model_and_its_draft_have_a_planner_each():
 def test_a_model_that_is_not_planned_stays_where_it_is_and_so_does_one_without_load():
     ours, old = policy((3, 8)), tables(2, 8, 10)
     assert ours.rebalance_experts(torch.ones(2, 8), 10, 1, 1, 2, old).equal(old)
-    assert ours.rebalance_experts(torch.zeros(3, 8), 10, 1, 1, 2, tables(3, 8, 10)).equal(tables(3, 8, 10))
+    assert ours.rebalance_experts(torch.zeros(3, 8), 10, 1, 1, 2, tables(3, 8, 10)).equal(
+        tables(3, 8, 10)
+    )
 
 
 def test_what_does_not_pay_is_declined():
@@ -53,7 +60,12 @@ def test_what_does_not_pay_is_declined():
 
 
 def test_layers_are_numbered_by_their_own_index_where_it_is_theirs_alone():
-    names = ["model.layers.3.mlp.experts", "vision_model.layers.3.mlp.experts", "model.layers.4.mlp.experts", "mtp.layers.0.mlp.experts"]
+    names = [
+        "model.layers.3.mlp.experts",
+        "vision_model.layers.3.mlp.experts",
+        "model.layers.4.mlp.experts",
+        "mtp.layers.0.mlp.experts",
+    ]
     assert layers.numbered(dict.fromkeys(names)) == dict(zip(names, (-1, -2, 4, -4)))
 
 
@@ -75,7 +87,10 @@ def test_rules_that_make_no_sense_are_refused(rules, message):
 
 
 def test_rules_without_anything_that_rebalances_are_refused():
-    with pytest.raises(PlacementError, match="--expert-rebalance without --enable-eplb and --expert-placement-strategy eplb"):
+    with pytest.raises(
+        PlacementError,
+        match="--expert-rebalance without --enable-eplb and --expert-placement-strategy eplb",
+    ):
         preflight._rebalance({"min_gain": 0.1}, used=False)
 
 
@@ -83,13 +98,23 @@ def test_rules_without_anything_that_rebalances_are_refused():
 def test_dummy_weights_are_not_verified(load_format):
     assert preflight._level(None, True, load_format) == "off"
     assert preflight._level("off", True, load_format) == "off"
-    with pytest.raises(PlacementError, match="--expert-placement-verify replicas with --load-format dummy"):
+    with pytest.raises(
+        PlacementError, match="--expert-placement-verify replicas with --load-format dummy"
+    ):
         preflight._level("replicas", True, load_format)
 
 
 def test_the_first_table_is_vllms():
-    manager = SimpleNamespace(global_num_experts=10, expert_map=torch.tensor([-1] * 5 + [0, 1, 2, 3, 4]), num_fused_shared_experts=0)
-    layer = SimpleNamespace(moe_config=SimpleNamespace(num_logical_experts=8), expert_map_manager=manager, local_num_experts=5)
+    manager = SimpleNamespace(
+        global_num_experts=10,
+        expert_map=torch.tensor([-1] * 5 + [0, 1, 2, 3, 4]),
+        num_fused_shared_experts=0,
+    )
+    layer = SimpleNamespace(
+        moe_config=SimpleNamespace(num_logical_experts=8),
+        expert_map_manager=manager,
+        local_num_experts=5,
+    )
     np.testing.assert_array_equal(layers.slot_experts(layer), [5, 6, 7, 0, 1])
     state = SimpleNamespace(physical_to_logical_map=torch.tensor([[7, 6, 5, 4, 3, 2, 1, 0, 0, 1]]))
     setattr(layer, layers.EPLB_ROW, (state, 0))
@@ -101,7 +126,9 @@ def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(tmp_pa
 
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     config = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
-    (tmp_path / fused_moe.get_config_file_name(61, 96, None, None)).write_text(json.dumps({"1": config}))
+    (tmp_path / fused_moe.get_config_file_name(61, 96, None, None)).write_text(
+        json.dumps({"1": config})
+    )
     before = settings.arrived()
     shapes = (65, 192, 32), (65, 32, 96)
     patches = PatchSet(tuned.tuned_patches())

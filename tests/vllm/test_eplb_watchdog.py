@@ -14,7 +14,12 @@ QUICK = {eplb._WATCHDOG: 0.05}
 def test_an_async_rebalance_without_progress_is_reported_again_and_again(caplog):
     state = SimpleNamespace(rebalanced=True, pending_result=None)
     step = eplb._step(lambda self, *args: "done")
-    server = SimpleNamespace(is_async=True, model_states={"m": state}, _should_record_current_step=lambda log_stats: False, **QUICK)
+    server = SimpleNamespace(
+        is_async=True,
+        model_states={"m": state},
+        _should_record_current_step=lambda log_stats: False,
+        **QUICK,
+    )
     with caplog.at_level(logging.WARNING, "vllm.moe_placement_plugin"):
         assert step(server) == "done" and not caplog.records
         time.sleep(0.06)
@@ -27,7 +32,10 @@ def test_an_async_rebalance_without_progress_is_reported_again_and_again(caplog)
         step(server)
         time.sleep(0.12)
         step(server)
-        assert "waiting for: other EP ranks to receive layer 3, which this rank has" in caplog.records[-1].getMessage()
+        assert (
+            "waiting for: other EP ranks to receive layer 3, which this rank has"
+            in caplog.records[-1].getMessage()
+        )
         number = len(caplog.records)
         state.rebalanced, state.pending_result = False, None
         time.sleep(0.06)
@@ -42,4 +50,7 @@ def test_a_rearrangement_that_takes_too_long_names_layers_and_ranks(caplog, monk
     with caplog.at_level(logging.WARNING):
         eplb._rearrange(lambda self, is_profile: time.sleep(0.08))(server, True)
     (record,) = caplog.records
-    assert "waiting for: rearrange and all-reduce of the load, layers 0..2, ranks [1]" in record.getMessage()
+    assert (
+        "waiting for: rearrange and all-reduce of the load, layers 0..2, ranks [1]"
+        in record.getMessage()
+    )

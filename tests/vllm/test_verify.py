@@ -47,10 +47,19 @@ def loading(checkpoints, files, tmp_path_factory):
         more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}
         # The fault is in the workers: they are started with the case's environment.
         env = {**ONE_EACH, "TEST_LOAD_FAULT": fault, "PYTHONPATH": python_path(FAULTS_SITE)}
-        cases.append({"name": fault, "engine": {"model": checkpoints["qwen"], **TWO_RANKS, **more}, "env": env})
+        cases.append(
+            {
+                "name": fault,
+                "engine": {"model": checkpoints["qwen"], **TWO_RANKS, **more},
+                "env": env,
+            }
+        )
     folder = tmp_path_factory.mktemp("loading")
     results = run_cases(folder, cases, {}, 600)
-    logs = {part.partition("\n")[0].strip(): part for part in (folder / "log").read_text().split("=== case ")}
+    logs = {
+        part.partition("\n")[0].strip(): part
+        for part in (folder / "log").read_text().split("=== case ")
+    }
     return {fault: (results[fault], logs.get(fault, "")) for fault in LOADING}
 
 
@@ -64,7 +73,11 @@ def test_every_fault_in_a_serving_engine_is_found_and_what_is_put_back_passes(pl
         assert other is None, f"{fault}: a rank whose weights are right complains: {other}"
         assert [worker["after"] for worker in workers] == [None, None], f"{fault} was put back"
         if fault in WEIGHT_FAULTS:
-            where = "layer 2, slot 0 of rank 1" if "off by one" in fault else "layer 2, slot 3 of rank 1 should hold expert 18"
+            where = (
+                "layer 2, slot 0 of rank 1"
+                if "off by one" in fault
+                else "layer 2, slot 3 of rank 1 should hold expert 18"
+            )
             assert where in message, message
 
 
@@ -76,7 +89,10 @@ def test_every_fault_in_a_serving_engine_is_found_and_what_is_put_back_passes(pl
         ("another expert's weights", "which hold expert 22"),
         ("map changed without moving weights", "which hold expert"),
         ("tensor as long as the model has experts", "w13_input_scale has 30 rows"),
-        ("tensor lost", "expected ('w13_qzeros', 'w13_weight', 'w13_weight_scale', 'w2_bias', 'w2_weight')"),
+        (
+            "tensor lost",
+            "expected ('w13_qzeros', 'w13_weight', 'w13_weight_scale', 'w2_bias', 'w2_weight')",
+        ),
     ],
 )
 def test_the_message_says_what_is_wrong(placed, fault, part):

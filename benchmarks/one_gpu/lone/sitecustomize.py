@@ -48,6 +48,8 @@ def _without_channels(module):
 
     @functools.wraps(original)
     def init(self, *args, **kwargs):
-        original(self, *args, **{**kwargs, "use_pynccl": False, "use_message_queue_broadcaster": False})
+        original(
+            self, *args, **{**kwargs, "use_pynccl": False, "use_message_queue_broadcaster": False}
+        )
 
     module.GroupCoordinator.__init__ = init

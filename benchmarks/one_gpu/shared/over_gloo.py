@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def gather(
-    share: torch.Tensor | list[torch.Tensor], sizes: Sequence[int] | None, group: ProcessGroup, out: torch.Tensor | None = None
+    share: torch.Tensor | list[torch.Tensor],
+    sizes: Sequence[int] | None,
+    group: ProcessGroup,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
     """All ranks' shares, one after another.
 
@@ -35,7 +38,12 @@ def gather(
     return torch.cat([piece[:size] for piece, size in zip(pieces, sizes)], out=out)
 
 
-def reduce_scatter(rows: torch.Tensor, sizes: Sequence[int] | None, group: ProcessGroup, out: torch.Tensor | None = None) -> torch.Tensor:
+def reduce_scatter(
+    rows: torch.Tensor,
+    sizes: Sequence[int] | None,
+    group: ProcessGroup,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """This rank's share of the sum of all ranks' rows.
 
     Args:

@@ -38,7 +38,11 @@ def share_the_first_gpu(module):
         config = self.parallel_config
         rank = config.data_parallel_rank_local
         # vLLM adds the GPUs of the data-parallel ranks before this one.
-        self.local_rank = -(config.data_parallel_index if rank is None else rank) * config.tensor_parallel_size * config.pipeline_parallel_size
+        self.local_rank = (
+            -(config.data_parallel_index if rank is None else rank)
+            * config.tensor_parallel_size
+            * config.pipeline_parallel_size
+        )
         return original(self, *args, **kwargs)
 
     module.Worker.init_device = init_device
@@ -99,5 +103,8 @@ def group_over_gloo(module):
         return reduce_scatter(input, None, self.device_group, output)
 
     dist.init_process_group, module.GroupCoordinator.__init__ = init_gloo, gloo_group
-    module.GroupCoordinator.all_gatherv, module.GroupCoordinator.reduce_scatterv = all_gatherv, reduce_scatterv
+    module.GroupCoordinator.all_gatherv, module.GroupCoordinator.reduce_scatterv = (
+        all_gatherv,
+        reduce_scatterv,
+    )
     module.GroupCoordinator._reduce_scatter_tensor = reduce_scatter_tensor

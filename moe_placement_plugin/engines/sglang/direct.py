@@ -24,7 +24,11 @@ METHODS = ("UnquantizedFusedMoEMethod", "Fp8MoEMethod")
 def allowed(combination: Combination) -> bool:
     """Whether nothing else needs physical ids in a server that is started so."""
     physical = {"enable_eplb", "elastic_ep_backend", "expert_distribution_recorder_mode"}
-    return combination.redundant == 0 and combination.a2a_backend == "none" and not combination.options & physical
+    return (
+        combination.redundant == 0
+        and combination.a2a_backend == "none"
+        and not combination.options & physical
+    )
 
 
 def settle(layer: Any, router: Any, placement: Placement) -> None:
@@ -44,14 +48,21 @@ def settle(layer: Any, router: Any, placement: Placement) -> None:
     from sglang.srt.utils.common import get_device
 
     device = torch.device(get_device())  # the weights' may be another: --cpu-offload-gb
-    if device.type not in ("cuda", "cpu"):  # an NPU's router does not go through `routing.select`, which leaves the first look-up out
+    if device.type not in (
+        "cuda",
+        "cpu",
+    ):  # an NPU's router does not go through `routing.select`, which leaves the first look-up out
         return
     dispatcher = layer.dispatcher
     if type(router) is not TopK or type(dispatcher) is not StandardDispatcher:
         return
     if dispatcher.skip_local_expert_mapping or dispatcher.use_aiter_moe_runner:
         return
-    if dispatcher.num_local_shared_experts or dispatcher.num_experts != placement.num_logical_experts or dispatcher.moe_ep_size < 2:
+    if (
+        dispatcher.num_local_shared_experts
+        or dispatcher.num_experts != placement.num_logical_experts
+        or dispatcher.moe_ep_size < 2
+    ):
         return
     slots = placement.expert_map(placement.row(layer.layer_id), layer.moe_ep_rank)
     dispatcher.local_expert_mapping = torch.from_numpy(slots.copy()).to(device)
@@ -62,7 +73,9 @@ def settle(layer: Any, router: Any, placement: Placement) -> None:
 def _takes_local_slots(method: Any) -> bool:
     """Whether a layer's kernel sees slots of this rank and no map. Others (Marlin) read the dispatcher's table too, as one of physical experts."""
     backend = getattr(getattr(method, "runner", None), "runner_backend", None)
-    return type(method).__name__ in METHODS and (backend is None or backend.is_triton() or backend.is_deep_gemm())
+    return type(method).__name__ in METHODS and (
+        backend is None or backend.is_triton() or backend.is_deep_gemm()
+    )
 
 
 def in_force(topk_config: Any) -> bool:

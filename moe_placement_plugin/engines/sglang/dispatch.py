@@ -45,12 +45,19 @@ def dispatch_table(
     count = (candidates != -1).sum(axis=-1)
     if (count == 0).any():
         layer, expert = (int(i) for i in np.argwhere(count == 0)[0])
-        raise PlacementError(f"layer {layer} has no slot for expert {expert}: every logical expert needs a slot")
+        raise PlacementError(
+            f"layer {layer} has no slot for expert {expert}: every logical expert needs a slot"
+        )
     # Most experts have one slot, the same for every rank (padding is -1, so it is the greatest); the replicated ones need thought.
     table = np.repeat(candidates.max(axis=-1)[None], len(ranks), axis=0)
     rows, columns = np.nonzero(count > 1)
     if rows.size:
-        spread = _Spread(candidates[rows, columns], num_ranks, num_slots // num_ranks, ranks_per_node or num_ranks)
+        spread = _Spread(
+            candidates[rows, columns],
+            num_ranks,
+            num_slots // num_ranks,
+            ranks_per_node or num_ranks,
+        )
         for index, rank in enumerate(ranks):
             table[index, rows, columns] = spread.row(rank)
     return table
@@ -59,7 +66,9 @@ def dispatch_table(
 class _Spread:
     """Ranks dealt to the replicas of n replicated experts, ``candidates`` ``[n, most replicas]``."""
 
-    def __init__(self, candidates: np.ndarray, num_ranks: int, slots_per_rank: int, ranks_per_node: int):
+    def __init__(
+        self, candidates: np.ndarray, num_ranks: int, slots_per_rank: int, ranks_per_node: int
+    ):
         n, width = candidates.shape
         # Replicas in slot order, so that those of a node follow each other; padding last.
         beyond = np.iinfo(candidates.dtype).max
@@ -78,7 +87,9 @@ class _Spread:
         own[row, self.owner] = True
         self.own = own[:, :-1]
         node = np.where(valid, self.owner // ranks_per_node, nodes)
-        on_node = np.bincount((row * (nodes + 1) + node).ravel(), minlength=n * (nodes + 1)).reshape(n, nodes + 1)
+        on_node = np.bincount(
+            (row * (nodes + 1) + node).ravel(), minlength=n * (nodes + 1)
+        ).reshape(n, nodes + 1)
         self.on_node, self.first_on_node = on_node, np.cumsum(on_node, axis=1) - on_node
         # SGLang stays on the node only where that narrows the choice.
         self.narrows = (on_node > 0) & (on_node < replicas)
@@ -101,7 +112,9 @@ class _Spread:
         """``[n]``: the slot that ``rank`` uses for each expert."""
         node = rank // self.ranks_per_node
         before = (~self.own[:, node * self.ranks_per_node : rank]).sum(axis=1)
-        near = self.first_on_node[:, node] + (before + self.row_index) % np.maximum(self.on_node[:, node], 1)
+        near = self.first_on_node[:, node] + (before + self.row_index) % np.maximum(
+            self.on_node[:, node], 1
+        )
         far = ((self.far_before[:, node] + before)[:, None] >= self.up_to).sum(axis=1)
         pick = np.where(self.narrows[:, node], near, far)
         pick = np.where(self.own[:, rank], (self.owner == rank).argmax(axis=1), pick)
@@ -120,7 +133,9 @@ def _fill(served: np.ndarray, valid: np.ndarray, more: np.ndarray) -> np.ndarray
     turned = (np.arange(width) + np.arange(n)[:, None]) % width
     order = np.argsort(level * width + turned, axis=1)
     rising = np.take_along_axis(level, order, axis=1)
-    room = rising * np.arange(1, width + 1) - np.cumsum(rising, axis=1)  # water that lifts the lowest k to the k-th level
+    room = rising * np.arange(1, width + 1) - np.cumsum(
+        rising, axis=1
+    )  # water that lifts the lowest k to the k-th level
     used = (room <= more[:, None]).sum(axis=1)
     total = np.take_along_axis(np.cumsum(rising, axis=1), used[:, None] - 1, axis=1)[:, 0] + more
     height, spare = np.divmod(total, used)

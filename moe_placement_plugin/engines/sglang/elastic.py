@@ -23,7 +23,9 @@ def live_ranks() -> tuple[int, ...] | None:
     if len(alive) == ranks:
         return None
     if own_rank() not in alive:
-        raise PlacementError(f"EP rank {own_rank()} counts as dead on itself, alive are {list(alive)}: stop this rank")
+        raise PlacementError(
+            f"EP rank {own_rank()} counts as dead on itself, alive are {list(alive)}: stop this rank"
+        )
     return alive
 
 

@@ -51,7 +51,9 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
             )
         policy_from(asked.rebalance, REBALANCE_FLAG)
     if asked.planner and not asked.moves:
-        raise PlacementError("--eplb-algorithm expert_placement without --enable-eplb: nothing rebalances; add it, or leave the algorithm out")
+        raise PlacementError(
+            "--eplb-algorithm expert_placement without --enable-eplb: nothing rebalances; add it, or leave the algorithm out"
+        )
     if not asked.moves:
         return
     flag = "--enable-eplb with an expert placement"
@@ -70,7 +72,9 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
         )
     algorithm = str(getattr(cfg, "eplb_algorithm", "auto"))
     asked.elastic = bool(getattr(cfg, "elastic_ep_backend", None))
-    if ours and algorithm != "auto" and not (asked.elastic and algorithm == "elasticity_aware"):  # SGLang's own choice then
+    if (
+        ours and algorithm != "auto" and not (asked.elastic and algorithm == "elasticity_aware")
+    ):  # SGLang's own choice then
         raise PlacementError(
             f"--eplb-algorithm {algorithm} together with --expert-placement-strategy eplb: both decide how to rebalance; leave one of the two out"
         )
@@ -93,14 +97,20 @@ def list_weights(model: Any) -> None:
             f"--enable-eplb: {type(model).__name__} keeps shared experts among the routed ones, which EPLB cannot move: add "
             "--disable-shared-experts-fusion, or leave --enable-eplb out"
         )
-    model.routed_experts_weights_of_layer = LazyValue(lambda: {layer.layer_id: _slot_tensors(layer) for layer in experts})
+    model.routed_experts_weights_of_layer = LazyValue(
+        lambda: {layer.layer_id: _slot_tensors(layer) for layer in experts}
+    )
 
 
 def _slot_tensors(layer: Any) -> list[Any]:
     from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
 
     slots = layer.num_local_experts
-    return [p.data for name, p in layer.named_parameters() if name != "correction_bias" and filter_moe_weight_param_global_expert(name, p, slots)]
+    return [
+        p.data
+        for name, p in layer.named_parameters()
+        if name != "correction_bias" and filter_moe_weight_param_global_expert(name, p, slots)
+    ]
 
 
 def warm_up(asked: settings.Settings) -> None:
@@ -108,7 +118,12 @@ def warm_up(asked: settings.Settings) -> None:
     from .. import eplb_table
 
     placement = asked.placement
-    eplb_table.warm_up(placement.physical_to_logical, placement.num_logical_experts, placement.num_ranks, asked.plans)
+    eplb_table.warm_up(
+        placement.physical_to_logical,
+        placement.num_logical_experts,
+        placement.num_ranks,
+        asked.plans,
+    )
 
 
 def rebalance(original: Callable, self: Any) -> Iterator[None]:
@@ -122,17 +137,28 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
     policy = policy_from(asked.rebalance, REBALANCE_FLAG)
     if asked.plans and not hasattr(self, _PLANNER):
         setattr(self, _PLANNER, _planner(policy, model.routed_experts_weights_of_layer))
-    here = eplb_update.Rebalance(Watchdog(policy.watchdog, report=logger.warning), getattr(self, _PLANNER, None))
+    here = eplb_update.Rebalance(
+        Watchdog(policy.watchdog, report=logger.warning), getattr(self, _PLANNER, None)
+    )
     steps = original(self)
     while True:
         eplb_update.under_way = here
         try:
             with here.watchdog:
-                here.watchdog.waits_for(WaitingFor("all-reduce of the load", peers=eplb_update.others()))
+                here.watchdog.waits_for(
+                    WaitingFor("all-reduce of the load", peers=eplb_update.others())
+                )
                 ended = next(steps, _END) is _END
                 if here.moved and loaded.current() is not None:
-                    here.watchdog.waits_for(WaitingFor("verification", tuple(here.moved), peers=eplb_update.others()))
-                    recheck(model, "expert weights were damaged by an exchange", here.moved, elastic.may_lose_ranks())
+                    here.watchdog.waits_for(
+                        WaitingFor("verification", tuple(here.moved), peers=eplb_update.others())
+                    )
+                    recheck(
+                        model,
+                        "expert weights were damaged by an exchange",
+                        here.moved,
+                        elastic.may_lose_ranks(),
+                    )
         finally:
             eplb_update.under_way = None
         if ended:
@@ -145,8 +171,13 @@ def _planner(policy: RebalancePolicy, weights: Any) -> Rebalancer:
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 
     layers = sorted(weights.keys())
-    sizes = [sum(tensor[0].numel() * tensor.element_size() for tensor in weights[layer]) for layer in layers]
-    return Rebalancer(policy, layers, sizes, logger, real_topology(), get_moe_a2a_backend().is_none())
+    sizes = [
+        sum(tensor[0].numel() * tensor.element_size() for tensor in weights[layer])
+        for layer in layers
+    ]
+    return Rebalancer(
+        policy, layers, sizes, logger, real_topology(), get_moe_a2a_backend().is_none()
+    )
 
 
 def plan(
@@ -165,26 +196,49 @@ def plan(
     """
     planner = None if eplb_update.under_way is None else eplb_update.under_way.planner
     if planner is None:
-        return original(tokens_per_expert, num_physical_experts, num_local_physical_experts, num_groups, num_nodes, algorithm)
+        return original(
+            tokens_per_expert,
+            num_physical_experts,
+            num_local_physical_experts,
+            num_groups,
+            num_nodes,
+            algorithm,
+        )
     import torch
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
     in_force = get_global_expert_location_metadata().physical_to_logical_map_cpu.numpy()
     rows = list(planner.layer_ids)
-    counts, of = windows(tokens_per_expert.cpu().numpy()[:, rows], phases.of_passes(len(tokens_per_expert)))
+    counts, of = windows(
+        tokens_per_expert.cpu().numpy()[:, rows], phases.of_passes(len(tokens_per_expert))
+    )
     table = in_force.copy()
     ranks, live = num_physical_experts // num_local_physical_experts, elastic.live_ranks()
     if live is not None and not counts.any():
-        counts = np.ones_like(counts)  # what was lost must find a place, whether or not anything was recorded
+        counts = np.ones_like(
+            counts
+        )  # what was lost must find a place, whether or not anything was recorded
     if counts.any():
         load = ExpertLoad(counts / phases.ranks_that_count_alike(), planner.layer_ids, of)
-        table[rows], _ = planner.propose(load, in_force[rows], ranks, num_groups or 1, num_nodes, live)
-    usable = None if live is None else np.isin(np.arange(num_physical_experts) // num_local_physical_experts, live)
+        table[rows], _ = planner.propose(
+            load, in_force[rows], ranks, num_groups or 1, num_nodes, live
+        )
+    usable = (
+        None
+        if live is None
+        else np.isin(np.arange(num_physical_experts) // num_local_physical_experts, live)
+    )
     to_physical, count = inverse_maps(table, tokens_per_expert.shape[-1], usable)
-    return torch.from_numpy(table.astype(np.int64)), torch.from_numpy(to_physical), torch.from_numpy(count)
+    return (
+        torch.from_numpy(table.astype(np.int64)),
+        torch.from_numpy(to_physical),
+        torch.from_numpy(count),
+    )
 
 
-def windows(counts: np.ndarray, phases: Sequence[str], most: int = MOST_WINDOWS) -> tuple[np.ndarray, tuple[str, ...]]:
+def windows(
+    counts: np.ndarray, phases: Sequence[str], most: int = MOST_WINDOWS
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """At most ``most`` windows of each phase, of consecutive forward passes, without those that saw no token.
 
     Args:
@@ -202,7 +256,11 @@ def windows(counts: np.ndarray, phases: Sequence[str], most: int = MOST_WINDOWS)
         if len(first):
             parts.append(np.add.reduceat(served, first, axis=0, dtype=np.float64))
             of += [phase] * len(first)
-    return (np.concatenate(parts), tuple(of)) if parts else (np.zeros((1, *counts.shape[1:])), ("mixed",))
+    return (
+        (np.concatenate(parts), tuple(of))
+        if parts
+        else (np.zeros((1, *counts.shape[1:])), ("mixed",))
+    )
 
 
 def needed(original: Callable, self: Any, *args: Any, **kwargs: Any) -> bool:
@@ -228,7 +286,14 @@ def hooks() -> HookSet:
                 name="eplb-plan",
                 target="sglang.srt.eplb.eplb_algorithms:rebalance_experts",
                 hook=plan,
-                relies_on=("tokens_per_expert", "num_physical_experts", "num_local_physical_experts", "num_groups", "num_nodes", "algorithm"),
+                relies_on=(
+                    "tokens_per_expert",
+                    "num_physical_experts",
+                    "num_local_physical_experts",
+                    "num_groups",
+                    "num_nodes",
+                    "algorithm",
+                ),
                 why="EPLB's algorithms are a closed list, never see the placement in force, and move experts whether it pays or not",
                 upstream="SGLang #8345, #7879",
                 removable_when="SGLang takes algorithms from plugins and hands them the placement in force",
@@ -237,7 +302,11 @@ def hooks() -> HookSet:
                 name="eplb-update",
                 target="sglang.srt.eplb.expert_location_updater:ExpertLocationUpdater.update",
                 hook=eplb_update.update,
-                relies_on=("routed_experts_weights_of_layer", "new_expert_location_metadata", "update_layer_ids"),
+                relies_on=(
+                    "routed_experts_weights_of_layer",
+                    "new_expert_location_metadata",
+                    "update_layer_ids",
+                ),
                 why="layers that stay are worked through, all is staged in a buffer of a whole layer, a rank that dies leaves a mix, and an expert "
                 "whose chosen sender is dead goes to disk though a live rank holds it, with a full reload for all models but DeepSeek",
                 upstream="SGLang #12068, #8345",

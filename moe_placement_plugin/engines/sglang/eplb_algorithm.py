@@ -45,12 +45,25 @@ def rebalance_experts(
 
     load = tokens_per_expert.detach().to(device="cpu", dtype=torch.float64).numpy()
     name = str(getattr(algorithm, "name", algorithm))
-    table = rebalance_table(load, num_physical_experts, num_local_physical_experts, num_groups, num_nodes, name.endswith("hierarchical"))
+    table = rebalance_table(
+        load,
+        num_physical_experts,
+        num_local_physical_experts,
+        num_groups,
+        num_nodes,
+        name.endswith("hierarchical"),
+    )
     to_physical, count = inverse_maps(table, load.shape[-1])
-    return torch.from_numpy(table.astype(np.int64)), torch.from_numpy(to_physical), torch.from_numpy(count)
+    return (
+        torch.from_numpy(table.astype(np.int64)),
+        torch.from_numpy(to_physical),
+        torch.from_numpy(count),
+    )
 
 
-def rebalance_table(load, num_physical_experts, num_local_physical_experts, num_groups, num_nodes, hierarchical) -> np.ndarray:
+def rebalance_table(
+    load, num_physical_experts, num_local_physical_experts, num_groups, num_nodes, hierarchical
+) -> np.ndarray:
     """The plan of `rebalance_experts` over numpy arrays; int32 [layers, num_physical_experts]."""
     if num_local_physical_experts < 1 or num_physical_experts % num_local_physical_experts:
         raise PlacementError(

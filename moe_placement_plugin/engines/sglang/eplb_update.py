@@ -87,7 +87,9 @@ def update(
         return {}
     exchanger = _exchanger(self, routed_experts_weights_of_layer, in_force)
     tables = (m.physical_to_logical_map_cpu.numpy()[changed] for m in (in_force, goal))
-    exchange = exchanger.plan(*(exchanger.placement(table, changed) for table in tables), elastic.live_ranks())
+    exchange = exchanger.plan(
+        *(exchanger.placement(table, changed) for table in tables), elastic.live_ranks()
+    )
     watchdog = None
     if under_way is not None:
         under_way.moved += [exchange.new.layer_ids[row] for row in exchange.changed_rows]
@@ -124,7 +126,9 @@ def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
         from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
         if _met is None:
-            raise PlacementError("experts are to move before the model has been loaded: this start of SGLang is not understood")
+            raise PlacementError(
+                "experts are to move before the model has been loaded: this start of SGLang is not understood"
+            )
         policy = policy_from(settings.current().rebalance, REBALANCE_FLAG)
         tensors = {layer: weights[layer] for layer in weights.keys()}
         first = next(iter(tensors.values()))[0]

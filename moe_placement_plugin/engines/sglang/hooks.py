@@ -82,7 +82,9 @@ class Hook(Patch):
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
         # The registry hooks a target once and passes over what is registered for it later: put this one on top.
-        earlier = HookRegistry._hooks.pop(self.path, []) if self.path in HookRegistry._patched else None
+        earlier = (
+            HookRegistry._hooks.pop(self.path, []) if self.path in HookRegistry._patched else None
+        )
         HookRegistry.register(self.path, self._run, HookType.AROUND)
         self.state = "registered"
         if earlier is not None:
@@ -186,5 +188,3 @@ class HookSet(PatchSet):
         for hook in self.patches:
             hook.confirm()
         return [hook.name for hook in self.patches if hook.state not in ("applied", "not needed")]
-
-

@@ -37,12 +37,18 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
     nodes = int(getattr(cfg, "nnodes", 1) or 1)
     if asked.host_timeout is not None:
         if nodes == 1:
-            raise PlacementError(f"{TIMEOUT_FLAG} {asked.host_timeout:g} with --nnodes 1: there is no other host; leave it out")
+            raise PlacementError(
+                f"{TIMEOUT_FLAG} {asked.host_timeout:g} with --nnodes 1: there is no other host; leave it out"
+            )
         asked.host_timeout = check_timeout(asked.host_timeout, TIMEOUT_FLAG)
     if asked.locality not in LOCALITIES:
-        raise PlacementError(f"{LOCALITY_FLAG} {asked.locality}: choose one of {', '.join(LOCALITIES)}")
+        raise PlacementError(
+            f"{LOCALITY_FLAG} {asked.locality}: choose one of {', '.join(LOCALITIES)}"
+        )
     if asked.locality != "none" and bool(getattr(cfg, "enable_eplb", False)):
-        raise PlacementError(f"{LOCALITY_FLAG} {asked.locality} with --enable-eplb, which has its own rule for groups and nodes: leave it out")
+        raise PlacementError(
+            f"{LOCALITY_FLAG} {asked.locality} with --enable-eplb, which has its own rule for groups and nodes: leave it out"
+        )
     asked.nodes = nodes
     asked.adopts = nodes > 1 and int(cfg.node_rank) > 0 and _waits_for_head(asked, cfg)
 
@@ -67,7 +73,11 @@ def agree(asked: settings.Settings) -> None:
     said = {
         "engine": f"SGLang {sglang.__version__}",
         "strategy": asked.strategy,
-        "digest": None if asked.adopts else "" if asked.placement is None else asked.placement.digest,
+        "digest": None
+        if asked.adopts
+        else ""
+        if asked.placement is None
+        else asked.placement.digest,
         "source": asked.file or "",
         "error": asked.error,
         "rules": {
@@ -77,7 +87,14 @@ def agree(asked: settings.Settings) -> None:
         },
     }
     parcel = {"plan": None if asked.placement is None else pack(asked.placement)}
-    found = session.open_session(said, parcel, asked.host_timeout or DEFAULT_TIMEOUT, logger, partial(_name_rank, asked.nodes), _end)
+    found = session.open_session(
+        said,
+        parcel,
+        asked.host_timeout or DEFAULT_TIMEOUT,
+        logger,
+        partial(_name_rank, asked.nodes),
+        _end,
+    )
     if asked.adopts:
         asked.placement, asked.adopts = unpack(found.parcel["plan"]), False
     session.warn_about_nodes(asked.placement.metadata.get("node_of_rank"), real_topology(), logger)
@@ -95,7 +112,9 @@ def real_topology() -> Topology | None:
 def _name_rank(nodes: int, rank: int) -> str:
     import torch.distributed as dist
 
-    return f"the host with --node-rank {rank // max(1, dist.get_world_size() // nodes)} (rank {rank})"
+    return (
+        f"the host with --node-rank {rank // max(1, dist.get_world_size() // nodes)} (rank {rank})"
+    )
 
 
 def _end(message: str) -> None:

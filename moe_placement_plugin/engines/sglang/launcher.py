@@ -19,7 +19,13 @@ from .versions import check_version
 ALGORITHM = "expert_placement"
 """Value of ``--eplb-algorithm`` for our planner, with any strategy to begin with."""
 
-FLAGS = ("expert_placement_strategy", "expert_placement_file", "expert_rebalance", "expert_placement_locality", "expert_host_timeout")
+FLAGS = (
+    "expert_placement_strategy",
+    "expert_placement_file",
+    "expert_rebalance",
+    "expert_placement_locality",
+    "expert_host_timeout",
+)
 
 
 def request(values: dict[str, Any]) -> settings.Settings | None:
@@ -33,14 +39,23 @@ def request(values: dict[str, Any]) -> settings.Settings | None:
     strategy, file, rebalance, locality, host_timeout = (values.pop(flag, None) for flag in FLAGS)
     planner = values.get("eplb_algorithm") == ALGORITHM
     if planner:
-        values["eplb_algorithm"] = "auto"  # SGLang's list is closed; our hook is asked whatever it names
+        values["eplb_algorithm"] = (
+            "auto"  # SGLang's list is closed; our hook is asked whatever it names
+        )
         strategy = "eplb" if strategy is None and file is None else strategy
     if strategy is None and file is None:
         if rebalance is not None:
-            raise PlacementError(f"{REBALANCE_FLAG} without --expert-placement-strategy eplb: nothing of ours rebalances; add it, or leave it out")
-        for flag, value in ((host_flags.LOCALITY_FLAG, locality), (host_flags.TIMEOUT_FLAG, host_timeout)):
+            raise PlacementError(
+                f"{REBALANCE_FLAG} without --expert-placement-strategy eplb: nothing of ours rebalances; add it, or leave it out"
+            )
+        for flag, value in (
+            (host_flags.LOCALITY_FLAG, locality),
+            (host_flags.TIMEOUT_FLAG, host_timeout),
+        ):
             if value is not None:
-                raise PlacementError(f"{flag} {value} without an expert placement: add --expert-placement-strategy, or leave it out")
+                raise PlacementError(
+                    f"{flag} {value} without an expert placement: add --expert-placement-strategy, or leave it out"
+                )
         return None
     import sglang
 

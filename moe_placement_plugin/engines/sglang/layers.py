@@ -64,11 +64,19 @@ def _shared_slots(shared: int) -> int:
 
 
 def load(
-    original: Callable, self: Any, param: Any, loaded_weight: Any, weight_name: str, shard_id: str, expert_id: int | None
+    original: Callable,
+    self: Any,
+    param: Any,
+    loaded_weight: Any,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int | None,
 ) -> None:
     """`FusedMoE.weight_loader`, noting which logical experts the checkpoint brings."""
     if _placement() is not None:
-        if expert_id is not None and reload.intercepted(self, param, loaded_weight, weight_name, shard_id, expert_id):
+        if expert_id is not None and reload.intercepted(
+            self, param, loaded_weight, weight_name, shard_id, expert_id
+        ):
             return
         if expert_id is None:
             raise PlacementError(
@@ -79,7 +87,15 @@ def load(
     original(self, param, loaded_weight, weight_name, shard_id, expert_id)
 
 
-def fill(original: Callable, self: Any, param: Any, loaded_weight: Any, weight_name: str, shard_id: str, expert_id: int) -> None:
+def fill(
+    original: Callable,
+    self: Any,
+    param: Any,
+    loaded_weight: Any,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+) -> None:
     """`FusedMoE._weight_loader_impl`, which writes one slot of this rank, noting which.
 
     Weight matrices only: checkpoints may leave a scale of a single expert to its default.
@@ -127,7 +143,9 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     if asked is not None and asked.placement is not None and not draft:
         layers = check_layers(self.model, asked.placement, asked.reads)
         if not layers and asked.stages == 1:
-            raise PlacementError(f"{type(self.model).__name__} has no FusedMoE layer: serve it without the placement flags")
+            raise PlacementError(
+                f"{type(self.model).__name__} has no FusedMoE layer: serve it without the placement flags"
+            )
         from . import eplb, eplb_update
         from .worker import hooks
 
@@ -223,7 +241,12 @@ def _check_router(name: str, router: Any) -> None:
     output = getattr(router.topk_config.output_format, "name", None)
     backend = get_moe_runner_backend()
     if output in ("BYPASSED", "TRITON_KERNEL") or (
-        output is None and (backend.is_triton_kernels() or backend.is_flashinfer_trtllm() or backend.is_flashinfer_mxfp4())
+        output is None
+        and (
+            backend.is_triton_kernels()
+            or backend.is_flashinfer_trtllm()
+            or backend.is_flashinfer_mxfp4()
+        )
     ):
         raise PlacementError(
             f"{name} routes inside its kernel ({output or backend.value}), which never sees the map of experts: choose "
@@ -232,7 +255,11 @@ def _check_router(name: str, router: Any) -> None:
 
 
 def _check_weights(name: str, layer: Any, placement: Placement) -> None:
-    shards = {shard: experts for (layer_id, shard), experts in _loaded.items() if layer_id == layer.layer_id}
+    shards = {
+        shard: experts
+        for (layer_id, shard), experts in _loaded.items()
+        if layer_id == layer.layer_id
+    }
     every = set(range(placement.num_logical_experts))
     if not shards:
         raise PlacementError(
@@ -247,7 +274,11 @@ def _check_weights(name: str, layer: Any, placement: Placement) -> None:
                 f"{missing[0]} is missing: its slots hold no weights; use a complete checkpoint"
             )
     for (layer_id, shard, _), slots in _filled.items():
-        empty = sorted(set(range(layer._num_local_routed)) - slots) if layer_id == layer.layer_id else []
+        empty = (
+            sorted(set(range(layer._num_local_routed)) - slots)
+            if layer_id == layer.layer_id
+            else []
+        )
         if empty:
             expert = placement.local_experts(placement.row(layer_id), layer.moe_ep_rank)[empty[0]]
             raise PlacementError(

@@ -23,7 +23,14 @@ FLAG = "expert_placement_verify"
 ACTION = "expert_placement"
 """What to ask SGLang's weight checker for, to have the experts of a serving server checked."""
 
-_CLEAN_FORMATS = ("auto", "safetensors", "fastsafetensors", "pt", "npcache", "mistral")  # those of DefaultModelLoader
+_CLEAN_FORMATS = (
+    "auto",
+    "safetensors",
+    "fastsafetensors",
+    "pt",
+    "npcache",
+    "mistral",
+)  # those of DefaultModelLoader
 
 _current: VerifySettings | None = None
 _loading: _Loading | None = None
@@ -66,7 +73,9 @@ def current() -> VerifySettings | None:
 
 def add_arguments(group: Any) -> None:
     """Add the flag to an argparse group."""
-    group.add_argument("--expert-placement-verify", type=str, choices=LEVELS, default=None, help=HELP)
+    group.add_argument(
+        "--expert-placement-verify", type=str, choices=LEVELS, default=None, help=HELP
+    )
 
 
 def request(values: dict[str, Any], placed: bool) -> VerifySettings | None:
@@ -122,9 +131,13 @@ def settle(server_args: Any) -> None:
     if level == "checkpoint":
         _check_checkpoint(cfg, flag, load_format)
     if random_replicas:
-        raise PlacementError(f"{flag} with --load-format dummy and {redundant} redundant experts: replicas are random and differ; leave it out")
+        raise PlacementError(
+            f"{flag} with --load-format dummy and {redundant} redundant experts: replicas are random and differ; leave it out"
+        )
     if getattr(cfg, "startup_weight_load_mode", None) == "overlap":
-        raise PlacementError(f"{flag} with --startup-weight-load-mode overlap: nothing is loaded yet when it is verified; leave the mode out")
+        raise PlacementError(
+            f"{flag} with --startup-weight-load-mode overlap: nothing is loaded yet when it is verified; leave the mode out"
+        )
     hooks().require_fit()
 
 
@@ -135,23 +148,33 @@ def _check_experts(server_args: Any, cfg: Any, flag: str) -> None:
         raise PlacementError(
             f"{flag} with --ep-size {cfg.ep_size}: no rank holds whole experts that another could hold too; add --ep-size, or leave the flag out"
         )
-    model_shape(versions.model_config(server_args).hf_text_config, str(cfg.model_path))  # refuses a model without experts
+    model_shape(
+        versions.model_config(server_args).hf_text_config, str(cfg.model_path)
+    )  # refuses a model without experts
     if getattr(cfg, "elastic_ep_backend", None):
-        raise PlacementError(f"{flag} together with --elastic-ep-backend: ranks that come and go change the slots; leave one of the two out")
+        raise PlacementError(
+            f"{flag} together with --elastic-ep-backend: ranks that come and go change the slots; leave one of the two out"
+        )
 
 
 def _check_checkpoint(cfg: Any, flag: str, load_format: str) -> None:
     if load_format == "dummy":
-        raise PlacementError(f"{flag} with --load-format dummy: there is no checkpoint to compare with; use replicas")
+        raise PlacementError(
+            f"{flag} with --load-format dummy: there is no checkpoint to compare with; use replicas"
+        )
     if load_format not in _CLEAN_FORMATS:
-        raise PlacementError(f"{flag} with --load-format {load_format}: only {', '.join(_CLEAN_FORMATS)} can be loaded a second time; use replicas")
+        raise PlacementError(
+            f"{flag} with --load-format {load_format}: only {', '.join(_CLEAN_FORMATS)} can be loaded a second time; use replicas"
+        )
     for option, given in (
         ("--cpu-offload-gb", getattr(cfg, "cpu_offload_gb", 0) > 0),
         ("--offload-group-size", getattr(cfg, "offload_group_size", -1) > 0),
         ("--enable-memory-saver", getattr(cfg, "enable_memory_saver", False)),
     ):
         if given:
-            raise PlacementError(f"{flag} together with {option}: it would keep the model of the clean load in memory; use replicas")
+            raise PlacementError(
+                f"{flag} together with {option}: it would keep the model of the clean load in memory; use replicas"
+            )
 
 
 def _load_model(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -179,8 +202,15 @@ def _load_weights(original: Callable, self: Any, *args: Any, **kwargs: Any) -> A
 
     # Each hook looks for all: none can be lost unseen.
     hooks().require_applied()
-    if _loading is not None and _loading.level == "checkpoint" and _loading.clean is None and type(self) is DefaultModelLoader:
-        _loading.clean = clean_load(functools.partial(original, self, *args, **kwargs), _loading.runner)
+    if (
+        _loading is not None
+        and _loading.level == "checkpoint"
+        and _loading.clean is None
+        and type(self) is DefaultModelLoader
+    ):
+        _loading.clean = clean_load(
+            functools.partial(original, self, *args, **kwargs), _loading.runner
+        )
     return original(self, *args, **kwargs)
 
 
@@ -225,7 +255,9 @@ def _trivial(runner: Any) -> Any:
 
     make = ExpertLocationMetadata.init_trivial
     more = {"server_args": runner.server_args} if versions.takes_server_args(make) else {}
-    return make(model_config=runner.model_config, moe_ep_rank=get_moe_ep_group().rank_in_group, **more)
+    return make(
+        model_config=runner.model_config, moe_ep_rank=get_moe_ep_group().rank_in_group, **more
+    )
 
 
 def _as_placement(metadata: Any, like: Placement) -> Placement:

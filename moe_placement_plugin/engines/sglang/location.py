@@ -42,7 +42,9 @@ def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
     rows = asked.placement.to_sglang(shape.num_layers)["physical_to_logical_map"]
     metadata = ExpertLocationMetadata.init_by_mapping(**call, physical_to_logical_map=rows)
     if metadata.physical_to_logical_map_cpu.tolist() != rows:
-        raise PlacementError("SGLang changed the placement on the way to its workers: use a supported version")
+        raise PlacementError(
+            "SGLang changed the placement on the way to its workers: use a supported version"
+        )
     return metadata
 
 

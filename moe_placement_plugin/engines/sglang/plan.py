@@ -83,7 +83,9 @@ def finish(server_args: Any, asked: Settings) -> None:
             asked.placement = place(asked, shape, ranks, asked.nodes, wanted, padding)
             pack(asked.placement)  # it must fit on the way to the workers
         except PlacementError as refused:
-            if asked.nodes == 1 or (asked.file is None and not get_strategy(asked.strategy).needs_load):
+            if asked.nodes == 1 or (
+                asked.file is None and not get_strategy(asked.strategy).needs_load
+            ):
                 raise
             # The other hosts would wait for this one: its workers tell them, and all stop with the reason.
             logger.error("%s", refused)
@@ -116,7 +118,9 @@ def _checkpoint_quantization(hf_config: Any) -> str:
     return str(quantization.get("quant_method", "") or "")
 
 
-def place(asked: Settings, shape: ModelShape, ranks: int, nodes: int, wanted: int, padding: int) -> Placement:
+def place(
+    asked: Settings, shape: ModelShape, ranks: int, nodes: int, wanted: int, padding: int
+) -> Placement:
     """The placement, with the equal number of slots on every rank that SGLang needs.
 
     Args:
@@ -141,13 +145,25 @@ def place(asked: Settings, shape: ModelShape, ranks: int, nodes: int, wanted: in
             _check_slots(plan, shape, ranks, wanted, padding, asked.file)
             if asked.locality == "none":  # else resolve_placement refuses
                 return check_plan(plan, shape, topology, redundant, per_rank, asked.file)
-    elif asked.moves and asked.strategy == "eplb":  # which plans from what EPLB records, beginning where EPLB does
+    elif (
+        asked.moves and asked.strategy == "eplb"
+    ):  # which plans from what EPLB records, beginning where EPLB does
         row = np.arange(shape.num_experts + redundant) % shape.num_experts
-        return Placement(np.tile(row, (len(shape.layer_ids), 1)), shape.num_experts, per_rank, shape.layer_ids, "eplb")
-    return resolve_placement(asked.strategy, asked.file, shape, topology, redundant, per_rank, asked.locality)
+        return Placement(
+            np.tile(row, (len(shape.layer_ids), 1)),
+            shape.num_experts,
+            per_rank,
+            shape.layer_ids,
+            "eplb",
+        )
+    return resolve_placement(
+        asked.strategy, asked.file, shape, topology, redundant, per_rank, asked.locality
+    )
 
 
-def _check_slots(plan: Placement, shape: ModelShape, ranks: int, wanted: int, padding: int, file: str) -> None:
+def _check_slots(
+    plan: Placement, shape: ModelShape, ranks: int, wanted: int, padding: int, file: str
+) -> None:
     """Say in SGLang's own terms when a plan's slots do not fit ``--ep-num-redundant-experts``."""
     fits = plan.num_logical_experts == shape.num_experts and plan.num_ranks == ranks
     if fits and plan.num_redundant != wanted + padding:
@@ -173,12 +189,20 @@ def fill_up(plan: Placement, slots: int) -> Placement:
         copies = plan.replica_counts[row].copy()
         for local in held:
             while len(local) < slots:
-                expert = min((e for e in range(plan.num_logical_experts) if e not in local), key=lambda e: (copies[e], e))
+                expert = min(
+                    (e for e in range(plan.num_logical_experts) if e not in local),
+                    key=lambda e: (copies[e], e),
+                )
                 copies[expert] += 1
                 local.append(expert)
         table[row] = np.concatenate(held)
     return Placement(
-        table, plan.num_logical_experts, (slots,) * plan.num_ranks, plan.layer_ids, plan.strategy, plan.metadata
+        table,
+        plan.num_logical_experts,
+        (slots,) * plan.num_ranks,
+        plan.layer_ids,
+        plan.strategy,
+        plan.metadata,
     )
 
 
@@ -198,7 +222,10 @@ def _report(asked: Settings, shape: ModelShape, wanted: int) -> None:
     placement = asked.placement
     if placement is None:
         if asked.adopts:
-            logger.info("expert placement %s: this host has no file, the head's placement holds", asked.strategy)
+            logger.info(
+                "expert placement %s: this host has no file, the head's placement holds",
+                asked.strategy,
+            )
         return
     if asked.padding:
         logger.warning(

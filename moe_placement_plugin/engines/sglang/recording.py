@@ -70,7 +70,10 @@ def add_arguments(group: Any) -> None:
         help="Seconds between two writes of the recording, which is also the length of a window (default 60).",
     )  # fmt: skip
     group.add_argument(
-        "--expert-load-coactivation", action="store_true", default=None, help="Also record which experts are chosen together."
+        "--expert-load-coactivation",
+        action="store_true",
+        default=None,
+        help="Also record which experts are chosen together.",
     )
 
 
@@ -84,7 +87,9 @@ def request(values: dict[str, Any]) -> RecordSettings | None:
     if path is None:
         for flag, value in zip(FLAGS[1:], (interval, pairs)):
             if value:
-                raise PlacementError(f"--{flag.replace('_', '-')} without --expert-load-record: nothing is recorded; add the path")
+                raise PlacementError(
+                    f"--{flag.replace('_', '-')} without --expert-load-record: nothing is recorded; add the path"
+                )
         return None
     import sglang
 
@@ -112,12 +117,18 @@ def _install_metrics(server_args: Any, asked: RecordSettings) -> None:
         placed = settings.of(server_args)
         if placed is not None and placed.moves:
             return None
-        if placed is not None and placed.placement is not None and placed.placement.layer_ids == load.layer_ids:
+        if (
+            placed is not None
+            and placed.placement is not None
+            and placed.placement.layer_ids == load.layer_ids
+        ):
             return placed.placement
         values = resolved(server_args)
         if getattr(values, "enable_eplb", False) or getattr(values, "ep_num_redundant_experts", 0):
             return None
-        return metrics.contiguous(load, values.ep_size) if getattr(values, "ep_size", 1) > 1 else None
+        return (
+            metrics.contiguous(load, values.ep_size) if getattr(values, "ep_size", 1) > 1 else None
+        )
 
     metrics.install(asked.path, placement_of)
 
@@ -141,7 +152,9 @@ def _check(server_args: Any, asked: RecordSettings) -> None:
     attention_dp = bool(getattr(values, "enable_dp_attention", False))
     shared_attention = values.tp_size > (values.dp_size if attention_dp else 1)
     if getattr(values, "enable_two_batch_overlap", False):
-        raise PlacementError(f"{flag} together with --enable-two-batch-overlap: tokens would be counted wrongly; leave one of the two out")
+        raise PlacementError(
+            f"{flag} together with --enable-two-batch-overlap: tokens would be counted wrongly; leave one of the two out"
+        )
     if a2a == "none" and attention_dp:
         raise PlacementError(
             f"{flag} together with --enable-dp-attention without an all-to-all back end: the ranks route each other's tokens, which cannot "
@@ -176,7 +189,9 @@ class LoadRecording:
         if not counts or not routers:
             return
         tokens = _most_tokens(runner, args)
-        self.counters = LoadCounters(len(routers), shape.num_experts, tokens, runner.device, asked.coactivation)
+        self.counters = LoadCounters(
+            len(routers), shape.num_experts, tokens, runner.device, asked.coactivation
+        )
         for row, router in enumerate(routers.values()):
             object.__setattr__(router.topk_config, _COUNT, (self.counters, row))
         if attention_dp:
@@ -196,7 +211,14 @@ class LoadRecording:
             "top_k": getattr(config, "num_experts_per_tok", None),
         }
         windows = Windows(tuple(routers), shape.num_experts, asked.interval, metadata)
-        self.recorder = LoadRecorder(asked.path, windows, self.counters.snapshot, asked.interval, rank * stages + stage, ranks * stages)
+        self.recorder = LoadRecorder(
+            asked.path,
+            windows,
+            self.counters.snapshot,
+            asked.interval,
+            rank * stages + stage,
+            ranks * stages,
+        )
         logger.info(
             "moe_placement_plugin: recording the load of %d MoE layers x %d experts to %s every %g s",
             len(routers), shape.num_experts, asked.path, asked.interval,
@@ -215,11 +237,17 @@ class LoadRecording:
             tokens = np.asarray(lengths, dtype=np.int64)
             cached = np.asarray(forward_batch.extend_prefix_lens_cpu or np.zeros_like(tokens))
             # With chunked prefill, decoding requests ride along as extensions by one token.
-            prefill = (tokens > 1) | (cached == 0) if mode.is_mixed() else np.ones(len(tokens), dtype=bool)
+            prefill = (
+                (tokens > 1) | (cached == 0)
+                if mode.is_mixed()
+                else np.ones(len(tokens), dtype=bool)
+            )
         else:
             size = forward_batch.batch_size
             # One token each, or several draft tokens each that are verified.
-            each = max(1, forward_batch.input_ids.shape[0] // size) if mode.is_target_verify() else 1
+            each = (
+                max(1, forward_batch.input_ids.shape[0] // size) if mode.is_target_verify() else 1
+            )
             tokens, prefill = np.full(size, each), np.zeros(size, dtype=bool)
         self.counters.mark(tokens, prefill)
         self.recorder.served()
@@ -263,7 +291,11 @@ def _routers(model: Any) -> dict[int, Any]:
                 "model routes in a way of its own; leave the flag out"
             )
         output = getattr(routers[0].topk_config.output_format, "name", None)
-        inside = backend.is_triton_kernels() or backend.is_flashinfer_trtllm() or backend.is_flashinfer_mxfp4()
+        inside = (
+            backend.is_triton_kernels()
+            or backend.is_flashinfer_trtllm()
+            or backend.is_flashinfer_mxfp4()
+        )
         if output in ("BYPASSED", "TRITON_KERNEL") or (output is None and inside):
             raise PlacementError(
                 f"--expert-load-record: {name} routes inside its kernel ({output or backend.value}), which reports no experts: choose "
@@ -276,7 +308,11 @@ def _routers(model: Any) -> dict[int, Any]:
 def _load_model(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, *args, **kwargs)
     asked = current()
-    if asked is not None and not getattr(self, "is_draft_worker", False) and not hasattr(self, _RECORDING):
+    if (
+        asked is not None
+        and not getattr(self, "is_draft_worker", False)
+        and not hasattr(self, _RECORDING)
+    ):
         setattr(self, _RECORDING, LoadRecording(asked, self))
     return result
 
@@ -288,7 +324,14 @@ def _forward(original: Callable, self: Any, forward_batch: Any, *args: Any, **kw
     return original(self, forward_batch, *args, **kwargs)
 
 
-def _post_process(original: Callable, topk_ids: Any, topk_weights: Any, topk_config: Any, *args: Any, **kwargs: Any) -> Any:
+def _post_process(
+    original: Callable,
+    topk_ids: Any,
+    topk_weights: Any,
+    topk_config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     count = getattr(topk_config, _COUNT, None)
     if count is not None:
         counters, row = count

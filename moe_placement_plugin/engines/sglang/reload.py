@@ -57,13 +57,17 @@ class Names:
             at -= 1
         until = at
         while until < len(self._starts) and self._starts[until] < end:
-            self._ranges.pop(self._starts[until])  # of a tensor that is gone: its memory was used again
+            self._ranges.pop(
+                self._starts[until]
+            )  # of a tensor that is gone: its memory was used again
             until += 1
         self._starts[at:until] = [begin]
         self._ranges[begin] = (end, name)
         self._last = name
 
-    def goes(self, layer: int, expert: int | None, weight_name: str, shard: str, tensor: torch.Tensor) -> None:
+    def goes(
+        self, layer: int, expert: int | None, weight_name: str, shard: str, tensor: torch.Tensor
+    ) -> None:
         """A tensor, or a part of one, goes to an expert: found by where it lies in memory, since loaders may work in threads."""
         with self._lock:
             at = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
@@ -108,9 +112,13 @@ def weights(original: Callable, self: Any, source: Any, *args: Any, **kwargs: An
     return found if _learning is None else _watched(found, self, source, _learning)
 
 
-def _watched(found: Iterator[tuple[str, torch.Tensor]], loader: Any, source: Any, names: Names) -> Iterator[tuple[str, torch.Tensor]]:
+def _watched(
+    found: Iterator[tuple[str, torch.Tensor]], loader: Any, source: Any, names: Names
+) -> Iterator[tuple[str, torch.Tensor]]:
     if names.folder is None:
-        folder, _, safetensors = loader._prepare_weights(source.model_or_path, source.revision, source.fall_back_to_pt, *_more(loader, source))
+        folder, _, safetensors = loader._prepare_weights(
+            source.model_or_path, source.revision, source.fall_back_to_pt, *_more(loader, source)
+        )
         names.folder, names.prefix = (folder if safetensors else None), source.prefix
     for name, tensor in found:
         names.comes(name, tensor)
@@ -125,7 +133,13 @@ def _more(loader: Any, source: Any) -> tuple[Any, ...]:
 
 
 def intercepted(
-    layer: Any, param: Any, loaded_weight: Any, weight_name: str, shard_id: str, expert_id: int | None, fused: Callable | None = None
+    layer: Any,
+    param: Any,
+    loaded_weight: Any,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int | None,
+    fused: Callable | None = None,
 ) -> bool:
     """Note, or take, what a `FusedMoE` is to load; True when it must not go on.
 
@@ -153,10 +167,19 @@ class _Staging:
 
     out: Mapping[tuple[int, int], Sequence[torch.Tensor]]
     tensors: Mapping[int, Sequence[torch.Tensor]]
-    filled: dict[tuple[int, int], set[tuple[str, str]]] = field(default_factory=lambda: defaultdict(set))
+    filled: dict[tuple[int, int], set[tuple[str, str]]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
 
     def take(
-        self, layer: Any, param: Any, loaded: torch.Tensor, weight_name: str, shard: str, expert: int | None, fused: Callable | None
+        self,
+        layer: Any,
+        param: Any,
+        loaded: torch.Tensor,
+        weight_name: str,
+        shard: str,
+        expert: int | None,
+        fused: Callable | None,
     ) -> None:
         """Put what goes to an expert that is wanted where it is wanted, in the way in which SGLang fills a slot."""
         number = layer.layer_id
@@ -168,7 +191,13 @@ class _Staging:
             if slot is not None and expert is None:
                 fused(layer, slot, loaded[at : at + 1], weight_name, shard)
             elif slot is not None:
-                layer._weight_loader_impl(param=slot, loaded_weight=loaded, weight_name=weight_name, shard_id=shard, expert_id=0)
+                layer._weight_loader_impl(
+                    param=slot,
+                    loaded_weight=loaded,
+                    weight_name=weight_name,
+                    shard_id=shard,
+                    expert_id=0,
+                )
             self.filled[number, at].add((weight_name, shard))
 
     def _proxy(self, layer: int, param: Any, out: Sequence[torch.Tensor]) -> Any:
@@ -207,12 +236,16 @@ class EngineReader:
     def _names(self, experts: Iterable[tuple[int, int]]) -> dict[str, None]:
         """Tensors that hold them; opens the checkpoint."""
         if _known is None or _known.folder is None:
-            raise PlacementError("lost experts cannot be read: the model did not come from a safetensors checkpoint; restart the server with one")
+            raise PlacementError(
+                "lost experts cannot be read: the model did not come from a safetensors checkpoint; restart the server with one"
+            )
         chosen: dict[str, None] = {}
         for layer, expert in experts:
             found = {**_known.of.get((layer, expert), {}), **_known.of.get((layer, ALL), {})}
             if not found:
-                raise PlacementError(f"layer {layer}, expert {expert}: no tensor of the checkpoint was seen to hold it; restart the server")
+                raise PlacementError(
+                    f"layer {layer}, expert {expert}: no tensor of the checkpoint was seen to hold it; restart the server"
+                )
             chosen |= found
         if self._checkpoint is None:
             self._checkpoint = Checkpoint(Path(_known.folder))
@@ -246,7 +279,10 @@ class EngineReader:
         before = self._checkpoint.bytes_read
         _into = _Staging(first, self._tensors)
         try:
-            self._load((name, self._checkpoint.read(Source(name.removeprefix(_known.prefix)))) for name in chosen)
+            self._load(
+                (name, self._checkpoint.read(Source(name.removeprefix(_known.prefix))))
+                for name in chosen
+            )
         finally:
             into, _into = _into, None
             layers.forget_loaded()

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def skip_remote_slots(original: Callable, layer: Any, x: Any, topk_output: Any, moe_runner_config: Any) -> Any:
+def skip_remote_slots(
+    original: Callable, layer: Any, x: Any, topk_output: Any, moe_runner_config: Any
+) -> Any:
     """`moe_forward_native`, whose count of tokens per expert does not know -1, the mark of a slot on another rank.
 
     Tokens without a local slot are left out. The others come with as many slots as the busiest token has, their own first, then
@@ -15,7 +17,9 @@ def skip_remote_slots(original: Callable, layer: Any, x: Any, topk_output: Any, 
     if not bool((topk_output.topk_ids < 0).any()):
         return original(layer, x, topk_output, moe_runner_config)
     result = x.new_zeros(x.shape)
-    rows, ids, weights = local_slots(topk_output.topk_ids, topk_output.topk_weights, layer.num_local_experts)
+    rows, ids, weights = local_slots(
+        topk_output.topk_ids, topk_output.topk_weights, layer.num_local_experts
+    )
     if rows.numel():
         local = topk_output._replace(topk_ids=ids, topk_weights=weights)
         result[rows] = original(layer, x[rows], local, moe_runner_config)
@@ -26,7 +30,9 @@ def weigh_remote_slots_nothing(original: Callable, layer: Any, dispatch_output: 
     """`fused_moe_forward_native`, which takes -1 for this rank's last slot: what torch.compile makes of a single token's experts."""
     output = dispatch_output.topk_output
     here = output.topk_ids >= 0
-    local = output._replace(topk_ids=output.topk_ids.clamp_min(0), topk_weights=output.topk_weights * here)
+    local = output._replace(
+        topk_ids=output.topk_ids.clamp_min(0), topk_weights=output.topk_weights * here
+    )
     return original(layer, dispatch_output._replace(topk_output=local))
 
 

@@ -32,7 +32,9 @@ def _resolve(topk_config: Any, given: Any) -> Any:
     return _dispatch_info(topk_config) if given is None else given
 
 
-def select(original: Callable, hidden_states: Any, router_logits: Any, topk_config: Any, **rest: Any) -> Any:
+def select(
+    original: Callable, hidden_states: Any, router_logits: Any, topk_config: Any, **rest: Any
+) -> Any:
     """`select_experts` with the dispatch information of the layer, where its model passes none; without, where one look-up does.
 
     It has to be known here already: without it some routers give out ids that can no longer be remapped. The torch-native router
@@ -58,7 +60,14 @@ def post_process(
     """`_post_process_topk_ids`, remapping on devices for which SGLang leaves that out."""
     info = _resolve(topk_config, expert_location_dispatch_info)
     ids, weights, recorded = original(
-        topk_ids, topk_weights, topk_config, router_logits, layer_id, num_token_non_padded, info, **rest
+        topk_ids,
+        topk_weights,
+        topk_config,
+        router_logits,
+        layer_id,
+        num_token_non_padded,
+        info,
+        **rest,
     )
     if info is not None and not _device_remaps():
         shared = topk_config.num_fused_shared_experts
@@ -76,7 +85,9 @@ def _remap(ids: Any, shared: int, info: Any) -> Any:
         return topk_ids_logical_to_physical(ids, info)
     routed, common = ids[:, :-shared], ids[:, -shared:]
     redundant = info.num_physical_experts - info.partial_logical_to_all_physical_map.shape[0]
-    return torch.cat([topk_ids_logical_to_physical(routed.contiguous(), info), common + redundant], dim=1)
+    return torch.cat(
+        [topk_ids_logical_to_physical(routed.contiguous(), info), common + redundant], dim=1
+    )
 
 
 @lru_cache(maxsize=1)

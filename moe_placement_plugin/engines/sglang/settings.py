@@ -66,7 +66,11 @@ class Settings:
     @property
     def plans(self) -> bool:
         """Whether our planner rebalances under EPLB: if chosen, or by strategy eplb, which linear, the default, means where a file decides."""
-        return self.planner or self.strategy == "eplb" or (self.strategy == "linear" and self.file is not None)
+        return (
+            self.planner
+            or self.strategy == "eplb"
+            or (self.strategy == "linear" and self.file is not None)
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -71,7 +71,11 @@ def _any_of(names: str) -> Callable[[str], bool]:
 
 
 # Quantization -> class of its MoE method, by which it is also known where it is chosen while the model is built.
-_OWN_LOADERS = {"moe_wna16": "MoeWNA16Method", "quark_int4fp8_moe": "QuarkInt4Fp8MoEMethod", "humming": "HummingMoEMethod"}
+_OWN_LOADERS = {
+    "moe_wna16": "MoeWNA16Method",
+    "quark_int4fp8_moe": "QuarkInt4Fp8MoEMethod",
+    "humming": "HummingMoEMethod",
+}
 
 
 def unmapped_quantizations(version: str) -> dict[str, str]:
@@ -218,17 +222,21 @@ RULES: tuple[Rule, ...] = (
         "speculative decoding before 0.5.23, without an all-to-all back end",
         "the draft model's experts cannot be told from the target's while weights load",
         "use SGLang 0.5.23, or leave --speculative-algorithm out",
-        lambda c: bool(c.speculative)
-        and c.speculative != "NGRAM"
-        and c.a2a_backend == "none"
-        and Version(c.version).release < (0, 5, 23),
+        lambda c: (
+            bool(c.speculative)
+            and c.speculative != "NGRAM"
+            and c.a2a_backend == "none"
+            and Version(c.version).release < (0, 5, 23)
+        ),
     ),
     Rule(
         "option",
         "`--enable-waterfill`, `--enable-lora`, `--lora-paths`, KTransformers (`--kt-weight-path`)",
         "they keep or send experts in a way of their own",
         "leave one of the two out",
-        lambda c: bool(c.options & {"enable_waterfill", "enable_lora", "lora_paths", "kt_weight_path"}),
+        lambda c: bool(
+            c.options & {"enable_waterfill", "enable_lora", "lora_paths", "kt_weight_path"}
+        ),
     ),
 )
 
@@ -251,7 +259,11 @@ RIGHT: tuple[Right, ...] = (
         "the TopK layer is given the placement that the model leaves out (stock output is wrong)",
         "served on the CPU engine: 32 and 30 experts, logprobs equal one rank's",
     ),
-    Right("Qwen3-MoE, no all-to-all back end, 0.5.23", "SGLang's own remapping", "served on the CPU engine"),
+    Right(
+        "Qwen3-MoE, no all-to-all back end, 0.5.23",
+        "SGLang's own remapping",
+        "served on the CPU engine",
+    ),
     Right(
         "GLM-4-MoE, no all-to-all back end, 0.5.16 to 0.5.22",
         "routing is remapped; with grouped top-k",
@@ -316,7 +328,9 @@ def check(combination: Combination) -> None:
     """
     for rule in refusals(combination):
         subject = f"{combination.architecture}: {rule.what}" if rule.kind == "model" else rule.what
-        raise PlacementError(f"an expert placement does not work with {subject}: {rule.why}; {rule.mend}")
+        raise PlacementError(
+            f"an expert placement does not work with {subject}: {rule.why}; {rule.mend}"
+        )
 
 
 def table() -> str:

@@ -18,7 +18,9 @@ from ..load_recorder import count_event
 logger = logging.getLogger(__name__)
 
 _EXPECTED = "_moe_placement_expected"
-_NO_WEIGHTS = frozenset(("expert_mask_gpu", "expert_map", "e_score_correction_bias", "correction_bias"))
+_NO_WEIGHTS = frozenset(
+    ("expert_mask_gpu", "expert_map", "e_score_correction_bias", "correction_bias")
+)
 _RESTART = "Do not use the server's answers: restart it, and if it happens again report the model, the quantization and this message"
 
 
@@ -35,10 +37,15 @@ def check_map(metadata: Any) -> None:
     """
     held = _host(metadata.physical_to_logical_map)
     slots_of = _host(metadata.logical_to_all_physical_map)
-    for name, table in (("physical_to_logical_map", held), ("logical_to_all_physical_map", slots_of)):
+    for name, table in (
+        ("physical_to_logical_map", held),
+        ("logical_to_all_physical_map", slots_of),
+    ):
         wrong = np.argwhere(table != _host(getattr(metadata, f"{name}_cpu")))
         if wrong.size:
-            raise PlacementError(f"layer {wrong[0][0]}: SGLang's {name} differs between device and host at {wrong[0][1:].tolist()}. {_RESTART}")
+            raise PlacementError(
+                f"layer {wrong[0][0]}: SGLang's {name} differs between device and host at {wrong[0][1:].tolist()}. {_RESTART}"
+            )
     dispatch = metadata.logical_to_rank_dispatch_physical_map
     for table in [slots_of, *([] if dispatch is None else [_host(dispatch)[..., None]])]:
         layers, experts, _ = np.indices(table.shape)
@@ -73,7 +80,9 @@ def slot_experts(layer: Any, metadata: Any) -> np.ndarray:
             experts = _host(metadata.physical_to_logical_map)[layer.layer_id, physical]
         else:  # SGLang loads layers beyond the table by their own ids
             experts = np.where(physical < logical, physical, -1)
-    return np.concatenate([experts, logical + np.arange(layer.num_fused_shared_experts)]).astype(np.int32)
+    return np.concatenate([experts, logical + np.arange(layer.num_fused_shared_experts)]).astype(
+        np.int32
+    )
 
 
 def expert_layers(model: Any) -> dict[str, Any]:
@@ -106,7 +115,11 @@ def digest_model(model: Any, only: Collection[int] | None = None) -> Pass:
         if metadata is not None:
             every |= {metadata.num_logical_experts, metadata.num_physical_experts}
         experts = slot_experts(layer, metadata)
-        result.add(layer.layer_id, experts, expert_tensors(layer, experts.size, frozenset(every), _NO_WEIGHTS, name))
+        result.add(
+            layer.layer_id,
+            experts,
+            expert_tensors(layer, experts.size, frozenset(every), _NO_WEIGHTS, name),
+        )
     return result
 
 
@@ -129,7 +142,11 @@ def _num_logical(model: Any) -> int:
 
     metadata = get_global_expert_location_metadata()
     layers = expert_layers(model).values()
-    return max((layer._num_global_routed for layer in layers), default=0) if metadata is None else metadata.num_logical_experts
+    return (
+        max((layer._num_global_routed for layer in layers), default=0)
+        if metadata is None
+        else metadata.num_logical_experts
+    )
 
 
 def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
@@ -149,7 +166,10 @@ def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
 
 
 def recheck(
-    model: Any, what: str = "expert weights have changed since the model was loaded", only: Collection[int] | None = None, alone: bool = False
+    model: Any,
+    what: str = "expert weights have changed since the model was loaded",
+    only: Collection[int] | None = None,
+    alone: bool = False,
 ) -> None:
     """Check a serving worker's experts against what they were when the model was loaded.
 
@@ -164,27 +184,49 @@ def recheck(
     Raises:
         PlacementError: on every rank alike (alone: on the rank that is wrong), naming layer, slot, expert and rank.
     """
-    from sglang.srt.distributed.parallel_state import get_moe_ep_group, get_moe_tp_group, get_tp_group
+    from sglang.srt.distributed.parallel_state import (
+        get_moe_ep_group,
+        get_moe_tp_group,
+        get_tp_group,
+    )
 
     if alone:
         mine = digest_model(model, only)
-        expected = {layer: digests for layer, digests in getattr(model, _EXPECTED).items() if only is None or layer in only}
-        check_experts(expected, [mine.layers], what, _RESTART, first_rank=get_moe_ep_group().rank_in_group)
+        expected = {
+            layer: digests
+            for layer, digests in getattr(model, _EXPECTED).items()
+            if only is None or layer in only
+        }
+        check_experts(
+            expected, [mine.layers], what, _RESTART, first_rank=get_moe_ep_group().rank_in_group
+        )
         count_event("verified_slots", mine.num_slots)
-        logger.info("moe_placement_plugin: verified %d slots of this rank again in %.3f s", mine.num_slots, mine.seconds)
+        logger.info(
+            "moe_placement_plugin: verified %d slots of this rank again in %.3f s",
+            mine.num_slots,
+            mine.seconds,
+        )
         return
     verdict = ""
     try:
         mine, ranks = digest_ranks(model, only)
-        expected = {layer: digests for layer, digests in getattr(model, _EXPECTED).items() if only is None or layer in only}
+        expected = {
+            layer: digests
+            for layer, digests in getattr(model, _EXPECTED).items()
+            if only is None or layer in only
+        }
         check_experts(expected, ranks, what, _RESTART)
         check_replicas(ranks, _num_logical(model) if mine.layers else 0)
         count_event("verified_slots", mine.num_slots)
-        logger.info("moe_placement_plugin: verified %d slots again in %.3f s", mine.num_slots, mine.seconds)
+        logger.info(
+            "moe_placement_plugin: verified %d slots again in %.3f s", mine.num_slots, mine.seconds
+        )
     except PlacementError as error:
         count_event("verify_failures")
         part = get_moe_tp_group()
-        verdict = f"MoE-TP rank {part.rank_in_group}: {error}" if part.world_size > 1 else str(error)
+        verdict = (
+            f"MoE-TP rank {part.rank_in_group}: {error}" if part.world_size > 1 else str(error)
+        )
     group = get_tp_group()
     verdicts: list[Any] = gather(verdict, group.cpu_group, group.world_size)
     if any(verdicts):

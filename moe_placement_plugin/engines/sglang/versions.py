@@ -65,7 +65,9 @@ def decide(server_args: Any, **values: Any) -> None:
     """Change resolved values of ``server_args`` before SGLang publishes them to its processes."""
     from sglang.srt.arg_groups import overrides
 
-    declare = getattr(overrides, "declare_resolution", None) or getattr(overrides, "declare_late_resolution", None)
+    declare = getattr(overrides, "declare_resolution", None) or getattr(
+        overrides, "declare_late_resolution", None
+    )
     if declare is not None:
         declare(server_args, "moe_placement_plugin", **values)
     else:  # up to 0.5.17

@@ -45,10 +45,14 @@ def _modular(original):
         bound = signature.bind(self, *args, **kwargs)
         values = bound.arguments
         if values["expert_map"] is not None:
-            weights, ids = to_local(values["topk_weights"], values["topk_ids"], values["expert_map"])
+            weights, ids = to_local(
+                values["topk_weights"], values["topk_ids"], values["expert_map"]
+            )
             if values.get("apply_router_weight_on_input"):
                 # The weight went into the input, so that weight 0 does not silence the choices of other ranks.
-                raise NotImplementedError("expert parallelism on CPU with apply_router_weight_on_input")
+                raise NotImplementedError(
+                    "expert parallelism on CPU with apply_router_weight_on_input"
+                )
             values["topk_weights"], values["topk_ids"] = weights, ids
         return original(*bound.args, **bound.kwargs)
 
@@ -110,7 +114,11 @@ def cpu_patches() -> list[Patch]:
         except ImportError:
             continue
         for name, experts in vars(module).items():
-            if not inspect.isclass(experts) or experts.__module__ != module_name or "apply" not in vars(experts):
+            if (
+                not inspect.isclass(experts)
+                or experts.__module__ != module_name
+                or "apply" not in vars(experts)
+            ):
                 continue
             parameters = inspect.signature(experts.apply).parameters
             if "expert_map" not in parameters:
@@ -121,17 +129,25 @@ def cpu_patches() -> list[Patch]:
                     f"cpu-{module_name.rpartition('.')[2]}-{name}",
                     f"{module_name}:{name}.apply",
                     _modular if modular else _monolithic,
-                    relies_on=("expert_map", "topk_ids", "topk_weights") if modular else ("expert_map", "router_logits"),
+                    relies_on=("expert_map", "topk_ids", "topk_weights")
+                    if modular
+                    else ("expert_map", "router_logits"),
                     why="the kernel indexes local weights with global expert ids and crashes under expert parallelism",
                     removable_when="vLLM's CPU kernels honour expert_map",
                 )
             )
-    for module_name in (f"{_EXPERTS}.cpu_moe", "vllm.model_executor.layers.fused_moe.router.cpu_router"):
+    for module_name in (
+        f"{_EXPERTS}.cpu_moe",
+        "vllm.model_executor.layers.fused_moe.router.cpu_router",
+    ):
         try:
             module = importlib.import_module(module_name)
         except ImportError:
             continue
-        if inspect.isfunction(vars(module).get("select_experts")) and module.select_experts.__module__ == module_name:
+        if (
+            inspect.isfunction(vars(module).get("select_experts"))
+            and module.select_experts.__module__ == module_name
+        ):
             patches.append(
                 Patch(
                     f"cpu-routing-{module_name.rpartition('.')[2]}",

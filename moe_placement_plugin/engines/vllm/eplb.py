@@ -29,7 +29,9 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 
 _STATE = "vllm.distributed.eplb.eplb_state"
 _PROGRESS = "_moe_placement_progress"
-_WATCHDOG = "_moe_placement_watchdog"  # seconds; only an EplbState of a server with our settings has it
+_WATCHDOG = (
+    "_moe_placement_watchdog"  # seconds; only an EplbState of a server with our settings has it
+)
 _REBALANCERS = "_moe_placement_rebalancers"
 
 
@@ -40,7 +42,11 @@ def check_supported(model: Any) -> None:
         PlacementError: naming the model.
     """
     layers = routed_layers(model)
-    off = [name for name, layer in layers.items() if not layer.moe_config.moe_parallel_config.enable_eplb]
+    off = [
+        name
+        for name, layer in layers.items()
+        if not layer.moe_config.moe_parallel_config.enable_eplb
+    ]
     if mixture_of_experts(model) is None or off or not layers:
         raise PlacementError(
             f"vLLM's EPLB does not move the experts of {type(model).__name__} ({off[0] + ' is not registered' if off else 'no MoE model'}): "
@@ -77,21 +83,33 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
     for row, layer in enumerate(layers.values()):
         object.__setattr__(layer, EPLB_ROW, (state, row))
     rules = policy_from(settings["rebalance"], REBALANCE_FLAG)
-    exchanger = eplb_exchange.adopt(eplb, state, rules.staging_bytes, max(60.0, 2 * rules.watchdog), rules.peer_memory)
+    exchanger = eplb_exchange.adopt(
+        eplb, state, rules.staging_bytes, max(60.0, 2 * rules.watchdog), rules.peer_memory
+    )
     if settings.strategy == "eplb":
         if exchanger is None:
-            sizes = [sum(w[0].numel() * w.element_size() for w in weights) for weights in state.model.expert_weights]
+            sizes = [
+                sum(w[0].numel() * w.element_size() for w in weights)
+                for weights in state.model.expert_weights
+            ]
         else:
             sizes = list(exchanger.expert_bytes.values())
         # vLLM has one policy for the model and its draft, and hands it nothing but their loads: told apart by shape.
         shape = (len(layers), state.logical_replica_count.shape[1])
         rebalancers = eplb.__dict__[_REBALANCERS]
         topology = real_topology() if exchanger is None else exchanger.topology
-        rebalancers[shape] = Rebalancer(rules, range(len(layers)), sizes, logger, topology, _gathers(layers))
+        rebalancers[shape] = Rebalancer(
+            rules, range(len(layers)), sizes, logger, topology, _gathers(layers)
+        )
         eplb.policy = planner_policy(rebalancers)
     from ..eplb_table import warm_up  # not earlier: see there
 
-    warm_up(state.physical_to_logical_map.cpu().numpy(), state.logical_replica_count.shape[1], _num_ranks(layers), settings.strategy == "eplb")
+    warm_up(
+        state.physical_to_logical_map.cpu().numpy(),
+        state.logical_replica_count.shape[1],
+        _num_ranks(layers),
+        settings.strategy == "eplb",
+    )
     _place(eplb, state, settings, layers)
     eplb_exchange.settle(eplb, state)
 
@@ -110,13 +128,21 @@ def _place(eplb: Any, state: Any, settings: PlacementSettings, layers: dict[str,
     placement = settings.placement
     if placement is None:
         return
-    if not all(settings.knows(layer_id_of(name), num_logical(layer)) for name, layer in layers.items()):
-        logger.info("moe_placement_plugin: %s is not in the placement (a draft model): EPLB begins with its own there", state.model_name)
+    if not all(
+        settings.knows(layer_id_of(name), num_logical(layer)) for name, layer in layers.items()
+    ):
+        logger.info(
+            "moe_placement_plugin: %s is not in the placement (a draft model): EPLB begins with its own there",
+            state.model_name,
+        )
         return
     rows = [placement.row(layer_id_of(name)) for name in layers]
     _move(state, placement, rows)
     logger.info(
-        "moe_placement_plugin: EPLB begins with placement %s (%s), policy %s", placement.digest[:12], placement.strategy, eplb.policy.__name__
+        "moe_placement_plugin: EPLB begins with placement %s (%s), policy %s",
+        placement.digest[:12],
+        placement.strategy,
+        eplb.policy.__name__,
     )
 
 
@@ -146,8 +172,14 @@ def _check(state: Any, old: Any) -> None:
     rows = (old != state.physical_to_logical_map.cpu()).any(dim=1).nonzero().flatten().tolist()
     if rows and verify.is_verified(state.model):
         began = time.perf_counter()
-        slots = verify.check_again(state.model, "expert weights were damaged by an exchange", rows=rows)
-        logger.info("moe_placement_plugin: verified %d slots after the exchange in %.3f s", slots, time.perf_counter() - began)
+        slots = verify.check_again(
+            state.model, "expert weights were damaged by an exchange", rows=rows
+        )
+        logger.info(
+            "moe_placement_plugin: verified %d slots after the exchange in %.3f s",
+            slots,
+            time.perf_counter() - began,
+        )
 
 
 def planner_policy(rebalancers: dict[tuple[int, int], Rebalancer]) -> type:
@@ -163,14 +195,34 @@ def planner_policy(rebalancers: dict[tuple[int, int], Rebalancer]) -> type:
         """Few moves from the placement in force to a balanced one, if they pay."""
 
         @classmethod
-        def rebalance_experts(cls, weight, num_replicas, num_groups, num_nodes, num_ranks, old_global_expert_indices=None):
+        def rebalance_experts(
+            cls,
+            weight,
+            num_replicas,
+            num_groups,
+            num_nodes,
+            num_ranks,
+            old_global_expert_indices=None,
+        ):
             import torch
 
-            from .eplb_policy import rebalance_experts  # compiles kernels, and numba must not be loaded before a worker has begun
+            from .eplb_policy import (
+                rebalance_experts,
+            )  # compiles kernels, and numba must not be loaded before a worker has begun
 
-            whole = old_global_expert_indices is not None and old_global_expert_indices.shape[1] == num_replicas
+            whole = (
+                old_global_expert_indices is not None
+                and old_global_expert_indices.shape[1] == num_replicas
+            )
             if not whole or not bool((old_global_expert_indices >= 0).all()):  # ranks come or go
-                return rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_ranks, old_global_expert_indices)
+                return rebalance_experts(
+                    weight,
+                    num_replicas,
+                    num_groups,
+                    num_nodes,
+                    num_ranks,
+                    old_global_expert_indices,
+                )
             old = old_global_expert_indices.cpu().numpy()
             rebalancer = rebalancers.get(tuple(weight.shape))
             if rebalancer is None:
@@ -192,7 +244,11 @@ def _by_phase(rebalancer: Rebalancer, counts: np.ndarray) -> ExpertLoad:
     if of_phases is None or not np.array_equal(of_phases.sum(axis=0), counts):
         return ExpertLoad(counts[None] / ranks, rebalancer.layer_ids)
     seen = of_phases.any(axis=(1, 2))
-    return ExpertLoad(of_phases[seen] / ranks, rebalancer.layer_ids, tuple(p for p, some in zip(eplb_phases.PHASES, seen) if some))
+    return ExpertLoad(
+        of_phases[seen] / ranks,
+        rebalancer.layer_ids,
+        tuple(p for p, some in zip(eplb_phases.PHASES, seen) if some),
+    )
 
 
 def _tensor_parallel_ranks() -> int:
@@ -222,8 +278,12 @@ def _rearrange(original):
         states = list(self.model_states.values()) if watched else []
         old = [_copy_of_map(state) for state in states]
         with Watchdog(limit, report=logger.warning) as watchdog:
-            layers = tuple(range(sum(state.model.num_moe_layers for state in self.model_states.values())))
-            watchdog.waits_for(WaitingFor("rearrange and all-reduce of the load", layers, peers=_others()))
+            layers = tuple(
+                range(sum(state.model.num_moe_layers for state in self.model_states.values()))
+            )
+            watchdog.waits_for(
+                WaitingFor("rearrange and all-reduce of the load", layers, peers=_others())
+            )
             if not is_profile:
                 _note_phases(self)
             eplb_exchange.watched(watchdog)
@@ -279,7 +339,11 @@ def _report_stalled(state: Any, limit: float) -> None:
             if layer is None
             else f"other EP ranks to receive layer {layer}, which this rank has"
         )
-        logger.warning("moe_placement_plugin: async rebalance without progress for %.0f s; waiting for: %s", now - since, what)
+        logger.warning(
+            "moe_placement_plugin: async rebalance without progress for %.0f s; waiting for: %s",
+            now - since,
+            what,
+        )
     setattr(state, _PROGRESS, (since, (state.rebalanced, layer), reported))
 
 

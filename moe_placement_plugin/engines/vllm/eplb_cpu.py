@@ -92,7 +92,11 @@ def map_and_record(
     physical = logical_to_physical_map[logical, replica]
     real = tokens < (topk_ids.shape[0] if num_unpadded_tokens is None else num_unpadded_tokens)
     counted = physical.clamp_min(0).flatten()
-    amount = ((physical >= 0) & real[:, None] & record_enabled.bool()).flatten().to(expert_load_view.dtype)
+    amount = (
+        ((physical >= 0) & real[:, None] & record_enabled.bool())
+        .flatten()
+        .to(expert_load_view.dtype)
+    )
     expert_load_view.scatter_add_(0, counted, amount)
     return physical.to(topk_ids.dtype)
 
@@ -130,7 +134,9 @@ def allow_eplb_on_cpu(engine_args: Any) -> None:
     PLATFORM.apply()
     config = copy.copy(engine_args.eplb_config)
     if config.use_async:
-        logger.warning("moe_placement_plugin: EPLB rebalances synchronously on a CPU: its async mode needs a GPU's streams")
+        logger.warning(
+            "moe_placement_plugin: EPLB rebalances synchronously on a CPU: its async mode needs a GPU's streams"
+        )
     # With CPU tensors this communicator sends over the group's own back end, which is gloo.
     config.use_async, config.communicator = False, "torch_nccl"
     engine_args.eplb_config = config

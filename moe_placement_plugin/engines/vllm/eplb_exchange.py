@@ -22,12 +22,18 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 EXCHANGER = "_moe_placement_exchanger"
 """Attribute of an ``EplbModelState``."""
 
-_OWN_TRANSPORT = "nixl"  # reads other ranks' memory by itself, into the buffers that it has registered
+_OWN_TRANSPORT = (
+    "nixl"  # reads other ranks' memory by itself, into the buffers that it has registered
+)
 
-_exchangers: dict[int, tuple[Any, Exchanger]] = {}  # by identity of the model's list of weights: (EPLB's model state, exchanger)
+_exchangers: dict[
+    int, tuple[Any, Exchanger]
+] = {}  # by identity of the model's list of weights: (EPLB's model state, exchanger)
 
 
-def adopt(eplb: Any, state: Any, staging_bytes: int | None, timeout: float, peer_memory: bool = True) -> Exchanger | None:
+def adopt(
+    eplb: Any, state: Any, staging_bytes: int | None, timeout: float, peer_memory: bool = True
+) -> Exchanger | None:
     """Make this rank's exchanger of a model that EPLB has registered; a collective call.
 
     Args:
@@ -43,7 +49,10 @@ def adopt(eplb: Any, state: Any, staging_bytes: int | None, timeout: float, peer
 
     backend = eplb.parallel_config.eplb_config.communicator
     if backend == _OWN_TRANSPORT and not eplb.is_async:
-        logger.info("moe_placement_plugin: EPLB's communicator is %s: it exchanges experts, not this plugin", backend)
+        logger.info(
+            "moe_placement_plugin: EPLB's communicator is %s: it exchanges experts, not this plugin",
+            backend,
+        )
         return None
     group = get_ep_group()  # not EPLB's own: with most communicators that one has no NCCL communicator, which takes memory
     weights = state.model.expert_weights
@@ -79,7 +88,9 @@ def of(expert_weights: Any) -> tuple[Any, Exchanger] | None:
     return None if found is None or found[0].model.expert_weights is not expert_weights else found
 
 
-def exchange(state: Any, old: np.ndarray, new: np.ndarray, watchdog: Watchdog | None = None) -> None:
+def exchange(
+    state: Any, old: np.ndarray, new: np.ndarray, watchdog: Watchdog | None = None
+) -> None:
     """Move experts from one table to another, all layers, the server waiting.
 
     Args:
@@ -97,13 +108,17 @@ def exchange(state: Any, old: np.ndarray, new: np.ndarray, watchdog: Watchdog | 
     rows = np.flatnonzero((old != new).any(axis=1)).tolist()
     if not rows:
         return
-    plan = exchanger.plan(exchanger.placement(old[rows], rows), exchanger.placement(new[rows], rows))
+    plan = exchanger.plan(
+        exchanger.placement(old[rows], rows), exchanger.placement(new[rows], rows)
+    )
     try:
         exchanger.exchange(plan, watchdog=watchdog)
     except ExchangeAborted as aborted:
         table = old.copy()
         table[rows] = aborted.metadata.in_force().physical_to_logical
-        eplb_state._commit_eplb_maps(state, new_physical_to_logical_map=torch.from_numpy(table.astype(np.int64)))
+        eplb_state._commit_eplb_maps(
+            state, new_physical_to_logical_map=torch.from_numpy(table.astype(np.int64))
+        )
         raise
 
 
@@ -128,15 +143,36 @@ def _rearrange_weights(original):
                 rank_mapping,
             )  # fmt: skip
         if not is_profile:  # staging memory is taken already: there is nothing to try out
-            exchange(found[0], old_global_expert_indices.cpu().numpy(), new_global_expert_indices.cpu().numpy(), _watchdog)
+            exchange(
+                found[0],
+                old_global_expert_indices.cpu().numpy(),
+                new_global_expert_indices.cpu().numpy(),
+                _watchdog,
+            )
 
     return rearrange_expert_weights_inplace
 
 
 def _transfer_layer(original):
     def transfer_layer(*args, **kwargs):
-        ours = not args and not kwargs.get("is_profile") and kwargs.get("rank_mapping") is None and not kwargs.get("enable_migration_batching")
-        exchanger = next((e for s, e in _exchangers.values() if s.communicator is kwargs.get("communicator")), None) if ours else None
+        ours = (
+            not args
+            and not kwargs.get("is_profile")
+            and kwargs.get("rank_mapping") is None
+            and not kwargs.get("enable_migration_batching")
+        )
+        exchanger = (
+            next(
+                (
+                    e
+                    for s, e in _exchangers.values()
+                    if s.communicator is kwargs.get("communicator")
+                ),
+                None,
+            )
+            if ours
+            else None
+        )
         if exchanger is None:
             return original(*args, **kwargs)
         old, new = (kwargs[key].cpu().numpy() for key in ("old_layer_indices", "new_layer_indices"))
@@ -152,7 +188,14 @@ def _transfer_layer(original):
 
 
 def fill_buffer(
-    exchanger: Exchanger, old: np.ndarray, new: np.ndarray, weights: Any, buffer: Any, communicator: Any, stream: Any, layer: int
+    exchanger: Exchanger,
+    old: np.ndarray,
+    new: np.ndarray,
+    weights: Any,
+    buffer: Any,
+    communicator: Any,
+    stream: Any,
+    layer: int,
 ) -> Any:
     """Bring what one layer's new slots need into vLLM's buffer: vLLM's ``transfer_layer`` with our plan's senders.
 
@@ -173,12 +216,18 @@ def fill_buffer(
     slots, rank = exchanger.num_slots, exchanger.rank
     here = slice(rank * slots, (rank + 1) * slots)
     mine_old, mine = old[here], new[here]
-    plan = exchanger.plan(exchanger.placement(old[None], (layer,)), exchanger.placement(new[None], (layer,)))
+    plan = exchanger.plan(
+        exchanger.placement(old[None], (layer,)), exchanger.placement(new[None], (layer,))
+    )
     unchanged = mine_old == mine
     held = np.isin(mine, mine_old)
     primary = np.zeros(slots, dtype=bool)
     experts, rows = np.full(slots, -1, dtype=np.int64), np.full(slots, -1, dtype=np.int32)
-    on = contextlib.nullcontext() if stream is None else torch.get_device_module(weights[0].device).stream(stream)
+    on = (
+        contextlib.nullcontext()
+        if stream is None
+        else torch.get_device_module(weights[0].device).stream(stream)
+    )
     with on:
         for slot in np.flatnonzero(held & ~unchanged).tolist():
             source = int(np.flatnonzero(mine_old == mine[slot])[0])
@@ -186,7 +235,14 @@ def fill_buffer(
                 into[slot].copy_(tensor[source], non_blocking=True)
     communicator.set_transfer_context(old, layer)
     count = 0
-    for _row, expert, source, slot, to, into in plan.transfers.tolist():  # in one order on all ranks
+    for (
+        _row,
+        expert,
+        source,
+        slot,
+        to,
+        into,
+    ) in plan.transfers.tolist():  # in one order on all ranks
         if source == rank:
             communicator.add_send([tensor[slot] for tensor in weights], to, expert_id=expert)
         elif to == rank:
@@ -212,8 +268,12 @@ def _logical_maps(original):
         usable = whole_table >= 0
         if not usable.any():
             return original(physical_to_logical_map, num_logical_experts)
-        to_physical, count = inverse_maps(whole_table, num_logical_experts, None if usable.all() else usable)
-        maps = tuple(torch.from_numpy(t).to(physical_to_logical_map.dtype) for t in (to_physical, count))
+        to_physical, count = inverse_maps(
+            whole_table, num_logical_experts, None if usable.all() else usable
+        )
+        maps = tuple(
+            torch.from_numpy(t).to(physical_to_logical_map.dtype) for t in (to_physical, count)
+        )
         return tuple(t.squeeze(0) for t in maps) if held.ndim == 1 else maps
 
     return compute_logical_maps

@@ -31,7 +31,9 @@ def phase_of(is_prefill: np.ndarray) -> str:
 
 def note(runner: Any, is_prefill: np.ndarray) -> None:
     """A step of these requests is about to run."""
-    state = getattr(runner, "eplb_state", None) or getattr(getattr(runner, "eplb", None), "state", None)
+    state = getattr(runner, "eplb_state", None) or getattr(
+        getattr(runner, "eplb", None), "state", None
+    )
     if state is not None:
         state.__dict__[_STEP] = phase_of(is_prefill)
 
@@ -60,12 +62,18 @@ def loads(eplb: Any, states: list[Any]) -> list[np.ndarray]:
         of_steps = state.expert_load_window
         layers, experts = state.logical_replica_count.shape
         table = state.physical_to_logical_map.long()
-        total = torch.zeros((len(PHASES), layers, experts), dtype=torch.int64, device=of_steps.device)
+        total = torch.zeros(
+            (len(PHASES), layers, experts), dtype=torch.int64, device=of_steps.device
+        )
         for number, phase in enumerate(PHASES):
             steps = [step for step, name in enumerate(window) if name == phase]
             if steps:
-                of_phase = of_steps[torch.tensor(steps, device=of_steps.device)].sum(dim=0, dtype=torch.int64)
-                total[number].scatter_add_(1, table.clamp_min(0), of_phase.masked_fill(table < 0, 0))
+                of_phase = of_steps[torch.tensor(steps, device=of_steps.device)].sum(
+                    dim=0, dtype=torch.int64
+                )
+                total[number].scatter_add_(
+                    1, table.clamp_min(0), of_phase.masked_fill(table < 0, 0)
+                )
         totals.append(total)
     if not totals:
         return []

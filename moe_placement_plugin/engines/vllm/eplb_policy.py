@@ -14,6 +14,7 @@ from ..eplb_table import rebalance_table
 if TYPE_CHECKING:
     import torch
 
+
 def rebalance_experts(
     weight: torch.Tensor,
     num_replicas: int,
@@ -49,6 +50,8 @@ def rebalance_experts(
         num_groups,
         num_nodes,
         num_ranks,
-        None if old_global_expert_indices is None else old_global_expert_indices.detach().cpu().numpy(),
+        None
+        if old_global_expert_indices is None
+        else old_global_expert_indices.detach().cpu().numpy(),
     )
     return torch.from_numpy(table.astype(np.int64))

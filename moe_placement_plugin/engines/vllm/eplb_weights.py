@@ -12,10 +12,19 @@ _LAYER = "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts"
 
 def _make_expert_params_mapping(original):
     def make_expert_params_mapping(
-        model, ckpt_gate_proj_name, ckpt_down_proj_name, ckpt_up_proj_name, num_experts, num_redundant_experts=0, *args, **kwargs
+        model,
+        ckpt_gate_proj_name,
+        ckpt_down_proj_name,
+        ckpt_up_proj_name,
+        num_experts,
+        num_redundant_experts=0,
+        *args,
+        **kwargs,
     ):
         # The loop over this mapping goes on where a slot is not here, so that rows of other ranks do no harm. A draft model may have no such slots.
-        num_redundant_experts = num_redundant_experts or max(map(_redundant, routed_layers(model).values()), default=0)
+        num_redundant_experts = num_redundant_experts or max(
+            map(_redundant, routed_layers(model).values()), default=0
+        )
         names = (ckpt_gate_proj_name, ckpt_down_proj_name, ckpt_up_proj_name)
         return original(model, *names, num_experts, num_redundant_experts, *args, **kwargs)
 
@@ -25,7 +34,15 @@ def _make_expert_params_mapping(original):
 def _load_weights(original):
     def load_weights(self, weights):
         if redundant := _redundant(self):
-            weights = ((name, with_replicas(self, name, tensor, self.moe_config.num_logical_experts, redundant)) for name, tensor in weights)
+            weights = (
+                (
+                    name,
+                    with_replicas(
+                        self, name, tensor, self.moe_config.num_logical_experts, redundant
+                    ),
+                )
+                for name, tensor in weights
+            )
         return original(self, weights)
 
     return load_weights
@@ -61,7 +78,13 @@ def weight_patches() -> list[Patch]:
             "replica-mapping",
             f"{_LAYER}.make_expert_params_mapping",
             _make_expert_params_mapping,
-            relies_on=("ckpt_gate_proj_name", "ckpt_down_proj_name", "ckpt_up_proj_name", "num_experts", "num_redundant_experts"),
+            relies_on=(
+                "ckpt_gate_proj_name",
+                "ckpt_down_proj_name",
+                "ckpt_up_proj_name",
+                "num_experts",
+                "num_redundant_experts",
+            ),
             why="some models (GLM-4-MoE in vLLM 0.25, MTP heads) name no redundant experts to their loader, whose slots stay empty: wrong output",
             upstream="vLLM issue 55228",
             removable_when="no model asks for a mapping without its redundant experts",

@@ -25,11 +25,18 @@ def watch(layer: Any, by_position: bool) -> None:
 
 
 def _weight_loader(original):
-    def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs):
-        done = original(self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs)
+    def weight_loader(
+        self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs
+    ):
+        done = original(
+            self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs
+        )
         if hasattr(self, EXPECTED):
             # New weights for a model that serves (reload_weights, reinforcement learning): the digests are of the old ones.
-            logger.warning("moe_placement_plugin: %s gets new weights; it is not verified any more", self.layer_name)
+            logger.warning(
+                "moe_placement_plugin: %s gets new weights; it is not verified any more",
+                self.layer_name,
+            )
             object.__delattr__(self, EXPECTED)
         watched = getattr(self, _FILLED, None)
         if watched is not None:
@@ -68,7 +75,9 @@ def check_filled(layer: Any) -> None:
         return
     object.__delattr__(layer, _FILLED)
     experts = slot_experts(layer)
-    routed = {slot for slot, expert in enumerate(experts.tolist()) if 0 <= expert < num_logical(layer)}
+    routed = {
+        slot for slot, expert in enumerate(experts.tolist()) if 0 <= expert < num_logical(layer)
+    }
     for (weight, shard), slots in watched[1].items():
         missing = sorted(routed - slots)
         if missing and slots & routed:

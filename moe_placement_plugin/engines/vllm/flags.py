@@ -47,7 +47,9 @@ class StrategyChoices(Patch):
         from vllm.config.parallel import ParallelConfig
 
         self._original = ParallelConfig.__dataclass_fields__[self.FIELD].type
-        values = dict.fromkeys((*typing.get_args(self._original), *strategy_names(), *ALIASES))  # vLLM's own first
+        values = dict.fromkeys(
+            (*typing.get_args(self._original), *strategy_names(), *ALIASES)
+        )  # vLLM's own first
         self._set(typing.Literal[tuple(values)])
         self.state = "applied"
 
@@ -70,8 +72,12 @@ class StrategyChoices(Patch):
 def _add_cli_args(original):
     def add_cli_args(parser, *args, **kwargs):
         parser = original(parser, *args, **kwargs)
-        if not any("--expert-placement-file" in action.option_strings for action in parser._actions):
-            group = parser.add_argument_group("moe_placement_plugin", "Placement of experts on expert parallel ranks.")
+        if not any(
+            "--expert-placement-file" in action.option_strings for action in parser._actions
+        ):
+            group = parser.add_argument_group(
+                "moe_placement_plugin", "Placement of experts on expert parallel ranks."
+            )
             group.add_argument(
                 "--expert-placement-file",
                 default=None,
@@ -138,11 +144,15 @@ def _create_engine_config(original):
         if not asks(self):
             return original(self, *args, **kwargs)
         preflight.check_version()
-        placed = self.expert_placement_strategy != "linear" or FILE_KEY in (self.additional_config or {})
+        placed = self.expert_placement_strategy != "linear" or FILE_KEY in (
+            self.additional_config or {}
+        )
         if self.enable_eplb and placed and is_cpu_build():
             allow_eplb_on_cpu(self)
         if self.expert_placement_strategy not in ("linear", *ALIASES):
-            get_strategy(self.expert_placement_strategy)  # an unknown name is refused before vLLM reads the model
+            get_strategy(
+                self.expert_placement_strategy
+            )  # an unknown name is refused before vLLM reads the model
         return preflight.resolve(original(self, *args, **kwargs))
 
     return create_engine_config

@@ -18,7 +18,11 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 
 def spans_hosts(parallel: Any) -> bool:
     """Whether the ranks of a ``ParallelConfig`` may lie on several hosts."""
-    return resolves_on_every_host(parallel) or bool(parallel.use_ray) or getattr(parallel, "data_parallel_backend", "mp") == "ray"
+    return (
+        resolves_on_every_host(parallel)
+        or bool(parallel.use_ray)
+        or getattr(parallel, "data_parallel_backend", "mp") == "ray"
+    )
 
 
 def resolves_on_every_host(parallel: Any) -> bool:
@@ -27,7 +31,11 @@ def resolves_on_every_host(parallel: Any) -> bool:
         return False
     local = getattr(parallel, "data_parallel_size_local", None)
     external = parallel.distributed_executor_backend == "external_launcher"
-    return parallel.nnodes > 1 or external or bool(local is not None and 0 < local < parallel.data_parallel_size)
+    return (
+        parallel.nnodes > 1
+        or external
+        or bool(local is not None and 0 < local < parallel.data_parallel_size)
+    )
 
 
 def is_head(parallel: Any) -> bool:
@@ -47,7 +55,12 @@ def planned_topology(parallel: Any, ep_size: int) -> Topology:
     """
     local = getattr(parallel, "data_parallel_size_local", None)
     nodes = parallel.nnodes
-    if nodes == 1 and resolves_on_every_host(parallel) and local and parallel.data_parallel_size % local == 0:
+    if (
+        nodes == 1
+        and resolves_on_every_host(parallel)
+        and local
+        and parallel.data_parallel_size % local == 0
+    ):
         nodes = parallel.data_parallel_size // local
     return Topology.even(ep_size, nodes) if ep_size % nodes == 0 else Topology(ep_size)
 
@@ -68,8 +81,14 @@ def _init_device(original):
         if hosts is None:
             return original(self, *args, **kwargs)
         parallel = self.vllm_config.parallel_config
-        where = f"the other hosts to join at {parallel.master_addr}:{parallel.master_port}" if parallel.nnodes > 1 else "the other ranks to join"
-        with JoinWatch(where, 10 * hosts["timeout"], partial(end_process, log=logger), logger.warning):
+        where = (
+            f"the other hosts to join at {parallel.master_addr}:{parallel.master_port}"
+            if parallel.nnodes > 1
+            else "the other ranks to join"
+        )
+        with JoinWatch(
+            where, 10 * hosts["timeout"], partial(end_process, log=logger), logger.warning
+        ):
             result = original(self, *args, **kwargs)
         if _world_size() > 1:
             _agree(settings, parallel)
@@ -102,13 +121,17 @@ def _agree(settings: PlacementSettings, parallel: Any) -> None:
             "--expert-rebalance": settings["rebalance"],
         },
     }
-    found = session.open_session(said, settings.parcel(), hosts["timeout"], logger, partial(_name_rank, parallel))
+    found = session.open_session(
+        said, settings.parcel(), hosts["timeout"], logger, partial(_name_rank, parallel)
+    )
     if hosts["adopt"]:
         for known in (settings, arrived()):
             if known is not None:
                 known.adopt(found.parcel)
     if settings.placement is not None:
-        session.warn_about_nodes(settings.placement.metadata.get("node_of_rank"), real_topology(), logger)
+        session.warn_about_nodes(
+            settings.placement.metadata.get("node_of_rank"), real_topology(), logger
+        )
 
 
 def _name_rank(parallel: Any, rank: int) -> str:
@@ -130,11 +153,18 @@ def check_adoption(settings: PlacementSettings) -> None:
         )
 
 
-def host_settings(parallel: Any, timeout: float | None, source: Any, adopt: bool, error: str | None) -> dict[str, Any] | None:
+def host_settings(
+    parallel: Any, timeout: float | None, source: Any, adopt: bool, error: str | None
+) -> dict[str, Any] | None:
     """What workers must know about the other hosts; None on one host."""
     if not spans_hosts(parallel):
         return None
-    return {"timeout": timeout or DEFAULT_TIMEOUT, "source": "" if source is None else str(source), "adopt": adopt, "error": error}
+    return {
+        "timeout": timeout or DEFAULT_TIMEOUT,
+        "source": "" if source is None else str(source),
+        "adopt": adopt,
+        "error": error,
+    }
 
 
 def host_patches() -> list[Patch]:

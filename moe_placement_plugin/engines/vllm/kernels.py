@@ -120,7 +120,10 @@ def uses_expert_map(experts: type) -> bool:
             tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
         except (OSError, SyntaxError, TypeError):
             continue
-        if any(isinstance(n, ast.Name) and n.id == "expert_map" and isinstance(n.ctx, ast.Load) for n in ast.walk(tree)):
+        if any(
+            isinstance(n, ast.Name) and n.id == "expert_map" and isinstance(n.ctx, ast.Load)
+            for n in ast.walk(tree)
+        ):
             return True
     return False
 

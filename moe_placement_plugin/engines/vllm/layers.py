@@ -19,7 +19,9 @@ def routed_layers(model: Any) -> dict[str, Any]:
     """Name -> ``RoutedExperts`` of every MoE layer of a model."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    return {module.layer_name: module for module in model.modules() if isinstance(module, RoutedExperts)}
+    return {
+        module.layer_name: module for module in model.modules() if isinstance(module, RoutedExperts)
+    }
 
 
 def mixture_of_experts(model: Any) -> Any:
@@ -28,7 +30,10 @@ def mixture_of_experts(model: Any) -> Any:
 
     if hasattr(interfaces, "get_mixture_of_experts_model"):
         return interfaces.get_mixture_of_experts_model(model)
-    for candidate in (model, model.get_language_model() if interfaces.supports_multimodal(model) else None):  # vLLM 0.25
+    for candidate in (
+        model,
+        model.get_language_model() if interfaces.supports_multimodal(model) else None,
+    ):  # vLLM 0.25
         if candidate is not None and interfaces.is_mixture_of_experts(candidate):
             return candidate
     return None
@@ -40,7 +45,10 @@ def numbered(layers: dict[str, Any]) -> dict[str, int]:
     A draft model's layers have no index of their own, and two towers of a model may both have a layer 3.
     """
     ids = [layer_id_of(name) for name in layers]
-    return {name: -1 - row if n is None or ids.count(n) > 1 else n for row, (name, n) in enumerate(zip(layers, ids))}
+    return {
+        name: -1 - row if n is None or ids.count(n) > 1 else n
+        for row, (name, n) in enumerate(zip(layers, ids))
+    }
 
 
 def num_logical(layer: Any) -> int:
@@ -70,5 +78,7 @@ def slot_experts(layer: Any) -> np.ndarray:
     table = np.arange(slots) if manager.expert_map is None else manager.expert_map.cpu().numpy()
     logical = logical_of_physical(layer)
     for number in np.flatnonzero(table >= 0).tolist():
-        experts[table[number]] = logical[number] if number < physical else num_logical(layer) + number - physical
+        experts[table[number]] = (
+            logical[number] if number < physical else num_logical(layer) + number - physical
+        )
     return experts

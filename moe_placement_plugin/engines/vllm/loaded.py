@@ -27,12 +27,20 @@ def _load_model(original):
             return original(self, vllm_config, model_config, *args, **kwargs)
         check_adoption(settings)
         level = settings["verify"]
-        clean = clean_load(original, settings, self, vllm_config, model_config, *args, **kwargs) if level == "checkpoint" else None
+        clean = (
+            clean_load(original, settings, self, vllm_config, model_config, *args, **kwargs)
+            if level == "checkpoint"
+            else None
+        )
         model = original(self, vllm_config, model_config, *args, **kwargs)
         # A draft model comes through here too, with a config of its own.
         main = model_config is vllm_config.model_config
         whole = main and vllm_config.parallel_config.pipeline_parallel_size == 1
-        if settings["eplb"] and main and (settings.placement is not None or settings.strategy == "eplb"):
+        if (
+            settings["eplb"]
+            and main
+            and (settings.placement is not None or settings.strategy == "eplb")
+        ):
             check_supported(model)
         _report(routed_layers(model), settings, whole)
         if level != "off":
@@ -79,7 +87,11 @@ def _report(layers: dict[str, Any], settings: PlacementSettings, whole: bool) ->
                 f"{name}: the expert map in force on EP rank {rank} is not the plan's: another plugin or a changed vLLM replaced "
                 "it; remove that plugin or the placement flag"
             )
-    hits = ", ".join(f"{name} {count}" for name, count in (patch_set().hits() | load_set().hits()).items() if count)
+    hits = ", ".join(
+        f"{name} {count}"
+        for name, count in (patch_set().hits() | load_set().hits()).items()
+        if count
+    )
     digest = "engine's own" if plan is None else f"{plan.digest[:12]} ({plan.strategy})"
     logger.info(
         "moe_placement_plugin: %s on EP rank %s/%s, %d MoE layers, placement %s; patch hits: %s",
@@ -99,7 +111,9 @@ def _check_coverage(layers: dict[str, Any], settings: PlacementSettings) -> None
     plan, found = settings.placement, {name: layer_id_of(name) for name in layers}
     for name, layer_id in found.items():
         if not settings.knows(layer_id, num_logical(layers[name])):
-            raise PlacementError(f"{name} is not in the plan (layers {plan.layer_ids[0]}..{plan.layer_ids[-1]}): plan for this model")
+            raise PlacementError(
+                f"{name} is not in the plan (layers {plan.layer_ids[0]}..{plan.layer_ids[-1]}): plan for this model"
+            )
     missing = set(plan.layer_ids) - set(found.values())
     if missing:
         raise PlacementError(

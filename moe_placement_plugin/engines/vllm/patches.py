@@ -65,7 +65,12 @@ def patch_sets(settings: Mapping[str, Any]) -> list[PatchSet]:
     if settings["eplb"]:
         sets.append(eplb_set())
     to_come = settings["hosts"] is not None and settings["hosts"]["adopt"]
-    if settings["plan"] is not None or to_come or settings["eplb"] or (settings["ep_size"] > 1 and is_cpu_build()):
+    if (
+        settings["plan"] is not None
+        or to_come
+        or settings["eplb"]
+        or (settings["ep_size"] > 1 and is_cpu_build())
+    ):
         sets.append(patch_set())
     if sets or settings["verify"] != "off":
         sets.append(load_set())

@@ -79,26 +79,46 @@ def resolve(vllm_config: Any) -> Any:
     extra = dict(vllm_config.additional_config or {})
     file = extra.get(FILE_KEY)
     explicit = strategy != "linear" or file is not None
-    flag = f"--expert-placement-strategy {asked}" if file is None else f"--expert-placement-file {file}"
+    flag = (
+        f"--expert-placement-strategy {asked}"
+        if file is None
+        else f"--expert-placement-file {file}"
+    )
     model = vllm_config.model_config
     ep_size = ep_size_of(parallel)
     record = record_settings(vllm_config)
     verify = _level(extra.get(VERIFY_KEY), explicit, vllm_config.load_config.load_format)
     eplb = bool(parallel.enable_eplb and (explicit or verify != "off"))
-    rebalance = _rebalance(extra.get(REBALANCE_KEY), explicit and eplb and strategy in ("eplb", "linear"))
+    rebalance = _rebalance(
+        extra.get(REBALANCE_KEY), explicit and eplb and strategy in ("eplb", "linear")
+    )
     timeout = _host_timeout(extra.get(HOST_TIMEOUT_KEY), parallel, explicit or verify != "off")
     if explicit:
         _check(vllm_config, model, parallel, ep_size, flag)
     elif extra.get(LOCALITY_KEY) is not None:
-        raise PlacementError(f"{LOCALITY_FLAG} without a recorded load to plan from: add --expert-placement-file, or leave it out")
+        raise PlacementError(
+            f"{LOCALITY_FLAG} without a recorded load to plan from: add --expert-placement-file, or leave it out"
+        )
     if verify != "off":
         _check_verify(vllm_config, parallel, verify)
-    elif not explicit and record is None and (
-        ep_size == 1 or not parallel.enable_expert_parallel or not model.is_moe or not current_platform.is_cpu()
+    elif (
+        not explicit
+        and record is None
+        and (
+            ep_size == 1
+            or not parallel.enable_expert_parallel
+            or not model.is_moe
+            or not current_platform.is_cpu()
+        )
     ):
         return vllm_config
     placement, error = None, None
-    adopt = explicit and resolves_on_every_host(parallel) and not is_head(parallel) and _waits_for_head(asked, file, eplb)
+    adopt = (
+        explicit
+        and resolves_on_every_host(parallel)
+        and not is_head(parallel)
+        and _waits_for_head(asked, file, eplb)
+    )
     if explicit:
         shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
         locality = _locality(extra.get(LOCALITY_KEY), parallel)
@@ -106,7 +126,9 @@ def resolve(vllm_config: Any) -> Any:
             if not adopt:
                 placement = _place(vllm_config, asked, file, shape, ep_size, locality)
         except PlacementError as refused:
-            if not resolves_on_every_host(parallel) or (file is None and not get_strategy(asked).needs_load):
+            if not resolves_on_every_host(parallel) or (
+                file is None and not get_strategy(asked).needs_load
+            ):
                 raise
             # The other hosts would wait for this one: its workers tell them, and all stop with the reason.
             logger.error("moe_placement_plugin: %s", refused)
@@ -136,7 +158,9 @@ def resolve(vllm_config: Any) -> Any:
 
 def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str) -> None:
     if not model.is_moe:
-        raise PlacementError(f"{flag}: {model.model} is no Mixture-of-Experts model: it has no experts to place; leave the flag out")
+        raise PlacementError(
+            f"{flag}: {model.model} is no Mixture-of-Experts model: it has no experts to place; leave the flag out"
+        )
     if not parallel.enable_expert_parallel:
         raise PlacementError(
             f"{flag} without --enable-expert-parallel: without expert parallelism every rank holds a part of every expert and "
@@ -156,8 +180,12 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
         raise PlacementError(
             f"{flag} together with --enable-elastic-ep: a static placement holds for a fixed number of ranks; leave one of the two out"
         )
-    if not parallel.enable_eplb:  # EPLB sends tokens to slots by itself, through kernels that vLLM has checked
-        check_moe_backend(getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "auto"))
+    if (
+        not parallel.enable_eplb
+    ):  # EPLB sends tokens to slots by itself, through kernels that vLLM has checked
+        check_moe_backend(
+            getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "auto")
+        )
 
 
 def _rebalance(values: Any, used: bool) -> dict[str, Any] | None:
@@ -184,7 +212,9 @@ def _host_timeout(value: Any, parallel: Any, used: bool) -> float | None:
     if value is None:
         return None
     if not (used and spans_hosts(parallel)):
-        raise PlacementError(f"{TIMEOUT_FLAG} {value} without a placement on several hosts (--nnodes, Ray, data parallel hosts): leave it out")
+        raise PlacementError(
+            f"{TIMEOUT_FLAG} {value} without a placement on several hosts (--nnodes, Ray, data parallel hosts): leave it out"
+        )
     return check_timeout(value, TIMEOUT_FLAG)
 
 
@@ -199,20 +229,30 @@ def _locality(value: str | None, parallel: Any) -> str:
             f"--nodes N --locality {value}` and give that, or use --nnodes"
         )
     if parallel.enable_eplb:
-        raise PlacementError(f"{LOCALITY_FLAG} {value} with --enable-eplb, which has its own rule for groups and nodes: leave it out")
+        raise PlacementError(
+            f"{LOCALITY_FLAG} {value} with --enable-eplb, which has its own rule for groups and nodes: leave it out"
+        )
     return value
 
 
-def _place(vllm_config: Any, asked: str, file: Any, shape: ModelShape, ep_size: int, locality: str) -> Placement | None:
+def _place(
+    vllm_config: Any, asked: str, file: Any, shape: ModelShape, ep_size: int, locality: str
+) -> Placement | None:
     parallel = vllm_config.parallel_config
     if parallel.enable_eplb:
-        return _first_placement(asked, file, shape, ep_size, parallel.eplb_config.num_redundant_experts)
-    placement = resolve_placement(asked, file, shape, planned_topology(parallel, ep_size), locality=locality)
+        return _first_placement(
+            asked, file, shape, ep_size, parallel.eplb_config.num_redundant_experts
+        )
+    placement = resolve_placement(
+        asked, file, shape, planned_topology(parallel, ep_size), locality=locality
+    )
     _check_back_ends(vllm_config, parallel, placement)
     return placement
 
 
-def _first_placement(asked: str, file: Any, shape: ModelShape, ep_size: int, redundant: int) -> Placement | None:
+def _first_placement(
+    asked: str, file: Any, shape: ModelShape, ep_size: int, redundant: int
+) -> Placement | None:
     """Where EPLB begins; None leaves its own beginning to strategy eplb, which plans from what EPLB records."""
     slots = shape.num_experts + redundant
     if slots % ep_size:
@@ -222,7 +262,9 @@ def _first_placement(asked: str, file: Any, shape: ModelShape, ep_size: int, red
         )
     if file is None and get_strategy(asked).needs_load:
         return None
-    return resolve_placement(asked, file, shape, Topology(ep_size), redundant, (slots // ep_size,) * ep_size)
+    return resolve_placement(
+        asked, file, shape, Topology(ep_size), redundant, (slots // ep_size,) * ep_size
+    )
 
 
 def _level(value: str | None, placed: bool, load_format: Any) -> str:

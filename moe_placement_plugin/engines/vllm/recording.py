@@ -40,21 +40,30 @@ def record_settings(vllm_config: Any) -> dict[str, Any] | None:
     if path is None:
         for key in (INTERVAL_KEY, COACTIVATION_KEY):
             if extra.get(key):
-                raise PlacementError(f"--{key.replace('_', '-')} without --expert-load-record: nothing is recorded; add the path")
+                raise PlacementError(
+                    f"--{key.replace('_', '-')} without --expert-load-record: nothing is recorded; add the path"
+                )
         return None
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     flag = f"--expert-load-record {path}"
     if not model.is_moe:
-        raise PlacementError(f"{flag}: {model.model} is no Mixture-of-Experts model: it has no experts; leave the flag out")
+        raise PlacementError(
+            f"{flag}: {model.model} is no Mixture-of-Experts model: it has no experts; leave the flag out"
+        )
     refused = {
-        "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1)
+        > 1,
         "--enable-dbo": bool(getattr(parallel, "use_ubatching", False)),
         "--enable-elastic-ep": bool(getattr(parallel, "enable_elastic_ep", False)),
-        "--enable-return-routed-experts": bool(getattr(model, "enable_return_routed_experts", False)),
+        "--enable-return-routed-experts": bool(
+            getattr(model, "enable_return_routed_experts", False)
+        ),
     }
     for other, given in refused.items():
         if given:
-            raise PlacementError(f"{flag} together with {other}: tokens would be counted wrongly; leave one of the two out")
+            raise PlacementError(
+                f"{flag} together with {other}: tokens would be counted wrongly; leave one of the two out"
+            )
     shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
     check_path(path, (len(shape.layer_ids), shape.num_experts))
     interval = check_interval(extra.get(INTERVAL_KEY) or DEFAULT_INTERVAL)
@@ -108,14 +117,20 @@ class LoadRecording:
         self.recorder: LoadRecorder | None = None
         if not self.layers:
             return
-        largest_graph = getattr(vllm_config.compilation_config, "max_cudagraph_capture_size", None) or 0
+        largest_graph = (
+            getattr(vllm_config.compilation_config, "max_cudagraph_capture_size", None) or 0
+        )
         tokens = max(scheduler.max_num_batched_tokens, largest_graph) + self.tp_size
-        self.counters = LoadCounters(len(self.layers), record["num_experts"], tokens, device, record["coactivation"])
+        self.counters = LoadCounters(
+            len(self.layers), record["num_experts"], tokens, device, record["coactivation"]
+        )
         alone = parallel.data_parallel_size == self.shards == 1
         for row, set_capture in enumerate(self.layers.values()):
             set_capture(partial(self.counters.count if alone else self.capture, row))
         stages, stage = parallel.pipeline_parallel_size, _pipeline_rank()
-        part = (self.dp_rank * stages + stage) * self.shards + (self.tp_rank if self.shards > 1 else 0)
+        part = (self.dp_rank * stages + stage) * self.shards + (
+            self.tp_rank if self.shards > 1 else 0
+        )
         metadata = {
             "model": record["model"],
             "engine": f"vllm {vllm.__version__}",
@@ -131,7 +146,9 @@ class LoadRecording:
         }
         windows = Windows(tuple(self.layers), record["num_experts"], record["interval"], metadata)
         num_parts = parallel.data_parallel_size * stages * self.shards
-        self.recorder = LoadRecorder(record["path"], windows, self.counters.snapshot, record["interval"], part, num_parts)
+        self.recorder = LoadRecorder(
+            record["path"], windows, self.counters.snapshot, record["interval"], part, num_parts
+        )
         logger.info(
             "moe_placement_plugin: recording the load of %d MoE layers x %d experts to %s every %g s",
             len(self.layers), record["num_experts"], record["path"], record["interval"],
@@ -211,10 +228,14 @@ def _capture_points(model: Any) -> dict[int, Any]:
                 raise PlacementError(
                     f"--expert-load-record: {name} routes with {type(module.router).__name__}, which reports no experts: {_ROUTE}"
                 )
-        elif hasattr(module, "capture_fn") and hasattr(module, "layer_id"):  # fused layers of single models
+        elif hasattr(module, "capture_fn") and hasattr(
+            module, "layer_id"
+        ):  # fused layers of single models
             points[module.layer_id] = partial(setattr, module, "capture_fn")
     if not points and _has_experts(model):
-        raise PlacementError(f"--expert-load-record: no MoE layer of this model routes through vLLM's router: {_ROUTE}")
+        raise PlacementError(
+            f"--expert-load-record: no MoE layer of this model routes through vLLM's router: {_ROUTE}"
+        )
     return dict(sorted(points.items()))
 
 
@@ -252,7 +273,11 @@ def _load_model(original):
         record = settings.get("record") if settings is not None else None
         if record is not None:
             runner = self.model_runner
-            setattr(runner, _RECORDER, LoadRecording(record, self.vllm_config, runner.get_model(), self.device))
+            setattr(
+                runner,
+                _RECORDER,
+                LoadRecording(record, self.vllm_config, runner.get_model(), self.device),
+            )
         return result
 
     return load_model
@@ -275,7 +300,10 @@ def _prepare_inputs(original):
         if recording is not None:
             batch = self.input_batch
             n = batch.num_reqs
-            recording.batch(num_scheduled_tokens[:n], batch.num_computed_tokens_cpu[:n] < batch.num_prompt_tokens[:n])
+            recording.batch(
+                num_scheduled_tokens[:n],
+                batch.num_computed_tokens_cpu[:n] < batch.num_prompt_tokens[:n],
+            )
         return result
 
     return _prepare_inputs
@@ -286,7 +314,10 @@ def _prepare_inputs_v2(original):
         batch = original(self, *args, **kwargs)
         recording = getattr(self, _RECORDER, None)
         if recording is not None:
-            recording.batch(batch.num_scheduled_tokens[: batch.num_reqs], batch.is_prefilling_np[: batch.num_reqs])
+            recording.batch(
+                batch.num_scheduled_tokens[: batch.num_reqs],
+                batch.is_prefilling_np[: batch.num_reqs],
+            )
         return batch
 
     return prepare_inputs

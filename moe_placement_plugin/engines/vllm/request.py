@@ -35,7 +35,16 @@ LOCALITY_KEY = "expert_placement_locality"
 HOST_TIMEOUT_KEY = "expert_host_timeout"
 """Key of ``additional_config``: seconds after which a silent host counts as gone."""
 
-KEYS = (FILE_KEY, LOCALITY_KEY, VERIFY_KEY, REBALANCE_KEY, HOST_TIMEOUT_KEY, RECORD_KEY, INTERVAL_KEY, COACTIVATION_KEY)
+KEYS = (
+    FILE_KEY,
+    LOCALITY_KEY,
+    VERIFY_KEY,
+    REBALANCE_KEY,
+    HOST_TIMEOUT_KEY,
+    RECORD_KEY,
+    INTERVAL_KEY,
+    COACTIVATION_KEY,
+)
 
 _enabled = False
 
@@ -76,9 +85,13 @@ def in_arguments(arguments: Iterable[str]) -> bool:
     for index, word in enumerate(arguments):
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
-            if _is_ours(name) or (name.replace("_", "-") == "enable-expert-parallel" and is_cpu_build()):
+            if _is_ours(name) or (
+                name.replace("_", "-") == "enable-expert-parallel" and is_cpu_build()
+            ):
                 return True
-            if name == "additional-config" and _has_key(value or " ".join(arguments[index + 1 : index + 2])):
+            if name == "additional-config" and _has_key(
+                value or " ".join(arguments[index + 1 : index + 2])
+            ):
                 return True
             if name == "config" and _in_yaml(value or " ".join(arguments[index + 1 : index + 2])):
                 return True

@@ -104,7 +104,9 @@ class PlacementSettings(dict):
         """The placement that expert maps follow; None where EPLB moves the experts instead, or vLLM's own stands."""
         return None if self["eplb"] else self.placement
 
-    def expert_map(self, layer_id: int | None, num_experts: int, ep_size: int, ep_rank: int) -> np.ndarray:
+    def expert_map(
+        self, layer_id: int | None, num_experts: int, ep_size: int, ep_rank: int
+    ) -> np.ndarray:
         """int32 ``[experts]``: local slot of each expert on ``ep_rank``, -1 where it lies elsewhere.
 
         Layers that the plan does not know (a draft model's, an encoder's) are placed by the strategy
@@ -123,13 +125,19 @@ class PlacementSettings(dict):
     def knows(self, layer_id: int | None, num_experts: int) -> bool:
         """Whether the plan holds this layer."""
         placement = self.placement
-        return placement is not None and layer_id in placement.layer_ids and placement.num_logical_experts == num_experts
+        return (
+            placement is not None
+            and layer_id in placement.layer_ids
+            and placement.num_logical_experts == num_experts
+        )
 
     def _fallback(self, num_experts: int, ep_size: int) -> Placement:
         strategy = get_strategy(self.strategy)
         if strategy.needs_load:
             strategy = get_strategy("linear")
-        request = PlacementRequest(1, num_experts, Topology(ep_size), slots_per_rank=even_slots(num_experts, ep_size))
+        request = PlacementRequest(
+            1, num_experts, Topology(ep_size), slots_per_rank=even_slots(num_experts, ep_size)
+        )
         return strategy.place(request)
 
     def activate(self) -> None:

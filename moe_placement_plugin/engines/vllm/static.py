@@ -48,16 +48,22 @@ def _determine_expert_map(original):
     ):
         settings = current_settings()
         if settings is None or settings.static is None or ep_size == 1:
-            return original(ep_size, ep_rank, global_num_experts, expert_placement_strategy, *args, **kwargs)
+            return original(
+                ep_size, ep_rank, global_num_experts, expert_placement_strategy, *args, **kwargs
+            )
         # The layer is not known here; RoutedExperts.__init__ puts its own map in place. Until then, and in vLLM's
         # log line, the first layer's map stands.
         first = settings.static.layer_ids[0]
-        return _map_tensors(settings.expert_map(first, global_num_experts, ep_size, ep_rank), *args, **kwargs)
+        return _map_tensors(
+            settings.expert_map(first, global_num_experts, ep_size, ep_rank), *args, **kwargs
+        )
 
     return determine_expert_map
 
 
-def _map_tensors(expert_map: np.ndarray, num_fused_shared_experts: int = 0, return_expert_mask: bool = False):
+def _map_tensors(
+    expert_map: np.ndarray, num_fused_shared_experts: int = 0, return_expert_mask: bool = False
+):
     """(local experts, expert map, expert mask) in the form of vLLM's ``determine_expert_map``.
 
     The tensors are made on torch's default device, which vLLM sets to the accelerator while it builds the model.
@@ -95,10 +101,14 @@ def _routing_tables(settings: PlacementSettings, layer_id: int | None, manager: 
         to_physical[here] = rank * slots + expert_map[here]
     to_global = np.argsort(to_physical)
     local = to_global[manager.ep_rank * slots : (manager.ep_rank + 1) * slots]
-    return tuple(torch.tensor(table.tolist(), dtype=torch.long) for table in (to_physical, to_global, local))
+    return tuple(
+        torch.tensor(table.tolist(), dtype=torch.long) for table in (to_physical, to_global, local)
+    )
 
 
-def _place_layer(settings: PlacementSettings, layer_name: str, moe_config: Any, manager: Any) -> None:
+def _place_layer(
+    settings: PlacementSettings, layer_name: str, moe_config: Any, manager: Any
+) -> None:
     """Give one layer's `ExpertMapManager` and config the maps of the plan, before weights are made."""
     layer_id = layer_id_of(layer_name)
     local, expert_map, mask = _map_tensors(
@@ -115,16 +125,40 @@ def _place_layer(settings: PlacementSettings, layer_name: str, moe_config: Any, 
 
 
 def _routed_experts_init(original):
-    def __init__(self, layer_name, params_dtype, moe_config, quant_config, expert_map_manager, *args, **kwargs):
+    def __init__(
+        self,
+        layer_name,
+        params_dtype,
+        moe_config,
+        quant_config,
+        expert_map_manager,
+        *args,
+        **kwargs,
+    ):
         settings = current_settings()
-        ours = settings is not None and (settings.placement is not None or settings["eplb"]) and expert_map_manager.ep_size > 1
+        ours = (
+            settings is not None
+            and (settings.placement is not None or settings["eplb"])
+            and expert_map_manager.ep_size > 1
+        )
         placed = ours and settings.static is not None
         if placed:
             _place_layer(settings, layer_name, moe_config, expert_map_manager)
-        original(self, layer_name, params_dtype, moe_config, quant_config, expert_map_manager, *args, **kwargs)
+        original(
+            self,
+            layer_name,
+            params_dtype,
+            moe_config,
+            quant_config,
+            expert_map_manager,
+            *args,
+            **kwargs,
+        )
         if placed:
             check_experts(
-                self.quant_method, expert_map_manager.moe_parallel_config.needs_round_robin_routing_tables, layer_name
+                self.quant_method,
+                expert_map_manager.moe_parallel_config.needs_round_robin_routing_tables,
+                layer_name,
             )
         if ours:
             watch(self, _in_order(settings, layer_name, expert_map_manager))
@@ -136,7 +170,9 @@ def _in_order(settings: PlacementSettings, layer_name: str, manager: Any) -> boo
     """Whether the slots of this rank hold consecutive experts, so that rows may be copied in bulk."""
     if settings.static is None:
         return True
-    expert_map = settings.expert_map(layer_id_of(layer_name), manager.global_num_experts, manager.ep_size, manager.ep_rank)
+    expert_map = settings.expert_map(
+        layer_id_of(layer_name), manager.global_num_experts, manager.ep_size, manager.ep_rank
+    )
     local = np.flatnonzero(expert_map >= 0)
     return bool((np.diff(local) == 1).all() and (np.diff(expert_map[local]) == 1).all())
 

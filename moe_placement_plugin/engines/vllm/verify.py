@@ -29,7 +29,9 @@ _NO_WEIGHTS = frozenset(
 _REDUCED = re.compile(r"(input_scale|alphas?|gscale|weight_scale_2)$")
 
 
-def digest_model(model: Any, settings: PlacementSettings | None = None, only: Collection[int] | None = None) -> Pass:
+def digest_model(
+    model: Any, settings: PlacementSettings | None = None, only: Collection[int] | None = None
+) -> Pass:
     """Digests of every slot of this rank's MoE layers, read where the weights are.
 
     Args:
@@ -73,7 +75,13 @@ def _digest_ranks(model: Any, settings: PlacementSettings) -> tuple[Pass, list[R
 
 
 def clean_load(
-    load: Callable, settings: PlacementSettings, loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
+    load: Callable,
+    settings: PlacementSettings,
+    loader: Any,
+    vllm_config: Any,
+    model_config: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> ExpertDigests:
     """Load the model with vLLM's own placement and without our patches, digest its experts, and drop it again.
 
@@ -84,7 +92,9 @@ def clean_load(
         settings: the engine's settings.
     """
     clean = copy.copy(vllm_config)
-    clean.additional_config = {key: value for key, value in (vllm_config.additional_config or {}).items() if key != KEY}
+    clean.additional_config = {
+        key: value for key, value in (vllm_config.additional_config or {}).items() if key != KEY
+    }
     clean.parallel_config = copy.copy(vllm_config.parallel_config)
     clean.parallel_config.expert_placement_strategy = "linear"
     clean.parallel_config.enable_ep_weight_filter = False
@@ -119,7 +129,13 @@ def verify_loaded(model: Any, clean: ExpertDigests | None, settings: PlacementSe
         return
     mine, ranks = _digest_ranks(model, settings)
     numbers = numbered(layers)
-    expected = verify(mine, ranks, {numbers[name]: num_logical(layer) for name, layer in layers.items()}, clean, logger)
+    expected = verify(
+        mine,
+        ranks,
+        {numbers[name]: num_logical(layer) for name, layer in layers.items()},
+        clean,
+        logger,
+    )
     for name, layer in layers.items():
         if numbers[name] in expected:
             object.__setattr__(layer, EXPECTED, (numbers[name], expected[numbers[name]]))
@@ -131,7 +147,12 @@ def is_verified(model: Any) -> bool:
     return any(hasattr(layer, EXPECTED) for layer in routed_layers(model).values())
 
 
-def check_again(model: Any, what: str, settings: PlacementSettings | None = None, rows: Collection[int] | None = None) -> int:
+def check_again(
+    model: Any,
+    what: str,
+    settings: PlacementSettings | None = None,
+    rows: Collection[int] | None = None,
+) -> int:
     """Check this rank's experts against what they were when the model was loaded.
 
     Every rank knows every expert's digest, so that it checks itself and waits for no other: ranks of different data parallel

@@ -35,7 +35,9 @@ def find_matmuls(name: str = "auto", device: torch.device | str = "cpu") -> Matm
         return TorchMatmuls() if name == "torch" else DenseMatmuls()
     if find_spec(name) is None or find_spec("triton") is None:
         missing = name if find_spec(name) is None else "triton"
-        raise PlacementError(f"{name}'s kernels: {missing} is not installed in this environment; install it, or choose torch")
+        raise PlacementError(
+            f"{name}'s kernels: {missing} is not installed in this environment; install it, or choose torch"
+        )
     from .engine import check_mode
 
     interpreted = check_mode(name, device)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 
-def align_blocks(slots: torch.Tensor, block_size: int, num_slots: int, keep_elsewhere: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def align_blocks(
+    slots: torch.Tensor, block_size: int, num_slots: int, keep_elsewhere: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``moe_align_block_size`` of vLLM and SGLang. Waits for the device.
 
     Args:
@@ -31,9 +33,13 @@ def align_blocks(slots: torch.Tensor, block_size: int, num_slots: int, keep_else
     sizes = torch.bincount(flat[order] - first, minlength=num_slots - first)
     blocks = (sizes + block_size - 1) // block_size
     experts = torch.repeat_interleave(torch.arange(first, num_slots, device=flat.device), blocks)
-    ids = torch.full((int(blocks.sum()) * block_size,), padding, dtype=torch.int32, device=flat.device)
+    ids = torch.full(
+        (int(blocks.sum()) * block_size,), padding, dtype=torch.int32, device=flat.device
+    )
     group = flat[order] - first
     start_sorted = sizes.cumsum(0) - sizes
     start_padded = (blocks.cumsum(0) - blocks) * block_size
-    ids[torch.arange(order.numel(), device=flat.device) - start_sorted[group] + start_padded[group]] = order.int()
+    ids[
+        torch.arange(order.numel(), device=flat.device) - start_sorted[group] + start_padded[group]
+    ] = order.int()
     return ids, experts.int(), torch.tensor([ids.numel()], dtype=torch.int32, device=flat.device)

@@ -26,11 +26,20 @@ class Matmuls(ABC):
         """The order of rows that both matmuls use. ``x [rows, columns]`` gives type and device."""
 
     @abstractmethod
-    def up(self, x: torch.Tensor, output: RouteOutput, plan: Any, w13: torch.Tensor) -> torch.Tensor:
+    def up(
+        self, x: torch.Tensor, output: RouteOutput, plan: Any, w13: torch.Tensor
+    ) -> torch.Tensor:
         """``[rows, hidden]`` to gate and up ``[rows of the plan, 2 * intermediate]``."""
 
     @abstractmethod
-    def up_columns(self, x: torch.Tensor, output: RouteOutput, plan: Any, w13: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
+    def up_columns(
+        self,
+        x: torch.Tensor,
+        output: RouteOutput,
+        plan: Any,
+        w13: torch.Tensor,
+        sums: torch.Tensor | None,
+    ) -> torch.Tensor:
         """The same for some columns of the embedding, added to ``sums``, in float32 or wider.
 
         Args:
@@ -46,7 +55,9 @@ class Matmuls(ABC):
         return swiglu(values).to(dtype)
 
     @abstractmethod
-    def down(self, hidden: torch.Tensor, output: RouteOutput, plan: Any, w2: torch.Tensor) -> torch.Tensor:
+    def down(
+        self, hidden: torch.Tensor, output: RouteOutput, plan: Any, w2: torch.Tensor
+    ) -> torch.Tensor:
         """Activated rows of the plan to ``[rows, columns]``, weighted and summed over the local choices.
 
         Args:

@@ -55,15 +55,29 @@ class EngineMatmuls(Matmuls):
         self.interpreted = interpreted
 
     @abstractmethod
-    def choose_tiles(self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights) -> tuple[dict[str, Any], dict[str, Any]]:
+    def choose_tiles(
+        self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The engine's own tiles for the up and the down projection."""
 
     @abstractmethod
-    def align(self, output: RouteOutput, config: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    def align(
+        self, output: RouteOutput, config: dict[str, Any]
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """The engine's own align step on CUDA."""
 
     @abstractmethod
-    def launch(self, a, b, c, output: RouteOutput, plan: AlignedPlan, config: dict[str, Any], top_k: int, weighted: bool) -> None:
+    def launch(
+        self,
+        a,
+        b,
+        c,
+        output: RouteOutput,
+        plan: AlignedPlan,
+        config: dict[str, Any],
+        top_k: int,
+        weighted: bool,
+    ) -> None:
         """``c[i] = a[i // top_k] @ b[slot of choice i].T``, times its router weight if ``weighted``."""
 
     @abstractmethod
@@ -74,15 +88,21 @@ class EngineMatmuls(Matmuls):
     def engine_sum(self, values: torch.Tensor) -> torch.Tensor:
         """The engine's sum over the choices on CUDA, ``[rows, top_k, columns]`` to ``[rows, columns]``."""
 
-    def plan(self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights) -> AlignedPlan | None:
+    def plan(
+        self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights
+    ) -> AlignedPlan | None:
         """None when there is nothing to multiply: no rows, or a rank without slots."""
         if not output.num_rows or not output.num_slots:
             return None
         if self.interpreted:
             if x.dtype == torch.bfloat16:
-                raise PlacementError(f"{x.dtype} under the Triton interpreter, whose bfloat16 products are wrong: use float32")
+                raise PlacementError(
+                    f"{x.dtype} under the Triton interpreter, whose bfloat16 products are wrong: use float32"
+                )
             config = down = INTERPRETER_TILES
-            aligned = align_blocks(output.local_slots, config["BLOCK_SIZE_M"], output.num_slots, self.zeroes_elsewhere)
+            aligned = align_blocks(
+                output.local_slots, config["BLOCK_SIZE_M"], output.num_slots, self.zeroes_elsewhere
+            )
         else:
             config, down = self.choose_tiles(x, output, weights)
             aligned = self.align(output, config)
@@ -95,7 +115,14 @@ class EngineMatmuls(Matmuls):
         part = self._product(x, output, plan, w13, torch.float32)
         return part if sums is None else sums.add_(part)
 
-    def _product(self, x: torch.Tensor, output: RouteOutput, plan: AlignedPlan | None, w13: torch.Tensor, dtype) -> torch.Tensor:
+    def _product(
+        self,
+        x: torch.Tensor,
+        output: RouteOutput,
+        plan: AlignedPlan | None,
+        w13: torch.Tensor,
+        dtype,
+    ) -> torch.Tensor:
         top_k = output.local_slots.shape[1]
         if plan is None:
             return x.new_zeros((0, w13.shape[1]), dtype=dtype)
@@ -150,7 +177,9 @@ def engine_function(module: str, name: str, passed: tuple[str, ...]) -> Callable
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise PlacementError(f"{where} is not in the installed engine ({error}): use a supported version, or choose torch") from None
+        raise PlacementError(
+            f"{where} is not in the installed engine ({error}): use a supported version, or choose torch"
+        ) from None
     return require_parameters(function, where, passed)
 
 
@@ -162,8 +191,15 @@ def require_parameters(function: Callable, where: str, passed: tuple[str, ...]) 
     """
     parameters = inspect.signature(function).parameters
     lacking = [p for p in passed if p not in parameters]
-    empty, variadic = inspect.Parameter.empty, (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    wants = [n for n, p in parameters.items() if p.default is empty and p.kind not in variadic and n not in passed]
+    empty, variadic = (
+        inspect.Parameter.empty,
+        (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD),
+    )
+    wants = [
+        n
+        for n, p in parameters.items()
+        if p.default is empty and p.kind not in variadic and n not in passed
+    ]
     if lacking or wants:
         lacks = f"lacks {', '.join(lacking)}" if lacking else f"also needs {', '.join(wants)}"
         raise PlacementError(

@@ -34,13 +34,25 @@ class SglangMatmuls(EngineMatmuls):
 
         self._launch = engine_function(_KERNELS, "invoke_fused_moe_kernel", _LAUNCH)
         if not interpreted:
-            self._align = engine_function(f"{_UTILS}.moe_align_block_size", "moe_align_block_size", ("topk_ids", "block_size", "num_experts"))
-            self._tiles = engine_function(f"{_UTILS}.fused_moe_triton_config", "try_get_optimal_moe_config", _TILES)
-            triton_sum = engine_function(_KERNELS, "moe_sum_reduce_triton", ("input", "output", "routed_scaling_factor"))
+            self._align = engine_function(
+                f"{_UTILS}.moe_align_block_size",
+                "moe_align_block_size",
+                ("topk_ids", "block_size", "num_experts"),
+            )
+            self._tiles = engine_function(
+                f"{_UTILS}.fused_moe_triton_config", "try_get_optimal_moe_config", _TILES
+            )
+            triton_sum = engine_function(
+                _KERNELS, "moe_sum_reduce_triton", ("input", "output", "routed_scaling_factor")
+            )
             # On CUDA SGLang itself prefers the one of its kernel library.
-            self._sum = getattr(importlib.import_module(f"{_UTILS}.fused_moe"), "moe_sum_reduce", triton_sum)
+            self._sum = getattr(
+                importlib.import_module(f"{_UTILS}.fused_moe"), "moe_sum_reduce", triton_sum
+            )
             publish_arguments()
-        self.name = f"SGLang {sglang.__version__} fused_moe_kernel" + (" (Triton interpreter)" if interpreted else "")
+        self.name = f"SGLang {sglang.__version__} fused_moe_kernel" + (
+            " (Triton interpreter)" if interpreted else ""
+        )
 
     @cached_property
     def _compute_types(self) -> dict[torch.dtype, Any]:
@@ -59,11 +71,17 @@ class SglangMatmuls(EngineMatmuls):
             M=output.num_rows, return_down_config=True,
         )  # fmt: skip
         # Tensor descriptors are a choice of the launcher, not a tile; the plain loads are used here.
-        config, down = ({k: v for k, v in c.items() if k != "USE_TMA"} for c in (config, down or config))
+        config, down = (
+            {k: v for k, v in c.items() if k != "USE_TMA"} for c in (config, down or config)
+        )
         return config, down
 
     def align(self, output, config):
-        return self._align(topk_ids=output.local_slots, block_size=config["BLOCK_SIZE_M"], num_experts=output.num_slots)
+        return self._align(
+            topk_ids=output.local_slots,
+            block_size=config["BLOCK_SIZE_M"],
+            num_experts=output.num_slots,
+        )
 
     def launch(self, a, b, c, output, plan, config, top_k, weighted):
         self._launch(

@@ -32,13 +32,18 @@ def accumulate(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     tiles = -(-height // TILE_ROWS)
     rows = a.new_zeros((tiles * TILE_ROWS, width))
     rows[:height] = a
-    parts = [rows[:, k : k + TILE].reshape(tiles, TILE_ROWS, -1).contiguous() for k in range(0, width, TILE)]
+    parts = [
+        rows[:, k : k + TILE].reshape(tiles, TILE_ROWS, -1).contiguous()
+        for k in range(0, width, TILE)
+    ]
     for column in range(0, columns, TILE):
         tile = sums.new_zeros((tiles * TILE_ROWS, min(TILE, columns - column)))
         tile[:height] = sums[:, column : column + TILE]
         tile = tile.view(tiles, TILE_ROWS, -1)
         for k, part in zip(range(0, width, TILE), parts):
-            tile.baddbmm_(part, b[column : column + TILE, k : k + TILE].T.contiguous().expand(tiles, -1, -1))
+            tile.baddbmm_(
+                part, b[column : column + TILE, k : k + TILE].T.contiguous().expand(tiles, -1, -1)
+            )
         sums[:, column : column + TILE] = tile.view(tiles * TILE_ROWS, -1)[:height]
 
 
@@ -109,7 +114,9 @@ class DenseMatmuls(Matmuls):
         table = x.new_zeros((output.num_rows, output.num_slots + 1), dtype=_wide(x.dtype))
         slots = output.local_slots.long()
         # A row's choices are distinct slots, but for those of other ranks, which share the column that is cut off.
-        table.scatter_(1, torch.where(slots < 0, output.num_slots, slots), output.weights.to(table.dtype))
+        table.scatter_(
+            1, torch.where(slots < 0, output.num_slots, slots), output.weights.to(table.dtype)
+        )
         return table[:, : output.num_slots].T.contiguous()
 
     def up(self, x, output, plan, w13):

@@ -20,7 +20,15 @@ _LAUNCH = (
     "A", "B", "C", "A_scale", "B_scale", "topk_weights", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "mul_routed_weight",
     "top_k", "config", "compute_type", "use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant",
 )  # fmt: skip
-_ASSIGN = ("topk_ids", "config", "num_tokens", "top_k_num", "global_num_experts", "expert_map", "ignore_invalid_experts")
+_ASSIGN = (
+    "topk_ids",
+    "config",
+    "num_tokens",
+    "top_k_num",
+    "global_num_experts",
+    "expert_map",
+    "ignore_invalid_experts",
+)
 _TILES = ("w1_shape", "w2_shape", "top_k", "dtype", "M")
 
 
@@ -40,7 +48,9 @@ class VllmMatmuls(EngineMatmuls):
             self._assign = engine_function(_FUSED_MOE, "_prepare_expert_assignment", _ASSIGN)
             self._tiles = engine_function(_FUSED_MOE, "try_get_optimal_moe_config", _TILES)
             self._sum = engine_function("vllm._custom_ops", "moe_sum", ("input", "output"))
-        self.name = f"vLLM {vllm.__version__} fused_moe_kernel" + (" (Triton interpreter)" if interpreted else "")
+        self.name = f"vLLM {vllm.__version__} fused_moe_kernel" + (
+            " (Triton interpreter)" if interpreted else ""
+        )
         self._maps: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     @cached_property
@@ -71,7 +81,9 @@ class VllmMatmuls(EngineMatmuls):
 
     def _elsewhere_map(self, slots: int, device: torch.device) -> torch.Tensor:
         if (slots, device) not in self._maps:
-            self._maps[slots, device] = torch.tensor([*range(slots), -1], dtype=torch.int32, device=device)
+            self._maps[slots, device] = torch.tensor(
+                [*range(slots), -1], dtype=torch.int32, device=device
+            )
         return self._maps[slots, device]
 
     def launch(self, a, b, c, output, plan, config, top_k, weighted):
@@ -109,11 +121,15 @@ def _import_with_triton() -> None:
         shown = {"cpu": False} if driven else {"cpu": False, "interpreter": True}
         shown = {name: active for name, active in shown.items() if name not in backends}
         for name, active in shown.items():
-            backends[name] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda active=active: active), compiler=None)
+            backends[name] = SimpleNamespace(
+                driver=SimpleNamespace(is_active=lambda active=active: active), compiler=None
+            )
         try:
             import vllm.triton_utils  # noqa: F401
         finally:
             for name in shown:
                 del backends[name]
     if not sys.modules["vllm.triton_utils"].HAS_TRITON:
-        raise PlacementError("vLLM was imported without Triton in this process: find its matmuls (find_matmuls) before anything else imports vLLM")
+        raise PlacementError(
+            "vLLM was imported without Triton in this process: find its matmuls (find_matmuls) before anything else imports vLLM"
+        )

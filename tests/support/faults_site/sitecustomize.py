@@ -11,13 +11,17 @@ def _wrap_loader(change):
         original = experts.weight_loader
 
         @functools.wraps(original)
-        def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs):
+        def weight_loader(
+            self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs
+        ):
             # The clean load of --expert-placement-verify checkpoint is left alone: only placed layers are watched.
             if "_moe_placement_filled" in self.__dict__:
                 expert_id = change(self, expert_id)
                 if expert_id is None:
                     return kwargs.get("return_success", False) or None
-            return original(self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs)
+            return original(
+                self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs
+            )
 
         experts.weight_loader = weight_loader
 
@@ -42,7 +46,11 @@ def _around(patch, install):
 
 
 def _one_rank_skips(layer, expert_id):
-    return None if (expert_id, layer.expert_map_manager.ep_rank) == (9, 1) and ".2." in layer.layer_name else expert_id
+    return (
+        None
+        if (expert_id, layer.expert_map_manager.ep_rank) == (9, 1) and ".2." in layer.layer_name
+        else expert_id
+    )
 
 
 def _neighbour(layer, expert_id):
@@ -51,7 +59,9 @@ def _neighbour(layer, expert_id):
 
 def _filter_as_upstream(module):
     """The loader's filter goes by a strategy of its own, whatever the layers' maps are."""
-    module._compute_local_expert_ids = lambda original: lambda experts, size, rank, placement: original(experts, size, rank, "linear")
+    module._compute_local_expert_ids = lambda original: (
+        lambda experts, size, rank, placement: original(experts, size, rank, "linear")
+    )
 
 
 def _other_map(experts):

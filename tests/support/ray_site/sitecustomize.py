@@ -16,7 +16,9 @@ def _name_device(module):
 def _name_host(module):
     shared = module._CPUSHMDistributed
     original = shared.make_group_name
-    shared.make_group_name = staticmethod(lambda communicator: f"{socket.gethostname()}-{original(communicator)}")
+    shared.make_group_name = staticmethod(
+        lambda communicator: f"{socket.gethostname()}-{original(communicator)}"
+    )
 
 
 register_post_import_hook(_name_host, "vllm.distributed.device_communicators.cpu_communicator")

@@ -10,7 +10,11 @@ import sys
 
 _MODULES = {
     # What a spawned process of this server has imported before it loads plugins: all that the server's own module imports, and what it runs.
-    "vllm.entrypoints.openai.api_server": ["vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor"],
+    "vllm.entrypoints.openai.api_server": [
+        "vllm.entrypoints.openai.api_server",
+        "vllm.v1.engine.core",
+        "vllm.v1.executor.multiproc_executor",
+    ],
     "sglang.launch_server": ["sglang.launch_server", "sglang.srt.managers.scheduler"],
 }
 

@@ -15,7 +15,9 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def missing(*args, **kwargs):
-        raise NotImplementedError(f"sgl_kernel.{name} was called, but this sgl_kernel is an import-only stand-in for tests")
+        raise NotImplementedError(
+            f"sgl_kernel.{name} was called, but this sgl_kernel is an import-only stand-in for tests"
+        )
 
     missing.__name__ = missing.__qualname__ = name
     globals()[name] = missing
