@@ -1,19 +1,30 @@
-"""How the planner's kernels are compiled: by numba, for one thread, and kept on disk.
+"""Compile the planner's kernels by numba, for one thread, once for all processes, and keep them on disk.
 
-numba keeps compiled code next to the source, or in the user's cache folder where that cannot be written, and throws it away when the
-function's own
-file changes. A kernel that calls one of another file would stay as it was compiled: after an upgrade it would go on running the old code
-of the
-other. So here the stamp of every kernel is that of all the planner's files.
+numba keeps compiled code next to the source, or in the user's cache folder where that cannot be
+written, and throws it away when the function's own file changes. A kernel that calls one of another
+file would stay as it was compiled: after an upgrade it would go on running the old code of the other.
+Therefore the stamp of every kernel is that of all the planner's files.
+
+All ranks of a server need the same kernels at the same moment. One of them compiles each; the others
+wait for its file in place of compiling the same thing side by side.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from numba import njit
+from numba.core.compiler_lock import global_compiler_lock
+
+COMPILING_SECONDS = 120.0
+"""Longest wait for another process's compilation: many times what the slowest kernel takes."""
 
 
 def _digest() -> str:
@@ -27,13 +38,54 @@ def _digest() -> str:
 _SOURCES = _digest()
 
 
-def kernel(function):
-    """Compile ``function`` on first use, in nopython mode, and cache the code until any file of the planner changes."""
-    compiled = njit(cache=True)(function)
+def kernel(function=None, **options: Any):
+    """Compile ``function`` on first use, in nopython mode, and cache the code until any file of the planner changes.
+
+    Args:
+        options: numba's, such as ``nogil=True``.
+    """
+    if function is None:
+        return lambda given: kernel(given, **options)
+    compiled = njit(cache=True, **options)(function)
     files = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if hasattr(files, "_source_stamp"):
         files._source_stamp = (files._source_stamp, _SOURCES)
+        _compile_in_one_process(compiled, Path(compiled.stats.cache_path), files._index_name)
     return compiled
+
+
+def _compile_in_one_process(compiled: Any, folder: Path, index: str) -> None:
+    """Have processes that compile the same kernel take turns: all but the first find it in the cache."""
+    original = compiled.compile
+
+    def compile(signature):
+        # numba's own lock first: a thread that compiles a caller of this kernel holds it already.
+        with global_compiler_lock, file_lock(folder / f"{index}.lock"):
+            return original(signature)
+
+    compiled.compile = compile
+
+
+@contextmanager
+def file_lock(path: Path, seconds: float = COMPILING_SECONDS) -> Iterator[None]:
+    """Hold a lock file, for ``seconds`` at most as one waits for it; without one where it cannot be had."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115 - closed below, which frees the lock
+    except OSError:
+        yield
+        return
+    with file:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:  # a file system without locks
+                break
+        yield
 
 
 def without_blas() -> None:

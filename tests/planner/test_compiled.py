@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import moe_placement_plugin
+from moe_placement_plugin.planner.compiled import file_lock
 
 SCRIPT = """
 import numpy as np
@@ -73,6 +74,32 @@ def test_an_installation_that_cannot_be_written_caches_elsewhere(installed, tmp_
         (installed / "planner" / "bound.py").read_text() + "\n# changed\n"
     )
     assert run(installed, home, **more)[:2] == (0, 1)
+
+
+def test_processes_that_need_a_kernel_at_once_compile_it_once(tmp_path):
+    met = tmp_path / "met"
+    met.mkdir()
+    meet = (
+        f"import time; Path({str(met)!r}, str(time.time_ns())).touch()\n"
+        f"while len(list(Path({str(met)!r}).iterdir())) < 3: time.sleep(0.001)\n"
+        "moved = np.empty(1, np.int64)\n"
+    )
+    script = SCRIPT.replace("moved = np.empty(1, np.int64)\n", meet)
+    assert script != SCRIPT
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=300)[0].split("|") for process in processes]
+    assert sorted((int(row[2]), int(row[3])) for row in said) == [(0, 1), (1, 0), (1, 0)]
+
+
+def test_a_lock_that_is_not_given_back_holds_nobody_up_for_ever(tmp_path):
+    with file_lock(tmp_path / "lock"):
+        with file_lock(tmp_path / "lock", seconds=0.1):
+            reached = True
+    assert reached
 
 
 def test_a_plan_without_scipys_linear_algebra():
