@@ -1,38 +1,57 @@
-# Everything a fresh machine needs: `make demo` and `make test`. Environments live in .envs/, one for each engine
-# because their pins conflict, and are made again when their requirement files change.
+# Everything that a fresh machine needs: `make demo` and `make test`. `make help` lists the targets.
+# Environments live in $(ENVS), one for each engine because their pins conflict; they are made again
+# when what they are made of changes.
+SHELL := bash
 PYTHON ?= python3
 ENGINE ?= vllm
 ENVS ?= .envs
 # Where the time goes: an engine tier is mostly starts.
 SLOWEST = --durations=25 --durations-min=5
+# numba throws away code that another version of it has compiled: a folder for each environment.
+IN = scripts/tier.sh $(ENVS) $(1)
 
-.PHONY: demo test test-fast test-vllm test-sglang lint clean env-vllm env-sglang
+.PHONY: help demo test check test-fast test-engines test-vllm test-sglang lint types clean env-vllm env-sglang
+.DEFAULT_GOAL := help
 
-demo: env-$(ENGINE)
-	$(ENVS)/$(ENGINE)/bin/moe-placement demo --engine $(ENGINE)
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
-# Both environments at once, then the fast tier first: it fails within minutes.
-test:
-	$(MAKE) -j2 env-vllm env-sglang
-	$(MAKE) test-fast
-	$(MAKE) test-vllm
-	$(MAKE) test-sglang
+demo: env-$(ENGINE) ## serve a tiny model on two CPU ranks with zigzag, compare with one (ENGINE=vllm|sglang)
+	$(call IN,$(ENGINE)) demo moe-placement demo --engine $(ENGINE)
 
-# No engine is started, so that two tests may run at once: most of them wait for a process of theirs half of their time.
-test-fast: env-vllm
-	$(ENVS)/vllm/bin/python -m pytest -q -n 2 --dist worksteal $(SLOWEST) -m "not engine" --ignore=tests/sglang tests
+test: ## build both environments and run all tests
+	@rm -f $(ENVS)/times
+	$(MAKE) --no-print-directory -j2 env-vllm env-sglang
+	$(MAKE) --no-print-directory test-fast
+	$(MAKE) --no-print-directory test-engines
+	@column -t $(ENVS)/times
 
-test-vllm: env-vllm
-	$(ENVS)/vllm/bin/python -m pytest -q $(SLOWEST) -m engine --ignore=tests/sglang tests
-
-test-sglang: env-sglang
-	$(ENVS)/sglang/bin/python -m pytest -q $(SLOWEST) tests/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py tests/verify/test_accuracy_sglang.py tests/moe/test_engine_matmuls.py
+check: env-vllm lint types ## lint, format, types, and the tests that take less than 2 s each
+	$(call IN,vllm) check python -m pytest -q -n 2 --dist worksteal -m "not engine and not slow" --ignore=tests/sglang --ignore=tests/zoo/sglang tests
 
 lint: env-vllm
 	$(ENVS)/vllm/bin/ruff check .
+	$(ENVS)/vllm/bin/ruff format --check .
+
+types: env-vllm
+	$(ENVS)/vllm/bin/mypy
+
+# Two tests at once: most of them wait for a process of theirs half of their time.
+test-fast: env-vllm ## the tests that start no engine
+	$(call IN,vllm) fast python -m pytest -q -n 2 --dist worksteal $(SLOWEST) -m "not engine" --ignore=tests/sglang --ignore=tests/zoo/sglang tests
+
+# Side by side: each waits half of its time for processes that start one after the other.
+test-engines: env-vllm env-sglang
+	$(MAKE) --no-print-directory -j2 test-vllm test-sglang
+
+test-vllm: env-vllm ## vLLM's CPU engine
+	$(call IN,vllm) vllm python -m pytest -q $(SLOWEST) -m engine --ignore=tests/sglang --ignore=tests/zoo/sglang tests
+
+test-sglang: env-sglang ## SGLang's CPU engine
+	$(call IN,sglang) sglang python -m pytest -q $(SLOWEST) tests/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py tests/verify/test_accuracy_sglang.py tests/moe/test_engine_matmuls.py
 
 env-vllm env-sglang: env-%:
-	PYTHON=$(PYTHON) scripts/env-$*.sh $(ENVS)/$*
+	@PYTHON=$(PYTHON) $(PYTHON) scripts/environment $* $(ENVS)/$*
 
-clean:
+clean: ## remove the environments
 	rm -rf $(ENVS)
