@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad
+from tests.support.forked_command import run_command
 
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
 
@@ -42,13 +43,9 @@ def load_file(tmp_path) -> Path:
 @pytest.fixture
 def cli():
     """Run ``moe-placement`` as a user does; returns the finished process."""
-    import subprocess
 
     def run(*arguments: object, code: int | None = 0) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            [sys.executable, "-c", "from moe_placement_plugin.cli import main; main()", *map(str, arguments)],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        done = run_command(*map(str, arguments))
         assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
         return done
 

@@ -14,6 +14,12 @@ from types import SimpleNamespace
 
 import torch
 
+NEEDED = {
+    "int8": ("convert_weight_packed", "fused_experts_cpu"),
+    "fp8": ("convert_weight_packed", "fused_experts_cpu"),
+}
+"""Operators that each kind calls; vLLM has libraries with and without them, and chooses by processor."""
+
 EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 6, 128, 128, 3, 2
 MAPS = ([0, -1, 1, -1, 2, -1], [-1, 0, -1, 1, -1, 2])
 
@@ -61,6 +67,10 @@ def main() -> None:
     from moe_placement_plugin.engines.patching import PatchSet
     from moe_placement_plugin.engines.vllm.cpu import cpu_patches
 
+    missing = [name for name in NEEDED[sys.argv[1]] if not hasattr(torch.ops._C, name)]
+    if missing:
+        print("LACKS " + " ".join(missing))
+        return
     PatchSet(cpu_patches()).apply()
     torch.manual_seed(0)
     w13 = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN) / HIDDEN**0.5

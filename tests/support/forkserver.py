@@ -9,7 +9,12 @@ from __future__ import annotations
 import multiprocessing as mp
 from multiprocessing import forkserver
 
-LOADED = ["tests.exchange.warm", "tests.moe.ranks", "moe_placement_plugin.bench.exchange_ranks"]
+LOADED = [
+    "tests.exchange.warm",
+    "tests.moe.ranks",
+    "tests.planner.warm",
+    "moe_placement_plugin.bench.exchange_ranks",
+]
 
 
 def context() -> mp.context.ForkServerContext:
