@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange import transfers
-from moe_placement_plugin.exchange.agreement import ExchangeAborted, ExchangeLost
+from moe_placement_plugin.exchange.agreement import Agreement, ExchangeAborted, ExchangeLost
 from moe_placement_plugin.exchange.executor import Exchange
 from moe_placement_plugin.exchange.peers import PeerMemory
 from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
@@ -24,6 +24,7 @@ from moe_placement_plugin.exchange.weights import view_parameter
 from moe_placement_plugin.topology import Topology
 
 from .cases import expert_content
+from .keepers import LATE
 from .pieces import Pieces
 
 SHAPES = (
@@ -262,6 +263,38 @@ def after_the_store_is_gone(rank: int, world: int, store, plan: ExchangePlan):
     except ExchangeLost as error:
         return str(error)
     return "not noticed"
+
+
+def with_a_late_reader(rank: int, world: int, store, plan: ExchangePlan):
+    """Rank 0 holds the store of the agreement, votes last and ends as soon as its exchange has; the others read the fates late."""
+    if rank == 0:
+        own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store.set("port", str(own.port))
+        vote = Agreement.vote
+
+        def vote_last(self, chunk: int, *args, **more) -> str | None:
+            while self.missing(chunk) != [0]:
+                time.sleep(0.001)
+            return vote(self, chunk, *args, **more)
+
+        Agreement.vote = vote_last
+    else:
+        own = dist.TCPStore(
+            "127.0.0.1", int(store.get("port")), is_master=False, wait_for_workers=False
+        )
+        read = Agreement._await_fate
+
+        def read_late(self, store, chunk: int) -> str | None:
+            time.sleep(LATE)
+            return read(self, store, chunk)
+
+        Agreement._await_fate = read_late
+    weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+    try:
+        start(rank, own, plan, weights, max_layers=None).run()
+    except ExchangeLost as lost:
+        return str(lost)
+    return as_bytes(weights)
 
 
 def recovering(rank: int, world: int, store, plan: ExchangePlan, victim: int):

@@ -14,9 +14,10 @@ torch = pytest.importorskip("torch", reason="agreements are kept in torch's stor
 from torch.distributed import PrefixStore, TCPStore  # noqa: E402
 
 from moe_placement_plugin.errors import PlacementError  # noqa: E402
-from moe_placement_plugin.exchange.agreement import VOTES_PER_WORD, Agreement, ExchangeLost  # noqa: E402
+from moe_placement_plugin.exchange.agreement import Agreement, ExchangeLost  # noqa: E402
+from moe_placement_plugin.exchange.roll import RANKS_PER_WORD  # noqa: E402
 
-RANKS = [0, VOTES_PER_WORD - 1, VOTES_PER_WORD, VOTES_PER_WORD + 1, 2 * VOTES_PER_WORD + 10]
+RANKS = [0, RANKS_PER_WORD - 1, RANKS_PER_WORD, RANKS_PER_WORD + 1, 2 * RANKS_PER_WORD + 10]
 """Ranks whose votes lie in three counters."""
 
 _server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
