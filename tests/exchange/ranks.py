@@ -257,7 +257,7 @@ def twice_with_one_epoch(rank: int, world: int, store, plan: ExchangePlan, back:
 def with_a_rank_that_hangs(rank: int, world: int, store, plan: ExchangePlan, hangs: int):
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     said: list[str] = []
-    watchdog = Watchdog(0.2, 0.7, report=said.append)
+    watchdog = Watchdog(0.3, 1.2, report=said.append)
     found = start(rank, store, plan, weights, watchdog=watchdog, timeout=40)
     if rank == hangs:
         together(store, "gave up", world)
