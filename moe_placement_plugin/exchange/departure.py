@@ -92,7 +92,7 @@ class Departure:
         Args:
             interrupted: asked while waiting; a reason ends the wait.
         """
-        if not self._held or self._at_exit is None:
+        if not self._held:
             return
         with suppress(RuntimeError):
             while not self._store.ask(self._all_know):
@@ -106,10 +106,11 @@ class Departure:
 
     def over(self) -> None:
         """Nobody need be waited for any more."""
-        if self._at_exit is not None:
-            self._at_exit.cancel()
-            self._at_exit = None
-            _open.remove(self)
+        at_exit, self._at_exit = self._at_exit, None
+        if at_exit is not None:
+            at_exit.cancel()
+            with suppress(ValueError):  # another thread's exchange has found its time passed
+                _open.remove(self)
 
     def keys(self) -> list[str]:
         """What this leaves in the store."""

@@ -208,7 +208,8 @@ class Exchange:
     def steps(self) -> Iterator[tuple[int, ...]]:
         """Carry out one chunk at each step; yields the rows of its layers, whose new maps must come into force before the next forward pass.
 
-        Between steps the server may serve, and nothing is under way then; all ranks must take as many steps.
+        Between steps the server may serve, and nothing is under way then; all ranks must take as many steps. The process that holds the store
+        may end when the steps are exhausted.
 
         Raises:
             ExchangeAborted, ExchangeLost: as `run`.
