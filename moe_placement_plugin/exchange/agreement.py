@@ -8,7 +8,7 @@ Every answer of the store is waited for only so long: when its host vanishes (a 
 client would wait for ever.
 
 The store must outlive the ranks: torchrun's and both engines' stores live in one process, and when that process is the one that dies no
-decision can be read any more; then every rank stops with `ExchangeLost`.
+decision can be read any more; then every rank stops with `ExchangeLost`. One that ends, without dying, stays until all have read (`departure`).
 """
 
 from __future__ import annotations
@@ -16,29 +16,24 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlacementError
 from ..hosts.bounded import BoundedStore
+from .departure import Departure, appears
+from .roll import Roll
+from .stores import held_here
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from .plan import CommitMetadata
 
-VOTES_PER_WORD = 60
-"""Ranks whose votes share a counter: each adds a power of two of its own."""
-
-
 MEETING = -1
 """Voted on like a chunk: that all have come (`Agreement.meet`)."""
 
 LEAST_ANSWER = 5.0
 """Seconds that an answer of the store is waited for at least, however short the timeout: a busy machine is no silent one."""
-
-_SLICE = 1.0
-"""Seconds that one wait for the others' votes blocks: between two an interruption is noticed."""
 
 
 class ExchangeAborted(RuntimeError):
@@ -90,6 +85,9 @@ class Agreement:
         )
         self._epoch, self._rank, self._ranks, self._timeout = epoch, rank, tuple(ranks), timeout
         self._interrupted = interrupted
+        self._alive = Roll("alive", ranks)
+        self._held = held_here(store)
+        self._departure = Departure(self._store, self._held, rank, ranks, timeout)
 
     def enter(self, digest: str) -> str | None:
         """Make sure that all ranks carry out the same plan on tensors of the same layout.
@@ -111,6 +109,7 @@ class Agreement:
             raise PlacementError(
                 f"exchange epoch {self._epoch} was used before: number exchanges, each number once"
             )
+        self._departure.begin()
         if first == digest:
             return None
         return f"rank {self._rank} has another plan, or tensors of another layout, than the rank that came first"
@@ -127,8 +126,11 @@ class Agreement:
         reason = self.enter(digest)
         return self.vote(MEETING) if reason is None else self.abort(MEETING, reason)
 
-    def vote(self, chunk: int) -> str | None:
+    def vote(self, chunk: int, last: bool = False) -> str | None:
         """Say that the chunk is staged here, and wait for its fate.
+
+        Args:
+            last: whether the exchange ends with this chunk, so that this rank asks nothing more once it knows the fate.
 
         Returns:
             None when the chunk is to be committed, else why not.
@@ -136,6 +138,13 @@ class Agreement:
         Raises:
             ExchangeLost: when the store is gone.
         """
+        reason = self._vote(chunk)
+        if last or reason is not None:
+            self._departure.leave()
+        return reason
+
+    def _vote(self, chunk: int) -> str | None:
+        self._departure.needed()
         deadline = time.monotonic() + self._timeout
         fate = self._ask(lambda s: self._cast(s, chunk))
         while fate is None:
@@ -156,13 +165,18 @@ class Agreement:
         Raises:
             ExchangeLost: when the store is gone.
         """
-        return self._fate(self._propose(chunk, f"abort: {reason}")) or reason
+        found = self._fate(self._propose(chunk, f"abort: {reason}")) or reason
+        self._departure.leave()
+        return found
+
+    def stay(self) -> None:
+        """After the last chunk: where this process holds the store, wait until all ranks know its fate, so that the process may end."""
+        self._departure.leave()
+        self._departure.stay(self._interrupted)
 
     def missing(self, chunk: int) -> list[int]:
         """Ranks that have not voted for the chunk."""
-        return [
-            r for r in self._ranks if not self._word("vote", chunk, r) >> (r % VOTES_PER_WORD) & 1
-        ]
+        return self._ask(self._votes(chunk).missing)
 
     def survivors(self, grace: float) -> tuple[int, ...]:
         """Register as alive and learn who else is, the same answer for all; for after an abort.
@@ -173,68 +187,55 @@ class Agreement:
         Raises:
             ExchangeLost: when the store is gone, or the others have gone on without this rank.
         """
-        waits = self._ask(lambda s: self._add(s, "alive", 0))
+        waits = self._ask(lambda s: self._alive.add(s, self._rank))
         deadline = time.monotonic() + grace
         while waits and time.monotonic() < deadline and not self._ask(lambda s: s.check(["live"])):
             time.sleep(0.002)
-            waits = self._ask(lambda s: self._incomplete(s, "alive", 0))
-        alive = [r for r in self._ranks if self._word("alive", 0, r) >> (r % VOTES_PER_WORD) & 1]
-        live = tuple(
-            json.loads(self._ask(lambda s: s.compare_set("live", "", json.dumps(alive))).decode())
-        )
+            waits = self._ask(self._alive.incomplete)
+        alive = self._ask(self._alive.present)
+        live = self._live(alive)
+        self._part_with(live)
         if self._rank not in live:
             raise ExchangeLost(
                 f"ranks {list(live)} went on without rank {self._rank}, which answered too late: stop this rank"
             )
         return live
 
+    def _live(self, alive: list[int]) -> tuple[int, ...]:
+        """Who is alive, as the first has seen it that asks."""
+        said = self._ask(lambda s: s.compare_set("live", "", json.dumps(alive)))
+        return tuple(json.loads(said.decode()))
+
+    def _part_with(self, live: tuple[int, ...]) -> None:
+        """Where this process holds the store, wait until all who are alive know who is, though this rank be none of them."""
+        self._departure.over()
+        known = Departure(self._store, self._held, self._rank, live, self._timeout, "who is alive")
+        known.begin()
+        known.leave()
+        known.stay()
+
     def forget(self, chunks: int) -> None:
         """Delete this rank's keys of an exchange of so many chunks, which every rank has ended; the lowest rank deletes those of all."""
         keys = [f"entered/{self._rank}"]
         if self._rank == min(self._ranks):
-            words = {rank // VOTES_PER_WORD for rank in self._ranks}
-            voted = range(MEETING, chunks)
-            keys += [
-                "plan",
-                *(f"fate/{chunk}" for chunk in voted),
-                *(f"vote/{chunk}/{word}" for chunk in voted for word in words),
-            ]
+            keys += ["plan", *self._departure.keys()]
+            for chunk in range(MEETING, chunks):
+                keys += [f"fate/{chunk}", *self._votes(chunk).keys]
         self._ask(lambda s: [s.delete_key(key) for key in keys])
 
-    def _word(self, what: str, chunk: int, rank: int) -> int:
-        return self._ask(lambda s: s.add(f"{what}/{chunk}/{rank // VOTES_PER_WORD}", 0))
+    def _votes(self, chunk: int) -> Roll:
+        return Roll(f"vote/{chunk}", self._ranks)
 
     def _cast(self, store: Any, chunk: int) -> str | None:
         """Vote and wait a while for the chunk's fate. All of it is one job of the store's thread: each hand-over takes as long as the answer."""
-        if self._add(store, "vote", chunk):
+        if self._votes(chunk).add(store, self._rank):
             return self._await_fate(store, chunk)
         return store.compare_set(f"fate/{chunk}", "", "commit").decode()
 
     def _await_fate(self, store: Any, chunk: int) -> str | None:
         """The chunk's fate; None when it is not decided within a slice of time."""
-        from torch.distributed import DistNetworkError, DistStoreError
-
-        try:
-            store.wait([f"fate/{chunk}"], timedelta(seconds=min(_SLICE, self._timeout)))
-        except DistNetworkError:
-            raise
-        except DistStoreError:
-            return None
-        return store.get(f"fate/{chunk}").decode()
-
-    def _add(self, store: Any, what: str, chunk: int) -> bool:
-        """Add this rank's bit; True while others are missing. Whoever adds the last bit sees all of them."""
-        word = self._rank // VOTES_PER_WORD
-        bits = store.add(f"{what}/{chunk}/{word}", 1 << self._rank % VOTES_PER_WORD)
-        return bits != self._all_bits(word) or self._incomplete(store, what, chunk, word)
-
-    def _incomplete(self, store: Any, what: str, chunk: int, known: int | None = None) -> bool:
-        """Whether bits are missing in any word but the one that is known to have all."""
-        words = {r // VOTES_PER_WORD for r in self._ranks} - {known}
-        return any(store.add(f"{what}/{chunk}/{word}", 0) != self._all_bits(word) for word in words)
-
-    def _all_bits(self, word: int) -> int:
-        return sum(1 << r % VOTES_PER_WORD for r in self._ranks if r // VOTES_PER_WORD == word)
+        key = f"fate/{chunk}"
+        return store.get(key).decode() if appears(store, key, self._timeout) else None
 
     def _propose(self, chunk: int, fate: str) -> str:
         return self._ask(lambda s: s.compare_set(f"fate/{chunk}", "", fate)).decode()

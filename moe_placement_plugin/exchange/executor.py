@@ -208,7 +208,8 @@ class Exchange:
     def steps(self) -> Iterator[tuple[int, ...]]:
         """Carry out one chunk at each step; yields the rows of its layers, whose new maps must come into force before the next forward pass.
 
-        Between steps the server may serve, and nothing is under way then; all ranks must take as many steps.
+        Between steps the server may serve, and nothing is under way then; all ranks must take as many steps. The process that holds the store
+        may end when the steps are exhausted.
 
         Raises:
             ExchangeAborted, ExchangeLost: as `run`.
@@ -246,7 +247,7 @@ class Exchange:
                 if reason is not None:
                     self._end(index, reason)
                 self._wait_for(chunk, "agree", peers=self.plan.live_ranks)
-                reason = self._agreement.vote(index)
+                reason = self._agreement.vote(index, last=index == len(self.chunks) - 1)
                 if reason is not None:
                     self._end(None, reason)
                 self._wait_for(chunk, "commit")
@@ -261,6 +262,16 @@ class Exchange:
                 self._transfers.received,
             )
             yield chunk.rows
+        if self.chunks:
+            self._stay()
+
+    def _stay(self) -> None:
+        """Keep the store, if it is this process's, until all know that the last chunk was committed."""
+        begin = time.perf_counter()
+        with self._watchdog.watch(lambda: None):
+            self._watchdog.waits_for(WaitingFor("end", peers=self.plan.live_ranks))
+            self._agreement.stay()
+        self.report.seconds += time.perf_counter() - begin
 
     def _enter(self) -> str | None:
         """Begin together with the others; a reason why this rank must not."""

@@ -13,9 +13,7 @@ def own_address() -> str:
     """An address of this machine that the other ranks reach: that which leads to the default group's store."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    store: Any = _get_default_store()
-    while hasattr(store, "underlying_store"):
-        store = store.underlying_store
+    store = _unwrapped(_get_default_store())
     host, port = getattr(store, "host", None), getattr(store, "port", None)
     if host is None or port is None:  # a store in a file: all ranks on one machine
         return "127.0.0.1"
@@ -23,6 +21,21 @@ def own_address() -> str:
     with socket.socket(kind, socket.SOCK_DGRAM) as probe:
         probe.connect(address)
         return probe.getsockname()[0]
+
+
+def held_here(store: dist.Store) -> bool:
+    """Whether a store ends with this process, to the harm of others; a clone of it, which is a connection, does not say so."""
+    from torch.distributed import TCPStore
+
+    # torch says it nowhere else: a connection to another process's store is shown with server=<nullptr>.
+    bare = _unwrapped(store)
+    return isinstance(bare, TCPStore) and "server=<nullptr>" not in repr(bare)
+
+
+def _unwrapped(store: Any) -> Any:
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return store
 
 
 class Stores:

@@ -20,7 +20,7 @@ class WaitingFor:
     """What a rank is doing.
 
     Attributes:
-        step: ``enter``, ``receive``, ``read peers``, ``read`` (the checkpoint), ``agree`` or ``commit``.
+        step: ``enter``, ``receive``, ``read peers``, ``read`` (the checkpoint), ``agree``, ``commit`` or ``end``.
         layers: indices of the chunk's layers within the model.
         round: of the chunk, None outside of transfers.
         peers: EP ranks that have to act: the sender and the receiver of the round, or those that have not voted.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -127,7 +128,8 @@ def agree(
         statements = {rank: Statement(**json.loads(text)) for rank, text in zip(heard, texts)}
         problem = _verdict(asked, differences(list(statements.values()), missing, wait, name_rank))
         if problem is not None:
-            _farewell(asked, mine.rank, len(statements))
+            with suppress(RuntimeError):  # rank 0 may have left: the reason is known here
+                _farewell(asked, mine.rank, len(statements))
             raise PlacementError(problem)
         head = json.loads(asked.ask(lambda s: s.get("parcel")))
     except (StoreSilent, RuntimeError) as error:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from moe_placement_plugin.errors import PlacementError
 from moe_placement_plugin.exchange import transfers
-from moe_placement_plugin.exchange.agreement import ExchangeAborted, ExchangeLost
+from moe_placement_plugin.exchange.agreement import Agreement, ExchangeAborted, ExchangeLost
 from moe_placement_plugin.exchange.executor import Exchange
 from moe_placement_plugin.exchange.peers import PeerMemory
 from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
@@ -24,6 +25,7 @@ from moe_placement_plugin.exchange.weights import view_parameter
 from moe_placement_plugin.topology import Topology
 
 from .cases import expert_content
+from .keepers import LATE
 from .pieces import Pieces
 
 SHAPES = (
@@ -95,6 +97,22 @@ class Reader:
         return sum(t.nbytes for t in out)
 
 
+def together(store, name: str, count: int) -> None:
+    """Go on when as many ranks have come here. The store is the parent's: no rank that ends takes it along."""
+    if store.add(name, 1) == count:
+        store.set(f"all {name}", "")
+    store.wait([f"all {name}"], timedelta(seconds=30))
+
+
+def survivors(found: Exchange, store, expected: int) -> tuple[int, ...]:
+    """`Exchange.survivors` of as many ranks, however late one of them comes: nobody waits for the dead."""
+    if store.add("noticed", 1) < expected:
+        return found.survivors(30)
+    while len(found._agreement._ask(found._agreement._alive.present)) < expected - 1:
+        time.sleep(0.001)
+    return found.survivors(0.0)
+
+
 def exchange(
     rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_layer: bool = False, nodes: tuple[int, ...] | None = None,
     attached: bool = False,
@@ -129,12 +147,13 @@ def exchange(
 
 def exchange_with_a_death(
     rank: int, world: int, store, plan: ExchangePlan, victim: int, moment: float | None, limits: dict, nodes: tuple[int, ...] | None = None,
-    attached: bool = False, timeout: float = 2.0,
+    attached: bool = False,
 ):  # fmt: skip
     """Carry the plan out while ``victim`` dies at ``moment``: the share of its pieces of work done by then (None: somebody else kills it).
 
     The same exchange goes before, undisturbed. It tells how much work there is and how long it takes, which the store then says as
-    ``microseconds``: a death after the end would prove nothing.
+    ``microseconds``: a death after the end would prove nothing. The survivors have that much more time to notice, since it tells as well
+    how busy the machine is.
 
     Returns:
         (bytes of all weights, committed layers, survivors (None when nothing was noticed, empty for a rank that came too late to be
@@ -142,7 +161,7 @@ def exchange_with_a_death(
     """
     work = Pieces()
 
-    def prepared(epoch: int) -> tuple[list[list[torch.Tensor]], Exchange]:
+    def prepared(epoch: int, timeout: float) -> tuple[list[list[torch.Tensor]], Exchange]:
         weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
         peers = (
             {}
@@ -160,12 +179,12 @@ def exchange_with_a_death(
             **peers,
         )
 
-    _, calm = prepared(1)
+    _, calm = prepared(1, 30.0)
     dist.barrier()
     began = time.perf_counter()
     work.count(calm.run)
     took = time.perf_counter() - began
-    weights, found = prepared(2)
+    weights, found = prepared(2, 2.0 + 5 * took)
     dist.barrier()
     if rank == victim:
         store.add("microseconds", round(took * 1e6))
@@ -177,7 +196,7 @@ def exchange_with_a_death(
     except ExchangeAborted as aborted:
         # The others are known only after their time to notice. On a busy machine one may come too late: it stops then, and is told why.
         try:
-            live, reason = found.survivors(0.5), aborted.reason
+            live, reason = found.survivors(0.5 + 5 * took), aborted.reason
         except ExchangeLost as lost:
             live, reason = (), str(lost)
         return as_bytes(weights), aborted.metadata.committed, live, reason
@@ -238,11 +257,16 @@ def twice_with_one_epoch(rank: int, world: int, store, plan: ExchangePlan, back:
 def with_a_rank_that_hangs(rank: int, world: int, store, plan: ExchangePlan, hangs: int):
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     said: list[str] = []
-    watchdog = Watchdog(0.2, 0.7, report=said.append)
-    found = start(rank, store, plan, weights, watchdog=watchdog)
+    watchdog = Watchdog(0.3, 1.2, report=said.append)
+    found = start(rank, store, plan, weights, watchdog=watchdog, timeout=40)
     if rank == hangs:
-        time.sleep(1.5)
-    return *outcome(found, weights), said
+        together(store, "gave up", world)
+    began = time.monotonic()
+    result = outcome(found, weights)
+    took = time.monotonic() - began
+    if rank != hangs:
+        together(store, "gave up", world)
+    return *result, said, took
 
 
 def after_the_store_is_gone(rank: int, world: int, store, plan: ExchangePlan):
@@ -264,6 +288,38 @@ def after_the_store_is_gone(rank: int, world: int, store, plan: ExchangePlan):
     return "not noticed"
 
 
+def with_a_late_reader(rank: int, world: int, store, plan: ExchangePlan):
+    """Rank 0 holds the store of the agreement, votes last and ends as soon as its exchange has; the others read the fates late."""
+    if rank == 0:
+        own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store.set("port", str(own.port))
+        vote = Agreement.vote
+
+        def vote_last(self, chunk: int, *args, **more) -> str | None:
+            while self.missing(chunk) != [0]:
+                time.sleep(0.001)
+            return vote(self, chunk, *args, **more)
+
+        Agreement.vote = vote_last
+    else:
+        own = dist.TCPStore(
+            "127.0.0.1", int(store.get("port")), is_master=False, wait_for_workers=False
+        )
+        read = Agreement._await_fate
+
+        def read_late(self, store, chunk: int) -> str | None:
+            time.sleep(LATE)
+            return read(self, store, chunk)
+
+        Agreement._await_fate = read_late
+    weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
+    try:
+        start(rank, own, plan, weights, max_layers=None).run()
+    except ExchangeLost as lost:
+        return str(lost)
+    return as_bytes(weights)
+
+
 def recovering(rank: int, world: int, store, plan: ExchangePlan, victim: int):
     """A death after the second chunk; the survivors go on by themselves, to a placement without the dead rank."""
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
@@ -273,7 +329,7 @@ def recovering(rank: int, world: int, store, plan: ExchangePlan, victim: int):
             if rank == victim and number == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
     except ExchangeAborted as aborted:
-        live = found.survivors(0.5)
+        live = survivors(found, store, world - 1)
         in_force = aborted.metadata.in_force()
     dist.destroy_process_group()
     dist.init_process_group(
@@ -309,9 +365,7 @@ def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
     for number, (old, new) in enumerate(zip(placements, placements[1:])):
         if number == 2 and dies is not None:
             # Between two exchanges: who still asks the store of a rank that dies stops, which is tested elsewhere.
-            store.add("two", 1)
-            while store.add("two", 0) < world:
-                time.sleep(0.001)
+            together(store, "two", world)
             if rank == dies:
                 os._exit(0)
             live = [r for r in range(world) if r != dies]

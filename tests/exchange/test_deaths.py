@@ -112,7 +112,7 @@ def run_trials(ranks, numbers) -> None:
     # Deaths must be spread over the exchange: before its beginning or after its end they would prove nothing.
     assert died >= 0.6 * len(outcomes)
     assert len(kinds) >= 3
-    # Stopping in time is right, and stopping too often would be no survival: half a second to notice is short on a busy machine only.
+    # Stopping in time is right, and stopping too often would be no survival: the time to notice is short on a machine that suddenly gets busy only.
     assert late <= 0.25 * len(outcomes)
 
 

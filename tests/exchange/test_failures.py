@@ -73,18 +73,19 @@ def test_the_watchdog_ends_the_wait_for_a_rank_that_hangs(ranks):
     from .ranks import with_a_rank_that_hangs
 
     plan = a_plan()
-    begin = time.monotonic()
     results = ranks.run(with_a_rank_that_hangs, 3, plan, 1)
-    assert time.monotonic() - begin < 8  # transfers alone would wait for ten seconds
     check_all(plan, results)
     assert not results[0][1].any()
-    assert any(re.search(r"ranks \[(0, |2, )?1\b", results[rank][3][0]) for rank in (0, 2))
+    assert any(
+        re.search(r"ranks \[(0, |2, )?1\b", line) for rank in (0, 2) for line in results[rank][3]
+    )
     for rank in (0, 2):
-        reason, said = results[rank][2:]
-        assert re.search(
-            r"not finished after 0\.\d s; waiting for: receive, layer 0, round \d, ranks \[.*\], [\d,]+ bytes",
-            said[0],
-        ), said
+        reason, said, seconds = results[rank][2:]
+        assert seconds < 20  # transfers alone would wait for forty
+        waits = r"not finished after \d+\.\d s; waiting for: receive, layer 0, round \d, ranks \[.*\], [\d,]+ bytes"
+        assert any(re.search(waits, line) for line in said), (
+            said
+        )  # the first on a busy machine: for its start
         assert any("interrupting" in line for line in said)
         assert reason
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import mmap
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +26,22 @@ def placements(seed: int, slots, experts: int = 12):
     return random_placement(rng, 4, experts, slots), random_placement(rng, 4, experts, slots)
 
 
+@pytest.fixture(scope="module")
+def sent(ranks):
+    """What each rank has when all experts are sent, by plan and limits: the same for each way of reading."""
+    from .ranks import exchange
+
+    found: dict = {}
+
+    def run(plan, limits: dict):
+        key = plan.digest, plan.topology, tuple(limits.items())
+        if key not in found:
+            found[key] = ranks.run(exchange, 4, plan, limits)
+        return found[key]
+
+    return run
+
+
 @pytest.mark.parametrize(
     "nodes",
     [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 1, 2)],
@@ -32,7 +49,7 @@ def placements(seed: int, slots, experts: int = 12):
 )
 @pytest.mark.parametrize("cut", ["whole", "singly", "by layer", "staging", "double"])
 @pytest.mark.parametrize("attached", [False, True], ids=["mapped", "attached"])
-def test_read_and_sent_end_alike(ranks, nodes, cut, attached):
+def test_read_and_sent_end_alike(ranks, sent, nodes, cut, attached):
     from .ranks import SHAPES, exchange
 
     plan = plan_exchange(*placements(1, [5, 4, 6, 5]), Topology(4, nodes))
@@ -45,10 +62,8 @@ def test_read_and_sent_end_alike(ranks, nodes, cut, attached):
         "staging": {"staging_bytes": need},
         "double": double,
     }[cut]
-    read, sent = (
-        ranks.run(exchange, 4, plan, limits, False, given, attached) for given in (nodes, None)
-    )
-    for rank, (a, b) in enumerate(zip(read, sent)):
+    read = ranks.run(exchange, 4, plan, limits, False, nodes, attached)
+    for rank, (a, b) in enumerate(zip(read, sent(plan, limits))):
         check_weights(a[0], plan.new, rank)
         assert all((x == y).all() for p, q in zip(a[0], b[0]) for x, y in zip(p, q))
         assert (a[2].bytes_received, a[2].bytes_sent, a[2].chunks) == (
@@ -102,10 +117,11 @@ def without_a_rank(rank, world, store, plan, dead, attached):
     """Rank ``dead`` leaves before the exchange."""
     from moe_placement_plugin.exchange.executor import Exchange
 
-    from .ranks import Reader, as_bytes, peer_memory, shared, weights_of
+    from .ranks import Reader, as_bytes, peer_memory, shared, together, weights_of
 
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     peers = peer_memory(weights if attached else shared(weights), (0,) * world)
+    together(store, "looked", world)  # memory goes with its owner
     if rank == dead:
         return None
     report = Exchange(
@@ -218,12 +234,13 @@ def drops_out(rank, world, store, plan):
     from moe_placement_plugin.exchange.agreement import ExchangeAborted
     from moe_placement_plugin.exchange.executor import Exchange
 
-    from .ranks import as_bytes, peer_memory, shared, weights_of
+    from .ranks import as_bytes, peer_memory, shared, together, weights_of
 
     weights = shared(weights_of(plan.old, rank, plan.old.slots_per_rank[rank]))
     found = Exchange(
-        plan, weights, epoch=1, store=store, peers=peer_memory(weights, (0,) * world), timeout=1.0
+        plan, weights, epoch=1, store=store, peers=peer_memory(weights, (0,) * world), timeout=0.5
     )
+    together(store, "looked", world)  # memory goes with its owner
     if rank == 1:
         return None
     with pytest.raises(ExchangeAborted) as caught:
@@ -236,7 +253,9 @@ def test_reading_begins_when_all_have_come(ranks):
     old, _ = placements(3, [6, 6, 6])
     plan = plan_exchange(old, drifted(np.random.default_rng(3), old, share=0.5))
     results = ranks.run(drops_out, 3, plan)
-    assert all("waited 1 s for ranks [1]" in results[rank] for rank in (0, 2)), results
+    # On a busy machine one of the two may have come late as well, for the other one's patience.
+    assert results[0] == results[2]
+    assert re.search(r"waited 0\.5 s for ranks \[(0, )?1(, 2)?\]", results[0]), results
 
 
 def test_torch_names_what_is_changed_of_a_cuda_tensor():

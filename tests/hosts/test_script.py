@@ -25,7 +25,7 @@ print(socket.gethostname(), address_towards(sys.argv[1]), host_key())
 
 
 def test_hosts_are_hosts_and_vanish_again():
-    (name, before), links_before = (socket.gethostname(), namespaces()), links()
+    name, links_before = socket.gethostname(), links()
     for hosts in made("script", 3):
         assert links() == links_before, "the machine's own network must not change"
         said = [
@@ -41,13 +41,14 @@ def test_hosts_are_hosts_and_vanish_again():
         assert [w[1] for w in words] == [hosts.address(n) for n in range(3)]
         assert len({s.stdout.split(maxsplit=2)[2] for s in said}) == 3
         assert check_bytes(hosts) > 1_000_000
-    assert socket.gethostname() == name and namespaces() == before
+    # Whatever else this machine's users make meanwhile.
+    assert socket.gethostname() == name and hosts.name not in namespaces()
 
 
 SERVER = "import socket; s = socket.create_server(('', 5000)); c, _ = s.accept(); n = 0\nwhile d := c.recv(65536): n += len(d)\nprint(n)"
 CLIENT = """
 import socket, sys, time
-for _ in range(100):
+for _ in range(1000):
     try:
         s = socket.create_connection((sys.argv[1], 5000), timeout=5); break
     except OSError:
@@ -63,7 +64,7 @@ def check_bytes(hosts: Hosts) -> int:
         hosts.on(0, [sys.executable, "-c", SERVER]), stdout=subprocess.PIPE, text=True
     )
     subprocess.run(hosts.on(1, [sys.executable, "-c", CLIENT, hosts.address(0)]), check=True)
-    assert server.communicate(timeout=20)[0].strip() == "1000000"
+    assert server.communicate(timeout=60)[0].strip() == "1000000"
     received, sent = hosts.traffic(1)
     assert received - received_before < 100_000
     return sent - sent_before

@@ -42,7 +42,8 @@ def test_help_imports_neither_engine_nor_compiler():
 
 
 def test_importing_the_command_line_is_quick():
-    code = "import time; t = time.perf_counter(); import moe_placement_plugin.cli; print(time.perf_counter() - t)"
+    # Processor time: what else the machine does is no part of it.
+    code = "import time; t = time.process_time(); import moe_placement_plugin.cli; print(time.process_time() - t)"
     times = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
         for _ in range(5)
