@@ -55,7 +55,7 @@ def planner(
 
     Each planner runs in a process of its own, under the interpreter that has it, one case after the other in the same run.
 
-    Example: moe-placement bench planner --trace traces/ --sglang-python ~/sglang/bin/python --json planner.json
+    Example: moe-placement bench planner --trace examples/deepseek-r1 --sglang-python ~/sglang/bin/python --json planner.json
     """
     import json
     from contextlib import ExitStack
@@ -181,7 +181,7 @@ def layer(
 
     Steps are drawn from the recorded load; all strategies get the same ones. Exchange is not in the times.
 
-    Example: moe-placement bench layer --shape r1 --load traces/deepseek_r1_prefill_in1024.json --ep 32 --strategy linear
+    Example: moe-placement bench layer --shape r1 --load examples/deepseek-r1/in8k_out1k.safetensors --ep 32 --strategy linear
     --strategy zigzag --strategy eplb+32 --calibrations .
     """
     from ..errors import PlacementError
@@ -316,7 +316,7 @@ def exchange(
 ) -> None:
     """Move experts between eight processes: after the death of some, against a full reload; and bytes moved over drifting windows.
 
-    Example: moe-placement bench exchange --trace traces/ --json exchange.json
+    Example: moe-placement bench exchange --trace examples/deepseek-r1 --json exchange.json
     """
     import json
     from dataclasses import asdict
