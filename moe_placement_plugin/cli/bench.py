@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -97,7 +97,7 @@ def planner(
             stack.enter_context(contestant)
         by_name = {c.name: c for c in contestants}
         fresh = [c for c in contestants if c.name != "replan"]
-        result: dict = {
+        result: dict[str, Any] = {
             "machine": engine.machine(),
             "versions": {c.name: c.versions for c in contestants},
             "missing": missing,
@@ -240,7 +240,7 @@ def layer(
         ["moe-placement", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]
     )
     outcomes = []
-    files: dict = {}
+    files: dict[str, Any] = {}
     for ranks in ep or [2, 4, 8, 16, 32, 64]:
         plans = engine.plan_all(
             strategy or ["linear", "balanced", "zigzag", "eplb"], planned, ranks, known.groups
@@ -346,7 +346,7 @@ def exchange(
     def report(text: str) -> None:
         progress.print(f"  {text}", highlight=False)
 
-    result: dict = {"machine": machine(), "versions": {}, "missing": {}}
+    result: dict[str, Any] = {"machine": machine(), "versions": {}, "missing": {}}
     if "dead" in wanted:
         import torch
 

@@ -31,7 +31,7 @@ def kernel(function):
     """Compile ``function`` on first use, in nopython mode, and cache the code until any file of the planner changes."""
     compiled = njit(cache=True)(function)
     files = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-    if hasattr(files, "_source_stamp"):
+    if files is not None and hasattr(files, "_source_stamp"):
         files._source_stamp = (files._source_stamp, _SOURCES)
     return compiled
 
@@ -44,7 +44,8 @@ def without_blas() -> None:
     blas = "scipy.linalg.cython_blas"
     if blas in sys.modules:
         return
-    sys.modules[blas] = None  # the import system's own sign for a module that cannot be imported
+    # None is the import system's own sign for a module that cannot be imported; typeshed does not know it.
+    sys.modules[blas] = None  # type: ignore[assignment]
     try:
         import numba.np.arraymath  # noqa: F401  it looks for scipy when it is imported, never again
     finally:
