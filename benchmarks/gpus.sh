@@ -13,8 +13,9 @@
 #   answers          in float32 (SGLang's kernels take float16 at most), with and without CUDA graphs, tensor-parallel attention; answers-dp:
 #                    data-parallel attention: a placement must not change them, nor experts that move (all GPUs)
 #
-# ENGINE must be installed with this plugin. GPUS: how many to use. TRACES: folder of recorded loads. LIMIT: seconds for each step; what was
-# measured until then stays. LAYERS: of the models that are served; with fewer of them more servers fit into the GPUs at once.
+# ENGINE must be installed with this plugin. GPUS: how many to use. PREFILL, DECODE: recorded loads that the routers follow,
+# from examples/deepseek-r1 unless given. LIMIT: seconds for each step; what was measured until then stays. LAYERS: of the
+# models that are served; with fewer of them more servers fit into the GPUs at once.
 # Without a GPU small shapes run on the CPU, which shows that the scripts work, and nothing else.
 set -uo pipefail
 
@@ -30,16 +31,18 @@ for name; do
     fi
 done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export ENGINE=${ENGINE:-vllm} PYTHON=${PYTHON:-python3} TRACES=${TRACES:-$root/../shared/traces} PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export ENGINE=${ENGINE:-vllm} PYTHON=${PYTHON:-python3} PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+loads=$root/examples/deepseek-r1
+export PREFILL=${PREFILL:-$loads/in8k_out1k.safetensors} DECODE=${DECODE:-$loads/in1k_out8k.safetensors}
 found=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())") || exit 2
 export GPUS=${GPUS:-$((found ? found : 2))}
 # The same for all communicators, whether or not there is room left for multicast buffers when they are made.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
 serve() { # FILE LOAD MODEL WORKLOAD... [-- ARGUMENT...]
-    local file=$out/$1-$ENGINE.json load=$TRACES/$2 model=$3 arguments=()
+    local file=$out/$1-$ENGINE.json load=$2 model=$3 arguments=()
     # Steps with the same model and load serve the same checkpoint, which takes a minute to write, and record its routing once.
-    local folder=$work/$model-$2${LAYERS:+-$LAYERS}
+    local folder=$work/$model-$(basename "$2")${LAYERS:+-$LAYERS}
     shift 3
     if [[ -e $folder/load.safetensors ]]; then
         cp "$folder/load.safetensors" "$folder/recorded.safetensors"
@@ -75,10 +78,10 @@ step() {
         if ((found)); then size=(--gb 16 --device cuda); fi
         "$PYTHON" -c "from moe_placement_plugin.cli import main; main()" bench verify --json "$out/fingerprints.json" "${size[@]}"
         ;;
-    serving) serve serving deepseek_r1_prefill_in1024.json qwen3-30b-a3b prefill decode mixed ;;
-    serving-grouped) serve serving-grouped deepseek_r1_prefill_in1024.json v2-lite prefill decode mixed -- "${few[@]}" ;;
-    serving-dp) serve serving-dp deepseek_r1_decode_in1000out1000.json qwen3-30b-a3b prefill decode mixed -- --layout dp ;;
-    serving-eager) serve serving-eager deepseek_r1_prefill_in1024.json qwen3-30b-a3b prefill -- --eager "${few[@]}" "${same[@]}" ;;
+    serving) serve serving "$PREFILL" qwen3-30b-a3b prefill decode mixed ;;
+    serving-grouped) serve serving-grouped "$PREFILL" v2-lite prefill decode mixed -- "${few[@]}" ;;
+    serving-dp) serve serving-dp "$DECODE" qwen3-30b-a3b prefill decode mixed -- --layout dp ;;
+    serving-eager) serve serving-eager "$PREFILL" qwen3-30b-a3b prefill -- --eager "${few[@]}" "${same[@]}" ;;
     answers | answers-dp)
         LAYERS=4
         local layout=tp
@@ -88,7 +91,7 @@ step() {
         local dtype=float32
         if ((found)) && [[ $ENGINE = sglang ]]; then dtype=float16; fi
         for graphs in graphs eager; do
-            serve $1-$graphs deepseek_r1_prefill_in1024.json qwen3-30b-a3b -- --layout $layout --dtype $dtype --answers-only "${few[@]}" "${same[@]}" \
+            serve $1-$graphs "$PREFILL" qwen3-30b-a3b -- --layout $layout --dtype $dtype --answers-only "${few[@]}" "${same[@]}" \
                 $([[ $graphs = eager ]] && echo --eager)
         done
         ;;

@@ -3,15 +3,19 @@
 #
 #   benchmarks/staged_moe.sh OUT [check] [overhead] [overlap] [layer]
 #
-# overlap needs two GPUs, the others one. layer measures DeepSeek-R1 under the recorded loads in TRACES (../shared/traces),
-# the other shapes under a synthetic one. Sections are independent: each fits into ten minutes on an H100. Without a GPU check, overhead and
-# overlap run a tiny shape, GPUS=2 as many processes, and say nothing about time.
+# overlap needs two GPUs, the others one. layer measures DeepSeek-R1 under recorded loads (PREFILL, DECODE, HELD_OUT;
+# examples/deepseek-r1 has the defaults), the other shapes under a synthetic one. Sections are independent: each fits into
+# ten minutes on an H100. Without a GPU check, overhead and overlap run a tiny shape, GPUS=2 as many processes, and say
+# nothing about time.
 set -euo pipefail
 
 out=$(mkdir -p "${1:?usage: staged_moe.sh OUT [check] [overhead] [overlap] [layer]}" && cd "$1" && pwd)
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-traces=${TRACES:-$root/../shared/traces}
+loads=$root/examples/deepseek-r1
+prefill=${PREFILL:-$loads/in8k_out1k.safetensors}
+decode=${DECODE:-$loads/in1k_out8k.safetensors}
+held_out=${HELD_OUT:-$loads/in1k_out1k.safetensors}
 python=${PYTHON:-python3}
 cuda=$("$python" -c "import torch; print(torch.cuda.device_count())")
 gpus=${GPUS:-$cuda}
@@ -40,15 +44,14 @@ for section; do
             done
             ;;
         layer)
-            prefill=$traces/deepseek_r1_prefill_in1024.json
             layer --calibrations "$out" --shape r1 --load "$prefill" --decode 0 --strategy linear --strategy balanced --strategy zigzag --strategy eplb \
                 --strategy eplb+32 --json "$out/layer-r1-prefill.json"
-            layer --calibrations "$out" --shape r1 --load "$traces/deepseek_r1_decode_in1000out1000.json" --prefill 0 --strategy linear --strategy balanced \
+            layer --calibrations "$out" --shape r1 --load "$decode" --prefill 0 --strategy linear --strategy balanced \
                 --strategy zigzag --strategy eplb --strategy eplb+32 --json "$out/layer-r1-decode.json"
             # Planned on one workload, served on another.
-            layer --shape r1 --load "$traces/deepseek_r1_prefill_in2048.json" --plan-on "$prefill" --ep 32 --decode 0 --strategy linear \
+            layer --shape r1 --load "$held_out" --plan-on "$prefill" --ep 32 --decode 0 --strategy linear \
                 --strategy zigzag --strategy eplb --strategy eplb+32 --json "$out/layer-r1-held-out.json"
-            layer --calibrations "$out" --shape v2-lite --load "$traces/deepseek_v2_lite_intent_tokens.npz" --ep 2 --ep 8 --ep 32 --json "$out/layer-v2-lite.json"
+            layer --calibrations "$out" --shape v2-lite --ep 2 --ep 8 --ep 32 --json "$out/layer-v2-lite.json"
             for shape in qwen3-30b-a3b qwen3-235b-a22b gpt-oss-120b; do
                 layer --calibrations "$out" --shape $shape --ep 4 --ep 16 --ep 64 --layers 2 --json "$out/layer-$shape.json"
             done

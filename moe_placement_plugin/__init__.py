@@ -5,6 +5,16 @@ engine; ``engines`` connects it to the engine that is installed.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
+    from .errors import PlacementError as PlacementError
+    from .load import ExpertLoad as ExpertLoad
+    from .placement import Placement as Placement
+    from .strategies import PlacementRequest as PlacementRequest
+    from .strategies import get_strategy as get_strategy
+    from .strategies import strategy_names as strategy_names
+    from .topology import Topology as Topology
 
 __version__ = "0.1.0"
 
@@ -35,7 +45,7 @@ def enable() -> None:
         enable_vllm()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Lazy, so that an engine process that loads the plugin without its flag pays nothing for numpy.
     if name in _EXPORTS:
         return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)

@@ -63,7 +63,7 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal["moe-layer-calibration"] = FORMAT
+    format: Literal["moe-layer-calibration"] = "moe-layer-calibration"
     version: int = FORMAT_VERSION
     device: str
     layer: dict[str, Any]
@@ -215,14 +215,19 @@ def fit(measurements: Sequence[Measurement]) -> LayerCost:
     if any(m.rows is None for m in measurements) or np.linalg.matrix_rank(features) <= ROWS:
         features = features[:, :ROWS]
     found = _non_negative(features / times[:, None])
-    best = tuple(float(v) for v in found)
+    best: dict[str, Any] = dict(
+        zip(("fixed", "per_expert", "per_token", "per_row"), map(float, found))
+    )
     held = [m for m in measurements if m.held_out]
     if not held:
-        return LayerCost(*best)
+        return LayerCost(**best)
     features, times = _arrays(held)
     errors = np.abs(features[:, : len(best)] @ found / times - 1)
     return LayerCost(
-        *best, error=float(errors.mean()), worst_error=float(errors.max()), held_out=len(held)
+        **best,
+        error=float(errors.mean()),
+        worst_error=float(errors.max()),
+        held_out=len(held),
     )
 
 

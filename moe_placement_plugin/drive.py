@@ -116,9 +116,9 @@ def _call(url: str, body: dict[str, Any] | None, timeout: float) -> Any:
         reason = error.read(300).decode(errors="replace").replace("\n", " ")
         raise PlacementError(f"{url} answered {error.code}: {reason}") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
+        cause = getattr(error, "reason", None) or error
         raise PlacementError(
-            f"{url} cannot be reached ({reason}): start the server, or mend --url"
+            f"{url} cannot be reached ({cause}): start the server, or mend --url"
         ) from None
 
 

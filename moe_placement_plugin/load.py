@@ -103,7 +103,7 @@ class ExpertLoad:
             raise PlacementError(
                 "the recording is empty (no token in any layer): record while requests are served"
             )
-        return self._rows(used)
+        return self._rows(used.tolist())
 
     def select_layers(self, layer_ids: Sequence[int]) -> ExpertLoad:
         """The load of just the given layers of the model, in the given order.
@@ -147,9 +147,8 @@ class ExpertLoad:
                     f"loads of {first.num_layers} layers x {first.num_experts} experts and {other.num_layers} x "
                     f"{other.num_experts}: loads to be planned together must be of one model"
                 )
-        pairs = None
-        if all(load.coactivation is not None for load in loads):
-            pairs = np.sum([load.coactivation for load in loads], axis=0)
+        counted = [load.coactivation for load in loads if load.coactivation is not None]
+        pairs = np.sum(counted, axis=0) if len(counted) == len(loads) else None
         return cls(
             np.concatenate([load.counts for load in loads]),
             first.layer_ids,

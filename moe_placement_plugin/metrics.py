@@ -172,7 +172,7 @@ def install(path: str | Path, placement_of: Callable[[ExpertLoad], Placement | N
 def _join_fresh_registries(multiprocess: Any, collector: LoadCollector) -> None:
     original = multiprocess.MultiProcessCollector.__init__
 
-    def __init__(self, registry, *args, **kwargs):
+    def __init__(self: Any, registry: Any, *args: Any, **kwargs: Any) -> None:
         original(self, registry, *args, **kwargs)
         if registry is not None:
             registry.register(collector)

@@ -53,7 +53,7 @@ class Placement:
     _may_repeat: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        table = _as_int32_table(self.physical_to_logical)
+        table = as_int32_table(self.physical_to_logical)
         table.setflags(write=False)
         object.__setattr__(self, "physical_to_logical", table)
         object.__setattr__(self, "num_logical_experts", int(self.num_logical_experts))
@@ -355,7 +355,12 @@ class EngineTable(Placement):
     _may_repeat: ClassVar[bool] = True
 
 
-def _as_int32_table(values: Any) -> np.ndarray:
+def as_int32_table(values: Any) -> np.ndarray:
+    """Turn rows of expert ids, of a file or a caller, into int32 ``[layers, slots]``.
+
+    Raises:
+        PlacementError: when they are no such table.
+    """
     try:
         table = np.asarray(values)
     except ValueError:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import PlacementError
-from .placement import FORMAT, FORMAT_VERSION, Placement, even_slots
+from .placement import FORMAT, FORMAT_VERSION, Placement, as_int32_table, even_slots
 
 
 class PlanFile(BaseModel):
@@ -58,7 +58,7 @@ def parse_plan(data: Any, source: str) -> Placement:
         ) from None
     try:
         return Placement(
-            plan.physical_to_logical,
+            as_int32_table(plan.physical_to_logical),
             plan.num_logical_experts,
             tuple(plan.slots_per_rank),
             tuple(plan.layer_ids),
@@ -95,7 +95,10 @@ def parse_sglang_plan(
         )
     try:
         return Placement(
-            rows, num_logical_experts, even_slots(len(rows[0]), num_ranks), strategy="sglang"
+            as_int32_table(rows),
+            num_logical_experts,
+            even_slots(len(rows[0]), num_ranks),
+            strategy="sglang",
         )
     except PlacementError as error:
         raise PlacementError(f"{source}: {error}") from None

@@ -6,7 +6,7 @@ other workloads; with a calibrated cost model also in time per step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -232,17 +232,24 @@ def simulate(
     return Simulation(workloads, outcomes, cost, dead_zone(outcomes[0].placement.num_ranks))
 
 
-def _outcome(name, candidate, workloads, together, cluster, timed) -> Outcome:
+def _outcome(
+    name: str,
+    candidate: Strategy | Placement,
+    workloads: Sequence[Workload],
+    together: ExpertLoad,
+    cluster: Cluster,
+    timed: Callable[[Placement], StepTime | None],
+) -> Outcome:
     if isinstance(candidate, Placement):
         placement = rows_for(candidate, together, name)
     else:
         placement = candidate.place(cluster.request(together))
-    plans_anew = isinstance(candidate, Strategy) and candidate.needs_load
+    planner = candidate if isinstance(candidate, Strategy) and candidate.needs_load else None
     ranks = placement.rank_load(together.counts)
     greatest, mean = ranks.max(axis=-1), ranks.mean(axis=-1)
 
     def plan_on(load: ExpertLoad) -> Placement:
-        return candidate.place(cluster.request(load)) if plans_anew else placement
+        return placement if planner is None else planner.place(cluster.request(load))
 
     served = None
     if len(workloads) > 1:
@@ -293,7 +300,9 @@ def rows_for(plan: Placement, load: ExpertLoad, name: str) -> Placement:
     )
 
 
-def _next_window(workloads: Sequence[Workload], plan_on) -> float | None:
+def _next_window(
+    workloads: Sequence[Workload], plan_on: Callable[[ExpertLoad], Placement]
+) -> float | None:
     pairs = []
     for workload in workloads:
         load = workload.load

@@ -1,6 +1,6 @@
 """Serve one model with each placement and compare: tokens, balancedness, throughput, latency, the longest pause.
 
-    python -m benchmarks.serving --engine vllm --ranks 2 --model qwen3-30b-a3b --load traces/deepseek_r1_prefill_in1024.json --json out.json
+    python -m benchmarks.serving --engine vllm --ranks 2 --model qwen3-30b-a3b --load examples/deepseek-r1/in8k_out1k.safetensors --json out.json
 
 As many servers as ``--at-once`` says are up and take turns, round after round in alternating order, so that they see the same machine; each
 batch of them has the first contestant and the ideal with it. Checkpoints are made here, with routers whose load follows the recorded one

@@ -47,7 +47,7 @@ class Examiner:
             log,
             progress,
         )
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Examiner:
         for module in ("lm_eval", "tenacity", "aiohttp"):

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..demo.engines import DemoEngine, Placed, ServerSettings, report_of_workers
@@ -161,7 +162,7 @@ def run(
                     env,
                     log,
                     timeout,
-                    lambda s, text, what=what: progress(f"starting {what}", s, text),
+                    partial(progress, f"starting {what}"),
                 ) as server:
                     ready = time.monotonic()
                     candidate = Candidate(
@@ -175,7 +176,7 @@ def run(
                     examiner.examine(
                         candidate,
                         timeout,
-                        lambda s, text, what=what: progress(f"asking {what}", s, text),
+                        partial(progress, f"asking {what}"),
                     )
                     ended = time.monotonic()
                     progress(f"stopping {what}", ended - began, "")

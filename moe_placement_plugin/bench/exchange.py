@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -356,11 +357,9 @@ def drift_suite(
 
 def _replanned(loads, first, slots: int, ranks: int, tolerance: float | None) -> list[np.ndarray]:
     tables = [first]
+    planned = replan if tolerance is None else partial(replan, tolerance=tolerance)
     for load in loads[1:]:
-        more = {} if tolerance is None else {"tolerance": tolerance}
-        tables.append(
-            replan(load, tables[-1], [slots // ranks] * ranks, **more).physical_to_logical
-        )
+        tables.append(planned(load, tables[-1], [slots // ranks] * ranks).physical_to_logical)
     return tables
 
 

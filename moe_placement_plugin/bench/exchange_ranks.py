@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,11 @@ def reload_all(folder: Path, placement: Placement, rank: int, weights) -> None:
         with safe_open(file, framework="pt", device="cpu") as opened:
             for name in opened.keys():
                 tensor = opened.get_tensor(name)
-                layer, expert, part = _NAME.fullmatch(name).groups()
-                for row, slot in slots.get((int(layer), int(expert)), ()):
+                found = _NAME.fullmatch(name)
+                if found is None:
+                    raise ValueError(f"{file} holds {name}, which is no expert's weight")
+                number, expert, part = found.groups()
+                for row, slot in slots.get((int(number), int(expert)), ()):
                     into, down = (t[slot] for t in weights[row])
                     half = into.shape[0] // 2
                     {"gate": into[:half], "up": into[half:], "down": down}[part].copy_(tensor)
@@ -176,7 +180,9 @@ def measure(
 
     def exchange() -> None:
         checkpoint = Checkpoint(folder) if len(plan.reads) else None
-        reader = checkpoint and CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
+        reader = (
+            CheckpointReader(checkpoint, hugging_face_experts(checkpoint)) if checkpoint else None
+        )
         made = Exchange(
             plan,
             own,
@@ -197,9 +203,7 @@ def measure(
         fresh = _empty(sizes, plan.new.slots_per_rank[rank])
         pipe.send(kind)
         pipe.recv()
-        seconds[kind] = _timed(
-            lambda reload=reload, fresh=fresh: reload(folder, plan.new, rank, fresh)
-        )
+        seconds[kind] = _timed(partial(reload, folder, plan.new, rank, fresh))
         equal &= all(
             torch.equal(a.view(torch.int16), b.view(torch.int16))
             for x, y in zip(weights, fresh)

@@ -223,6 +223,7 @@ class LayerBench:
         return result
 
     def _share_runner(self, x: torch.Tensor, output: RouteOutput) -> Callable[[], torch.Tensor]:
+        assert self._weights is not None, "weights are made before a share is measured"
         weights = ExpertWeights(
             self._weights.w13[: output.num_slots], self._weights.w2[: output.num_slots]
         )

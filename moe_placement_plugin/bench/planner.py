@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -235,7 +236,7 @@ def moves_suite(
     windows: int = 20,
 ) -> list[dict]:
     """Drifting windows, then every ordered pair of traces: vLLM's policy against the move-limited plan, each from its own plan."""
-    vllm, best, replan = (by_name.get(n) for n in ("vLLM default", "best", "replan"))
+    vllm, best, replan = by_name.get("vLLM default"), by_name["best"], by_name["replan"]
     rows = []
     drifting = [
         ("R1-like, drifting", families.Shape("", 58, 256, 32, 288)),
@@ -246,7 +247,7 @@ def moves_suite(
         loads = families.windows("lognormal", shape, windows + 1, 1)
         row = {"case": label, "slots": shape.layers * shape.slots}
         for name, contestant, first in (("vLLM default", vllm, vllm), ("replan", replan, best)):
-            if contestant is not None:
+            if contestant is not None and first is not None:
                 table = first.ask(loads[0], shape.slots, shape.ranks, repeats=1).table
                 row[name] = _chain(contestant, loads[1:], table, shape.ranks, shape.slots, repeats)
         rows.append(row)
@@ -326,7 +327,10 @@ def locality_suite(
             if slots % ranks or load.shape[1] % groups:
                 continue
             report(f"{name}, {slots} slots")
-            where = {"node_of_rank": np.arange(ranks) * nodes // ranks, "num_groups": groups}
+            where: dict[str, Any] = {
+                "node_of_rank": np.arange(ranks) * nodes // ranks,
+                "num_groups": groups,
+            }
             begin = time.perf_counter()
             soft = plan(
                 load,

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,7 @@ class Contestant:
         self.versions: dict[str, str] = hello["versions"]
 
     def _read(self) -> dict:
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
@@ -100,7 +102,7 @@ class Contestant:
         """
         source = Path(self._folder.name) / "load.npz"
         target = Path(self._folder.name) / "table.npy"
-        arrays = {"load": np.asarray(load, dtype=np.int64)}
+        arrays: dict[str, Any] = {"load": np.asarray(load, dtype=np.int64)}
         if old is not None:
             arrays["old"] = np.asarray(old, dtype=np.int64)
         np.savez(source, **arrays)
@@ -127,6 +129,7 @@ class Contestant:
 
     def close(self) -> None:
         """End the process."""
+        assert self._process.stdin is not None
         self._process.stdin.close()
         try:
             self._process.wait(timeout=10)

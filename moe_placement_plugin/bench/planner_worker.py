@@ -16,6 +16,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 
 def vllm_policy():
@@ -122,11 +124,12 @@ def main() -> None:
     versions["python"] = sys.version.split()[0]
     versions["numpy"] = np.__version__
     print(json.dumps({"versions": versions}), file=answers, flush=True)
-    call = None
+    call: Callable[[], Any] | None = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if request.get("again"):
+                assert call is not None, "there is a case before it is asked for again"
                 call()  # the other planners have had the caches meanwhile: times are those of a warm loop
                 wall, cpu, _ = timed(call)
                 print(

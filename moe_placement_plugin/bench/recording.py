@@ -100,6 +100,7 @@ class Engine:
         self._wait()
 
     def _wait(self) -> str:
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("@ "):
                 return line[2:].strip()
@@ -109,12 +110,14 @@ class Engine:
         """Tokens per second of one round; ``side`` ("off", "on") is what an engine on a CPU switches to."""
         # OpenMP's threads of another engine spin for a while after its last round.
         time.sleep(0.3)
+        assert self.process.stdin is not None
         self.process.stdin.write(f"{side}\n")
         self.process.stdin.flush()
         return float(self._wait())
 
     def stop(self) -> None:
         """Let the child end by itself."""
+        assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=60)
 

@@ -33,8 +33,8 @@ class Stopwatch:
         self._pool: Any = None
         self._captures: weakref.WeakSet = weakref.WeakSet()
         # One for all captures: the allocator keeps what is freed for the stream that it was used on.
-        self._stream = torch.cuda.Stream(device) if self._graphs else None
-        self._flush = (
+        self._stream: Any = torch.cuda.Stream(device) if self._graphs else None
+        self._flush: Any = (
             torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self._cuda else None
         )
 

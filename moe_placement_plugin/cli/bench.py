@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,7 +55,7 @@ def planner(
 
     Each planner runs in a process of its own, under the interpreter that has it, one case after the other in the same run.
 
-    Example: moe-placement bench planner --trace traces/ --sglang-python ~/sglang/bin/python --json planner.json
+    Example: moe-placement bench planner --trace examples/deepseek-r1 --sglang-python ~/sglang/bin/python --json planner.json
     """
     import json
     from contextlib import ExitStack
@@ -97,7 +97,7 @@ def planner(
             stack.enter_context(contestant)
         by_name = {c.name: c for c in contestants}
         fresh = [c for c in contestants if c.name != "replan"]
-        result: dict = {
+        result: dict[str, Any] = {
             "machine": engine.machine(),
             "versions": {c.name: c.versions for c in contestants},
             "missing": missing,
@@ -181,7 +181,7 @@ def layer(
 
     Steps are drawn from the recorded load; all strategies get the same ones. Exchange is not in the times.
 
-    Example: moe-placement bench layer --shape r1 --load traces/deepseek_r1_prefill_in1024.json --ep 32 --strategy linear
+    Example: moe-placement bench layer --shape r1 --load examples/deepseek-r1/in8k_out1k.safetensors --ep 32 --strategy linear
     --strategy zigzag --strategy eplb+32 --calibrations .
     """
     from ..errors import PlacementError
@@ -240,7 +240,7 @@ def layer(
         ["moe-placement", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]
     )
     outcomes = []
-    files: dict = {}
+    files: dict[str, Any] = {}
     for ranks in ep or [2, 4, 8, 16, 32, 64]:
         plans = engine.plan_all(
             strategy or ["linear", "balanced", "zigzag", "eplb"], planned, ranks, known.groups
@@ -316,7 +316,7 @@ def exchange(
 ) -> None:
     """Move experts between eight processes: after the death of some, against a full reload; and bytes moved over drifting windows.
 
-    Example: moe-placement bench exchange --trace traces/ --json exchange.json
+    Example: moe-placement bench exchange --trace examples/deepseek-r1 --json exchange.json
     """
     import json
     from dataclasses import asdict
@@ -346,7 +346,7 @@ def exchange(
     def report(text: str) -> None:
         progress.print(f"  {text}", highlight=False)
 
-    result: dict = {"machine": machine(), "versions": {}, "missing": {}}
+    result: dict[str, Any] = {"machine": machine(), "versions": {}, "missing": {}}
     if "dead" in wanted:
         import torch
 

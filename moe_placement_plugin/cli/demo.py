@@ -6,13 +6,16 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import PlacementError
+
+if TYPE_CHECKING:
+    from ..demo.run import Outcome
 
 app = typer.Typer(add_completion=False)
 
@@ -78,7 +81,7 @@ def demo(
         raise typer.Exit(1)
 
 
-def _show(console: Console, outcome) -> None:
+def _show(console: Console, outcome: Outcome) -> None:
     placement = outcome.placement
     table = Table(
         title=f"{outcome.model}: experts of layer {placement.layer_ids[0]} by {outcome.strategy}"

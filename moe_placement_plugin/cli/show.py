@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..load import ExpertLoad
+    from ..placement import Placement
+    from ..simulate import Workload
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -143,18 +149,24 @@ def show(
                 f"{name}: balancedness {plan.overall_balancedness(together.counts):.4f} on {plan.num_ranks} ranks"
             )
         out.print()
-    for path in (page, png):
-        if path is not None:
-            out.print(f"{path} written")
+    for written in (page, png):
+        if written is not None:
+            out.print(f"{written} written")
 
 
-def _together(workloads):
+def _together(workloads: Sequence[Workload]) -> ExpertLoad:
     from ..load import ExpertLoad
 
     return ExpertLoad.concatenate([w.load for w in workloads])
 
 
-def _strategies(load, ranks, redundant, names, plans):
+def _strategies(
+    load: ExpertLoad,
+    ranks: int | None,
+    redundant: int,
+    names: Sequence[str] | None,
+    plans: Mapping[str, Placement],
+) -> dict[str, Placement]:
     """The strategies to show beside the plans, on the same ranks and slots."""
     from ..strategies import PlacementRequest, get_strategy
     from ..topology import Topology
@@ -190,7 +202,7 @@ def _strategies(load, ranks, redundant, names, plans):
     return {name: get_strategy(name).place(request) for name in names if name not in plans}
 
 
-def _load_facts(load):
+def _load_facts(load: ExpertLoad) -> dict[str, Any]:
     return {
         "layer_ids": load.layer_ids,
         "experts": load.num_experts,
@@ -203,7 +215,7 @@ def _load_facts(load):
     }
 
 
-def _plan_facts(plan):
+def _plan_facts(plan: Placement) -> dict[str, Any]:
     return {
         "strategy": plan.strategy,
         "digest": plan.digest,

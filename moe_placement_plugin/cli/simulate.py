@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..placement import Placement
+    from ..strategies import Strategy
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -84,7 +88,9 @@ def simulate(
 
     where = cluster(ranks, nodes, redundant, groups, speed)
     workloads = read_loads(loads, phase)
-    candidates = {name: get_strategy(name) for name in (strategy or ["linear", "zigzag", "eplb"])}
+    candidates: dict[str, Strategy | Placement] = {
+        name: get_strategy(name) for name in (strategy or ["linear", "zigzag", "eplb"])
+    }
     for path in plans or []:
         plan = read_plan(path, ranks)
         if plan.num_ranks != ranks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -174,7 +174,7 @@ def accuracy(
         names, None if include_path is None else str(include_path), limit, num_fewshot, batch_size
     )
     settings = ServerSettings(on_cpu, dtype, max_model_len, stock_tp, tuple(server_arg or ()))
-    asked = {
+    asked: dict[str, Any] = {
         "score": max_score_difference,
         "answers": max_differing_answers,
         "logprob": logprob_tolerance,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def run(
             env,
             log,
             start_timeout,
-            lambda s, line, what=what: progress(f"starting {what}", s, line),
+            partial(progress, f"starting {what}"),
         ) as server:
             began = time.monotonic()
             answers.append([])

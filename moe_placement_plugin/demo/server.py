@@ -51,7 +51,7 @@ class Server:
     ):
         self.command, self.port, self.env, self.log = list(command), port, dict(env), log
         self.start_timeout, self.progress = start_timeout, progress
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -83,7 +83,7 @@ class Server:
     ) -> None:
         self.stop()
 
-    def _wait_until_ready(self, process: subprocess.Popen) -> None:
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         began = time.monotonic()
         while (waited := time.monotonic() - began) < self.start_timeout:
             if process.poll() is not None:

@@ -151,6 +151,7 @@ class LoadCounters:
             self._pairs[layer].add_((chosen.T @ chosen).long())
 
     def _begin_step(self, layer: int, ids: Any, first: int) -> None:
+        assert self._on_host is not None and self._kept is not None, "asked on the host alone"
         starts = self._on_host[1][first : first + len(ids)]
         if len(starts) < len(ids) or not self._kept.fits(ids):
             self._add(slice(layer, layer + 1), ids.numpy()[None], starts)
@@ -167,6 +168,7 @@ class LoadCounters:
 
     def _add(self, layers: slice, ids: np.ndarray, start: np.ndarray) -> None:
         """Count ``ids [layers, tokens, top_k]`` whose marks are ``start [tokens, 1]`` on the host."""
+        assert self._on_host is not None, "asked on the host alone"
         counts, _ = self._on_host
         ids = ids[:, : len(start)]
         if ids.dtype.kind == "i":

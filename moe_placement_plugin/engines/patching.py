@@ -148,6 +148,11 @@ class Patch:
             self.state = "off"
 
 
+def _apply_to_module(patch: Patch, module: Any) -> None:
+    """Apply the patch to a module that has just been imported."""
+    patch.apply()
+
+
 class PatchSet:
     """The patches of one concern, applied together or not at all."""
 
@@ -199,7 +204,7 @@ class PatchSet:
             if patch.module in sys.modules:
                 patch.apply()
             else:
-                register_post_import_hook(lambda _, patch=patch: patch.apply(), patch.module)
+                register_post_import_hook(functools.partial(_apply_to_module, patch), patch.module)
 
     def undo(self) -> None:
         """Put every original back, in reverse order."""

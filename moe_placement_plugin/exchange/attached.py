@@ -6,12 +6,14 @@ tracing (``kernel.yama.ptrace_scope``) or a container's rules forbid it; then ex
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import os
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 _AT_ONCE = 1024
 """Pieces in one call: the system's IOV_MAX."""
@@ -69,8 +71,8 @@ class Process:
         whole = [piece for piece in pieces if piece[2]]
         for begin in range(0, len(whole), _AT_ONCE):
             part = whole[begin : begin + _AT_ONCE]
-            here = (_Piece * len(part))(*((at, size) for at, _, size in part))
-            there = (_Piece * len(part))(*((at, size) for _, at, size in part))
+            here = (_Piece * len(part))(*(_Piece(at, size) for at, _, size in part))
+            there = (_Piece * len(part))(*(_Piece(at, size) for _, at, size in part))
             wanted = sum(size for _, _, size in part)
             got = _readv()(self.number, here, len(part), there, len(part), 0)
             if got < 0:
@@ -96,7 +98,7 @@ def _after(pieces: Sequence[tuple[int, int, int]], done: int) -> list[tuple[int,
 
 
 @cache
-def _readv():
+def _readv() -> Any:
     try:
         call = ctypes.CDLL(None, use_errno=True).process_vm_readv
     except AttributeError:
@@ -133,7 +135,7 @@ class AttachedRows:
         """Address of a slot's expert."""
         return self.at + slot * self.stride
 
-    def beginning(self, size: int) -> bytes:
+    def beginning(self, size: int) -> builtins.bytes:
         """The first ``size`` bytes.
 
         Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -178,7 +179,9 @@ def announce(
         log: the engine's logger, where this package's own is not shown.
     """
     if count is None:
-        from ..engines.load_recorder import count_event as count
+        from ..engines.load_recorder import count_event
+
+        count = count_event
     log.info("%s", decision)
     for event, amount in decision.events.items():
         count(event, amount)
@@ -210,7 +213,7 @@ def decide(
     policy = policy or RebalancePolicy()
     chunks = plan.chunks() if chunks is None else chunks
     times = [_seconds(chunk, plan, policy) for chunk in chunks]
-    facts: dict = {
+    facts: dict[str, Any] = {
         "bytes": plan.bytes_moved + plan.bytes_read,
         "seconds": sum(times),
         "pause": max(times, default=0.0),
@@ -245,7 +248,7 @@ def decide(
 
 def _refusal(
     policy: RebalancePolicy,
-    facts: Mapping,
+    facts: Mapping[str, Any],
     load: ExpertLoad,
     old: Placement,
     cost: LayerCost | None,
@@ -283,16 +286,18 @@ def _spent(
     """What the phase's windows take before and after: seconds with a cost model, else the sum of the greatest rank loads."""
     counts = load.counts[[i for i, p in enumerate(load.phases) if p == phase]]
     if cost is None:
-        return tuple(float(p.rank_load(counts).max(axis=-1).sum()) for p in (old, new))
+        before, after = (float(p.rank_load(counts).max(axis=-1).sum()) for p in (old, new))
+        return before, after
     tokens = policy.tokens_per_step[phase]
     total = counts.sum(axis=0)
     steps = float(total.sum(axis=1).mean()) / (tokens * policy.top_k)
-    return tuple(
+    before, after = (
         step_time(p, total, tokens, policy.top_k, cost, all_gather=all_gather).total_us
         * 1e-6
         * steps
         for p in (old, new)
     )
+    return before, after
 
 
 def _seconds(chunk: Chunk, plan: ExchangePlan, policy: RebalancePolicy) -> float:

@@ -365,6 +365,7 @@ class Exchange:
         if read_all is not None:
             self.report.bytes_read += read_all(wanted)
             return
+        assert self._reader is not None, "a plan that reads experts is refused without a reader"
         for layer, expert, typed in wanted:
             self.report.bytes_read += self._reader.read(layer, expert, typed)
 

@@ -110,11 +110,8 @@ class SeenPeers:
     def mapped(self) -> list[Sequence[Parameter]]:
         """Parameters that lie in this process's own address space as well."""
         found = (parameters for of_rank in self.layers.values() for parameters in of_rank)
-        return [
-            parameters
-            for parameters in found
-            if not any(isinstance(p, AttachedRows) for p in parameters)
-        ]
+        own = (([p for p in ps if not isinstance(p, AttachedRows)], len(ps)) for ps in found)
+        return [mine for mine, number in own if len(mine) == number]
 
 
 def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes | None:

@@ -37,10 +37,10 @@ class CommitMetadata:
 
     old: Placement
     new: Placement
-    committed: np.ndarray = field(default=None)  # type: ignore[assignment]
+    committed: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     def __post_init__(self) -> None:
-        if self.committed is None:
+        if not self.committed.size:  # none was given
             self.committed = np.zeros(self.new.num_layers, dtype=bool)
 
     @property
@@ -211,7 +211,7 @@ class ExchangePlan:
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def staging_needed(self, expert_bytes: Sequence[int] | None = None) -> np.ndarray:
+    def staging_needed(self, expert_bytes: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
         """Staging bytes, int64 ``[layers, ranks]``, that each layer needs by itself: its incoming experts, and a scratch expert for cycles.
 
         Args:
@@ -337,7 +337,7 @@ def plan_exchange(
     new: Placement,
     topology: Topology | None = None,
     live_ranks: Sequence[int] | None = None,
-    expert_bytes: int | Sequence[int] = 1,
+    expert_bytes: int | Sequence[int] | np.ndarray = 1,
 ) -> ExchangePlan:
     """The moves that turn ``old`` into ``new`` in place.
 

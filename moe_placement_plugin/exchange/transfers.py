@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -127,11 +127,10 @@ class Transfers:
         self._parts = [_parts(parameters, self.unit.itemsize) for parameters in layers]
         self._outgoing: _Outgoing | None = None
         # Packing and reading go beside what the engine has queued, beside the commit of the chunk before, and beside each other.
-        self._lane, self._reading = (
-            (None, None)
-            if device.type == "cpu"
-            else (_device_module(device).Stream() for _ in range(2))
-        )
+        self._lane: Any = None
+        self._reading: Any = None
+        if device.type != "cpu":
+            self._lane, self._reading = (_device_module(device).Stream() for _ in range(2))
         self.sent = self.received = 0
 
     def allocate(self, size: int) -> torch.Tensor:
@@ -224,6 +223,7 @@ class Transfers:
                 works = dist.batch_isend_irecv(made) if made else []
                 staged.pending.append((waiting, works))
                 if sends:
+                    assert self._outgoing is not None, "messages were packed in it"
                     self._outgoing.sending[self._outgoing.turn] = works
         return staged
 
@@ -248,6 +248,7 @@ class Transfers:
             "read peers", named(chunk), None, tuple(np.unique(mine[:, 2]).tolist()), size
         )
         self._watchdog.waits_for(waiting)
+        assert self._seen is not None, "a transfer is read only where peers' memory is seen"
         together: list[tuple[torch.Tensor, torch.Tensor]] = []
         attached: dict[Process, list[tuple[int, int, int]]] = {}
         runs, width = list(_runs(mine)), self.unit.itemsize
@@ -313,6 +314,7 @@ class Transfers:
         if not sends:
             return []
         outgoing = self._outgoing
+        assert outgoing is not None, "use_outgoing comes before what sends"
         outgoing.turn = 1 - outgoing.turn
         self._wait(outgoing.sending[outgoing.turn])
         memory, used, messages = outgoing.halves[outgoing.turn], 0, []
@@ -351,7 +353,7 @@ class Transfers:
         size = int(np.asarray(self._padded, dtype=np.int64)[chunk.transfers[:, 0]].max())
         return max(1, -(-self._batch_bytes // max(size, 1)))
 
-    def _beside(self, stream: torch.Stream | None) -> AbstractContextManager:
+    def _beside(self, stream: torch.Stream | None) -> AbstractContextManager[Any]:
         """What is queued within goes beside what the engine queues from now on, and behind what it has queued."""
         if stream is None:
             return nullcontext()

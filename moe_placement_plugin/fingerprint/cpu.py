@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -59,7 +60,7 @@ def digests(data: np.ndarray, threads: int = 1) -> np.ndarray:
     factors = multipliers(-(-words.shape[1] // BLOCK))
     jobs = [(slot, first) for slot in range(slots) for first in range(0, words.shape[1], step)]
 
-    def run(job):
+    def run(job: tuple[int, int]) -> Any:
         slot, first = job
         part = words[slot, first : first + step]
         return _blocks(

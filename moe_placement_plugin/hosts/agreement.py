@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from operator import methodcaller
 from typing import Any
 
 from ..errors import PlacementError
@@ -260,10 +261,10 @@ def _hear(asked: BoundedStore, keys: Sequence[str], wait: float) -> list[int]:
                 [
                     rank
                     for rank, key in enumerate(keys)
-                    if not asked.ask(lambda s, key=key: s.check([key]))
+                    if not asked.ask(methodcaller("check", [key]))
                 ]
             )
-            return json.loads(asked.ask(lambda s, text=text: s.compare_set("missing", "", text)))
+            return json.loads(asked.ask(methodcaller("compare_set", "missing", "", text)))
         time.sleep(0.001 if waited < 0.1 else 0.05)
     return []
 

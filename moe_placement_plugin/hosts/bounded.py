@@ -28,9 +28,9 @@ class BoundedStore:
 
     def __init__(self, store: Any, limit: float):
         self._store, self._limit = store, limit
-        self._jobs: queue.SimpleQueue[tuple[Callable[[Any], Any], queue.SimpleQueue] | None] = (
-            queue.SimpleQueue()
-        )
+        self._jobs: queue.SimpleQueue[
+            tuple[Callable[[Any], Any], queue.SimpleQueue[Any]] | None
+        ] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._silent: str | None = None
 
@@ -52,7 +52,7 @@ class BoundedStore:
                 target=_serve, args=(self._store, self._jobs), name="bounded-store", daemon=True
             )
             self._thread.start()
-        answer: queue.SimpleQueue = queue.SimpleQueue()
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._jobs.put((call, answer))
         limit = self._limit if limit is None else limit
         try:
@@ -68,7 +68,7 @@ class BoundedStore:
         self._jobs.put(None)
 
 
-def _serve(store: Any, jobs: queue.SimpleQueue) -> None:
+def _serve(store: Any, jobs: queue.SimpleQueue[Any]) -> None:
     while (job := jobs.get()) is not None:
         call, answer = job
         try:

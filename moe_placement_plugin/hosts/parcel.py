@@ -24,7 +24,7 @@ def pack(placement: Placement) -> dict[str, Any]:
     """
     wide = placement.num_logical_experts > 2**15
     table = placement.physical_to_logical.astype("<i4" if wide else "<i2").tobytes()
-    packed = {
+    packed: dict[str, Any] = {
         "num_logical_experts": placement.num_logical_experts,
         "slots_per_rank": list(placement.slots_per_rank),
         "layer_ids": list(placement.layer_ids),

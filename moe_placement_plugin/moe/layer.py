@@ -162,10 +162,12 @@ class StagedMoE:
         def bring(i: int) -> Callable[[], Any]:
             return self._lane.start(dispatch, xs[i], parts[i], plans[i], self.placed, self.group)
 
-        coming, going = bring(0), []
+        coming, going = [bring(0)], []
         shared = self._shared(xs)
         for i in range(len(xs)):
-            here, coming = coming, bring(i + 1) if i + 1 < len(xs) else None
+            here = coming.pop()
+            if i + 1 < len(xs):
+                coming.append(bring(i + 1))
             rows, output, metadata = here()
             hidden = gmm_up(rows, output, self.weights, self.matmuls)
             partial = gmm_down(hidden, output, self.weights, self.matmuls)
@@ -206,13 +208,16 @@ class StagedMoE:
             return self._lane.start(gather_tokens, x[:, start:stop], plan, self.group)
 
         described = self._lane.start(gather_selection, selection, plan, self.placed, self.group)
-        coming = bring(0)
+        coming = [bring(0)]
         shared = self._shared([x])
         output = described()
         hidden: ExpertHidden | None = None
         for i in range(chunks):
-            here, coming = coming, bring(i + 1) if i + 1 < chunks else None
+            here = coming.pop()
+            if i + 1 < chunks:
+                coming.append(bring(i + 1))
             hidden = gmm_up(here(), output, self.weights, self.matmuls, into=hidden)
+        assert hidden is not None, "there is at least one chunk"
         going = []
         for start, stop in bounds:
             partial = gmm_down(hidden, output, self.weights, self.matmuls, start, stop)

@@ -37,6 +37,7 @@ def own_rows(
         return x, keep_local(
             placed.local_slot[selection.slots], selection.weights, placed.num_local, False
         )
+    assert plan.sent_tokens is not None and plan.sent_slots is not None, "an all-to-all sends both"
     start, stop = _own_segment(plan.send_counts, placed.rank)
     tokens = plan.sent_tokens[start:stop]
     return x[tokens], keep_local(

@@ -48,7 +48,7 @@ def kernel(function=None, **options: Any):
         return lambda given: kernel(given, **options)
     compiled = njit(cache=True, **options)(function)
     files = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-    if hasattr(files, "_source_stamp"):
+    if files is not None and hasattr(files, "_source_stamp"):
         files._source_stamp = (files._source_stamp, _SOURCES)
         _compile_in_one_process(compiled, Path(compiled.stats.cache_path), files._index_name)
     return compiled
@@ -96,7 +96,8 @@ def without_blas() -> None:
     blas = "scipy.linalg.cython_blas"
     if blas in sys.modules:
         return
-    sys.modules[blas] = None  # the import system's own sign for a module that cannot be imported
+    # None is the import system's own sign for a module that cannot be imported; typeshed does not know it.
+    sys.modules[blas] = None  # type: ignore[assignment]
     try:
         import numba.np.arraymath  # noqa: F401  it looks for scipy when it is imported, never again
     finally:

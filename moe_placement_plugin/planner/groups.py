@@ -241,20 +241,20 @@ def pack_groups(
                         continue
                     worst = 0.0
                     for side in range(2):
-                        n = hot if side == 0 else other
+                        node = hot if side == 0 else other
                         for g in range(num_groups):
-                            members[g] = home[layer, g] == n
+                            members[g] = home[layer, g] == node
                         members[a] = side == 1
                         members[b] = side == 0
-                        first = node_rank[n] + n
-                        last = node_rank[n + 1] + n
+                        first = node_rank[node] + node
+                        last = node_rank[node + 1] + node
                         v, _ = node_value(
                             w,
                             order[layer],
                             group_size,
                             members,
                             node_start[first : last + 1],
-                            node_inverse_speed[node_rank[n] : node_rank[n + 1]],
+                            node_inverse_speed[node_rank[node] : node_rank[node + 1]],
                             node_start[last],
                             thorough,
                             sub_order,
@@ -274,9 +274,9 @@ def pack_groups(
             other = home[layer, best_b]
             home[layer, best_a] = other
             home[layer, best_b] = hot
-            for n in (hot, other):
-                busiest_of[n] = _measure_node(
-                    n,
+            for node in (hot, other):
+                busiest_of[node] = _measure_node(
+                    node,
                     home[layer],
                     w,
                     order[layer],

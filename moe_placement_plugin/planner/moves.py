@@ -1,6 +1,7 @@
 """A plan within a move budget: which layers get how many of the moves."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -180,7 +181,7 @@ def move_limited(load, ranks, old, tolerance, max_moves, cap_factor=REPLICA_CAP,
     steps = np.empty(layers, np.int64)
     first_time = np.empty(layers, np.int64)
     plan = np.empty_like(old)
-    curves = [[(0, 0.0, None, 0)] for _ in range(layers)]
+    curves: list[list[tuple[int, float, Any, int]]] = [[(0, 0.0, None, 0)] for _ in range(layers)]
     totals = load.sum(axis=1)
     for factor in _LADDER:
         _run_layers(

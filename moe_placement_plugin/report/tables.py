@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from rich.console import Console, Group
@@ -157,7 +158,7 @@ def plan_table(
     plan: Placement, name: str, counts: np.ndarray | None = None, limit: int = 12
 ) -> Group:
     """A plan, and with counts ``[layers, experts]`` the rank loads that it gives in the worst layers."""
-    parts: list = [Text(f"{name}: {describe(plan)}")]
+    parts: list[Any] = [Text(f"{name}: {describe(plan)}")]
     copies = np.bincount(plan.replica_counts.ravel())
     if plan.num_redundant:
         parts.append(
@@ -202,7 +203,7 @@ def simulation_table(found: Simulation) -> Group:
                 f"{outcome.step.ideal_us.sum() / 1000:.3f}",
             ]
         table.add_row(*row, style="bold" if outcome is found.best else "")
-    parts: list = [_heading("On the recorded load"), table]
+    parts: list[Any] = [_heading("On the recorded load"), table]
     names = [w.name for w in found.workloads]
     for outcome in found.outcomes:
         if outcome.served is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import PlacementError
+from ..load import ExpertLoad
 from ..placement import Placement
 from .base import PlacementRequest, Strategy
 
@@ -28,16 +29,16 @@ class Eplb(Strategy):
             request.slots_per_rank,
             node_of_rank=request.topology.node_of_rank,
             speed=request.topology.speed,
-            **_near(request),
+            **_near(request, request.load),
         )
         return self._placement(request, found.physical_to_logical)
 
 
-def _near(request: PlacementRequest) -> dict[str, Any]:
+def _near(request: PlacementRequest, load: ExpertLoad) -> dict[str, Any]:
     """The planner's arguments for `PlacementRequest.locality`."""
     if request.locality == "none":
         return {}
-    nodes, groups, pairs = request.topology.num_nodes, request.num_groups, request.load.coactivation
+    nodes, groups, pairs = request.topology.num_nodes, request.num_groups, load.coactivation
     if nodes == 1:
         raise PlacementError(
             f"locality {request.locality} with all {request.topology.num_ranks} EP ranks on one node: leave it out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from ..errors import PlacementError
 from .base import Strategy
@@ -24,8 +24,8 @@ ALIASES = {"round_robin": "zigzag"}
 
 
 @lru_cache(maxsize=1)
-def _third_party() -> dict[str, object]:
-    found: dict[str, object] = {}
+def _third_party() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name in _BUILT_IN or point.name in ALIASES or point.name in found:
             raise PlacementError(

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the ranks run over torch.distributed")
 
+from ..support.recordings import routed_tokens  # noqa: E402
 from .cluster import Cluster  # noqa: E402
 from .ranks import TIMEOUT  # noqa: E402
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-
-TRACE = Path(__file__).parents[2].parent / "shared" / "traces" / "deepseek_v2_lite_law_tokens.npz"
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +55,10 @@ def crossed(cluster, hosts, job: str, **more) -> tuple[int, list]:
     return sum(hosts.traffic(1)) - before, results
 
 
-@pytest.mark.skipif(
-    not TRACE.exists(), reason=f"the recorded tokens are not beside the checkout ({TRACE})"
-)
-def test_plans_that_know_the_hosts_send_less(cluster, hosts):
-    """Tokens of DeepSeek-V2-Lite through the staged layer's all-to-all; planned on the first half of the trace, run on the second."""
-    job = {"trace": str(TRACE), "layers": list(range(0, 26, 5)), "hidden": 512, "tokens": 500}
+def test_plans_that_know_the_hosts_send_less(cluster, hosts, tmp_path):
+    """Tokens with topics through the staged layer's all-to-all; planned on the first half of them, run on the second."""
+    np.savez(tmp_path / "tokens.npz", topk_ids=routed_tokens(layers=6, tokens=8000))
+    job = {"trace": str(tmp_path / "tokens.npz"), "hidden": 512, "tokens": 500}
     flat, flat_results = crossed(cluster, hosts, "moe", locality="none", **job)
     soft, soft_results = crossed(cluster, hosts, "moe", locality="soft", **job)
     again, _ = crossed(cluster, hosts, "moe", locality="none", **job)

@@ -1,4 +1,4 @@
-"""Loads for the tests of the loop: real traces where they are, synthetic ones everywhere."""
+"""Loads for the tests of the loop."""
 
 from __future__ import annotations
 
@@ -10,16 +10,6 @@ import pytest
 
 from moe_placement_plugin import ExpertLoad
 from tests.support.forked_command import run_command
-
-TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
-
-
-@pytest.fixture(scope="session")
-def traces() -> Path:
-    """The folder of real traces."""
-    if not (TRACES / "deepseek_r1_decode_in1000out1000.json").exists():
-        pytest.skip(f"the DeepSeek-R1 traces are not beside the checkout ({TRACES})")
-    return TRACES
 
 
 def skewed(

@@ -17,11 +17,11 @@ DASHBOARD = ROOT / "examples" / "grafana" / "expert-placement.json"
 
 
 @pytest.mark.timeout(300)
-def test_commands_of_the_walk(traces, tmp_path):
+def test_commands_of_the_walk(tmp_path):
     """In order and in one directory, as a reader would."""
     blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.S | re.M)
     assert len(blocks) >= 6
-    (tmp_path / "traces").symlink_to(traces)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     command = tmp_path / "bin" / "moe-placement"
     command.parent.mkdir()
     command.write_text(

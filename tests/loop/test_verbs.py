@@ -14,6 +14,7 @@ import pytest
 from moe_placement_plugin import ExpertLoad, Placement
 from moe_placement_plugin.cli import VERBS
 
+from ..support.recordings import R1
 from .conftest import skewed
 
 
@@ -188,14 +189,14 @@ IMPORT_SECONDS = 0.7
 """Importing numba's compiler on the machine that the two seconds were stated for (two cores of an AMD EPYC, otherwise idle)."""
 
 
-def test_r1_plan_and_page_within_two_seconds(cli, traces, tmp_path):
+def test_r1_plan_and_page_within_two_seconds(cli, tmp_path):
     """Two seconds on that machine, as many more as another one needs more for a process that only imports numba.
 
     Seven tenths of the loop are imports of this kind, so that a slow or busy machine stretches both alike; what this project
     adds to them (a kernel compiled again, a module imported needlessly, a slow page) stretches the loop alone.
     """
     trace, plan, page = (
-        traces / "deepseek_r1_decode_in1000out1000.json",
+        R1 / "in1k_out8k.safetensors",
         tmp_path / "plan.json",
         tmp_path / "page.html",
     )

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
+from moe_placement_plugin import ExpertLoad
+
+from ..support.recordings import R1
 
 
 @pytest.fixture(scope="session")
 def traces() -> dict[str, np.ndarray]:
     """The recorded DeepSeek-R1 loads by workload, int64 [58, 256]."""
-    files = sorted(TRACES.glob("deepseek_r1_*.json"))
-    if not files:
-        pytest.skip(f"needs the recorded loads in {TRACES}")
-    return {
-        f.stem[len("deepseek_r1_") :]: np.array(json.loads(f.read_text())["logical_count"])[3:]
-        for f in files
-    }
+    return {f.stem: ExpertLoad.read(f).total for f in sorted(R1.glob("*.safetensors"))}
 
 
 def check_valid(table: np.ndarray, slots_per_rank, num_experts: int) -> None:

@@ -19,13 +19,17 @@ def figures(load, ranks, slots, mode="best"):
 
 
 def test_recordings(traces):
-    """32 ranks: 0.9995 on every trace; 72 ranks: 0.996; the two named traces without redundancy; 144 ranks: no worse than the reference."""
+    """32 ranks: 0.9995 on every recording; 72 ranks and no redundancy: near the bound; 144 ranks: no worse than the reference.
+
+    One expert of many layers gets nearly every token, so that the bounds lie below 1 there.
+    """
+    assert len(traces) == 3
     for load in traces.values():
         assert figures(load, 32, 288) >= 0.9995
-        assert figures(load, 72, 288) >= 0.996
-    assert figures(traces["decode_in1000out1000"], 32, 256) >= 0.947
-    assert figures(traces["prefill_in1024"], 32, 256) >= 0.911
-    load = traces["prefill_in1024"][:8]
+        assert 0.955 <= figures(load, 72, 288) >= 0.997 * bench._bound(load, 72, 288)
+        assert 0.9975 <= figures(load, 8, 256) >= 0.9999 * bench._bound(load, 8, 256)
+        assert figures(load, 32, 256) >= 0.9999 * bench._bound(load, 32, 256)
+    load = traces["in8k_out1k"][:8]
     assert (
         figures(load, 144, 288)
         >= bench.balancedness(load, rebalance(load, 288, 1, 1, 144), 144) - 1e-9

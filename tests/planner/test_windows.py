@@ -49,12 +49,12 @@ def test_many_windows_and_uneven_ranks():
     assert found.window_balancedness.shape == (3 * MAX_WINDOWS + 1,)
 
 
-def test_four_recordings_at_once(traces):
-    names = list(traces)
-    trained, others = names[:4], names[4:]
+def test_two_recordings_at_once(traces):
+    """Better on a third than the plan for their mean; that one was recorded on traffic much like the first."""
+    trained, others = ("in1k_out1k", "in8k_out1k"), ("in1k_out8k",)
     slots = [9] * 32
     found = plan(np.stack([traces[n] for n in trained]), slots)
-    assert found.window_balancedness.min() >= 0.985
+    assert found.window_balancedness.min() >= 0.995
     mean = sum(traces[n] / traces[n].sum() for n in trained)
     on_mean = plan(mean, slots).physical_to_logical
     gain = min(balance(traces[n], found.physical_to_logical, slots) for n in others) - min(

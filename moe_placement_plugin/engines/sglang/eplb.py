@@ -118,6 +118,7 @@ def warm_up(asked: settings.Settings) -> None:
     from .. import eplb_table
 
     placement = asked.placement
+    assert placement is not None, "settled before a model loads"
     eplb_table.warm_up(
         placement.physical_to_logical,
         placement.num_logical_experts,
@@ -133,6 +134,7 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
         PlacementError: on every rank alike, which ends the server, when a slot holds something else than its expert.
     """
     asked = settings.current()
+    assert asked is not None, "hooked only where a placement was asked for"
     model = self._get_model()
     policy = policy_from(asked.rebalance, REBALANCE_FLAG)
     if asked.plans and not hasattr(self, _PLANNER):

@@ -86,10 +86,11 @@ def update(
     if not changed:
         return {}
     exchanger = _exchanger(self, routed_experts_weights_of_layer, in_force)
-    tables = (m.physical_to_logical_map_cpu.numpy()[changed] for m in (in_force, goal))
-    exchange = exchanger.plan(
-        *(exchanger.placement(table, changed) for table in tables), elastic.live_ranks()
+    old, new = (
+        exchanger.placement(m.physical_to_logical_map_cpu.numpy()[changed], changed)
+        for m in (in_force, goal)
     )
+    exchange = exchanger.plan(old, new, elastic.live_ranks())
     watchdog = None
     if under_way is not None:
         under_way.moved += [exchange.new.layer_ids[row] for row in exchange.changed_rows]
@@ -125,11 +126,12 @@ def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
     if found is None:
         from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
-        if _met is None:
+        asked = settings.current()
+        if _met is None or asked is None:
             raise PlacementError(
                 "experts are to move before the model has been loaded: this start of SGLang is not understood"
             )
-        policy = policy_from(settings.current().rebalance, REBALANCE_FLAG)
+        policy = policy_from(asked.rebalance, REBALANCE_FLAG)
         tensors = {layer: weights[layer] for layer in weights.keys()}
         first = next(iter(tensors.values()))[0]
         group = get_moe_ep_group()
@@ -150,6 +152,7 @@ def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
 
 
 def _reader(weights: Any) -> reload.EngineReader:
+    assert _met is not None, "an exchanger was made of it"
     if _met.reader is None:
         _met.reader = reload.EngineReader(_met.model, weights)
     return _met.reader

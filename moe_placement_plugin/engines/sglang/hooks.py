@@ -129,11 +129,23 @@ class Hook(Patch):
         self.state = "off"
 
 
+class AttributeHook(Patch):
+    """A plain attribute among the hooks, which only functions can be."""
+
+    def register(self) -> None:
+        """Apply it at once: the registry has no part in it."""
+        self.apply()
+
+    def confirm(self) -> None:
+        """Applied at once: nothing to ask the registry."""
+
+
 class HookSet(PatchSet):
     """Hooks that stand or fall together, though the registry applies them one by one and only logs failures."""
 
-    def __init__(self, hooks: Iterable[Hook]):
-        super().__init__(hooks)
+    def __init__(self, hooks: Iterable[Hook | AttributeHook]):
+        self.hooks: list[Hook | AttributeHook] = list(hooks)
+        super().__init__(self.hooks)
 
     def require_fit(self) -> None:
         """Refuse an engine that differs from what the hooks rely on.
@@ -155,7 +167,7 @@ class HookSet(PatchSet):
             PlacementError: naming every hook that does not fit; none is registered then.
         """
         self.require_fit()
-        for hook in self.patches:
+        for hook in self.hooks:
             hook.register()
 
     def apply_now(self) -> None:
@@ -185,6 +197,6 @@ class HookSet(PatchSet):
 
     def missing(self) -> list[str]:
         """Names of the hooks that should be in force and are not."""
-        for hook in self.patches:
+        for hook in self.hooks:
             hook.confirm()
-        return [hook.name for hook in self.patches if hook.state not in ("applied", "not needed")]
+        return [hook.name for hook in self.hooks if hook.state not in ("applied", "not needed")]

@@ -96,7 +96,9 @@ def agree(asked: settings.Settings) -> None:
         _end,
     )
     if asked.adopts:
+        assert found.parcel is not None, "the head always sends one"
         asked.placement, asked.adopts = unpack(found.parcel["plan"]), False
+    assert asked.placement is not None, "all ranks have agreed on it"
     session.warn_about_nodes(asked.placement.metadata.get("node_of_rank"), real_topology(), logger)
 
 

@@ -9,11 +9,10 @@ from typing import Any
 from ...errors import PlacementError
 from ...strategies.registry import ALIASES, get_strategy, strategy_names
 from .. import host_flags
-from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG
 from ..rebalancing import add_argument as add_rebalance_argument
 from . import loaded, recording, settings
-from .hooks import Hook, HookSet
+from .hooks import AttributeHook, Hook, HookSet
 from .versions import check_version
 
 ALGORITHM = "expert_placement"
@@ -155,16 +154,6 @@ def _check_server_args(original: Callable, server_args: Any) -> Any:
     return original(server_args)
 
 
-class _Attribute(Patch):
-    """A plain attribute among the hooks, which only functions can be."""
-
-    def register(self) -> None:
-        self.apply()
-
-    def confirm(self) -> None:
-        """Applied at once: nothing to ask the registry."""
-
-
 LAUNCHER = HookSet(
     [
         Hook(
@@ -184,7 +173,7 @@ LAUNCHER = HookSet(
             why="the parsed flags must reach ServerArgs without being fields of it",
             removable_when="plugins can add server arguments",
         ),
-        _Attribute(
+        AttributeHook(
             name="engine-arguments",
             target="sglang.srt.entrypoints.engine:Engine.server_args_class",
             make=ServerArgsFactory,

@@ -189,6 +189,7 @@ class _Staging:
                 continue
             slot = self._proxy(number, param, out)
             if slot is not None and expert is None:
+                assert fused is not None, "all experts at once come with what loads them"
                 fused(layer, slot, loaded[at : at + 1], weight_name, shard)
             elif slot is not None:
                 layer._weight_loader_impl(
@@ -230,11 +231,13 @@ class EngineReader:
     def prefetch(self, experts: Iterable[tuple[int, int]]) -> None:
         """Have the disk begin with (layer, expert) that will be read."""
         with suppress(PlacementError):  # said when they are read
-            names = self._names(experts)
-            self._checkpoint.prefetch(Source(name.removeprefix(_known.prefix)) for name in names)
+            known, checkpoint, names = self._names(experts)
+            checkpoint.prefetch(Source(name.removeprefix(known.prefix)) for name in names)
 
-    def _names(self, experts: Iterable[tuple[int, int]]) -> dict[str, None]:
-        """Tensors that hold them; opens the checkpoint."""
+    def _names(
+        self, experts: Iterable[tuple[int, int]]
+    ) -> tuple[Names, Checkpoint, dict[str, None]]:
+        """What is known, the checkpoint, and its tensors that hold the experts."""
         if _known is None or _known.folder is None:
             raise PlacementError(
                 "lost experts cannot be read: the model did not come from a safetensors checkpoint; restart the server with one"
@@ -249,7 +252,7 @@ class EngineReader:
             chosen |= found
         if self._checkpoint is None:
             self._checkpoint = Checkpoint(Path(_known.folder))
-        return chosen
+        return _known, self._checkpoint, chosen
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
         """One expert; see `read_all`."""
@@ -275,19 +278,18 @@ class EngineReader:
                 again.append((first[layer, expert], out))
             else:
                 first[layer, expert] = out
-        chosen = self._names(first)
-        before = self._checkpoint.bytes_read
+        known, checkpoint, chosen = self._names(first)
+        before = checkpoint.bytes_read
         _into = _Staging(first, self._tensors)
         try:
             self._load(
-                (name, self._checkpoint.read(Source(name.removeprefix(_known.prefix))))
-                for name in chosen
+                (name, checkpoint.read(Source(name.removeprefix(known.prefix)))) for name in chosen
             )
         finally:
             into, _into = _into, None
             layers.forget_loaded()
         for (layer, expert), _ in first.items():
-            missing = _known.parts[layer] - into.filled[layer, expert]
+            missing = known.parts[layer] - into.filled[layer, expert]
             if missing:
                 raise PlacementError(
                     f"layer {layer}, expert {expert}: {type(self._model).__name__}'s loader did not bring {sorted(missing)}; restart the server"
@@ -295,7 +297,7 @@ class EngineReader:
         for source, out in again:
             for a, b in zip(source, out):
                 b.copy_(a)
-        return self._checkpoint.bytes_read - before
+        return checkpoint.bytes_read - before
 
     def _load(self, found: Iterator[tuple[str, torch.Tensor]]) -> None:
         import torch

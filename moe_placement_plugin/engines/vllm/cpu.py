@@ -120,7 +120,7 @@ def cpu_patches() -> list[Patch]:
                 or "apply" not in vars(experts)
             ):
                 continue
-            parameters = inspect.signature(experts.apply).parameters
+            parameters = inspect.signature(vars(experts)["apply"]).parameters
             if "expert_map" not in parameters:
                 continue
             modular = "topk_ids" in parameters

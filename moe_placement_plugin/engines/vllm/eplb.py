@@ -136,7 +136,8 @@ def _place(eplb: Any, state: Any, settings: PlacementSettings, layers: dict[str,
             state.model_name,
         )
         return
-    rows = [placement.row(layer_id_of(name)) for name in layers]
+    ids = [layer_id_of(name) for name in layers]
+    rows = [placement.row(layer_id) for layer_id in ids if layer_id is not None]  # all are known
     _move(state, placement, rows)
     logger.info(
         "moe_placement_plugin: EPLB begins with placement %s (%s), policy %s",
@@ -243,11 +244,11 @@ def _by_phase(rebalancer: Rebalancer, counts: np.ndarray) -> ExpertLoad:
     ranks = _tensor_parallel_ranks()  # each of them has counted every token
     if of_phases is None or not np.array_equal(of_phases.sum(axis=0), counts):
         return ExpertLoad(counts[None] / ranks, rebalancer.layer_ids)
-    seen = of_phases.any(axis=(1, 2))
+    seen = np.flatnonzero(of_phases.any(axis=(1, 2)))
     return ExpertLoad(
         of_phases[seen] / ranks,
         rebalancer.layer_ids,
-        tuple(p for p, some in zip(eplb_phases.PHASES, seen) if some),
+        tuple(eplb_phases.PHASES[phase] for phase in seen),
     )
 
 

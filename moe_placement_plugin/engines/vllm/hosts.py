@@ -77,9 +77,9 @@ def real_topology() -> Topology | None:
 def _init_device(original):
     def init_device(self, *args, **kwargs):
         settings = settings_of(self.vllm_config)
-        hosts = None if settings is None else settings["hosts"]
-        if hosts is None:
+        if settings is None or settings["hosts"] is None:
             return original(self, *args, **kwargs)
+        hosts = settings["hosts"]
         parallel = self.vllm_config.parallel_config
         where = (
             f"the other hosts to join at {parallel.master_addr}:{parallel.master_port}"
@@ -125,6 +125,7 @@ def _agree(settings: PlacementSettings, parallel: Any) -> None:
         said, settings.parcel(), hosts["timeout"], logger, partial(_name_rank, parallel)
     )
     if hosts["adopt"]:
+        assert found.parcel is not None, "the head always sends one"
         for known in (settings, arrived()):
             if known is not None:
                 known.adopt(found.parcel)

@@ -109,15 +109,17 @@ def _check_coverage(layers: dict[str, Any], settings: PlacementSettings) -> None
     if not settings["exact"]:
         return
     plan, found = settings.placement, {name: layer_id_of(name) for name in layers}
+    assert plan is not None, "only a plan is exact"
     for name, layer_id in found.items():
         if not settings.knows(layer_id, num_logical(layers[name])):
             raise PlacementError(
                 f"{name} is not in the plan (layers {plan.layer_ids[0]}..{plan.layer_ids[-1]}): plan for this model"
             )
-    missing = set(plan.layer_ids) - set(found.values())
+    held = sorted(layer_id for layer_id in found.values() if layer_id is not None)
+    missing = set(plan.layer_ids) - set(held)
     if missing:
         raise PlacementError(
-            f"the plan has layer {min(missing)}, the model that was loaded has MoE layers {sorted(found.values())}: plan for this model"
+            f"the plan has layer {min(missing)}, the model that was loaded has MoE layers {held}: plan for this model"
         )
 
 

@@ -248,7 +248,7 @@ def _has_experts(model: Any) -> bool:
 
 def _monolithic_point(module: Any) -> Any:
     kernel = getattr(module.routed_experts.quant_method, "moe_kernel", None)
-    experts = getattr(getattr(kernel, "impl", None), "fused_experts", None)
+    experts: Any = getattr(getattr(kernel, "impl", None), "fused_experts", None)
     supports = getattr(experts, "supports_routing_replay_capture", None)
     if supports is None or not supports():
         raise PlacementError(

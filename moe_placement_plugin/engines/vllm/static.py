@@ -26,7 +26,7 @@ class LocalExperts(set):
     def __init__(self, settings: PlacementSettings, num_experts: int, ep_size: int, ep_rank: int):
         self._arguments = (num_experts, ep_size, ep_rank)
         self._settings = settings
-        self._by_layer: dict[int, frozenset[int]] = {}
+        self._by_layer: dict[int | None, frozenset[int]] = {}
         plan = settings.static
         layers = plan.layer_ids if plan is not None else (None,)
         super().__init__(expert for layer in layers for expert in self.of_layer(layer))
@@ -136,13 +136,14 @@ def _routed_experts_init(original):
         **kwargs,
     ):
         settings = current_settings()
-        ours = (
-            settings is not None
-            and (settings.placement is not None or settings["eplb"])
-            and expert_map_manager.ep_size > 1
-        )
-        placed = ours and settings.static is not None
-        if placed:
+        if (
+            settings is None
+            or (settings.placement is None and not settings["eplb"])
+            or expert_map_manager.ep_size == 1
+        ):
+            settings = None  # this layer is vLLM's own
+        placed = settings is not None and settings.static is not None
+        if settings is not None and placed:
             _place_layer(settings, layer_name, moe_config, expert_map_manager)
         original(
             self,
@@ -160,7 +161,7 @@ def _routed_experts_init(original):
                 expert_map_manager.moe_parallel_config.needs_round_robin_routing_tables,
                 layer_name,
             )
-        if ours:
+        if settings is not None:
             watch(self, _in_order(settings, layer_name, expert_map_manager))
 
     return __init__
