@@ -1,7 +1,8 @@
-"""Running engines in child processes: one at a time on this machine, with timeouts, ended by process group.
+"""Run engines in child processes: two at a time on this machine, with timeouts, ended by process group.
 
-Engines kill their caller when they die and need all cores, so none ever runs inside pytest and two
-suites take turns through a lock file.
+Engines kill their caller when they die, so none ever runs inside pytest. Starting one takes a core or
+so and a gigabyte or two: two suites side by side use two cores well, more would only wait for each
+other, so that suites take turns through lock files.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCK = Path(tempfile.gettempdir()) / "moe-placement-engine.lock"
+LOCKS = [Path(tempfile.gettempdir()) / f"moe-placement-engine-{number}.lock" for number in (0, 1)]
 
 
 _held = False
@@ -26,18 +28,29 @@ _held = False
 
 @contextmanager
 def engine_lock() -> Iterator[None]:
-    """Hold the machine's engine lock; who holds it may take it once more."""
+    """Hold one of the machine's engine locks; who holds one may take it once more."""
     global _held
     if _held:
         yield
         return
-    with open(LOCK, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        handles = [stack.enter_context(open(path, "w")) for path in LOCKS]
+        while not any(_locked(handle) for handle in handles):
+            time.sleep(0.2)
         _held = True
         try:
             yield
         finally:
             _held = False
+
+
+def _locked(handle) -> bool:
+    """Take a lock file if nobody holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
