@@ -14,7 +14,7 @@ versions=("$@")
 failed=()
 for version in "${versions[@]}"; do
     environment=$dir/sglang-$version
-    "$root/scripts/env-sglang.sh" "$environment" "$version" || { failed+=("$version"); continue; }
+    python3 "$root/scripts/environment" sglang "$environment" --engine-version "$version" || { failed+=("$version"); continue; }
     echo "== SGLang $version =="
     (cd "$root" && "$environment/bin/python" -m pytest -q -rA -W ignore tests/sglang tests/loop/test_sglang_recording.py) || failed+=("$version")
 done

