@@ -4,7 +4,7 @@
 
 A case is {"name", "engine": {LLM arguments}} and, at will, "env": {...}, "prompts": [...], "probe" (what the
 plugin did in every worker), "follower" (the engine's part on another host, see `vllm_followers`), "vanish" (a command after which one more answer is
-asked for, which must fail), "reload" (checkpoints whose weights are put into the serving model one after the other), "faults" (corrupts weights
+asked for, which must fail), "reload" (arguments of reload_weights, one call after the other), "faults" (corrupts weights
 and checks), "profile" (operators of one more answer), "sabotage" (answers once more after
 the expert maps were broken). Results are written after each case, so that a crash loses only the running one.
 """
@@ -206,11 +206,11 @@ def run(case: dict) -> dict:
         generate(llm, prompts[:1])
         result["operators"] = llm.collective_rpc(stop_profile)
     if "reload" in case:
-        # Again and again: [checkpoint, None for the one that was loaded], with steps between, in which EPLB may rebalance.
+        # Arguments of reload_weights, again and again, with steps between, in which EPLB may rebalance.
         result["before"], result["reloaded"] = llm.collective_rpc(slot_digests), []
-        for path in case["reload"]:
+        for arguments in case["reload"]:
             try:
-                llm.collective_rpc("reload_weights", kwargs={"weights_path": path} if path else {})
+                llm.collective_rpc("reload_weights", kwargs=arguments)
                 error = None
             except Exception as failed:
                 error = f"{type(failed).__name__}: {failed}"

@@ -9,10 +9,11 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
-from moe_placement_plugin import PlacementError  # noqa: E402
+from moe_placement_plugin import Placement, PlacementError  # noqa: E402
 from moe_placement_plugin.engines.patching import PatchSet  # noqa: E402
-from moe_placement_plugin.engines.vllm import evidence, layers, reload, stacked  # noqa: E402
+from moe_placement_plugin.engines.vllm import evidence, layers, loaded, reload, stacked  # noqa: E402
 from moe_placement_plugin.engines.vllm.reload_table import local_copies  # noqa: E402
+from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -364,3 +365,69 @@ def test_views_of_parameters_that_were_made_anew_are_never_moved(monkeypatch):
     assert adopted == [(1, 2.0, True)] and model.expert_weights is listed
     places = {t.data_ptr() for t in listed[0]}
     assert layer.w2_weight.data_ptr() in places
+
+
+@pytest.mark.parametrize("level, eplb, refused", [(2, True, True), (1, True, False), (2, False, False)])  # fmt: skip
+def test_a_sleep_that_forgets_eplbs_tables_is_refused(level, eplb, refused):
+    model = served(layer_of([1, 3, 5]))
+    runner = SimpleNamespace(get_model=lambda: model)
+    config = SimpleNamespace(additional_config={KEY: PlacementSettings.make("eplb", None, 2, eplb=eplb)})  # fmt: skip
+    worker, slept = SimpleNamespace(vllm_config=config, model_runner=runner), []
+    sleep = reload._sleep(lambda self, level: slept.append(level))
+    if refused:
+        with pytest.raises(PlacementError, match="sleep at level 1"):
+            sleep(worker, level)
+    else:
+        sleep(worker, level)
+    assert slept == ([] if refused else [level])
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_a_model_that_was_never_looked_at_is_refused(looked_at):
+    model = Model(layer_of([1, 3, 5]))
+    if looked_at:
+        reload.serve(model)
+    plan = Placement([[1, 3, 5, 0, 2, 4]], 6, (3, 3))
+    config = SimpleNamespace(
+        additional_config={KEY: PlacementSettings.make("zigzag", plan, 2)},
+        load_config=SimpleNamespace(load_format="gguf"),
+    )
+    runner = SimpleNamespace(get_model=lambda: model)
+    load = loaded._worker_load_model(lambda self: None)
+    worker = SimpleNamespace(vllm_config=config, model_runner=runner)
+    if looked_at:
+        load(worker)
+    else:
+        with pytest.raises(PlacementError, match="--load-format gguf loaded Model in a way of its own"):  # fmt: skip
+            load(worker)
+
+
+@pytest.mark.parametrize(
+    "other, exact, message",
+    [
+        ({"model.layers.1.mlp.experts": (1, 6)}, True, None),
+        ({}, True, "the plan has layer 1"),
+        ({}, False, None),
+    ],
+)
+def test_pipeline_stages_are_checked_together(monkeypatch, other, exact, message):
+    import torch.distributed as dist
+    from vllm.distributed import parallel_state
+
+    def gather(parts, mine, group):
+        parts[:] = [mine, other]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    group = SimpleNamespace(world_size=2, cpu_group=None)
+    monkeypatch.setattr(parallel_state, "get_pp_group", lambda: group)
+    plan = Placement([[1, 3, 5, 0, 2, 4]] * 2, 6, (3, 3), (0, 1))
+    settings = PlacementSettings.make("eplb", plan, 2, exact=exact)
+    mine = {"model.layers.0.mlp.experts": (0, 6)}
+    if message is None:
+        loaded._check_coverage(loaded._of_all_stages(mine), settings)
+    else:
+        with pytest.raises(PlacementError, match=message):
+            loaded._check_coverage(loaded._of_all_stages(mine), settings)
+    other.clear()
+    with pytest.raises(PlacementError, match="no MoE layer of vLLM's own kind"):
+        loaded._report({}, settings, True, stages=2)
