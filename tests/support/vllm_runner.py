@@ -215,9 +215,14 @@ def run(case: dict) -> dict:
             except Exception as failed:
                 error = f"{type(failed).__name__}: {failed}"
             result["reloaded"].append(
-                {"error": error, "digests": llm.collective_rpc(slot_digests), "answers": generate(llm, prompts)}
-            )  # fmt: skip
-            generate(llm, prompts)
+                {"error": error, "digests": llm.collective_rpc(slot_digests), "answers": None}
+            )
+            try:
+                result["reloaded"][-1]["answers"] = generate(llm, prompts)
+                generate(llm, prompts)
+            except Exception as ended:
+                result["ended"] = f"{type(ended).__name__}: {ended}"
+                break
     if "faults" in case:
         llm.collective_rpc(try_fault, args=("prepare",))
         result["faults"] = {

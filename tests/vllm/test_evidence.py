@@ -276,6 +276,37 @@ def test_new_weights_are_refused_while_old_ones_are_on_their_way():
         reload.begin(model)
 
 
+def test_rows_by_position_are_refused_for_a_model_that_is_given_them_directly():
+    layer = eplb_layer([4, 1, 0, 5, 1, 2, 3, 4], 0)
+    rows = torch.randn(4, WIDTH, WIDTH)
+    with pytest.raises(PlacementError, match="come by position, past the placement"):
+        layer.weight_loader(layer.w2_weight, rows, "x.w2_weight", "w2", 0)
+    object.__setattr__(layer, evidence.IN_ORDER, "ascending")
+    layer.weight_loader(layer.w2_weight, rows, "x.w2_weight", "w2", 0)
+
+
+def test_a_worker_computes_nothing_between_a_wrong_update_and_a_whole_one():
+    model = served(layer_of([1, 3, 5]))
+    parallel = SimpleNamespace(data_parallel_size=1)
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(parallel_config=parallel),
+        model_runner=SimpleNamespace(get_model=lambda: model),
+    )
+    for whole in (False, True):
+        reload.begin(model)
+        for name, parameter in list(model.experts._parameters.items()):
+            model.experts._parameters[name] = torch.nn.Parameter(parameter.to("meta"), False)
+        load(model.experts, weights(), experts=range(6) if whole else [3])
+        if whole:
+            reload._finish_worker(worker, {"verify": "off"})
+            assert not hasattr(worker, "execute_model")
+        else:
+            with pytest.raises(PlacementError, match="was never filled"):
+                reload._finish_worker(worker, {"verify": "off"})
+            with pytest.raises(PlacementError, match="no whole one has come since"):
+                worker.execute_model(None)
+
+
 def test_new_weights_end_what_was_verified():
     layer = layer_of([1, 3, 5])
     object.__setattr__(layer, layers.EXPECTED, (0, {}))

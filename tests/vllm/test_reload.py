@@ -118,5 +118,7 @@ def test_weights_in_the_kernels_format_are_refused_and_nothing_changes(reloaded)
 
 def test_weights_by_the_first_table_would_be_seen(reloaded):
     """The negative control: the same server without the table in force."""
-    faulty = results(reloaded, "qwen first table")["reloaded"][0]
+    result = results(reloaded, "qwen first table")
+    (faulty,) = result["reloaded"]
     assert "replicas of an expert differ" in (faulty["error"] or ""), faulty["error"]
+    assert faulty["answers"] is None and result["ended"], "it served what it had found to be wrong"

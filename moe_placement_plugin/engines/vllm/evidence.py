@@ -14,13 +14,16 @@ from typing import Any
 
 from ...errors import PlacementError
 from ..patching import Patch
-from .layers import EXPECTED, num_logical, slot_experts
+from .layers import EXPECTED, moved_slots, num_logical, slot_experts
 from .reload_table import local_copies
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
 EVIDENCE = "_moe_placement_evidence"
 """Attribute of a ``RoutedExperts`` that is being loaded: its `Evidence`."""
+
+IN_ORDER = "_moe_placement_in_order"
+"""Attribute of a ``RoutedExperts`` whose model is given rows in the order of the placement: how it picks them."""
 
 MEND = "use a checkpoint with a tensor per expert, or leave the placement flag out"
 
@@ -249,7 +252,13 @@ def _is_bulk(param: Any, loaded: Any, shard: Any, expert: Any) -> bool:
 def _note_rows(
     layer: Any, evidence: Any, name: str, shard: Any, param: Any, loaded: Any, full_name: str
 ) -> None:
-    if evidence is None or loaded.shape[0] != param.shape[0]:
+    if loaded.shape[0] != param.shape[0]:
+        return
+    if evidence is None:  # new weights, given to the model without any of vLLM's ways to update
+        if moved_slots(layer) and vars(layer).get(IN_ORDER) is None:
+            raise PlacementError(
+                f"{layer.layer_name}: new weights of {full_name} come by position, past the placement of experts: {MEND}"
+            )
         return
     if not evidence.moved:
         evidence.note(name, shard, range(param.shape[0]))

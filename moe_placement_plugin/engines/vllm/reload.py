@@ -209,6 +209,23 @@ def _alone(worker: Any) -> bool:
     return worker.vllm_config.parallel_config.data_parallel_size == 1
 
 
+def _finish_worker(worker: Any, settings: PlacementSettings) -> None:
+    """End an update; after one that left wrong weights the worker computes nothing until one has put them right."""
+    try:
+        finish(_model_of(worker), settings, _alone(worker))
+    except PlacementError as refused:
+        reason = str(refused)
+
+        def execute_model(*args, **kwargs):
+            raise PlacementError(
+                f"the last update of weights went wrong, and no whole one has come since: {reason}"
+            )
+
+        worker.execute_model = execute_model
+        raise
+    vars(worker).pop("execute_model", None)
+
+
 def _refuse_kernel_format(model: Any, checkpoint_format: Any) -> None:
     if checkpoint_format is False and any(
         moved_slots(layer) or hasattr(layer, EPLB_ROW) for layer in routed_layers(model).values()
@@ -246,7 +263,7 @@ def _reload_weights(original):
         except BaseException:
             abandon(model)
             raise
-        finish(model, settings, _alone(self))
+        _finish_worker(self, settings)
         return result
 
     return reload_weights
@@ -282,7 +299,7 @@ def _finish_weight_update(original):
     def finish_weight_update(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
         if (settings := settings_of(self.vllm_config)) is not None:
-            finish(_model_of(self), settings, _alone(self))
+            _finish_worker(self, settings)
         return result
 
     return finish_weight_update

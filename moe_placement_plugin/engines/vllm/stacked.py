@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import PlacementError
-from .evidence import EVIDENCE, MEND
+from .evidence import EVIDENCE, IN_ORDER, MEND
 from .layers import num_logical, routed_layers, slot_experts
 from .reload import enter_update
 from .settings import layer_id_of
@@ -38,6 +38,8 @@ def follow(model: Any) -> None:
     if not layers or "load_weights" in vars(model):
         return
     original, picks, splits = model.load_weights, _picks(model), _splits(model)
+    for name, how in picks.items():
+        object.__setattr__(layers[name], IN_ORDER, how)
 
     def load_weights(weights, *args, **kwargs):
         serving = enter_update(model)
