@@ -1,4 +1,6 @@
-"""Tiny checkpoints of models that keep all experts of a layer in one tensor and copy rows of it by position: gpt-oss and Llama 4."""
+"""Tiny checkpoints of models that keep all experts of a layer in one tensor and copy rows of it by
+position: gpt-oss and Llama 4.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ GPT_OSS = Size(hidden=64, expert=64, layers=2, heads=4, kv_heads=2, head_dim=32)
 
 
 def write_gpt_oss(path: Path, num_experts: int = 8, seed: int = 0, mxfp4: bool = False) -> Path:
-    """A gpt-oss checkpoint: ``gate_up_proj`` [experts, H, 2 I] and ``down_proj`` [experts, I, H] with biases, sinks, yarn.
+    """A gpt-oss checkpoint: ``gate_up_proj`` [experts, H, 2 I] and ``down_proj`` [experts, I, H]
+    with biases, sinks, yarn.
 
     Args:
         path: directory to write to.
@@ -45,7 +48,11 @@ def write_gpt_oss(path: Path, num_experts: int = 8, seed: int = 0, mxfp4: bool =
             k: v if v.dtype == np.uint8 else v.astype(np.float32) for k, v in experts.items()
         }
 
-    tensors = {k: v for k, v in _tensors(rng, size, mlp).items() if "_norm.weight" not in k or "input" in k or "post" in k}  # fmt: skip
+    tensors = {
+        k: v
+        for k, v in _tensors(rng, size, mlp).items()
+        if "_norm.weight" not in k or "input" in k or "post" in k
+    }
     for layer in range(size.layers):
         attention = f"model.layers.{layer}.self_attn"
         tensors[f"{attention}.sinks"] = rng.normal(0, 1, size.heads).astype(np.float32)
@@ -77,13 +84,20 @@ def write_gpt_oss(path: Path, num_experts: int = 8, seed: int = 0, mxfp4: bool =
     if mxfp4:
         config["quantization_config"] = {
             "quant_method": "mxfp4",
-            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
-        }  # fmt: skip
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        }
     return _write(path, config, tensors)
 
 
 def write_llama4(path: Path, num_experts: int = 8, seed: int = 0) -> Path:
-    """A Llama 4 checkpoint (text only): ``gate_up_proj`` [experts, H, 2 I], ``down_proj`` [experts, I, H], a shared expert, one expert a token."""
+    """A Llama 4 checkpoint (text only): ``gate_up_proj`` [experts, H, 2 I], ``down_proj`` [experts,
+    I, H], a shared expert, one expert a token.
+    """
     size, rng = (
         Size(hidden=64, expert=64, layers=2, heads=4, kv_heads=2, head_dim=32),
         np.random.default_rng(seed),
@@ -93,8 +107,12 @@ def write_llama4(path: Path, num_experts: int = 8, seed: int = 0) -> Path:
         prefix = prefix.removesuffix("mlp") + "feed_forward"
         shared = {
             f"{prefix}.shared_expert.{name}_proj.weight": _matrix(rng, rows, columns, 1.5)
-            for name, rows, columns in (("gate", size.expert, size.hidden), ("up", size.expert, size.hidden), ("down", size.hidden, size.expert))
-        }  # fmt: skip
+            for name, rows, columns in (
+                ("gate", size.expert, size.hidden),
+                ("up", size.expert, size.hidden),
+                ("down", size.hidden, size.expert),
+            )
+        }
         return shared | {
             f"{prefix}.router.weight": _matrix(rng, num_experts, size.hidden, 2.0),
             f"{prefix}.experts.gate_up_proj": rng.normal(
@@ -105,7 +123,9 @@ def write_llama4(path: Path, num_experts: int = 8, seed: int = 0) -> Path:
             ).astype(np.float32),
         }
 
-    tensors = {k: v for k, v in _tensors(rng, size, mlp).items() if "q_norm" not in k and "k_norm" not in k}  # fmt: skip
+    tensors = {
+        k: v for k, v in _tensors(rng, size, mlp).items() if "q_norm" not in k and "k_norm" not in k
+    }
     config = _common(size) | {
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",

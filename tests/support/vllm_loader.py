@@ -1,9 +1,11 @@
-"""Two processes that load models with vLLM's own loader and two EP ranks, and write down what lies in every slot; nothing is computed.
+"""Two processes that load models with vLLM's own loader and two EP ranks, and write down what lies
+in every slot; nothing is computed.
 
     python -m tests.support.vllm_loader CASES.json FOLDER
 
-A case is {"name", "engine": {EngineArgs' arguments}} and, at will, "switch": names of `SWITCHES`. What was loaded is in the checkpoint's form: the
-processing for the kernel is left out, so that models load whose kernels a CPU has not. FOLDER/NAME.RANK.safetensors holds ``layer/parameter``
+A case is {"name", "engine": {EngineArgs' arguments}} and, at will, "switch": names of `SWITCHES`.
+What was loaded is in the checkpoint's form: the processing for the kernel is left out, so that
+models load whose kernels a CPU has not. FOLDER/NAME.RANK.safetensors holds ``layer/parameter``
 tensors and ``layer/experts``; FOLDER/NAME.RANK.error the message where loading was refused.
 """
 
@@ -43,7 +45,9 @@ def _half_w13() -> None:
     ):
         if shard_id == "w3":
             return kwargs.get("return_success", False) or None
-        return original(self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs)  # fmt: skip
+        return original(
+            self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs
+        )
 
     RoutedExperts.weight_loader = weight_loader
 
@@ -115,9 +119,12 @@ def work(rank: int, port: int, cases: list[dict], folder: str) -> None:
         at = Path(folder) / f"{case['name']}.{rank}"
         try:
             config = EngineArgs(
-                tensor_parallel_size=2, enable_expert_parallel=True, max_model_len=256, enforce_eager=True,
+                tensor_parallel_size=2,
+                enable_expert_parallel=True,
+                max_model_len=256,
+                enforce_eager=True,
                 **{"dtype": "float32", **case["engine"]},
-            ).create_engine_config()  # fmt: skip
+            ).create_engine_config()
             with set_current_vllm_config(config):
                 if not started:
                     init_distributed_environment(2, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
@@ -136,7 +143,9 @@ def work(rank: int, port: int, cases: list[dict], folder: str) -> None:
                     tensors[f"{name}/{key}"] = param.data.contiguous()
             save_file(tensors, f"{at}.safetensors")
         except BaseException as error:
-            Path(f"{at}.error").write_text(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")  # fmt: skip
+            Path(f"{at}.error").write_text(
+                f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            )
 
 
 def _switch(names: list[str]):

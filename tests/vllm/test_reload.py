@@ -1,7 +1,8 @@
-"""New weights for a real vLLM that serves: what lies in every slot afterwards is what the engine's own placement would have there.
+"""New weights for a real vLLM that serves: what lies in every slot afterwards is what the engine's
+own placement would have there.
 
-The CPU build's own ``reload_weights`` changes what it answers, so that a server with vLLM's linear placement and the same reloads is
-compared with, not one that was never told to reload.
+The CPU build's own ``reload_weights`` changes what it answers, so that a server with vLLM's linear
+placement and the same reloads is compared with, not one that was never told to reload.
 """
 
 from __future__ import annotations
@@ -24,16 +25,23 @@ EPLB = {
     "eplb_config": {"window_size": 2, "step_interval": 2, "num_redundant_experts": 2},
     "expert_placement_strategy": "eplb",
     "additional_config": {
-        "expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5, "small_batches": False}
+        "expert_rebalance": {
+            "min_gain": 0,
+            "hysteresis": 0,
+            "max_phase_loss": 0.5,
+            "small_batches": False,
+        }
     },
-}  # fmt: skip
+}
 
 KERNEL_FORMAT = {"weights_iterator": [], "is_checkpoint_format": False}
 
 
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory):
-    """Case -> result: the same checkpoint again, then another one; the last case has vLLM's own loading under EPLB."""
+    """Case -> result: the same checkpoint again, then another one; the last case has vLLM's own
+    loading under EPLB.
+    """
     folder = tmp_path_factory.mktemp("reloaded")
     writers = {"qwen": write_qwen3_moe, "oss": write_gpt_oss}
     sizes = {"qwen": {"num_experts": 8, "size": Size(layers=2)}, "oss": {}}
@@ -56,8 +64,14 @@ def reloaded(tmp_path_factory):
         case("qwen eplb", EPLB, None),
         case("oss linear", {}, None),
         case("oss zigzag", zigzag, None),
-        case("qwen first table", EPLB, None, TEST_LOAD_FAULT="new weights by the first table", PYTHONPATH=python_path(FAULTS_SITE)),
-    ]  # fmt: skip
+        case(
+            "qwen first table",
+            EPLB,
+            None,
+            TEST_LOAD_FAULT="new weights by the first table",
+            PYTHONPATH=python_path(FAULTS_SITE),
+        ),
+    ]
     return run_cases(folder, cases, {}, 1200)
 
 

@@ -1,4 +1,6 @@
-"""Models that copy rows of a tensor of all experts by position, on a real vLLM and through its loader: gpt-oss and Llama 4."""
+"""Models that copy rows of a tensor of all experts by position, on a real vLLM and through its
+loader: gpt-oss and Llama 4.
+"""
 
 from __future__ import annotations
 
@@ -100,28 +102,42 @@ REFUSED = {
     "oss as stock": ("oss", "plan", ("as stock",), "by position"),
     "oss4 as stock": ("oss4", "plan", ("mxfp4 method", "as stock"), "by position"),
     "llama as stock": ("llama", "plan", ("as stock",), "by position"),
-    "oss uneven without splitting": ("oss", "uneven", ("without splitting",), "copied in 2 equal parts"),
+    "oss uneven without splitting": (
+        "oss",
+        "uneven",
+        ("without splitting",),
+        "copied in 2 equal parts",
+    ),
     "half of w13": ("qwen", "plan", ("half of w13",), "only its part w1 was seen"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def loaded(files, tmp_path_factory) -> Path:
-    """Folder with what vLLM's loader put into every slot of two ranks; see `tests.support.vllm_loader`."""
+    """Folder with what vLLM's loader put into every slot of two ranks; see
+    `tests.support.vllm_loader`.
+    """
     folder = tmp_path_factory.mktemp("loaded")
     cases = [
         {
             "name": name,
             "engine": {
-                "model": files[model], "expert_placement_file": files[plan],
+                "model": files[model],
+                "expert_placement_file": files[plan],
                 "dtype": "bfloat16" if model == "oss4" else "float32",
             },
             "switch": switches,
         }
         for name, (model, plan, switches, *_) in (LOADED | REFUSED).items()
-    ]  # fmt: skip
+    ]
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "tests.support.vllm_loader", str(folder / "cases.json"), str(folder)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.vllm_loader",
+        str(folder / "cases.json"),
+        str(folder),
+    ]
     with engine_lock():
         finished = run_child(command, 600, {}, ROOT)
     (folder / "log").write_text(finished.output)
@@ -167,7 +183,12 @@ def test_every_slot_holds_its_expert_of_the_checkpoint(loaded, files, name):
                 for key, expected in rows_of(checkpoint, layer, expert).items():
                     found = tensors[f"{prefix}/{key}"][slot]
                     part = found[tuple(slice(n) for n in expected.shape)]
-                    assert part.equal(torch.from_numpy(expected.copy()).to(found.dtype)), (rank, layer, slot, key)  # fmt: skip
+                    assert part.equal(torch.from_numpy(expected.copy()).to(found.dtype)), (
+                        rank,
+                        layer,
+                        slot,
+                        key,
+                    )
                     compared += 1
     assert compared >= 2 * 8 * 2
 

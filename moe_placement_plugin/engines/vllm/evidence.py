@@ -1,7 +1,10 @@
-"""While loading: what was seen to be put into which slot. A slot that nothing was seen to fill *by the map in force* is refused.
+"""While loading: what was seen to be put into which slot. A slot that nothing was seen to fill *by
+the map in force* is refused.
 
-A weight that comes one expert at a time passes ``weight_loader``, which is told the expert. Rows of many experts at once come by
-position, and no one says whose they are: they are proven by their contents (`signature`), against the rows of the checkpoint.
+A weight that comes one expert at a time passes ``weight_loader``, which is told the expert. Rows of
+many experts at once come by
+position, and no one says whose they are: they are proven by their contents (`signature`), against
+    the rows of the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from ...errors import PlacementError
 from ..patching import Patch
 from .layers import EXPECTED, moved_slots, num_logical, slot_experts
 from .reload_table import local_copies
+from .signature import Signature, signature
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -23,7 +27,9 @@ EVIDENCE = "_moe_placement_evidence"
 """Attribute of a ``RoutedExperts`` that is being loaded: its `Evidence`."""
 
 IN_ORDER = "_moe_placement_in_order"
-"""Attribute of a ``RoutedExperts`` whose model is given rows in the order of the placement: how it picks them."""
+"""Attribute of a ``RoutedExperts`` whose model is given rows in the order of the placement: how it
+picks them.
+"""
 
 MEND = "use a checkpoint with a tensor per expert, or leave the placement flag out"
 
@@ -34,61 +40,44 @@ _WHOLE = (None, _BY_CONTENTS, "gpt_oss_w13", "gpt_oss_w2")
 
 _WEIGHT = re.compile(r"^(w13|w2)_(?=.*weight)(?!.*(scale|zero|shape|bias|offset|idx|global))")
 
-Signature = Any
-"""int64 ``[slots, 2]`` on the host: of each slot the sum of its elements' bits and the sum of their squares, whatever their order."""
-
-
-def signature(rows: Any) -> Signature:
-    """What tells the contents of rows apart, in whatever order, shape and padding with zeros a loader stores them.
-
-    Args:
-        rows: a tensor ``[rows, ...]``.
-
-    Returns:
-        int64 ``[rows, 2]`` on the host; parts of a row add up to the row's.
-    """
-    import torch
-
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    found = torch.zeros((rows.shape[0], 2), dtype=torch.int64, device="cpu")
-    for row in range(rows.shape[0]):
-        # Chunked, since int64 takes up to eight times the memory of a row.
-        bits = rows[row].detach().contiguous().view(-1).view(integers[rows.element_size()])
-        for chunk in bits.split(1 << 22):
-            wide = chunk.to(torch.int64)
-            found[row, 0] += wide.sum().cpu()
-            found[row, 1] += (wide * wide).sum().cpu()
-    return found
-
 
 class Evidence:
     """What was seen to be put into the slots of one layer on this rank.
 
     Args:
         layer: a ``RoutedExperts`` with its parameters.
-        moved: whether some slot holds another expert than the row that the engine's own loaders would copy to it.
+        moved: whether some slot holds another expert than the row that the engine's own loaders
+            would copy to it.
         serving: whether the layer serves, its parameters being in the kernel's form.
     """
 
     def __init__(self, layer: Any, moved: bool, serving: bool = False):
         self.moved = moved
         self.layerwise = False
-        """Whether weights are collected first and the layer's parameters made anew: what does not come is then lost."""
+        """Whether weights are collected first and the layer's parameters made anew: what does not
+        come is then lost.
+        """
         self.slots: dict[str, dict[Any, set[int]]] = {}
         """Parameter -> shard -> slots that this shard was seen to be put into by the map."""
         self.rows: dict[str, dict[Any, Signature]] = {}
         """Parameter -> shard -> signatures of rows that came by position, slot by slot."""
         self.stacked: dict[str, dict[Any, Signature]] = {}
-        """Tensor of the checkpoint with all experts -> dtype -> signatures of the rows that this rank's slots should hold."""
+        """Tensor of the checkpoint with all experts -> dtype -> signatures of the rows that this
+        rank's slots should hold.
+        """
         self.names: tuple[str, ...] = vars(layer).get(_NAMES) or _per_slot(layer)
         """Parameters of the checkpoint's form with a row for each slot."""
         object.__setattr__(layer, _NAMES, self.names)
         self.before = {
-            name: signature(layer._parameters[name]) for name in self.names if not serving and self._watched(layer, name)
-        }  # fmt: skip
+            name: signature(layer._parameters[name])
+            for name in self.names
+            if not serving and self._watched(layer, name)
+        }
 
     def _watched(self, layer: Any, name: str) -> bool:
-        """Whether writing past ``weight_loader`` must be noticed: scales and biases, which a checkpoint may leave out."""
+        """Whether writing past ``weight_loader`` must be noticed: scales and biases, which a
+        checkpoint may leave out.
+        """
         return self.moved and _WEIGHT.match(name) is None and not layer._parameters[name].is_meta
 
     def note(self, name: str, shard: Any, slots: Any) -> None:
@@ -96,7 +85,9 @@ class Evidence:
         self.slots.setdefault(name, {}).setdefault(shard, set()).update(map(int, slots))
 
     def saw(self, layer: Any, name: str, tensor: Any) -> None:
-        """Take down what this rank's slots should hold of a tensor ``[experts, ...]`` of the checkpoint."""
+        """Take down what this rank's slots should hold of a tensor ``[experts, ...]`` of the
+        checkpoint.
+        """
         import torch
 
         self.layerwise |= any(p is not None and p.is_meta for p in layer._parameters.values())
@@ -115,8 +106,10 @@ class Evidence:
     def proven(self, found: Signature, dtype: Any, routed: list[int]) -> bool:
         """Whether some tensor of the checkpoint has these contents, slot by slot."""
         return any(
-            (by_dtype[dtype][routed] == found[routed]).all() for by_dtype in self.stacked.values() if dtype in by_dtype
-        )  # fmt: skip
+            (by_dtype[dtype][routed] == found[routed]).all()
+            for by_dtype in self.stacked.values()
+            if dtype in by_dtype
+        )
 
     def settle(self, layer: Any) -> None:
         """Prove by their contents the parameters that were not filled one expert at a time.
@@ -146,12 +139,15 @@ class Evidence:
                 continue
             if not right:
                 raise PlacementError(
-                    f"{layer.layer_name}: {name} of many experts was copied at once by position, past the map of experts: {MEND}"
+                    f"{layer.layer_name}: {name} of many experts was copied at once by position, "
+                    f"past the map of experts: {MEND}"
                 )
             self.note(name, _BY_CONTENTS, routed)
 
     def complete(self, layer: Any, name: str, routed: list[int]) -> bool:
-        """Whether every slot that holds a routed expert was seen to be filled with the whole of this parameter."""
+        """Whether every slot that holds a routed expert was seen to be filled with the whole of
+        this parameter.
+        """
         wanted = set(routed)
         full = {shard for shard, slots in self.slots.get(name, {}).items() if wanted <= slots}
         if full & set(_WHOLE):
@@ -173,11 +169,18 @@ def watch(layer: Any, moved: bool, serving: bool = False) -> None:
     object.__setattr__(layer, EVIDENCE, Evidence(layer, moved, serving))
 
 
+def _dims(param: Any) -> int:
+    """Dimensions of a parameter, -1 for one that is made when its weight comes (GGUF)."""
+    from torch.nn.parameter import UninitializedParameter
+
+    return -1 if param is None or isinstance(param, UninitializedParameter) else param.dim()
+
+
 def _per_slot(layer: Any) -> tuple[str, ...]:
     params = layer._parameters.items()
     return tuple(
-        name for name, p in params if p is not None and p.dim() and p.shape[0] == layer.local_num_experts
-    )  # fmt: skip
+        name for name, p in params if _dims(p) > 0 and p.shape[0] == layer.local_num_experts
+    )
 
 
 def _routed(layer: Any) -> list[int]:
@@ -188,7 +191,9 @@ def _routed(layer: Any) -> list[int]:
 
 
 def _watch_override(layer: Any) -> None:
-    """A class with a ``weight_loader`` of its own (gpt-oss) is watched too; parameters that exist already get the watched one."""
+    """A class with a ``weight_loader`` of its own (gpt-oss) is watched too; parameters that exist
+    already get the watched one.
+    """
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     own = type(layer).weight_loader
@@ -203,7 +208,9 @@ def _watch_override(layer: Any) -> None:
 
 
 def _weight_loader(original):
-    """Wraps ``RoutedExperts.weight_loader`` and the overrides of it, which may call each other: the outermost notes."""
+    """Wraps ``RoutedExperts.weight_loader`` and the overrides of it, which may call each other: the
+    outermost notes.
+    """
 
     def weight_loader(
         self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs
@@ -246,7 +253,7 @@ def _weight_loader(original):
 
 def _is_bulk(param: Any, loaded: Any, shard: Any, expert: Any) -> bool:
     """Whether a tensor is of all slots at once, by position."""
-    return expert is None or (loaded.dim() == param.dim() >= 2 and shard not in _WHOLE)
+    return expert is None or (loaded.dim() == _dims(param) >= 2 and shard not in _WHOLE)
 
 
 def _note_rows(
@@ -257,14 +264,16 @@ def _note_rows(
     if evidence is None:  # new weights, given to the model without any of vLLM's ways to update
         if moved_slots(layer) and vars(layer).get(IN_ORDER) is None:
             raise PlacementError(
-                f"{layer.layer_name}: new weights of {full_name} come by position, past the placement of experts: {MEND}"
+                f"{layer.layer_name}: new weights of {full_name} come by position, past the "
+                f"placement of experts: {MEND}"
             )
         return
     if not evidence.moved:
         evidence.note(name, shard, range(param.shape[0]))
     elif not evidence.stacked:
         raise PlacementError(
-            f"{layer.layer_name}: the checkpoint brings {full_name} of {loaded.shape[0]} experts at once, which vLLM copies by position, past "
+            f"{layer.layer_name}: the checkpoint brings {full_name} of {loaded.shape[0]} experts "
+            "at once, which vLLM copies by position, past "
             f"the map of experts: {MEND}"
         )
     else:
@@ -272,7 +281,8 @@ def _note_rows(
 
 
 def check_evidence(layer: Any, whole: bool = True) -> None:
-    """Refuse a layer of whose slots nothing, or less than all, was seen to be filled by the map in force.
+    """Refuse a layer of whose slots nothing, or less than all, was seen to be filled by the map in
+    force.
 
     Args:
         layer: a ``RoutedExperts`` after loading.
@@ -294,22 +304,27 @@ def check_evidence(layer: Any, whole: bool = True) -> None:
             missing = sorted(set(routed) - slots)
             if missing and slots & set(routed):
                 raise PlacementError(
-                    f"{layer.layer_name}: the checkpoint brought {weight} ({shard}) for {len(routed) - len(missing)} of {len(routed)} slots "
-                    f"of EP rank {rank}; slot {missing[0]} (expert {experts[missing[0]]}) was never filled: the checkpoint is "
-                    "incomplete, or a loader left the placement out of account; use a complete checkpoint with a tensor per expert"
+                    f"{layer.layer_name}: the checkpoint brought {weight} ({shard}) for "
+                    f"{len(routed) - len(missing)} of {len(routed)} slots "
+                    f"of EP rank {rank}; slot {missing[0]} (expert {experts[missing[0]]}) was "
+                    "never filled: the checkpoint is "
+                    "incomplete, or a loader left the placement out of account; use a complete "
+                    "checkpoint with a tensor per expert"
                 )
     if not evidence.moved or not routed or not (whole or evidence.slots or evidence.stacked):
         return
+    known = tuple(dict.fromkeys((*evidence.names, *evidence.slots)))
     for stem in ("w13", "w2"):
-        names = [
-            n for n in evidence.names if n.startswith(f"{stem}_") and _WEIGHT.match(n)
-        ] or list(evidence.names)
-        if names and not any(evidence.complete(layer, name, routed) for name in names):
+        names = [n for n in known if n.startswith(f"{stem}_") and _WEIGHT.match(n)] or list(known)
+        if not any(evidence.complete(layer, name, routed) for name in names):
             came = {shard for name in names for shard in evidence.slots.get(name, {})}
             seen = f"only its part {', '.join(map(str, sorted(came)))}" if came else "nothing"
             raise PlacementError(
-                f"{layer.layer_name}: {seen} was seen to be put into {names[0]} by the map of experts on EP rank {rank} (slot {routed[0]} "
-                f"should hold expert {experts[routed[0]]}): this model or loader copies weights by position or in a way of its own; {MEND}"
+                f"{layer.layer_name}: {seen} was seen to be put into "
+                f"{names[0] if names else 'its parameters'} by the map of experts on EP rank "
+                f"{rank} (slot {routed[0]} "
+                f"should hold expert {experts[routed[0]]}): this model or loader copies weights "
+                f"by position or in a way of its own; {MEND}"
             )
 
 

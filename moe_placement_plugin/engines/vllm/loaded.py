@@ -16,7 +16,8 @@ from .evidence import EVIDENCE, check_evidence
 from .hosts import check_adoption
 from .kernels import check_experts
 from .layers import num_logical, routed_layers
-from .reload import reload_patches, serve, updates_of
+from .reload import serve, updates_of
+from .reload_worker import reload_patches
 from .settings import PlacementSettings, layer_id_of, settings_of
 from .stacked import follow
 from .verify import clean_load, verify_loaded

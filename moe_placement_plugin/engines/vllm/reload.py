@@ -1,8 +1,10 @@
-"""New weights for a model that serves (``reload_weights``, weight transfer, ``model.load_weights``): right by the table in force, or refused.
+"""New weights for a model that serves (``reload_weights``, weight transfer,
+``model.load_weights``): right by the table in force, or refused.
 
-A static placement is obeyed by the loader as it is at the start. Under EPLB a weight goes to the slots that the table in force
-gives its expert (`reload_table`), and a rebalance waits until all ranks have the same weights (`may_rearrange`). What was
-verified at the start is verified anew once all weights have come.
+A static placement is obeyed by the loader as it is at the start. Under EPLB a weight goes to the
+slots that the table in force gives its expert (`reload_table`), and a rebalance waits until all
+ranks have the same weights (`may_rearrange`). What was verified at the start is verified anew once
+all weights have come.
 """
 
 from __future__ import annotations
@@ -12,15 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import PlacementError
-from ..patching import Patch
 from . import eplb_exchange
 from .evidence import EVIDENCE, check_evidence, watch
 from .layers import EPLB_ROW, EXPECTED, mixture_of_experts, moved_slots, routed_layers
-from .settings import PlacementSettings, settings_of
+from .settings import PlacementSettings
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
-_WORKER = "vllm.v1.worker.gpu_worker:Worker"
 _UPDATES = "_moe_placement_updates"
 """Attribute of a model that was loaded and checked: its `Updates`."""
 
@@ -33,7 +33,8 @@ class Updates:
         count: how often it did; ranks with the same number have the same weights.
         active: whether an update of several calls is under way.
         verified: the number of updates after which digests were last taken.
-        viewed: the number of updates after which EPLB's views of the parameters were last looked at.
+        viewed: the number of updates after which EPLB's views of the parameters were last looked
+            at.
     """
 
     count: int = 0
@@ -59,7 +60,8 @@ def enter_update(model: Any) -> bool:
     """Before a model takes weights: whether it serves already, and if so whether it may take them.
 
     Raises:
-        PlacementError: while EPLB moves experts in the background; nothing has been overwritten then.
+        PlacementError: while EPLB moves experts in the background; nothing has been overwritten
+            then.
     """
     updates = updates_of(model)
     if updates is None:
@@ -72,7 +74,8 @@ def enter_update(model: Any) -> bool:
 
 
 def refuse_while_moving(model: Any) -> None:
-    """Refuse new weights while an async rebalance has old ones on their way, which it would write over the new.
+    """Refuse new weights while an async rebalance has old ones on their way, which it would write
+    over the new.
 
     Raises:
         PlacementError: naming the model.
@@ -84,8 +87,10 @@ def refuse_while_moving(model: Any) -> None:
             or getattr(at[0], "pending_result", None) is not None
         ):
             raise PlacementError(
-                f"EPLB moves experts of {type(model).__name__} in the background, and would write old weights over new ones: no weight was "
-                "changed; serve a few more requests and update again, or set --eplb-config.use_async false"
+                f"EPLB moves experts of {type(model).__name__} in the background, and would write "
+                "old weights over new ones: no weight was "
+                "changed; serve a few more requests and update again, or set "
+                "--eplb-config.use_async false"
             )
 
 
@@ -118,12 +123,14 @@ def abandon(model: Any) -> None:
 
 
 def finish(model: Any, settings: PlacementSettings, alone: bool) -> None:
-    """End an update: every layer got all its experts or none, and what was verified is verified anew.
+    """End an update: every layer got all its experts or none, and what was verified is verified
+    anew.
 
     Args:
         model: the model.
         settings: the engine's settings.
-        alone: whether all EP ranks are told to update by one call, so that they can wait for each other here.
+        alone: whether all EP ranks are told to update by one call, so that they can wait for each
+            other here.
 
     Raises:
         PlacementError: for a layer of which less than all came.
@@ -157,10 +164,11 @@ def renew(model: Any, settings: PlacementSettings) -> None:
 
 
 def may_rearrange(eplb: Any, settings: PlacementSettings | None) -> bool:
-    """Whether EPLB may move experts now: all EP ranks have got the same updates and none is in the middle of one. A collective call.
+    """Whether EPLB may move experts now: all EP ranks have got the same updates and none is in the
+    middle of one. A collective call.
 
-    Data parallel ranks are told to update one by one. Between the first and the last, an expert that moves would bring old weights
-    to a rank that has the new ones.
+    Data parallel ranks are told to update one by one. Between the first and the last, an expert
+    that moves would bring old weights to a rank that has the new ones.
 
     Args:
         eplb: vLLM's ``EplbState``.
@@ -198,139 +206,3 @@ def may_rearrange(eplb: Any, settings: PlacementSettings | None) -> bool:
     for state in states if stale and settings is not None else ():
         renew(state.model, settings)
     return True
-
-
-def _model_of(worker: Any) -> Any:
-    runner = worker.model_runner
-    return runner.get_model() if hasattr(runner, "get_model") else runner.model
-
-
-def _alone(worker: Any) -> bool:
-    return worker.vllm_config.parallel_config.data_parallel_size == 1
-
-
-def _finish_worker(worker: Any, settings: PlacementSettings) -> None:
-    """End an update; after one that left wrong weights the worker computes nothing until one has put them right."""
-    try:
-        finish(_model_of(worker), settings, _alone(worker))
-    except PlacementError as refused:
-        reason = str(refused)
-
-        def execute_model(*args, **kwargs):
-            raise PlacementError(
-                f"the last update of weights went wrong, and no whole one has come since: {reason}"
-            )
-
-        worker.execute_model = execute_model
-        raise
-    vars(worker).pop("execute_model", None)
-
-
-def _refuse_kernel_format(model: Any, checkpoint_format: Any) -> None:
-    if checkpoint_format is False and any(
-        moved_slots(layer) or hasattr(layer, EPLB_ROW) for layer in routed_layers(model).values()
-    ):
-        raise PlacementError(
-            "new weights in the kernel's format (is_checkpoint_format=False) are copied by position, past the placement of experts: no "
-            "weight was changed; send them in the checkpoint's format (is_checkpoint_format=True)"
-        )
-
-
-def _refuse_stacked_copies(model: Any) -> None:
-    """vLLM up to 0.31 loses what a gpt-oss copies into parameters while they are being reloaded, and keeps the old experts."""
-    from .stacked import _SPLITS, PICKS
-
-    for module in model.modules():
-        if PICKS.get(type(module).__name__) == "block" and not hasattr(module, _SPLITS):
-            raise PlacementError(
-                f"this version of vLLM does not put new expert weights into a {type(module).__name__} that serves: no weight was changed; "
-                "restart the server with the new checkpoint"
-            )
-
-
-def _reload_weights(original):
-    def reload_weights(self, *args, **kwargs):
-        settings, model = settings_of(self.vllm_config), _model_of(self)
-        if settings is None or updates_of(model) is None:
-            return original(self, *args, **kwargs)
-        _refuse_kernel_format(
-            model, args[2] if len(args) > 2 else kwargs.get("is_checkpoint_format")
-        )
-        _refuse_stacked_copies(model)
-        begin(model)
-        try:
-            result = original(self, *args, **kwargs)
-        except BaseException:
-            abandon(model)
-            raise
-        _finish_worker(self, settings)
-        return result
-
-    return reload_weights
-
-
-def _start_weight_update(original):
-    def start_weight_update(self, *args, **kwargs):
-        settings, model = settings_of(self.vllm_config), _model_of(self)
-        if settings is not None:
-            _refuse_kernel_format(model, args[0] if args else kwargs.get("is_checkpoint_format"))
-            _refuse_stacked_copies(model)
-            refuse_while_moving(model)
-        result = original(self, *args, **kwargs)
-        if settings is not None:
-            begin(model)
-        return result
-
-    return start_weight_update
-
-
-def _update_weights(original):
-    def update_weights(self, *args, **kwargs):
-        try:
-            return original(self, *args, **kwargs)
-        except BaseException:
-            abandon(_model_of(self))
-            raise
-
-    return update_weights
-
-
-def _finish_weight_update(original):
-    def finish_weight_update(self, *args, **kwargs):
-        result = original(self, *args, **kwargs)
-        if (settings := settings_of(self.vllm_config)) is not None:
-            _finish_worker(self, settings)
-        return result
-
-    return finish_weight_update
-
-
-def _sleep(original):
-    def sleep(self, level=1, *args, **kwargs):
-        settings = settings_of(self.vllm_config)
-        if settings is not None and settings["eplb"]:
-            if level == 2:
-                raise PlacementError(
-                    "sleep level 2 with --enable-eplb forgets which expert EPLB has put where: nothing was discarded; sleep at level 1"
-                )
-            refuse_while_moving(_model_of(self))
-        return original(self, level, *args, **kwargs)
-
-    return sleep
-
-
-def reload_patches() -> list[Patch]:
-    """The patches of a server whose weights may be updated."""
-    why = "new weights are loaded by EPLB's first table, or by position, and nothing says that they are not verified"
-    upstream = "vLLM PR 55228"
-    gone = "vLLM loads new weights by the table in force"
-    return [
-        Patch("reload", f"{_WORKER}.reload_weights", _reload_weights, why, upstream=upstream, removable_when=gone),
-        Patch("update-start", f"{_WORKER}.start_weight_update", _start_weight_update, why, upstream=upstream, removable_when=gone,
-              optional=True),
-        Patch("update", f"{_WORKER}.update_weights", _update_weights, why, upstream=upstream, removable_when=gone, optional=True),
-        Patch("update-finish", f"{_WORKER}.finish_weight_update", _finish_weight_update, why, upstream=upstream, removable_when=gone,
-              optional=True),
-        Patch("sleep", f"{_WORKER}.sleep", _sleep, "sleep level 2 loses EPLB's tables, which are no buffers of the model",
-              relies_on=("level",), removable_when="vLLM keeps EPLB's tables while it sleeps"),
-    ]  # fmt: skip

@@ -1,9 +1,13 @@
-"""While loading: models that take rows of a tensor of all experts by position get them in the order of the placement.
+"""While loading: models that take rows of a tensor of all experts by position get them in the order
+of the placement.
 
-gpt-oss copies a block of consecutive rows to a rank, Llama 4 the rows of the rank's experts in ascending order. Their weights are
-looked through before the model sees them: `rows_in_order` gives a tensor of all experts either one expert at a time, where the
-model can take it so, or with its rows permuted, so that what is copied is what the map wants. That it was is proven afterwards
-(`evidence`): a model that changes its ways is refused, not served wrongly.
+gpt-oss copies a block of consecutive rows to a rank, Llama 4 the rows of the rank's experts in
+ascending order. Their weights are
+looked through before the model sees them: `rows_in_order` gives a tensor of all experts either one
+    expert at a time, where the
+model can take it so, or with its rows permuted, so that what is copied is what the map wants. That
+it was is proven afterwards (`evidence`): a model that changes its ways is refused, not served
+wrongly.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ _SPLITS = "_try_load_streamed_expert"
 
 
 def follow(model: Any) -> None:
-    """Look through all weights that a model is given from now on, when it starts and while it serves.
+    """Look through all weights that a model is given from now on, when it starts and while it
+    serves.
 
     Args:
         model: a model with its parameters, before its weights are loaded.
@@ -54,7 +59,7 @@ def follow(model: Any) -> None:
 
 
 def _picks(model: Any) -> dict[str, str]:
-    """Layer name -> how the model that it belongs to picks rows; no entry where that is not known."""
+    """Layer name -> how its model picks rows; no entry where that is not known."""
     found = {}
     for module in model.modules():
         kind = next((PICKS[c.__name__] for c in type(module).__mro__ if c.__name__ in PICKS), None)
@@ -64,7 +69,9 @@ def _picks(model: Any) -> dict[str, str]:
 
 
 def _splits(model: Any) -> frozenset[str]:
-    """Names of the layers whose model takes an expert at a time under the name of a stacked tensor with the expert's number in it."""
+    """Names of the layers whose model takes an expert at a time under the name of a stacked tensor
+    with the expert's number in it.
+    """
     found: set[str] = set()
     for module in model.modules():
         if hasattr(module, _SPLITS):
@@ -90,9 +97,13 @@ def stacked_layer(name: str, tensor: Any, layers: dict[str, Any]) -> Any:
 
 
 def rows_in_order(
-    weights: Iterable[tuple[str, Any]], layers: dict[str, Any], picks: dict[str, str], splits: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, Any]]:  # fmt: skip
-    """The weights of a checkpoint, those of all experts of a layer at once in the order in which the model will copy them.
+    weights: Iterable[tuple[str, Any]],
+    layers: dict[str, Any],
+    picks: dict[str, str],
+    splits: frozenset[str] = frozenset(),
+) -> Iterator[tuple[str, Any]]:
+    """The weights of a checkpoint, those of all experts of a layer at once in the order in which
+    the model will copy them.
 
     Args:
         weights: (name, tensor) as the model takes them.
@@ -121,7 +132,8 @@ def rows_in_order(
 
 
 def permuted(layer: Any, name: str, tensor: Any, picks: str | None) -> Any:
-    """A tensor ``[experts, ...]`` with the rows of this rank's experts where its model will look for them.
+    """A tensor ``[experts, ...]`` with the rows of this rank's experts where its model will look
+    for them.
 
     Rows that this rank's model does not copy hold nothing in particular.
 
@@ -129,8 +141,8 @@ def permuted(layer: Any, name: str, tensor: Any, picks: str | None) -> Any:
         layer: a ``RoutedExperts``.
         name: of the tensor.
         tensor: a checkpoint's.
-        picks: ``block``: the rank's part of the experts in equal parts; ``ascending``: the rows that the expert map has here, in
-            ascending order; None leaves the tensor as it is.
+        picks: ``block``: the rank's part of the experts in equal parts; ``ascending``: the rows
+            that the expert map has here, in ascending order; None leaves the tensor as it is.
 
     Raises:
         PlacementError: for ranks with unequal numbers of experts and a model that wants equal ones.
@@ -142,8 +154,10 @@ def permuted(layer: Any, name: str, tensor: Any, picks: str | None) -> Any:
         slots, rest = divmod(tensor.shape[0], manager.ep_size)
         if rest or experts.size != slots:
             raise PlacementError(
-                f"{layer.layer_name}: {name} is copied in {manager.ep_size} equal parts by its model, and EP rank {manager.ep_rank} holds "
-                f"{experts.size} of {tensor.shape[0]} experts: use a placement with the same number on every rank (zigzag), or leave the "
+                f"{layer.layer_name}: {name} is copied in {manager.ep_size} equal parts by its "
+                f"model, and EP rank {manager.ep_rank} holds "
+                f"{experts.size} of {tensor.shape[0]} experts: use a placement with the same "
+                "number on every rank (zigzag), or leave the "
                 "placement flag out"
             )
         rows = np.arange(manager.ep_rank * slots, (manager.ep_rank + 1) * slots)
