@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_placement_plugin import Placement
 from moe_placement_plugin.demo.tiny_models import Size, write_qwen3_moe
 from tests.support.children import python_path
 from tests.support.stacked_models import write_gpt_oss
@@ -57,12 +58,14 @@ def reloaded(tmp_path_factory):
         calls = [{}, {"weights_path": paths[f"{model}7"]}] if reloads is None else reloads
         return {"name": name, "engine": engine, "env": {**ONE_EACH, **env}, "reload": calls}
 
+    plan = folder / "plan.json"
+    Placement([[5, 0, 3, 6, 1, 2, 7, 4]] * 2, 8, (4, 4)).write(plan)
     zigzag = {"expert_placement_strategy": "zigzag"}
     cases = [
         case("qwen linear", {}, None),
         case("qwen zigzag", zigzag, [KERNEL_FORMAT, {}, {"weights_path": paths["qwen7"]}]),
         case("qwen eplb", EPLB, None),
-        case("oss linear", {}, None),
+        case("oss plan", {"expert_placement_file": plan}, None),
         case("oss zigzag", zigzag, None),
         case(
             "qwen first table",
@@ -114,7 +117,11 @@ def test_eplb_had_moved_experts_before_each_reload(reloaded):
 
 
 def test_gpt_oss_gets_new_experts_which_vllm_alone_loses(reloaded):
-    ours = results(reloaded, "oss zigzag")
+    """Two placements agree about every expert; vLLM's own has no reload to compare with."""
+    ours, other = results(reloaded, "oss zigzag"), results(reloaded, "oss plan")
+    for mine, theirs in zip(ours["reloaded"], other["reloaded"], strict=True):
+        assert by_expert(mine["digests"]) == by_expert(theirs["digests"])
+        assert [a["ids"] for a in mine["answers"]] == [a["ids"] for a in theirs["answers"]]
     before = by_expert(ours["before"])[0]
     first, second = (by_expert(r["digests"])[0] for r in ours["reloaded"])
     assert all(r["error"] is None for r in ours["reloaded"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def _load_model(original):
             if level == "checkpoint"
             else None
         )
-        with _followed(self):
+        with _followed(self) if _places(settings) else nullcontext():
             model = original(self, vllm_config, model_config, *args, **kwargs)
         if (
             str(getattr(self.load_config.load_format, "value", self.load_config.load_format))
@@ -67,6 +67,11 @@ def _load_model(original):
     return load_model
 
 
+def _places(settings: PlacementSettings) -> bool:
+    """Whether experts lie, or will lie, where vLLM's own placement has others."""
+    return settings.placement is not None or settings["eplb"]
+
+
 @contextmanager
 def _followed(loader: Any) -> Iterator[None]:
     """Every model that this loader loads weights into meanwhile is given them through `stacked.follow`."""
@@ -88,8 +93,7 @@ def _worker_load_model(original):
         result = original(self, *args, **kwargs)
         settings, runner = settings_of(self.vllm_config), self.model_runner
         model = runner.get_model() if hasattr(runner, "get_model") else runner.model
-        placed = settings is not None and (settings.placement is not None or settings["eplb"])
-        if placed and updates_of(model) is None:
+        if settings is not None and _places(settings) and updates_of(model) is None:
             raise PlacementError(
                 f"--load-format {self.vllm_config.load_config.load_format} loaded {type(model).__name__} in a way of its own, past vLLM's "
                 "BaseModelLoader.load_model: nothing shows that experts are where the placement says; use --load-format auto, or leave "
