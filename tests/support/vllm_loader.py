@@ -96,7 +96,7 @@ SWITCHES = {
 
 def work(rank: int, port: int, cases: list[dict], folder: str) -> None:
     """One EP rank: load case after case."""
-    os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
+    os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_DIST_IDENT=str(port))
     import moe_placement_plugin
 
     moe_placement_plugin.enable()
@@ -114,6 +114,7 @@ def work(rank: int, port: int, cases: list[dict], folder: str) -> None:
 
     torch.set_num_threads(1)
     base_loader.process_weights_after_loading = lambda *args: None
+    torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker has it
     started = False
     for case in cases:
         at = Path(folder) / f"{case['name']}.{rank}"
