@@ -214,9 +214,9 @@ def run(case: dict) -> dict:
                 error = None
             except Exception as failed:
                 error = f"{type(failed).__name__}: {failed}"
-            result["reloaded"].append(
-                {"error": error, "digests": llm.collective_rpc(slot_digests), "answers": None}
-            )
+            # vLLM leaves the other ranks' answers to a call that failed in their queues: no call after it.
+            digests = llm.collective_rpc(slot_digests) if error is None else None
+            result["reloaded"].append({"error": error, "digests": digests, "answers": None})
             try:
                 result["reloaded"][-1]["answers"] = generate(llm, prompts)
                 generate(llm, prompts)
