@@ -4,7 +4,8 @@
 
 A case is {"name", "engine": {LLM arguments}} and, at will, "env": {...}, "prompts": [...], "probe" (what the
 plugin did in every worker), "follower" (the engine's part on another host, see `vllm_followers`), "vanish" (a command after which one more answer is
-asked for, which must fail), "faults" (corrupts weights and checks), "profile" (operators of one more answer), "sabotage" (answers once more after
+asked for, which must fail), "reload" (arguments of reload_weights, one call after the other), "faults" (corrupts weights
+and checks), "profile" (operators of one more answer), "sabotage" (answers once more after
 the expert maps were broken). Results are written after each case, so that a crash loses only the running one.
 """
 
@@ -151,6 +152,21 @@ def try_fault(worker, name: str) -> dict:
     return {"message": message, "after": check()}
 
 
+def slot_digests(worker) -> dict:
+    """Runs in every worker: layer -> [expert, digests of its weights] of every slot, read where they are; whether they are verified."""
+    from moe_placement_plugin.engines.vllm import verify
+
+    model = worker.model_runner.model
+    found = verify.digest_model(model).layers
+    return {
+        "verified": verify.is_verified(model),
+        "layers": {
+            str(number): [[int(e), v] for e, v in zip(layer.experts, layer.values.tolist())]
+            for number, layer in found.items()
+        },
+    }
+
+
 def generate(llm, prompts: list[str]) -> list[dict]:
     """Greedy answers with the log probability of every token."""
     from vllm import SamplingParams
@@ -189,6 +205,24 @@ def run(case: dict) -> dict:
         llm.collective_rpc(start_profile)
         generate(llm, prompts[:1])
         result["operators"] = llm.collective_rpc(stop_profile)
+    if "reload" in case:
+        # Arguments of reload_weights, again and again, with steps between, in which EPLB may rebalance.
+        result["before"], result["reloaded"] = llm.collective_rpc(slot_digests), []
+        for arguments in case["reload"]:
+            try:
+                llm.collective_rpc("reload_weights", kwargs=arguments)
+                error = None
+            except Exception as failed:
+                error = f"{type(failed).__name__}: {failed}"
+            # vLLM leaves the other ranks' answers to a call that failed in their queues: no call after it.
+            digests = llm.collective_rpc(slot_digests) if error is None else None
+            result["reloaded"].append({"error": error, "digests": digests, "answers": None})
+            try:
+                result["reloaded"][-1]["answers"] = generate(llm, prompts)
+                generate(llm, prompts)
+            except Exception as ended:
+                result["ended"] = f"{type(ended).__name__}: {ended}"
+                break
     if "faults" in case:
         llm.collective_rpc(try_fault, args=("prepare",))
         result["faults"] = {

@@ -160,12 +160,12 @@ def test_what_was_loaded_must_be_what_was_placed(names, rows, exact, message):
     settings = PlacementSettings.make("eplb", PLAN, 2, exact=exact)
     layers = {f"model.layers.{n}.mlp.experts": Layer(PLAN, row) for n, row in zip(names, rows)}
     if message is None:
-        loaded._report(layers, settings, whole=True)
+        loaded._report(layers, settings, main=True)
     else:
         with pytest.raises(PlacementError, match=message):
-            loaded._report(layers, settings, whole=True)
+            loaded._report(layers, settings, main=True)
     loaded._report(
-        {}, settings, whole=False
+        {}, settings, main=False
     )  # a draft model, or a pipeline stage without MoE layers
 
 

@@ -19,7 +19,7 @@ from ...load import ExpertLoad
 from ...placement import Placement
 from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import eplb_exchange, eplb_phases, eplb_weights, tuned, verify
+from . import eplb_exchange, eplb_phases, eplb_weights, reload, tuned, verify
 from .hosts import real_topology
 from .kernels import ALL2ALL_WITH_MAP
 from .layers import EPLB_ROW, mixture_of_experts, num_logical, routed_layers
@@ -275,6 +275,8 @@ def _rearrange(original):
         limit = getattr(self, _WATCHDOG, None)
         if limit is None:
             return original(self, is_profile, *args, **kwargs)
+        if not is_profile and not reload.may_rearrange(self, arrived()):
+            return None
         watched = not is_profile and not self.is_async
         states = list(self.model_states.values()) if watched else []
         old = [_copy_of_map(state) for state in states]

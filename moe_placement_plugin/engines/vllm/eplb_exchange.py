@@ -7,6 +7,7 @@ ranks agree in vLLM's own way before a layer is put into force; only who sends t
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -16,11 +17,15 @@ from ...exchange.agreement import ExchangeAborted
 from ...exchange.watchdog import Watchdog
 from ..exchanger import Exchanger, Meeting, connect, whole
 from ..patching import Patch
+from .layers import routed_layers
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
 EXCHANGER = "_moe_placement_exchanger"
 """Attribute of an ``EplbModelState``."""
+
+_numbers = itertools.count()
+_ADOPTED = "_moe_placement_adopted"  # what `adopt` was called with
 
 _OWN_TRANSPORT = (
     "nixl"  # reads other ranks' memory by itself, into the buffers that it has registered
@@ -57,7 +62,7 @@ def adopt(
     group = get_ep_group()  # not EPLB's own: with most communicators that one has no NCCL communicator, which takes memory
     weights = state.model.expert_weights
     device_group = group.cpu_group if weights[0][0].device.type == "cpu" else group.device_group
-    name = f"vllm/{len(_exchangers)}"
+    name = f"vllm/{next(_numbers)}"
     exchanger = Exchanger(
         dict(enumerate(weights)), state.logical_replica_count.shape[1], device_group, Meeting.of(group.cpu_group), name, logger, staging_bytes,
         timeout,
@@ -65,8 +70,39 @@ def adopt(
     if peer_memory and not eplb.is_async:
         exchanger.look_at_peers(group.cpu_group)
     setattr(state, EXCHANGER, exchanger)
+    setattr(state, _ADOPTED, (staging_bytes, timeout, peer_memory))
     _exchangers[id(weights)] = (state, exchanger)
     return exchanger
+
+
+def look_again(eplb: Any, state: Any, cpu_group: Any) -> None:
+    """After an update of weights: where parameters were made anew, on any rank, look at the new ones; a collective call.
+
+    Views of the old ones would be moved, and the model compute with others.
+
+    Args:
+        eplb: vLLM's ``EplbState``.
+        state: its ``EplbModelState`` of the model.
+        cpu_group: of the EP ranks, for CPU tensors.
+    """
+    import torch
+    import torch.distributed as dist
+
+    weights = state.model.expert_weights
+    fresh = [list(layer.get_expert_weights()) for layer in routed_layers(state.model).values()]
+
+    def places(rows: Any) -> list[list[int]]:
+        return [[tensor.data_ptr() for tensor in row] for row in rows]
+
+    moved = torch.tensor([places(fresh) != places(weights)], dtype=torch.int64, device="cpu")
+    dist.all_reduce(moved, op=dist.ReduceOp.MAX, group=cpu_group)
+    if not moved.item():
+        return
+    logger.info("moe_placement_plugin: an update made expert weights anew: EPLB moves the new ones")
+    weights[:] = fresh
+    if hasattr(state, EXCHANGER):
+        adopt(eplb, state, *getattr(state, _ADOPTED))
+        settle(eplb, state)
 
 
 def settle(eplb: Any, state: Any) -> None:

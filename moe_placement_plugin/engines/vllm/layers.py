@@ -82,3 +82,20 @@ def slot_experts(layer: Any) -> np.ndarray:
             logical[number] if number < physical else num_logical(layer) + number - physical
         )
     return experts
+
+
+def moved_slots(layer: Any) -> bool:
+    """Whether some slot of this rank holds another expert than vLLM's own first placement puts there.
+
+    That one is the first experts on rank 0, the next on rank 1 and so on, the first ranks taking one more where they do not
+    divide, and under EPLB physical experts in the same order.
+
+    Args:
+        layer: a ``RoutedExperts``.
+    """
+    manager = layer.expert_map_manager
+    base, more = divmod(manager.global_num_experts, manager.ep_size)
+    first = manager.ep_rank * base + min(manager.ep_rank, more)
+    experts = slot_experts(layer)
+    routed = experts[experts < num_logical(layer)]
+    return not np.array_equal(routed, np.arange(first, first + base + (manager.ep_rank < more)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,14 @@ import numpy as np
 from ...errors import PlacementError
 from ..patching import Patch
 from .eplb import check_supported
-from .filled import check_filled
+from .evidence import EVIDENCE, check_evidence
 from .hosts import check_adoption
 from .kernels import check_experts
 from .layers import num_logical, routed_layers
+from .reload import serve, updates_of
+from .reload_worker import reload_patches
 from .settings import PlacementSettings, layer_id_of, settings_of
+from .stacked import follow
 from .verify import clean_load, verify_loaded
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
@@ -32,19 +37,27 @@ def _load_model(original):
             if level == "checkpoint"
             else None
         )
-        model = original(self, vllm_config, model_config, *args, **kwargs)
+        with _followed(self) if _places(settings) else nullcontext():
+            model = original(self, vllm_config, model_config, *args, **kwargs)
+        if (
+            str(getattr(self.load_config.load_format, "value", self.load_config.load_format))
+            == "dummy"
+        ):
+            for layer in routed_layers(model).values():
+                vars(layer).pop(EVIDENCE, None)
         # A draft model comes through here too, with a config of its own.
         main = model_config is vllm_config.model_config
-        whole = main and vllm_config.parallel_config.pipeline_parallel_size == 1
+        stages = vllm_config.parallel_config.pipeline_parallel_size if main else 1
         if (
             settings["eplb"]
             and main
             and (settings.placement is not None or settings.strategy == "eplb")
         ):
             check_supported(model)
-        _report(routed_layers(model), settings, whole)
+        _report(routed_layers(model), settings, main, stages)
+        serve(model)
         if level != "off":
-            if whole and settings["verify_asked"] and not routed_layers(model):
+            if main and stages == 1 and settings["verify_asked"] and not routed_layers(model):
                 raise PlacementError(
                     f"--expert-placement-verify {level}: {type(model).__name__} has no MoE layer of vLLM's own kind: leave the flag out"
                 )
@@ -54,13 +67,53 @@ def _load_model(original):
     return load_model
 
 
-def _report(layers: dict[str, Any], settings: PlacementSettings, whole: bool) -> None:
+def _places(settings: PlacementSettings) -> bool:
+    """Whether experts lie, or will lie, where vLLM's own placement has others."""
+    return settings.placement is not None or settings["eplb"]
+
+
+@contextmanager
+def _followed(loader: Any) -> Iterator[None]:
+    """Every model that this loader loads weights into meanwhile is given them through `stacked.follow`."""
+    original = loader.load_weights
+
+    def load_weights(model, *args, **kwargs):
+        follow(model)
+        return original(model, *args, **kwargs)
+
+    loader.load_weights = load_weights
+    try:
+        yield
+    finally:
+        del loader.load_weights
+
+
+def _worker_load_model(original):
+    def load_model(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        settings, runner = settings_of(self.vllm_config), self.model_runner
+        model = runner.get_model() if hasattr(runner, "get_model") else runner.model
+        if settings is not None and _places(settings) and updates_of(model) is None:
+            raise PlacementError(
+                f"--load-format {self.vllm_config.load_config.load_format} loaded {type(model).__name__} in a way of its own, past vLLM's "
+                "BaseModelLoader.load_model: nothing shows that experts are where the placement says; use --load-format auto, or leave "
+                "the placement flag out"
+            )
+        return result
+
+    return load_model
+
+
+def _report(
+    layers: dict[str, Any], settings: PlacementSettings, main: bool, stages: int = 1
+) -> None:
     """Check the loaded layers against the plan once more and log one line per process.
 
     Args:
-        layers: name -> ``RoutedExperts`` of the model that was loaded.
+        layers: name -> ``RoutedExperts`` of the model, or the pipeline stage of it, that was loaded.
         settings: the engine's settings.
-        whole: whether these are all layers of the model that the placement is for.
+        main: whether it is the model that the placement is for, and no draft.
+        stages: pipeline stages, which are checked together.
 
     Raises:
         PlacementError: when the placement is not in force.
@@ -68,15 +121,16 @@ def _report(layers: dict[str, Any], settings: PlacementSettings, whole: bool) ->
     from .patches import load_set, patch_set
 
     plan = settings.placement
-    if plan is not None and whole:
-        _check_coverage(layers, settings)
+    if plan is not None and main:
+        found = {name: (layer_id_of(name), num_logical(layer)) for name, layer in layers.items()}
+        _check_coverage(found if stages == 1 else _of_all_stages(found), settings)
     if not layers:
         return
     rank = ranks = None
     for name, layer in layers.items():
         manager = layer.expert_map_manager
         rank, ranks = manager.ep_rank, manager.ep_size
-        check_filled(layer)
+        check_evidence(layer)
         if settings.static is None or ranks == 1:
             continue
         use_tables = manager.moe_parallel_config.needs_round_robin_routing_tables
@@ -99,23 +153,38 @@ def _report(layers: dict[str, Any], settings: PlacementSettings, whole: bool) ->
     )  # fmt: skip
 
 
-def _check_coverage(layers: dict[str, Any], settings: PlacementSettings) -> None:
+Found = dict[str, tuple[int | None, int]]
+"""Name of an MoE layer -> (its number, logical experts)."""
+
+
+def _of_all_stages(found: Found) -> Found:
+    """What the pipeline stages have loaded together; each of them then finds the same faults and stops with the same reason."""
+    import torch.distributed as dist
+    from vllm.distributed.parallel_state import get_pp_group
+
+    group = get_pp_group()
+    parts: list[Any] = [None] * group.world_size
+    dist.all_gather_object(parts, found, group=group.cpu_group)
+    return {name: layer for part in parts for name, layer in part.items()}
+
+
+def _check_coverage(found: Found, settings: PlacementSettings) -> None:
     """Refuse a model whose MoE layers are not those that the placement is for."""
-    if not layers:
+    if not found:
         raise PlacementError(
             "the model that was loaded has no MoE layer of vLLM's own kind, so that no expert was placed: serve it without the "
             "placement flag"
         )
     if not settings["exact"]:
         return
-    plan, found = settings.placement, {name: layer_id_of(name) for name in layers}
+    plan = settings.placement
     assert plan is not None, "only a plan is exact"
-    for name, layer_id in found.items():
-        if not settings.knows(layer_id, num_logical(layers[name])):
+    for name, (layer_id, experts) in found.items():
+        if not settings.knows(layer_id, experts):
             raise PlacementError(
                 f"{name} is not in the plan (layers {plan.layer_ids[0]}..{plan.layer_ids[-1]}): plan for this model"
             )
-    held = sorted(layer_id for layer_id in found.values() if layer_id is not None)
+    held = sorted({layer_id for layer_id, _ in found.values() if layer_id is not None})
     missing = set(plan.layer_ids) - set(held)
     if missing:
         raise PlacementError(
@@ -134,4 +203,12 @@ def load_patches() -> list[Patch]:
             why="a patch that never ran in a worker process must not go unnoticed",
             removable_when="never: it is this plugin's own check",
         ),
+        Patch(
+            "load-seen",
+            "vllm.v1.worker.gpu_worker:Worker.load_model",
+            _worker_load_model,
+            why="a loader with a load_model of its own (out-of-tree ones) goes past the check of what was loaded",
+            removable_when="never: it is this plugin's own check",
+        ),
+        *reload_patches(),
     ]

@@ -26,7 +26,13 @@ from .settings import KEY, PlacementSettings, remember
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
-_LOADERS_OF_THEIR_OWN = ("tensorizer", "ipc_cache", "modelexpress")
+_LOADERS_OF_THEIR_OWN = (
+    "tensorizer",
+    "ipc_cache",
+    "modelexpress",
+    "sharded_state",
+    "runai_streamer_sharded",
+)
 
 SUPPORTED = ("0.25", "0.34")
 """First supported version of vLLM and the first that is not."""

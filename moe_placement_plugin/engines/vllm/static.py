@@ -8,8 +8,9 @@ import numpy as np
 
 from ...errors import PlacementError
 from ..patching import Patch
-from .filled import filled_patches, watch
+from .evidence import evidence_patches, watch
 from .kernels import check_experts
+from .layers import moved_slots
 from .settings import PlacementSettings, current_settings, layer_id_of
 
 _FM = "vllm.model_executor.layers.fused_moe"
@@ -162,20 +163,9 @@ def _routed_experts_init(original):
                 layer_name,
             )
         if settings is not None:
-            watch(self, _in_order(settings, layer_name, expert_map_manager))
+            watch(self, moved_slots(self))
 
     return __init__
-
-
-def _in_order(settings: PlacementSettings, layer_name: str, manager: Any) -> bool:
-    """Whether the slots of this rank hold consecutive experts, so that rows may be copied in bulk."""
-    if settings.static is None:
-        return True
-    expert_map = settings.expert_map(
-        layer_id_of(layer_name), manager.global_num_experts, manager.ep_size, manager.ep_rank
-    )
-    local = np.flatnonzero(expert_map >= 0)
-    return bool((np.diff(local) == 1).all() and (np.diff(expert_map[local]) == 1).all())
 
 
 def _compute_local_expert_ids(original):
@@ -240,5 +230,5 @@ def static_patches() -> list[Patch]:
             why="the filter has one set of experts for the whole model, a plan one per layer",
             removable_when="the filter reads the layers' own maps",
         ),
-        *filled_patches(),
+        *evidence_patches(),
     ]  # fmt: skip

@@ -15,7 +15,7 @@ def _wrap_loader(change):
             self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs
         ):
             # The clean load of --expert-placement-verify checkpoint is left alone: only placed layers are watched.
-            if "_moe_placement_filled" in self.__dict__:
+            if "_moe_placement_evidence" in self.__dict__:
                 expert_id = change(self, expert_id)
                 if expert_id is None:
                     return kwargs.get("return_success", False) or None
@@ -77,6 +77,27 @@ def _other_map(experts):
     experts.__init__ = __init__
 
 
+def _rows_as_stock(module):
+    """Models copy rows of stacked tensors by position, and nobody permutes them: upstream's wrong answers of gpt-oss."""
+    module._splits = lambda model: frozenset()
+    module._picks = lambda model: {}
+
+
+def _loader_of_its_own(module):
+    """A loader with a load_model of its own, as out-of-tree ones have: it goes past the check of what was loaded."""
+    from vllm.model_executor.model_loader import base_loader
+
+    original = base_loader.BaseModelLoader.load_model
+    while hasattr(original, "__wrapped__"):
+        original = original.__wrapped__
+    module.DefaultModelLoader.load_model = original
+
+
+def _first_table(module):
+    """New weights go where vLLM's loader believes the experts, whatever EPLB has moved since."""
+    module.local_copies = lambda layer, expert_id, weight_name: (expert_id,)
+
+
 FAULT = os.environ.get("TEST_LOAD_FAULT")
 if FAULT == "filter as upstream":
     register_post_import_hook(_filter_as_upstream, "moe_placement_plugin.engines.vllm.static")
@@ -86,3 +107,9 @@ elif FAULT == "neighbour's weights":
     _wrap_loader(_neighbour)
 elif FAULT == "map changed":
     _around("layer-placement", _other_map)
+elif FAULT == "rows as stock":
+    register_post_import_hook(_rows_as_stock, "moe_placement_plugin.engines.vllm.stacked")
+elif FAULT == "loader of its own":
+    register_post_import_hook(_loader_of_its_own, "vllm.model_executor.model_loader.default_loader")
+elif FAULT == "new weights by the first table":
+    register_post_import_hook(_first_table, "moe_placement_plugin.engines.vllm.reload_table")

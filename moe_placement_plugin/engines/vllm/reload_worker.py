@@ -1,0 +1,192 @@
+"""The ways in which a worker is told to update its weights: refused where they go by position, else
+begun and ended as one (`reload`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import PlacementError
+from ..patching import Patch
+from .layers import EPLB_ROW, moved_slots, routed_layers
+from .reload import abandon, begin, finish, refuse_while_moving, updates_of
+from .settings import PlacementSettings, settings_of
+
+_WORKER = "vllm.v1.worker.gpu_worker:Worker"
+
+
+def _model_of(worker: Any) -> Any:
+    runner = worker.model_runner
+    return runner.get_model() if hasattr(runner, "get_model") else runner.model
+
+
+def _alone(worker: Any) -> bool:
+    return worker.vllm_config.parallel_config.data_parallel_size == 1
+
+
+def _finish_worker(worker: Any, settings: PlacementSettings) -> None:
+    """End an update; after one that left wrong weights the worker computes nothing until one has
+    put them right.
+    """
+    try:
+        finish(_model_of(worker), settings, _alone(worker))
+    except PlacementError as refused:
+        reason = str(refused)
+
+        def execute_model(*args, **kwargs):
+            raise PlacementError(
+                f"the last update of weights went wrong, and no whole one has come since: {reason}"
+            )
+
+        worker.execute_model = execute_model
+        raise
+    vars(worker).pop("execute_model", None)
+
+
+def _refuse_kernel_format(model: Any, checkpoint_format: Any) -> None:
+    if checkpoint_format is False and any(
+        moved_slots(layer) or hasattr(layer, EPLB_ROW) for layer in routed_layers(model).values()
+    ):
+        raise PlacementError(
+            "new weights in the kernel's format (is_checkpoint_format=False) are copied by "
+            "position, past the placement of experts: no "
+            "weight was changed; send them in the checkpoint's format (is_checkpoint_format=True)"
+        )
+
+
+def _refuse_stacked_copies(model: Any) -> None:
+    """vLLM up to 0.31 loses what a gpt-oss copies into parameters while they are being reloaded,
+    and keeps the old experts.
+    """
+    from .stacked import _SPLITS, PICKS
+
+    for module in model.modules():
+        if PICKS.get(type(module).__name__) == "block" and not hasattr(module, _SPLITS):
+            raise PlacementError(
+                "this version of vLLM does not put new expert weights into a "
+                f"{type(module).__name__} that serves: no weight was changed; "
+                "restart the server with the new checkpoint"
+            )
+
+
+def _reload_weights(original):
+    def reload_weights(self, *args, **kwargs):
+        settings, model = settings_of(self.vllm_config), _model_of(self)
+        if settings is None or updates_of(model) is None:
+            return original(self, *args, **kwargs)
+        _refuse_kernel_format(
+            model, args[2] if len(args) > 2 else kwargs.get("is_checkpoint_format")
+        )
+        _refuse_stacked_copies(model)
+        begin(model)
+        try:
+            result = original(self, *args, **kwargs)
+        except BaseException:
+            abandon(model)
+            raise
+        _finish_worker(self, settings)
+        return result
+
+    return reload_weights
+
+
+def _start_weight_update(original):
+    def start_weight_update(self, *args, **kwargs):
+        settings, model = settings_of(self.vllm_config), _model_of(self)
+        if settings is not None:
+            _refuse_kernel_format(model, args[0] if args else kwargs.get("is_checkpoint_format"))
+            _refuse_stacked_copies(model)
+            refuse_while_moving(model)
+        result = original(self, *args, **kwargs)
+        if settings is not None:
+            begin(model)
+        return result
+
+    return start_weight_update
+
+
+def _update_weights(original):
+    def update_weights(self, *args, **kwargs):
+        try:
+            return original(self, *args, **kwargs)
+        except BaseException:
+            abandon(_model_of(self))
+            raise
+
+    return update_weights
+
+
+def _finish_weight_update(original):
+    def finish_weight_update(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if (settings := settings_of(self.vllm_config)) is not None:
+            _finish_worker(self, settings)
+        return result
+
+    return finish_weight_update
+
+
+def _sleep(original):
+    def sleep(self, level=1, *args, **kwargs):
+        settings = settings_of(self.vllm_config)
+        if settings is not None and settings["eplb"]:
+            if level == 2:
+                raise PlacementError(
+                    "sleep level 2 with --enable-eplb forgets which expert EPLB has put where: "
+                    "nothing was discarded; sleep at level 1"
+                )
+            refuse_while_moving(_model_of(self))
+        return original(self, level, *args, **kwargs)
+
+    return sleep
+
+
+def reload_patches() -> list[Patch]:
+    """The patches of a server whose weights may be updated."""
+    why = "new weights are loaded by EPLB's first table, or by position, and digests are of the old"
+    upstream = "vLLM PR 55228"
+    gone = "vLLM loads new weights by the table in force"
+    return [
+        Patch(
+            "reload",
+            f"{_WORKER}.reload_weights",
+            _reload_weights,
+            why,
+            upstream=upstream,
+            removable_when=gone,
+        ),
+        Patch(
+            "update-start",
+            f"{_WORKER}.start_weight_update",
+            _start_weight_update,
+            why,
+            upstream=upstream,
+            removable_when=gone,
+            optional=True,
+        ),
+        Patch(
+            "update",
+            f"{_WORKER}.update_weights",
+            _update_weights,
+            why,
+            upstream=upstream,
+            removable_when=gone,
+            optional=True,
+        ),
+        Patch(
+            "update-finish",
+            f"{_WORKER}.finish_weight_update",
+            _finish_weight_update,
+            why,
+            upstream=upstream,
+            removable_when=gone,
+            optional=True,
+        ),
+        Patch(
+            "sleep",
+            f"{_WORKER}.sleep",
+            _sleep,
+            "sleep level 2 loses EPLB's tables, which are no buffers of the model",
+            relies_on=("level",),
+            removable_when="vLLM keeps EPLB's tables while it sleeps",
+        ),
+    ]
