@@ -140,6 +140,7 @@ def resolve(vllm_config: Any) -> Any:
         verify_asked=extra.get(VERIFY_KEY) is not None,
         hosts=host_settings(parallel, timeout, file, adopt, error) if explicit or verify != "off" else None,
         redundant=parallel.eplb_config.num_redundant_experts if eplb else 0,
+        lora=explicit and getattr(vllm_config, "lora_config", None) is not None,
     )  # fmt: skip
     remember(settings)
     if settings.static is not None or ((adopt or error is not None) and not eplb):

@@ -42,6 +42,7 @@ class PlacementSettings(dict):
         verify_asked: bool = False,
         hosts: dict[str, Any] | None = None,
         redundant: int = 0,
+        lora: bool = False,
     ) -> PlacementSettings:
         """Settings that hold the whole placement, so that other hosts need no file.
 
@@ -58,6 +59,7 @@ class PlacementSettings(dict):
             rebalance: rules for rebalancing that the user gave, see `rebalancing.policy_from`.
             hosts: how several hosts agree, see `hosts.host_settings`.
             redundant: redundant experts per layer, of all ranks.
+            lora: the engine takes LoRA adapters (``--enable-lora``), those of experts among them.
         """
         from ... import __version__
 
@@ -74,6 +76,7 @@ class PlacementSettings(dict):
             "verify_asked": verify_asked,
             "hosts": hosts,
             "redundant": redundant,
+            "lora": lora,
         }
         return cls(data)
 
