@@ -9,6 +9,7 @@ import numpy as np
 
 from ...errors import PlacementError
 from ..patching import Patch
+from .drafts import check_draft, draft_layer_id, is_draft, loading
 from .eplb import check_supported
 from .filled import check_filled
 from .hosts import check_adoption
@@ -32,9 +33,11 @@ def _load_model(original):
             if level == "checkpoint"
             else None
         )
-        model = original(self, vllm_config, model_config, *args, **kwargs)
-        # A draft model comes through here too, with a config of its own.
-        main = model_config is vllm_config.model_config
+        # The draft of speculative decoding comes through here too, some with a config in which it is the model.
+        draft = is_draft(vllm_config, model_config)
+        with loading(draft):
+            model = original(self, vllm_config, model_config, *args, **kwargs)
+        main = not draft and model_config is vllm_config.model_config
         whole = main and vllm_config.parallel_config.pipeline_parallel_size == 1
         if (
             settings["eplb"]
@@ -42,7 +45,7 @@ def _load_model(original):
             and (settings.placement is not None or settings.strategy == "eplb")
         ):
             check_supported(model)
-        _report(routed_layers(model), settings, whole)
+        _report(routed_layers(model), settings, whole, draft)
         if level != "off":
             if whole and settings["verify_asked"] and not routed_layers(model):
                 raise PlacementError(
@@ -54,13 +57,16 @@ def _load_model(original):
     return load_model
 
 
-def _report(layers: dict[str, Any], settings: PlacementSettings, whole: bool) -> None:
+def _report(
+    layers: dict[str, Any], settings: PlacementSettings, whole: bool, draft: bool = False
+) -> None:
     """Check the loaded layers against the plan once more and log one line per process.
 
     Args:
         layers: name -> ``RoutedExperts`` of the model that was loaded.
         settings: the engine's settings.
         whole: whether these are all layers of the model that the placement is for.
+        draft: whether they are the layers of a draft.
 
     Raises:
         PlacementError: when the placement is not in force.
@@ -70,6 +76,8 @@ def _report(layers: dict[str, Any], settings: PlacementSettings, whole: bool) ->
     plan = settings.placement
     if plan is not None and whole:
         _check_coverage(layers, settings)
+    if draft:
+        check_draft(layers, settings)
     if not layers:
         return
     rank = ranks = None
@@ -81,7 +89,8 @@ def _report(layers: dict[str, Any], settings: PlacementSettings, whole: bool) ->
             continue
         use_tables = manager.moe_parallel_config.needs_round_robin_routing_tables
         check_experts(layer.quant_method, use_tables, name)
-        expected = settings.expert_map(layer_id_of(name), manager.global_num_experts, ranks, rank)
+        number = draft_layer_id(name) if draft else layer_id_of(name)
+        expected = settings.expert_map(number, manager.global_num_experts, ranks, rank, draft)
         if not np.array_equal(manager.expert_map[: expected.size].cpu().numpy(), expected):
             raise PlacementError(
                 f"{name}: the expert map in force on EP rank {rank} is not the plan's: another plugin or a changed vLLM replaced "

@@ -108,14 +108,28 @@ class PlacementSettings(dict):
         return None if self["eplb"] else self.placement
 
     def expert_map(
-        self, layer_id: int | None, num_experts: int, ep_size: int, ep_rank: int
+        self,
+        layer_id: int | None,
+        num_experts: int,
+        ep_size: int,
+        ep_rank: int,
+        draft: bool = False,
     ) -> np.ndarray:
         """int32 ``[experts]``: local slot of each expert on ``ep_rank``, -1 where it lies elsewhere.
 
-        Layers that the plan does not know (a draft model's, an encoder's) are placed by the strategy
-        itself, or contiguously when it plans from a load.
+        Layers that the plan does not know (an encoder's; a draft's without rows of its own) are placed by the
+        strategy itself, or contiguously when it plans from a load.
+
+        Args:
+            layer_id: number of the layer in the model, or in the draft.
+            num_experts: its logical experts.
+            ep_size: number of EP ranks.
+            ep_rank: the rank.
+            draft: the layer is the draft's, see `drafts`.
         """
         placement = self.placement
+        if draft and placement is not None:
+            placement = placement.draft
         if (
             placement is not None
             and layer_id in placement.layer_ids
