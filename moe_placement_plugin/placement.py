@@ -316,8 +316,13 @@ class Placement:
         trivial map. ``num_layers`` is the model's number of layers (default: up to the last MoE layer).
 
         Raises:
-            PlacementError: if ranks have different numbers of slots (SGLang knows only equal ones).
+            PlacementError: if ranks have different numbers of slots (SGLang knows only equal ones), or there are rows
+                for a draft, for which its form has no place.
         """
+        if self.draft is not None:
+            raise PlacementError(
+                "SGLang's form of a plan has no rows for a draft, this plan has: leave its draft's rows out"
+            )
         if not self.is_even:
             raise PlacementError(
                 f"slots_per_rank {_short(self.slots_per_rank)}: SGLang needs the same number of slots on every rank; "

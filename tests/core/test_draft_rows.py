@@ -92,5 +92,11 @@ def test_bad_rows_for_a_draft_name_the_draft(tmp_path):
             Placement.read(tmp_path / "plan.json")
 
 
+def test_sglangs_form_has_no_place_for_them():
+    assert plan(None).to_sglang()["physical_to_logical_map"]
+    with pytest.raises(PlacementError, match="SGLang's form of a plan has no rows for a draft"):
+        plan(draft()).to_sglang()
+
+
 def test_rows_are_those_of_numpy_too():
     assert draft(rows=np.array([[5, 4, 3, 2, 1, 0]])) == draft()

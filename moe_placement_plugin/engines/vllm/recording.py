@@ -220,6 +220,11 @@ def _capture_points(model: Any) -> dict[int, Any]:
         if isinstance(module, MoERunner):
             layer_id = layer_id_of(module.layer_name)
             layer_id = module.layer_id if layer_id is None else layer_id
+            if layer_id in points:
+                raise PlacementError(
+                    f"--expert-load-record: {name} is a second MoE in layer {layer_id}: each sees a part of the tokens, and a "
+                    "recording has one row a layer; leave the flag out"
+                )
             if module.is_monolithic:
                 points[layer_id] = _monolithic_point(module)
             elif isinstance(module.router, BaseRouter):
