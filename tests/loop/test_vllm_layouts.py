@@ -13,6 +13,7 @@ import torch  # noqa: E402
 from moe_placement_plugin import PlacementError  # noqa: E402
 from moe_placement_plugin.engines.load_counters import LoadCounters  # noqa: E402
 from moe_placement_plugin.engines.vllm import patches, recording  # noqa: E402
+from moe_placement_plugin.engines.vllm.capture_points import capture_points  # noqa: E402
 from moe_placement_plugin.engines.vllm.settings import PlacementSettings  # noqa: E402
 
 EXPERTS = 8
@@ -215,7 +216,7 @@ def two_in_one_layer(*names: str) -> torch.nn.Module:
 def test_two_moes_in_one_layer_are_not_counted_as_one():
     """The second took the first one's row, so that half of the load was missing without a word (ERNIE 4.5 VL)."""
     names = [f"model.layers.{n}.mlp.text_experts" for n in (3, 4)]
-    assert list(recording._capture_points(two_in_one_layer(*names))) == [3, 4]
+    assert list(capture_points(two_in_one_layer(*names))) == [3, 4]
     names.append("model.layers.3.mlp.vision_experts")
     with pytest.raises(PlacementError, match="moe2 is a second MoE in layer 3"):
-        recording._capture_points(two_in_one_layer(*names))
+        capture_points(two_in_one_layer(*names))

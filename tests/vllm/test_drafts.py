@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
-from moe_placement_plugin import Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.engines.vllm import drafts, loaded, static  # noqa: E402
+from moe_placement_plugin import ExpertLoad, Placement, PlacementError  # noqa: E402
+from moe_placement_plugin.engines.vllm import draft_recording, drafts, loaded, static  # noqa: E402
 from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # imports vLLM, starts no engine
@@ -189,3 +190,67 @@ def test_the_drafts_experts_are_known_before_any_process_starts():
 
     assert shape("draft_model", 4).num_experts == 4 and shape("mtp", 4).name == "draft"
     assert shape("draft_model", 0) is shape("ngram", 4) is shape("none", 4) is None
+
+
+class Recording:
+    """What a draft's recording is told."""
+
+    def __init__(self, last=None):
+        self.target, self.told = SimpleNamespace(last_batch=last), []
+
+    def batch(self, tokens, is_prefill):
+        self.told.append((tokens.tolist(), is_prefill.tolist()))
+
+    def dummy(self):
+        self.told.append("dummy")
+
+
+def test_the_load_of_a_draft_is_told_apart_by_pass():
+    """First the target's batch, then a token of each request; dummy passes count nothing."""
+    batch = np.array([5, 1]), np.array([True, False])
+    recording = Recording(batch)
+    proposer = SimpleNamespace(**{draft_recording.RECORDER: recording})
+    determine = draft_recording._determine_batch(lambda self, num_tokens: num_tokens)
+    assert [determine(proposer, n) for n in (6, 2)] == [6, 2]
+    draft_recording._dummy_run(lambda self: determine(self, 6))(proposer)
+    determine(proposer, 2)
+    assert recording.told == [
+        ([5, 1], [True, False]), ([2], [False]), "dummy", ([2], [False])
+    ]  # fmt: skip
+    determine(SimpleNamespace(), 3)  # a proposer without a recording
+
+
+def test_a_drafts_load_goes_beside_the_targets(tmp_path, monkeypatch):
+    from moe_placement_plugin.engines.vllm import recording
+
+    made = []
+    monkeypatch.setattr(
+        recording, "LoadRecording", lambda *args: made.append(args) or SimpleNamespace()
+    )
+    found = {"mtp.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
+    monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)
+    record = {"path": str(tmp_path / "load.safetensors"), "num_experts": 6, "coactivation": True}
+    config = configs("mtp")[0][0]
+    runner = SimpleNamespace(
+        device="cpu", drafter=SimpleNamespace(model=torch.nn.Module()), own="model"
+    )
+    draft_recording.bind_draft(record, config, runner, "target")
+    (settings, _, model, _), kept = made[0], getattr(runner.drafter, draft_recording.RECORDER)
+    assert settings["path"] == str(tmp_path / "load.draft.safetensors")
+    assert (
+        settings["num_experts"] == 4 and model is runner.drafter.model and kept.target == "target"
+    )
+    found.clear()  # a dense draft
+    draft_recording.bind_draft(record, config, runner, "target")
+    draft_recording.bind_draft(record, config, SimpleNamespace(device="cpu"), "target")
+    assert len(made) == 1
+
+
+def test_a_file_of_another_draft_is_refused(tmp_path, monkeypatch):
+    found = {"mtp.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
+    monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)
+    ExpertLoad(np.ones((1, 2, 4))).write(tmp_path / "load.draft.safetensors")
+    runner = SimpleNamespace(device="cpu", drafter=SimpleNamespace(model=torch.nn.Module()))
+    record = {"path": str(tmp_path / "load.safetensors"), "num_experts": 6, "coactivation": False}
+    with pytest.raises(PlacementError, match="load.draft.safetensors"):
+        draft_recording.bind_draft(record, configs("mtp")[0][0], runner, None)
