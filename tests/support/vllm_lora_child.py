@@ -83,6 +83,7 @@ def main() -> None:
         print("SLOTS", json.dumps(llm.collective_rpc(look)), flush=True)
     except RuntimeError as error:
         print("REFUSED", error, flush=True)
+    os._exit(0)  # the caller ends the workers, which are of this process's group
 
 
 if __name__ == "__main__":
