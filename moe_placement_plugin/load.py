@@ -92,18 +92,35 @@ class ExpertLoad:
         """``[layers, experts]``: counts summed over the windows."""
         return self.counts.sum(axis=0)
 
+    def require_tokens(self, layer_ids: Sequence[int] = ()) -> None:
+        """Refuse a load without a token, which a plan would be made from all the same: as if experts were used alike.
+
+        Args:
+            layer_ids: the layers that must have one each, where it is known which are MoE layers.
+
+        Raises:
+            PlacementError: naming the first layer without a token.
+        """
+        seen = np.asarray(self.counts.any(axis=(0, 2)))
+        if not seen.any():
+            raise PlacementError(
+                "the recording is empty (no token in any layer): record while requests are served"
+            )
+        without = [i for i in layer_ids if not seen[self.layer_ids.index(i)]]
+        if without:
+            raise PlacementError(
+                f"the recording has no token in MoE layer {without[0]} ({len(without)} of {len(layer_ids)} layers have "
+                "none): it is a part of a recording, or of another model; record on this one, all pipeline stages together"
+            )
+
     def moe_layers(self) -> ExpertLoad:
         """The load without rows that saw no token, as recorders that number dense layers too write them.
 
         Raises:
             PlacementError: when no row saw a token.
         """
-        used = np.flatnonzero(self.counts.any(axis=(0, 2)))
-        if not used.size:
-            raise PlacementError(
-                "the recording is empty (no token in any layer): record while requests are served"
-            )
-        return self._rows(used.tolist())
+        self.require_tokens()
+        return self._rows(np.flatnonzero(self.counts.any(axis=(0, 2))).tolist())
 
     def select_layers(self, layer_ids: Sequence[int]) -> ExpertLoad:
         """The load of just the given layers of the model, in the given order.

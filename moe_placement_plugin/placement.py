@@ -39,6 +39,7 @@ class Placement:
             dense layers); ``0..layers-1`` when left empty.
         strategy: name of the strategy that made it.
         metadata: free-form facts about its making (model, source load, ...), JSON-compatible.
+        draft: where the experts of the draft of speculative decoding lie, which numbers its MoE layers by itself.
 
     Raises:
         PlacementError: when the maps do not form a valid placement.
@@ -50,6 +51,7 @@ class Placement:
     layer_ids: tuple[int, ...] = ()
     strategy: str = "custom"
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    draft: Placement | None = None
     _may_repeat: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -255,6 +257,7 @@ class Placement:
             tuple(layer_ids),
             self.strategy,
             self.metadata,
+            self.draft,
         )
 
     @cached_property
@@ -265,6 +268,8 @@ class Placement:
             json.dumps([self.num_logical_experts, self.slots_per_rank, self.layer_ids]).encode()
         )
         h.update(np.ascontiguousarray(self.physical_to_logical, dtype="<i4").tobytes())
+        if self.draft is not None:
+            h.update(self.draft.digest.encode())
         return h.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -275,15 +280,21 @@ class Placement:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan file's content as JSON-compatible values."""
-        return {
+        data = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "strategy": self.strategy,
+            **self._rows(),
+            "metadata": dict(self.metadata),
+        }
+        return data if self.draft is None else data | {"draft": self.draft._rows()}
+
+    def _rows(self) -> dict[str, Any]:
+        return {
             "num_logical_experts": self.num_logical_experts,
             "slots_per_rank": list(self.slots_per_rank),
             "layer_ids": list(self.layer_ids),
             "physical_to_logical": self.physical_to_logical.tolist(),
-            "metadata": dict(self.metadata),
         }
 
     @classmethod
@@ -305,8 +316,13 @@ class Placement:
         trivial map. ``num_layers`` is the model's number of layers (default: up to the last MoE layer).
 
         Raises:
-            PlacementError: if ranks have different numbers of slots (SGLang knows only equal ones).
+            PlacementError: if ranks have different numbers of slots (SGLang knows only equal ones), or there are rows
+                for a draft, for which its form has no place.
         """
+        if self.draft is not None:
+            raise PlacementError(
+                "SGLang's form of a plan has no rows for a draft, this plan has: leave its draft's rows out"
+            )
         if not self.is_even:
             raise PlacementError(
                 f"slots_per_rank {_short(self.slots_per_rank)}: SGLang needs the same number of slots on every rank; "

@@ -11,6 +11,17 @@ from .errors import PlacementError
 from .placement import FORMAT, FORMAT_VERSION, Placement, as_int32_table, even_slots
 
 
+class DraftRows(BaseModel):
+    """Rows for the MoE layers of the draft of speculative decoding, which has layers and experts of its own."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    num_logical_experts: int = Field(ge=1)
+    slots_per_rank: list[int]
+    layer_ids: list[int]
+    physical_to_logical: list[list[int]]
+
+
 class PlanFile(BaseModel):
     """Content of a plan file; see `Placement` for the meaning of the fields."""
 
@@ -24,6 +35,7 @@ class PlanFile(BaseModel):
     layer_ids: list[int] = Field(default_factory=list)
     physical_to_logical: list[list[int]]
     metadata: dict[str, Any] = Field(default_factory=dict)
+    draft: DraftRows | None = None
 
 
 def is_plan(data: Any) -> bool:
@@ -48,6 +60,11 @@ def parse_plan(data: Any, source: str) -> Placement:
             f"{source} has plan version {data.get('version')!r}, this release reads version {FORMAT_VERSION}: "
             "make the plan again with this release"
         )
+    if data.get("draft") is not None and not data.get("physical_to_logical"):
+        raise PlacementError(
+            f"{source} is a plan for the draft only: give the model's own rows (physical_to_logical) too; a strategy without "
+            "a plan (zigzag, balanced) places the draft as well"
+        )
     try:
         plan = PlanFile.model_validate(data)
     except ValidationError as error:
@@ -64,9 +81,23 @@ def parse_plan(data: Any, source: str) -> Placement:
             tuple(plan.layer_ids),
             plan.strategy,
             plan.metadata,
+            None if plan.draft is None else _draft(plan.draft),
         )
     except PlacementError as error:
         raise PlacementError(f"{source}: {error}") from None
+
+
+def _draft(rows: DraftRows) -> Placement:
+    try:
+        return Placement(
+            np.asarray(rows.physical_to_logical),
+            rows.num_logical_experts,
+            tuple(rows.slots_per_rank),
+            tuple(rows.layer_ids),
+            "draft",
+        )
+    except PlacementError as error:
+        raise PlacementError(f"draft: {error}") from None
 
 
 def parse_sglang_plan(

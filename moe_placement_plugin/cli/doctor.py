@@ -73,7 +73,14 @@ def _examine(name: str) -> dict[str, Any]:
 def _vllm(result: dict[str, Any]) -> None:
     from ..engines.vllm import kernels, preflight
     from ..engines.vllm.flags import FLAGS
-    from ..engines.vllm.patches import eplb_set, host_set, load_set, patch_set, recording_set
+    from ..engines.vllm.patches import (
+        eplb_set,
+        host_set,
+        load_set,
+        lora_set,
+        patch_set,
+        recording_set,
+    )
 
     result["supported"] = f"{preflight.SUPPORTED[0]} to {preflight.SUPPORTED[1]} (exclusive)"
     preflight.check_version()
@@ -82,6 +89,7 @@ def _vllm(result: dict[str, Any]) -> None:
         ("placement", patch_set()),
         ("verification", load_set()),
         ("rebalancing", eplb_set()),
+        ("adapters", lora_set()),
         ("recording", recording_set()),
         ("several hosts", host_set()),
     ):

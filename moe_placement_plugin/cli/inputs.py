@@ -85,10 +85,10 @@ def read_loads(paths: Sequence[Path], phase: str | None = None) -> list[Workload
             raise PlacementError(
                 f"{path} is a plan, a recorded load is needed: give what --expert-load-record wrote"
             )
-        if not load.counts.any():
-            raise PlacementError(
-                f"{path}: the recording is empty (no token in any layer): record while requests are served"
-            )
+        try:
+            load.require_tokens()
+        except PlacementError as error:
+            raise PlacementError(f"{path}: {error}") from None
         if phase is not None:
             keep = [i for i, p in enumerate(load.phases) if p == phase]
             if not keep:

@@ -115,6 +115,8 @@ class Rebalancer:
         self.all_gather = all_gather
         self._cost = _cost(policy)
         self.last: Decision | None = None
+        self.counted_by = 1
+        """Ranks that count the same token, so that the engine's sum over ranks holds it as often."""
         self.phases: np.ndarray | None = None
         """Load by phase, int64 ``[phases, layers, experts]``, where the engine adds it up before it asks; for the next `propose` only."""
         self._achieved: float | None = None

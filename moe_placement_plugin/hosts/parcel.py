@@ -35,6 +35,8 @@ def pack(placement: Placement) -> dict[str, Any]:
     }
     if "node_of_rank" in placement.metadata:
         packed["node_of_rank"] = list(placement.metadata["node_of_rank"])
+    if placement.draft is not None:
+        packed["draft"] = pack(placement.draft)
     size = len(packed["physical_to_logical"])
     if size > LIMIT:
         raise PlacementError(
@@ -62,6 +64,7 @@ def unpack(packed: dict[str, Any]) -> Placement:
             tuple(packed["layer_ids"]),
             packed["strategy"],
             {"node_of_rank": list(packed["node_of_rank"])} if "node_of_rank" in packed else {},
+            unpack(packed["draft"]) if "draft" in packed else None,
         )
         found = placement.digest
     except (KeyError, TypeError, ValueError, zlib.error) as error:

@@ -70,6 +70,7 @@ def resolve_placement(
     num_redundant: int = 0,
     slots_per_rank: tuple[int, ...] = (),
     locality: str = "none",
+    draft: ModelShape | None = None,
 ) -> Placement:
     """The placement that ``--expert-placement-strategy`` and ``--expert-placement-file`` ask for.
 
@@ -84,6 +85,7 @@ def resolve_placement(
         num_redundant: redundant experts per layer that the engine is started with.
         slots_per_rank: slots of each rank where the engine prescribes them.
         locality: see `PlacementRequest.locality`; for a strategy that plans from a load.
+        draft: the experts of the draft of speculative decoding that the engine places by rows of its own in a plan.
 
     Raises:
         PlacementError: when the request cannot be honoured.
@@ -98,6 +100,7 @@ def resolve_placement(
                     f"--expert-placement-locality {locality} with {file}, which is a plan and decides alone: make it with `moe-placement plan "
                     f"--locality {locality}`, or leave the flag out"
                 )
+            check_draft_rows(given, draft, topology, str(file))
             return check_plan(given, shape, topology, num_redundant, slots_per_rank, str(file))
         if not planner.needs_load:
             if planner.name != "linear":
@@ -112,6 +115,7 @@ def resolve_placement(
                     "recorded on another model; record on this one"
                 )
             load = given.select_layers(shape.layer_ids)
+            load.require_tokens(shape.layer_ids)
         except PlacementError as error:
             raise PlacementError(f"{file}: {error}") from None
     elif planner.needs_load:
@@ -143,6 +147,40 @@ def resolve_placement(
         ),
     )
     return planner.place(request)
+
+
+def check_draft_rows(
+    plan: Placement, draft: ModelShape | None, topology: Topology, source: str
+) -> None:
+    """Refuse a plan whose rows for a draft fit no draft of this engine.
+
+    Args:
+        plan: as it was read.
+        draft: the draft's experts; None where the engine runs no draft with experts, or does not place it by a plan.
+        topology: the EP ranks.
+        source: names the plan in errors.
+
+    Raises:
+        PlacementError: naming the plan and what does not fit.
+    """
+    rows = plan.draft
+    if rows is None:
+        return
+    if draft is None:
+        raise PlacementError(
+            f"{source} has rows for a draft (layers {list(rows.layer_ids)}), and this engine runs no draft with experts, "
+            "or places it by itself (SGLang; --enable-eplb): leave the draft's rows out"
+        )
+    if rows.num_logical_experts != draft.num_experts:
+        raise PlacementError(
+            f"{source} has rows for a draft with {rows.num_logical_experts} experts, the draft {draft.name} has "
+            f"{draft.num_experts}: plan for this draft, or leave the draft's rows out"
+        )
+    if rows.num_ranks != topology.num_ranks or rows.num_redundant:
+        raise PlacementError(
+            f"{source} has rows for a draft on {rows.num_ranks} EP ranks with {rows.num_redundant} redundant experts, the "
+            f"engine runs {topology.num_ranks} and 0: plan the draft for that, or leave its rows out"
+        )
 
 
 def check_plan(
@@ -188,6 +226,12 @@ def check_plan(
             shape.layer_ids,
             plan.strategy,
             plan.metadata,
+            plan.draft,
+        )
+    if min(plan.layer_ids) > shape.layer_ids[-1]:
+        raise PlacementError(
+            f"{source} is a plan for layers {list(plan.layer_ids)} only, behind the model's last MoE layer {shape.layer_ids[-1]}: "
+            "a draft's rows stand under \"draft\" beside the model's own, which a plan must have"
         )
     if not set(shape.layer_ids) <= set(plan.layer_ids):
         raise PlacementError(

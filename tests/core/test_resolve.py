@@ -140,6 +140,22 @@ def test_plans_with_redundant_experts(tmp_path):
             "is -1.0: token counts must be finite and not negative",
         ),
         ("eplb", b'{"logical_count": [[NaN, 1, 1, 1]]}', {}, "is nan: token counts"),
+        ("eplb", ExpertLoad(np.zeros((2, 3, 4))), {}, r"empty \(no token in any layer\): record"),
+        ("linear", {"logical_count": [[0] * 4] * 4}, {}, "empty"),
+        (
+            "eplb",
+            ExpertLoad(np.array([[[1.0] * 4, [0] * 4, [1] * 4]])),
+            {},
+            r"no token in MoE layer 2 \(1 of 3 layers have none\)",
+        ),
+        # SGLang numbers dense layers too, which have none by right.
+        ("eplb", {"logical_count": [[0] * 4, [1] * 4, [1] * 4, [0] * 4]}, {}, "MoE layer 3"),
+        (
+            "eplb",
+            plan(rows=[[3, 2, 1, 0]], ids=(4,)),
+            {},
+            r"for layers \[4\] only, behind the model's last MoE layer 3: a draft's rows stand",
+        ),
     ],
 )
 def test_bad_input(tmp_path, strategy, thing, more, message):

@@ -13,6 +13,7 @@ import torch  # noqa: E402
 from moe_placement_plugin import PlacementError  # noqa: E402
 from moe_placement_plugin.engines.load_counters import LoadCounters  # noqa: E402
 from moe_placement_plugin.engines.vllm import patches, recording  # noqa: E402
+from moe_placement_plugin.engines.vllm.capture_points import capture_points  # noqa: E402
 from moe_placement_plugin.engines.vllm.settings import PlacementSettings  # noqa: E402
 
 EXPERTS = 8
@@ -184,3 +185,38 @@ def test_only_what_was_asked_for_is_patched(monkeypatch):
     ]
     names = {p.name for p in patches.recording_set()}
     assert names and all(name.startswith("record-") for name in names)
+
+
+def two_in_one_layer(*names: str) -> torch.nn.Module:
+    """A model with a MoE of each name, as far as a recording looks at it."""
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    class Router(BaseRouter):
+        """A router that only takes a callback."""
+
+        __abstractmethods__ = frozenset()
+
+        def set_capture_fn(self, capture):
+            self.capture = capture
+
+    Router.__abstractmethods__ = frozenset()
+    model = torch.nn.Module()
+    for i, name in enumerate(names):
+        runner = MoERunner.__new__(MoERunner)
+        torch.nn.Module.__init__(runner)
+        router = Router.__new__(Router)
+        runner.__dict__.update(layer_name=name, router=router)
+        quant_method = SimpleNamespace(is_monolithic=False)
+        runner.__dict__["routed_experts"] = SimpleNamespace(quant_method=quant_method)
+        model.add_module(f"moe{i}", runner)
+    return model
+
+
+def test_two_moes_in_one_layer_are_not_counted_as_one():
+    """The second took the first one's row, so that half of the load was missing without a word (ERNIE 4.5 VL)."""
+    names = [f"model.layers.{n}.mlp.text_experts" for n in (3, 4)]
+    assert list(capture_points(two_in_one_layer(*names))) == [3, 4]
+    names.append("model.layers.3.mlp.vision_experts")
+    with pytest.raises(PlacementError, match="moe2 is a second MoE in layer 3"):
+        capture_points(two_in_one_layer(*names))

@@ -271,6 +271,32 @@ def test_replicas_are_picked_by_row_as_sglang_does_from_0_5_17(placed, monkeypat
         assert torch.equal(ours, stock._topk_ids_logical_to_physical_dynamic(ids, info))
 
 
+def test_a_padded_token_goes_to_no_expert(placed, monkeypatch):
+    """-1, which as an index is the last expert; planted in every table of ours."""
+    from sglang.srt.layers.moe import utils
+
+    none = types.SimpleNamespace(is_none=lambda: True)
+    monkeypatch.setattr(utils, "get_moe_a2a_backend", lambda: none)
+    info = dispatch_info(placed)
+    info.ep_dispatch_algorithm = "static"
+    info.partial_logical_to_rank_dispatch_physical_map = info.partial_logical_to_all_physical_map[
+        :, 0
+    ]
+    ids = torch.tensor([[3, 0], [-1, -1]])
+    assert routing._remap(ids, 0, info).tolist() == [[0, 2], [-1, -1]]
+    assert routing._remap(torch.tensor([[3, 4], [-1, -1]]), 1, info).tolist() == [[0, 6], [-1, -1]]
+    picked = routing.pick_by_row(lambda *_: pytest.fail("random pick"), ids, info)
+    assert picked[1].tolist() == [-1, -1] and placed.physical_to_logical[0][picked[0]].tolist() == [
+        3,
+        0,
+    ]
+    even = Placement([[3, 1, 0, 2]], 4, (2, 2), (1,))
+    for rank, expected in enumerate(([-1, 1, -1, 0, -1], [0, -1, 1, -1, -1])):
+        table = direct.local_slots(even, 1, rank)
+        assert table.dtype == np.int32 and table.tolist() == expected
+        assert table[-1] == -1
+
+
 def test_shared_experts_follow_the_redundant_slots(placed, monkeypatch):
     info = dispatch_info(placed)
     info.ep_dispatch_algorithm = "static"

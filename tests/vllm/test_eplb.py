@@ -84,6 +84,10 @@ def test_routing_in_torch_is_the_kernels():
     assert seen.tolist() == np.bincount(np.array(expected[:4]).ravel(), minlength=6).tolist()
     map_and_record(ids, seen, table, count, torch.tensor(False))
     assert seen.sum() == 8
+    table[2] = torch.tensor([2, 4, 5])  # of the last expert, which index -1 would find
+    padded = torch.tensor([[1, 2], [-1, -1]], dtype=torch.int32)
+    assert map_and_record(padded, seen, table, count, torch.tensor(True))[1].tolist() == [-1, -1]
+    assert seen.sum() == 10
 
 
 def test_a_fused_tensor_gets_rows_for_redundant_experts():

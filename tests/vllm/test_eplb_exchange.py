@@ -99,6 +99,48 @@ def test_the_window_is_told_apart_by_phase(monkeypatch):
     assert eplb._by_phase(rebalancer, load.sum(axis=0).astype(float)).phases == ("mixed",)
 
 
+@pytest.mark.parametrize(
+    "how, expected",
+    [
+        ({}, 2),  # tensor parallel ranks route the same tokens
+        ({"is_sequence_parallel": True}, 1),  # each routes its share
+        ({"supports_internal_mk": False}, 4),  # tokens are gathered before they are routed
+        ({"supports_internal_mk": False, "dp_size": 1, "ep_size": 2}, 2),
+        ({"dp_size": 1, "ep_size": 4}, 4),
+        ({"pcp_size": 2, "ep_size": 8, "use_all2all_kernels": True}, 2),
+        ({"pcp_size": 2, "ep_size": 8}, 4),
+        ({"is_sequence_parallel": True, "supports_internal_mk": False}, 4),
+    ],
+)
+def test_a_token_counts_once_however_many_ranks_have_counted_it(how, expected):
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+    has = {"dp_size": 2, "ep_size": 4, "pcp_size": 1, "use_all2all_kernels": False, **how}
+    runner = MoERunner.__new__(MoERunner)
+    torch.nn.Module.__init__(runner)
+    parallel = SimpleNamespace(**has)
+    runner.moe_config = SimpleNamespace(
+        moe_parallel_config=parallel,
+        dp_size=has["dp_size"],
+        pcp_size=has["pcp_size"],
+        is_sequence_parallel=has.get("is_sequence_parallel", False),
+    )
+    method = SimpleNamespace(supports_internal_mk=has.get("supports_internal_mk", True))
+    runner.__dict__["routed_experts"] = SimpleNamespace(quant_method=method)
+    assert eplb.counted_by(torch.nn.Sequential(runner)) == expected
+    assert eplb.counted_by(torch.nn.Sequential()) == 1
+
+
+def test_the_load_is_divided_by_the_ranks_that_counted_it():
+    rebalancer = Rebalancer(policy_from({}, eplb.REBALANCE_FLAG), range(2), 1000, eplb.logger)
+    counts = np.array([[8.0, 4, 0], [4, 4, 4]])
+    assert eplb._by_phase(rebalancer, counts).total.tolist() == counts.tolist()
+    rebalancer.counted_by = 4
+    assert eplb._by_phase(rebalancer, counts).total.tolist() == (counts / 4).tolist()
+    rebalancer.phases = np.stack([counts, 0 * counts, 0 * counts])
+    assert eplb._by_phase(rebalancer, counts).total.tolist() == (counts / 4).tolist()
+
+
 def test_maps_are_vllms():
     from vllm.distributed.eplb.eplb_state import compute_logical_maps
 

@@ -146,7 +146,25 @@ def results(child, checkpoints, files, tmp_path_factory):
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
     }  # fmt: skip
     (dense / "config.json").write_text(json.dumps(dense_config))
+    one_layer_without = np.ones((1, 4, 30))
+    one_layer_without[:, 2] = 0
+    draft = Placement(rows, 30, (15, 15))
+    with_draft = write("with_draft", Placement(rows, 30, (15, 15), (), "eplb", {}, draft))
+    draft_only = {k: v for k, v in draft.to_dict().items() if k != "physical_to_logical"} | {"draft": draft._rows()}  # fmt: skip
+
+    def speculative(model):
+        return {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}
+
     requests = {
+        "draft with rows": {**base, "expert_placement_file": with_draft, "speculative_config": speculative(checkpoints["qwen"])},
+        "draft without rows": {**zigzag, "speculative_config": speculative(dense)},
+        "rows for no draft": {**base, "expert_placement_file": with_draft},
+        "rows for a dense draft": {**base, "expert_placement_file": with_draft, "speculative_config": speculative(dense)},
+        "plan for the draft only": {**eplb, "expert_placement_file": write("draft_only", json.dumps(draft_only))},
+        "no token": {**eplb, "expert_placement_file": write("none", ExpertLoad(np.zeros((1, 4, 30))))},
+        "layer without a token": {**eplb, "expert_placement_file": write("part", ExpertLoad(one_layer_without))},
+        "batched kernel": {**zigzag, "moe_backend": "flashinfer_cutedsl", "data_parallel_size": 2,
+                           "all2all_backend": "deepep_low_latency", "tensor_parallel_size": 1},
         "zigzag": zigzag,
         "round_robin": {**base, "expert_placement_strategy": "round_robin"},
         "file only": {**base, "expert_placement_file": files["uneven"]},
@@ -190,6 +208,10 @@ def test_accepted_requests_carry_the_whole_placement(results, files):
     assert (
         results["file only"]["digest"] == results["file in additional_config"]["digest"] == digest
     )
+    with_draft = results["draft with rows"]
+    assert with_draft.get("digest") and with_draft["digest"] != results["linear"]["digest"]
+    assert results["draft without rows"].get("strategy") == "zigzag", results["draft without rows"]
+    assert results["batched kernel"].get("strategy") == "zigzag", results["batched kernel"]
     # On the CPU build, expert parallelism itself needs the plugin; the placement is the engine's own.
     linear = results["linear"]
     assert (
@@ -201,6 +223,11 @@ def test_accepted_requests_carry_the_whole_placement(results, files):
 @pytest.mark.parametrize(
     "name, words",
     [
+        ("rows for no draft", ["has rows for a draft (layers [0, 1, 2, 3])", "runs no draft"]),
+        ("rows for a dense draft", ["has rows for a draft", "runs no draft with experts"]),
+        ("plan for the draft only", ["is a plan for the draft only", "physical_to_logical"]),
+        ("no token", ["none: the recording is empty (no token in any layer)"]),
+        ("layer without a token", ["part: the recording has no token in MoE layer 2 (1 of 4"]),
         ("no ep", ["zigzag without --enable-expert-parallel", "add --enable-expert-parallel"]),
         ("one rank", ["one EP rank", "--tensor-parallel-size"]),
         ("unknown", ["unknown expert placement strategy 'zigzga'", "zigzag"]),

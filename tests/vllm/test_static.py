@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import signal
+import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -60,9 +63,32 @@ def test_routing_tables(settings):
     to_physical, to_global, local = static._routing_tables(settings, 2, Manager)
     assert to_global.tolist() == [0, 2, 4, 1, 3, 5] and local.tolist() == [1, 3, 5]
     assert to_physical[to_global].tolist() == list(range(6))
+    assert to_physical.tolist() == [0, 3, 1, 4, 2, 5, -1]
     uneven = PlacementSettings.make("eplb", Placement([[0, 1, 2, 3, 4, 5]], 6, (4, 2), (2,)), 2)
     with pytest.raises(PlacementError, match="same number of experts on every rank"):
         static._routing_tables(uneven, 2, Manager)
+
+
+def test_a_padded_token_finds_no_expert_in_the_routing_tables(settings, monkeypatch):
+    """By the method of vLLM that reads the table; its own table, one entry shorter, sends the token to the last expert."""
+    monkeypatch.setitem(sys.modules, "deep_ep", MagicMock())  # the method calls none of it
+    module = importlib.import_module(
+        "vllm.model_executor.layers.fused_moe.prepare_finalize.deepep_ll"
+    )
+    monkeypatch.delitem(sys.modules, module.__name__)  # it holds the stand-in
+    back_end = module.DeepEPLLPrepareAndFinalize.__new__(module.DeepEPLLPrepareAndFinalize)
+    back_end.global_to_physical = static._routing_tables(settings, 2, Manager)[0]
+    ids = torch.tensor([[5, 0], [-1, -1]])
+    assert back_end._map_global_to_physical_ids(ids).tolist() == [[5, 0], [-1, -1]]
+    back_end.global_to_physical = back_end.global_to_physical[:-1]  # the fault
+    assert back_end._map_global_to_physical_ids(ids).tolist() == [[5, 0], [5, 5]]
+
+
+def test_routing_tables_have_no_room_for_fused_shared_experts(settings):
+    """Their ids begin behind the last expert, where the sentinel lies: their tokens would go nowhere without a word."""
+    shared = type("Manager", (Manager,), {"num_fused_shared_experts": 1})
+    with pytest.raises(PlacementError, match="1 fused shared experts"):
+        static._routing_tables(settings, 2, shared)
 
 
 def test_round_robin_routing_tables_are_vllms_own():
@@ -72,12 +98,10 @@ def test_round_robin_routing_tables_are_vllms_own():
     stock.global_num_experts, stock.num_fused_shared_experts, stock._local_num_experts = 6, 0, 3
     stock.moe_parallel_config = type("Config", (), {"ep_size": 2, "ep_rank": 1})
     zigzag = PlacementSettings.make("zigzag", Placement([[0, 2, 4, 1, 3, 5]], 6, (3, 3), (2,)), 2)
-    for ours, theirs in zip(
-        static._routing_tables(zigzag, 2, Manager),
-        stock._init_round_robin_expert_routing_tables(),
-        strict=True,
-    ):
-        assert torch.equal(ours, theirs)
+    to_physical, *others = static._routing_tables(zigzag, 2, Manager)
+    theirs = stock._init_round_robin_expert_routing_tables()
+    for ours, its in zip((to_physical[:-1], *others), theirs, strict=True):
+        assert torch.equal(ours, its)
 
 
 def test_the_weight_filter_keeps_exactly_the_experts_of_each_layer(settings, monkeypatch):
@@ -184,6 +208,43 @@ def test_kernels_are_told_by_name_and_by_code():
         match="model.layers.1: vLLM chose the MoE kernel TrtLlmBf16ExpertsMonolithic.*--moe-backend",
     ):
         kernels.check_experts(method, False, "model.layers.1")
+
+
+def test_kernels_that_remap_ids_by_the_map_are_accepted():
+    """Refused without need until now: --moe-backend cutlass for NVFP4 and MXFP4, and batched kernels."""
+    from vllm.model_executor.layers.fused_moe.experts import cutlass_moe
+    from vllm.model_executor.layers.fused_moe.experts.flashinfer_cutedsl_batched_moe import (
+        FlashInferCuteDSLBatchedExperts,
+    )
+
+    method = type("Method", (), {})()
+    for method.experts_cls in (cutlass_moe.CutlassExpertsFp4, cutlass_moe.CutlassExpertsMxfp4):
+        kernels.check_experts(method, False, "layer")
+    # In 0.25 and 0.28 these classes are given a map and leave it.
+    method.experts_cls = type(
+        "CutlassExpertsFp4", (), {"apply": lambda self, topk_ids, expert_map: topk_ids}
+    )
+    with pytest.raises(PlacementError, match="the MoE kernel CutlassExpertsFp4, which is not"):
+        kernels.check_experts(method, False, "layer")
+    for method.experts_cls in (
+        cutlass_moe.CutlassBatchedExpertsFp8,
+        FlashInferCuteDSLBatchedExperts,
+    ):
+        kernels.check_experts(method, True, "layer")
+        with pytest.raises(PlacementError, match="Batched"):  # no routing tables sort its tokens
+            kernels.check_experts(method, False, "layer")
+    kernels.check_moe_backend("flashinfer_cutedsl", use_tables=True)
+    for backend, use_tables in (("flashinfer_cutedsl", False), ("flashinfer_cutlass", True)):
+        with pytest.raises(PlacementError, match=f"MoE back end {backend} computes"):
+            kernels.check_moe_backend(backend, use_tables)
+
+
+def test_a_padded_token_is_no_token_of_the_last_expert_on_cpu():
+    weights, ids = torch.tensor([[0.7, 0.3]]), torch.tensor([[-1, 4]], dtype=torch.int32)
+    expert_map = torch.tensor(PLAN.expert_map(0, 0))
+    assert expert_map[5] >= 0  # what index -1 finds is here
+    found = cpu.to_local(weights, ids, expert_map)
+    assert torch.equal(found[0], torch.tensor([[0.0, 0.3]])) and found[1].tolist() == [[0, 1]]
 
 
 def test_every_class_of_cpu_experts_has_a_patch_that_fits():

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ...placement import Placement
 from . import settings
 from .support import Combination
@@ -64,10 +66,19 @@ def settle(layer: Any, router: Any, placement: Placement) -> None:
         or dispatcher.moe_ep_size < 2
     ):
         return
-    slots = placement.expert_map(placement.row(layer.layer_id), layer.moe_ep_rank)
-    dispatcher.local_expert_mapping = torch.from_numpy(slots.copy()).to(device)
+    dispatcher.local_expert_mapping = torch.from_numpy(
+        local_slots(placement, layer.layer_id, layer.moe_ep_rank)
+    ).to(device)
     setattr(dispatcher, _TABLE, dispatcher.local_expert_mapping)
     object.__setattr__(router.topk_config, _EXPERTS, layer)
+
+
+def local_slots(placement: Placement, layer_id: int, rank: int) -> np.ndarray:
+    """int32 ``[experts + 1]``: local slot of each expert on ``rank``, -1 elsewhere.
+
+    The last entry is what index -1, a padded token's, finds: no slot, where the last expert would be found without it.
+    """
+    return np.append(placement.expert_map(placement.row(layer_id), rank), np.int32(-1))
 
 
 def _takes_local_slots(method: Any) -> bool:

@@ -77,17 +77,20 @@ def post_process(
 
 
 def _remap(ids: Any, shared: int, info: Any) -> Any:
-    """Physical ids of the routed columns of ``ids`` ``[tokens, top k]``; ids of shared experts follow the routed ones."""
+    """Physical ids of the routed columns of ``ids`` ``[tokens, top k]``; ids of shared experts follow the routed ones.
+
+    -1, a padded token's, stays -1: as an index it would be the last expert.
+    """
     import torch
     from sglang.srt.eplb.expert_location_dispatch import topk_ids_logical_to_physical
 
     if not shared:
-        return topk_ids_logical_to_physical(ids, info)
+        physical = topk_ids_logical_to_physical(ids.clamp_min(0), info)
+        return torch.where(ids < 0, ids, physical)
     routed, common = ids[:, :-shared], ids[:, -shared:]
     redundant = info.num_physical_experts - info.partial_logical_to_all_physical_map.shape[0]
-    return torch.cat(
-        [topk_ids_logical_to_physical(routed.contiguous(), info), common + redundant], dim=1
-    )
+    common = torch.where(common < 0, common, common + redundant)
+    return torch.cat([_remap(routed.contiguous(), 0, info), common], dim=1)
 
 
 @lru_cache(maxsize=1)
@@ -109,7 +112,9 @@ def pick_by_row(original: Callable, topk_ids: Any, info: Any) -> Any:
 
     if not get_moe_a2a_backend().is_none():
         return original(topk_ids, info)
-    replicas = info.partial_logical_to_all_physical_map_num_valid[topk_ids]
+    experts = topk_ids.clamp_min(0)
+    replicas = info.partial_logical_to_all_physical_map_num_valid[experts]
     rows = torch.arange(topk_ids.shape[0], dtype=replicas.dtype, device=topk_ids.device)
     rows = rows.view(-1, *[1] * (topk_ids.dim() - 1))
-    return info.partial_logical_to_all_physical_map[topk_ids, rows % replicas].to(topk_ids.dtype)
+    physical = info.partial_logical_to_all_physical_map[experts, rows % replicas]
+    return torch.where(topk_ids < 0, topk_ids, physical.to(topk_ids.dtype))

@@ -26,14 +26,14 @@ def to_local(topk_weights: Any, topk_ids: Any, expert_map: Any) -> tuple[Any, An
 
     Args:
         topk_weights: ``[tokens, top_k]``.
-        topk_ids: global expert ids, ``[tokens, top_k]``.
+        topk_ids: global expert ids, ``[tokens, top_k]``; -1 for none, which is computed nowhere.
         expert_map: int32 ``[experts]``, local slot or -1.
 
     Returns:
         (weights, local slots) of the same shapes and types.
     """
     local = expert_map[topk_ids.long()]
-    away = local < 0
+    away = (local < 0) | (topk_ids < 0)  # index -1 is the last expert
     return topk_weights.masked_fill(away, 0), local.masked_fill(away, 0).to(topk_ids.dtype)
 
 

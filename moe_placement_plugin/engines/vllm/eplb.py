@@ -101,6 +101,7 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
         rebalancers[shape] = Rebalancer(
             rules, range(len(layers)), sizes, logger, topology, _gathers(layers)
         )
+        rebalancers[shape].counted_by = counted_by(state.model)
         eplb.policy = planner_policy(rebalancers)
     from ..eplb_table import warm_up  # not earlier: see there
 
@@ -241,7 +242,7 @@ def planner_policy(rebalancers: dict[tuple[int, int], Rebalancer]) -> type:
 def _by_phase(rebalancer: Rebalancer, counts: np.ndarray) -> ExpertLoad:
     """The load of each phase if that is what vLLM has added up to ``counts`` [layers, experts], else just that."""
     of_phases, rebalancer.phases = rebalancer.phases, None
-    ranks = _tensor_parallel_ranks()  # each of them has counted every token
+    ranks = rebalancer.counted_by
     if of_phases is None or not np.array_equal(of_phases.sum(axis=0), counts):
         return ExpertLoad(counts[None] / ranks, rebalancer.layer_ids)
     seen = np.flatnonzero(of_phases.any(axis=(1, 2)))
@@ -252,11 +253,28 @@ def _by_phase(rebalancer: Rebalancer, counts: np.ndarray) -> ExpertLoad:
     )
 
 
-def _tensor_parallel_ranks() -> int:
-    from vllm.distributed import parallel_state
+def counted_by(model: Any) -> int:
+    """Ranks whose routers see the same token: vLLM's EPLB adds up what all of them have counted.
 
-    group = getattr(parallel_state, "_TP", None)
-    return 1 if group is None else group.world_size
+    The tensor parallel ones, unless sequence parallelism gives each of them a share of the tokens; and those among which tokens are
+    gathered before they are routed: data parallel ranks with kernels that dispatch nothing, context parallel ones.
+
+    Args:
+        model: with vLLM's ``MoERunner`` in its MoE layers.
+    """
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+    runner = next((m for m in model.modules() if isinstance(m, MoERunner)), None)
+    if runner is None:
+        return 1
+    parallel = runner.moe_config.moe_parallel_config
+    data, context = parallel.dp_size, getattr(parallel, "pcp_size", 1)
+    if runner.moe_config.is_sequence_parallel:
+        return parallel.ep_size if runner.do_naive_dispatch_combine else 1
+    ranks = max(1, parallel.ep_size // (data * context))
+    if runner.do_naive_dispatch_combine:
+        ranks *= data
+    return ranks if parallel.use_all2all_kernels else ranks * context
 
 
 def _note_phases(eplb: Any) -> None:

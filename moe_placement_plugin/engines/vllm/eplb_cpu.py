@@ -73,7 +73,7 @@ def map_and_record(
     Replicas are dealt by a hash of the token's row, as vLLM's kernel does, so that every rank chooses alike.
 
     Args:
-        topk_ids: logical experts, ``[tokens, top_k]``.
+        topk_ids: logical experts, ``[tokens, top_k]``; -1 for none, which stays -1 and is not counted.
         expert_load_view: int32 ``[physical experts]``, increased by the tokens of each.
         logical_to_physical_map: ``[logical experts, slots]``, -1 behind the last replica.
         logical_replica_count: ``[logical experts]``.
@@ -87,9 +87,9 @@ def map_and_record(
 
     tokens = torch.arange(topk_ids.shape[0], device=topk_ids.device, dtype=torch.int64)
     hashed = (tokens * _KNUTH) & 0xFFFFFFFF
-    logical = topk_ids.long()
+    logical = topk_ids.long().clamp_min(0)
     replica = hashed[:, None] % logical_replica_count[logical].clamp_min(1)
-    physical = logical_to_physical_map[logical, replica]
+    physical = logical_to_physical_map[logical, replica].masked_fill(topk_ids < 0, -1)
     real = tokens < (topk_ids.shape[0] if num_unpadded_tokens is None else num_unpadded_tokens)
     counted = physical.clamp_min(0).flatten()
     amount = (

@@ -2,8 +2,8 @@
 
 Upstream does not check this: ``supports_expert_map()`` has no caller, and a kernel that ignores the map
 computes with contiguous, even blocks and gives wrong tokens without a word. What is not known to honour
-the map is therefore refused. The tables come from reading the ``apply`` methods of vLLM 0.25.1, 0.32.0 and
-0.33.0.
+the map is therefore refused. The tables come from reading the ``apply`` methods of vLLM 0.25.1, 0.28.0, 0.32.0
+and 0.33.0.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ HONOURING = {
     "DeepGemmFP4Experts": "deep_gemm",
     "CutlassExpertsFp8": "cutlass",
     "CutlassExpertsW4A8Fp8": "cutlass",
+    # From 0.32 on: their apply() of 0.25 and 0.28 is given a map and leaves it, which `uses_expert_map` sees.
+    "CutlassExpertsFp4": "cutlass",
+    "CutlassExpertsMxfp4": "cutlass",
     "MarlinExperts": "marlin",
     "HummingIndexedExperts": "humming",
     "HummingGroupedExperts": "humming",
@@ -46,8 +49,14 @@ BATCHED = {
     "BatchedMarlinExperts",
     "BatchedHummingGroupedExperts",
     "NaiveBatchedExperts",
+    "CutlassBatchedExpertsFp8",
+    "FlashInferCuteDSLBatchedExperts",
 }
-"""Classes that get tokens already sorted by local expert from a back end with routing tables."""
+"""Classes that get tokens already sorted by local expert from a back end with routing tables, and no id of an expert.
+
+Read in vLLM 0.25.1, 0.28.0, 0.32.0 and 0.33.0, all of them there. Input scales of `FlashInferCuteDSLBatchedExperts` are one number
+for all experts of the model, so that it does not matter which lie here.
+"""
 
 ALL2ALL_WITH_MAP = ("allgather_reducescatter", "naive")
 """All2all back ends that leave the choice of the expert to the kernel: all tokens are gathered on every rank."""
@@ -69,6 +78,9 @@ MOE_BACKENDS_REFUSED = (
     "moonep",
 )
 """Values of ``--moe-backend`` whose kernels assume contiguous, even blocks."""
+
+BATCHED_BACKENDS = ("flashinfer_cutedsl",)
+"""Those of them that name a batched kernel too, which vLLM takes with a back end with routing tables."""
 
 
 def check_all2all(backend: str, even: bool) -> None:
@@ -96,13 +108,17 @@ def check_all2all(backend: str, even: bool) -> None:
     )
 
 
-def check_moe_backend(backend: str) -> None:
+def check_moe_backend(backend: str, use_tables: bool = False) -> None:
     """Refuse an explicit ``--moe-backend`` whose kernels ignore expert maps.
+
+    Args:
+        backend: its value.
+        use_tables: whether the all2all back end sorts tokens by routing tables.
 
     Raises:
         PlacementError: naming the back end and those that work.
     """
-    if backend in MOE_BACKENDS_REFUSED:
+    if backend in MOE_BACKENDS_REFUSED and not (use_tables and backend in BATCHED_BACKENDS):
         raise PlacementError(
             f"MoE back end {backend} computes with contiguous, even blocks of experts and ignores expert maps: use --moe-backend "
             f"{' or '.join(dict.fromkeys(HONOURING.values()))} (which of them depends on the model's quantization), or leave "

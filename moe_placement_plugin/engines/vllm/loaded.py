@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import PlacementError
 from ..patching import Patch
+from .drafts import check_draft, draft_layer_id, is_draft, loading
 from .eplb import check_supported
 from .evidence import EVIDENCE, check_evidence
 from .hosts import check_adoption
@@ -37,16 +38,15 @@ def _load_model(original):
             if level == "checkpoint"
             else None
         )
-        with _followed(self) if _places(settings) else nullcontext():
+        # The draft of speculative decoding comes through here too, some with a config in which it is the model.
+        draft = is_draft(vllm_config, model_config)
+        with loading(draft), _followed(self) if _places(settings) else nullcontext():
             model = original(self, vllm_config, model_config, *args, **kwargs)
-        if (
-            str(getattr(self.load_config.load_format, "value", self.load_config.load_format))
-            == "dummy"
-        ):
+        load_format = self.load_config.load_format
+        if str(getattr(load_format, "value", load_format)) == "dummy":
             for layer in routed_layers(model).values():
                 vars(layer).pop(EVIDENCE, None)
-        # A draft model comes through here too, with a config of its own.
-        main = model_config is vllm_config.model_config
+        main = not draft and model_config is vllm_config.model_config
         stages = vllm_config.parallel_config.pipeline_parallel_size if main else 1
         if (
             settings["eplb"]
@@ -54,7 +54,7 @@ def _load_model(original):
             and (settings.placement is not None or settings.strategy == "eplb")
         ):
             check_supported(model)
-        _report(routed_layers(model), settings, main, stages)
+        _report(routed_layers(model), settings, main, stages, draft)
         serve(model)
         if level != "off":
             if main and stages == 1 and settings["verify_asked"] and not routed_layers(model):
@@ -105,7 +105,11 @@ def _worker_load_model(original):
 
 
 def _report(
-    layers: dict[str, Any], settings: PlacementSettings, main: bool, stages: int = 1
+    layers: dict[str, Any],
+    settings: PlacementSettings,
+    main: bool,
+    stages: int = 1,
+    draft: bool = False,
 ) -> None:
     """Check the loaded layers against the plan once more and log one line per process.
 
@@ -114,6 +118,7 @@ def _report(
         settings: the engine's settings.
         main: whether it is the model that the placement is for, and no draft.
         stages: pipeline stages, which are checked together.
+        draft: whether they are the layers of a draft.
 
     Raises:
         PlacementError: when the placement is not in force.
@@ -124,6 +129,8 @@ def _report(
     if plan is not None and main:
         found = {name: (layer_id_of(name), num_logical(layer)) for name, layer in layers.items()}
         _check_coverage(found if stages == 1 else _of_all_stages(found), settings)
+    if draft:
+        check_draft(layers, settings)
     if not layers:
         return
     rank = ranks = None
@@ -135,7 +142,8 @@ def _report(
             continue
         use_tables = manager.moe_parallel_config.needs_round_robin_routing_tables
         check_experts(layer.quant_method, use_tables, name)
-        expected = settings.expert_map(layer_id_of(name), manager.global_num_experts, ranks, rank)
+        number = draft_layer_id(name) if draft else layer_id_of(name)
+        expected = settings.expert_map(number, manager.global_num_experts, ranks, rank, draft)
         if not np.array_equal(manager.expert_map[: expected.size].cpu().numpy(), expected):
             raise PlacementError(
                 f"{name}: the expert map in force on EP rank {rank} is not the plan's: another plugin or a changed vLLM replaced "

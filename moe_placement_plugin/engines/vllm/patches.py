@@ -38,6 +38,14 @@ def load_set() -> PatchSet:
 
 
 @lru_cache(maxsize=1)
+def lora_set() -> PatchSet:
+    """The patches that make LoRA adapters of experts follow the placement."""
+    from .lora import lora_patches
+
+    return lora_patches()
+
+
+@lru_cache(maxsize=1)
 def host_set() -> PatchSet:
     """The patch that makes the workers of several hosts agree."""
     from .hosts import host_patches
@@ -72,6 +80,8 @@ def patch_sets(settings: Mapping[str, Any]) -> list[PatchSet]:
         or (settings["ep_size"] > 1 and is_cpu_build())
     ):
         sets.append(patch_set())
+    if settings["lora"] and (settings["plan"] is not None or to_come or settings["eplb"]):
+        sets.append(lora_set())
     if sets or settings["verify"] != "off":
         sets.append(load_set())
     if settings["hosts"] is not None:

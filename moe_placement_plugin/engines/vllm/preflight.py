@@ -18,8 +18,9 @@ from ...strategies.resolve import ModelShape, resolve_placement
 from ...topology import Topology
 from ..host_flags import LOCALITY_FLAG, TIMEOUT_FLAG
 from ..model_shape import model_shape
+from .drafts import draft_shape
 from .hosts import host_settings, is_head, planned_topology, resolves_on_every_host, spans_hosts
-from .kernels import check_all2all, check_moe_backend
+from .kernels import ALL2ALL_WITH_TABLES, check_all2all, check_moe_backend
 from .recording import record_settings
 from .request import FILE_KEY, HOST_TIMEOUT_KEY, LOCALITY_KEY, REBALANCE_KEY, VERIFY_KEY
 from .settings import KEY, PlacementSettings, remember
@@ -146,6 +147,7 @@ def resolve(vllm_config: Any) -> Any:
         verify_asked=extra.get(VERIFY_KEY) is not None,
         hosts=host_settings(parallel, timeout, file, adopt, error) if explicit or verify != "off" else None,
         redundant=parallel.eplb_config.num_redundant_experts if eplb else 0,
+        lora=explicit and getattr(vllm_config, "lora_config", None) is not None,
     )  # fmt: skip
     remember(settings)
     if settings.static is not None or ((adopt or error is not None) and not eplb):
@@ -190,7 +192,8 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
         not parallel.enable_eplb
     ):  # EPLB sends tokens to slots by itself, through kernels that vLLM has checked
         check_moe_backend(
-            getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "auto")
+            getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "auto"),
+            _uses_all2all(parallel) and parallel.all2all_backend in ALL2ALL_WITH_TABLES,
         )
 
 
@@ -250,7 +253,12 @@ def _place(
             asked, file, shape, ep_size, parallel.eplb_config.num_redundant_experts
         )
     placement = resolve_placement(
-        asked, file, shape, planned_topology(parallel, ep_size), locality=locality
+        asked,
+        file,
+        shape,
+        planned_topology(parallel, ep_size),
+        locality=locality,
+        draft=draft_shape(vllm_config),
     )
     _check_back_ends(vllm_config, parallel, placement)
     return placement
@@ -269,7 +277,12 @@ def _first_placement(
     if file is None and get_strategy(asked).needs_load:
         return None
     return resolve_placement(
-        asked, file, shape, Topology(ep_size), redundant, (slots // ep_size,) * ep_size
+        asked,
+        file,
+        shape,
+        Topology(ep_size),
+        redundant,
+        (slots // ep_size,) * ep_size,
     )
 
 
@@ -299,11 +312,14 @@ def _check_verify(vllm_config: Any, parallel: Any, level: str) -> None:
         )
 
 
-def _check_back_ends(vllm_config: Any, parallel: Any, placement: Placement) -> None:
-    uses_all2all = (
+def _uses_all2all(parallel: Any) -> bool:
+    return (
         parallel.data_parallel_size > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1
         or bool(getattr(parallel, "use_sequence_parallel_moe", False))
     )
-    if uses_all2all or parallel.all2all_backend == "passthrough":
+
+
+def _check_back_ends(vllm_config: Any, parallel: Any, placement: Placement) -> None:
+    if _uses_all2all(parallel) or parallel.all2all_backend == "passthrough":
         check_all2all(parallel.all2all_backend, placement.is_even)

@@ -19,14 +19,15 @@ from ..load_counters import LoadCounters
 from ..load_recorder import DEFAULT_INTERVAL, LoadRecorder, Windows, check_interval, check_path
 from ..model_shape import model_shape
 from ..patching import Patch, PatchSet
+from .capture_points import capture_points
+from .draft_recording import bind_draft, draft_patches
 from .request import COACTIVATION_KEY, INTERVAL_KEY, RECORD_KEY
-from .settings import layer_id_of, settings_of
+from .settings import settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
 _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 _RECORDER = "_moe_placement_load_recording"
-_ROUTE = "choose a kernel that leaves routing to vLLM, such as --moe-backend triton, or leave --expert-load-record out"
 
 
 def record_settings(vllm_config: Any) -> dict[str, Any] | None:
@@ -113,7 +114,9 @@ class LoadRecording:
         # Tensor-parallel ranks see the same tokens, unless sequence parallelism gives each a share of them.
         self.shards = self.tp_size if getattr(parallel, "use_sequence_parallel_moe", False) else 1
         self.active = self.tp_rank < self.shards
-        self.layers = _capture_points(model) if self.active else {}
+        self.last_batch: tuple[np.ndarray, np.ndarray] | None = None
+        self.target: LoadRecording | None = None  # of a draft's
+        self.layers = capture_points(model) if self.active else {}
         self.recorder: LoadRecorder | None = None
         if not self.layers:
             return
@@ -156,6 +159,7 @@ class LoadRecording:
 
     def batch(self, tokens_per_request: np.ndarray, is_prefill: np.ndarray) -> None:
         """A batch of real requests is about to run."""
+        self.last_batch = tokens_per_request, is_prefill
         if self.recorder is not None:
             self.counters.mark(tokens_per_request, is_prefill)
             self.recorder.served()
@@ -206,66 +210,6 @@ def _pipeline_rank() -> int:
     return get_pp_group().rank_in_group
 
 
-def _capture_points(model: Any) -> dict[int, Any]:
-    """Layer id -> function that takes the capture callback, for every MoE layer of ``model``, in order.
-
-    Raises:
-        PlacementError: when a layer's kernel chooses experts by itself and does not report them.
-    """
-    from vllm.model_executor.layers.fused_moe.layer import MoERunner
-    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-
-    points: dict[int, Any] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MoERunner):
-            layer_id = layer_id_of(module.layer_name)
-            layer_id = module.layer_id if layer_id is None else layer_id
-            if module.is_monolithic:
-                points[layer_id] = _monolithic_point(module)
-            elif isinstance(module.router, BaseRouter):
-                points[layer_id] = module.router.set_capture_fn
-            else:
-                raise PlacementError(
-                    f"--expert-load-record: {name} routes with {type(module.router).__name__}, which reports no experts: {_ROUTE}"
-                )
-        elif hasattr(module, "capture_fn") and hasattr(
-            module, "layer_id"
-        ):  # fused layers of single models
-            points[module.layer_id] = partial(setattr, module, "capture_fn")
-    if not points and _has_experts(model):
-        raise PlacementError(
-            f"--expert-load-record: no MoE layer of this model routes through vLLM's router: {_ROUTE}"
-        )
-    return dict(sorted(points.items()))
-
-
-def _has_experts(model: Any) -> bool:
-    """Whether this process holds MoE layers at all; a pipeline stage may hold none."""
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-
-    return any(isinstance(module, RoutedExperts) for module in model.modules())
-
-
-def _monolithic_point(module: Any) -> Any:
-    kernel = getattr(module.routed_experts.quant_method, "moe_kernel", None)
-    experts: Any = getattr(getattr(kernel, "impl", None), "fused_experts", None)
-    supports = getattr(experts, "supports_routing_replay_capture", None)
-    if supports is None or not supports():
-        raise PlacementError(
-            f"--expert-load-record: {module.layer_name} runs {type(experts or module.routed_experts.quant_method).__name__}, which "
-            f"chooses experts by itself and does not report them: {_ROUTE}"
-        )
-    if hasattr(experts, "set_capture_fn"):  # vLLM 0.28 to 0.31
-        return experts.set_capture_fn
-
-    def set_sink(capture):
-        from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsSink
-
-        module.routed_experts.routing_sink = RoutedExpertsSink(experts.moe_config, capture)
-
-    return set_sink
-
-
 def _load_model(original):
     def load_model(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
@@ -273,11 +217,9 @@ def _load_model(original):
         record = settings.get("record") if settings is not None else None
         if record is not None:
             runner = self.model_runner
-            setattr(
-                runner,
-                _RECORDER,
-                LoadRecording(record, self.vllm_config, runner.get_model(), self.device),
-            )
+            recording = LoadRecording(record, self.vllm_config, runner.get_model(), self.device)
+            setattr(runner, _RECORDER, recording)
+            bind_draft(record, self.vllm_config, runner, recording)
         return result
 
     return load_model
@@ -348,5 +290,6 @@ def recording_patches() -> PatchSet:
                 "record-batch-v2", f"{runner_v2}.prepare_inputs", _prepare_inputs_v2, relies_on=("scheduler_output", "batch_desc"),
                 why=why_batch, removable_when=until, optional=True,
             ),
+            *draft_patches(until),
         ]
     )  # fmt: skip

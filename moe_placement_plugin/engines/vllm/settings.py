@@ -42,6 +42,7 @@ class PlacementSettings(dict):
         verify_asked: bool = False,
         hosts: dict[str, Any] | None = None,
         redundant: int = 0,
+        lora: bool = False,
     ) -> PlacementSettings:
         """Settings that hold the whole placement, so that other hosts need no file.
 
@@ -58,6 +59,7 @@ class PlacementSettings(dict):
             rebalance: rules for rebalancing that the user gave, see `rebalancing.policy_from`.
             hosts: how several hosts agree, see `hosts.host_settings`.
             redundant: redundant experts per layer, of all ranks.
+            lora: the engine takes LoRA adapters (``--enable-lora``), those of experts among them.
         """
         from ... import __version__
 
@@ -74,6 +76,7 @@ class PlacementSettings(dict):
             "verify_asked": verify_asked,
             "hosts": hosts,
             "redundant": redundant,
+            "lora": lora,
         }
         return cls(data)
 
@@ -105,14 +108,28 @@ class PlacementSettings(dict):
         return None if self["eplb"] else self.placement
 
     def expert_map(
-        self, layer_id: int | None, num_experts: int, ep_size: int, ep_rank: int
+        self,
+        layer_id: int | None,
+        num_experts: int,
+        ep_size: int,
+        ep_rank: int,
+        draft: bool = False,
     ) -> np.ndarray:
         """int32 ``[experts]``: local slot of each expert on ``ep_rank``, -1 where it lies elsewhere.
 
-        Layers that the plan does not know (a draft model's, an encoder's) are placed by the strategy
-        itself, or contiguously when it plans from a load.
+        Layers that the plan does not know (an encoder's; a draft's without rows of its own) are placed by the
+        strategy itself, or contiguously when it plans from a load.
+
+        Args:
+            layer_id: number of the layer in the model, or in the draft.
+            num_experts: its logical experts.
+            ep_size: number of EP ranks.
+            ep_rank: the rank.
+            draft: the layer is the draft's, see `drafts`.
         """
         placement = self.placement
+        if draft and placement is not None:
+            placement = placement.draft
         if (
             placement is not None
             and layer_id in placement.layer_ids

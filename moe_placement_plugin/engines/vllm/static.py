@@ -8,6 +8,7 @@ import numpy as np
 
 from ...errors import PlacementError
 from ..patching import Patch
+from .drafts import draft_layer_id, loading_draft
 from .evidence import evidence_patches, watch
 from .kernels import check_experts
 from .layers import moved_slots
@@ -21,14 +22,25 @@ class LocalExperts(set):
     """The experts of this rank in any layer, with the exact ones of each layer behind it.
 
     vLLM's filter has one set for the whole model. A plan that differs by layer needs one per layer, else a
-    rank would read nearly every expert.
+    rank would read nearly every expert. A draft's checkpoint may number its layers otherwise than the modules
+    that it is loaded into: there an expert is read that any of the draft's layers has here.
     """
 
-    def __init__(self, settings: PlacementSettings, num_experts: int, ep_size: int, ep_rank: int):
-        self._arguments = (num_experts, ep_size, ep_rank)
+    def __init__(
+        self,
+        settings: PlacementSettings,
+        num_experts: int,
+        ep_size: int,
+        ep_rank: int,
+        draft: bool = False,
+    ):
+        self._arguments = (num_experts, ep_size, ep_rank, draft)
+        self.draft = draft
         self._settings = settings
         self._by_layer: dict[int | None, frozenset[int]] = {}
         plan = settings.static
+        if draft:
+            plan = None if plan is None else plan.draft
         layers = plan.layer_ids if plan is not None else (None,)
         super().__init__(expert for layer in layers for expert in self.of_layer(layer))
 
@@ -83,12 +95,21 @@ def _map_tensors(
 def _routing_tables(settings: PlacementSettings, layer_id: int | None, manager: Any):
     """(global to physical, physical to global, local to global) for back ends that sort tokens by such tables.
 
-    A physical id is rank * slots per rank + local slot, as those back ends split it.
+    A physical id is rank * slots per rank + local slot, as those back ends split it. The first table has one entry more than
+    there are experts: padded tokens carry id -1 (vLLM 0.33), and what index -1 finds has to be -1 again, not the last expert.
     """
     import torch
 
+    if shared := getattr(manager, "num_fused_shared_experts", 0):
+        raise PlacementError(
+            f"all2all back end {manager.moe_parallel_config.all2all_backend} with {shared} fused shared experts, whose ids lie "
+            "behind the routed ones and in no routing table: use --all2all-backend allgather_reducescatter"
+        )
     experts, ranks = manager.global_num_experts, manager.ep_size
-    maps = [settings.expert_map(layer_id, experts, ranks, rank) for rank in range(ranks)]
+    maps = [
+        settings.expert_map(layer_id, experts, ranks, rank, loading_draft())
+        for rank in range(ranks)
+    ]
     per_rank = {int((m >= 0).sum()) for m in maps}
     if len(per_rank) != 1:
         raise PlacementError(
@@ -96,24 +117,31 @@ def _routing_tables(settings: PlacementSettings, layer_id: int | None, manager: 
             f"got {sorted(per_rank)}: use --all2all-backend allgather_reducescatter"
         )
     slots = per_rank.pop()
-    to_physical = np.empty(experts, dtype=np.int64)
+    to_physical = np.full(experts + 1, -1, dtype=np.int64)
     for rank, expert_map in enumerate(maps):
         here = np.flatnonzero(expert_map >= 0)
         to_physical[here] = rank * slots + expert_map[here]
-    to_global = np.argsort(to_physical)
+    to_global = np.argsort(to_physical[:-1])
     local = to_global[manager.ep_rank * slots : (manager.ep_rank + 1) * slots]
     return tuple(
         torch.tensor(table.tolist(), dtype=torch.long) for table in (to_physical, to_global, local)
     )
 
 
+def _number(layer_name: str) -> int | None:
+    """The layer's number in the model that is being built, the target or its draft."""
+    return draft_layer_id(layer_name) if loading_draft() else layer_id_of(layer_name)
+
+
 def _place_layer(
     settings: PlacementSettings, layer_name: str, moe_config: Any, manager: Any
 ) -> None:
     """Give one layer's `ExpertMapManager` and config the maps of the plan, before weights are made."""
-    layer_id = layer_id_of(layer_name)
+    layer_id = _number(layer_name)
     local, expert_map, mask = _map_tensors(
-        settings.expert_map(layer_id, manager.global_num_experts, manager.ep_size, manager.ep_rank),
+        settings.expert_map(
+            layer_id, manager.global_num_experts, manager.ep_size, manager.ep_rank, loading_draft()
+        ),
         manager.num_fused_shared_experts,
         manager.rocm_aiter_enabled,
     )
@@ -173,14 +201,14 @@ def _compute_local_expert_ids(original):
         settings = current_settings()
         if settings is None or settings.static is None or ep_size <= 1:
             return original(num_experts, ep_size, ep_rank, placement)
-        return LocalExperts(settings, num_experts, ep_size, ep_rank)
+        return LocalExperts(settings, num_experts, ep_size, ep_rank, loading_draft())
 
     return compute_local_expert_ids
 
 
 def _should_skip_weight(original):
     def should_skip_weight(weight_name, local_expert_ids):
-        if isinstance(local_expert_ids, LocalExperts):
+        if isinstance(local_expert_ids, LocalExperts) and not local_expert_ids.draft:
             layer_id = layer_id_of(weight_name)
             if layer_id is None:
                 return False  # a layer that cannot be told for sure is read

@@ -1,0 +1,256 @@
+"""Drafts of speculative decoding: told from the target, placed by rows and strategy of their own, never refused for its sake."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
+import torch  # noqa: E402
+
+from moe_placement_plugin import ExpertLoad, Placement, PlacementError  # noqa: E402
+from moe_placement_plugin.engines.vllm import draft_recording, drafts, loaded, static  # noqa: E402
+from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # imports vLLM, starts no engine
+
+DRAFT = Placement([[1, 3, 0, 2], [3, 2, 1, 0]], 4, (2, 2), (0, 61))
+PLAN = Placement([[5, 4, 3, 2, 1, 0]] * 2, 6, (3, 3), (0, 1), "eplb", {}, DRAFT)
+WITHOUT = Placement([[5, 4, 3, 2, 1, 0]] * 2, 6, (3, 3), (0, 1), "eplb")
+
+
+def configs(method: str):
+    """(vllm_config, model_config) with which vLLM loads the target, and the draft, if there is one."""
+    target, draft = SimpleNamespace(model="target"), SimpleNamespace(model="draft")
+    if method == "ngram":
+        draft = target
+    speculative = SimpleNamespace(target_model_config=target, draft_model_config=draft)
+    base = SimpleNamespace(
+        model_config=target,
+        speculative_config=None if method == "none" else speculative,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
+    own = SimpleNamespace(**{**vars(base), "model_config": draft})
+    loads = [(base, target)]
+    if method in ("mtp", "eagle"):
+        loads.append((base, draft))
+    if method == "draft_model":
+        loads.append((own, draft))  # vLLM puts the draft where the target was
+    return loads
+
+
+@pytest.mark.parametrize("method", ["none", "ngram", "mtp", "eagle", "draft_model"])
+def test_the_draft_is_told_from_the_target(method):
+    assert [drafts.is_draft(*load) for load in configs(method)] == [False, True][: len(configs(method))]  # fmt: skip
+
+
+def test_a_draft_numbers_its_layers_by_itself():
+    assert drafts.draft_layer_id("draft_model.model.layers.3.mlp.experts") == 3
+    assert drafts.draft_layer_id("model.layers.61.mtp_block.mlp.experts") == 61
+    assert drafts.draft_layer_id("mtp.layers.0.mlp.experts") == 0
+    assert drafts.draft_layer_id("mtp.block.mlp.experts") is None
+
+
+def test_a_drafts_layer_is_not_the_targets_of_the_same_number():
+    settings = PlacementSettings.make("eplb", PLAN, 2)
+    for rank in range(2):
+        assert settings.expert_map(0, 6, 2, rank).tolist() == PLAN.expert_map(0, rank).tolist()
+        found = settings.expert_map(0, 4, 2, rank, draft=True)
+        assert found.tolist() == DRAFT.expert_map(0, rank).tolist()
+    # Without rows of its own: the strategy's, and contiguous where the strategy needs a load.
+    zigzag, eplb = (PlacementSettings.make(name, WITHOUT, 2) for name in ("zigzag", "eplb"))
+    assert zigzag.expert_map(0, 6, 2, 1, draft=True).tolist() == [-1, 0, -1, 1, -1, 2]
+    assert eplb.expert_map(0, 6, 2, 1, draft=True).tolist() == [-1, -1, -1, 0, 1, 2]
+    assert eplb.expert_map(0, 6, 2, 1).tolist() == [2, 1, 0, -1, -1, -1]
+
+
+def manager(rank: int, experts: int = 4, ranks: int = 2):
+    parallel = SimpleNamespace(needs_round_robin_routing_tables=False)
+    return SimpleNamespace(
+        ep_rank=rank, ep_size=ranks, global_num_experts=experts, moe_parallel_config=parallel,
+        num_fused_shared_experts=0, rocm_aiter_enabled=False,
+    )  # fmt: skip
+
+
+def test_layers_that_are_built_while_the_draft_loads_get_the_drafts_maps():
+    settings = PlacementSettings.make("eplb", PLAN, 2)
+    name = "draft_model.model.layers.0.mlp.experts"
+    with drafts.loading(True):
+        mine = manager(1)
+        static._place_layer(settings, name, SimpleNamespace(), mine)
+        assert mine._expert_map.tolist() == DRAFT.expert_map(0, 1).tolist()
+        assert static._in_order(settings, "model.layers.0.experts", mine) is False
+    assert not drafts.loading_draft()
+    target = manager(1, 6)
+    static._place_layer(settings, "model.layers.0.mlp.experts", SimpleNamespace(), target)
+    assert target._expert_map.tolist() == PLAN.expert_map(0, 1).tolist()
+
+
+def test_the_weight_filter_reads_what_any_layer_of_the_draft_has_here():
+    """A draft's checkpoint numbers its layers otherwise than its modules: by the target's plan, experts were left out."""
+    from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+
+    skip = static._should_skip_weight(should_skip_weight)
+    alike = Placement([[3, 2, 1, 0]] * 2, 4, (2, 2), (0, 1), "eplb", {}, DRAFT)
+    settings = PlacementSettings.make("eplb", alike, 2)
+    local = static.LocalExperts(settings, 4, 2, 0, draft=True)
+    needed = {e for row in range(2) for e in DRAFT.local_experts(row, 0).tolist()}
+    assert set(local) == needed == {1, 2, 3}
+    name = "layers.0.mlp.experts.{}.up_proj.weight"
+    assert [skip(name.format(e), local) for e in range(4)] == [True, False, False, False]
+    # The fault: of layer 0 of the target, rank 0 has 2 and 3.
+    targets = static.LocalExperts(settings, 4, 2, 0)
+    assert skip(name.format(1), targets)
+    zigzag = static.LocalExperts(PlacementSettings.make("zigzag", WITHOUT, 2), 4, 2, 1, draft=True)
+    assert set(zigzag) == {1, 3}
+
+
+class Layer:
+    """A loaded MoE layer of the draft as far as the report looks at it."""
+
+    def __init__(self, expert_map, experts=4, ranks=2):
+        from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+        self.expert_map_manager = manager(0, experts, ranks)
+        self.expert_map_manager.expert_map = torch.tensor(expert_map)
+        self.quant_method = SimpleNamespace(experts_cls=TritonExperts)
+        self.moe_config = SimpleNamespace(num_logical_experts=experts)
+
+
+def layers(*numbers, **how):
+    name = "draft_model.model.layers.{}.mlp.experts"
+    return {
+        name.format(n): Layer(DRAFT.expert_map(i % 2, 0).copy(), **how)
+        for i, n in enumerate(numbers)
+    }
+
+
+def test_a_draft_with_rows_must_be_the_one_that_they_are_for():
+    settings = PlacementSettings.make("eplb", PLAN, 2, exact=True)
+    loaded._report(layers(0, 61), settings, whole=False, draft=True)
+    for found, message in (
+        (layers(0, 5), "layers.5.mlp.experts of the draft is not among the plan's rows"),
+        (layers(0), "a row for layer 61 of the draft, whose MoE layers are"),
+        ({}, "a row for layer 0 of the draft, whose MoE layers are"),  # a dense draft
+        (layers(0, 61, ranks=1), "has 4 experts on 1 EP ranks, the plan's rows for the draft are"),
+        (layers(61, 0), "the expert map in force on EP rank 0 is not the plan's"),
+    ):
+        with pytest.raises(PlacementError, match=message):
+            loaded._report(found, settings, whole=False, draft=True)
+
+
+def test_a_draft_without_rows_is_checked_against_the_strategy():
+    settings = PlacementSettings.make("zigzag", WITHOUT, 2)
+    right = {"draft_model.model.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
+    loaded._report(right, settings, whole=False, draft=True)
+    wrong = {"draft_model.model.layers.0.mlp.experts": Layer([0, 1, -1, -1])}
+    with pytest.raises(PlacementError, match="is not the plan's"):
+        loaded._report(wrong, settings, whole=False, draft=True)
+
+
+@pytest.mark.parametrize("experts, file", [(0, False), (0, True), (4, True)])
+def test_a_draft_of_its_own_is_not_taken_for_the_target(monkeypatch, experts, file):
+    """Refused until now: a dense draft for having no MoE layer, one with experts for not being in the plan."""
+    (target, (config, draft)) = configs("draft_model")
+    settings = PlacementSettings.make("eplb" if file else "zigzag", WITHOUT, 2, exact=file)
+    for each in (target[0], config):
+        each.additional_config = {KEY: settings}
+    map_of = [0, 1, -1, -1] if file else [0, -1, 1, -1]
+    found = {"draft_model.model.layers.0.mlp.experts": Layer(map_of)} if experts else {}
+    monkeypatch.setattr(loaded, "routed_layers", lambda model: found)
+    seen = []
+
+    def original(self, vllm_config, model_config):
+        seen.append(drafts.loading_draft())
+        return SimpleNamespace()
+
+    load = loaded._load_model(original)
+    load(None, config, draft)
+    assert seen == [True] and not drafts.loading_draft()
+    with pytest.raises(PlacementError, match="no MoE layer of vLLM's own kind|not in the plan"):
+        monkeypatch.setattr(loaded, "is_draft", lambda *_: False)  # the fault
+        load(None, config, draft)
+
+
+def test_which_model_is_loaded_is_forgotten_when_loading_fails():
+    with contextlib.suppress(RuntimeError), drafts.loading(True):
+        raise RuntimeError
+    assert not drafts.loading_draft()
+
+
+def test_the_drafts_experts_are_known_before_any_process_starts():
+    def shape(method, experts):
+        (base, _), *rest = configs(method)
+        for _, model in ((base, base.model_config), *rest):
+            model.get_num_experts = lambda: experts
+        return drafts.draft_shape(base)
+
+    assert shape("draft_model", 4).num_experts == 4 and shape("mtp", 4).name == "draft"
+    assert shape("draft_model", 0) is shape("ngram", 4) is shape("none", 4) is None
+
+
+class Recording:
+    """What a draft's recording is told."""
+
+    def __init__(self, last=None):
+        self.target, self.told = SimpleNamespace(last_batch=last), []
+
+    def batch(self, tokens, is_prefill):
+        self.told.append((tokens.tolist(), is_prefill.tolist()))
+
+    def dummy(self):
+        self.told.append("dummy")
+
+
+def test_the_load_of_a_draft_is_told_apart_by_pass():
+    """First the target's batch, then a token of each request; dummy passes count nothing."""
+    batch = np.array([5, 1]), np.array([True, False])
+    recording = Recording(batch)
+    proposer = SimpleNamespace(**{draft_recording.RECORDER: recording})
+    determine = draft_recording._determine_batch(lambda self, num_tokens: num_tokens)
+    assert [determine(proposer, n) for n in (6, 2)] == [6, 2]
+    draft_recording._dummy_run(lambda self: determine(self, 6))(proposer)
+    determine(proposer, 2)
+    assert recording.told == [
+        ([5, 1], [True, False]), ([2], [False]), "dummy", ([2], [False])
+    ]  # fmt: skip
+    determine(SimpleNamespace(), 3)  # a proposer without a recording
+
+
+def test_a_drafts_load_goes_beside_the_targets(tmp_path, monkeypatch):
+    from moe_placement_plugin.engines.vllm import recording
+
+    made = []
+    monkeypatch.setattr(
+        recording, "LoadRecording", lambda *args: made.append(args) or SimpleNamespace()
+    )
+    found = {"mtp.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
+    monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)
+    record = {"path": str(tmp_path / "load.safetensors"), "num_experts": 6, "coactivation": True}
+    config = configs("mtp")[0][0]
+    runner = SimpleNamespace(
+        device="cpu", drafter=SimpleNamespace(model=torch.nn.Module()), own="model"
+    )
+    draft_recording.bind_draft(record, config, runner, "target")
+    (settings, _, model, _), kept = made[0], getattr(runner.drafter, draft_recording.RECORDER)
+    assert settings["path"] == str(tmp_path / "load.draft.safetensors")
+    assert (
+        settings["num_experts"] == 4 and model is runner.drafter.model and kept.target == "target"
+    )
+    found.clear()  # a dense draft
+    draft_recording.bind_draft(record, config, runner, "target")
+    draft_recording.bind_draft(record, config, SimpleNamespace(device="cpu"), "target")
+    assert len(made) == 1
+
+
+def test_a_file_of_another_draft_is_refused(tmp_path, monkeypatch):
+    found = {"mtp.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
+    monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)
+    ExpertLoad(np.ones((1, 2, 4))).write(tmp_path / "load.draft.safetensors")
+    runner = SimpleNamespace(device="cpu", drafter=SimpleNamespace(model=torch.nn.Module()))
+    record = {"path": str(tmp_path / "load.safetensors"), "num_experts": 6, "coactivation": False}
+    with pytest.raises(PlacementError, match="load.draft.safetensors"):
+        draft_recording.bind_draft(record, configs("mtp")[0][0], runner, None)
