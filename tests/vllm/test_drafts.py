@@ -82,7 +82,6 @@ def test_layers_that_are_built_while_the_draft_loads_get_the_drafts_maps():
         mine = manager(1)
         static._place_layer(settings, name, SimpleNamespace(), mine)
         assert mine._expert_map.tolist() == DRAFT.expert_map(0, 1).tolist()
-        assert static._in_order(settings, "model.layers.0.experts", mine) is False
     assert not drafts.loading_draft()
     target = manager(1, 6)
     static._place_layer(settings, "model.layers.0.mlp.experts", SimpleNamespace(), target)
