@@ -18,7 +18,7 @@ from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
 from ..eplb_table import inverse_maps
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import elastic, eplb_count, eplb_update, loaded, phases, reload, settings
+from . import elastic, eplb_count, eplb_update, expert_reader, loaded, phases, settings
 from .hooks import Hook, HookSet
 from .hosts import real_topology
 from .verify import expert_layers, recheck
@@ -326,7 +326,7 @@ def hooks() -> HookSet:
             Hook(
                 name="eplb-names",
                 target="sglang.srt.model_loader.loader:DefaultModelLoader._get_weights_iterator",
-                hook=reload.weights,
+                hook=expert_reader.weights,
                 relies_on=("source",),
                 why="which tensors hold an expert is known to the model's loader only",
                 upstream="SGLang #12068",

@@ -13,7 +13,7 @@ from ...errors import PlacementError
 from ...exchange.watchdog import WaitingFor, Watchdog
 from ..exchanger import Exchanger, Meeting, connect
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import elastic, reload, settings
+from . import elastic, expert_reader, settings
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class _Met:
 
     meeting: Meeting
     model: Any
-    reader: reload.EngineReader | None = None
+    reader: expert_reader.EngineReader | None = None
 
 
 def meet(asked: settings.Settings, model: Any) -> None:
@@ -149,9 +149,9 @@ def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
     return found
 
 
-def _reader(weights: Any) -> reload.EngineReader:
+def _reader(weights: Any) -> expert_reader.EngineReader:
     if _met.reader is None:
-        _met.reader = reload.EngineReader(_met.model, weights)
+        _met.reader = expert_reader.EngineReader(_met.model, weights)
     return _met.reader
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import PlacementError
 from ...placement import Placement
-from . import direct, reload, settings
+from . import direct, expert_reader, settings
 from .routing import LAYER
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def load(
 ) -> None:
     """`FusedMoE.weight_loader`, noting which logical experts the checkpoint brings."""
     if _placement() is not None:
-        if expert_id is not None and reload.intercepted(
+        if expert_id is not None and expert_reader.intercepted(
             self, param, loaded_weight, weight_name, shard_id, expert_id
         ):
             return
@@ -120,7 +120,9 @@ def load_fused(
                 "experts at once, so that it is not known which: use a checkpoint with a tensor per expert, or leave the "
                 "placement flags out"
             )
-        if reload.intercepted(self, param, loaded_weight, weight_name, shard_id, None, original):
+        if expert_reader.intercepted(
+            self, param, loaded_weight, weight_name, shard_id, None, original
+        ):
             return
         local = placement.local_experts(placement.row(self.layer_id), self.moe_ep_rank)
         loaded_weight = loaded_weight[local.tolist()]
@@ -138,7 +140,7 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     if not draft:
         forget_loaded()
     asked = settings.current()
-    with reload.learning(asked is not None and asked.elastic and not draft):
+    with expert_reader.learning(asked is not None and asked.elastic and not draft):
         result = original(self, *args, **kwargs)
     if asked is not None and asked.placement is not None and not draft:
         layers = check_layers(self.model, asked.placement, asked.reads)

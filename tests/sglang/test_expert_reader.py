@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_placement_plugin.engines.sglang import reload
+from moe_placement_plugin.engines.sglang import expert_reader
 from moe_placement_plugin.errors import PlacementError
 
 LAYERS, EXPERTS, WIDTH, HIDDEN = (1, 2), 6, 4, 8
@@ -30,7 +30,7 @@ class Layer(torch.nn.Module):
         self.w13_weight.packing = "of this parameter"
 
     def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id):
-        if reload.intercepted(self, param, loaded_weight, weight_name, shard_id, expert_id):
+        if expert_reader.intercepted(self, param, loaded_weight, weight_name, shard_id, expert_id):
             return
         for slot, expert in enumerate(self.held):
             if expert == expert_id:
@@ -45,7 +45,7 @@ class Layer(torch.nn.Module):
         def original(layer, param, loaded_weight, weight_name, shard_id):
             param.data.copy_(loaded_weight)
 
-        if not reload.intercepted(
+        if not expert_reader.intercepted(
             self, param, loaded_weight, weight_name, shard_id, None, original
         ):
             original(self, param, loaded_weight[self.held], weight_name, shard_id)
@@ -135,7 +135,7 @@ def tensors(fused: bool) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    monkeypatch.setattr(reload, "_known", None)
+    monkeypatch.setattr(expert_reader, "_known", None)
 
 
 def loaded(kind, folder, prefix: str = ""):
@@ -149,8 +149,8 @@ def loaded(kind, folder, prefix: str = ""):
     loader = types.SimpleNamespace(
         _prepare_weights=lambda path, revision, fall_back: (path, ["model.safetensors"], True)
     )
-    with reload.learning(True):
-        found = reload.weights(
+    with expert_reader.learning(True):
+        found = expert_reader.weights(
             lambda self, source: iter((prefix + n, t.clone()) for n, t in content.items()),
             loader,
             source,
@@ -174,7 +174,7 @@ def test_experts_are_read_through_the_models_loader(kind, tmp_path):
     model, content = loaded(kind, tmp_path)
     before = {name: p.clone() for name, p in model.named_parameters()}
     listed = model.routed_experts_weights_of_layer
-    reader = reload.EngineReader(model, listed)
+    reader = expert_reader.EngineReader(model, listed)
     wanted = [(layer, expert, [torch.full((2 * WIDTH, HIDDEN), torch.nan), torch.full((HIDDEN, WIDTH), torch.nan)])
               for layer, expert in ((1, 3), (2, 5), (1, 0), (1, 3))]  # fmt: skip
     amount = reader.read_all(wanted)
@@ -194,22 +194,22 @@ def test_experts_are_read_through_the_models_loader(kind, tmp_path):
 def test_names_with_a_prefix(tmp_path):
     model, content = loaded(Model, tmp_path, prefix="target.")
     out = [torch.empty(2 * WIDTH, HIDDEN), torch.empty(HIDDEN, WIDTH)]
-    names = reload._known
+    names = expert_reader._known
     for key in list(names.of):
         assert all(name.startswith("target.") for name in names.of[key])
     load = model.load_weights
     model.load_weights = lambda found: load(
         (name.removeprefix("target."), tensor) for name, tensor in found
     )
-    reload.EngineReader(model, model.routed_experts_weights_of_layer).read(2, 4, out)
+    expert_reader.EngineReader(model, model.routed_experts_weights_of_layer).read(2, 4, out)
     assert out[1].equal(expected(content, 2, 4)[1])
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path):
     with pytest.raises(PlacementError, match="did not come from a safetensors checkpoint"):
-        reload.EngineReader(None, {}).read(1, 0, [])
+        expert_reader.EngineReader(None, {}).read(1, 0, [])
     model, _ = loaded(Model, tmp_path)
-    reader = reload.EngineReader(model, model.routed_experts_weights_of_layer)
+    reader = expert_reader.EngineReader(model, model.routed_experts_weights_of_layer)
     with pytest.raises(PlacementError, match="layer 1, expert 9: no tensor of the checkpoint"):
         reader.read(1, 9, [])
     calls = model.calls_of
@@ -221,7 +221,7 @@ def test_what_cannot_be_read_is_an_error(tmp_path):
 
 
 def test_memory_that_is_used_again_names_the_tensor_that_came_last():
-    names = reload.Names()
+    names = expert_reader.Names()
     memory = torch.zeros(100)
     names.comes("a", memory[:40])
     names.comes("b", memory[40:60])
