@@ -265,7 +265,7 @@ class EngineReader:
             PlacementError: when the checkpoint or the model's loader does not bring them whole.
         """
         global _into
-        from . import layers  # which imports this module
+        from . import evidence
 
         # One expert may be wanted for several slots: it is read once.
         first: dict[tuple[int, int], Sequence[torch.Tensor]] = {}
@@ -285,7 +285,7 @@ class EngineReader:
             )
         finally:
             into, _into = _into, None
-            layers.forget_loaded()
+            evidence.forget()
         for (layer, expert), _ in first.items():
             missing = _known.parts[layer] - into.filled[layer, expert]
             if missing:
