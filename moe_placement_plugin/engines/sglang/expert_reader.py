@@ -106,6 +106,12 @@ def learning(wanted: bool) -> Iterator[None]:
         _learning = None
 
 
+def forget() -> None:
+    """The model has weights that are in no checkpoint: lost experts cannot be read any more."""
+    global _known
+    _known = None
+
+
 def weights(original: Callable, self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
     """`DefaultModelLoader._get_weights_iterator`, noting what comes."""
     found = original(self, source, *args, **kwargs)
@@ -237,7 +243,7 @@ class EngineReader:
         """Tensors that hold them; opens the checkpoint."""
         if _known is None or _known.folder is None:
             raise PlacementError(
-                "lost experts cannot be read: the model did not come from a safetensors checkpoint; restart the server with one"
+                "lost experts cannot be read: its weights did not come from a safetensors checkpoint; restart the server with one"
             )
         chosen: dict[str, None] = {}
         for layer, expert in experts:

@@ -14,7 +14,7 @@ from ...strategies import get_strategy
 from ...strategies.resolve import ModelShape, check_plan, read_file, resolve_placement
 from ...topology import Topology
 from ..model_shape import model_shape
-from . import direct, eplb, hosts, versions
+from . import direct, eplb, hosts, reload, versions
 from .settings import Settings
 from .support import OPTIONS, Combination, check
 
@@ -73,7 +73,8 @@ def finish(server_args: Any, asked: Settings) -> None:
         )
     from .worker import hooks
 
-    differences = hooks().check() + (eplb.hooks().check() if cfg.enable_eplb else [])
+    differences = hooks().check() + reload.hooks().check()
+    differences += eplb.hooks().check() if cfg.enable_eplb else []
     if differences:
         raise PlacementError(
             f"SGLang {sglang.__version__} differs from what this plugin was written for: {'; '.join(differences)}. Use a "

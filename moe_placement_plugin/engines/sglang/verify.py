@@ -18,6 +18,11 @@ from ..load_recorder import count_event
 logger = logging.getLogger(__name__)
 
 _EXPECTED = "_moe_placement_expected"
+"""Attribute of the target model: digest of every expert of every layer, None while they have to be taken anew."""
+
+_WHOLE = "_moe_placement_whole"
+"""Attribute of the target model whose weights have changed while serving: whether the last change ended well here."""
+
 _NO_WEIGHTS = frozenset(
     ("expert_mask_gpu", "expert_map", "e_score_correction_bias", "correction_bias")
 )
@@ -165,6 +170,48 @@ def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
     count_event("verified_slots", mine.num_slots)
 
 
+def weights_change(model: Any) -> None:
+    """New weights are about to come: what was known of the old ones is forgotten."""
+    object.__setattr__(model, _WHOLE, False)
+    if hasattr(model, _EXPECTED):
+        object.__setattr__(model, _EXPECTED, None)
+
+
+def weights_changed(model: Any, succeeded: bool) -> None:
+    """The new weights are there, all of them or not."""
+    object.__setattr__(model, _WHOLE, succeeded)
+
+
+def digests_known(model: Any) -> bool:
+    """Whether there are digests of what is served."""
+    return getattr(model, _EXPECTED, None) is not None
+
+
+def renew(model: Any) -> bool:
+    """Take digests anew of weights that were updated while serving; harmless while nothing has changed.
+
+    All EP ranks must call it together, between two batches. Replicas must agree, as after loading.
+
+    Returns:
+        Whether the experts can be checked: not after an update that failed on some rank, until the next one.
+
+    Raises:
+        PlacementError: when replicas of an expert differ.
+    """
+    from sglang.srt.distributed.parallel_state import get_moe_ep_group
+
+    if digests_known(model):
+        return True
+    group = get_moe_ep_group()
+    if not all(gather(getattr(model, _WHOLE, True), group.cpu_group, group.world_size)):
+        logger.warning(
+            "moe_placement_plugin: the last update of weights failed or released them: experts are not verified until they are updated again"
+        )
+        return False
+    verify_loaded(model, None)
+    return True
+
+
 def recheck(
     model: Any,
     what: str = "expert weights have changed since the model was loaded",
@@ -191,6 +238,10 @@ def recheck(
     )
 
     if alone:
+        if not digests_known(model):
+            raise PlacementError(
+                "weights were updated while serving: with --elastic-ep-backend, where ranks may be dead, experts are not verified after that"
+            )
         mine = digest_model(model, only)
         expected = {
             layer: digests
@@ -209,6 +260,10 @@ def recheck(
         return
     verdict = ""
     try:
+        if not digests_known(model) and not renew(model):
+            raise PlacementError(
+                "the last update of weights failed, or they were released: update them again"
+            )
         mine, ranks = digest_ranks(model, only)
         expected = {
             layer: digests

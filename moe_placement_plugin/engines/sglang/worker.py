@@ -120,6 +120,7 @@ def hooks() -> HookSet:
                 "topk_config",
                 "expert_location_dispatch_info",
             ),
+            counted=False,  # traced by --enable-torch-compile
             why="several models up to 0.5.22 route to logical ids without an all-to-all back end: wrong output; and a placement costs a look-up",
             upstream="the wrong output: mended in SGLang 0.5.23",
             removable_when="0.5.22 is no longer supported, and SGLang's dispatcher takes logical ids",
@@ -138,6 +139,7 @@ def hooks() -> HookSet:
                     "num_token_non_padded",
                     "expert_location_dispatch_info",
                 ),
+                counted=False,  # traced by --enable-torch-compile
                 why="the CPU engine never sends logical ids to physical slots: wrong output",
                 upstream="mended in SGLang 0.5.23",
                 removable_when="0.5.22 is no longer supported",

@@ -1,0 +1,195 @@
+"""New weights for a model that serves: `/update_weights_from_*`, the checkpoint engine, sleep and wake.
+
+SGLang's loaders, and ours for tensors of all experts, put them where the map in force has their experts, after
+rebalances too. What was known of the old weights is forgotten; what would copy by position is refused before anything
+is overwritten.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from ...errors import PlacementError
+from . import evidence, expert_reader, settings
+from .hooks import Hook, HookSet
+from .verify import expert_layers, weights_change, weights_changed
+
+logger = logging.getLogger(__name__)
+
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater"
+_EXPORTER = "sglang.srt.model_executor.model_runner_components.weight_exporter:WeightExporter"
+_SCHEDULER = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
+
+BY_NAME = (None, "flattened_bucket")
+"""Values of ``load_format`` that go through the model's own loader; others copy tensors as they see fit."""
+
+_RELIES_ON = {"update_weights_from_tensor": ("named_tensors", "load_format")}
+
+_generation = 0
+
+
+def generation() -> int:
+    """How often the served model's weights have changed: whoever keeps views of them must make them anew."""
+    return _generation
+
+
+@contextmanager
+def _change(runner: Any) -> Iterator[list[bool]]:
+    """The target model's weights change; put into the list whether all went well."""
+    global _generation
+    _generation += 1
+    weights_change(runner.model)
+    evidence.forget()
+    outcome = [False]
+    try:
+        yield outcome
+    finally:
+        evidence.forget()
+        weights_changed(runner.model, outcome[-1])
+
+
+def update(method: str, original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A method of SGLang's `WeightUpdater` that loads new weights, which forgets what was known of the old ones.
+
+    Args:
+        method: its name.
+        original: the method.
+        self: SGLang's updater; the others are its arguments.
+
+    Returns:
+        SGLang's ``(succeeded, message)``; a refusal is one as well, it never ends the server.
+    """
+    runner = self.get_model_runner()
+    if getattr(runner, "is_draft_worker", False):
+        return original(self, *args, **kwargs)
+    call = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    refusal = _by_position(runner.model, call)
+    if refusal is not None:
+        logger.error("%s", refusal)
+        return False, refusal
+    asked = settings.current()
+    from_disk = method == "update_weights_from_disk"
+    elastic = asked is not None and asked.elastic
+    if elastic and not from_disk:
+        expert_reader.forget()  # the checkpoint has other weights now: a lost expert is not to be had
+    with _change(runner) as outcome, expert_reader.learning(elastic and from_disk):
+        try:
+            result = original(self, *args, **kwargs)
+        except PlacementError as error:
+            logger.error("%s", error)
+            return False, f"{error}. Some weights may be new already: update all of them again"
+        outcome.append(result[0] if isinstance(result, tuple) else True)
+    return result
+
+
+def _by_position(model: Any, call: dict[str, Any]) -> str | None:
+    """Why an update is refused: it copies tensors of experts by position; None when it may go on."""
+    how = call.get("load_format")
+    if "named_tensors" not in call or how in BY_NAME or settings.current() is None:
+        return None
+    layers = tuple(f"{name}." for name in expert_layers(model))
+    if how == "direct" and not any(name.startswith(layers) for name, _ in call["named_tensors"]):
+        return None
+    return (
+        f"load_format {how} copies experts into slots by position, past their placement: leave load_format out, so that "
+        "the model's own loader takes them, or start the server without the placement flags"
+    )
+
+
+def release(original: Callable, self: Any, recv_req: Any) -> Any:
+    """`release_memory_occupation`: until they are loaded again, released weights are nobody's."""
+    runner = self.tp_worker.model_runner
+    if not _of_weights(recv_req):
+        return original(self, recv_req)
+    with _change(runner) as outcome:
+        result = original(self, recv_req)
+        outcome.append(_comes_back(runner))
+    return result
+
+
+def _of_weights(request: Any) -> bool:
+    from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
+
+    return not request.tags or GPU_MEMORY_TYPE_WEIGHTS in request.tags
+
+
+def _comes_back(runner: Any) -> bool:
+    """Whether released weights come back as they were: from a copy on the host, or because nothing was released."""
+    from .versions import resolved
+
+    args = resolved(runner.server_args)
+    saver = getattr(args, "enable_memory_saver", False)
+    return not saver or bool(getattr(args, "enable_weights_cpu_backup", False))
+
+
+def send(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`send_weights_to_remote_instance`: another server would take our slots for its own, by position."""
+    asked = settings.current()
+    if asked is None:
+        return original(self, *args, **kwargs)
+    refusal = (
+        "weights are not sent to another server by position while experts are placed: its slots hold other experts; load "
+        "it from the checkpoint"
+    )
+    logger.error("%s", refusal)
+    return False, refusal
+
+
+def _methods() -> list[str]:
+    """The methods of this version's `WeightUpdater` that write weights."""
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+    names = (
+        "update_weights_from_disk",
+        "update_weights_from_tensor",
+        "update_weights_from_distributed",  # up to 0.5.22, the next one from 0.5.23 on
+        "load_weights_from_distributed",
+        "update_weights_from_ipc",
+        "end_weight_update",
+    )
+    return [name for name in names if hasattr(WeightUpdater, name)]
+
+
+@lru_cache(maxsize=1)
+def hooks() -> HookSet:
+    """The hooks of a worker whose experts are placed or verified; the same object in every call."""
+    why = "digests and views of the old weights must go, and what copies by position be refused"
+    return HookSet(
+        [
+            *(
+                Hook(
+                    name=f"new-weights-{name.replace('_', '-')}",
+                    target=f"{_UPDATER}.{name}",
+                    hook=functools.partial(update, name),
+                    relies_on=_RELIES_ON.get(name, ("self",)),
+                    why=why,
+                    upstream="SGLang #9923, #26015",
+                    removable_when="never: it is this plugin's own state",
+                )
+                for name in _methods()
+            ),
+            Hook(
+                name="released-weights",
+                target=f"{_SCHEDULER}.release_memory_occupation",
+                hook=release,
+                relies_on=("recv_req",),
+                why="released weights may come back as anything until they are updated",
+                removable_when="never: it is this plugin's own state",
+            ),
+            Hook(
+                name="sent-weights",
+                target=f"{_EXPORTER}.send_weights_to_remote_instance",
+                hook=send,
+                relies_on=("self",),
+                why="a server with another placement would take each slot for its own",
+                removable_when="weights are sent by logical expert",
+                optional=True,
+            ),
+        ]
+    )
