@@ -146,17 +146,34 @@ def test_the_map_in_force_counts_not_that_of_the_start(monkeypatch):
     evidence.check("mlp", layer)
 
 
+def load_draft(layer, experts=range(5), leave_out=()):
+    """By a draft's own order: expert e in physical slot e, of which rank 1 has those from 3 on."""
+    for weight, shard in (("w13_weight", "w1"), ("w13_weight", "w3"), ("w2_weight", "w2")):
+        load(layer, weight, shard, experts, leave_out, lambda e: [e - 3] if e > 2 else [])
+
+
 def test_a_draft_is_loaded_by_its_own_order():
-    """From 0.5.23 on, SGLang says which layers its map is not for."""
+    """From 0.5.23 on, SGLang says which layers its map is not for. Slots beyond the draft's experts may stay empty."""
     layer = Weights()
     object.__setattr__(layer, "uses_expert_location", False)
     assert evidence.experts_of_slots(layer).tolist() == [3, 4, 5]
-    load(layer, "w2_weight", "w2", experts=range(6), slot_of=lambda e: [e - 3] if e > 2 else [])
-    for shard in ("w1", "w3"):
-        load(
-            layer, "w13_weight", shard, experts=range(6), slot_of=lambda e: [e - 3] if e > 2 else []
-        )
+    load_draft(layer)
     evidence.check("mlp", layer)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"leave_out": (1,)}, "nothing filled slot 1 of rank 1 with w1 of expert 4"),
+        ({"experts": (0, 1, 3, 4)}, "w1 of 4 of 5 experts, expert 2 is missing"),
+    ],
+)
+def test_a_draft_that_was_not_filled_is_noticed(fault, message):
+    layer = Weights()
+    object.__setattr__(layer, "uses_expert_location", False)
+    load_draft(layer, **fault)
+    with pytest.raises(PlacementError, match=message):
+        evidence.check("mlp", layer)
 
 
 def test_a_gguf_file_is_refused_by_name():

@@ -80,6 +80,15 @@ def follows_map(layer: Any) -> bool:
     return bool(getattr(layer, "uses_expert_location", True))
 
 
+def experts_of_map() -> int | None:
+    """Logical experts of the map in force, None without one."""
+    metadata, asked = in_force(), settings.current()
+    if metadata is None:
+        placement = None if asked is None else asked.placement
+        return None if placement is None else placement.num_logical_experts
+    return metadata.num_logical_experts
+
+
 def note_built(layer: Any) -> None:
     """Note which weights of a new ``FusedMoE`` a checkpoint must fill: kernels may replace them after loading."""
     names = (name for name, _ in layer.named_parameters(recurse=False))
@@ -148,12 +157,11 @@ def check(name: str, layer: Any) -> None:
             f"{name}: its weights did not come through FusedMoE's loader, so that the placement was not heeded: use "
             "--load-format auto with the model's original checkpoint, or leave the placement flags out"
         )
-    every = set(held[held >= 0].tolist())
-    metadata, asked = in_force() if follows_map(layer) else None, settings.current()
-    if metadata is not None:
-        every |= set(range(metadata.num_logical_experts))
-    elif asked is not None and asked.placement is not None and follows_map(layer):
-        every |= set(range(asked.placement.num_logical_experts))
+    known = experts_of_map() if follows_map(layer) else None
+    if known is None:  # a draft's own order: slots beyond its experts are never routed to
+        known = 1 + max(max(experts) for experts in brought.values())
+        held = np.where(held < known, held, -1)
+    every = set(range(known))
     for shard, experts in brought.items():
         missing = sorted(every - experts)
         if missing:

@@ -9,8 +9,9 @@ from typing import Any
 
 from ...errors import PlacementError
 from ...placement import Placement
-from . import direct, evidence, expert_reader, positional, settings
+from . import direct, evidence, expert_reader, positional, settings, versions
 from .routing import LAYER
+from .verify import expert_layers
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,22 @@ def build(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
         experts = call.arguments["num_experts"]
         shared = experts - placement.num_logical_experts
         if 0 <= shared == _shared_slots(call.arguments.get("num_fused_shared_experts", 0)):
-            call.arguments["num_experts"] = experts + placement.num_redundant
+            # A draft routes by logical ids: it needs as many slots as divide over the ranks, no replicas.
+            more = placement.num_redundant
+            if _builds_draft():
+                more = -placement.num_logical_experts % placement.num_ranks
+            call.arguments["num_experts"] = experts + more
     original(*call.args, **call.kwargs)
     if placement is not None:
         evidence.note_built(self)
+
+
+def _builds_draft() -> bool:
+    """Whether the model under construction is a draft's: SGLang tells from 0.5.23 on."""
+    from sglang.srt import runtime_context
+
+    flags = getattr(runtime_context, "get_flags", None)
+    return flags is not None and bool(getattr(flags().moe, "in_speculative_scope", False))
 
 
 def _shared_slots(shared: int) -> int:
@@ -115,8 +128,7 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
         PlacementError: when a layer's slots, weights or routing do not go through the map.
     """
     draft = bool(getattr(self, "is_draft_worker", False))
-    if not draft:
-        evidence.forget()
+    evidence.forget()
     asked = settings.current()
     with expert_reader.learning(asked is not None and asked.elastic and not draft):
         result = original(self, *args, **kwargs)
@@ -144,8 +156,18 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
             sum(map(direct.has_table, layers)),
             ", ".join(f"{name} {hits}" for name, hits in hooks().hits().items() if hits),
         )
+    elif draft and asked is not None and asked.placement is not None and _reads(self, asked):
+        for name, layer in expert_layers(self.model).items():
+            evidence.check(f"draft model: {name}", layer)
     evidence.forget()
     return result
+
+
+def _reads(runner: Any, asked: settings.Settings) -> bool:
+    """Whether a draft's weights come from a checkpoint: its load format may be another than the target's."""
+    args = versions.resolved(runner.server_args)
+    own = getattr(args, "speculative_draft_load_format", None)
+    return asked.reads if own is None else str(getattr(own, "value", own)) != "dummy"
 
 
 def check_layers(model: Any, placement: Placement, reads: bool) -> list[Any]:

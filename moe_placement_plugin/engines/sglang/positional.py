@@ -31,16 +31,13 @@ def rows_of_slots(layer: Any, experts: int) -> np.ndarray:
         PlacementError: when the tensor has fewer or more experts than the map.
     """
     held = evidence.experts_of_slots(layer)
-    metadata = evidence.in_force() if evidence.follows_map(layer) else None
-    placement = getattr(settings.current(), "placement", None)
-    known = metadata or (placement if evidence.follows_map(layer) else None)
-    number = int(held.max()) + 1 if known is None else known.num_logical_experts
-    if experts < number if known is None else experts != number:
+    number = evidence.experts_of_map() if evidence.follows_map(layer) else None
+    if number is not None and experts != number:
         raise PlacementError(
             f"layer {layer.layer_id}: the checkpoint brings {experts} of {number} experts at once, so that it is not "
             "known which: use a checkpoint with a tensor per expert, or leave the placement flags out"
         )
-    return np.maximum(held, 0)
+    return np.where((held >= 0) & (held < experts), held, 0)
 
 
 def load_fused(

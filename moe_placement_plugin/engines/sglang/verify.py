@@ -97,6 +97,35 @@ def expert_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
 
 
+def input_scales(layer: Any, experts: np.ndarray, logical: int) -> frozenset[str]:
+    """Names of scales that are kept for all experts of the model on purpose, and of which no slot gets another expert's.
+
+    ModelOpt's NVFP4 keeps input scales so. Most kernels take the maximum of all; others cut a block by the trivial map,
+    which is right while the slots of this rank follow it.
+
+    Args:
+        layer: a ``FusedMoE``.
+        experts: logical expert of each slot of this rank.
+        logical: experts of the model.
+    """
+    named = layer.named_parameters(recurse=False)
+    kept = {name for name, p in named if getattr(p, "_sglang_require_global_experts", False)}
+    if not kept:
+        return frozenset()
+    method, routed = layer.quant_method, layer._num_local_routed
+    from sglang.srt.layers.moe.utils import get_moe_runner_backend
+
+    backend = getattr(method, "_moe_runner_backend", None) or get_moe_runner_backend()
+    reduced = (
+        getattr(method, "enable_flashinfer_cutlass_moe", False)
+        or getattr(method, "enable_flashinfer_trtllm_moe", False)
+        or backend.is_marlin()
+    )
+    trivial = (np.arange(routed) + layer.moe_ep_rank * routed) % logical
+    follows = bool((experts[:routed] == trivial).all())
+    return frozenset(kept) if reduced or follows else frozenset()
+
+
 def digest_model(model: Any, only: Collection[int] | None = None) -> Pass:
     """Digests of every slot of this rank's MoE layers, read where the weights are.
 
@@ -120,10 +149,17 @@ def digest_model(model: Any, only: Collection[int] | None = None) -> Pass:
         if metadata is not None:
             every |= {metadata.num_logical_experts, metadata.num_physical_experts}
         experts = slot_experts(layer, metadata)
+        logical = layer._num_global_routed if metadata is None else metadata.num_logical_experts
         result.add(
             layer.layer_id,
             experts,
-            expert_tensors(layer, experts.size, frozenset(every), _NO_WEIGHTS, name),
+            expert_tensors(
+                layer,
+                experts.size,
+                frozenset(every),
+                _NO_WEIGHTS | input_scales(layer, experts, logical),
+                name,
+            ),
         )
     return result
 
