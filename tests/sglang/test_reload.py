@@ -123,6 +123,18 @@ def test_a_failed_update_is_not_verified_until_the_next_one(runner, caplog):
     assert verify.renew(runner.model)
 
 
+@pytest.mark.parametrize("loads", [True, False])
+def test_the_end_of_a_session_makes_no_failed_load_good(runner, loads):
+    from_tensor(runner, [], does=lambda: (loads, "a bucket"))
+    reload.update(
+        "end_weight_update",
+        lambda self, *, run_post_load: None,
+        updater(runner),
+        run_post_load=False,
+    )
+    assert verify.renew(runner.model) is loads
+
+
 def test_a_refusal_while_loading_is_an_answer_and_not_the_end(runner):
     def refuse():
         raise PlacementError("layer 1: the loader puts w1 of expert 0 into slot 0")

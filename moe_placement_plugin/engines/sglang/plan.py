@@ -161,6 +161,11 @@ def place(
     if asked.file is not None:
         plan = read_file(asked.file, shape, ranks)
         if isinstance(plan, Placement):
+            if getattr(plan, "draft", None) is not None:
+                raise PlacementError(
+                    f"{asked.file} has rows for a draft, which SGLang loads and routes by its own order: leave the draft's "
+                    "rows out"
+                )
             if plan.num_redundant == wanted and padding and plan.num_ranks == ranks:
                 plan = fill_up(plan, per_rank[0])
             _check_slots(plan, shape, ranks, wanted, padding, asked.file)

@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import PlacementError
 from . import evidence, expert_reader, settings
 from .hooks import Hook, HookSet
-from .verify import expert_layers, weights_change, weights_changed
+from .verify import expert_layers, weights_are_whole, weights_change, weights_changed
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def update(method: str, original: Callable, self: Any, *args: Any, **kwargs: Any
     if refusal is not None:
         logger.error("%s", refusal)
         return False, refusal
-    asked = settings.current()
+    asked, before = settings.current(), weights_are_whole(runner.model)
     from_disk = method == "update_weights_from_disk"
     elastic = asked is not None and asked.elastic
     if elastic and not from_disk:
@@ -84,7 +84,8 @@ def update(method: str, original: Callable, self: Any, *args: Any, **kwargs: Any
         except PlacementError as error:
             logger.error("%s", error)
             return False, f"{error}. Some weights may be new already: update all of them again"
-        outcome.append(result[0] if isinstance(result, tuple) else True)
+        # The end of a session (0.5.23) brings nothing new: what its loads were stays.
+        outcome.append(result[0] if isinstance(result, tuple) else before)
     return result
 
 

@@ -213,6 +213,11 @@ def weights_change(model: Any) -> None:
         object.__setattr__(model, _EXPECTED, None)
 
 
+def weights_are_whole(model: Any) -> bool:
+    """Whether the last change of weights, if there was any, ended well on this rank."""
+    return getattr(model, _WHOLE, True)
+
+
 def weights_changed(model: Any, succeeded: bool) -> None:
     """The new weights are there, all of them or not."""
     object.__setattr__(model, _WHOLE, succeeded)
@@ -239,7 +244,7 @@ def renew(model: Any) -> bool:
     if digests_known(model):
         return True
     group = get_moe_ep_group()
-    if not all(gather(getattr(model, _WHOLE, True), group.cpu_group, group.world_size)):
+    if not all(gather(weights_are_whole(model), group.cpu_group, group.world_size)):
         logger.warning(
             "moe_placement_plugin: the last update of weights failed or released them: experts are not verified until they are updated again"
         )
