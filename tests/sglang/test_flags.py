@@ -569,6 +569,12 @@ def test_what_would_go_round_the_map_is_refused_before_loading(models, more, mes
     )
 
 
+def test_ray_is_refused_where_its_engine_was_imported(models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sglang.srt.ray.engine", object())
+    message = refused(arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "zigzag"))
+    assert "Ray (" in message and "start the server without Ray" in message
+
+
 def test_rows_for_a_draft_are_refused(models, files, monkeypatch):
     read = plan.read_file
 

@@ -56,7 +56,7 @@ def with_(**changes) -> Combination:
         ({"load_format": "remote_instance"}, "whatever placement.*--load-format auto"),
         ({"load_format": "gguf"}, "GGUF.*safetensors checkpoint"),
         ({"options": frozenset({"weight_cache_mode"})}, "--weight-cache-mode"),
-        ({"options": frozenset({"use_ray"})}, "--use-ray.*without Ray"),
+        ({"options": frozenset({"use_ray"})}, "Ray .*without Ray"),
         ({"options": frozenset({"enable_nvidia_megakernel"})}, "--enable-nvidia-megakernel"),
         ({"options": frozenset({"enable_amd_monokernel"})}, "--enable-amd-monokernel"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ def finish(server_args: Any, asked: Settings) -> None:
     options = {o for o in OPTIONS if getattr(cfg, o, None)}
     if str(getattr(cfg, "weight_cache_mode", None) or "off") != "off":
         options.add("weight_cache_mode")
+    if "sglang.srt.ray.engine" in sys.modules:  # newer versions have no flag for it
+        options.add("use_ray")
     if _has_amx_kernels():
         options.add("cpu_amx")
     combination = Combination(

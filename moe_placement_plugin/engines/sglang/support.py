@@ -216,7 +216,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "option",
-        "`--use-ray`",
+        "Ray (`--use-ray`, `sglang.srt.ray`)",
         "SGLang loads no plugins in Ray's actors: they would never learn of the placement",
         "start the server without Ray, or leave the placement flags out",
         lambda c: "use_ray" in c.options,
