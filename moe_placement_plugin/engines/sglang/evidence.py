@@ -91,8 +91,16 @@ def experts_of_map() -> int | None:
 
 def note_built(layer: Any) -> None:
     """Note which weights of a new ``FusedMoE`` a checkpoint must fill: kernels may replace them after loading."""
-    names = (name for name, _ in layer.named_parameters(recurse=False))
-    object.__setattr__(layer, _MUST_FILL, tuple(filter(_WEIGHT.fullmatch, names)))
+    from torch.nn.parameter import UninitializedParameter
+
+    weights = tuple(
+        name
+        for name, param in layer.named_parameters(recurse=False)
+        if _WEIGHT.fullmatch(name)
+        and not isinstance(param, UninitializedParameter)
+        and param.dim() >= 3
+    )
+    object.__setattr__(layer, _MUST_FILL, weights)
 
 
 @contextmanager
