@@ -55,7 +55,7 @@ RIGHT: tuple[Right, ...] = (
     Right(
         "fused (3D) unquantized checkpoints, as gpt-oss in bf16",
         "each rank takes the rows of its slots by the map in force, also in an update after rebalances",
-        "served on the CPU engine (gpt-oss, with an attention back end that the tests lend it): logprobs equal one rank's",
+        "gpt-oss's and FusedMoE's own loaders, slot by slot on every rank; the engine tier serves it with an attention back end lent by the tests",
     ),
     Right(
         "gpt-oss in MXFP4, where its kernel takes routed slots (not `triton_kernel`, not `flashinfer_mxfp4`)",
