@@ -55,7 +55,7 @@ RIGHT: tuple[Right, ...] = (
     Right(
         "fused (3D) unquantized checkpoints, as gpt-oss in bf16",
         "each rank takes the rows of its slots by the map in force, also in an update after rebalances",
-        "gpt-oss's and FusedMoE's own loaders, slot by slot on every rank; the engine tier serves it with an attention back end lent by the tests",
+        "gpt-oss's and FusedMoE's own loaders, slot by slot on every rank; serving it awaits the engine tier",
     ),
     Right(
         "gpt-oss in MXFP4, where its kernel takes routed slots (not `triton_kernel`, not `flashinfer_mxfp4`)",
