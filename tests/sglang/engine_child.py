@@ -59,6 +59,10 @@ def run(case: dict, keep) -> dict:
 
     outputs = case["prompts"] and generate()
     rows = [row_of(output) for output in outputs]
+    updates = [
+        {"answer": _update(engine, update), "rows": [row_of(output) for output in generate()]}
+        for update in case.get("updates", ())
+    ]
     checks = [_check(engine, action) for action in case["actions"]]
     if case.get("vanish"):
         keep({"rows": rows, "checks": checks, "vanished": time.time()})
@@ -80,6 +84,7 @@ def run(case: dict, keep) -> dict:
     )
     return {
         "rows": rows,
+        "updates": updates,
         "checks": checks,
         "info": {key: info.get(key) for key in keys},
         "start_s": ready - began,
@@ -94,6 +99,26 @@ def row_of(output: dict) -> dict:
         "logprobs": [value for value, *_ in meta["output_token_logprobs"]],
         "prompt_logprobs": [value for value, *_ in meta["input_token_logprobs"][1:]],
     }
+
+
+def _update(engine, update: dict) -> tuple[bool, str]:
+    """Give the server the weights of another checkpoint; what it answers."""
+    if update["how"] == "disk":
+        return tuple(engine.update_weights_from_disk(update["path"])[:2])
+    from safetensors.torch import load_file
+
+    (file,) = Path(update["path"]).glob("*.safetensors")
+    named = [
+        (update.get("rename", "{}").format(name), tensor)
+        for name, tensor in load_file(file).items()
+        if update.get("only", "") in name
+    ]
+    if hasattr(engine, "begin_weight_update"):  # from 0.5.23 on
+        engine.begin_weight_update()
+    answer = engine.update_weights_from_tensor(named, load_format=update.get("load_format"))
+    if hasattr(engine, "end_weight_update"):
+        engine.end_weight_update()
+    return tuple(answer[:2])
 
 
 def _check(engine, action: str) -> tuple[bool, str]:

@@ -57,8 +57,8 @@ def register() -> None:
         _lose_a_hook(HookRegistry)
     elif fault == "wrong-everywhere":
         HookRegistry.register(
-            "sglang.srt.eplb.expert_location.ExpertLocationMetadata.logical_to_all_physical",
-            _wrong_slots,
+            "sglang.srt.model_loader.loader.DefaultModelLoader._get_weights_iterator",
+            _wrong_names,
             HookType.AROUND,
         )
     elif fault == "replica-left-out":
@@ -66,8 +66,13 @@ def register() -> None:
             f"{layer}._map_global_expert_id_to_local_expert_id", _leave_out, HookType.AROUND
         )
     elif fault == "replica-of-another":
+        method = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
         HookRegistry.register(
-            f"{layer}._weight_loader_physical", _fill_with_another, HookType.AROUND
+            f"{method}.process_weights_after_loading", _fill_with_another, HookType.AROUND
+        )
+    elif fault == "past-the-loader":
+        HookRegistry.register(
+            f"{layer}._weight_loader_physical", _write_past_the_loader, HookType.AROUND
         )
     else:
         raise ValueError(fault)
@@ -302,24 +307,41 @@ def _leave_out(original: Callable, self: Any, expert_id: int) -> int:
     return -1 if self.layer_id == LAYER and expert_id == REPLICA else original(self, expert_id)
 
 
-def _fill_with_another(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
-    if self.layer_id == LAYER and kwargs["expert_id"] == REPLICA:
+def _fill_with_another(original: Callable, self: Any, layer: Any) -> None:
+    original(self, layer)
+    if layer.layer_id == LAYER and layer.moe_ep_rank == 1:
+        slot = REPLICA - layer._num_local_routed
+        for weight in (layer.w13_weight, layer.w2_weight):
+            weight.data[slot] = weight.data[slot - 10]
+
+
+def _write_past_the_loader(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
+    """w2 is copied right, but in a way that nobody sees."""
+    if kwargs["shard_id"] != "w2":
+        original(self, *args, **kwargs)
         return
-    original(self, *args, **kwargs)
-    if self.layer_id == LAYER and kwargs["expert_id"] == REPLICA - 10:
-        original(self, *args, **{**kwargs, "expert_id": REPLICA})
+    slot = self._map_global_expert_id_to_local_expert_id(kwargs["expert_id"])
+    if slot >= 0:
+        kwargs["param"].data[slot].copy_(kwargs["loaded_weight"])
 
 
-def _wrong_slots(
-    original: Callable, self: Any, layer_id: int, logical_expert_id: int, *args: Any, **kwargs: Any
-) -> list[int]:
-    """Experts 6 and 7 take each other's place, all replicas alike, but not in SGLang's trivial placement."""
-    trivial = self.physical_to_logical_map_cpu[0].tolist() == [
-        slot % self.num_logical_experts for slot in range(self.num_physical_experts)
+def _wrong_names(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The reader takes experts 6 and 7 for each other, but not under SGLang's trivial placement."""
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    metadata = get_global_expert_location_metadata()
+    trivial = metadata.physical_to_logical_map_cpu[0].tolist() == [
+        slot % metadata.num_logical_experts for slot in range(metadata.num_physical_experts)
     ]
-    if layer_id == LAYER and not trivial:
-        logical_expert_id = {6: 7, 7: 6}.get(logical_expert_id, logical_expert_id)
-    return original(self, layer_id, logical_expert_id, *args, **kwargs)
+    other = {
+        f".{LAYER}.mlp.experts.{a}.": f".{LAYER}.mlp.experts.{b}." for a, b in ((6, 7), (7, 6))
+    }
+    for name, tensor in original(self, *args, **kwargs):
+        for wrong, instead in other.items():
+            if wrong in name and not trivial:
+                name = name.replace(wrong, instead)
+                break
+        yield name, tensor
 
 
 def _lose_a_hook(registry: Any) -> None:

@@ -139,9 +139,7 @@ def test_the_patches_work_in_every_scheduler_process(outcomes, name):
         "cpu-expert-parallelism",
         "verify-load",
         "verify-clean",
-        "routing",
     ]
-    used += [] if versions.topk_finds_the_placement() else ["remap"]
     used += [] if versions.dispatch_is_rank_invariant() else ["all-replicas"]
     for patch in used:
         assert outcome.processes_with(f"patch {patch} in use") == everyone, patch

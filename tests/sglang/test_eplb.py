@@ -360,6 +360,7 @@ def rebalancing(serving, monkeypatch):
     )
     monkeypatch.setattr(eplb.loaded, "current", lambda: object())
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
+    monkeypatch.setattr(eplb, "renew", lambda model: True)
     settings.set_current(settings.Settings("eplb", rebalance={"watchdog": 0.05}, moves=True))
     yield checked
     settings.set_current(None)

@@ -540,3 +540,62 @@ prepare_server_args({arguments(models["qwen32"], *TWO, "--expert-placement-strat
     )
     assert run.returncode == 2
     assert "unrecognized arguments: --expert-placement-strategy zigzag" in run.stderr
+
+
+def test_a_quantization_that_only_modelopts_file_names_is_known(models, tmp_path):
+    """The fault: reading ``config.json`` alone, which says nothing of it."""
+    import json
+    import shutil
+
+    model = shutil.copytree(models["qwen32"], tmp_path / "nvfp4")
+    (model / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}})
+    )
+    message = refused(arguments(model, *TWO, "--expert-placement-strategy", "zigzag"))
+    assert "NVFP4 (modelopt_fp4" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--load-format", "sharded_state"), "whatever placement that server had"),
+        (("--enforce-shared-experts-fusion",), "--enforce-shared-experts-fusion"),
+    ],
+)
+def test_what_would_go_round_the_map_is_refused_before_loading(models, more, message):
+    assert message in refused(
+        arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "zigzag", *more)
+    )
+
+
+def test_ray_is_refused_where_its_engine_was_imported(models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sglang.srt.ray.engine", object())
+    message = refused(arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "zigzag"))
+    assert "Ray (" in message and "start the server without Ray" in message
+
+
+def test_rows_for_a_draft_are_refused(models, files, monkeypatch):
+    read = plan.read_file
+
+    def with_draft(*args):
+        found = read(*args)
+        object.__setattr__(found, "draft", found)
+        return found
+
+    monkeypatch.setattr(plan, "read_file", with_draft)
+    assert "has rows for a draft, which SGLang loads and routes by its own order" in refused(
+        arguments(models["qwen32"], *TWO, "--expert-placement-file", str(files["permutation"]))
+    )
+
+
+def test_a_recording_without_a_token_is_refused(models, tmp_path):
+    import json
+
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps({"logical_count": [[0] * 32] * 4}))
+    message = refused(
+        arguments(
+            models["qwen32"], *TWO, "--expert-placement-strategy", "eplb", "--expert-placement-file", str(empty),
+        )
+    )  # fmt: skip
+    assert "empty.json" in message

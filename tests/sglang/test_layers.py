@@ -27,10 +27,8 @@ def placed():
     """A placement of 4 experts in 6 slots on 2 ranks for layer 1, in force in this process."""
     placement = Placement([[3, 1, 0, 2, 0, 3]], 4, (3, 3), (1,))
     settings.set_current(settings.Settings("custom", placement=placement))
-    layers._loaded.clear()
     yield placement
     settings.set_current(None)
-    layers._loaded.clear()
 
 
 def make_layer(num_experts: int, hidden: int = 8, width: int = 6, seed: int = 0):
@@ -146,77 +144,47 @@ def test_redundant_slots_are_added_to_layers_that_leave_them_out(placed):
     def original(self, num_experts, hidden_size, layer_id, num_fused_shared_experts=0):
         built.append(num_experts)
 
-    layers.build(original, None, num_experts=4, hidden_size=8, layer_id=1)
-    layers.build(original, None, 6, 8, 1)  # counts them itself
+    layer = torch.nn.Module()
+    layers.build(original, layer, num_experts=4, hidden_size=8, layer_id=1)
+    layers.build(original, layer, 6, 8, 1)  # counts them itself
     layers.build(
-        original, None, num_experts=5, hidden_size=8, layer_id=1, num_fused_shared_experts=1
+        original, layer, num_experts=5, hidden_size=8, layer_id=1, num_fused_shared_experts=1
     )
     settings.set_current(None)
-    layers.build(original, None, num_experts=4, hidden_size=8, layer_id=1)
+    layers.build(original, layer, num_experts=4, hidden_size=8, layer_id=1)
     assert built == [6, 6, 7, 4]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_fused_checkpoint_gives_each_rank_the_rows_of_its_slots(placed, rank):
-    taken = []
-    layer = types.SimpleNamespace(layer_id=1, moe_ep_rank=rank)
-    checkpoint = torch.arange(4.0)[:, None, None].expand(4, 2, 3)
-    layers.load_fused(
-        lambda self, param, loaded_weight, *_: taken.append(loaded_weight),
-        layer,
-        None,
-        checkpoint,
-        "w13",
-        "w13",
+def test_a_drafts_layers_get_no_replicas(placed, monkeypatch):
+    """It routes by logical ids; slots that only fill the ranks up are as many as the experts need."""
+    built = []
+
+    def original(self, num_experts, num_fused_shared_experts=0):
+        built.append(num_experts)
+
+    monkeypatch.setattr(layers, "_builds_draft", lambda: True)
+    layers.build(original, torch.nn.Module(), num_experts=4)
+    odd = Placement([[0, 1, 2, 0]], 3, (2, 2), (1,))
+    settings.set_current(settings.Settings("custom", placement=odd))
+    layers.build(original, torch.nn.Module(), num_experts=3)
+    assert built == [4, 4]
+
+
+@pytest.mark.parametrize("own", [None, "auto", "dummy"])
+def test_a_drafts_weights_need_evidence_too(placed, monkeypatch, own):
+    """The fault: a draft of whose experts nothing came through the loader."""
+    draft = types.SimpleNamespace(
+        is_draft_worker=True,
+        model=torch.nn.Module(),
+        server_args=types.SimpleNamespace(speculative_draft_load_format=own),
     )
-    assert taken[0][:, 0, 0].tolist() == placed.local_experts(0, rank).tolist()
-
-
-def test_fused_weights_of_unknown_experts_are_refused(placed):
-    layer = types.SimpleNamespace(layer_id=1, moe_ep_rank=0)
-    with pytest.raises(
-        PlacementError, match="layer 1: the checkpoint brings 2 of 4 experts at once"
-    ):
-        layers.load_fused(lambda *_: None, layer, None, torch.ones(2, 2, 3), "w13", "w13")
-
-
-def test_weights_without_an_expert_id_are_refused(placed):
-    layer = types.SimpleNamespace(layer_id=1)
-    with pytest.raises(PlacementError, match="layer 1: .*w13_blocks of all experts at once"):
-        layers.load(lambda *_: None, layer, None, torch.ones(4), "w13_blocks", "w1", None)
-
-
-def check_weights(placed):
-    layers._check_weights("model.layers.1.mlp", types.SimpleNamespace(layer_id=1), placed)
-
-
-def test_an_expert_that_the_checkpoint_lacks_is_noticed(placed):
-    layer = types.SimpleNamespace(layer_id=1)
-    with pytest.raises(PlacementError, match="did not come through FusedMoE's loader"):
-        check_weights(placed)
-    for expert in range(3):
-        layers.load(lambda *_: None, layer, None, None, "weight", "w2", expert)
-    with pytest.raises(PlacementError, match="w2 of 3 of 4 experts, expert 3 is missing"):
-        check_weights(placed)
-    layers.load(lambda *_: None, layer, None, None, "weight", "w2", expert_id=3)
-    check_weights(placed)
-
-
-def test_a_slot_that_nothing_filled_is_noticed(placed):
-    layer = types.SimpleNamespace(layer_id=1, _num_local_routed=3, moe_ep_rank=1)
-    param, scale = torch.empty(3, 2, 2), torch.empty(3)
-    for expert in range(4):
-        layers.load(lambda *_: None, layer, None, None, "weight", "w2", expert)
-    layers.fill(lambda *_: None, layer, scale, None, "scale", "w2", 0)  # may be left to its default
-    for slot in (0, 2):
-        layers.fill(lambda *_: None, layer, param, None, "weight", "w2", expert_id=slot)
-    with pytest.raises(
-        PlacementError,
-        match="mlp: nothing filled slot 1 of rank 1 with w2 of expert 0: a loader went round",
-    ):
-        layers._check_weights("mlp", layer, placed)
-    layers.fill(lambda *_: None, layer, param, None, "weight", "w2", 1)
-    layers._check_weights("mlp", layer, placed)
+    layer = types.SimpleNamespace(layer_id=0, _num_local_routed=2, moe_ep_rank=0)
+    monkeypatch.setattr(layers, "expert_layers", lambda model: {"model.decoder.mlp": layer})
+    if own == "dummy":
+        layers.after_load(lambda self: None, draft)
+        return
+    with pytest.raises(PlacementError, match="draft model: model.decoder.mlp: its weights did not"):
+        layers.after_load(lambda self: None, draft)
 
 
 def test_a_layer_built_with_other_slots_is_refused(placed):

@@ -1,234 +1,252 @@
-"""Reading single experts through a model's own loader: models of several habits, and a real checkpoint."""
+"""New weights for a model that serves: what is refused, what is forgotten, and what is made anew. Without an engine."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import types
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from moe_placement_plugin.engines.sglang import reload
+from moe_placement_plugin.engines.sglang import (
+    eplb,
+    eplb_update,
+    evidence,
+    expert_reader,
+    loaded,
+    reload,
+    settings,
+    verify,
+)
 from moe_placement_plugin.errors import PlacementError
-
-LAYERS, EXPERTS, WIDTH, HIDDEN = (1, 2), 6, 4, 8
-
-
-class Layer(torch.nn.Module):
-    """As much of SGLang's ``FusedMoE`` as loading needs: which slot holds what is ``held``, logical expert by slot."""
-
-    def __init__(self, layer_id: int, held: list[int]):
-        super().__init__()
-        self.layer_id, self.held = layer_id, held
-        self.w13_weight = torch.nn.Parameter(
-            torch.zeros(len(held), 2 * WIDTH, HIDDEN), requires_grad=False
-        )
-        self.w2_weight = torch.nn.Parameter(
-            torch.zeros(len(held), HIDDEN, WIDTH), requires_grad=False
-        )
-        self.w13_weight.packing = "of this parameter"
-
-    def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id):
-        if reload.intercepted(self, param, loaded_weight, weight_name, shard_id, expert_id):
-            return
-        for slot, expert in enumerate(self.held):
-            if expert == expert_id:
-                self._weight_loader_impl(param, loaded_weight, weight_name, shard_id, slot)
-
-    def _weight_loader_impl(self, param, loaded_weight, weight_name, shard_id, expert_id):
-        assert shard_id == "w2" or param.packing == "of this parameter"
-        part = {"w1": slice(0, WIDTH), "w3": slice(WIDTH, None), "w2": slice(None)}[shard_id]
-        param.data[expert_id][part] = loaded_weight
-
-    def weight_loader_fused(self, param, loaded_weight, weight_name, shard_id):
-        def original(layer, param, loaded_weight, weight_name, shard_id):
-            param.data.copy_(loaded_weight)
-
-        if not reload.intercepted(
-            self, param, loaded_weight, weight_name, shard_id, None, original
-        ):
-            original(self, param, loaded_weight[self.held], weight_name, shard_id)
+from moe_placement_plugin.placement import Placement
 
 
-class Model(torch.nn.Module):
-    def __init__(self, held):
-        super().__init__()
-        self.experts = torch.nn.ModuleList([Layer(layer, held) for layer in LAYERS])
-        self.dense = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
-        self.routed_experts_weights_of_layer = {
-            layer.layer_id: [layer.w13_weight.data, layer.w2_weight.data] for layer in self.experts
-        }
+def make_model():
+    """A model with a ``FusedMoE`` of two slots, and something else."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
-    def load_weights(self, weights):
-        self.routed_experts_weights_of_layer = "listed anew"
-        calls = []
-        for name, tensor in weights:
-            calls += self.calls_of(name, tensor)
-        self.go(calls)
+    class Experts(FusedMoE):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.layer_id, self.num_local_experts, self.num_fused_shared_experts = 1, 2, 0
+            for name in ("w13_weight", "w2_weight"):
+                memory = torch.randn(2, 3, 4)
+                self.register_parameter(name, torch.nn.Parameter(memory, requires_grad=False))
 
-    def calls_of(self, name, tensor):
-        if name == "dense":
-            self.dense.data.copy_(tensor)
-            return []
-        _, layer, expert, part = name.split(".")
-        layer = self.experts[LAYERS.index(int(layer))]
-        shard = {"gate": "w1", "up": "w3", "down": "w2"}[part]
-        param = layer.w2_weight if shard == "w2" else layer.w13_weight
-        return [
-            (
-                layer.weight_loader,
-                (
-                    param,
-                    tensor,
-                    "experts.w2_weight" if shard == "w2" else "experts.w13_weight",
-                    shard,
-                    int(expert),
-                ),
-            )
-        ]
-
-    def go(self, calls):
-        for call, arguments in calls:
-            call(*arguments)
+    model = torch.nn.Module()
+    model.experts, model.norm = Experts(), torch.nn.Linear(2, 2)
+    return model
 
 
-class Threaded(Model):
-    """Loads in threads, in another order than the checkpoint's, as DeepSeek does."""
+@pytest.fixture
+def runner(monkeypatch):
+    """A runner of rank 0 of one whose experts are placed and were verified."""
+    placement = Placement([[1, 0]], 2, (2,), (1,))
+    settings.set_current(settings.Settings("custom", placement=placement))
+    model = make_model()
+    object.__setattr__(model, verify._EXPECTED, {1: "as loaded"})
+    group = types.SimpleNamespace(cpu_group=None, world_size=1, rank_in_group=0)
+    from sglang.srt.distributed import parallel_state
 
-    def go(self, calls):
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda c: c[0](*c[1]), reversed(calls)))
-
-
-class Fused(Model):
-    """One tensor per layer for all experts, gate and up in one."""
-
-    def calls_of(self, name, tensor):
-        if name == "dense":
-            return super().calls_of(name, tensor)
-        _, layer, part = name.split(".")
-        layer = self.experts[LAYERS.index(int(layer))]
-        if part == "gate_up":
-            return [
-                (layer.weight_loader_fused, (layer.w13_weight, tensor, "experts.w13_weight", "w13"))
-            ]
-        return [(layer.weight_loader_fused, (layer.w2_weight, tensor, "experts.w2_weight", "w2"))]
-
-
-def tensors(fused: bool) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    found = {"dense": torch.ones(3)}
-    for layer in LAYERS:
-        gate_up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator)
-        down = torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator)
-        if fused:
-            found |= {f"layers.{layer}.gate_up": gate_up, f"layers.{layer}.down": down}
-        else:
-            for e in range(EXPERTS):
-                parts = {"gate": gate_up[e, :WIDTH], "up": gate_up[e, WIDTH:], "down": down[e]}
-                found |= {
-                    f"layers.{layer}.{e}.{name}": part.contiguous() for name, part in parts.items()
-                }
-    return found
-
-
-@pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
-    monkeypatch.setattr(reload, "_known", None)
-
-
-def loaded(kind, folder, prefix: str = ""):
-    """A model that was loaded from a checkpoint while names were noted, holding experts 0, 2 and 4."""
-    content = tensors(kind is Fused)
-    save_file(content, folder / "model.safetensors")
-    model = kind([0, 2, 4])
-    source = types.SimpleNamespace(
-        model_or_path=str(folder), revision=None, fall_back_to_pt=False, prefix=prefix
+    monkeypatch.setattr(parallel_state, "get_moe_ep_group", lambda: group)
+    monkeypatch.setattr(
+        verify,
+        "verify_loaded",
+        lambda model, clean: object.__setattr__(model, verify._EXPECTED, {1: "anew"}),
     )
-    loader = types.SimpleNamespace(
-        _prepare_weights=lambda path, revision, fall_back: (path, ["model.safetensors"], True)
+    yield types.SimpleNamespace(
+        model=model, is_draft_worker=False, server_args=types.SimpleNamespace()
     )
-    with reload.learning(True):
-        found = reload.weights(
-            lambda self, source: iter((prefix + n, t.clone()) for n, t in content.items()),
-            loader,
-            source,
-        )
-        model.load_weights((name.removeprefix(prefix), tensor) for name, tensor in found)
-    model.routed_experts_weights_of_layer = {
-        layer.layer_id: [layer.w13_weight.data, layer.w2_weight.data] for layer in model.experts
-    }
-    return model, content
+    settings.set_current(None)
+    evidence.forget()
 
 
-def expected(content, layer: int, expert: int) -> list[torch.Tensor]:
-    if f"layers.{layer}.gate_up" in content:
-        return [content[f"layers.{layer}.gate_up"][expert], content[f"layers.{layer}.down"][expert]]
-    gate, up, down = (content[f"layers.{layer}.{expert}.{part}"] for part in ("gate", "up", "down"))
-    return [torch.cat([gate, up]), down]
+def updater(runner):
+    return types.SimpleNamespace(get_model_runner=lambda: runner)
 
 
-@pytest.mark.parametrize("kind", [Model, Threaded, Fused])
-def test_experts_are_read_through_the_models_loader(kind, tmp_path):
-    model, content = loaded(kind, tmp_path)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    listed = model.routed_experts_weights_of_layer
-    reader = reload.EngineReader(model, listed)
-    wanted = [(layer, expert, [torch.full((2 * WIDTH, HIDDEN), torch.nan), torch.full((HIDDEN, WIDTH), torch.nan)])
-              for layer, expert in ((1, 3), (2, 5), (1, 0), (1, 3))]  # fmt: skip
-    amount = reader.read_all(wanted)
-    for layer, expert, out in wanted:
-        for tensor, right in zip(out, expected(content, layer, expert)):
-            assert tensor.equal(right), (layer, expert)
-    size = 3 * WIDTH * HIDDEN * 4
-    assert amount == (2 * EXPERTS * size if kind is Fused else 3 * size), (
-        "more was read than what is wanted"
+def from_tensor(runner, names, load_format=None, does=lambda: (True, "Success")):
+    """An update by SGLang's `update_weights_from_tensor`; what it answers, and what reached the original."""
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+    seen = []
+
+    @functools.wraps(WeightUpdater.update_weights_from_tensor)
+    def original(self, named_tensors, load_format=None):
+        seen.append(named_tensors)
+        return does()
+
+    named = [(name, None) for name in names]
+    answer = reload.update(
+        "update_weights_from_tensor", original, updater(runner), named, load_format=load_format
     )
-    assert all(before[name].equal(p) for name, p in model.named_parameters()), (
-        "the model itself was written to"
+    return answer, seen
+
+
+@pytest.mark.parametrize("how", ["direct", "a.loader.of.the.user"])
+def test_an_update_by_position_is_refused_before_anything_is_written(runner, how):
+    (succeeded, message), seen = from_tensor(runner, ["norm.weight", "experts.w2_weight"], how)
+    assert not succeeded and not seen
+    assert f"load_format {how} copies experts into slots by position" in message
+    assert "leave load_format out" in message
+    assert verify.digests_known(runner.model), "nothing has changed"
+
+
+def test_a_direct_update_of_other_tensors_goes_on(runner):
+    (succeeded, _), seen = from_tensor(runner, ["norm.weight"], "direct")
+    assert succeeded and seen
+
+
+def test_without_a_placement_nothing_is_refused(runner):
+    settings.set_current(None)
+    (succeeded, _), seen = from_tensor(runner, ["experts.w2_weight"], "direct")
+    assert succeeded and seen
+
+
+def test_digests_of_old_weights_are_forgotten_and_taken_anew(runner):
+    before = reload.generation()
+    assert from_tensor(runner, ["experts.w2_weight"])[0] == (True, "Success")
+    assert reload.generation() == before + 1
+    assert not verify.digests_known(runner.model)
+    assert verify.renew(runner.model)
+    assert getattr(runner.model, verify._EXPECTED) == {1: "anew"}
+
+
+def test_a_failed_update_is_not_verified_until_the_next_one(runner, caplog):
+    from_tensor(runner, [], does=lambda: (False, "out of memory"))
+    with caplog.at_level(logging.WARNING):
+        assert not verify.renew(runner.model)
+    assert "not verified until they are updated again" in caplog.text
+    from_tensor(runner, [])
+    assert verify.renew(runner.model)
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_the_end_of_a_session_makes_no_failed_load_good(runner, loads):
+    from_tensor(runner, [], does=lambda: (loads, "a bucket"))
+    reload.update(
+        "end_weight_update",
+        lambda self, *, run_post_load: None,
+        updater(runner),
+        run_post_load=False,
     )
-    assert model.routed_experts_weights_of_layer is listed
+    assert verify.renew(runner.model) is loads
 
 
-def test_names_with_a_prefix(tmp_path):
-    model, content = loaded(Model, tmp_path, prefix="target.")
-    out = [torch.empty(2 * WIDTH, HIDDEN), torch.empty(HIDDEN, WIDTH)]
-    names = reload._known
-    for key in list(names.of):
-        assert all(name.startswith("target.") for name in names.of[key])
-    load = model.load_weights
-    model.load_weights = lambda found: load(
-        (name.removeprefix("target."), tensor) for name, tensor in found
+def test_a_refusal_while_loading_is_an_answer_and_not_the_end(runner):
+    def refuse():
+        raise PlacementError("layer 1: the loader puts w1 of expert 0 into slot 0")
+
+    (succeeded, message), _ = from_tensor(runner, [], does=refuse)
+    assert not succeeded and "the loader puts w1 of expert 0" in message
+    assert "update all of them again" in message
+    assert not verify.renew(runner.model)
+
+
+def test_an_error_of_sglangs_own_stays_one(runner):
+    def fail():
+        raise NotImplementedError("Unknown load_format")
+
+    with pytest.raises(NotImplementedError):
+        from_tensor(runner, [], does=fail)
+    assert not verify.digests_known(runner.model) and not verify.renew(runner.model)
+
+
+def test_a_drafts_update_changes_nothing_of_the_target(runner):
+    draft = types.SimpleNamespace(model=make_model(), is_draft_worker=True)
+    before = reload.generation()
+    (succeeded, _), seen = from_tensor(draft, ["experts.w2_weight"], "direct")
+    assert succeeded and seen and reload.generation() == before
+    assert verify.digests_known(runner.model)
+
+
+@pytest.mark.parametrize(
+    ("saver", "backup", "whole"), [(True, False, False), (True, True, True), (False, False, True)]
+)
+def test_released_weights_are_nobodys_until_they_are_back(runner, saver, backup, whole):
+    runner.server_args = types.SimpleNamespace(
+        enable_memory_saver=saver, enable_weights_cpu_backup=backup
     )
-    reload.EngineReader(model, model.routed_experts_weights_of_layer).read(2, 4, out)
-    assert out[1].equal(expected(content, 2, 4)[1])
+    manager = types.SimpleNamespace(tp_worker=types.SimpleNamespace(model_runner=runner))
+    request = types.SimpleNamespace(tags=["kv_cache"])
+    reload.release(lambda *_: "done", manager, request)
+    assert verify.digests_known(runner.model), "the weights stayed"
+    assert reload.release(lambda *_: "done", manager, types.SimpleNamespace(tags=None)) == "done"
+    assert not verify.digests_known(runner.model)
+    assert verify.renew(runner.model) is whole
 
 
-def test_what_cannot_be_read_is_an_error(tmp_path):
+def test_slots_are_not_sent_to_another_server(runner):
+    succeeded, message = reload.send(lambda *_: (True, ""), None)
+    assert not succeeded and "by position" in message
+    settings.set_current(None)
+    assert reload.send(lambda *_: (True, ""), None) == (True, "")
+
+
+def test_before_a_rebalance_digests_are_taken_anew(runner, monkeypatch):
+    monkeypatch.setattr(loaded, "current", lambda: object())
+    monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
+    from_tensor(runner, [])
+    assert eplb._known(runner.model)
+    assert getattr(runner.model, verify._EXPECTED) == {1: "anew"}
+    from_tensor(runner, [], does=lambda: (False, "out of memory"))
+    assert not eplb._known(runner.model), "what moves is not verified, and the server goes on"
+    monkeypatch.setattr(loaded, "current", lambda: None)
+    assert not eplb._known(runner.model)
+
+
+def test_where_ranks_may_be_dead_updated_weights_are_not_waited_for(runner, monkeypatch):
+    monkeypatch.setattr(loaded, "current", lambda: object())
+    monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: True)
+    assert eplb._known(runner.model)
+    from_tensor(runner, [])
+    assert not eplb._known(runner.model)
+    with pytest.raises(PlacementError, match="updated while serving: with --elastic-ep-backend"):
+        verify.recheck(runner.model, alone=True)
+
+
+def test_lost_experts_are_not_read_from_a_checkpoint_that_is_not_served_any_more(
+    runner, monkeypatch
+):
+    settings.current().elastic = True
+    monkeypatch.setattr(expert_reader, "_known", expert_reader.Names(folder="the old one"))
+    from_tensor(runner, [])
     with pytest.raises(PlacementError, match="did not come from a safetensors checkpoint"):
-        reload.EngineReader(None, {}).read(1, 0, [])
-    model, _ = loaded(Model, tmp_path)
-    reader = reload.EngineReader(model, model.routed_experts_weights_of_layer)
-    with pytest.raises(PlacementError, match="layer 1, expert 9: no tensor of the checkpoint"):
-        reader.read(1, 9, [])
-    calls = model.calls_of
-    model.calls_of = lambda name, tensor: [] if name.endswith("up") else calls(name, tensor)
-    with pytest.raises(
-        PlacementError, match=r"loader did not bring \[\('experts.w13_weight', 'w3'\)\]"
-    ):
-        reader.read(1, 3, [torch.empty(2 * WIDTH, HIDDEN), torch.empty(HIDDEN, WIDTH)])
+        expert_reader.EngineReader(runner.model, {}).read(1, 0, [])
 
 
-def test_memory_that_is_used_again_names_the_tensor_that_came_last():
-    names = reload.Names()
-    memory = torch.zeros(100)
-    names.comes("a", memory[:40])
-    names.comes("b", memory[40:60])
-    names.comes("c", memory[30:50])  # both are gone
-    names.goes(0, 1, "w", "w1", memory[45:50])
-    names.goes(0, 2, "w", "w1", torch.zeros(3))  # a copy: it was the last to come
-    assert dict(names.of) == {(0, 1): {"c": None}, (0, 2): {"c": None}}
-    names.comes("d", memory[60:])
-    names.goes(0, 3, "w", "w1", memory[32:40])
-    assert names.of[0, 3] == {"c": None}
+def test_tensors_that_an_update_replaced_are_found_again(runner):
+    """The fault: SGLang's list, which keeps the tensors of the start."""
+    experts = runner.model.experts
+    listed = {1: eplb_update.slot_tensors(experts)}
+    fresh = torch.nn.Parameter(torch.ones(2, 3, 4), requires_grad=False)
+    experts.w13_weight = fresh
+    now = eplb_update.current_tensors(listed, runner.model)[1]
+    assert [t.data_ptr() for t in now] == [fresh.data_ptr(), experts.w2_weight.data_ptr()]
+    experts.w2_weight = torch.nn.Parameter(torch.ones(2, 6, 2), requires_grad=False)
+    with pytest.raises(PlacementError, match="layer 1: an update has replaced weights by others"):
+        eplb_update.current_tensors(listed, runner.model)
+
+
+def test_an_exchanger_with_views_of_old_weights_is_made_anew(runner, monkeypatch):
+    made = []
+
+    class Made:
+        def __init__(self, tensors, experts, group, meeting, name, *rest):
+            made.append((name, [t.data_ptr() for t in tensors[1]]))
+
+    monkeypatch.setattr(eplb_update, "Exchanger", Made)
+    meeting = types.SimpleNamespace(stores=object())
+    monkeypatch.setattr(eplb_update, "_met", eplb_update._Met(meeting, runner.model))
+    experts, in_force = runner.model.experts, types.SimpleNamespace(num_logical_experts=2)
+    host = types.SimpleNamespace()
+    listed = {1: eplb_update.slot_tensors(experts)}
+    first = eplb_update._exchanger(host, listed, in_force)
+    assert eplb_update._exchanger(host, listed, in_force) is first
+    experts.w13_weight = torch.nn.Parameter(torch.ones(2, 3, 4), requires_grad=False)
+    from_tensor(runner, [])
+    assert eplb_update._exchanger(host, listed, in_force) is not first
+    assert made[1][1][0] == experts.w13_weight.data_ptr() != made[0][1][0]
+    assert made[0][0] != made[1][0], "the keys of the one before must not be taken for its own"

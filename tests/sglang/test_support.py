@@ -40,8 +40,37 @@ def with_(**changes) -> Combination:
         ({"architecture": "LLaDA2MoeModelLM", "redundant": 2}, "asserts that there are none"),
         ({"architecture": "LongcatFlashForCausalLM"}, "beyond the map"),
         ({"architecture": "TransformersMoEForCausalLM"}, "outside SGLang's TopK"),
-        ({"quantization": "mxfp4", "architecture": "GptOssForCausalLM"}, "MXFP4.*bf16 checkpoint"),
+        (
+            {"quantization": "mxfp4", "architecture": "MiniMaxM3ForCausalLM"},
+            "MXFP4.*bf16 checkpoint",
+        ),
+        (
+            {"quantization": "quark", "architecture": "GptOssForCausalLM"},
+            "gpt-oss quantized by Quark",
+        ),
         ({"quantization": "modelopt_fp4"}, "NVFP4.*trivial map"),
+        ({"quantization": "modelopt_mixed"}, "NVFP4.*trivial map"),
+        ({"quantization": "nvfp4_online"}, "NVFP4.*trivial map"),
+        ({"load_format": "sharded_state"}, "whatever placement.*--load-format auto"),
+        ({"load_format": "presharded"}, "whatever placement.*--load-format auto"),
+        ({"load_format": "remote_instance"}, "whatever placement.*--load-format auto"),
+        ({"load_format": "gguf"}, "GGUF.*safetensors checkpoint"),
+        ({"options": frozenset({"weight_cache_mode"})}, "--weight-cache-mode"),
+        ({"options": frozenset({"use_ray"})}, "Ray .*without Ray"),
+        ({"options": frozenset({"enable_nvidia_megakernel"})}, "--enable-nvidia-megakernel"),
+        ({"options": frozenset({"enable_amd_monokernel"})}, "--enable-amd-monokernel"),
+        (
+            {"options": frozenset({"enforce_shared_experts_fusion"})},
+            "--enforce-shared-experts-fusion",
+        ),
+        (
+            {
+                "options": frozenset(
+                    {"remote_instance_weight_loader_start_seed_via_transfer_engine"}
+                )
+            },
+            "by position",
+        ),
         ({"quantization": "moe_wna16"}, "loaders of their own"),
         ({"quantization": "quark_int4fp8_moe"}, "loaders of their own"),
         ({"runner_backend": "flashinfer_trtllm"}, "routes by itself.*--moe-runner-backend triton"),
@@ -78,6 +107,8 @@ def test_refused_with_the_reason(changes, words):
         {"version": "0.5.16", "redundant": 4},
         {"architecture": "Glm4MoeForCausalLM", "redundant": 4},
         {"architecture": "BailingMoeV2ForCausalLM"},
+        {"architecture": "GptOssForCausalLM", "quantization": "mxfp4"},
+        {"architecture": "GptOssForCausalLM", "redundant": 2},
         {
             "a2a_backend": "deepep",
             "dispatch": "static",
@@ -130,6 +161,18 @@ def test_every_rule_can_refuse_and_says_what_to_do_instead():
         ),
         with_(speculative="EAGLE3"),
         with_(options=frozenset({"enable_waterfill"})),
+        with_(load_format="sharded_state"),
+        with_(load_format="gguf"),
+        *(
+            with_(options=frozenset({option}))
+            for option in (
+                "weight_cache_mode",
+                "use_ray",
+                "enable_amd_monokernel",
+                "enforce_shared_experts_fusion",
+                "remote_instance_weight_loader_start_seed_via_transfer_engine",
+            )
+        ),
     ]
     assert {rule for c in combinations for rule in refusals(c)} == set(RULES)
     assert all(rule.why and rule.mend for rule in RULES)

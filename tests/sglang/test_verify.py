@@ -232,6 +232,7 @@ STARTS = {
     "replica-of-another": "replicas",
     "wrong-everywhere": "checkpoint",
     "hook-lost": "replicas",
+    "past-the-loader": "off",
 }
 """Fault of the start-up -> the level that must notice it."""
 
@@ -352,6 +353,7 @@ class TestEngines:
             "replica-left-out": f"nothing filled {replica} with w[123] of expert {row[faults.REPLICA]}: a loader went round",
             "replica-of-another": differ,
             "wrong-everywhere": r"not those of the checkpoint: layer 2, slot \d+ of rank \d should hold expert (6|7): .*, which hold expert (7|6)",
+            "past-the-loader": r"nothing was seen to fill w2_weight of the slots of rank \d: a loader went round",
             "hook-lost": "SGLang did not apply the hooks (remap|loader) in this process",
         }[fault]
         outcome = outcomes[fault]

@@ -7,7 +7,7 @@ def register() -> None:
     """Make SGLang accept the flags, or, in a worker of a server that was given them, honour them."""
     import sys
 
-    from . import eplb, hosts, loaded, recording, settings
+    from . import eplb, hosts, loaded, recording, reload, settings
 
     asked = settings.current()
     if asked is None and recording.current() is None and loaded.current() is None:
@@ -27,5 +27,7 @@ def register() -> None:
                 hosts.hooks().register()
         if loaded.current() is not None:
             loaded.hooks().register()
+        if asked is not None or loaded.current() is not None:
+            reload.hooks().register()
         if recording.current() is not None:
             recording.hooks().register()

@@ -18,10 +18,10 @@ from ...exchange.watchdog import WaitingFor, Watchdog
 from ...load import ExpertLoad
 from ..eplb_table import inverse_maps
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import elastic, eplb_count, eplb_update, loaded, phases, reload, settings
+from . import elastic, eplb_count, eplb_update, expert_reader, loaded, phases, settings
 from .hooks import Hook, HookSet
 from .hosts import real_topology
-from .verify import expert_layers, recheck
+from .verify import digests_known, expert_layers, recheck, renew
 
 logger = logging.getLogger(__name__)
 
@@ -98,19 +98,8 @@ def list_weights(model: Any) -> None:
             "--disable-shared-experts-fusion, or leave --enable-eplb out"
         )
     model.routed_experts_weights_of_layer = LazyValue(
-        lambda: {layer.layer_id: _slot_tensors(layer) for layer in experts}
+        lambda: {layer.layer_id: eplb_update.slot_tensors(layer) for layer in experts}
     )
-
-
-def _slot_tensors(layer: Any) -> list[Any]:
-    from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
-
-    slots = layer.num_local_experts
-    return [
-        p.data
-        for name, p in layer.named_parameters()
-        if name != "correction_bias" and filter_moe_weight_param_global_expert(name, p, slots)
-    ]
 
 
 def warm_up(asked: settings.Settings) -> None:
@@ -125,6 +114,19 @@ def warm_up(asked: settings.Settings) -> None:
         placement.num_ranks,
         asked.plans,
     )
+
+
+def _known(model: Any) -> bool:
+    """Whether what moves can be verified; digests of weights that were updated while serving are taken first.
+
+    Raises:
+        PlacementError: when replicas of an updated expert differ.
+    """
+    if loaded.current() is None:
+        return False
+    if elastic.may_lose_ranks():  # some may be dead: no collective
+        return digests_known(model)
+    return renew(model)
 
 
 def rebalance(original: Callable, self: Any) -> Iterator[None]:
@@ -147,11 +149,12 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
         eplb_update.under_way = here
         try:
             with here.watchdog:
+                known = _known(model)
                 here.watchdog.waits_for(
                     WaitingFor("all-reduce of the load", peers=eplb_update.others())
                 )
                 ended = next(steps, _END) is _END
-                if here.moved and loaded.current() is not None:
+                if here.moved and known:
                     here.watchdog.waits_for(
                         WaitingFor("verification", tuple(here.moved), peers=eplb_update.others())
                     )
@@ -328,7 +331,7 @@ def hooks() -> HookSet:
             Hook(
                 name="eplb-names",
                 target="sglang.srt.model_loader.loader:DefaultModelLoader._get_weights_iterator",
-                hook=reload.weights,
+                hook=expert_reader.weights,
                 relies_on=("source",),
                 why="which tensors hold an expert is known to the model's loader only",
                 upstream="SGLang #12068",

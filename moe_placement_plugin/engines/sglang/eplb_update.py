@@ -13,11 +13,15 @@ from ...errors import PlacementError
 from ...exchange.watchdog import WaitingFor, Watchdog
 from ..exchanger import Exchanger, Meeting, connect
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import elastic, reload, settings
+from . import elastic, expert_reader, reload, settings
+from .verify import expert_layers
 
 logger = logging.getLogger(__name__)
 
 _EXCHANGER = "_moe_placement_exchanger"  # attribute of the ExpertLocationUpdater
+
+_VIEWED = "_moe_placement_viewed"
+"""Attribute of the ExpertLocationUpdater: the generation of weights that its exchanger has views of."""
 
 
 @dataclass
@@ -44,7 +48,7 @@ class _Met:
 
     meeting: Meeting
     model: Any
-    reader: reload.EngineReader | None = None
+    reader: expert_reader.EngineReader | None = None
 
 
 def meet(asked: settings.Settings, model: Any) -> None:
@@ -122,8 +126,9 @@ def _differs(old: Any, new: Any, layer: int) -> bool:
 
 
 def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
+    made = reload.generation()
     found = getattr(updater, _EXCHANGER, None)
-    if found is None:
+    if found is None or getattr(updater, _VIEWED, made) != made:
         from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
         asked = settings.current()
@@ -132,7 +137,7 @@ def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
                 "experts are to move before the model has been loaded: this start of SGLang is not understood"
             )
         policy = policy_from(asked.rebalance, REBALANCE_FLAG)
-        tensors = {layer: weights[layer] for layer in weights.keys()}
+        tensors = current_tensors(weights, _met.model)
         first = next(iter(tensors.values()))[0]
         group = get_moe_ep_group()
         found = Exchanger(
@@ -140,7 +145,7 @@ def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
             in_force.num_logical_experts,
             group.cpu_group if first.device.type == "cpu" else group.device_group,
             _met.meeting,
-            "sglang",
+            f"sglang/{made}",  # its epochs begin anew: no key of the one before may be taken for its own
             logger,
             policy.staging_bytes,
             max(60.0, 2 * policy.watchdog),
@@ -148,13 +153,56 @@ def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
         if policy.peer_memory and _met.meeting.stores is None:  # where ranks may die some may have
             found.look_at_peers(group.cpu_group)
         setattr(updater, _EXCHANGER, found)
+        setattr(updater, _VIEWED, made)
+        _met.reader = None
     return found
 
 
-def _reader(weights: Any) -> reload.EngineReader:
+def current_tensors(weights: Any, model: Any) -> dict[int, list[Any]]:
+    """The tensors to move, by layer, as they are now: SGLang's list keeps those of the start, which an update may have replaced.
+
+    Args:
+        weights: SGLang's list, layer -> tensors.
+        model: the model that is served.
+
+    Raises:
+        PlacementError: when a tensor was replaced by one of another shape.
+    """
+    experts = {layer.layer_id: layer for layer in expert_layers(model).values()}
+    found = {}
+    for number in weights.keys():
+        listed = list(weights[number])
+        parameters = dict(experts[number].named_parameters()) if number in experts else {}
+        live = {(p.data_ptr(), tuple(p.shape)) for p in parameters.values()}
+        if not parameters or all((t.data_ptr(), tuple(t.shape)) in live for t in listed):
+            found[number] = listed
+            continue
+        now = slot_tensors(experts[number])
+        if [(t.shape, t.dtype) for t in now] != [(t.shape, t.dtype) for t in listed]:
+            raise PlacementError(
+                f"layer {number}: an update has replaced weights by others of another shape, which cannot be moved: serve "
+                "without --enable-eplb, or restart the server with the new weights"
+            )
+        found[number] = now
+    return found
+
+
+def slot_tensors(layer: Any) -> list[Any]:
+    """The parameters of a ``FusedMoE`` that have a row for each slot, as SGLang's models list them."""
+    from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
+
+    slots = layer.num_local_experts
+    return [
+        p.data
+        for name, p in layer.named_parameters()
+        if name != "correction_bias" and filter_moe_weight_param_global_expert(name, p, slots)
+    ]
+
+
+def _reader(weights: Any) -> expert_reader.EngineReader:
     assert _met is not None, "an exchanger was made of it"
     if _met.reader is None:
-        _met.reader = reload.EngineReader(_met.model, weights)
+        _met.reader = expert_reader.EngineReader(_met.model, current_tensors(weights, _met.model))
     return _met.reader
 
 

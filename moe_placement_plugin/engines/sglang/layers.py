@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 from ...errors import PlacementError
 from ...placement import Placement
-from . import direct, reload, settings
+from . import direct, evidence, expert_reader, positional, settings, versions
 from .routing import LAYER
+from .verify import expert_layers
 
 logger = logging.getLogger(__name__)
-
-# (layer, shard) -> logical experts that the checkpoint brought; cleared once they have been checked.
-_loaded: dict[tuple[int, str], set[int]] = defaultdict(set)
-
-# (layer, shard, tensor's address as an object) -> slots of this rank that were written; cleared with the above.
-_filled: dict[tuple[int, str, int], set[int]] = defaultdict(set)
-
-
-def forget_loaded() -> None:
-    """Begin anew: what was loaded so far is another model's."""
-    _loaded.clear()
-    _filled.clear()
 
 
 def _placement() -> Placement | None:
@@ -47,8 +35,22 @@ def build(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
         experts = call.arguments["num_experts"]
         shared = experts - placement.num_logical_experts
         if 0 <= shared == _shared_slots(call.arguments.get("num_fused_shared_experts", 0)):
-            call.arguments["num_experts"] = experts + placement.num_redundant
+            # A draft routes by logical ids: it needs as many slots as divide over the ranks, no replicas.
+            more = placement.num_redundant
+            if _builds_draft():
+                more = -placement.num_logical_experts % placement.num_ranks
+            call.arguments["num_experts"] = experts + more
     original(*call.args, **call.kwargs)
+    if placement is not None:
+        evidence.note_built(self)
+
+
+def _builds_draft() -> bool:
+    """Whether the model under construction is a draft's: SGLang tells from 0.5.23 on."""
+    from sglang.srt import runtime_context
+
+    flags = getattr(runtime_context, "get_flags", None)
+    return flags is not None and bool(getattr(flags().moe, "in_speculative_scope", False))
 
 
 def _shared_slots(shared: int) -> int:
@@ -72,19 +74,28 @@ def load(
     shard_id: str,
     expert_id: int | None,
 ) -> None:
-    """`FusedMoE.weight_loader`, noting which logical experts the checkpoint brings."""
-    if _placement() is not None:
-        if expert_id is not None and reload.intercepted(
-            self, param, loaded_weight, weight_name, shard_id, expert_id
-        ):
-            return
-        if expert_id is None:
+    """`FusedMoE.weight_loader`, noting which logical experts the checkpoint brings.
+
+    Raises:
+        PlacementError: for a tensor of all experts whose rows were not put into the order of the slots.
+    """
+    placement = _placement()
+    if placement is None:
+        original(self, param, loaded_weight, weight_name, shard_id, expert_id)
+    elif expert_id is None:
+        if not positional.accepts_all_experts(self, loaded_weight, weight_name):
             raise PlacementError(
                 f"layer {self.layer_id}: the checkpoint brings {weight_name} of all experts at once, past the map of experts: "
                 "use a checkpoint with a tensor per expert, or leave the placement flags out"
             )
-        _loaded[self.layer_id, shard_id].add(int(expert_id))
-    original(self, param, loaded_weight, weight_name, shard_id, expert_id)
+        original(self, param, loaded_weight, weight_name, shard_id, expert_id)
+        experts = placement.num_logical_experts
+        evidence.note_all(self, weight_name, shard_id or evidence.ALL_SHARDS, experts)
+    elif not expert_reader.intercepted(
+        self, param, loaded_weight, weight_name, shard_id, expert_id
+    ):
+        with evidence.bringing(self, shard_id, int(expert_id)):
+            original(self, param, loaded_weight, weight_name, shard_id, expert_id)
 
 
 def fill(
@@ -98,34 +109,17 @@ def fill(
 ) -> None:
     """`FusedMoE._weight_loader_impl`, which writes one slot of this rank, noting which.
 
-    Weight matrices only: checkpoints may leave a scale of a single expert to its default.
+    Raises:
+        PlacementError: when it is not the slot of the expert that is brought, or the file keeps experts in its own order.
     """
-    if _placement() is not None and param.dim() >= 3:
-        _filled[self.layer_id, shard_id, id(param)].add(expert_id)
-    original(self, param, loaded_weight, weight_name, shard_id, expert_id)
-
-
-def load_fused(
-    original: Callable, self: Any, param: Any, loaded_weight: Any, weight_name: str, shard_id: str
-) -> None:
-    """`FusedMoE.weight_loader_fused`, which fills all slots at once, with the rows of this rank's slots.
-
-    Stock SGLang copies the checkpoint's experts by position; with expert parallelism the shapes do not even agree.
-    """
-    placement = _placement()
-    if placement is not None and self.layer_id in placement.layer_ids:
-        if loaded_weight.shape[0] != placement.num_logical_experts:
+    if _placement() is not None:
+        if getattr(param, "is_gguf_weight", False):
             raise PlacementError(
-                f"layer {self.layer_id}: the checkpoint brings {loaded_weight.shape[0]} of {placement.num_logical_experts} "
-                "experts at once, so that it is not known which: use a checkpoint with a tensor per expert, or leave the "
-                "placement flags out"
+                f"layer {self.layer_id}: a GGUF file is kept in containers in the order of the file, past the map of experts: "
+                "use a safetensors checkpoint, or leave the placement flags out"
             )
-        if reload.intercepted(self, param, loaded_weight, weight_name, shard_id, None, original):
-            return
-        local = placement.local_experts(placement.row(self.layer_id), self.moe_ep_rank)
-        loaded_weight = loaded_weight[local.tolist()]
-        _loaded[self.layer_id, shard_id].update(range(placement.num_logical_experts))
-    original(self, param, loaded_weight, weight_name, shard_id)
+        evidence.note_slot(self, param, weight_name, shard_id, expert_id)
+    original(self, param, loaded_weight, weight_name, shard_id, expert_id)
 
 
 def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,10 +129,9 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
         PlacementError: when a layer's slots, weights or routing do not go through the map.
     """
     draft = bool(getattr(self, "is_draft_worker", False))
-    if not draft:
-        forget_loaded()
+    evidence.forget()
     asked = settings.current()
-    with reload.learning(asked is not None and asked.elastic and not draft):
+    with expert_reader.learning(asked is not None and asked.elastic and not draft):
         result = original(self, *args, **kwargs)
     if asked is not None and asked.placement is not None and not draft:
         layers = check_layers(self.model, asked.placement, asked.reads)
@@ -164,8 +157,18 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
             sum(map(direct.has_table, layers)),
             ", ".join(f"{name} {hits}" for name, hits in hooks().hits().items() if hits),
         )
-    forget_loaded()
+    elif draft and asked is not None and asked.placement is not None and _reads(self, asked):
+        for name, layer in expert_layers(self.model).items():
+            evidence.check(f"draft model: {name}", layer)
+    evidence.forget()
     return result
+
+
+def _reads(runner: Any, asked: settings.Settings) -> bool:
+    """Whether a draft's weights come from a checkpoint: its load format may be another than the target's."""
+    args = versions.resolved(runner.server_args)
+    own = getattr(args, "speculative_draft_load_format", None)
+    return asked.reads if own is None else str(getattr(own, "value", own)) != "dummy"
 
 
 def check_layers(model: Any, placement: Placement, reads: bool) -> list[Any]:
@@ -201,7 +204,7 @@ def check_layers(model: Any, placement: Placement, reads: bool) -> list[Any]:
         _check_method(name, experts[0])
         _check_router(name, routers[0])
         if reads:
-            _check_weights(name, experts[0], placement)
+            evidence.check(name, experts[0])
         object.__setattr__(routers[0].topk_config, LAYER, experts[0].layer_id)
         direct.settle(experts[0], routers[0], placement)
         seen.append(experts[0])
@@ -252,37 +255,3 @@ def _check_router(name: str, router: Any) -> None:
             f"{name} routes inside its kernel ({output or backend.value}), which never sees the map of experts: choose "
             "--moe-runner-backend triton or another that the table in docs/sglang.md lists, or leave the placement flags out"
         )
-
-
-def _check_weights(name: str, layer: Any, placement: Placement) -> None:
-    shards = {
-        shard: experts
-        for (layer_id, shard), experts in _loaded.items()
-        if layer_id == layer.layer_id
-    }
-    every = set(range(placement.num_logical_experts))
-    if not shards:
-        raise PlacementError(
-            f"{name}: its weights did not come through FusedMoE's loader, so that the placement was not heeded: use "
-            "--load-format auto with the model's original checkpoint, or leave the placement flags out"
-        )
-    for shard, experts in shards.items():
-        missing = sorted(every - experts)
-        if missing:
-            raise PlacementError(
-                f"{name}: the checkpoint brought {shard} of {len(every) - len(missing)} of {len(every)} experts, expert "
-                f"{missing[0]} is missing: its slots hold no weights; use a complete checkpoint"
-            )
-    for (layer_id, shard, _), slots in _filled.items():
-        empty = (
-            sorted(set(range(layer._num_local_routed)) - slots)
-            if layer_id == layer.layer_id
-            else []
-        )
-        if empty:
-            expert = placement.local_experts(placement.row(layer_id), layer.moe_ep_rank)[empty[0]]
-            raise PlacementError(
-                f"{name}: nothing filled slot {empty[0]} of rank {layer.moe_ep_rank} with {shard} of expert {expert}"
-                f"{f', nor {len(empty) - 1} more slots' if len(empty) > 1 else ''}: a loader went round SGLang's map of experts; use the "
-                "model's original checkpoint, or leave the placement flags out"
-            )

@@ -13,7 +13,7 @@ from ...errors import PlacementError
 from ...fingerprint.compare import ExpertDigests, expert_digests
 from ...fingerprint.level import HELP, LEVELS, check_level
 from ...placement import Placement
-from . import elastic, layers, settings, versions
+from . import elastic, evidence, settings, versions
 from .hooks import Hook, HookSet
 from .verify import digest_ranks, recheck, verify_loaded
 
@@ -242,7 +242,7 @@ def clean_load(build: Callable[[], Any], runner: Any) -> ExpertDigests:
     finally:
         expert_location.set_global_expert_location_metadata(in_force, allow_overwrite=True)
         settings.set_current(asked)
-        layers.forget_loaded()
+        evidence.forget()
     del model
     gc.collect()
     torch.cuda.empty_cache()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import PlacementError
-from . import eplb, hosts, loaded, settings, versions
+from . import eplb, hosts, loaded, reload, settings, versions
 from .dispatch import dispatch_table
 
 
@@ -26,6 +26,7 @@ def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
     from .worker import hooks
 
     hooks().require_applied()
+    reload.hooks().require_applied()
     if asked.moves:
         eplb.hooks().require_applied()
     if loaded.current() is not None:

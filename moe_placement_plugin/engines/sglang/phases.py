@@ -24,10 +24,15 @@ def phase_of(mode: Any) -> str:
 
 
 def ranks_that_count_alike() -> int:
-    """Over how many ranks the recorder's sum counts each token again: with one batch on all TP ranks each of them counts it."""
-    from sglang.srt.distributed.parallel_state import get_tp_group
+    """Over how many ranks the recorder's sum counts each token again: those that route the same token.
 
-    return get_tp_group().world_size if _one_batch() else 1
+    Without an all-to-all back end every EP rank routes every token, also where attention is data-parallel and the ranks
+    gather each other's; with one, each rank routes its own share.
+    """
+    from sglang.srt.distributed.parallel_state import get_moe_ep_group
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+
+    return get_moe_ep_group().world_size if get_moe_a2a_backend().is_none() else 1
 
 
 def _one_batch() -> bool:

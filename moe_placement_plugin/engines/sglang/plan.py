@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ...strategies import get_strategy
 from ...strategies.resolve import ModelShape, check_plan, read_file, resolve_placement
 from ...topology import Topology
 from ..model_shape import model_shape
-from . import direct, eplb, hosts, versions
+from . import direct, eplb, hosts, reload, versions
 from .settings import Settings
 from .support import OPTIONS, Combination, check
 
@@ -47,6 +48,10 @@ def finish(server_args: Any, asked: Settings) -> None:
     wanted = int(cfg.ep_num_redundant_experts)
     padding = -(shape.num_experts + wanted) % ranks
     options = {o for o in OPTIONS if getattr(cfg, o, None)}
+    if str(getattr(cfg, "weight_cache_mode", None) or "off") != "off":
+        options.add("weight_cache_mode")
+    if "sglang.srt.ray.engine" in sys.modules:  # newer versions have no flag for it
+        options.add("use_ray")
     if _has_amx_kernels():
         options.add("cpu_amx")
     combination = Combination(
@@ -57,9 +62,10 @@ def finish(server_args: Any, asked: Settings) -> None:
         device=str(cfg.device).split(":")[0],
         a2a_backend=str(cfg.moe_a2a_backend or "none"),
         runner_backend=str(cfg.moe_runner_backend or "auto"),
-        quantization=str(cfg.quantization or _checkpoint_quantization(config.hf_config)),
+        quantization=_quantization(cfg, config),
         dispatch=asked.dispatch_algorithm or "",
         speculative=str(cfg.speculative_algorithm or ""),
+        load_format=_load_format(cfg),
         options=frozenset(options),
     )
     check(combination)
@@ -70,7 +76,8 @@ def finish(server_args: Any, asked: Settings) -> None:
         )
     from .worker import hooks
 
-    differences = hooks().check() + (eplb.hooks().check() if cfg.enable_eplb else [])
+    differences = hooks().check() + reload.hooks().check()
+    differences += eplb.hooks().check() if cfg.enable_eplb else []
     if differences:
         raise PlacementError(
             f"SGLang {sglang.__version__} differs from what this plugin was written for: {'; '.join(differences)}. Use a "
@@ -92,7 +99,7 @@ def finish(server_args: Any, asked: Settings) -> None:
             asked.error = str(refused)
     asked.padding = padding
     asked.direct = direct.allowed(combination)
-    asked.reads = str(cfg.load_format) != "dummy"
+    asked.reads = combination.load_format != "dummy"
     asked.stages = int(cfg.pp_size)
     versions.decide(server_args, **_arguments(combination, asked))
     _report(asked, shape, wanted)
@@ -109,6 +116,23 @@ def _has_amx_kernels() -> bool:
     from sglang.srt.utils import cpu_has_amx_support
 
     return bool(cpu_has_amx_support())
+
+
+def _load_format(cfg: Any) -> str:
+    return str(getattr(cfg.load_format, "value", cfg.load_format))
+
+
+def _quantization(cfg: Any, config: Any) -> str:
+    """The quantization that SGLang will load by, empty for none.
+
+    Its ``ModelConfig`` reads what ``config.json`` does not say (``hf_quant_config.json`` of ModelOpt's checkpoints).
+
+    Args:
+        cfg: SGLang's resolved arguments.
+        config: SGLang's ``ModelConfig``.
+    """
+    own = getattr(config, "quantization", None)
+    return str(own or cfg.quantization or _checkpoint_quantization(config.hf_config))
 
 
 def _checkpoint_quantization(hf_config: Any) -> str:
@@ -140,6 +164,11 @@ def place(
     if asked.file is not None:
         plan = read_file(asked.file, shape, ranks)
         if isinstance(plan, Placement):
+            if getattr(plan, "draft", None) is not None:
+                raise PlacementError(
+                    f"{asked.file} has rows for a draft, which SGLang loads and routes by its own order: leave the draft's "
+                    "rows out"
+                )
             if plan.num_redundant == wanted and padding and plan.num_ranks == ranks:
                 plan = fill_up(plan, per_rank[0])
             _check_slots(plan, shape, ranks, wanted, padding, asked.file)
@@ -214,7 +243,9 @@ def _arguments(combination: Combination, asked: Settings) -> dict[str, Any]:
         # picks by token row.
         if asked.dispatch_algorithm is None or combination.redundant == 0:
             values["ep_dispatch_algorithm"] = "dynamic" if combination.redundant else "static"
-        values["disable_shared_experts_fusion"] = True
+    # The ids of fused shared experts lie beyond the routed slots: a draft, whose routing knows no slots, and redundant
+    # experts shift them.
+    values["disable_shared_experts_fusion"] = True
     return values
 
 

@@ -20,7 +20,7 @@ from ...hosts import session
 from ..load_counters import LoadCounters
 from ..load_recorder import DEFAULT_INTERVAL, LoadRecorder, Windows, check_interval, check_path
 from .hooks import Hook, HookSet
-from .versions import check_version, model_config, resolved
+from .versions import attention_dp_width, check_version, model_config, replicas, resolved
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +149,8 @@ def _check(server_args: Any, asked: RecordSettings) -> None:
     shape = model_shape(config, server_args.model_path)
     check_path(asked.path, (len(shape.layer_ids), shape.num_experts))
     a2a = str(getattr(values, "moe_a2a_backend", "none") or "none")
-    attention_dp = bool(getattr(values, "enable_dp_attention", False))
-    shared_attention = values.tp_size > (values.dp_size if attention_dp else 1)
+    width = attention_dp_width(values)
+    attention_dp, shared_attention = width > 1, values.tp_size > width
     if getattr(values, "enable_two_batch_overlap", False):
         raise PlacementError(
             f"{flag} together with --enable-two-batch-overlap: tokens would be counted wrongly; leave one of the two out"
@@ -158,12 +158,13 @@ def _check(server_args: Any, asked: RecordSettings) -> None:
     if a2a == "none" and attention_dp:
         raise PlacementError(
             f"{flag} together with --enable-dp-attention without an all-to-all back end: the ranks route each other's tokens, which cannot "
-            "be told apart; add --moe-a2a-backend deepep, or leave --enable-dp-attention out while recording"
+            "be told apart; add --moe-a2a-backend deepep, or leave --enable-dp-attention (--attn-dp-size) out while recording"
         )
     if a2a != "none" and shared_attention:
         raise PlacementError(
             f"{flag} together with --moe-a2a-backend {a2a} and tensor-parallel attention: each rank routes a share of the tokens that "
-            "only it knows; add --enable-dp-attention with --dp-size equal to --tp-size, or use --moe-a2a-backend none while recording"
+            "only it knows; add --enable-dp-attention with --dp-size equal to --tp-size (from 0.5.23 on --attn-dp-size), or use "
+            "--moe-a2a-backend none while recording"
         )
 
 
@@ -180,7 +181,8 @@ class LoadRecording:
         args = resolved(runner.server_args)
         config = runner.model_config.hf_text_config
         shape = model_shape(config, runner.server_args.model_path)
-        attention_dp = bool(getattr(args, "enable_dp_attention", False))
+        width, copies = attention_dp_width(args), replicas(args)
+        attention_dp = width > 1
         tp_rank, stage = get_parallel().tp_rank, get_parallel().pp_rank
         # With data-parallel attention every rank has tokens of its own; else all tensor-parallel ranks have the same.
         counts = attention_dp or tp_rank == 0
@@ -194,10 +196,10 @@ class LoadRecording:
         )
         for row, router in enumerate(routers.values()):
             object.__setattr__(router.topk_config, _COUNT, (self.counters, row))
+        rank = _data_parallel_rank(runner) if copies > 1 else 0
+        ranks = copies
         if attention_dp:
-            rank, ranks = tp_rank, args.tp_size
-        else:
-            rank, ranks = _data_parallel_rank(runner), args.dp_size
+            rank, ranks = rank * args.tp_size + tp_rank, copies * args.tp_size
         stages = getattr(args, "pp_size", 1)
         metadata = {
             "model": runner.server_args.model_path,
@@ -205,7 +207,7 @@ class LoadRecording:
             "plugin": __version__,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "tensor_parallel_size": args.tp_size,
-            "data_parallel_size": args.dp_size,
+            "data_parallel_size": width * copies,
             "expert_parallel": getattr(args, "ep_size", 1) > 1,
             "hosts": session.host_names(),
             "top_k": getattr(config, "num_experts_per_tok", None),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from packaging.version import Version
 
 from ...errors import PlacementError
+from .supported import RIGHT
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Combination:
         quantization: quantization method, empty for none.
         dispatch: ``--ep-dispatch-algorithm`` as the user gave it, empty for SGLang's choice.
         speculative: value of ``--speculative-algorithm``, empty for none.
+        load_format: value of ``--load-format``.
         options: other options that are switched on, by name.
     """
 
@@ -43,6 +45,7 @@ class Combination:
     quantization: str = ""
     dispatch: str = ""
     speculative: str = ""
+    load_format: str = "auto"
     options: frozenset[str] = frozenset()
 
 
@@ -97,6 +100,10 @@ _own_routing = _any_of(
 _kernel_routes = _any_of("triton_kernel flashinfer_trtllm flashinfer_mxfp4 experimental_sgl_trtllm")
 _mapped_a2a = _any_of("none deepep mooncake nixl mori flashinfer")
 
+_gpt_oss = _any_of("GptOssForCausalLM")
+_nvfp4 = _any_of("modelopt_fp4 petit_nvfp4 nvfp4 nvfp4_online modelopt_mixed minimax_m3_nvfp4")
+_by_position = _any_of("sharded_state presharded remote remote_instance rdma ipc_cache")
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "model",
@@ -128,17 +135,21 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "quantization",
-        "MXFP4 checkpoints",
+        "MXFP4 checkpoints other than gpt-oss's, and gpt-oss quantized by Quark",
         "they are loaded for all experts at once, by position, past the map",
         "use the bf16 checkpoint, or no placement flags",
-        lambda c: c.quantization in ("mxfp4", "quark_mxfp4"),
+        lambda c: (
+            c.quantization == "quark_mxfp4"
+            or (c.quantization == "mxfp4" and not _gpt_oss(c.architecture))
+            or (c.quantization.startswith("quark") and _gpt_oss(c.architecture))
+        ),
     ),
     Rule(
         "quantization",
-        "NVFP4 (modelopt_fp4)",
+        "NVFP4 (modelopt_fp4, modelopt_mixed, nvfp4_online)",
         "its input scales are kept for all experts and follow the trivial map only",
         "use an FP8 or bf16 checkpoint, or no placement flags",
-        lambda c: c.quantization in ("modelopt_fp4", "petit_nvfp4", "nvfp4"),
+        lambda c: _nvfp4(c.quantization),
     ),
     Rule(
         "quantization",
@@ -151,7 +162,7 @@ RULES: tuple[Rule, ...] = (
         "back end",
         "`--moe-runner-backend` triton_kernel, flashinfer_trtllm, flashinfer_mxfp4",
         "the kernel routes by itself and never sees the map",
-        "use --moe-runner-backend triton, deep_gemm, cutlass or flashinfer_trtllm_routed",
+        "use --moe-runner-backend triton, deep_gemm or flashinfer_trtllm_routed (or, unless the checkpoint is FP8, cutlass)",
         lambda c: _kernel_routes(c.runner_backend),
     ),
     Rule(
@@ -174,6 +185,55 @@ RULES: tuple[Rule, ...] = (
         "they are not known to skip slots of other ranks",
         "use an sgl_kernel without them, or one rank",
         lambda c: c.device == "cpu" and "cpu_amx" in c.options,
+    ),
+    Rule(
+        "back end",
+        "whole-step kernels (`--enable-nvidia-megakernel`, `--enable-amd-monokernel`)",
+        "they refuse `--enable-eplb` only, and take experts to lie where the trivial map has them",
+        "leave one of the two out",
+        lambda c: bool(c.options & {"enable_nvidia_megakernel", "enable_amd_monokernel"}),
+    ),
+    Rule(
+        "load format",
+        "`--load-format` sharded_state, presharded, remote, remote_instance, rdma, ipc_cache",
+        "they put what another server has saved or holds into the same slots, by whatever placement that server had",
+        "use --load-format auto with the model's original checkpoint, or leave the placement flags out",
+        lambda c: _by_position(c.load_format),
+    ),
+    Rule(
+        "load format",
+        "`--weight-cache-mode` other than off",
+        "the cache holds slots as another server has filled them, by whatever placement that server had",
+        "leave one of the two out",
+        lambda c: "weight_cache_mode" in c.options,
+    ),
+    Rule(
+        "load format",
+        "GGUF files",
+        "experts are kept in containers in the order of the file, past the map",
+        "use a safetensors checkpoint, or leave the placement flags out",
+        lambda c: c.load_format == "gguf" or c.quantization == "gguf",
+    ),
+    Rule(
+        "option",
+        "Ray (`--use-ray`, `sglang.srt.ray`)",
+        "SGLang loads no plugins in Ray's actors: they would never learn of the placement",
+        "start the server without Ray, or leave the placement flags out",
+        lambda c: "use_ray" in c.options,
+    ),
+    Rule(
+        "option",
+        "`--enforce-shared-experts-fusion`",
+        "shared experts' ids then lie beyond the routed slots, and a draft or redundant experts shift them",
+        "leave one of the two out",
+        lambda c: "enforce_shared_experts_fusion" in c.options,
+    ),
+    Rule(
+        "option",
+        "`--remote-instance-weight-loader-start-seed-via-transfer-engine`",
+        "weights would be written into or read from this server's memory by position, past the map",
+        "leave one of the two out",
+        lambda c: "remote_instance_weight_loader_start_seed_via_transfer_engine" in c.options,
     ),
     Rule(
         "option",
@@ -241,78 +301,9 @@ RULES: tuple[Rule, ...] = (
 )
 
 OPTIONS = ("elastic_ep_backend", "enable_eplb", "elastic_ep_rejoin", "ep_join_mode", "max_ep_size", "enable_elastic_expert_backup",
-           "enable_waterfill", "enable_lora", "lora_paths", "kt_weight_path", "expert_distribution_recorder_mode")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Right:
-    """A combination that is right, what makes it so, and how that is known."""
-
-    what: str
-    how: str
-    known: str
-
-
-RIGHT: tuple[Right, ...] = (
-    Right(
-        "Qwen3-MoE, no all-to-all back end, 0.5.16 to 0.5.22",
-        "the TopK layer is given the placement that the model leaves out (stock output is wrong)",
-        "served on the CPU engine: 32 and 30 experts, logprobs equal one rank's",
-    ),
-    Right(
-        "Qwen3-MoE, no all-to-all back end, 0.5.23",
-        "SGLang's own remapping",
-        "served on the CPU engine",
-    ),
-    Right(
-        "GLM-4-MoE, no all-to-all back end, 0.5.16 to 0.5.22",
-        "routing is remapped; with grouped top-k",
-        "served on the CPU engine",
-    ),
-    Right(
-        "redundant experts on 0.5.16, no all-to-all back end",
-        "all replicas stay in the map and are picked by token row, alike on all ranks (as 0.5.17 does)",
-        "served on the CPU engine",
-    ),
-    Right(
-        "GLM-4-MoE with redundant experts (padding included), every version",
-        "the layer is built with the slots that the model leaves out",
-        "served on the CPU engine",
-    ),
-    Right(
-        "`--enable-eplb`",
-        "experts move by this package's exchange, SGLang updates its own maps in place; what has moved is verified before the next forward pass",
-        "served on the CPU engine, redundant experts, no all-to-all back end: logprobs equal one rank's over 4 and more rebalances "
-        "(Qwen3-MoE; GLM-4-MoE by hand)",
-    ),
-    Right(
-        "`--elastic-ep-backend mooncake` with `--enable-eplb`",
-        "dead ranks get no expert and no token; experts come from live ranks, and what none of them holds from the checkpoint, through the "
-        "model's own loader",
-        "SGLang's EPLBManager, ExpertLocationUpdater and Qwen3-MoE on four gloo processes of which some are killed; mooncake itself was not run",
-    ),
-    Right(
-        "fused (3D) unquantized checkpoints, as gpt-oss in bf16",
-        "each rank takes the rows of its slots",
-        "unit test of the loader; not served",
-    ),
-    Right(
-        "Qwen2-MoE, Qwen3-Next, Qwen3.5, Qwen3-VL-MoE, MiniMax-M2, gpt-oss in bf16, DeepSeek-V2 and V3, Kimi, GLM-4-MoE-Lite, "
-        "MiMo, Step 3.5, EXAONE, SDAR, Sarvam and others with `get_model_config_for_expert_location`",
-        "as Qwen3-MoE; the loader checks that every expert of every MoE layer went through the map, and refuses to serve if not",
-        "read, not served",
-    ),
-    Right(
-        "deepep, mooncake, nixl, mori, flashinfer all-to-all",
-        "SGLang's own remapping, with an evenly spread dispatch table",
-        "read; the table is compared with SGLang's in a test",
-    ),
-    Right(
-        "fused shared experts, no all-to-all back end",
-        "fusion is switched off (`disable_shared_experts_fusion`): before 0.5.23 the shared expert's id lies outside the map",
-        "read",
-    ),
-)
+           "enable_waterfill", "enable_lora", "lora_paths", "kt_weight_path", "expert_distribution_recorder_mode",
+           "enable_nvidia_megakernel", "enable_amd_monokernel", "use_ray", "enforce_shared_experts_fusion",
+           "remote_instance_weight_loader_start_seed_via_transfer_engine")  # fmt: skip
 
 
 def refusals(combination: Combination) -> Iterator[Rule]:

@@ -18,6 +18,11 @@ from ..load_recorder import count_event
 logger = logging.getLogger(__name__)
 
 _EXPECTED = "_moe_placement_expected"
+"""Attribute of the target model: digest of every expert of every layer, None while they have to be taken anew."""
+
+_WHOLE = "_moe_placement_whole"
+"""Attribute of the target model whose weights have changed while serving: whether the last change ended well here."""
+
 _NO_WEIGHTS = frozenset(
     ("expert_mask_gpu", "expert_map", "e_score_correction_bias", "correction_bias")
 )
@@ -92,6 +97,35 @@ def expert_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
 
 
+def input_scales(layer: Any, experts: np.ndarray, logical: int) -> frozenset[str]:
+    """Names of scales that are kept for all experts of the model on purpose, and of which no slot gets another expert's.
+
+    ModelOpt's NVFP4 keeps input scales so. Most kernels take the maximum of all; others cut a block by the trivial map,
+    which is right while the slots of this rank follow it.
+
+    Args:
+        layer: a ``FusedMoE``.
+        experts: logical expert of each slot of this rank.
+        logical: experts of the model.
+    """
+    named = layer.named_parameters(recurse=False)
+    kept = {name for name, p in named if getattr(p, "_sglang_require_global_experts", False)}
+    if not kept:
+        return frozenset()
+    method, routed = layer.quant_method, layer._num_local_routed
+    from sglang.srt.layers.moe.utils import get_moe_runner_backend
+
+    backend = getattr(method, "_moe_runner_backend", None) or get_moe_runner_backend()
+    reduced = (
+        getattr(method, "enable_flashinfer_cutlass_moe", False)
+        or getattr(method, "enable_flashinfer_trtllm_moe", False)
+        or backend.is_marlin()
+    )
+    trivial = (np.arange(routed) + layer.moe_ep_rank * routed) % logical
+    follows = bool((experts[:routed] == trivial).all())
+    return frozenset(kept) if reduced or follows else frozenset()
+
+
 def digest_model(model: Any, only: Collection[int] | None = None) -> Pass:
     """Digests of every slot of this rank's MoE layers, read where the weights are.
 
@@ -115,10 +149,17 @@ def digest_model(model: Any, only: Collection[int] | None = None) -> Pass:
         if metadata is not None:
             every |= {metadata.num_logical_experts, metadata.num_physical_experts}
         experts = slot_experts(layer, metadata)
+        logical = layer._num_global_routed if metadata is None else metadata.num_logical_experts
         result.add(
             layer.layer_id,
             experts,
-            expert_tensors(layer, experts.size, frozenset(every), _NO_WEIGHTS, name),
+            expert_tensors(
+                layer,
+                experts.size,
+                frozenset(every),
+                _NO_WEIGHTS | input_scales(layer, experts, logical),
+                name,
+            ),
         )
     return result
 
@@ -165,6 +206,53 @@ def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
     count_event("verified_slots", mine.num_slots)
 
 
+def weights_change(model: Any) -> None:
+    """New weights are about to come: what was known of the old ones is forgotten."""
+    object.__setattr__(model, _WHOLE, False)
+    if hasattr(model, _EXPECTED):
+        object.__setattr__(model, _EXPECTED, None)
+
+
+def weights_are_whole(model: Any) -> bool:
+    """Whether the last change of weights, if there was any, ended well on this rank."""
+    return getattr(model, _WHOLE, True)
+
+
+def weights_changed(model: Any, succeeded: bool) -> None:
+    """The new weights are there, all of them or not."""
+    object.__setattr__(model, _WHOLE, succeeded)
+
+
+def digests_known(model: Any) -> bool:
+    """Whether there are digests of what is served."""
+    return getattr(model, _EXPECTED, None) is not None
+
+
+def renew(model: Any) -> bool:
+    """Take digests anew of weights that were updated while serving; harmless while nothing has changed.
+
+    All EP ranks must call it together, between two batches. Replicas must agree, as after loading.
+
+    Returns:
+        Whether the experts can be checked: not after an update that failed on some rank, until the next one.
+
+    Raises:
+        PlacementError: when replicas of an expert differ.
+    """
+    from sglang.srt.distributed.parallel_state import get_moe_ep_group
+
+    if digests_known(model):
+        return True
+    group = get_moe_ep_group()
+    if not all(gather(weights_are_whole(model), group.cpu_group, group.world_size)):
+        logger.warning(
+            "moe_placement_plugin: the last update of weights failed or released them: experts are not verified until they are updated again"
+        )
+        return False
+    verify_loaded(model, None)
+    return True
+
+
 def recheck(
     model: Any,
     what: str = "expert weights have changed since the model was loaded",
@@ -191,6 +279,10 @@ def recheck(
     )
 
     if alone:
+        if not digests_known(model):
+            raise PlacementError(
+                "weights were updated while serving: with --elastic-ep-backend, where ranks may be dead, experts are not verified after that"
+            )
         mine = digest_model(model, only)
         expected = {
             layer: digests
@@ -209,6 +301,10 @@ def recheck(
         return
     verdict = ""
     try:
+        if not digests_known(model) and not renew(model):
+            raise PlacementError(
+                "the last update of weights failed, or they were released: update them again"
+            )
         mine, ranks = digest_ranks(model, only)
         expected = {
             layer: digests

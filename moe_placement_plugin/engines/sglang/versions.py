@@ -61,6 +61,30 @@ def resolved(server_args: Any) -> Any:
     return resolving_view(server_args)
 
 
+def attention_dp_width(values: Any) -> int:
+    """Groups of ranks whose attention has tokens of its own, 1 without data-parallel attention.
+
+    From 0.5.23 on it is ``attn_dp_size``: resolution turns ``--enable-dp-attention --dp-size N`` into it, and leaves False
+    and 1 behind.
+
+    Args:
+        values: SGLang's resolved arguments.
+    """
+    width = int(getattr(values, "attn_dp_size", None) or 1)
+    if width > 1 or not getattr(values, "enable_dp_attention", False):
+        return width
+    return int(values.dp_size)
+
+
+def replicas(values: Any) -> int:
+    """Data-parallel copies of the whole server; up to 0.5.22 ``dp_size`` counts groups of attention where it is data-parallel.
+
+    Args:
+        values: SGLang's resolved arguments.
+    """
+    return 1 if getattr(values, "enable_dp_attention", False) else int(values.dp_size or 1)
+
+
 def decide(server_args: Any, **values: Any) -> None:
     """Change resolved values of ``server_args`` before SGLang publishes them to its processes."""
     from sglang.srt.arg_groups import overrides

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..tuned_kernels import ConfigsOfFewer
-from . import layers, location, remote_slots, routing, versions
+from . import layers, location, positional, remote_slots, routing, versions
 from .hooks import Hook, HookSet
 
 _LOCATION = "sglang.srt.eplb.expert_location"
@@ -63,10 +63,18 @@ def hooks() -> HookSet:
         Hook(
             name="fused-loader",
             target=f"{_FUSED_MOE}.weight_loader_fused",
-            hook=layers.load_fused,
+            hook=positional.load_fused,
             relies_on=("param", "loaded_weight", "weight_name", "shard_id"),
             why="checkpoints with all experts in one tensor are loaded by position",
             removable_when="weight_loader_fused heeds the map of experts",
+        ),
+        Hook(
+            name="gpt-oss-loader",
+            target="sglang.srt.models.gpt_oss:GptOssForCausalLM._load_mxfp4_experts_weights",
+            hook=positional.load_gpt_oss_mxfp4,
+            relies_on=("weights",),
+            why="gpt-oss's MXFP4 checkpoints are cut into equal blocks of experts, past the map of experts: wrong output",
+            removable_when="the model's loader heeds the map of experts",
         ),
         Hook(
             name="model",
@@ -112,6 +120,7 @@ def hooks() -> HookSet:
                 "topk_config",
                 "expert_location_dispatch_info",
             ),
+            counted=False,  # traced by --enable-torch-compile
             why="several models up to 0.5.22 route to logical ids without an all-to-all back end: wrong output; and a placement costs a look-up",
             upstream="the wrong output: mended in SGLang 0.5.23",
             removable_when="0.5.22 is no longer supported, and SGLang's dispatcher takes logical ids",
@@ -130,6 +139,7 @@ def hooks() -> HookSet:
                     "num_token_non_padded",
                     "expert_location_dispatch_info",
                 ),
+                counted=False,  # traced by --enable-torch-compile
                 why="the CPU engine never sends logical ids to physical slots: wrong output",
                 upstream="mended in SGLang 0.5.23",
                 removable_when="0.5.22 is no longer supported",

@@ -1,0 +1,202 @@
+"""Evidence that a checkpoint filled every slot of an MoE layer by the map of experts in force.
+
+What `FusedMoE`'s loaders write is noted: which logical experts came, and which slots of this rank each weight went to.
+A slot that nothing was seen to fill, by whatever loader, is a refusal when loading ends: SGLang itself has no such
+check, and a loader that copies by position serves wrong answers without an error.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ...errors import PlacementError
+from . import settings
+
+_WEIGHT = re.compile(r"w\d+_q?weight(_packed)?")
+"""Names of the parameters that every checkpoint must fill; scales and zero points may keep their defaults."""
+
+_MUST_FILL = "_moe_placement_weights"
+"""Attribute of a `FusedMoE`: names of those parameters, as they were when the layer was built."""
+
+ALL_SHARDS = "all"
+"""Instead of a shard, for a tensor that has all of them."""
+
+# (layer, shard) -> logical experts that the checkpoint brought; forgotten once they have been checked.
+_brought: dict[tuple[int, str], set[int]] = defaultdict(set)
+
+# (layer, weight, shard) -> slots of this rank that were written; forgotten with the above.
+_filled: dict[tuple[int, str, str], set[int]] = defaultdict(set)
+
+_thread = (
+    threading.local()
+)  # loaders may work in threads: .expert is what the thread brings just now
+
+
+def forget() -> None:
+    """Begin anew: what was loaded so far is another model's."""
+    _brought.clear()
+    _filled.clear()
+
+
+def in_force() -> Any:
+    """SGLang's ``ExpertLocationMetadata``, None before it is made and for models without one."""
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    return get_global_expert_location_metadata()
+
+
+def experts_of_slots(layer: Any) -> np.ndarray:
+    """Logical expert of each routed slot of this rank by the map that SGLang loads by now; -1 for a slot without one.
+
+    Under EPLB that map moves on; the placement of the start holds until SGLang has made it.
+
+    Args:
+        layer: a ``FusedMoE``.
+    """
+    slots = layer._num_local_routed
+    physical = np.arange(slots) + layer.moe_ep_rank * slots
+    if follows_map(layer):
+        metadata = in_force()
+        if metadata is not None:
+            if layer.layer_id < metadata.num_layers:
+                return metadata.physical_to_logical_map_cpu.numpy()[layer.layer_id, physical]
+            return np.where(physical < metadata.num_logical_experts, physical, -1)
+        asked = settings.current()
+        placement = None if asked is None else asked.placement
+        if placement is not None and layer.layer_id in placement.layer_ids:
+            return placement.local_experts(placement.row(layer.layer_id), layer.moe_ep_rank)
+    return physical
+
+
+def follows_map(layer: Any) -> bool:
+    """Whether SGLang loads this layer by its map of experts: not a draft's, from 0.5.23 on."""
+    return bool(getattr(layer, "uses_expert_location", True))
+
+
+def experts_of_map() -> int | None:
+    """Logical experts of the map in force, None without one."""
+    metadata, asked = in_force(), settings.current()
+    if metadata is None:
+        placement = None if asked is None else asked.placement
+        return None if placement is None else placement.num_logical_experts
+    return metadata.num_logical_experts
+
+
+def note_built(layer: Any) -> None:
+    """Note which weights of a new ``FusedMoE`` a checkpoint must fill: kernels may replace them after loading."""
+    from torch.nn.parameter import UninitializedParameter
+
+    weights = tuple(
+        name
+        for name, param in layer.named_parameters(recurse=False)
+        if _WEIGHT.fullmatch(name)
+        and not isinstance(param, UninitializedParameter)
+        and param.dim() >= 3
+    )
+    object.__setattr__(layer, _MUST_FILL, weights)
+
+
+@contextmanager
+def bringing(layer: Any, shard: str, expert: int) -> Iterator[None]:
+    """A loader brings one logical expert; what it fills meanwhile is checked against the map."""
+    _brought[layer.layer_id, shard].add(expert)
+    before = getattr(_thread, "expert", None)
+    _thread.expert = expert
+    try:
+        yield
+    finally:
+        _thread.expert = before
+
+
+def note_slot(layer: Any, param: Any, weight_name: str, shard: str, slot: int) -> None:
+    """A loader is about to write a slot of this rank.
+
+    Weight matrices count; a slot that was not reached through the map of experts does not.
+
+    Raises:
+        PlacementError: when the map in force has another expert there; nothing has been written yet.
+    """
+    expert = getattr(_thread, "expert", None)
+    everywhere = getattr(param, "_sglang_require_global_experts", False)
+    if expert is None or everywhere or not 0 <= slot < layer._num_local_routed:
+        return
+    held = int(experts_of_slots(layer)[slot])
+    if held != expert:
+        raise PlacementError(
+            f"layer {layer.layer_id}: the loader puts {shard} of expert {expert} into slot {slot} of rank "
+            f"{layer.moe_ep_rank}, which holds expert {held}: it goes round SGLang's map of experts; use "
+            "--load-format auto with the model's original checkpoint, or leave the placement flags out"
+        )
+    if param.dim() >= 3:
+        _filled[layer.layer_id, _short(weight_name), shard].add(slot)
+
+
+def note_all(layer: Any, weight_name: str, shard: str, experts: int) -> None:
+    """All slots of this rank were written from a tensor of all ``experts``, by the map."""
+    _brought[layer.layer_id, shard].update(range(experts))
+    _filled[layer.layer_id, _short(weight_name), shard].update(range(layer._num_local_routed))
+
+
+def _short(weight_name: str) -> str:
+    return weight_name.rpartition(".")[2]
+
+
+def check(name: str, layer: Any) -> None:
+    """Refuse a layer of whose slots nothing, or less than all, was seen to be filled.
+
+    Args:
+        name: the layer's name for messages.
+        layer: a ``FusedMoE`` that has just been loaded.
+
+    Raises:
+        PlacementError: naming the weight, the slot and the expert.
+    """
+    number, held = layer.layer_id, experts_of_slots(layer)
+    brought = {shard: experts for (n, shard), experts in _brought.items() if n == number}
+    if not brought:
+        raise PlacementError(
+            f"{name}: its weights did not come through FusedMoE's loader, so that the placement was not heeded: use "
+            "--load-format auto with the model's original checkpoint, or leave the placement flags out"
+        )
+    known = experts_of_map() if follows_map(layer) else None
+    if known is None:  # a draft's own order: slots beyond its experts are never routed to
+        known = 1 + max(max(experts) for experts in brought.values())
+        held = np.where(held < known, held, -1)
+    every = set(range(known))
+    for shard, experts in brought.items():
+        missing = sorted(every - experts)
+        if missing:
+            raise PlacementError(
+                f"{name}: the checkpoint brought {shard} of {len(every) - len(missing)} of {len(every)} experts, expert "
+                f"{missing[0]} is missing: its slots hold no weights; use a complete checkpoint"
+            )
+    filled = {(weight, s): slots for (n, weight, s), slots in _filled.items() if n == number}
+    for weight in getattr(layer, _MUST_FILL, ()):
+        shards = {shard for w, shard in filled if w == weight}
+        half = shards & {"w1", "w3"}
+        config = getattr(layer, "moe_runner_config", None)
+        if not shards or (len(half) == 1 and getattr(config, "is_gated", True)):
+            what = f"but {half.pop()} " if half else ""
+            raise PlacementError(
+                f"{name}: nothing {what}was seen to fill {weight} of the slots of rank {layer.moe_ep_rank}: a loader went "
+                "round SGLang's map of experts; use --load-format auto with the model's original checkpoint, or leave the "
+                "placement flags out"
+            )
+    wanted = {slot for slot, expert in enumerate(held.tolist()) if expert >= 0}
+    for (weight, shard), slots in filled.items():
+        empty = sorted(wanted - slots)
+        if empty:
+            part = weight if shard == ALL_SHARDS else shard
+            more = f", nor {len(empty) - 1} more slots" if len(empty) > 1 else ""
+            raise PlacementError(
+                f"{name}: nothing filled slot {empty[0]} of rank {layer.moe_ep_rank} with {part} of expert "
+                f"{held[empty[0]]}{more}: a loader went round SGLang's map of experts; use the model's original "
+                "checkpoint, or leave the placement flags out"
+            )
