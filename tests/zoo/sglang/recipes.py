@@ -1,0 +1,10 @@
+"""All recipes of checkpoints that can be placed."""
+
+from __future__ import annotations
+
+from .mla import MLA_MODELS
+from .others import OTHERS
+from .qwen import QWEN
+from .recipe import Recipe
+
+RECIPES: tuple[Recipe, ...] = (*MLA_MODELS, *QWEN, *OTHERS)
