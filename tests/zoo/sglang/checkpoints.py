@@ -65,8 +65,8 @@ def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
 
     Args:
         recipe: the model.
-        placement: ``linear``, ``zigzag``, ``shuffled`` (another order in each layer) or ``replicas`` (shuffled, each rank with a copy of
-            an expert of the other's).
+        placement: ``linear``, ``zigzag``, ``shuffled`` (another order in each layer), ``replicas`` (shuffled, each rank with a copy
+            of an expert of the other's) or ``rebalanced`` (the same in another order).
     """
     found = {}
     for layer in recipe.moe:
@@ -75,8 +75,9 @@ def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
         elif placement == "zigzag":
             row = [e for rank in range(RANKS) for e in range(EXPERTS) if e % RANKS == rank]
         else:
-            row = np.random.default_rng([7, layer]).permutation(EXPERTS).tolist()
-            if placement == "replicas":
+            seed = 8 if placement == "rebalanced" else 7
+            row = np.random.default_rng([seed, layer]).permutation(EXPERTS).tolist()
+            if placement in ("replicas", "rebalanced"):
                 half = EXPERTS // RANKS
                 row = [*row[:half], row[half], *row[half:], row[0]]
         found[layer] = row

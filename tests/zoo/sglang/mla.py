@@ -31,6 +31,21 @@ DSA = "Torch not compiled with CUDA enabled"
 
 MLA_MODELS: tuple[Recipe, ...] = (
     Recipe(
+        "Dots3NoteForCausalLM",
+        DEEPSEEK_V3
+        | {
+            "model_type": "dots3_note",
+            "language_only": True,
+            "layer_types": ["full_attention"] * 3,
+            "apply_mla_qkv_lora_rescale": False,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        LATER,
+        MLP,
+        SHARED_AND_BIAS,
+    ),
+    Recipe(
         "DeepseekV2ForCausalLM",
         DEEPSEEK_V3
         | {
@@ -173,5 +188,6 @@ MLA_MODELS: tuple[Recipe, ...] = (
         LATER,
         "model.language_model.layers.{layer}.mlp",
         SHARED_AND_BIAS,
+        unbuildable=DSA,
     ),
 )

@@ -97,6 +97,16 @@ QWEN: tuple[Recipe, ...] = (
         refused={"all": "the model's config hides an MoE layer"},
     ),
     Recipe(
+        "Qwen3MoeForCausalLM",
+        BASE | QWEN3 | {"model_type": "qwen3_moe"},
+        ALL,
+        MLP,
+        PER_EXPERT,
+        engine={"model_impl": "transformers"},
+        variant="transformers",
+        refused={"all": "they route outside SGLang's TopK layer"},
+    ),
+    Recipe(
         "Qwen3NextForCausalLM",
         BASE
         | QWEN3

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from .mla import DEEPSEEK_V3
-from .recipe import BASE, QWEN3, Recipe
+from .recipe import BASE, MLA, Recipe
 from .values import EXPERTS
 
 _MOE = BASE | {"num_experts": EXPERTS, "num_local_experts": EXPERTS}
 
 
+_TRITON = {
+    "attention_backend": "triton"
+}  # torch_native is refused for some, before a placement is looked at
 _NO_MAP = "SGLang keeps no map of experts for it"
 
 
@@ -16,9 +19,15 @@ def _known(architecture: str, model_type: str, why: str = _NO_MAP, **config) -> 
     return Recipe(architecture, _MOE | {"model_type": model_type, **config}, refused={"all": why})
 
 
-def _own(architecture: str, why: str = _NO_MAP, **config) -> Recipe:
+def _own(
+    architecture: str, why: str = _NO_MAP, engine: dict[str, str] | None = None, **config
+) -> Recipe:
     return Recipe(
-        architecture, _MOE | {"model_type": "zoo", **config}, remote=True, refused={"all": why}
+        architecture,
+        _MOE | {"model_type": "zoo", **config},
+        remote=True,
+        refused={"all": why},
+        engine=engine or {},
     )
 
 
@@ -29,13 +38,13 @@ REFUSED: tuple[Recipe, ...] = (
     _own("Cohere2VisionForConditionalGeneration", text_config=_MOE),
     _own("DeepseekOCRForCausalLM", text_config=DEEPSEEK_V3),
     _own("DeepseekVL2ForCausalLM", text_config=DEEPSEEK_V3),
-    _own("DeepseekV4ForCausalLM", "they route outside SGLang's TopK layer", **DEEPSEEK_V3),
-    _own("Dots3NoteForCausalLM", **DEEPSEEK_V3),
+    _own("DeepseekV4ForCausalLM", "they route outside SGLang's TopK layer", sliding_window=128,
+         index_head_dim=16, compress_ratios=[1] * 3, **DEEPSEEK_V3),
     _known("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", moe_num_experts=EXPERTS, moe_k=2),
     _own("Ernie4_5_VLMoeForConditionalGeneration", moe_num_experts=EXPERTS),
-    _own("Gemma4ForCausalLM"),
-    _own("Gemma4ForConditionalGeneration", text_config=_MOE),
-    _own("Gemma4UnifiedForConditionalGeneration", text_config=_MOE),
+    _own("Gemma4ForCausalLM", engine=_TRITON),
+    _own("Gemma4ForConditionalGeneration", text_config=_MOE, engine=_TRITON),
+    _own("Gemma4UnifiedForConditionalGeneration", text_config=_MOE, engine=_TRITON),
     _own("Glm4vMoeForConditionalGeneration", text_config=_MOE),
     _known("GraniteMoeForCausalLM", "granitemoe"),
     _known("GraniteMoeSharedForCausalLM", "granitemoeshared"),
@@ -45,13 +54,14 @@ REFUSED: tuple[Recipe, ...] = (
     _own("Grok1ModelForCausalLM"),
     _own("HunYuanMoEV1ForCausalLM"),
     _own("HYV3ForCausalLM"),
-    _own("HYV4ForCausalLM"),
+    _own("HYV4ForCausalLM", **MLA),
     _own("InternS1ForConditionalGeneration", text_config=_MOE),
-    _own("InternS2MobiusForConditionalGeneration", text_config=_MOE),
+    Recipe("InternS2MobiusForConditionalGeneration", {"model_type": "zoo", "text_config": _MOE}, remote=True,
+           unbuildable="expert parallelism (--ep-size must be 1)"),
     _own("InternVLChatModel", text_config=_MOE),
-    _own("KimiK3ForConditionalGeneration", text_config=_MOE),
-    _own("KimiK3LinearForCausalLM"),
-    _own("KimiLinearForCausalLM"),
+    _own("KimiK3ForConditionalGeneration", text_config=_MOE | MLA),
+    _own("KimiK3LinearForCausalLM", **MLA),
+    _own("KimiLinearForCausalLM", **MLA),
     _own("KimiVLForConditionalGeneration", text_config=DEEPSEEK_V3),
     _own("LagunaForCausalLM"),
     _own("Lfm2MoeForCausalLM"),
@@ -66,11 +76,9 @@ REFUSED: tuple[Recipe, ...] = (
     _own("NemotronH_Omni_Reasoning_V3", text_config=_MOE, llm_config=_MOE),
     _own("PhiMoEForCausalLM"),
     _own("PixtralForConditionalGeneration", text_config=_MOE),
-    _own("Qwen3OmniMoeForConditionalGeneration", text_config=_MOE, thinker_config={"text_config": _MOE}),
+    _known("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe", thinker_config={"text_config": _MOE}),
     _own("UnlimitedOCRForCausalLM", text_config=DEEPSEEK_V3),
     _own("ZayaForCausalLM"),
-    Recipe("Qwen3MoeForCausalLM", BASE | QWEN3 | {"model_type": "qwen3_moe"}, engine={"model_impl": "transformers"}, variant="transformers",
-           refused={"all": "they route outside SGLang's TopK layer"}),
 )  # fmt: skip
 
 REFUSED_NAMES = frozenset(recipe.name for recipe in REFUSED)

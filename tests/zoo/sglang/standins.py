@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import torch
 
-_OPERATORS = ("fused_sigmoid_mul_cpu(Tensor a, Tensor b) -> Tensor",)
+_OPERATORS = tuple(
+    f"{name}() -> ()"
+    for name in (
+        "fused_sigmoid_mul_cpu",
+        "fused_qk_gemma_rmsnorm_cpu",
+        "fused_qk_gemma_rmsnorm_with_gate_cpu",
+        "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+    )
+)
 
 # torch drops an operator when the Library object that defined it is collected.
 _library = torch.library.Library("sgl_kernel", "FRAGMENT")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .quantized import QUANTIZED
 from .recipe import Recipe
 from .recipes import RECIPES
 from .refused import DENSE, DRAFTS, NOT_ON_A_CPU, REFUSED, TRANSFORMERS
@@ -23,7 +24,7 @@ def _row(recipe: Recipe) -> str:
         return f"| {name} | refused | {recipe.refused['all']} |"
     if recipe.refused:
         return f"| {name} | placed | without redundant experts: {recipe.refused['replicas']} |"
-    return f"| {name} | placed | |"
+    return f"| {name} | placed | {'slot by slot, before SGLang packs the tensors for its kernels' if recipe.raw else ''} |"
 
 
 def section() -> str:
@@ -39,7 +40,7 @@ def section() -> str:
         "| model class | | why |",
         "|---|---|---|",
     ]
-    lines += sorted((_row(recipe) for recipe in (*RECIPES, *REFUSED)), key=str.lower)
+    lines += sorted((_row(recipe) for recipe in (*RECIPES, *QUANTIZED, *REFUSED)), key=str.lower)
     lines += [
         f"| `{name}` | not on a CPU | importing its module fails: {why} |"
         for name, why in sorted(NOT_ON_A_CPU.items())

@@ -21,6 +21,7 @@ from tests.support.children import engine_lock, python, run_child  # noqa: E402
 
 from . import registered, table  # noqa: E402
 from .cases import MISTAKEN, PLACEMENTS, all_cases, expected_refusal, name_of  # noqa: E402
+from .quantized import QUANTIZED  # noqa: E402
 from .recipe import Recipe  # noqa: E402
 from .recipes import RECIPES  # noqa: E402
 from .refused import DENSE, DRAFTS, NOT_ON_A_CPU, REFUSED, TRANSFORMERS  # noqa: E402
@@ -30,7 +31,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 TOLERANCE = 1e-4
 """Of outputs of order 10 in float32, whose partial sums are added in another order; measured up to 3e-6."""
 
-CASES = [(recipe, placement) for recipe in RECIPES for placement in PLACEMENTS]
+CASES = [(recipe, placement) for recipe in (*RECIPES, *QUANTIZED) for placement in PLACEMENTS]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,17 @@ def test_placed_or_refused(results, recipe, placement):
     one, ranks = result["one"], result["ranks"]
     assert [r["error"] for r in (one, *ranks)] == [""] * 3
     assert one["wrong"] == []
+    _same(one, ranks, recipe)
+    if placement == "replicas":
+        _same(one, [rank["rebalanced"] for rank in ranks], recipe)
+
+
+def _same(one: dict[str, Any], ranks: list[dict[str, Any]], recipe: Recipe) -> None:
+    """Every slot holds its expert, and the layers answer as those of one rank."""
     assert [r["wrong"] for r in ranks] == [[], []]
     assert all(r["slots"] for r in ranks)
+    if recipe.raw:
+        return
     assert set(one["outputs"]) == set(recipe.moe)
     for layer, expected in one["outputs"].items():
         found = sum(rank["outputs"][layer] for rank in ranks)
@@ -86,6 +96,9 @@ def test_placed_or_refused(results, recipe, placement):
 @pytest.mark.parametrize("recipe", REFUSED, ids=_id)
 def test_refused(results, recipe):
     result = results[name_of(recipe, "zigzag")]
+    if recipe.unbuildable:
+        assert recipe.unbuildable in result["error"]
+        return
     assert "error" not in result, result.get("error")
     assert expected_refusal(recipe, "zigzag") in result.get("refused", "")
     assert "late" not in result, "refused only when the model had been loaded"

@@ -33,6 +33,7 @@ class Loaded:
         outputs: layer -> output of TopK and experts for the same tokens ``[tokens, hidden]``, this rank's part of the sum.
         blocks: layer -> output of the whole MoE block, where it takes hidden states alone.
         outline: see `skeleton.outline`, where that was asked for.
+        rebalanced: the same after EPLB has moved experts, where it is on.
     """
 
     refused: str = ""
@@ -43,6 +44,7 @@ class Loaded:
     outputs: dict[int, Any] = field(default_factory=dict)
     blocks: dict[int, Any] = field(default_factory=dict)
     outline: list[Any] = field(default_factory=list)
+    rebalanced: Loaded | None = None
 
 
 def main(rank: int, ranks: int, port: int, pipe: Connection) -> None:
@@ -112,7 +114,31 @@ def _load(
     if placement == "outline":
         return Loaded(outline=skeleton.outline(runner.model))
     with torch.no_grad():
-        return slots.examine(runner.model, recipe, placement, rank, ranks)
+        found = slots.examine(runner.model, recipe, placement, rank, ranks)
+        if placement == "replicas" and not found.wrong:
+            _rebalance(runner, recipe, rank)
+            found.rebalanced = slots.examine(runner.model, recipe, "rebalanced", rank, ranks)
+    return found
+
+
+def _rebalance(runner: Any, recipe: Any, rank: int) -> None:
+    """Move the experts to where the placement ``rebalanced`` has them, as SGLang's EPLB does between two forward passes."""
+    import torch
+    from sglang.srt.eplb.expert_location import (
+        ExpertLocationMetadata,
+        get_global_expert_location_metadata,
+    )
+
+    from . import checkpoints
+
+    table = get_global_expert_location_metadata().physical_to_logical_map_cpu.clone()
+    for layer, row in checkpoints.slots(recipe, "rebalanced").items():
+        table[layer] = torch.tensor(row)
+    goal = ExpertLocationMetadata.init_by_mapping(
+        runner.model_config, physical_to_logical_map=table, moe_ep_rank=rank
+    )
+    weights = runner.model.routed_experts_weights_of_layer
+    runner.expert_location_updater.update(weights, goal, list(weights.keys()), nnodes=1, rank=rank)
 
 
 def _plugins() -> None:
