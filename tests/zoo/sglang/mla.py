@@ -13,6 +13,8 @@ from .recipe import (
     SHARED_AND_BIAS,
     Recipe,
     dense,
+    each_expert,
+    router,
 )
 from .values import EXPERTS, HIDDEN, WIDTH
 
@@ -44,6 +46,7 @@ MLA_MODELS: tuple[Recipe, ...] = (
         LATER,
         MLP,
         SHARED_AND_BIAS,
+        unbuildable="Dots3 model only supports CUDA backend",
     ),
     Recipe(
         "DeepseekV2ForCausalLM",
@@ -129,8 +132,12 @@ MLA_MODELS: tuple[Recipe, ...] = (
         "MistralLarge3ForCausalLM",
         DEEPSEEK_V3 | {"model_type": "deepseek_v3"},
         LATER,
-        MLP,
-        SHARED_AND_BIAS,
+        "layers.{layer}",
+        (
+            each_expert("w1", "w3", "w2"),
+            router(bias="router_biases"),
+            dense("shared_experts", names=("w1", "w3", "w2")),
+        ),
     ),
     Recipe(
         "Glm4MoeLiteForCausalLM",

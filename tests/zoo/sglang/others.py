@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from .recipe import (
     ALL,
     BASE,
@@ -20,7 +22,7 @@ from .recipe import (
     stacked,
     three_stacked,
 )
-from .values import EXPERTS, WIDTH
+from .values import EXPERTS, HIDDEN, LAYERS, WIDTH
 
 BAILING = {
     "model_type": "bailing_moe",
@@ -61,6 +63,29 @@ STEP35 = STEP | {
     "rope_theta": [10000.0] * 3,
     "partial_rotary_factors": [1.0] * 3,
 }
+
+
+def _step_rest() -> Iterator[tuple[str, tuple[int, ...]]]:
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        for part, rows in (("q_proj", 64), ("k_proj", 32), ("v_proj", 32), ("o_proj", HIDDEN)):
+            yield f"{prefix}.self_attn.{part}.weight", (rows, HIDDEN)
+        for norm, size in (("q_norm", 16), ("k_norm", 16)):
+            yield f"{prefix}.self_attn.{norm}.weight", (size,)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{prefix}.{norm}.weight", (HIDDEN,)
+        path, width = ("share_expert", WIDTH) if layer else ("mlp", 2 * WIDTH)
+        yield f"{prefix}.{path}.gate_proj.weight", (width, HIDDEN)
+        yield f"{prefix}.{path}.up_proj.weight", (width, HIDDEN)
+        yield f"{prefix}.{path}.down_proj.weight", (HIDDEN, width)
+    for name, shape in (
+        ("model.embed_tokens", (256, HIDDEN)),
+        ("lm_head", (256, HIDDEN)),
+        ("model.norm", (HIDDEN,)),
+    ):
+        yield f"{name}.weight", shape
+
+
 MINIMAX = {
     "num_local_experts": EXPERTS,
     "scoring_func": "sigmoid",
@@ -269,6 +294,7 @@ OTHERS: tuple[Recipe, ...] = (
         LATER,
         "model.layers.{layer}.moe",
         (three_stacked(), router(bias="router_bias")),
+        rest=tuple(_step_rest()),
     ),
     Recipe(
         "Step3p7ForConditionalGeneration",
@@ -280,6 +306,7 @@ OTHERS: tuple[Recipe, ...] = (
         LATER,
         "model.layers.{layer}.moe",
         (three_stacked(), router(bias="router_bias")),
+        rest=tuple(_step_rest()),
     ),
     Recipe(
         "MiniMaxM3SparseForConditionalGeneration",
@@ -302,6 +329,7 @@ OTHERS: tuple[Recipe, ...] = (
             router(bias="e_score_correction_bias"),
             dense("shared_experts"),
         ),
+        remote=True,
     ),
     Recipe(
         "K2HorizonForCausalLM",
@@ -321,6 +349,7 @@ OTHERS: tuple[Recipe, ...] = (
         LATER,
         MLP,
         (each_expert(), router(bias="gate.bias"), dense("shared_experts")),
+        engine={"dtype": "bfloat16"},
     ),
     Recipe(
         "XllmForCausalLM",
@@ -338,5 +367,6 @@ OTHERS: tuple[Recipe, ...] = (
         LATER,
         MLP,
         (each_expert(), router(bias="gate.bias"), dense("shared_experts")),
+        engine={"dtype": "bfloat16"},
     ),
 )

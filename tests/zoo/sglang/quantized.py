@@ -88,7 +88,7 @@ def _recipe(
 ) -> QuantizedRecipe:
     return QuantizedRecipe(
         "Qwen3MoeForCausalLM", BASE | QWEN3 | {"model_type": "qwen3_moe", "quantization_config": config}, ALL, MLP, (router(),),
-        variant=variant, raw=True, own=own, refused=refused or {},
+        variant=variant, raw=True, engine={"dtype": "bfloat16"}, own=own, refused=refused or {},
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from .values import HIDDEN, WIDTH
 
 QWEN35 = {
     "shared_expert_intermediate_size": WIDTH,
-    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "full_attention_interval": 3,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
@@ -84,6 +85,7 @@ QWEN: tuple[Recipe, ...] = (
         MLP,
         (stacked(), router()),
         variant="stacked",
+        refused={"all": "its weights did not come through FusedMoE's loader"},
     ),
     Recipe(
         "Qwen3MoeForCausalLM",
@@ -104,7 +106,7 @@ QWEN: tuple[Recipe, ...] = (
         PER_EXPERT,
         engine={"model_impl": "transformers"},
         variant="transformers",
-        refused={"all": "they route outside SGLang's TopK layer"},
+        refused={"all": "has 1 expert layers and 0 TopK layers"},
     ),
     Recipe(
         "Qwen3NextForCausalLM",
@@ -113,7 +115,8 @@ QWEN: tuple[Recipe, ...] = (
         | {
             "model_type": "qwen3_next",
             "shared_expert_intermediate_size": WIDTH,
-            "layer_types": ["linear_attention", "full_attention", "full_attention"],
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "full_attention_interval": 3,
             "linear_num_value_heads": 4,
             "linear_num_key_heads": 2,
             "linear_key_head_dim": 16,
@@ -215,5 +218,6 @@ QWEN: tuple[Recipe, ...] = (
             dense("shared_expert"),
             single("shared_expert_gate.weight", 1, HIDDEN),
         ),
+        unbuildable="Torch not compiled with CUDA enabled",
     ),
 )

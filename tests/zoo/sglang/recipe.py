@@ -85,6 +85,7 @@ class Recipe:
         variant: what sets it apart from another recipe of the same class.
         refused: placement, or ``all``, to what the refusal must say.
         unbuildable: what SGLang itself fails with on a CPU.
+        rest: name and shape of tensors outside MoE layers, for a model that insists on having them all.
         raw: whether to look at the tensors as they were loaded, and not to run the layers.
     """
 
@@ -101,6 +102,7 @@ class Recipe:
     refused: dict[str, str] = field(default_factory=dict)
     unbuildable: str = ""
     raw: bool = False
+    rest: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def name(self) -> str:
@@ -109,7 +111,7 @@ class Recipe:
 
     def tensors(self) -> Tensors:
         """Every tensor of the MoE layers, by the checkpoint's names."""
-        found: Tensors = {}
+        found: Tensors = {name: drawn(name, *shape) for name, shape in self.rest}
         for layer in self.moe:
             for part in self.parts:
                 found |= part(self.block.format(layer=layer), layer)

@@ -46,10 +46,10 @@ def examine(model: Any, recipe: Recipe, placement: str, rank: int, ranks: int) -
         routers = [child for child in block.children() if isinstance(child, TopK)]
         with get_global_expert_distribution_recorder().with_current_layer(layer.layer_id):
             if routers:
-                found.outputs[layer.layer_id] = _routed(layer, routers[0]).numpy()
-            answer = _block(block, layer.hidden_size)
+                found.outputs[layer.layer_id] = _routed(layer, routers[0]).float().numpy()
+            answer = _block(block, layer.hidden_size, layer.w13_weight.dtype)
             if answer is not None:
-                found.blocks[layer.layer_id] = answer.numpy()
+                found.blocks[layer.layer_id] = answer.float().numpy()
     if seen != set(recipe.moe):
         found.wrong.append(
             f"the model has MoE layers {sorted(seen)}, its checkpoint {list(recipe.moe)}"
@@ -66,7 +66,7 @@ def _compare(layer: Any, recipe: Recipe, mine: list[int], found: Loaded) -> list
             wrong.append(f"layer {layer.layer_id}: {tensor} has {len(held)} slots, not {len(mine)}")
             continue
         found.tensors = sorted({*found.tensors, tensor})
-        signatures = [signature(expert[tensor]) for expert in experts]
+        signatures = [signature(bytes_of(_kept(expert[tensor], held.dtype))) for expert in experts]
         for slot, wanted in enumerate(mine):
             found.slots += 1
             here = signature(bytes_of(held[slot]))
@@ -76,6 +76,12 @@ def _compare(layer: Any, recipe: Recipe, mine: list[int], found: Loaded) -> list
                     f"layer {layer.layer_id} slot {slot}: {tensor} is not expert {wanted}'s but {others or 'no expert'}'s"
                 )
     return wrong
+
+
+def _kept(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Values as the engine keeps them: rounded where it keeps fewer bits."""
+    tensor = torch.from_numpy(values)
+    return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
@@ -93,14 +99,14 @@ def signature(values: np.ndarray) -> np.ndarray:
     return np.sort(flat[flat != 0])
 
 
-def _tokens(hidden: int) -> torch.Tensor:
-    return torch.from_numpy(drawn("tokens", TOKENS, hidden, gain=8.0))
+def _tokens(hidden: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(drawn("tokens", TOKENS, hidden, gain=8.0)).to(dtype)
 
 
 def _routed(layer: Any, router: Any) -> torch.Tensor:
     """This rank's part of the routed experts' output, for logits that are the same everywhere ``[tokens, experts]``."""
     logits = torch.from_numpy(drawn("logits", TOKENS, EXPERTS, gain=6.0))
-    tokens = _tokens(layer.hidden_size)
+    tokens = _tokens(layer.hidden_size, layer.w13_weight.dtype)
     config = router.topk_config
     before = layer.reduce_results, config.apply_routed_scaling_factor_on_output
     layer.reduce_results = False
@@ -113,7 +119,7 @@ def _routed(layer: Any, router: Any) -> torch.Tensor:
         layer.reduce_results, config.apply_routed_scaling_factor_on_output = before
 
 
-def _block(block: Any, hidden: int) -> torch.Tensor | None:
+def _block(block: Any, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
     """The whole MoE block's output; None for a block that wants more than hidden states."""
     parameters = list(inspect.signature(block.forward).parameters.values())
     needed = [
@@ -124,7 +130,7 @@ def _block(block: Any, hidden: int) -> torch.Tensor | None:
     if [p.name for p in needed] != ["hidden_states"]:
         return None
     try:
-        answer = block(_tokens(hidden))
+        answer = block(_tokens(hidden, dtype))
     except Exception:  # noqa: BLE001  # a kernel without a CPU build; stock's rank must fail alike, see `test_zoo`
         return None
     return answer if isinstance(answer, torch.Tensor) else None

@@ -28,8 +28,8 @@ from .refused import DENSE, DRAFTS, NOT_ON_A_CPU, REFUSED, TRANSFORMERS  # noqa:
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-TOLERANCE = 1e-4
-"""Of outputs of order 10 in float32, whose partial sums are added in another order; measured up to 3e-6."""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+"""Of outputs of order 10, whose partial sums are added in another order (float32: measured up to 3e-6); another expert is off by order 1."""
 
 CASES = [(recipe, placement) for recipe in (*RECIPES, *QUANTIZED) for placement in PLACEMENTS]
 
@@ -62,7 +62,8 @@ def test_placed_or_refused(results, recipe, placement):
     result = results[name_of(recipe, placement)]
     refusal = expected_refusal(recipe, placement)
     if recipe.unbuildable:
-        assert recipe.unbuildable in result["error"]
+        said = [result.get("error", ""), *(rank["error"] for rank in result.get("ranks", []))]
+        assert any(recipe.unbuildable in error for error in said)
         return
     assert "error" not in result, result.get("error")
     if refusal:
@@ -83,14 +84,15 @@ def _same(one: dict[str, Any], ranks: list[dict[str, Any]], recipe: Recipe) -> N
     assert all(r["slots"] for r in ranks)
     if recipe.raw:
         return
+    tolerance = TOLERANCE[recipe.engine.get("dtype", "float32")]
     assert set(one["outputs"]) == set(recipe.moe)
     for layer, expected in one["outputs"].items():
         found = sum(rank["outputs"][layer] for rank in ranks)
-        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
     assert {tuple(r["blocks"]) for r in ranks} == {tuple(one["blocks"])}
     for layer, expected in one["blocks"].items():
         for rank in ranks:
-            np.testing.assert_allclose(rank["blocks"][layer], expected, atol=TOLERANCE, rtol=0)
+            np.testing.assert_allclose(rank["blocks"][layer], expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("recipe", REFUSED, ids=_id)
@@ -114,7 +116,10 @@ def test_outputs_tell_experts_apart(results):
     """Different placements sum up to the same; a rank's part alone is far from it."""
     result = results[name_of(next(r for r in RECIPES if r.name == "Qwen3MoeForCausalLM"), "zigzag")]
     for layer, expected in result["one"]["outputs"].items():
-        assert np.abs(result["ranks"][0]["outputs"][layer] - expected).max() > 1000 * TOLERANCE
+        assert (
+            np.abs(result["ranks"][0]["outputs"][layer] - expected).max()
+            > 1000 * TOLERANCE["float32"]
+        )
 
 
 def test_every_moe_class_is_listed():

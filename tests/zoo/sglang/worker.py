@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import pickle
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -51,6 +52,9 @@ def main(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     """Answer each (pickled ``ServerArgs``, recipe, placement) with a `Loaded` as a dictionary."""
     for module in IMPORTED:
         importlib.import_module(module)
+    from transformers.dynamic_module_utils import init_hf_modules
+
+    init_hf_modules()  # where config classes are that checkpoints bring; a spawned process has the launcher's path
 
     while True:
         job = pipe.recv()
@@ -121,6 +125,9 @@ def _load(
     return found
 
 
+_exchanges = itertools.count()
+
+
 def _rebalance(runner: Any, recipe: Any, rank: int) -> None:
     """Move the experts to where the placement ``rebalanced`` has them, as SGLang's EPLB does between two forward passes."""
     import torch
@@ -129,15 +136,21 @@ def _rebalance(runner: Any, recipe: Any, rank: int) -> None:
         get_global_expert_location_metadata,
     )
 
+    from moe_placement_plugin.engines.sglang import eplb_update
+
     from . import checkpoints
 
-    table = get_global_expert_location_metadata().physical_to_logical_map_cpu.clone()
+    in_force = get_global_expert_location_metadata()
+    table = in_force.physical_to_logical_map_cpu.clone()
     for layer, row in checkpoints.slots(recipe, "rebalanced").items():
         table[layer] = torch.tensor(row)
     goal = ExpertLocationMetadata.init_by_mapping(
         runner.model_config, physical_to_logical_map=table, moe_ep_rank=rank
     )
     weights = runner.model.routed_experts_weights_of_layer
+    # A process of SGLang has one model for life; here the next model's exchanges are numbered on.
+    exchanger = eplb_update._exchanger(runner.expert_location_updater, weights, in_force)
+    exchanger._epoch = next(_exchanges)
     runner.expert_location_updater.update(weights, goal, list(weights.keys()), nnodes=1, rank=rank)
 
 
