@@ -6,5 +6,6 @@ from .mla import MLA_MODELS
 from .others import OTHERS
 from .qwen import QWEN
 from .recipe import Recipe
+from .step import STEP_MODELS
 
-RECIPES: tuple[Recipe, ...] = (*MLA_MODELS, *QWEN, *OTHERS)
+RECIPES: tuple[Recipe, ...] = (*MLA_MODELS, *QWEN, *OTHERS, *STEP_MODELS)
