@@ -13,6 +13,9 @@ from .values import EXPERTS
 RANKS = 2
 REDUNDANT = 2
 
+ENV = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+"""For the child processes: ranks look at the machine's free memory one after the other, and others use it meanwhile."""
+
 
 CONFIG_CLASS = """from transformers import PretrainedConfig
 

@@ -46,10 +46,14 @@ def outlines(recipes: list[Recipe], folder: Path) -> dict[str, list[skeleton.Nam
             ]
         )
     )
-    env = ENV | {
-        "SGLANG_CPU_OMP_THREADS_BIND": threads(2),
-        "HF_MODULES_CACHE": str(folder / "modules"),
-    }
+    env = (
+        ENV
+        | checkpoints.ENV
+        | {
+            "SGLANG_CPU_OMP_THREADS_BIND": threads(2),
+            "HF_MODULES_CACHE": str(folder / "modules"),
+        }
+    )
     run_child(python("-m", "tests.zoo.sglang.launcher", str(wanted), str(given)), 600, env, ROOT)
     results = pickle.loads(given.read_bytes())
     return {
@@ -89,7 +93,7 @@ def main() -> None:
             checkpoints.write(recipe, model, skeleton.whole(recipe, outlined[recipe.name]))
             more = recipe.engine | {"trust_remote_code": recipe.remote}
             cases = [case("one", model, **more), case("two", model, 2, 2, **more, **ZIGZAG)]
-            outcomes = run_cases(cases, folder / f"{recipe.name}-runs")
+            outcomes = run_cases(cases, folder / f"{recipe.name}-runs", env=checkpoints.ENV)
             lines.append(compared(recipe, outcomes["one"], outcomes["two"]))
             print(lines[-1], flush=True)
             (folder / "engines.md").write_text("\n".join(lines) + "\n")

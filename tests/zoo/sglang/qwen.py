@@ -49,6 +49,7 @@ QWEN: tuple[Recipe, ...] = (
         ALL,
         "model.language_model.layers.{layer}.mlp",
         PER_EXPERT,
+        unbuildable="__init__() got an unexpected keyword argument 'start_layer'",
         remote=True,
     ),
     Recipe(

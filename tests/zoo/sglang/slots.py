@@ -37,6 +37,7 @@ def examine(model: Any, recipe: Recipe, placement: str, rank: int, ranks: int) -
             continue
         (layer,) = layers
         seen.add(layer.layer_id)
+        found.dtype = str(layer.w13_weight.dtype).removeprefix("torch.")
         row = rows[layer.layer_id]
         size = len(row) // ranks
         mine = row[rank * size : (rank + 1) * size]
@@ -78,10 +79,12 @@ def _compare(layer: Any, recipe: Recipe, mine: list[int], found: Loaded) -> list
     return wrong
 
 
-def _kept(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+def _kept(values: np.ndarray, dtypes: list[torch.dtype]) -> torch.Tensor:
     """Values as the engine keeps them: rounded where it keeps fewer bits."""
     tensor = torch.from_numpy(values)
-    return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+    for dtype in dtypes if tensor.is_floating_point() else ():
+        tensor = tensor.to(dtype)
+    return tensor
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ pytest.importorskip("sglang")
 from tests.sglang.engines import ENV, ROOT, threads  # noqa: E402
 from tests.support.children import engine_lock, python, run_child  # noqa: E402
 
-from . import registered, table  # noqa: E402
+from . import checkpoints, registered, table  # noqa: E402
 from .cases import MISTAKEN, PLACEMENTS, all_cases, expected_refusal, name_of  # noqa: E402
 from .quantized import QUANTIZED  # noqa: E402
 from .recipe import Recipe  # noqa: E402
@@ -40,10 +40,14 @@ def results(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("zoo")
     wanted, given = folder / "cases.json", folder / "results.pickle"
     wanted.write_text(json.dumps(all_cases()))
-    env = ENV | {
-        "SGLANG_CPU_OMP_THREADS_BIND": threads(2),
-        "HF_MODULES_CACHE": str(folder / "modules"),
-    }
+    env = (
+        ENV
+        | checkpoints.ENV
+        | {
+            "SGLANG_CPU_OMP_THREADS_BIND": threads(2),
+            "HF_MODULES_CACHE": str(folder / "modules"),
+        }
+    )
     with engine_lock():
         finished = run_child(
             python("-m", "tests.zoo.sglang.launcher", str(wanted), str(given)), 600, env, ROOT
@@ -84,7 +88,7 @@ def _same(one: dict[str, Any], ranks: list[dict[str, Any]], recipe: Recipe) -> N
     assert all(r["slots"] for r in ranks)
     if recipe.raw:
         return
-    tolerance = TOLERANCE[recipe.engine.get("dtype", "float32")]
+    tolerance = TOLERANCE[one["dtype"]]
     assert set(one["outputs"]) == set(recipe.moe)
     for layer, expected in one["outputs"].items():
         found = sum(rank["outputs"][layer] for rank in ranks)

@@ -30,6 +30,7 @@ class Loaded:
         error: a traceback of anything else that went wrong.
         wrong: slots that do not hold what they should, in words.
         slots: slots that were compared.
+        dtype: of the weights; some models have one that they insist on.
         tensors: names of the tensors that were compared, per slot.
         outputs: layer -> output of TopK and experts for the same tokens ``[tokens, hidden]``, this rank's part of the sum.
         blocks: layer -> output of the whole MoE block, where it takes hidden states alone.
@@ -41,6 +42,7 @@ class Loaded:
     error: str = ""
     wrong: list[str] = field(default_factory=list)
     slots: int = 0
+    dtype: str = ""
     tensors: list[str] = field(default_factory=list)
     outputs: dict[int, Any] = field(default_factory=dict)
     blocks: dict[int, Any] = field(default_factory=dict)
