@@ -220,6 +220,7 @@ OTHERS: tuple[Recipe, ...] = (
         MLP,
         (each_expert(), router(bias="gate.expert_bias"), dense("shared_experts")),
         remote=True,
+        refused=NO_REDUNDANCY,
     ),
     Recipe(
         "MiniMaxM3SparseForConditionalGeneration",
@@ -242,7 +243,7 @@ OTHERS: tuple[Recipe, ...] = (
             router(bias="e_score_correction_bias"),
             dense("shared_experts"),
         ),
-        remote=True,
+        unbuildable="'dict' object has no attribute 'model_type'",
     ),
     Recipe(
         "K2HorizonForCausalLM",
@@ -262,7 +263,7 @@ OTHERS: tuple[Recipe, ...] = (
         LATER,
         MLP,
         (each_expert(), router(bias="gate.bias"), dense("shared_experts")),
-        engine={"dtype": "bfloat16"},
+        refused={"all": "SGLang's own model refuses every placement but the trivial one"},
     ),
     Recipe(
         "XllmForCausalLM",
@@ -280,6 +281,6 @@ OTHERS: tuple[Recipe, ...] = (
         LATER,
         MLP,
         (each_expert(), router(bias="gate.bias"), dense("shared_experts")),
-        engine={"dtype": "bfloat16"},
+        refused={"all": "SGLang's own model refuses every placement but the trivial one"},
     ),
 )

@@ -84,11 +84,11 @@ class QuantizedRecipe(Recipe):
 
 
 def _recipe(
-    variant: str, config: dict[str, Any], *own: Tensor, refused: dict[str, str] | None = None
+    variant: str, config: dict[str, Any], *own: Tensor, unbuildable: str = ""
 ) -> QuantizedRecipe:
     return QuantizedRecipe(
-        "Qwen3MoeForCausalLM", BASE | QWEN3 | {"model_type": "qwen3_moe", "quantization_config": config}, ALL, MLP, (router(),),
-        variant=variant, raw=True, engine={"dtype": "bfloat16"}, own=own, refused=refused or {},
+        "Qwen3MoeForCausalLM", BASE | QWEN3 | {"model_type": "qwen3_moe", "head_dim": 32, "quantization_config": config}, ALL, MLP, (router(),),
+        variant=variant, raw=True, engine={"dtype": "bfloat16"}, own=own, unbuildable=unbuildable,
     )  # fmt: skip
 
 
@@ -115,5 +115,6 @@ QUANTIZED: tuple[QuantizedRecipe, ...] = (
     _recipe("int8", {"quant_method": "w8a8_int8"}, Tensor("weight", "weight", "int8", 1, 1),
             Tensor("weight_scale", "weight_scale", "float32", 1, 1 / HIDDEN)),
     _recipe("int4-packed", _compressed("int", 4, "group", group_size=32, actorder=None),
-            Tensor("weight_packed", "weight_packed", "int32", 1, 1 / 8), Tensor("weight_scale", "weight_scale", "float32", 1, 1 / 32)),
+            Tensor("weight_packed", "weight_packed", "int32", 1, 1 / 8), Tensor("weight_scale", "weight_scale", "float32", 1, 1 / 32),
+            unbuildable="Torch not compiled with CUDA enabled"),
 )  # fmt: skip

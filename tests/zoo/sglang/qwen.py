@@ -107,7 +107,7 @@ QWEN: tuple[Recipe, ...] = (
         PER_EXPERT,
         engine={"model_impl": "transformers"},
         variant="transformers",
-        refused={"all": "has 1 expert layers and 0 TopK layers"},
+        refused={"all": "they route outside SGLang's TopK layer"},
     ),
     Recipe(
         "Qwen3NextForCausalLM",
