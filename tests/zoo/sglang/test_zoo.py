@@ -7,7 +7,6 @@ expert, and what TopK and experts answer, summed over the ranks, with a single r
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from typing import Any
 
@@ -77,6 +76,8 @@ def test_placed_or_refused(results, recipe, placement):
     one, ranks = result["one"], result["ranks"]
     assert [r["error"] for r in (one, *ranks)] == [""] * 3
     assert one["wrong"] == []
+    assert one["patches"] == [], "what is compared with has the plugin too"
+    assert all({"placement", "slots", "model"} <= set(rank["patches"]) for rank in ranks)
     _same(one, ranks, recipe)
     if placement == "replicas":
         _same(one, [rank["rebalanced"] for rank in ranks], recipe)
@@ -158,8 +159,3 @@ def test_drafts_are_refused():
 
 def test_the_table_in_the_docs_is_fresh():
     assert table.current() == table.section(), "run `python -m tests.zoo.sglang.table`"
-
-
-def test_child_environment_has_no_placement():
-    """What the single rank is compared with has no plugin: its workers are started without."""
-    assert "SGLANG_PLUGINS" not in os.environ

@@ -10,6 +10,7 @@ import functools
 import importlib
 import itertools
 import pickle
+import sys
 import traceback
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
@@ -34,6 +35,7 @@ class Loaded:
         tensors: names of the tensors that were compared, per slot.
         outputs: layer -> output of TopK and experts for the same tokens ``[tokens, hidden]``, this rank's part of the sum.
         blocks: layer -> output of the whole MoE block, where it takes hidden states alone.
+        patches: the plugin's hooks that this process has used.
         outline: see `skeleton.outline`, where that was asked for.
         rebalanced: the same after EPLB has moved experts, where it is on.
     """
@@ -46,6 +48,7 @@ class Loaded:
     tensors: list[str] = field(default_factory=list)
     outputs: dict[int, Any] = field(default_factory=dict)
     blocks: dict[int, Any] = field(default_factory=dict)
+    patches: list[str] = field(default_factory=list)
     outline: list[Any] = field(default_factory=list)
     rebalanced: Loaded | None = None
 
@@ -124,6 +127,8 @@ def _load(
         if placement == "replicas" and not found.wrong:
             _rebalance(runner, recipe, rank)
             found.rebalanced = slots.examine(runner.model, recipe, "rebalanced", rank, ranks)
+    if plugin := sys.modules.get("moe_placement_plugin.engines.sglang.worker"):
+        found.patches = [name for name, hits in plugin.hooks().hits().items() if hits]
     return found
 
 
