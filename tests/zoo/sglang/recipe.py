@@ -183,10 +183,10 @@ def stacked(
             first, second = (np.ascontiguousarray(t.swapaxes(1, 2)) for t in (first, second))
         found = {f"{block}.{gate_up}": first, f"{block}.{down}": second}
         if biases:
-            found[f"{block}.{gate_up}BIAS"] = np.stack(
+            found[f"{block}.{gate_up}_bias"] = np.stack(
                 [joined(of("b1", e), of("b3", e)) for e in range(EXPERTS)]
             )
-            found[f"{block}.{down}BIAS"] = np.stack([of("b2", e) for e in range(EXPERTS)])
+            found[f"{block}.{down}_bias"] = np.stack([of("b2", e) for e in range(EXPERTS)])
         return found
 
     return part
