@@ -67,7 +67,9 @@ def _compare(layer: Any, recipe: Recipe, mine: list[int], found: Loaded) -> list
             wrong.append(f"layer {layer.layer_id}: {tensor} has {len(held)} slots, not {len(mine)}")
             continue
         found.tensors = sorted({*found.tensors, tensor})
-        signatures = [signature(bytes_of(_kept(expert[tensor], held.dtype))) for expert in experts]
+        # Biases are widened once they have been loaded with the weights' own precision.
+        dtypes = [layer.w13_weight.dtype, held.dtype] if tensor.endswith("bias") else [held.dtype]
+        signatures = [signature(bytes_of(_kept(expert[tensor], dtypes))) for expert in experts]
         for slot, wanted in enumerate(mine):
             found.slots += 1
             here = signature(bytes_of(held[slot]))
