@@ -163,7 +163,7 @@ def stacked(
     Args:
         transposed: ``[experts, hidden, 2 width]`` and ``[experts, width, hidden]``.
         interleaved: whether rows of gate and up take turns.
-        biases: whether there are ``BIAS`` tensors too.
+        biases: whether there are ``_bias`` tensors too.
     """
 
     def joined(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
