@@ -93,11 +93,13 @@ def _same(one: dict[str, Any], ranks: list[dict[str, Any]], recipe: Recipe) -> N
     assert set(one["outputs"]) == set(recipe.moe)
     for layer, expected in one["outputs"].items():
         found = sum(rank["outputs"][layer] for rank in ranks)
-        np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
+        np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0, equal_nan=False)
     assert {tuple(r["blocks"]) for r in ranks} == {tuple(one["blocks"])}
     for layer, expected in one["blocks"].items():
         for rank in ranks:
-            np.testing.assert_allclose(rank["blocks"][layer], expected, atol=tolerance, rtol=0)
+            np.testing.assert_allclose(
+                rank["blocks"][layer], expected, atol=tolerance, rtol=0, equal_nan=False
+            )
 
 
 @pytest.mark.parametrize("recipe", REFUSED, ids=_id)
