@@ -38,6 +38,9 @@ def with_(**changes) -> Combination:
             "asserts that there are none",
         ),
         ({"architecture": "LLaDA2MoeModelLM", "redundant": 2}, "asserts that there are none"),
+        ({"architecture": "SarvamMoEForCausalLM", "redundant": 2}, "asserts that there are none"),
+        ({"architecture": "XllmForCausalLM"}, "own model refuses every placement"),
+        ({"architecture": "K2HorizonForCausalLM"}, "own model refuses every placement"),
         ({"architecture": "LongcatFlashForCausalLM"}, "beyond the map"),
         ({"architecture": "TransformersMoEForCausalLM"}, "outside SGLang's TopK"),
         (
@@ -137,6 +140,7 @@ def test_every_rule_can_refuse_and_says_what_to_do_instead():
         with_(has_location=False),
         with_(architecture="LLaDA2MoeModelLM", redundant=1),
         with_(architecture="LongcatFlashForCausalLM"),
+        with_(architecture="XllmForCausalLM"),
         with_(architecture="DeepseekV4ForCausalLM"),
         with_(quantization="mxfp4"),
         with_(quantization="modelopt_fp4"),

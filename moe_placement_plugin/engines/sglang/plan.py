@@ -40,7 +40,7 @@ def finish(server_args: Any, asked: Settings) -> None:
             "nothing to place; add --ep-size (at most --tp-size), or leave the placement flags out"
         )
     config = versions.model_config(server_args)
-    architecture = (getattr(config.hf_config, "architectures", None) or [""])[0]
+    architecture = _architecture(config)
     name = str(cfg.model_path)
     text_config = getattr(config, "hf_text_config", None) or config.hf_config
     shape = model_shape(text_config, name)
@@ -110,6 +110,13 @@ def location_shape(model_config: Any) -> Any:
     from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
 
     return ModelConfigForExpertLocation.from_model_config(model_config)
+
+
+def _architecture(model_config: Any) -> str:
+    """The class that SGLang will build, which is another than ``config.json`` names with ``--model-impl transformers``."""
+    from sglang.srt.model_loader import get_model_architecture
+
+    return get_model_architecture(model_config)[1]
 
 
 def _has_amx_kernels() -> bool:

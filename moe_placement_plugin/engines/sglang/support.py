@@ -89,8 +89,9 @@ def unmapped_quantizations(version: str) -> dict[str, str]:
 
 _no_redundancy = _any_of(
     "BailingMoEForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM "
-    "BailingMoeV3VLForConditionalGeneration LLaDA2MoeModelLM"
+    "BailingMoeV3VLForConditionalGeneration LLaDA2MoeModelLM SarvamMoEForCausalLM"
 )
+_own_refusal = _any_of("XllmForCausalLM K2HorizonForCausalLM")
 _zero_experts = _any_of("LongcatFlashForCausalLM")
 _own_routing = _any_of(
     "TransformersMoEForCausalLM TransformersMoEEmbeddingModel TransformersMoEForSequenceClassification "
@@ -114,7 +115,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "model",
-        "Bailing MoE and LLaDA 2 with redundant experts (padding included)",
+        "Bailing MoE, Sarvam MoE and LLaDA 2 with redundant experts (padding included)",
         "the model asserts that there are none",
         "use an --ep-size that divides the number of experts, and no --ep-num-redundant-experts",
         lambda c: _no_redundancy(c.architecture) and c.redundant > 0,
@@ -125,6 +126,13 @@ RULES: tuple[Rule, ...] = (
         "its zero-computation experts have ids beyond the map",
         "serve it without the placement flags",
         lambda c: _zero_experts(c.architecture),
+    ),
+    Rule(
+        "model",
+        "xLLM and K2 Horizon",
+        "SGLang's own model refuses every placement but the trivial one",
+        "serve it without the placement flags",
+        lambda c: _own_refusal(c.architecture),
     ),
     Rule(
         "model",

@@ -1,0 +1,52 @@
+"""What the zoo asks for: every recipe under every placement, and every refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .checkpoints import REDUNDANT
+from .quantized import QUANTIZED
+from .recipe import Recipe
+from .recipes import RECIPES
+from .refused import REFUSED
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "zigzag": {"expert_placement_strategy": "zigzag"},
+    "shuffled": {},
+    "replicas": {"enable_eplb": True, "ep_num_redundant_experts": REDUNDANT},
+}
+"""Placement -> arguments of ``ServerArgs``; those but zigzag come with a plan file, see `checkpoints.slots`."""
+
+BY_NAME: dict[str, Recipe] = {recipe.name: recipe for recipe in (*RECIPES, *QUANTIZED, *REFUSED)}
+
+
+def name_of(recipe: Recipe, placement: str) -> str:
+    """A case's name."""
+    return f"{recipe.name} {placement}"
+
+
+def expected_refusal(recipe: Recipe, placement: str) -> str:
+    """What the refusal must say; empty where the model must be placed."""
+    return recipe.refused.get("all", recipe.refused.get(placement, ""))
+
+
+def all_cases() -> list[dict[str, Any]]:
+    """Cases for `launcher`, one recipe's together."""
+    cases = [
+        {
+            "name": name_of(recipe, placement),
+            "recipe": recipe.name,
+            "placement": placement,
+            "arguments": arguments,
+        }
+        for recipe in (*RECIPES, *QUANTIZED, *REFUSED)
+        for placement, arguments in PLACEMENTS.items()
+        if recipe.moe or placement == "zigzag"
+    ]
+    return [*cases, MISTAKEN]
+
+
+MISTAKEN = {
+    "name": "mistaken", "recipe": "Qwen3MoeForCausalLM", "placement": "zigzag", "arguments": PLACEMENTS["zigzag"], "examined": "shuffled",
+}  # fmt: skip
+"""Loaded by one map, examined by another: what an engine would look like whose loader heeds no map."""

@@ -1,0 +1,97 @@
+"""A recipe's checkpoint and the plans for it, as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .recipe import Recipe, Tensors
+from .values import EXPERTS
+
+RANKS = 2
+REDUNDANT = 2
+
+ENV = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+"""For the child processes: ranks look at the machine's free memory one after the other, and others use it meanwhile."""
+
+
+CONFIG_CLASS = """from transformers import PretrainedConfig
+
+
+class ZooConfig(PretrainedConfig):
+    model_type = "{model_type}"
+
+    def __init__(self, **values):
+        for name in list(values):
+            if name.endswith("_config") and name != "quantization_config" and isinstance(values[name], dict):
+                values[name] = PretrainedConfig(**values[name])
+        super().__init__(**values)
+"""
+"""What a checkpoint brings whose config transformers does not know: a class that takes everything."""
+
+
+def write(recipe: Recipe, folder: Path, tensors: Tensors | None = None) -> Path:
+    """Write the checkpoint.
+
+    Args:
+        recipe: the model.
+        folder: where to.
+        tensors: all of its tensors. None writes those of the MoE layers; what is left out (attention, embeddings, dense layers)
+            the engine leaves uninitialised.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": [recipe.architecture], **recipe.config}
+    if recipe.remote:
+        config["auto_map"] = {"AutoConfig": "configuration_zoo.ZooConfig"}
+        (folder / "configuration_zoo.py").write_text(
+            CONFIG_CLASS.format(model_type=recipe.config["model_type"])
+        )
+    (folder / "config.json").write_text(json.dumps(config))
+    found = {
+        name: torch.from_numpy(np.asarray(tensor))
+        for name, tensor in (tensors or recipe.tensors()).items()
+    }
+    floats = {
+        name: t.view(torch.float8_e4m3fn) for name, t in found.items() if t.dtype == torch.uint8
+    }
+    save_file(found | floats, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
+    """MoE layer -> logical expert of each physical slot, rank after rank.
+
+    Args:
+        recipe: the model.
+        placement: ``linear``, ``zigzag``, ``shuffled`` (another order in each layer), ``replicas`` (shuffled, each rank with a copy
+            of an expert of the other's) or ``rebalanced`` (the same in another order).
+    """
+    found = {}
+    for layer in recipe.moe:
+        if placement == "linear":
+            row = list(range(EXPERTS))
+        elif placement == "zigzag":
+            row = [e for rank in range(RANKS) for e in range(EXPERTS) if e % RANKS == rank]
+        else:
+            seed = 8 if placement == "rebalanced" else 7
+            row = np.random.default_rng([seed, layer]).permutation(EXPERTS).tolist()
+            if placement in ("replicas", "rebalanced"):
+                half = EXPERTS // RANKS
+                row = [*row[:half], row[half], *row[half:], row[0]]
+        found[layer] = row
+    return found
+
+
+def write_plan(recipe: Recipe, placement: str, file: Path) -> Path:
+    """The plan file of a placement, a row for each MoE layer."""
+    from moe_placement_plugin.placement import Placement
+
+    rows = slots(recipe, placement)
+    size = len(next(iter(rows.values()))) // RANKS
+    Placement(list(rows.values()), EXPERTS, (size,) * RANKS, tuple(rows)).write(file)
+    return file
