@@ -48,7 +48,7 @@ test-vllm: env-vllm ## vLLM's CPU engine
 	$(call IN,vllm) vllm python -m pytest -q $(SLOWEST) -m engine --ignore=tests/sglang --ignore=tests/zoo/sglang tests
 
 test-sglang: env-sglang ## SGLang's CPU engine
-	$(call IN,sglang) sglang python -m pytest -q $(SLOWEST) tests/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py tests/verify/test_accuracy_sglang.py tests/moe/test_engine_matmuls.py
+	$(call IN,sglang) sglang python -m pytest -q $(SLOWEST) tests/sglang tests/zoo/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py tests/verify/test_accuracy_sglang.py tests/moe/test_engine_matmuls.py
 
 env-vllm env-sglang: env-%:
 	@PYTHON=$(PYTHON) $(PYTHON) scripts/environment $* $(ENVS)/$*
