@@ -1,0 +1,298 @@
+"""One rank of vLLM without an engine around it: its config, its loader, its MoE layers."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import pickle
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from tests.zoo.checkpoint import HIDDEN
+
+TOKENS = 24
+"""Tokens that each layer is asked for."""
+
+PARTS_LOADED = "_zoo_loaded"
+"""Attribute of a ``RoutedExperts``: parameter -> copy, as the loader left it."""
+
+
+def prepare_process() -> None:
+    """Let vLLM look at model classes in this process, and note what its loader leaves in slots."""
+    from vllm.model_executor.model_loader import base_loader, default_loader
+    from vllm.model_executor.models import registry
+
+    # In a process of its own, which takes 10 s for each class.
+    def inspect_here(self):
+        try:
+            return registry._ModelInfo.from_model_cls(self.load_model_cls())
+        except Exception as error:  # vLLM says no more than that it could not
+            raise TypeError(f"{self.class_name}: {error}") from error
+
+    registry._LazyRegisteredModel.inspect_model_cls = inspect_here
+    registry._try_inspect_model_cls = lambda name, model: model.inspect_model_cls()
+    _stand_in_for_torchvision()
+    _know_every_model_type()
+    # Checkpoints of the zoo hold the experts; the rest is filled below.
+    default_loader.DefaultModelLoader.track_weights_loading = lambda *args, **kwargs: None
+    process = base_loader.process_weights_after_loading
+
+    def note_and_process(model, *args, **kwargs):
+        _note_loaded(model)
+        _fill_rest(model)
+        return process(model, *args, **kwargs)
+
+    base_loader.process_weights_after_loading = note_and_process
+
+
+class _Anything(types.ModuleType):
+    """A module or class that has every attribute."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {"BICUBIC": 3, "BILINEAR": 2, "LANCZOS": 1, "NEAREST": 0})
+
+
+class _TorchvisionFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds torchvision, and nothing in it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torchvision":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return _Anything(spec.name)
+
+    def exec_module(self, module):
+        module.__version__ = "0.28.0"
+
+
+def _stand_in_for_torchvision() -> None:
+    """Models whose modules import torchvision, for images, have their language model built without it."""
+    if importlib.util.find_spec("torchvision") is None:
+        sys.meta_path.append(_TorchvisionFinder())
+
+
+def _know_every_model_type() -> None:
+    """Configs of models whose config class comes with the checkpoint: as plain as they are there."""
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    from tests.zoo.vllm.recipes import RECIPES
+
+    for recipe in RECIPES.values():
+        kind = recipe.config["model_type"]
+        if kind not in CONFIG_MAPPING and kind not in _CONFIG_REGISTRY:
+            name = f"Config_{kind}"
+            made = type(name, (PretrainedConfig,), {"model_type": kind, "__module__": __name__})
+            globals()[name] = made  # a worker's config arrives as a pickle
+            AutoConfig.register(kind, made)
+
+
+def _routed(model: Any) -> dict[str, Any]:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    return {m.layer_name: m for m in model.modules() if isinstance(m, RoutedExperts)}
+
+
+def _note_loaded(model: Any) -> None:
+    for layer in _routed(model).values():
+        object.__setattr__(layer, PARTS_LOADED, _slots(layer))
+
+
+def _slots(layer: Any) -> dict[str, np.ndarray]:
+    import torch
+
+    held = {}
+    for name, parameter in layer.named_parameters(recurse=False):
+        data = parameter.detach()
+        if data.element_size() == 1:
+            data = data.view(torch.uint8)
+        elif data.dtype in (torch.bfloat16, torch.float16):
+            data = data.float()
+        held[name] = data.clone().numpy()
+    return held
+
+
+def rounded(values: dict[str, np.ndarray], arguments: dict[str, Any]) -> dict[str, np.ndarray]:
+    """A slot's expected values as the engine's own type holds them."""
+    import torch
+
+    if arguments.get("dtype") != "bfloat16":
+        return values
+    return {
+        name: torch.from_numpy(v).bfloat16().float().numpy() if v.dtype == np.float32 else v
+        for name, v in values.items()
+    }
+
+
+def _fill_rest(model: Any) -> None:
+    """Give what is no expert the same values on every rank, however it is cut: a constant, or by name where ranks hold the whole."""
+    import torch
+
+    own = {
+        id(parameter)
+        for layer in _routed(model).values()
+        for name, parameter in layer.named_parameters()
+        if name.startswith("w")
+    }
+    for name, parameter in model.named_parameters():
+        if id(parameter) in own or not parameter.is_floating_point():
+            continue
+        with torch.no_grad():
+            if "bias" in name.rpartition(".")[2] and "correction" in name:
+                rng = np.random.default_rng(crc32(name.rpartition(".layers.")[2].encode()))
+                values = rng.standard_normal(tuple(parameter.shape)) * 0.1
+                parameter.copy_(torch.from_numpy(values.astype(np.float32)))
+            elif parameter.element_size() > 1:
+                parameter.fill_(0.03)
+
+
+class Refused(Exception):
+    """The plugin refused, with its reason."""
+
+
+def engine_config(path: Path, ranks: int, engine: dict[str, Any]) -> Any:
+    """The ``VllmConfig`` as a worker receives it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = dict(
+        model=str(path), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64,
+        max_num_batched_tokens=64, max_num_seqs=4, tensor_parallel_size=ranks, enable_expert_parallel=ranks > 1,
+        distributed_executor_backend="mp" if ranks > 1 else None, disable_log_stats=True, seed=0,
+    )  # fmt: skip
+    made = EngineArgs(**(arguments | engine)).create_engine_config()
+    return pickle.loads(pickle.dumps(made))
+
+
+@contextmanager
+def rank_of(config: Any, rank: int, ranks: int, store: str) -> Iterator[None]:
+    """Groups as a worker has them, those of the first config for all that follow."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    config.parallel_config.rank = rank
+    with set_current_vllm_config(config):
+        if not torch.distributed.is_initialized():
+            parallel_state.set_custom_all_reduce(False)
+            parallel_state.init_distributed_environment(
+                ranks, rank, f"file://{store}", local_rank=rank, backend="gloo"
+            )
+        moe = config.model_config.is_moe
+        if parallel_state.model_parallel_is_initialized() and moe and parallel_state._EP is None:
+            parallel_state.destroy_model_parallel()
+        if config.parallel_config.enable_eplb and getattr(parallel_state, "_EPLB", 0) is None:
+            parallel_state.destroy_model_parallel()
+        parallel_state.ensure_model_parallel_initialized(ranks, 1)
+        yield
+
+
+def load(config: Any, draft: bool = False) -> tuple[Any, Any]:
+    """(model, EPLB's state or None), as a worker's runner has them after ``load_model``.
+
+    Args:
+        draft: load the draft that the config names, and not the model itself.
+    """
+    import torch
+    from vllm.model_executor.model_loader import get_model
+
+    if draft:
+        chosen = config.speculative_config.draft_model_config
+        return get_model(vllm_config=config, model_config=chosen), None
+    model = get_model(vllm_config=config)
+    if not config.parallel_config.enable_eplb:
+        return model, None
+    from vllm.distributed.eplb.eplb_state import EplbState
+
+    from moe_placement_plugin.engines.vllm.layers import mixture_of_experts
+
+    moe = mixture_of_experts(model)
+    state = EplbState(config.parallel_config, torch.device("cpu"))
+    state.add_model(moe, config.model_config)
+    return model, next(iter(state.model_states.values()))
+
+
+def outputs(model: Any, config: Any) -> dict[str, np.ndarray]:
+    """Layer -> what its MoE layer answers, summed over the ranks, float32 ``[tokens, hidden]``."""
+    import torch
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    found = {}
+    with torch.inference_mode(), set_forward_context(None, config, num_tokens=TOKENS):
+        for runner in model.modules():
+            if not isinstance(runner, MoERunner):
+                continue
+            name = runner.routed_experts.layer_name
+            rng = np.random.default_rng(crc32(name.encode()))
+            logits = _logits(runner, rng)
+            width = _input_width(runner)
+            hidden = torch.from_numpy(rng.standard_normal((TOKENS, width)).astype(np.float32))
+            hidden = hidden.to(config.model_config.dtype)
+            if runner.gate is not None:
+                runner.gate = _FixedGate(logits)
+            ids = torch.arange(TOKENS) % 64
+            if "topk_ids" in inspect.signature(runner.forward).parameters:  # chosen by transformers
+                weights, ids = logits.softmax(-1).topk(2, dim=-1)
+                found[name] = runner(hidden, ids, weights)
+            else:
+                found[name] = runner(hidden_states=hidden, router_logits=logits, input_ids=ids)
+            found[name] = found[name].float().numpy()
+    return found
+
+
+def _input_width(runner: Any) -> int:
+    transform = runner.routed_input_transform
+    if transform is not None:
+        return getattr(transform, "input_size", HIDDEN)
+    return runner.moe_config.hidden_dim_unpadded or runner.moe_config.hidden_dim
+
+
+def _logits(runner: Any, rng: np.random.Generator) -> Any:
+    import torch
+
+    columns = runner.moe_config.num_logical_experts + _zero_experts(runner)
+    return torch.from_numpy(rng.standard_normal((TOKENS, columns)).astype(np.float32) * 2)
+
+
+def _zero_experts(runner: Any) -> int:
+    bias = getattr(runner.router, "e_score_correction_bias", None)
+    return 0 if bias is None else max(0, bias.numel() - runner.moe_config.num_logical_experts)
+
+
+class _FixedGate:
+    """In a gate's place: the same logits on every rank."""
+
+    def __new__(cls, logits):
+        import torch
+
+        class Gate(torch.nn.Module):
+            def forward(self, hidden_states):
+                return logits, None
+
+        return Gate()
+
+
+def clean_environment() -> None:
+    """What vLLM reads of the environment when it is imported."""
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
+        VLLM_NO_USAGE_STATS="1", VLLM_PLUGINS="moe_placement", TRANSFORMERS_VERBOSITY="error",
+        GLOO_SOCKET_IFNAME="lo", VLLM_DIST_IDENT=f"zoo{os.getpid()}",
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""What became of each recipe, put together from the processes of the zoo."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.zoo.vllm.ranks import STRATEGIES
+from tests.zoo.vllm.recipe import Recipe
+from tests.zoo.vllm.run import FILES
+
+_WORST = ("crashed", "wrong", "failed", "refused", "placed")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a recipe.
+
+    Attributes:
+        built: whether vLLM alone could build and load it on one rank.
+        reason: why not.
+        status: strategy -> ``placed``, ``refused``, ``none`` (not tried), ``wrong``, ``failed`` or ``crashed``.
+        reasons: strategy -> what was said.
+    """
+
+    built: bool
+    reason: str
+    status: dict[str, str]
+    reasons: dict[str, str]
+
+
+def read(directory: Path) -> dict[str, Outcome]:
+    """Recipe -> outcome, from the files that `run` has written."""
+    alone, *ranks = ({line["name"]: line for line in _lines(directory / f)} for f in FILES.values())
+    return {
+        name: _outcome(line, [rank.get(name, {}) for rank in ranks]) for name, line in alone.items()
+    }
+
+
+def _lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _outcome(alone: dict, ranks: list[dict]) -> Outcome:
+    built = alone["status"] == "built"
+    status, reasons = {}, {}
+    for strategy in STRATEGIES if built else ():
+        seen = [rank.get(strategy, {"status": "crashed", "reason": "no result"}) for rank in ranks]
+        if {one["status"] for one in seen} == {"none"}:
+            status[strategy], reasons[strategy] = "none", ""
+            continue
+        worst = min(seen, key=lambda one: _WORST.index(one["status"]))
+        status[strategy], reasons[strategy] = worst["status"], worst["reason"]
+    return Outcome(built, alone["reason"], status, reasons)
+
+
+def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[str]]:
+    """Lines of the documentation's table: recipe, its checkpoint, status under each strategy, reasons."""
+    lines = []
+    for name, recipe in recipes.items():
+        outcome = outcomes[name]
+        if not outcome.built:
+            lines.append(
+                [name, recipe.stored, *["not built"] * len(STRATEGIES), recipe.unbuildable]
+            )
+            continue
+        said = {short(reason): None for reason in outcome.reasons.values() if reason}
+        cells = [outcome.status[s].replace("none", "-") for s in STRATEGIES]
+        lines.append([name, recipe.stored, *cells, "; ".join(said)])
+    return lines
+
+
+def short(reason: str, limit: int = 160) -> str:
+    """A reason without the model's path and layer, cut where it becomes advice."""
+    reason = reason.split("/")[-1] if reason.startswith("/") else reason
+    text = " ".join(word for word in reason.split() if "/" not in word or len(word) < 12)
+    return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."

@@ -1,0 +1,16 @@
+"""The zoo: a recipe for each class of vLLM's registry that has experts."""
+
+from __future__ import annotations
+
+from tests.zoo.vllm import (
+    recipes_draft,
+    recipes_more,
+    recipes_quantized,
+    recipes_text,
+    recipes_vision,
+)
+
+_FAMILIES = (recipes_text, recipes_more, recipes_vision, recipes_draft, recipes_quantized)
+
+RECIPES = {recipe.name: recipe for family in _FAMILIES for recipe in family.RECIPES}
+"""Name -> recipe."""

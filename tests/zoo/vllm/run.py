@@ -1,0 +1,126 @@
+"""Run the zoo: ``python -m tests.zoo.vllm.run DIRECTORY NAME...`` (all without names).
+
+vLLM is imported once; three processes are forked from here, one for vLLM alone and two for the ranks of a placement. One
+that dies or hangs is noted as such for the model it had, and started again behind it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.zoo.vllm import engine, ranks
+from tests.zoo.vllm.recipe import Recipe
+
+PATIENCE = 240.0
+"""Seconds after which a model that is not done counts as hanging; many times what one takes on a busy machine."""
+
+FILES = {0: "alone.jsonl", 1: "rank0.jsonl", 2: "rank1.jsonl"}
+"""Process -> its results."""
+
+
+class Crew:
+    """Processes that go through the recipes together, and are ended and started again together.
+
+    Args:
+        members: numbers of their files.
+        recipes: what they go through.
+        directory: of the results.
+        make: (context, recipes, attempt) -> processes that were not started yet.
+    """
+
+    def __init__(self, members: list[int], recipes: list[Recipe], directory: Path, make: Callable):
+        self._files = [directory / FILES[member] for member in members]
+        self._left, self._make, self._directory = recipes, make, directory
+        self._attempt = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._attempt += 1
+        self._done, self._moved = 0, time.monotonic()
+        self._before = [self._count(file) for file in self._files]
+        self._processes = self._make(self._left, self._attempt) if self._left else []
+        for process in self._processes:
+            process.start()
+
+    def _count(self, file: Path) -> int:
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    def working(self) -> bool:
+        """Look after the processes; False once all recipes are done."""
+        counts = [self._count(f) - b for f, b in zip(self._files, self._before)]
+        if min(counts) > self._done:
+            self._done, self._moved = min(counts), time.monotonic()
+        if self._done >= len(self._left):
+            for process in self._processes:
+                process.join(30)
+                process.kill()
+            return False
+        died = [p.exitcode for p in self._processes if p.exitcode not in (None, 0)]
+        if died or time.monotonic() - self._moved > PATIENCE:
+            self._give_up(counts, f"exit code {died[0]}" if died else "no answer")
+        return True
+
+    def _give_up(self, counts: list[int], why: str) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        recipe = self._left[self._done]
+        for file, count in zip(self._files, counts):
+            if count == self._done:
+                with file.open("a") as end:
+                    crashed = {"status": "crashed", "reason": why}
+                    line = dict.fromkeys(ranks.STRATEGIES, crashed) | crashed
+                    end.write(json.dumps(line | {"name": recipe.name}) + "\n")
+        path = self._directory / ranks.directory_of(recipe)
+        path.mkdir(exist_ok=True)
+        (path / ranks.DONE).touch()
+        self._left = self._left[self._done + 1 :]
+        self._start()
+
+
+def run(recipes: list[Recipe], directory: Path) -> None:
+    """Go through the recipes in processes of this one's, and write `FILES` into the directory."""
+    import vllm.model_executor.model_loader  # noqa: F401
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.engine import arg_utils  # noqa: F401
+
+    engine.prepare_process()
+    # vLLM collects garbage twice for each model; what was imported is none of it.
+    gc.collect()
+    gc.freeze()
+    context = multiprocessing.get_context("fork")
+
+    def one(left: list[Recipe], attempt: int) -> list[Any]:
+        store = str(directory / f"alone{attempt}.store")
+        return [context.Process(target=ranks.alone, args=(left, directory / FILES[0], store))]
+
+    def two(left: list[Recipe], attempt: int) -> list[Any]:
+        store = str(directory / f"pair{attempt}.store")
+        return [
+            context.Process(target=ranks.placed, args=(left, r, directory / FILES[1 + r], store))
+            for r in range(ranks.RANKS)
+        ]
+
+    crews = [Crew([0], recipes, directory, one), Crew([1, 2], recipes, directory, two)]
+    while crews:
+        crews = [crew for crew in crews if crew.working()]
+        time.sleep(0.2)
+
+
+def main() -> None:
+    engine.clean_environment()
+    from tests.zoo.vllm.recipes import RECIPES
+
+    directory, names = Path(sys.argv[1]), sys.argv[2:]
+    run([RECIPES[name] for name in names] if names else list(RECIPES.values()), directory)
+
+
+if __name__ == "__main__":
+    main()
