@@ -55,6 +55,15 @@ def prepare_process() -> None:
     base_loader.process_weights_after_loading = note_and_process
 
 
+class _AnyAttribute(type):
+    """A class that has every attribute, each another one."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return f"{cls.__name__}.{name}"
+
+
 class _Anything(types.ModuleType):
     """A module or class that has every attribute."""
 
@@ -63,7 +72,7 @@ class _Anything(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {"BICUBIC": 3, "BILINEAR": 2, "LANCZOS": 1, "NEAREST": 0})
+        return _AnyAttribute(name, (), {})
 
 
 class _TorchvisionFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -142,29 +151,47 @@ def rounded(values: dict[str, np.ndarray], arguments: dict[str, Any]) -> dict[st
 
 
 def _fill_rest(model: Any) -> None:
-    """Give what is no expert the same values on every rank, however it is cut: a constant, or by name where ranks hold the whole."""
-    import torch
+    """Give what is no expert the same values on every rank, however it is cut.
 
-    own = {
+    By name where ranks hold the whole (gates, correction biases) or known rows (embeddings); else a constant.
+    """
+    import torch
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    experts = {
         id(parameter)
         for layer in _routed(model).values()
         for name, parameter in layer.named_parameters()
         if name.startswith("w")
     }
-    for name, parameter in model.named_parameters():
-        if id(parameter) in own or not parameter.is_floating_point():
-            continue
-        with torch.no_grad():
-            if "bias" in name.rpartition(".")[2] and "correction" in name:
-                rng = np.random.default_rng(crc32(name.rpartition(".layers.")[2].encode()))
-                values = rng.standard_normal(tuple(parameter.shape)) * 0.1
-                parameter.copy_(torch.from_numpy(values.astype(np.float32)))
-            elif parameter.element_size() > 1:
-                parameter.fill_(0.03)
+    with torch.no_grad():
+        for prefix, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in experts or not parameter.is_floating_point():
+                    continue
+                if parameter.element_size() == 1:
+                    continue
+                full = f"{prefix}.{name}"
+                if "correction" in name or isinstance(module, ReplicatedLinear):
+                    parameter.copy_(_named(full, tuple(parameter.shape)))
+                elif isinstance(module, VocabParallelEmbedding) and parameter.dim() == 2:
+                    at = module.shard_indices
+                    rows = at.org_vocab_end_index - at.org_vocab_start_index
+                    every = _named(full, (module.org_vocab_size, parameter.shape[1]))
+                    parameter.zero_()
+                    parameter[:rows] = every[at.org_vocab_start_index : at.org_vocab_end_index]
+                else:
+                    parameter.fill_(1.0 if "norm" in full else 0.03)
 
 
-class Refused(Exception):
-    """The plugin refused, with its reason."""
+def _named(name: str, shape: tuple[int, ...]) -> Any:
+    """Random values that the end of a name, from its layer on, decides."""
+    import torch
+
+    rng = np.random.default_rng(crc32(name.rpartition(".layers.")[2].encode()))
+    values = rng.standard_normal(shape) * (0.3 if len(shape) > 1 else 0.1)
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def engine_config(path: Path, ranks: int, engine: dict[str, Any]) -> Any:

@@ -42,7 +42,7 @@ def alone(recipes: list[Recipe], results: Path, store: str) -> None:
             try:
                 write_config(path, recipe.config)
                 tensors = expert_tensors(recipe.parts, recipe.layers, recipe.experts)
-                write_tensors(path / "model.safetensors", tensors, _dtypes(recipe, tensors))
+                write_tensors(path / "model.safetensors", tensors, dtypes_of(recipe, tensors))
                 config = engine.engine_config(path, 1, dict(recipe.engine))
                 with engine.rank_of(config, 0, 1, store):
                     model, _ = engine.load(config, bool(recipe.draft))
@@ -219,10 +219,12 @@ def layer_of(name: str) -> int:
 
 
 def directory_of(recipe: Recipe) -> str:
+    """Name of the directory of a recipe's checkpoint."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", recipe.name)
 
 
-def _dtypes(recipe: Recipe, tensors: dict[str, np.ndarray]) -> dict[str, str]:
+def dtypes_of(recipe: Recipe, tensors: dict[str, np.ndarray]) -> dict[str, str]:
+    """Tensor -> the type that its bytes are of, where numpy has none like it."""
     other = {}
     for part in recipe.parts:
         if part.dtype in ("F8_E4M3", "F8_E8M0"):
