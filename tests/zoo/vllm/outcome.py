@@ -67,6 +67,8 @@ def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[
             continue
         said = {short(reason): None for reason in outcome.reasons.values() if reason}
         cells = [outcome.status[s].replace("none", "-") for s in STRATEGIES]
+        if recipe.eplb_fails:
+            cells[-1] = "vLLM fails"
         lines.append([name, recipe.stored, *cells, "; ".join(said)])
     return lines
 

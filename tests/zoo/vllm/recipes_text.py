@@ -56,7 +56,8 @@ RECIPES = [
          index_n_heads=2, index_head_dim=64, **DEEPSEEK | MLA | dict(q_lora_rank=32)),
     make("Glm4MoeForCausalLM", "glm4_moe", separate(), (1,), use_qk_norm=True,
          partial_rotary_factor=0.5, **DEEPSEEK),
-    make("Glm4MoeLiteForCausalLM", "glm4_moe_lite", separate(), (1,), **DEEPSEEK | MLA | dict(
+    make("Glm4MoeLiteForCausalLM", "glm4_moe_lite", separate(), (1,), eplb_fails=(
+         "Redundant experts are only supported with EPLB"), **DEEPSEEK | MLA | dict(
          q_lora_rank=32)),
     make("AXK1ForCausalLM", "axk1", separate(), (1,), **DEEPSEEK | MLA | dict(q_lora_rank=32)),
     make("AfmoeForCausalLM", "afmoe", separate(), (1,), num_experts=8, num_shared_experts=1,
@@ -87,7 +88,8 @@ RECIPES = [
     make("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", separate(), (1,), moe_num_experts=8, moe_k=2,
          moe_num_shared_experts=1, moe_layer_start_index=1, moe_layer_end_index=1,
          moe_layer_interval=1, use_bias=False),
-    make("ExaoneMoeForCausalLM", "exaone_moe", separate(), (1,), num_experts=8,
+    make("ExaoneMoeForCausalLM", "exaone_moe", separate(), (1,), eplb_fails=(
+         "Redundant experts are only supported with EPLB"), num_experts=8,
          num_shared_experts=1, n_group=1, topk_group=1, norm_topk_prob=True,
          routed_scaling_factor=2.5, sliding_window=None, mlp_layer_types=["dense", "sparse"],
          layer_types=["full_attention", "full_attention"], first_k_dense_replace=1),
