@@ -27,6 +27,28 @@ PARTS_LOADED = "_zoo_loaded"
 """Attribute of a ``RoutedExperts``: parameter -> copy, as the loader left it."""
 
 
+_loaded_only = False
+
+
+@contextmanager
+def without_kernels(wanted: bool) -> Iterator[None]:
+    """Have vLLM choose the kernels of a processor with AMX, and never let them see the weights.
+
+    Args:
+        wanted: False changes nothing.
+    """
+    global _loaded_only
+    import torch
+
+    _loaded_only, has_amx = wanted, torch.cpu._is_amx_tile_supported
+    if wanted:
+        torch.cpu._is_amx_tile_supported = lambda: True
+    try:
+        yield
+    finally:
+        _loaded_only, torch.cpu._is_amx_tile_supported = False, has_amx
+
+
 def prepare_process() -> None:
     """Let vLLM look at model classes in this process, and note what its loader leaves in slots."""
     from vllm.model_executor.model_loader import base_loader, default_loader
@@ -50,7 +72,8 @@ def prepare_process() -> None:
     def note_and_process(model, *args, **kwargs):
         _note_loaded(model)
         _fill_rest(model)
-        return process(model, *args, **kwargs)
+        if not _loaded_only:
+            process(model, *args, **kwargs)
 
     base_loader.process_weights_after_loading = note_and_process
 
@@ -199,8 +222,8 @@ def engine_config(path: Path, ranks: int, engine: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     arguments = dict(
-        model=str(path), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64,
-        max_num_batched_tokens=64, max_num_seqs=4, tensor_parallel_size=ranks, enable_expert_parallel=ranks > 1,
+        model=str(path), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128,
+        max_num_batched_tokens=128, max_num_seqs=4, tensor_parallel_size=ranks, enable_expert_parallel=ranks > 1,
         distributed_executor_backend="mp" if ranks > 1 else None, disable_log_stats=True, seed=0,
     )  # fmt: skip
     made = EngineArgs(**(arguments | engine)).create_engine_config()

@@ -22,37 +22,39 @@ class Outcome:
         reason: why not.
         status: strategy -> ``placed``, ``refused``, ``none`` (not tried), ``wrong``, ``failed`` or ``crashed``.
         reasons: strategy -> what was said.
+        silent: why the layers' answers were not compared; empty when they were.
     """
 
     built: bool
     reason: str
     status: dict[str, str]
     reasons: dict[str, str]
+    silent: str = ""
 
 
 def read(directory: Path) -> dict[str, Outcome]:
     """Recipe -> outcome, from the files that `run` has written."""
-    alone, *ranks = ({line["name"]: line for line in _lines(directory / f)} for f in FILES.values())
-    return {
-        name: _outcome(line, [rank.get(name, {}) for rank in ranks]) for name, line in alone.items()
-    }
+    alone, *ranks = (_lines(directory / file) for file in FILES.values())
+    by_unit = [{(line["name"], line["strategy"]): line for line in rank} for rank in ranks]
+    return {line["name"]: _outcome(line, by_unit) for line in alone}
 
 
 def _lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def _outcome(alone: dict, ranks: list[dict]) -> Outcome:
+def _outcome(alone: dict, ranks: list[dict[tuple[str, str], dict]]) -> Outcome:
     built = alone["status"] == "built"
     status, reasons = {}, {}
     for strategy in STRATEGIES if built else ():
-        seen = [rank.get(strategy, {"status": "crashed", "reason": "no result"}) for rank in ranks]
+        lost = {"status": "crashed", "reason": "no result"}
+        seen = [rank.get((alone["name"], strategy), lost) for rank in ranks]
         if {one["status"] for one in seen} == {"none"}:
             status[strategy], reasons[strategy] = "none", ""
             continue
         worst = min(seen, key=lambda one: _WORST.index(one["status"]))
         status[strategy], reasons[strategy] = worst["status"], worst["reason"]
-    return Outcome(built, alone["reason"], status, reasons)
+    return Outcome(built, alone["reason"], status, reasons, alone.get("silent", ""))
 
 
 def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[str]]:
@@ -66,6 +68,10 @@ def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[
             )
             continue
         said = {short(reason): None for reason in outcome.reasons.values() if reason}
+        if recipe.loaded_only:
+            said["slots as the loader left them: the kernels need AMX"] = None
+        elif outcome.silent:
+            said[f"slots only: vLLM's CPU routing has no answer ({outcome.silent})"] = None
         cells = [outcome.status[s].replace("none", "-") for s in STRATEGIES]
         if recipe.eplb_fails:
             cells[-1] = "vLLM fails"

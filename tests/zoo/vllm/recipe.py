@@ -26,6 +26,7 @@ class Recipe:
         owner: only ``RoutedExperts`` whose name holds this are compared.
         draft: architecture of the draft that is loaded instead of the model itself.
         eplb_fails: how vLLM itself fails when the model is to be moved by EPLB: a part of its error.
+        loaded_only: compare as the loader left the slots and go no further: the kernels need a processor with AMX.
         own_kind: its experts are no ``RoutedExperts``, so that the plugin has to refuse.
         unbuildable: why this vLLM cannot build it on a CPU: a part of its error.
     """
@@ -43,6 +44,7 @@ class Recipe:
     own_kind: bool = False
     draft: str = ""
     eplb_fails: str = ""
+    loaded_only: bool = False
     unbuildable: str = ""
 
 
@@ -55,6 +57,7 @@ _OF_RECIPE = (
     "unbuildable",
     "draft",
     "eplb_fails",
+    "loaded_only",
 )
 
 

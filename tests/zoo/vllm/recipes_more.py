@@ -31,7 +31,8 @@ _STEP = (
 
 RECIPES = [
     make("LongcatFlashForCausalLM", "longcat_flash", separate(), **_LONGCAT),
-    make("LongcatFlashNgramForCausalLM", "longcat_flash_ngram", separate(), emb_neighbor_num=3,
+    make("LongcatFlashNgramForCausalLM", "longcat_flash_ngram", separate(), unbuildable=(
+             "requires the V2 model runner"), emb_neighbor_num=3,
          emb_split_num=1, ngram_vocab_size_ratio=2, **_LONGCAT),
     make("MiMoV2FlashForCausalLM", "mimo_v2_flash", separate(), (1,), n_routed_experts=8,
          n_group=1, topk_group=1, norm_topk_prob=True, scoring_func="sigmoid", moe_layer_freq=[0, 1],
@@ -44,7 +45,8 @@ RECIPES = [
          swa_num_attention_heads=2, swa_num_key_value_heads=2, v_head_dim=32, swa_v_head_dim=32,
          layernorm_epsilon=1e-6, swa_rope_theta=10000.0, partial_rotary_factor=1.0),
     make("MiniCPMForCausalLM", "minicpm", separate(names=_W123), num_experts=8, scale_emb=1,
-         scale_depth=1.0, dim_model_base=64, intermediate_size=WIDTH, own_kind=True),
+         scale_depth=1.0, dim_model_base=64, intermediate_size=WIDTH, own_kind=True,
+         eplb_fails="EPLB is not supported for MiniCPM yet"),
     make("MiniMaxM2ForCausalLM", "minimax_m2", separate(_SPARSE, _W123), num_local_experts=8,
          intermediate_size=WIDTH, rotary_dim=16, scoring_func="sigmoid", use_routing_bias=True,
          use_qk_norm=True),
@@ -62,9 +64,11 @@ RECIPES = [
          mamba_proj_bias=False),
     make("OlmoeForCausalLM", "olmoe", separate(), num_experts=8, intermediate_size=WIDTH,
          norm_topk_prob=True),
-    make("PanguUltraMoEForCausalLM", "PanguUltraMoE", separate(), (1,), sandwich_norm=True,
+    make("PanguUltraMoEForCausalLM", "PanguUltraMoE", separate(), (1,), eplb_fails=(
+             "has no attribute 'num_routed_experts'"), sandwich_norm=True,
          router_enable_expert_bias=True, **DEEPSEEK | MLA | dict(q_lora_rank=32)),
-    make("PanguProMoEV2ForCausalLM", "PanguProMoE", separate(), (1,), sandwich_norm=True,
+    make("PanguProMoEV2ForCausalLM", "PanguProMoE", separate(), (1,), eplb_fails=(
+             "has no attribute 'num_routed_experts'"), sandwich_norm=True,
          router_enable_expert_bias=True, **DEEPSEEK),
     make("Param2MoEForCausalLM", "param2moe", separate(), (1,), **BAILING),
     make("PhiMoEForCausalLM", "phimoe", separate(_SPARSE, _W123), num_local_experts=8,
@@ -114,14 +118,14 @@ RECIPES = [
          moe_renormalize=True, moe_router_activation_func="sigmoid", use_grouped_topk=True,
          num_expert_group=1, topk_group=1, routed_scaling_factor=1.5, mla_use_nope=True,
          linear_attn_config=dict(kda_layers=[1], full_attn_layers=[2], num_heads=2, head_dim=32,
-                                 short_conv_kernel_size=4), engine={"enable_prefix_caching": True}, **MLA),
+                                 short_conv_kernel_size=4), **MLA),
     make("MiniMaxM3SparseForCausalLM", "minimax_m3", separate(_SPARSE, _W123), (1,),
          num_local_experts=8, intermediate_size=WIDTH, dense_intermediate_size=64,
-         scoring_func="sigmoid", swiglu_alpha=1.7, swiglu_beta=1.0, swiglu_limit=7.0,
+         hidden_act="swigluoai", scoring_func="sigmoid", swiglu_alpha=1.7, swiglu_beta=1.0, swiglu_limit=7.0,
          use_gemma_norm=True, partial_rotary_factor=0.5, rotary_dim=16, moe_layer_freq=[0, 1],
          sparse_attention_config=None, use_qk_norm=True),
     make("InklingForCausalLM", "inkling_model", stacked(), (1,), n_routed_experts=8,
-         n_shared_experts=1, dense_intermediate_size=64, dense_mlp_idx=1,
+         n_shared_experts=1, shared_expert_sink=True, dense_intermediate_size=64, dense_mlp_idx=1,
          local_layer_ids=[0], sliding_window_size=32, sconv_kernel_size=4, rel_extent=16,
          d_rel=16, swa_head_dim=32, swa_num_attention_heads=2, swa_num_key_value_heads=2,
          log_scaling_alpha=0.1, log_scaling_n_floor=64, logits_mup_width_multiplier=1.0,
@@ -131,7 +135,8 @@ RECIPES = [
          "full_attention"], linear_conv_kernel_dim=4, linear_head_dim=32, linear_num_heads=2,
          mlp_layer_types=["dense", "sparse"], swiglu_limit=10.0, **DEEPSEEK | MLA | dict(
          q_lora_rank=32, qk_rope_head_dim=0)),
-    make("Dots3NoteForCausalLM", "dots3_note", separate(), (1,), **DEEPSEEK),
-    make("Qwen4ExpForCausalLM", "qwen4_exp_text", stacked(), num_experts=8,
+    make("Dots3NoteForCausalLM", "dots3_note", separate(), (1,), unbuildable=(
+             "cannot import name 'compile_flash_attn_varlen_func_from_specs'"), **DEEPSEEK),
+    make("Qwen4ExpForCausalLM", "qwen4_exp_text", stacked(), output_gate_type="silu", num_experts=8,
          shared_expert_intermediate_size=WIDTH, partial_rotary_factor=0.5, **_LINEAR),
 ]  # fmt: skip

@@ -26,7 +26,7 @@ def _with_text(
 
 
 _QWEN_EYES = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=HIDDEN,
-                  deepstack_visual_indexes=[0], patch_size=16, num_position_embeddings=16)  # fmt: skip
+                  deepstack_visual_indexes=[0], patch_size=16, num_position_embeddings=16, image_size=32)  # fmt: skip
 
 RECIPES = [
     _with_text("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", "qwen3_vl_moe_text",

@@ -30,14 +30,14 @@ class Crew:
 
     Args:
         members: numbers of their files.
-        recipes: what they go through.
+        units: what they go through: recipes, or recipes with a strategy.
         directory: of the results.
-        make: (context, recipes, attempt) -> processes that were not started yet.
+        make: (units, attempt) -> processes that were not started yet.
     """
 
-    def __init__(self, members: list[int], recipes: list[Recipe], directory: Path, make: Callable):
+    def __init__(self, members: list[int], units: list[Any], directory: Path, make: Callable):
         self._files = [directory / FILES[member] for member in members]
-        self._left, self._make, self._directory = recipes, make, directory
+        self._left, self._make, self._directory = units, make, directory
         self._attempt = 0
         self._start()
 
@@ -62,7 +62,11 @@ class Crew:
                 process.join(30)
                 process.kill()
             return False
-        died = [p.exitcode for p in self._processes if p.exitcode not in (None, 0)]
+        if [p.exitcode for p in self._processes] == [ranks.AGAIN] * len(self._processes):
+            self._left = self._left[self._done :]
+            self._start()
+            return True
+        died = [p.exitcode for p in self._processes if p.exitcode not in (None, 0, ranks.AGAIN)]
         if died or time.monotonic() - self._moved > PATIENCE:
             self._give_up(counts, f"exit code {died[0]}" if died else "no answer")
         return True
@@ -71,13 +75,13 @@ class Crew:
         for process in self._processes:
             process.kill()
             process.join()
-        recipe = self._left[self._done]
+        unit = self._left[self._done]
+        recipe, strategy = unit if isinstance(unit, tuple) else (unit, None)
         for file, count in zip(self._files, counts):
             if count == self._done:
+                line = {"name": recipe.name, "strategy": strategy}
                 with file.open("a") as end:
-                    crashed = {"status": "crashed", "reason": why}
-                    line = dict.fromkeys(ranks.STRATEGIES, crashed) | crashed
-                    end.write(json.dumps(line | {"name": recipe.name}) + "\n")
+                    end.write(json.dumps(line | {"status": "crashed", "reason": why}) + "\n")
         path = self._directory / ranks.directory_of(recipe)
         path.mkdir(exist_ok=True)
         (path / ranks.DONE).touch()
@@ -101,14 +105,15 @@ def run(recipes: list[Recipe], directory: Path) -> None:
         store = str(directory / f"alone{attempt}.store")
         return [context.Process(target=ranks.alone, args=(left, directory / FILES[0], store))]
 
-    def two(left: list[Recipe], attempt: int) -> list[Any]:
+    def two(left: list[tuple[Recipe, str]], attempt: int) -> list[Any]:
         store = str(directory / f"pair{attempt}.store")
         return [
             context.Process(target=ranks.placed, args=(left, r, directory / FILES[1 + r], store))
             for r in range(ranks.RANKS)
         ]
 
-    crews = [Crew([0], recipes, directory, one), Crew([1, 2], recipes, directory, two)]
+    units = [(recipe, strategy) for recipe in recipes for strategy in ranks.STRATEGIES]
+    crews = [Crew([0], recipes, directory, one), Crew([1, 2], units, directory, two)]
     while crews:
         crews = [crew for crew in crews if crew.working()]
         time.sleep(0.2)

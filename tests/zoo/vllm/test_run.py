@@ -24,20 +24,22 @@ def recipes():
 
 def _work(left, file, bad, how):
     with file.open("a", buffering=1) as lines:
-        for recipe in left:
-            if recipe.name == bad:
+        for unit in left:
+            recipe, strategy = unit if isinstance(unit, tuple) else (unit, None)
+            if recipe.name == bad and strategy != "zigzag":
                 if how == "dies":
                     os._exit(11)
                 time.sleep(600)
-            found = dict.fromkeys(ranks.STRATEGIES, {"status": "placed", "reason": ""})
-            alone = {"status": "built", "reason": "", "name": recipe.name}
-            lines.write(json.dumps(found | alone) + "\n")
+            line = {"status": "placed" if strategy else "built", "reason": ""}
+            lines.write(json.dumps(line | {"name": recipe.name, "strategy": strategy}) + "\n")
+            if how == "again" and strategy == "shuffled":
+                os._exit(ranks.AGAIN)
 
 
 def _go(recipes, directory, bad, how):
     context = multiprocessing.get_context("fork")
 
-    def make(members):
+    def make(members, bad):
         return lambda left, attempt: [
             context.Process(
                 target=_work,
@@ -46,7 +48,11 @@ def _go(recipes, directory, bad, how):
             for m in members
         ]
 
-    crews = [run.Crew(m, recipes, directory, make(m)) for m in ([0], [1, 2])]
+    units = [(recipe, strategy) for recipe in recipes for strategy in ranks.STRATEGIES]
+    crews = [
+        run.Crew([0], recipes, directory, make([0], "third")),
+        run.Crew([1, 2], units, directory, make([1, 2], bad)),
+    ]
     while crews:
         crews = [crew for crew in crews if crew.working()]
         time.sleep(0.01)
@@ -58,13 +64,21 @@ def test_the_next_model_has_its_turn(how, reason, recipes, tmp_path, monkeypatch
     monkeypatch.setattr(run, "PATIENCE", 3.0)
     found = _go(recipes, tmp_path, "second", how)
     assert list(found) == list(NAMES)
-    assert not found["second"].built and found["second"].reason == reason
-    for name in ("first", "third"):
-        assert found[name].built and set(found[name].status.values()) == {"placed"}
+    assert set(found["first"].status.values()) == {"placed"}
+    crashed = {"zigzag": "placed", "shuffled": "crashed", "eplb": "crashed"}
+    assert found["second"].built and found["second"].status == crashed
+    assert found["second"].reasons["eplb"] == reason
+    assert not found["third"].built and found["third"].reason == reason
 
 
-def _line(status, reason=""):
-    return dict.fromkeys(ranks.STRATEGIES, {"status": status, "reason": reason}) | {"name": "m"}
+def test_ranks_that_ask_for_it_are_started_again_and_nothing_is_lost(recipes, tmp_path):
+    found = _go(recipes[:2], tmp_path, "", "again")
+    assert [set(found[name].status.values()) for name in NAMES[:2]] == [{"placed"}] * 2
+
+
+def _lines(status):
+    line = {"name": "m", "status": status, "reason": ""}
+    return [line | {"strategy": strategy} for strategy in ranks.STRATEGIES]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +95,6 @@ def _line(status, reason=""):
 )
 def test_one_ranks_fault_is_the_models(ranks_saw, expected, tmp_path):
     alone = {"name": "m", "status": "built", "reason": ""}
-    for file, line in zip(run.FILES.values(), (alone, *map(_line, ranks_saw))):
-        (tmp_path / file).write_text(json.dumps(line) + "\n")
+    for file, lines in zip(run.FILES.values(), ([alone], *map(_lines, ranks_saw))):
+        (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert set(outcome.read(tmp_path)["m"].status.values()) == {expected}

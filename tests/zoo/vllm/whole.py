@@ -34,7 +34,7 @@ def answers(recipe: Recipe, path: Path, **arguments: Any) -> list[tuple[list[int
 
     llm = LLM(
         str(path), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64,
-        max_num_batched_tokens=64, max_num_seqs=4, gpu_memory_utilization=0.1,
+        max_num_batched_tokens=128, max_num_seqs=4, gpu_memory_utilization=0.1,
         **dict(recipe.engine) | arguments,
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True,
