@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
-import os
 import pickle
-import sys
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +22,11 @@ PARTS_LOADED = "_zoo_loaded"
 
 
 _loaded_only = False
+
+
+def loaded_only() -> bool:
+    """Whether the weights are left as the loader left them."""
+    return _loaded_only
 
 
 @contextmanager
@@ -49,101 +48,36 @@ def without_kernels(wanted: bool) -> Iterator[None]:
         _loaded_only, torch.cpu._is_amx_tile_supported = False, has_amx
 
 
-def prepare_process() -> None:
-    """Let vLLM look at model classes in this process, and note what its loader leaves in slots."""
-    from vllm.model_executor.model_loader import base_loader, default_loader
-    from vllm.model_executor.models import registry
+@contextmanager
+def exchanged_experts(wanted: bool) -> Iterator[None]:
+    """Have vLLM's loader put expert 0 where expert 2 belongs, and the other way round.
 
-    # In a process of its own, which takes 10 s for each class.
-    def inspect_here(self):
-        try:
-            return registry._ModelInfo.from_model_cls(self.load_model_cls())
-        except Exception as error:  # vLLM says no more than that it could not
-            raise TypeError(f"{self.class_name}: {error}") from error
+    Args:
+        wanted: False changes nothing.
+    """
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 
-    registry._LazyRegisteredModel.inspect_model_cls = inspect_here
-    registry._try_inspect_model_cls = lambda name, model: model.inspect_model_cls()
-    _stand_in_for_torchvision()
-    _know_every_model_type()
-    # Checkpoints of the zoo hold the experts; the rest is filled below.
-    default_loader.DefaultModelLoader.track_weights_loading = lambda *args, **kwargs: None
-    process = base_loader.process_weights_after_loading
-
-    def note_and_process(model, *args, **kwargs):
-        _note_loaded(model)
-        _fill_rest(model)
-        if not _loaded_only:
-            process(model, *args, **kwargs)
-
-    base_loader.process_weights_after_loading = note_and_process
+    to_slot = ExpertMapManager.map_global_to_local
+    if wanted:
+        ExpertMapManager.map_global_to_local = lambda self, expert: to_slot(
+            self, {0: 2, 2: 0}.get(expert, expert)
+        )
+    try:
+        yield
+    finally:
+        ExpertMapManager.map_global_to_local = to_slot
 
 
-class _AnyAttribute(type):
-    """A class that has every attribute, each another one."""
-
-    def __getattr__(cls, name: str) -> str:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return f"{cls.__name__}.{name}"
-
-
-class _Anything(types.ModuleType):
-    """A module or class that has every attribute."""
-
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _AnyAttribute(name, (), {})
-
-
-class _TorchvisionFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds torchvision, and nothing in it."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torchvision":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        return _Anything(spec.name)
-
-    def exec_module(self, module):
-        module.__version__ = "0.28.0"
-
-
-def _stand_in_for_torchvision() -> None:
-    """Models whose modules import torchvision, for images, have their language model built without it."""
-    if importlib.util.find_spec("torchvision") is None:
-        sys.meta_path.append(_TorchvisionFinder())
-
-
-def _know_every_model_type() -> None:
-    """Configs of models whose config class comes with the checkpoint: as plain as they are there."""
-    from transformers import AutoConfig, PretrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from vllm.transformers_utils.config import _CONFIG_REGISTRY
-
-    from tests.zoo.vllm.recipes import RECIPES
-
-    for recipe in RECIPES.values():
-        kind = recipe.config["model_type"]
-        if kind not in CONFIG_MAPPING and kind not in _CONFIG_REGISTRY:
-            name = f"Config_{kind}"
-            made = type(name, (PretrainedConfig,), {"model_type": kind, "__module__": __name__})
-            globals()[name] = made  # a worker's config arrives as a pickle
-            AutoConfig.register(kind, made)
-
-
-def _routed(model: Any) -> dict[str, Any]:
+def routed(model: Any) -> dict[str, Any]:
+    """Name -> ``RoutedExperts`` of a model."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     return {m.layer_name: m for m in model.modules() if isinstance(m, RoutedExperts)}
 
 
-def _note_loaded(model: Any) -> None:
-    for layer in _routed(model).values():
+def note_loaded(model: Any) -> None:
+    """Remember what the loader has left in the slots."""
+    for layer in routed(model).values():
         object.__setattr__(layer, PARTS_LOADED, _slots(layer))
 
 
@@ -173,7 +107,7 @@ def rounded(values: dict[str, np.ndarray], arguments: dict[str, Any]) -> dict[st
     }
 
 
-def _fill_rest(model: Any) -> None:
+def fill_rest(model: Any) -> None:
     """Give what is no expert the same values on every rank, however it is cut.
 
     By name where ranks hold the whole (gates, correction biases) or known rows (embeddings); else a constant.
@@ -184,7 +118,7 @@ def _fill_rest(model: Any) -> None:
 
     experts = {
         id(parameter)
-        for layer in _routed(model).values()
+        for layer in routed(model).values()
         for name, parameter in layer.named_parameters()
         if name.startswith("w")
     }
@@ -337,12 +271,3 @@ class _FixedGate:
                 return logits, None
 
         return Gate()
-
-
-def clean_environment() -> None:
-    """What vLLM reads of the environment when it is imported."""
-    os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
-        VLLM_NO_USAGE_STATS="1", VLLM_PLUGINS="moe_placement", TRANSFORMERS_VERBOSITY="error",
-        GLOO_SOCKET_IFNAME="lo", VLLM_DIST_IDENT=f"zoo{os.getpid()}",
-    )  # fmt: skip

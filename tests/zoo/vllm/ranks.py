@@ -124,7 +124,8 @@ def _place(
         }
     config = engine.engine_config(path, RANKS, options)
     with engine.without_kernels(recipe.loaded_only), engine.rank_of(config, rank, RANKS, store):
-        model, eplb = engine.load(config, bool(recipe.draft))
+        with engine.exchanged_experts(recipe.planted):
+            model, eplb = engine.load(config, bool(recipe.draft))
         own = table.shape[1] // RANKS
 
         def should_hold(layer: int, count: int) -> list[int]:
@@ -189,7 +190,7 @@ def _write_plan(path: Path, recipe: Recipe, table: np.ndarray) -> None:
 
 def _compare_loaded(recipe: Recipe, model: Any, should_hold: Any) -> list[str]:
     wrong, seen = [], set()
-    for name, layer in engine._routed(model).items():
+    for name, layer in engine.routed(model).items():
         if recipe.owner not in name:
             continue
         number = layer_of(name)
@@ -215,7 +216,7 @@ def _compare_tables(
 ) -> list[str]:
     wrong = []
     own = table.shape[1] // RANKS
-    for row, (name, layer) in enumerate(engine._routed(model).items()):
+    for row, (name, layer) in enumerate(engine.routed(model).items()):
         number = layer_of(name)
         if recipe.owner not in name or number not in recipe.layers:
             continue

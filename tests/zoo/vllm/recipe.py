@@ -27,6 +27,7 @@ class Recipe:
         draft: architecture of the draft that is loaded instead of the model itself.
         eplb_fails: how vLLM itself fails when the model is to be moved by EPLB: a part of its error.
         loaded_only: compare as the loader left the slots and go no further: the kernels need a processor with AMX.
+        planted: have vLLM's loader take expert 0 for expert 2 and the other way round, which the zoo must see.
         own_kind: its experts are no ``RoutedExperts``, so that the plugin has to refuse.
         unbuildable: why this vLLM cannot build it on a CPU: a part of its error.
     """
@@ -45,6 +46,7 @@ class Recipe:
     draft: str = ""
     eplb_fails: str = ""
     loaded_only: bool = False
+    planted: bool = False
     unbuildable: str = ""
 
 
@@ -58,6 +60,7 @@ _OF_RECIPE = (
     "draft",
     "eplb_fails",
     "loaded_only",
+    "planted",
 )
 
 

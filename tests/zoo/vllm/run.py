@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.zoo.vllm import engine, ranks
+from tests.zoo.vllm import process, ranks
 from tests.zoo.vllm.recipe import Recipe
 
 PATIENCE = 240.0
@@ -46,8 +46,8 @@ class Crew:
         self._done, self._moved = 0, time.monotonic()
         self._before = [self._count(file) for file in self._files]
         self._processes = self._make(self._left, self._attempt) if self._left else []
-        for process in self._processes:
-            process.start()
+        for member in self._processes:
+            member.start()
 
     def _count(self, file: Path) -> int:
         return file.read_bytes().count(b"\n") if file.exists() else 0
@@ -58,9 +58,9 @@ class Crew:
         if min(counts) > self._done:
             self._done, self._moved = min(counts), time.monotonic()
         if self._done >= len(self._left):
-            for process in self._processes:
-                process.join(30)
-                process.kill()
+            for member in self._processes:
+                member.join(30)
+                member.kill()
             return False
         if [p.exitcode for p in self._processes] == [ranks.AGAIN] * len(self._processes):
             self._left = self._left[self._done :]
@@ -72,9 +72,9 @@ class Crew:
         return True
 
     def _give_up(self, counts: list[int], why: str) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
+        for member in self._processes:
+            member.kill()
+            member.join()
         unit = self._left[self._done]
         recipe, strategy = unit if isinstance(unit, tuple) else (unit, None)
         for file, count in zip(self._files, counts):
@@ -95,7 +95,7 @@ def run(recipes: list[Recipe], directory: Path) -> None:
     import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm.engine import arg_utils  # noqa: F401
 
-    engine.prepare_process()
+    process.prepare_process()
     # vLLM collects garbage twice for each model; what was imported is none of it.
     gc.collect()
     gc.freeze()
@@ -120,11 +120,12 @@ def run(recipes: list[Recipe], directory: Path) -> None:
 
 
 def main() -> None:
-    engine.clean_environment()
-    from tests.zoo.vllm.recipes import RECIPES
+    process.clean_environment()
+    from tests.zoo.vllm.recipes import PLANTED, RECIPES
 
     directory, names = Path(sys.argv[1]), sys.argv[2:]
-    run([RECIPES[name] for name in names] if names else list(RECIPES.values()), directory)
+    known = RECIPES | {PLANTED.name: PLANTED}
+    run([known[name] for name in names] if names else list(known.values()), directory)
 
 
 if __name__ == "__main__":

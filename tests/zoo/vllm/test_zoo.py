@@ -14,7 +14,7 @@ from tests.zoo.vllm import outcome
 from tests.zoo.vllm.document import render
 from tests.zoo.vllm.listed import FAULTS, NOT_IN_THE_ZOO
 from tests.zoo.vllm.ranks import STRATEGIES
-from tests.zoo.vllm.recipes import RECIPES
+from tests.zoo.vllm.recipes import PLANTED, RECIPES
 
 pytest.importorskip("vllm", reason="the zoo of vLLM needs vLLM")
 
@@ -67,6 +67,14 @@ def test_experts_are_placed_or_refused(name, strategy, outcomes, request):
         assert status == "failed" and RECIPES[name].eplb_fails in reason
         return
     assert status in ("placed", "refused", "none"), reason
+
+
+@pytest.mark.engine
+def test_a_loader_that_exchanges_two_experts_is_seen(outcomes):
+    found = outcomes[PLANTED.name]
+    assert found.status["zigzag"] == "wrong"
+    assert "w13_weight[0] holds expert 2, not expert 0" in found.reasons["zigzag"]
+    assert found.status["shuffled"] == "wrong"
 
 
 @pytest.mark.engine

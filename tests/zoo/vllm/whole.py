@@ -3,7 +3,7 @@
     python -m tests.zoo.vllm.whole RESULTS.json NAME...
 
 Minutes for each ten models, so that no test runs it; what it saw stands in the issue. Workers are forked from this
-process and with it what `engine.prepare_process` does: what is no expert has the same values on every rank.
+process and with it what `process.prepare_process` does: what is no expert has the same values on every rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tests.zoo.checkpoint import expert_tensors, write_config, write_tensors
-from tests.zoo.vllm import engine, ranks
+from tests.zoo.vllm import process, ranks
 from tests.zoo.vllm.recipe import Recipe
 
 PROMPTS = [[3, 14, 15, 92, 65, 35], [89, 79, 32, 38], [46, 26, 43]]
@@ -71,7 +71,7 @@ def compare(recipe: Recipe, directory: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    engine.clean_environment()
+    process.clean_environment()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
@@ -79,7 +79,7 @@ def main() -> None:
     from tests.zoo.vllm.recipes import RECIPES
 
     moe_placement_plugin.enable()
-    engine.prepare_process()
+    process.prepare_process()
     results, names = (
         Path(sys.argv[1]),
         sys.argv[2:] or [n for n, r in RECIPES.items() if not r.draft],
