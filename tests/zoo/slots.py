@@ -10,6 +10,7 @@ import numpy as np
 def signature(values: np.ndarray) -> np.ndarray:
     """The values that are not 0, sorted: the same for any order and any padding."""
     flat = np.asarray(values).ravel()
+    flat = flat.view(np.uint8) if flat.dtype == np.int8 else flat
     return np.sort(flat[flat != 0])
 
 

@@ -17,6 +17,9 @@ from tests.zoo.checkpoint import HIDDEN
 TOKENS = 24
 """Tokens that each layer is asked for."""
 
+ROUNDED = "_zoo_rounded"
+"""Attribute of a ``RoutedExperts``: names of its parameters that round what is loaded."""
+
 PARTS_LOADED = "_zoo_loaded"
 """Attribute of a ``RoutedExperts``: parameter -> copy, as the loader left it."""
 
@@ -79,6 +82,15 @@ def note_loaded(model: Any) -> None:
     """Remember what the loader has left in the slots."""
     for layer in routed(model).values():
         object.__setattr__(layer, PARTS_LOADED, _slots(layer))
+        object.__setattr__(layer, ROUNDED, _of_few_bits(layer))
+
+
+def _of_few_bits(layer: Any) -> set[str]:
+    """Names of the parameters that hold values of 16 bits."""
+    import torch
+
+    few = (torch.bfloat16, torch.float16)
+    return {name for name, held in layer.named_parameters(recurse=False) if held.dtype in few}
 
 
 def _slots(layer: Any) -> dict[str, np.ndarray]:
@@ -95,14 +107,12 @@ def _slots(layer: Any) -> dict[str, np.ndarray]:
     return held
 
 
-def rounded(values: dict[str, np.ndarray], arguments: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A slot's expected values as the engine's own type holds them."""
+def rounded(values: dict[str, np.ndarray], names: set[str]) -> dict[str, np.ndarray]:
+    """A slot's expected values, those of these parameters as bfloat16 holds them."""
     import torch
 
-    if arguments.get("dtype") != "bfloat16":
-        return values
     return {
-        name: torch.from_numpy(v).bfloat16().float().numpy() if v.dtype == np.float32 else v
+        name: torch.from_numpy(v).bfloat16().float().numpy() if name in names else v
         for name, v in values.items()
     }
 

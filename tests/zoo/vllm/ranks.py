@@ -6,6 +6,7 @@ Each writes a line of JSON for each model, so that whoever waits for them knows 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -74,6 +75,8 @@ def placed(units: list[tuple[Recipe, str]], rank: int, results: Path, store: str
     Args:
         units: recipes, each with a strategy.
     """
+    # Ranks that begin again meet in shared memory of another name.
+    os.environ["VLLM_DIST_IDENT"] = f"zoo{os.getppid()}{Path(store).stem}"
     with results.open("a", buffering=1) as file:
         for recipe, strategy in units:
             path = results.parent / directory_of(recipe)
@@ -199,7 +202,9 @@ def _compare_loaded(recipe: Recipe, model: Any, should_hold: Any) -> list[str]:
             wrong.append(f"{name} is no MoE layer of the recipe")
             continue
         experts = {
-            e: engine.rounded(expected_slot(recipe.parts, number, e), recipe.engine)
+            e: engine.rounded(
+                expected_slot(recipe.parts, number, e), getattr(layer, engine.ROUNDED)
+            )
             for e in range(recipe.experts)
         }
         held = getattr(layer, engine.PARTS_LOADED)

@@ -50,6 +50,9 @@ class Recipe:
     unbuildable: str = ""
 
 
+MAMBA_BLOCK = "--mamba-block-size can only be set with --enable-prefix-caching"
+"""What vLLM says of its own choice of a block for models with linear attention beside MLA, on a CPU."""
+
 _OF_RECIPE = (
     "experts",
     "eplb",

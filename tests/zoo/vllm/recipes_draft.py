@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import Recipe, make, separate, stacked
+from tests.zoo.checkpoint import WIDTH, Part
+from tests.zoo.vllm.recipe import MAMBA_BLOCK, Recipe, make, separate, stacked
 from tests.zoo.vllm.recipes_more import _LINEAR
 from tests.zoo.vllm.recipes_text import BAILING, DEEPSEEK, MLA
 
 _MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
-
-_STEP = (
-    Part("model.layers.{layer}.moe.gate_proj.weight", "w13_weight", (WIDTH, HIDDEN)),
-    Part("model.layers.{layer}.moe.up_proj.weight", "w13_weight", (WIDTH, HIDDEN)),
-    Part("model.layers.{layer}.moe.down_proj.weight", "w2_weight", (HIDDEN, WIDTH)),
-)
 
 
 def _draft(
@@ -36,11 +30,6 @@ RECIPES = [
            partial_rotary_factor=0.5, **_DEEPSEEK),
     _draft("Glm4MoeLiteMTPModel", "Glm4MoeLiteForCausalLM", "glm4_moe_lite", separate(),
            **_DEEPSEEK | MLA | dict(q_lora_rank=32)),
-    _draft("ExaoneMoeMTP", "ExaoneMoeForCausalLM", "exaone_moe",
-           separate(f"{_OWN_LAYER}{{expert}}."), num_experts=8, num_shared_experts=1, n_group=1,
-           topk_group=1, norm_topk_prob=True, routed_scaling_factor=2.5, sliding_window=None,
-           mlp_layer_types=["dense", "sparse"], mtp_layer_types=["full_attention"],
-           layer_types=["full_attention", "full_attention"], first_k_dense_replace=1),
     _draft("HYV3MTPModel", "HYV3ForCausalLM", "hy_v3", separate(), num_experts=8,
            num_shared_experts=1, expert_hidden_dim=WIDTH, first_k_dense_replace=1, route_norm=True,
            router_scaling_factor=1.5, qk_norm=True),
@@ -54,11 +43,7 @@ RECIPES = [
     _draft("Qwen3_5MoeMTP", "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", stacked(_OWN_LAYER), 0,
            num_experts=8, shared_expert_intermediate_size=WIDTH, partial_rotary_factor=0.5,
            mtp_num_hidden_layers=1, **_LINEAR),
-    _draft("Step3p5MTP", "Step3p5ForCausalLM", "step3p5", _STEP, moe_num_experts=8, moe_top_k=2,
-           norm_expert_weight=True, share_expert_dim=WIDTH, moe_layers_enum="1,2",
-           moe_router_scaling_factor=1.0, moe_router_activation="sigmoid",
-           use_moe_router_bias=True, need_fp32_gate=True, num_attention_groups=2,
-           att_impl_type="GQA", layer_types=["full_attention"] * 3, sliding_window=32),
     _draft("BailingMoeV25MTPModel", "BailingMoeV2_5ForCausalLM", "bailing_hybrid", separate(),
+           unbuildable=MAMBA_BLOCK,
            layer_group_size=2, **BAILING | MLA),
 ]  # fmt: skip

@@ -66,16 +66,17 @@ RECIPES = [
         _DYNAMIC | {"type": "int"}), _each(
         ("weight", "weight", lambda o, i: (o, i), "I8"),
         ("weight_scale", "weight_scale", lambda o, i: (o, 1), "F32"))),
-    _qwen("int4 packed, compressed-tensors", _compressed(
+    _qwen("int4 packed, compressed-tensors", unbuildable="No WNA16 MoE backend supports",
+          quantization=_compressed(
         "pack-quantized",
         {"num_bits": 4, "type": "int", "strategy": "group", "group_size": _GROUP,
-         "symmetric": True, "dynamic": False}, None), _each(
+         "symmetric": True, "dynamic": False}, None), parts=_each(
         ("weight_packed", "weight_packed", lambda o, i: (o, i // 8), "I32"),
         ("weight_scale", "weight_scale", lambda o, i: (o, i // _GROUP), "F32"),
         ("weight_shape", "", lambda o, i: (o, i), "SHAPE"))),
     _qwen("int4 packed, AWQ", {
         "quant_method": "awq", "bits": 4, "group_size": _GROUP, "zero_point": True,
-        "version": "gemm", "modules_to_not_convert": ["self_attn"]}, _each(
+        "version": "gemm", "modules_to_not_convert": ["self_attn", "mlp.gate"]}, _each(
         ("qweight", "qweight", lambda o, i: (i, o // 8), "I32"),
         ("qzeros", "qzeros", lambda o, i: (i // _GROUP, o // 8), "I32"),
         ("scales", "scales", lambda o, i: (i // _GROUP, o), "F32"))),

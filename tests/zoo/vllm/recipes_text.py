@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import make, separate, stacked
+from tests.zoo.vllm.recipe import MAMBA_BLOCK, make, separate, stacked
 
 MLA = dict(
     kv_lora_rank=32, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32,
@@ -66,7 +66,8 @@ RECIPES = [
          layer_types=["full_attention", "full_attention"]),
     make("BailingMoeForCausalLM", "bailing_moe", separate(), (1,), **BAILING),
     make("BailingMoeV2ForCausalLM", "bailing_moe_v2", separate(), (1,), use_qk_norm=True, **BAILING),
-    make("BailingMoeV2_5ForCausalLM", "bailing_hybrid", separate(), (1,), layer_group_size=2,
+    make("BailingMoeV2_5ForCausalLM", "bailing_hybrid", separate(), (1,),
+         unbuildable=MAMBA_BLOCK, layer_group_size=2,
          **BAILING | MLA),
     make("BailingMoeV3ForCausalLM", "bailing_hybrid_v3", separate(), (1,), layer_group_size=2,
          short_conv_kernel_size=4, no_kda_lora=True, **BAILING | MLA),

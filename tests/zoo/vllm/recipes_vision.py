@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import Recipe, config, make, separate, stacked
+from tests.zoo.vllm.recipe import Recipe, config, make, stacked
 from tests.zoo.vllm.recipes_more import _LINEAR
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -64,25 +64,4 @@ RECIPES = [
                               num_attention_heads=2, intermediate_size=32, image_size=28),
                whole={"projector_patch_to_query_dict": {"4": 4}, "image_token_index": 9},
                moe_num_experts=8, moe_topk=2, moe_num_shared_experts=1, intermediate_size=WIDTH),
-    _with_text("InternS1ProForConditionalGeneration", "interns1_pro", "interns1_pro_text",
-               separate("model.language_model.layers.{layer}.mlp.experts.{expert}."),
-               vision=_QWEN_EYES, num_experts=8, decoder_sparse_step=1, mlp_only_layers=[],
-               norm_topk_prob=True, rope_parameters=_MROPE),
-    make("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe",
-         separate("thinker.model.layers.{layer}.mlp.experts.{expert}."),
-         engine={"language_model_only": True}, thinker_config=dict(
-             text_config=config("", "qwen3_omni_moe_text", num_experts=8, decoder_sparse_step=1,
-                                mlp_only_layers=[], norm_topk_prob=True, rope_parameters=_MROPE),
-             vision_config=_QWEN_EYES, audio_config=dict(
-                 d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32,
-                 num_mel_bins=8, output_dim=HIDDEN, downsample_hidden_size=16))),
-    make("Ernie4_5_VLMoeForConditionalGeneration", "ernie4_5_moe_vl", separate(), (1,),
-         engine={"language_model_only": True}, owner="text_experts", moe_num_experts=[8, 8],
-         moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=[1, 1],
-         moe_layer_end_index=[1, 1], moe_layer_interval=1, use_bias=False,
-         moe_intermediate_size=[WIDTH, WIDTH], pixel_hidden_size=32, spatial_conv_size=2,
-         temporal_conv_size=2, im_patch_id=9, vision_config=dict(
-             hidden_size=32, embed_dim=32, depth=1, num_heads=2, mlp_ratio=1, patch_size=14,
-             spatial_merge_size=2, in_channels=3, in_chans=3, hidden_act="quick_gelu"),
-         rope_parameters=_ROPE | {"mrope_section": [4, 4, 8]}, freq_allocation=8),
 ]  # fmt: skip
