@@ -10,7 +10,7 @@ from tests.zoo.vllm.ranks import STRATEGIES
 from tests.zoo.vllm.recipe import Recipe
 from tests.zoo.vllm.run import FILES
 
-_WORST = ("crashed", "wrong", "failed", "refused", "placed")
+_WORST = ("crashed", "wrong", "failed", "refused", "waiting", "placed")
 
 
 @dataclass(frozen=True)

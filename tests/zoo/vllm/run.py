@@ -21,6 +21,9 @@ from tests.zoo.vllm.recipe import Recipe
 PATIENCE = 240.0
 """Seconds after which a model that is not done counts as hanging; many times what one takes on a busy machine."""
 
+WAITING = 15.0
+"""Seconds that one rank may take longer than the other; it then waits for what the other has left."""
+
 FILES = {0: "alone.jsonl", 1: "rank0.jsonl", 2: "rank1.jsonl"}
 """Process -> its results."""
 
@@ -44,6 +47,7 @@ class Crew:
     def _start(self) -> None:
         self._attempt += 1
         self._done, self._moved = 0, time.monotonic()
+        self._ahead, self._since = 0, time.monotonic()
         self._before = [self._count(file) for file in self._files]
         self._processes = self._make(self._left, self._attempt) if self._left else []
         for member in self._processes:
@@ -67,7 +71,11 @@ class Crew:
             self._start()
             return True
         died = [p.exitcode for p in self._processes if p.exitcode not in (None, 0, ranks.AGAIN)]
-        if died or time.monotonic() - self._moved > PATIENCE:
+        if max(counts) == self._ahead:
+            waited = time.monotonic() - self._since if max(counts) > min(counts) else 0.0
+        else:
+            self._ahead, self._since, waited = max(counts), time.monotonic(), 0.0
+        if died or waited > WAITING or time.monotonic() - self._moved > PATIENCE:
             self._give_up(counts, f"exit code {died[0]}" if died else "no answer")
         return True
 
@@ -79,9 +87,16 @@ class Crew:
         recipe, strategy = unit if isinstance(unit, tuple) else (unit, None)
         for file, count in zip(self._files, counts):
             if count == self._done:
-                line = {"name": recipe.name, "strategy": strategy}
+                line = {
+                    "name": recipe.name,
+                    "strategy": strategy,
+                    "status": "crashed",
+                    "reason": why,
+                }
+                if max(counts) > self._done and why == "no answer":
+                    line |= {"status": "waiting", "reason": "waits for the other rank"}
                 with file.open("a") as end:
-                    end.write(json.dumps(line | {"status": "crashed", "reason": why}) + "\n")
+                    end.write(json.dumps(line) + "\n")
         path = self._directory / ranks.directory_of(recipe)
         path.mkdir(exist_ok=True)
         (path / ranks.DONE).touch()
