@@ -52,8 +52,9 @@ NOT_IN_THE_ZOO = {
     "GlmOcrMTPModel": _dense("GLM-OCR has no experts, its draft shares code with GLM-4-MoE's"),
     "HYV4MTPModel": _wraps("HYV4ForCausalLM"),
     "HfMoondream": "its experts are no RoutedExperts; no recipe yet",
-    "InklingForConditionalGeneration": _wraps("InklingForCausalLM"),
-    "InklingMTPModel": _wraps("InklingForCausalLM"),
+    "InklingForCausalLM": _NO_RECIPE,
+    "InklingForConditionalGeneration": _NO_RECIPE,
+    "InklingMTPModel": _NO_RECIPE,
     "InternS2MobiusForConditionalGeneration": _NO_RECIPE,
     "InternS2MobiusMTP": _NO_RECIPE,
     "InternS2PreviewForConditionalGeneration": _wraps("Qwen3_5MoeForConditionalGeneration"),
@@ -90,17 +91,18 @@ NOT_IN_THE_ZOO = {
 
 _BY_POSITION = "gpt-oss copies its experts by position, past the map of experts"
 
-_ON_INPUT = "the plugin's patch of CPU kernels does not take router weights on the input: it fails in the first forward pass"
+_ARIA = "slots are right; answers part from one rank's by 6 %, alike under both: not understood yet"
 
 FAULTS = {
-    ("Llama4ForCausalLM", "zigzag"): _ON_INPUT,
-    ("Llama4ForCausalLM", "shuffled"): _ON_INPUT,
-    ("Llama4ForCausalLM", "eplb"): _ON_INPUT,
-    ("Llama4ForCausalLM fused", "shuffled"): _ON_INPUT,
     (
         "Llama4ForCausalLM fused",
         "eplb",
     ): "its loader has no rows for redundant experts: IndexError on the last rank",
+    ("Llama4ForConditionalGeneration", "eplb"): "the same loader as Llama4ForCausalLM's",
+    ("OpenAIPrivacyFilterForTokenClassification", "zigzag"): _BY_POSITION,
+    ("OpenAIPrivacyFilterForTokenClassification", "shuffled"): _BY_POSITION,
+    ("AriaForConditionalGeneration", "zigzag"): _ARIA,
+    ("AriaForConditionalGeneration", "shuffled"): _ARIA,
     ("GptOssForCausalLM", "zigzag"): _BY_POSITION,
     ("GptOssForCausalLM", "shuffled"): _BY_POSITION,
 }

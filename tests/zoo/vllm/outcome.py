@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.zoo.vllm.listed import FAULTS
 from tests.zoo.vllm.ranks import STRATEGIES
 from tests.zoo.vllm.recipe import Recipe
 from tests.zoo.vllm.run import FILES
@@ -67,7 +68,11 @@ def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[
                 [name, recipe.stored, *["not built"] * len(STRATEGIES), recipe.unbuildable]
             )
             continue
-        said = {short(reason): None for reason in outcome.reasons.values() if reason}
+        said = {
+            FAULTS.get((name, strategy)) or short(reason): None
+            for strategy, reason in outcome.reasons.items()
+            if reason
+        }
         if recipe.loaded_only:
             said["slots as the loader left them: the kernels need AMX"] = None
         elif outcome.silent:

@@ -109,7 +109,8 @@ RECIPES = [
          scoring_func="sqrtsoftplus", topk_method="noaux_tc", routed_scaling_factor=1.5,
          q_lora_rank=32, qk_rope_head_dim=32, o_lora_rank=32, o_groups=2, sliding_window=32,
          compress_ratios=[0, 4], compress_rope_theta=10000.0),
-    make("HYV4ForCausalLM", "hy_v4", separate(), (1,), num_experts=8, num_shared_experts=1,
+    make("HYV4ForCausalLM", "hy_v4", separate(), (1,), eplb_fails=(
+             "Redundant experts are only supported with EPLB"), num_experts=8, num_shared_experts=1,
          expert_hidden_dim=WIDTH, mlp_layer_types=["dense", "sparse"], route_norm=True,
          router_scaling_factor=1.5, hc_mult=4, hc_eps=1e-6, index_topk=16,
          soft_logits_capping_logits=0.0, **DEEPSEEK | MLA | dict(q_lora_rank=32)),
@@ -126,13 +127,6 @@ RECIPES = [
          hidden_act="swigluoai", scoring_func="sigmoid", swiglu_alpha=1.7, swiglu_beta=1.0, swiglu_limit=7.0,
          use_gemma_norm=True, partial_rotary_factor=0.5, rotary_dim=16, moe_layer_freq=[0, 1],
          sparse_attention_config=None, use_qk_norm=True),
-    make("InklingForCausalLM", "inkling_model", stacked(
-             names=("w13_weight", "w2_weight")), (1,), n_routed_experts=8,
-         n_shared_experts=1, shared_expert_sink=True, dense_intermediate_size=64, dense_mlp_idx=1,
-         local_layer_ids=[0], sliding_window_size=32, sconv_kernel_size=4, rel_extent=16,
-         d_rel=16, swa_head_dim=32, swa_num_attention_heads=2, swa_num_key_value_heads=2,
-         log_scaling_alpha=0.1, log_scaling_n_floor=64, logits_mup_width_multiplier=1.0,
-         use_embed_norm=True, use_global_scale=True, final_logit_softcapping=None, engine={"dtype": "bfloat16"}),
     make("Glm5NextForCausalLM", "glm5_next_text", separate(), (1,), unbuildable=MAMBA_BLOCK, hc_mult=4, hc_eps=1e-6,
          hc_sinkhorn_iters=4, index_topk=16, index_kpool=4, layer_types=["linear_attention",
          "full_attention"], linear_conv_kernel_dim=4, linear_head_dim=32, linear_num_heads=2,

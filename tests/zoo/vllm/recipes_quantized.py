@@ -57,13 +57,13 @@ RECIPES = [
     _qwen("fp8 per tensor", _FP8, _each(
         ("weight", "weight", lambda o, i: (o, i), "F8_E4M3"),
         ("weight_scale", "weight_scale", lambda o, i: (), "F32"))),
-    _qwen("fp8 in blocks", _FP8 | {"weight_block_size": [128, 128]}, _each(
+    _qwen("fp8 in blocks", _FP8 | {"weight_block_size": [128, 128]}, head_dim=128, parts=_each(
         ("weight", "weight", lambda o, i: (o, i), "F8_E4M3"),
         ("weight_scale_inv", "weight_scale_inv", lambda o, i: (o // 128, i // 128), "F32"))),
-    _qwen("int8 per channel", _compressed(
+    _qwen("int8 per channel", eplb_fails="EPLB is not supported CompressedTensorsW8A8Int8MoEMethod", quantization=_compressed(
         "int-quantized",
         {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False},
-        _DYNAMIC | {"type": "int"}), _each(
+        _DYNAMIC | {"type": "int"}), parts=_each(
         ("weight", "weight", lambda o, i: (o, i), "I8"),
         ("weight_scale", "weight_scale", lambda o, i: (o, 1), "F32"))),
     _qwen("int4 packed, compressed-tensors", unbuildable="No WNA16 MoE backend supports",
@@ -74,14 +74,14 @@ RECIPES = [
         ("weight_packed", "weight_packed", lambda o, i: (o, i // 8), "I32"),
         ("weight_scale", "weight_scale", lambda o, i: (o, i // _GROUP), "F32"),
         ("weight_shape", "", lambda o, i: (o, i), "SHAPE"))),
-    _qwen("int4 packed, AWQ", {
+    _qwen("int4 packed, AWQ", eplb_fails="EPLB is not supported AutoAWQMoEMethod", quantization={
         "quant_method": "awq", "bits": 4, "group_size": _GROUP, "zero_point": True,
-        "version": "gemm", "modules_to_not_convert": ["self_attn", "mlp.gate"]}, _each(
+        "version": "gemm", "modules_to_not_convert": ["self_attn", "mlp.gate"]}, parts=_each(
         ("qweight", "qweight", lambda o, i: (i, o // 8), "I32"),
         ("qzeros", "qzeros", lambda o, i: (i // _GROUP, o // 8), "I32"),
         ("scales", "scales", lambda o, i: (i // _GROUP, o), "F32"))),
-    _qwen("int4 packed, GPTQ", {
-        "quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True}, _each(
+    _qwen("int4 packed, GPTQ", eplb_fails="EPLB is not supported AutoGPTQMoEMethod", quantization={
+        "quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True}, parts=_each(
         ("qweight", "qweight", lambda o, i: (i // 8, o), "I32"),
         ("qzeros", "qzeros", lambda o, i: (i // _GROUP, o // 8), "I32"),
         ("scales", "scales", lambda o, i: (i // _GROUP, o), "F32"),
@@ -97,7 +97,8 @@ RECIPES = [
              Part("model.layers.{layer}.mlp.experts.down_proj_scales", "w2_weight_scale",
                   (_IN, _OUT // 32), "U8"),
              Part("model.layers.{layer}.mlp.experts.down_proj_bias", "w2_bias", (_IN,)),
-         ), name="GptOssForCausalLM mxfp4", num_local_experts=8, hidden_size=_IN,
+         ), name="GptOssForCausalLM mxfp4", eplb_fails="EPLB is not supported GptOssMxfp4MoEMethod",
+         num_local_experts=8, hidden_size=_IN,
          intermediate_size=_OUT, sliding_window=32, attention_bias=True,
          layer_types=["sliding_attention", "full_attention"], swiglu_limit=7.0,
          engine={"dtype": "bfloat16"}, loaded_only=True, quantization_config={
