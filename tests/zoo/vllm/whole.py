@@ -9,6 +9,7 @@ process and with it what `process.prepare_process` does: what is no expert has t
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -72,13 +73,19 @@ def compare(recipe: Recipe, directory: Path) -> dict[str, Any]:
 
 def main() -> None:
     process.clean_environment()
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.v1.executor import multiproc_executor
 
     import moe_placement_plugin
     from tests.zoo.vllm.recipes import RECIPES
 
     moe_placement_plugin.enable()
+    # vLLM would spawn them, without what this process has prepared.
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     process.prepare_process()
     results, names = (
         Path(sys.argv[1]),
