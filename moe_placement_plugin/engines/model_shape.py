@@ -38,6 +38,9 @@ def num_experts_of(config: Any) -> int:
 def moe_layer_ids(config: Any) -> tuple[int, ...]:
     """Indices of the MoE layers among ``num_hidden_layers``, ``[MoE layers]``."""
     layers = range(config.num_hidden_layers)
+    if getattr(config, "zero_expert_num", None) is not None and hasattr(config, "num_layers"):
+        # LongCat-Flash counts the two attentions of each layer as layers.
+        layers = range(config.num_layers)
     explicit = getattr(config, "moe_layers", None)
     if isinstance(explicit, (list, tuple)):  # Llama 4
         return tuple(explicit)
@@ -47,6 +50,16 @@ def moe_layer_ids(config: Any) -> tuple[int, ...]:
     frequency = getattr(config, "moe_layer_freq", None)
     if isinstance(frequency, (list, tuple)):  # MiMo: one flag per layer
         return tuple(i for i in layers if frequency[i])
+    kinds = getattr(config, "mlp_layer_types", None)
+    if isinstance(kinds, (list, tuple)):  # Laguna, Inkling, HY: "dense" or "sparse" for each layer
+        return tuple(i for i in layers if i < len(kinds) and kinds[i] == "sparse")
+    blocks = getattr(config, "layers_block_type", None)
+    if isinstance(blocks, (list, tuple)) and "moe" in blocks:  # Nemotron-H
+        return tuple(i for i in layers if i < len(blocks) and blocks[i] == "moe")
+    for name in ("num_dense_layers", "dense_mlp_idx"):  # AFM and LFM-2, Inkling
+        first = getattr(config, name, None)
+        if isinstance(first, int):
+            return tuple(i for i in layers if i >= first)
     if getattr(config, "first_k_dense_replace", None) is not None:  # DeepSeek, GLM-4, Kimi
         first, step = config.first_k_dense_replace, frequency or 1
         return tuple(i for i in layers if i >= first and i % step == 0)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
-from moe_placement_plugin import PlacementError  # noqa: E402
+from moe_placement_plugin import Placement, PlacementError  # noqa: E402
 from moe_placement_plugin.engines.patching import PatchSet  # noqa: E402
 from moe_placement_plugin.engines.rebalancing import Rebalancer, policy_from  # noqa: E402
 from moe_placement_plugin.engines.vllm import eplb, layers, preflight, settings, tuned  # noqa: E402
@@ -142,3 +142,11 @@ def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(tmp_pa
         patches.undo()
         settings.remember(before)
     assert fused_moe.try_get_optimal_moe_config(*shapes, 4, None, 1) == untuned
+
+
+def test_a_model_without_the_redundant_experts_that_were_asked_for_is_refused():
+    placement = Placement([[0, 1, 2, 3, 0, 1]], 4, (3, 3))
+    state = SimpleNamespace(model_name="gemma", physical_to_logical_map=torch.arange(4)[None])
+    with pytest.raises(PlacementError, match="gemma has 4 slots .* the placement has 6"):
+        eplb.check_slots(state, placement)
+    eplb.check_slots(state, Placement([[0, 1, 2, 3]], 4, (2, 2)))

@@ -201,6 +201,11 @@ class Config:
         ({"moe_num_experts": 8, "moe_layers_enum": "2,4"}, (2, 4)),
         ({"num_experts": 8, "expert_layer_period": 2, "expert_layer_offset": 1}, (1, 3, 5)),
         ({"num_experts": 8, "moe_layer_num_skipped": 4}, (4, 5)),
+        ({"num_experts": 8, "mlp_layer_types": ["dense"] * 4 + ["sparse"] * 4}, (4, 5)),
+        ({"num_experts": 8, "layers_block_type": ["mamba", "moe", "attention", "moe"]}, (1, 3)),
+        ({"num_experts": 8, "num_dense_layers": 2}, (2, 3, 4, 5)),
+        ({"n_routed_experts": 8, "dense_mlp_idx": 4}, (4, 5)),
+        ({"n_routed_experts": 8, "zero_expert_num": 2, "num_layers": 3}, (0, 1, 2)),
     ],
 )
 def test_moe_layers_by_model_family(fields, expected):

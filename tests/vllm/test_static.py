@@ -273,6 +273,20 @@ def test_cpu_experts_get_local_slots_and_silent_strangers():
         cpu._modular(apply)(None, None, weights, ids, expert_map, apply_router_weight_on_input=True)
 
 
+def test_a_weight_that_went_into_the_input_does_not_bring_an_answer_from_another_rank():
+    def apply(self, output, topk_weights, topk_ids, expert_map, apply_router_weight_on_input=False):
+        output.fill_(7.0)
+
+    output, ids = torch.empty(3, 2), torch.tensor([[5], [0], [-1]], dtype=torch.int32)
+    expert_map = torch.tensor(PLAN.expert_map(0, 0))
+    local = (expert_map[[5, 0]] >= 0).tolist()
+    cpu._modular(apply)(
+        None, output, torch.ones(3, 1), ids, expert_map, apply_router_weight_on_input=True
+    )
+    assert output.tolist() == [[7.0, 7.0] if here else [0.0, 0.0] for here in (*local, False)]
+    assert sorted(local) == [False, True]
+
+
 def test_monolithic_cpu_experts_get_them_from_their_own_routing():
     ids, weights = torch.tensor([[5, 0]], dtype=torch.int32), torch.tensor([[0.7, 0.3]])
     select = cpu._select_experts(lambda: (weights, ids))

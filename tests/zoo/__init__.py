@@ -1,0 +1,1 @@
+"""Every MoE architecture of an engine, tiny: placed, or refused by name."""

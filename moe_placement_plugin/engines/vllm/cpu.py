@@ -48,12 +48,19 @@ def _modular(original):
             weights, ids = to_local(
                 values["topk_weights"], values["topk_ids"], values["expert_map"]
             )
-            if values.get("apply_router_weight_on_input"):
-                # The weight went into the input, so that weight 0 does not silence the choices of other ranks.
+            on_input = values.get("apply_router_weight_on_input")
+            asked = values["topk_ids"].long()
+            away = (values["expert_map"][asked] < 0) | (asked < 0)
+            if on_input and away.shape[1] != 1:
                 raise NotImplementedError(
-                    "expert parallelism on CPU with apply_router_weight_on_input"
+                    "expert parallelism on CPU with apply_router_weight_on_input and several experts for a token"
                 )
             values["topk_weights"], values["topk_ids"] = weights, ids
+            result = original(*bound.args, **bound.kwargs)
+            if on_input:
+                # The weight went into the input, so that weight 0 does not silence the choices of other ranks.
+                values["output"].masked_fill_(away, 0)
+            return result
         return original(*bound.args, **bound.kwargs)
 
     return apply

@@ -125,6 +125,20 @@ def _num_ranks(layers: dict[str, Any]) -> int:
     return next(iter(layers.values())).expert_map_manager.ep_size
 
 
+def check_slots(state: Any, placement: Placement) -> None:
+    """Refuse a model that takes no redundant experts, whatever EPLB was told (Gemma 4): the plan has slots that it lacks.
+
+    Raises:
+        PlacementError: naming the model and both numbers of slots.
+    """
+    slots = state.physical_to_logical_map.shape[1]
+    if slots != placement.num_slots:
+        raise PlacementError(
+            f"{state.model_name} has {slots} slots per layer under EPLB, the placement has {placement.num_slots}: vLLM gives this "
+            "model no redundant experts; use --eplb-config.num_redundant_experts 0"
+        )
+
+
 def _place(eplb: Any, state: Any, settings: PlacementSettings, layers: dict[str, Any]) -> None:
     placement = settings.placement
     if placement is None:
@@ -137,6 +151,7 @@ def _place(eplb: Any, state: Any, settings: PlacementSettings, layers: dict[str,
             state.model_name,
         )
         return
+    check_slots(state, placement)
     ids = [layer_id_of(name) for name in layers]
     rows = [placement.row(layer_id) for layer_id in ids if layer_id is not None]  # all are known
     _move(state, placement, rows)

@@ -1,0 +1,109 @@
+"""Registered classes that reach experts and have no recipe, each with the reason; and faults that are known."""
+
+from __future__ import annotations
+
+
+def _same(other: str) -> str:
+    return f"the same class as {other}, which is in the zoo"
+
+
+def _wraps(other: str) -> str:
+    return f"no recipe yet; its experts are built and loaded by the code of {other}, which is in the zoo"
+
+
+def _dense(why: str) -> str:
+    return f"dense: {why}"
+
+
+_GPU_ONLY = "its experts have no gate, which vLLM builds on CUDA, ROCm and XPU only"
+_NO_RECIPE = "no recipe yet"
+
+NOT_IN_THE_ZOO = {
+    "BailingMoeV3MTPModel": _wraps("BailingMoeV3ForCausalLM"),
+    "BailingMoeV3VLForConditionalGeneration": _wraps("BailingMoeV3ForCausalLM"),
+    "ClefOmniForJointSchema": _wraps("Qwen3_5MoeForConditionalGeneration"),
+    "ColQwen3_5": _wraps("Qwen3_5MoeForConditionalGeneration"),
+    "Cosmos3EdgeForConditionalGeneration": _NO_RECIPE,
+    "DFlashLagunaForCausalLM": _wraps("LagunaForCausalLM"),
+    "DSparkDraftModel": _wraps("DeepseekV4ForCausalLM"),
+    "DSparkV41DraftModel": "vLLM has DeepSeek-V4.1 for CUDA and ROCm only",
+    "DeepSeekV4MTPModel": _wraps("DeepseekV4ForCausalLM"),
+    "DeepseekV32MTPModel": "vLLM's CPU build has no sparse attention",
+    "DeepseekV41ForCausalLM": "vLLM has DeepSeek-V4.1 for CUDA and ROCm only",
+    "DiffusionGemmaForBlockDiffusion": _wraps("Gemma4ForCausalLM"),
+    "Dots3NoteMTPModel": _wraps("Dots3NoteForCausalLM"),
+    "Eagle3DeepseekV2ForCausalLM": _wraps("DeepseekV2ForCausalLM"),
+    "Eagle3DeepseekV3ForCausalLM": _wraps("DeepseekV2ForCausalLM"),
+    "EagleDeepSeekMTPModel": _wraps("DeepseekV3ForCausalLM"),
+    "EagleLlama4ForCausalLM": _wraps("Llama4ForCausalLM"),
+    "EagleMiniCPMForCausalLM": _wraps("MiniCPMForCausalLM"),
+    "EagleMistralLarge3ForCausalLM": _wraps("DeepseekV3ForCausalLM"),
+    "EmbeddingGemma2Model": _wraps("Gemma4ForCausalLM"),
+    "Exaone4_5_MTP": _dense("EXAONE 4.5 has no experts, its draft shares code with EXAONE-MoE's"),
+    "Ernie4_5_VLMoeForConditionalGeneration": _NO_RECIPE,
+    "ExaoneMoeMTP": _NO_RECIPE,
+    "InternS1ProForConditionalGeneration": _NO_RECIPE,
+    "Qwen3OmniMoeForConditionalGeneration": _NO_RECIPE,
+    "Step3p5MTP": _NO_RECIPE,
+    "ExaoneMoEForCausalLM": _same("ExaoneMoeForCausalLM"),
+    "Gemma4UnifiedForConditionalGeneration": _wraps("Gemma4ForCausalLM"),
+    "Glm5NextForConditionalGeneration": _wraps("Glm5NextForCausalLM"),
+    "Glm5NextMTPModel": _wraps("Glm5NextForCausalLM"),
+    "GlmOcrMTPModel": _dense("GLM-OCR has no experts, its draft shares code with GLM-4-MoE's"),
+    "HYV4MTPModel": _wraps("HYV4ForCausalLM"),
+    "HfMoondream": "its experts are no RoutedExperts; no recipe yet",
+    "InklingForCausalLM": _NO_RECIPE,
+    "InklingForConditionalGeneration": _NO_RECIPE,
+    "InklingMTPModel": _NO_RECIPE,
+    "InternS2MobiusForConditionalGeneration": _NO_RECIPE,
+    "InternS2MobiusMTP": _NO_RECIPE,
+    "InternS2PreviewForConditionalGeneration": _wraps("Qwen3_5MoeForConditionalGeneration"),
+    "JambaForSequenceClassification": _wraps("JambaForCausalLM"),
+    "KimiK3ForConditionalGeneration": _wraps("KimiLinearForCausalLM"),
+    "KimiK3MTPModel": _wraps("KimiLinearForCausalLM"),
+    "LongCatFlashMTPModel": _dense("the draft of LongCat-Flash has no experts"),
+    "MiMoV2OmniForCausalLM": _wraps("MiMoV2ForCausalLM"),
+    "MiniCPM3ForCausalLM": _wraps("MiniCPMForCausalLM"),
+    "MiniCPMV": _wraps("MiniCPMForCausalLM"),
+    "MiniCPMV4_6ForConditionalGeneration": _wraps("Qwen3_5MoeForConditionalGeneration"),
+    "MiniCPMV4_7ForConditionalGeneration": _wraps("Qwen3_5MoeForConditionalGeneration"),
+    "MiniMaxM3MTP": _wraps("MiniMaxM3SparseForCausalLM"),
+    "Moondream3ForCausalLM": "its experts are no RoutedExperts; no recipe yet",
+    "NemotronHMTPModel": _GPU_ONLY,
+    "NemotronHPuzzleForCausalLM": _GPU_ONLY,
+    "NemotronH_Nano_Omni_Reasoning_V3": _GPU_ONLY,
+    "NemotronH_Nano_VL_V2": _GPU_ONLY,
+    "NemotronH_Omni_Reasoning_V3": _GPU_ONLY,
+    "NemotronH_Super_Omni_Reasoning_V3": _GPU_ONLY,
+    "PanguEmbeddedForCausalLM": _dense(
+        "openPangu Embedded; the code is shared with the MoE models'"
+    ),
+    "Qwen3_5ForCausalLM": _dense("Qwen3.5; the code is shared with Qwen3_5MoeForCausalLM"),
+    "Qwen3_5ForConditionalGeneration": _dense("Qwen3.5; the code is shared with the MoE model's"),
+    "Qwen3_5MTP": _dense("Qwen3.5; the code is shared with Qwen3_5MoeMTP"),
+    "Qwen4ExpForConditionalGeneration": _wraps("Qwen4ExpForCausalLM"),
+    "Qwen4ExpMTP": _wraps("Qwen4ExpForCausalLM"),
+    "TransformersMoEEmbeddingModel": _wraps("TransformersMoEForCausalLM"),
+    "TransformersMoEForSequenceClassification": _wraps("TransformersMoEForCausalLM"),
+    "TransformersMultiModalMoEForCausalLM": _wraps("TransformersMoEForCausalLM"),
+}
+"""Class -> why it has no recipe."""
+
+_BY_POSITION = "gpt-oss copies its experts by position, past the map of experts"
+
+_ARIA = "slots are right; answers part from one rank's by 6 %, alike under both: not understood yet"
+
+FAULTS = {
+    (
+        "Llama4ForCausalLM fused",
+        "eplb",
+    ): "its loader has no rows for redundant experts: IndexError on the last rank",
+    ("Llama4ForConditionalGeneration", "eplb"): "the same loader as Llama4ForCausalLM's",
+    ("OpenAIPrivacyFilterForTokenClassification", "zigzag"): _BY_POSITION,
+    ("OpenAIPrivacyFilterForTokenClassification", "shuffled"): _BY_POSITION,
+    ("AriaForConditionalGeneration", "zigzag"): _ARIA,
+    ("AriaForConditionalGeneration", "shuffled"): _ARIA,
+    ("GptOssForCausalLM", "zigzag"): _BY_POSITION,
+    ("GptOssForCausalLM", "shuffled"): _BY_POSITION,
+}
+"""(recipe, strategy) -> a fault that is known and being mended: the test is expected to fail, and fails when it does not."""

@@ -1,0 +1,109 @@
+"""What is done once to a process of the zoo, before it forks the others: vLLM's environment, and what tiny models lack."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from typing import Any
+
+from tests.zoo.vllm import engine
+
+
+def clean_environment() -> None:
+    """What vLLM reads of the environment when it is imported."""
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
+        VLLM_NO_USAGE_STATS="1", VLLM_PLUGINS="moe_placement", TRANSFORMERS_VERBOSITY="error",
+        GLOO_SOCKET_IFNAME="lo", VLLM_DIST_IDENT=f"zoo{os.getpid()}",
+    )  # fmt: skip
+
+
+def prepare_process() -> None:
+    """Let vLLM look at model classes in this process, and note what its loader leaves in slots."""
+    from vllm.model_executor.model_loader import base_loader, default_loader
+    from vllm.model_executor.models import registry
+
+    # In a process of its own, which takes 10 s for each class.
+    def inspect_here(self):
+        try:
+            return registry._ModelInfo.from_model_cls(self.load_model_cls())
+        except Exception as error:  # vLLM says no more than that it could not
+            raise TypeError(f"{self.class_name}: {error}") from error
+
+    registry._LazyRegisteredModel.inspect_model_cls = inspect_here
+    registry._try_inspect_model_cls = lambda name, model: model.inspect_model_cls()
+    _stand_in_for_torchvision()
+    _know_every_model_type()
+    # Checkpoints of the zoo hold the experts; the rest is filled below.
+    default_loader.DefaultModelLoader.track_weights_loading = lambda *args, **kwargs: None
+    process = base_loader.process_weights_after_loading
+
+    def note_and_process(model, *args, **kwargs):
+        engine.note_loaded(model)
+        engine.fill_rest(model)
+        if not engine.loaded_only():
+            process(model, *args, **kwargs)
+
+    base_loader.process_weights_after_loading = note_and_process
+
+
+class _AnyAttribute(type):
+    """A class that has every attribute, each another one."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return f"{cls.__name__}.{name}"
+
+
+class _Anything(types.ModuleType):
+    """A module or class that has every attribute."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _AnyAttribute(name, (), {})
+
+
+class _TorchvisionFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds torchvision, and nothing in it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torchvision":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return _Anything(spec.name)
+
+    def exec_module(self, module):
+        module.__version__ = "0.28.0"
+
+
+def _stand_in_for_torchvision() -> None:
+    """Models whose modules import torchvision, for images, have their language model built without it."""
+    if importlib.util.find_spec("torchvision") is None:
+        sys.meta_path.append(_TorchvisionFinder())
+
+
+def _know_every_model_type() -> None:
+    """Configs of models whose config class comes with the checkpoint: as plain as they are there."""
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    from tests.zoo.vllm.recipes import RECIPES
+
+    for recipe in RECIPES.values():
+        kind = recipe.config["model_type"]
+        if kind not in CONFIG_MAPPING and kind not in _CONFIG_REGISTRY:
+            name = f"Config_{kind}"
+            made = type(name, (PretrainedConfig,), {"model_type": kind, "__module__": __name__})
+            globals()[name] = made  # a worker's config arrives as a pickle
+            AutoConfig.register(kind, made)

@@ -1,0 +1,67 @@
+"""Recipes of models that also see or hear: their language model alone, which holds the experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
+from tests.zoo.vllm.recipe import Recipe, config, make, stacked
+from tests.zoo.vllm.recipes_more import _LINEAR
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+
+
+def _with_text(
+    architecture: str, model_type: str, text_type: str, parts: tuple[Part, ...],
+    layers: tuple[int, ...] = (0, 1), vision: dict[str, Any] | None = None,
+    whole: dict[str, Any] | None = None, **text: Any,
+) -> Recipe:  # fmt: skip
+    inner = config("", text_type, **text)
+    del inner["architectures"]
+    return make(
+        architecture, model_type, parts, layers, engine={"language_model_only": True},
+        text_config=inner, vision_config=vision or {}, **(whole or {}),
+    )  # fmt: skip
+
+
+_QWEN_EYES = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=HIDDEN,
+                  deepstack_visual_indexes=[0], patch_size=16, num_position_embeddings=16, image_size=32)  # fmt: skip
+
+RECIPES = [
+    _with_text("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", "qwen3_vl_moe_text",
+               stacked("model.language_model.layers.{layer}.mlp.experts.", transposed=True),
+               vision=_QWEN_EYES, num_experts=8, decoder_sparse_step=1, mlp_only_layers=[],
+               norm_topk_prob=True, rope_parameters=_MROPE),
+    _with_text("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", "qwen3_5_moe_text",
+               stacked("model.language_model.layers.{layer}.mlp.experts."), vision=_QWEN_EYES,
+               num_experts=8, shared_expert_intermediate_size=WIDTH, partial_rotary_factor=0.5,
+               **_LINEAR),
+    _with_text("Llama4ForConditionalGeneration", "llama4", "llama4_text", stacked(
+                   "language_model.model.layers.{layer}.feed_forward.experts.", transposed=True),
+               (1,), vision=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                 intermediate_size=128, vision_output_dim=32, image_size=28,
+                                 projector_input_dim=32, projector_output_dim=32),
+               num_local_experts=8, intermediate_size=WIDTH, intermediate_size_mlp=64,
+               interleave_moe_layer_step=2, num_experts_per_tok=1, use_qk_norm=True,
+               attention_chunk_size=64, no_rope_layers=[1, 0], moe_layers=[1],
+               layer_types=["chunked_attention", "full_attention"]),
+    _with_text("Gemma4ForConditionalGeneration", "gemma4", "gemma4_text",
+               stacked("model.language_model.layers.{layer}.experts."),
+               vision=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                           num_key_value_heads=2, head_dim=16, intermediate_size=32),
+               whole={"audio_config": None},
+               num_experts=8, top_k_experts=2, enable_moe_block=True, sliding_window=32,
+               hidden_activation="gelu_pytorch_tanh", hidden_size_per_layer_input=0,
+               layer_types=["sliding_attention", "full_attention"], global_head_dim=32,
+               rope_parameters={"sliding_attention": _ROPE, "full_attention": _ROPE}),
+    _with_text("AriaForConditionalGeneration", "aria", "aria_text", (
+                   Part("language_model.model.layers.{layer}.mlp.experts.fc1.weight", "w13_weight",
+                        (HIDDEN, 2 * WIDTH)),
+                   Part("language_model.model.layers.{layer}.mlp.experts.fc2.weight", "w2_weight",
+                        (WIDTH, HIDDEN)),
+               ), vision=dict(model_type="idefics3_vision", hidden_size=32, num_hidden_layers=1,
+                              num_attention_heads=2, intermediate_size=32, image_size=28),
+               whole={"projector_patch_to_query_dict": {"4": 4}, "image_token_index": 9},
+               moe_num_experts=8, moe_topk=2, moe_num_shared_experts=1, intermediate_size=WIDTH),
+]  # fmt: skip

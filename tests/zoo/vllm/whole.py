@@ -1,0 +1,118 @@
+"""Whole engines: each model of the zoo answers under zigzag as on one rank.
+
+    python -m tests.zoo.vllm.whole RESULTS.json NAME...
+
+Minutes for each ten models, so that no test runs it; what it saw stands in the issue. Workers are forked from this
+process and with it what `process.prepare_process` does: what is no expert has the same values on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.zoo.checkpoint import expert_tensors, write_config, write_tensors
+from tests.zoo.vllm import process, ranks
+from tests.zoo.vllm.recipe import Recipe
+
+PROMPTS = [[3, 14, 15, 92, 65, 35], [89, 79, 32, 38], [46, 26, 43]]
+
+CLOSE = 2e-3
+"""Difference of two log probabilities that another order of summing may make."""
+
+
+def answers(recipe: Recipe, path: Path, **arguments: Any) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log probabilities, greedily."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(path), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64,
+        max_num_batched_tokens=128, max_num_seqs=4, gpu_memory_utilization=0.1,
+        **dict(recipe.engine) | arguments,
+    )  # fmt: skip
+    sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True,
+                              detokenize=False)  # fmt: skip
+    prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
+    found = []
+    for output in llm.generate(prompts, sampling, use_tqdm=False):
+        one = output.outputs[0]
+        steps = zip(one.logprobs, one.token_ids)
+        found.append((list(one.token_ids), [step[token].logprob for step, token in steps]))
+    for worker in getattr(getattr(llm.llm_engine, "model_executor", None), "workers", ()):
+        worker.proc.terminate()
+    return found
+
+
+def compare(recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """What one recipe does in a whole engine."""
+    path = directory / ranks.directory_of(recipe)
+    write_config(path, recipe.config)
+    tensors = expert_tensors(recipe.parts, recipe.layers, recipe.experts)
+    write_tensors(path / "model.safetensors", tensors, ranks.dtypes_of(recipe, tensors))
+    one = answers(recipe, path)
+    two = answers(
+        recipe, path, tensor_parallel_size=2, enable_expert_parallel=True,
+        expert_placement_strategy="zigzag",
+    )  # fmt: skip
+    same = [a[0] == b[0] for a, b in zip(one, two)]
+    off = (
+        max(np.abs(np.subtract(a[1], b[1])).max() for a, b, s in zip(one, two, same) if s)
+        if any(same)
+        else None
+    )
+    return {"same_tokens": all(same), "off": None if off is None else float(off)}
+
+
+def main() -> None:
+    process.clean_environment()
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.v1.executor import multiproc_executor
+
+    import moe_placement_plugin
+    from tests.zoo.vllm.recipes import RECIPES
+
+    moe_placement_plugin.enable()
+    # vLLM would spawn them, without what this process has prepared.
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    process.prepare_process()
+    results, names = (
+        Path(sys.argv[1]),
+        sys.argv[2:] or [n for n, r in RECIPES.items() if not r.draft],
+    )
+    seen = json.loads(results.read_text()) if results.exists() else {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name in names:
+            began = time.monotonic()
+            # One process for each: an engine can end the one that started it.
+            child = os.fork()
+            if child == 0:
+                outcome = Path(directory) / "outcome.json"
+                try:
+                    made = compare(RECIPES[name], Path(directory))
+                except BaseException as error:
+                    made = {"error": f"{type(error).__name__}: {error}"[:400]}
+                outcome.write_text(json.dumps(made))
+                os._exit(0)
+            os.waitpid(child, 0)
+            outcome = Path(directory) / "outcome.json"
+            seen[name] = json.loads(outcome.read_text()) if outcome.exists() else {"error": "died"}
+            outcome.unlink(missing_ok=True)
+            seen[name]["seconds"] = round(time.monotonic() - began, 1)
+            results.write_text(json.dumps(seen, indent=1))
+            print(name, seen[name], flush=True)
+
+
+if __name__ == "__main__":
+    main()
