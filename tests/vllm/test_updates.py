@@ -17,7 +17,10 @@ from moe_placement_plugin.engines.vllm import (  # noqa: E402
     reload,
     reload_worker,
 )
-from moe_placement_plugin.engines.vllm.reload_table import local_copies  # noqa: E402
+from moe_placement_plugin.engines.vllm.reload_table import (  # noqa: E402
+    FIRST_COPIES,
+    local_copies,
+)
 from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
 from tests.support.vllm_layers import (  # noqa: E402
     WIDTH,
@@ -58,6 +61,20 @@ def test_new_weights_go_to_the_slots_of_the_table_in_force():
             assert layer.w13_weight[slot].equal(both)
     first = eplb_layer([0, 1, 2, 3, 4, 5, 0, 1], 1)
     assert local_copies(first, 6, "w2_weight") == (6,), "vLLM's own way while its table stands"
+
+
+def test_replicas_that_a_model_does_not_bring_are_filled_from_the_first_copies():
+    checkpoint = weights(3)
+    for rank in range(2):
+        layer = eplb_layer([0, 1, 2, 3, 4, 5, 0, 1], rank)
+        object.__setattr__(layer, FIRST_COPIES, True)
+        for expert in range(6):
+            layer.weight_loader(
+                layer.w2_weight, checkpoint[expert, "w2"], "w2_weight", "w2", expert
+            )
+        for slot, expert in enumerate([(0, 1, 2, 3), (4, 5, 0, 1)][rank]):
+            assert layer.w2_weight[slot].equal(checkpoint[expert, "w2"])
+    assert local_copies(layer, 6, "w2_weight") == (), "it has arrived with the first copy"
 
 
 def test_new_weights_are_refused_while_old_ones_are_on_their_way():

@@ -20,9 +20,10 @@ from ...placement import Placement
 from ..patching import Patch
 from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
 from . import eplb_exchange, eplb_phases, eplb_weights, reload, tuned, verify
+from .eplb_support import check_slots
 from .hosts import real_topology
 from .kernels import ALL2ALL_WITH_MAP
-from .layers import EPLB_ROW, mixture_of_experts, num_logical, routed_layers
+from .layers import EPLB_ROW, num_logical, routed_layers
 from .settings import PlacementSettings, arrived, layer_id_of, settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
@@ -33,25 +34,6 @@ _WATCHDOG = (
     "_moe_placement_watchdog"  # seconds; only an EplbState of a server with our settings has it
 )
 _REBALANCERS = "_moe_placement_rebalancers"
-
-
-def check_supported(model: Any) -> None:
-    """Refuse a model whose experts EPLB does not move: vLLM would serve it with its own placement, without a word.
-
-    Raises:
-        PlacementError: naming the model.
-    """
-    layers = routed_layers(model)
-    off = [
-        name
-        for name, layer in layers.items()
-        if not layer.moe_config.moe_parallel_config.enable_eplb
-    ]
-    if mixture_of_experts(model) is None or off or not layers:
-        raise PlacementError(
-            f"vLLM's EPLB does not move the experts of {type(model).__name__} ({off[0] + ' is not registered' if off else 'no MoE model'}): "
-            "leave --enable-eplb out, the placement then holds for as long as the server runs"
-        )
 
 
 def _add_model(original):
@@ -123,20 +105,6 @@ def _gathers(layers: dict[str, Any]) -> bool:
 
 def _num_ranks(layers: dict[str, Any]) -> int:
     return next(iter(layers.values())).expert_map_manager.ep_size
-
-
-def check_slots(state: Any, placement: Placement) -> None:
-    """Refuse a model that takes no redundant experts, whatever EPLB was told (Gemma 4): the plan has slots that it lacks.
-
-    Raises:
-        PlacementError: naming the model and both numbers of slots.
-    """
-    slots = state.physical_to_logical_map.shape[1]
-    if slots != placement.num_slots:
-        raise PlacementError(
-            f"{state.model_name} has {slots} slots per layer under EPLB, the placement has {placement.num_slots}: vLLM gives this "
-            "model no redundant experts; use --eplb-config.num_redundant_experts 0"
-        )
 
 
 def _place(eplb: Any, state: Any, settings: PlacementSettings, layers: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import PlacementError
 from ..patching import Patch
 from .drafts import check_draft, draft_layer_id, is_draft, loading
-from .eplb import check_supported
+from .eplb_support import check_supported, refusing_unsupported
 from .evidence import EVIDENCE, check_evidence
 from .hosts import check_adoption
 from .kernels import check_experts
@@ -33,26 +33,28 @@ def _load_model(original):
             return original(self, vllm_config, model_config, *args, **kwargs)
         check_adoption(settings)
         level = settings["verify"]
-        clean = (
-            clean_load(original, settings, self, vllm_config, model_config, *args, **kwargs)
-            if level == "checkpoint"
-            else None
-        )
         # The draft of speculative decoding comes through here too, some with a config in which it is the model.
         draft = is_draft(vllm_config, model_config)
-        with loading(draft), _followed(self) if _places(settings) else nullcontext():
-            model = original(self, vllm_config, model_config, *args, **kwargs)
+        main = not draft and model_config is vllm_config.model_config
+        moves = (
+            settings["eplb"]
+            and main
+            and (settings.placement is not None or settings.strategy == "eplb")
+        )
+        with refusing_unsupported(model_config.architecture) if moves else nullcontext():
+            clean = (
+                clean_load(original, settings, self, vllm_config, model_config, *args, **kwargs)
+                if level == "checkpoint"
+                else None
+            )
+            with loading(draft), _followed(self) if _places(settings) else nullcontext():
+                model = original(self, vllm_config, model_config, *args, **kwargs)
         load_format = self.load_config.load_format
         if str(getattr(load_format, "value", load_format)) == "dummy":
             for layer in routed_layers(model).values():
                 vars(layer).pop(EVIDENCE, None)
-        main = not draft and model_config is vllm_config.model_config
         stages = vllm_config.parallel_config.pipeline_parallel_size if main else 1
-        if (
-            settings["eplb"]
-            and main
-            and (settings.placement is not None or settings.strategy == "eplb")
-        ):
+        if moves:
             check_supported(model)
         _report(routed_layers(model), settings, main, stages, draft)
         serve(model)

@@ -10,6 +10,9 @@ import numpy as np
 
 from .layers import EPLB_ROW, logical_of_physical, num_logical
 
+FIRST_COPIES = "_moe_placement_first_copies"
+"""Attribute of a ``RoutedExperts`` whose model brings each expert once, and none of its replicas."""
+
 
 def moved_table(layer: Any) -> np.ndarray | None:
     """EPLB's table of a layer, int64 ``[physical experts]``, where it is not vLLM's first one any
@@ -35,6 +38,8 @@ def local_copies(layer: Any, expert_id: int, weight_name: str) -> tuple[int, ...
             rows for all ranks.
     """
     table = moved_table(layer)
+    if table is None and vars(layer).get(FIRST_COPIES) is not None:
+        table = logical_of_physical(layer)
     if table is None or expert_id >= table.size:
         return (expert_id,)
     if expert_id >= num_logical(layer):

@@ -22,10 +22,14 @@ from ...errors import PlacementError
 from .evidence import EVIDENCE, IN_ORDER, MEND
 from .layers import num_logical, routed_layers, slot_experts
 from .reload import enter_update
+from .reload_table import FIRST_COPIES
 from .settings import layer_id_of
 
 PICKS = {"GptOssModel": "block", "Llama4Model": "ascending"}
 """Class of a model, or of a base of it -> which rows of a stacked tensor it copies to a rank."""
+
+BRINGS_NO_REPLICAS = ("Step3p5Model",)
+"""Models that count logical experts while they load, under EPLB too: their replicas are filled from the first copies."""
 
 _STACKED = re.compile(r"(?:^|\.)experts\.(?!\d+\.)(?P<rest>(?!.*correction_bias)[^.]+(?:\.\w+)?)$")
 _SPLITS = "_try_load_streamed_expert"
@@ -43,6 +47,8 @@ def follow(model: Any) -> None:
     if not layers or "load_weights" in vars(model):
         return
     original, picks, splits = model.load_weights, _picks(model), _splits(model)
+    for name in _brings_no_replicas(model):
+        object.__setattr__(layers[name], FIRST_COPIES, True)
     for name, how in picks.items():
         object.__setattr__(layers[name], IN_ORDER, how)
 
@@ -65,6 +71,15 @@ def _picks(model: Any) -> dict[str, str]:
         kind = next((PICKS[c.__name__] for c in type(module).__mro__ if c.__name__ in PICKS), None)
         if kind is not None:
             found |= dict.fromkeys(routed_layers(module), kind)
+    return found
+
+
+def _brings_no_replicas(model: Any) -> set[str]:
+    """Names of the layers whose replicas no weight arrives for."""
+    found: set[str] = set()
+    for module in model.modules():
+        if any(c.__name__ in BRINGS_NO_REPLICAS for c in type(module).__mro__):
+            found.update(routed_layers(module))
     return found
 
 

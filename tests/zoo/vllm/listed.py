@@ -89,21 +89,5 @@ NOT_IN_THE_ZOO = {
 }
 """Class -> why it has no recipe."""
 
-_BY_POSITION = "gpt-oss copies its experts by position, past the map of experts"
-
-_ARIA = "slots are right; answers part from one rank's by 6 %, alike under both: not understood yet"
-
-FAULTS = {
-    (
-        "Llama4ForCausalLM fused",
-        "eplb",
-    ): "its loader has no rows for redundant experts: IndexError on the last rank",
-    ("Llama4ForConditionalGeneration", "eplb"): "the same loader as Llama4ForCausalLM's",
-    ("OpenAIPrivacyFilterForTokenClassification", "zigzag"): _BY_POSITION,
-    ("OpenAIPrivacyFilterForTokenClassification", "shuffled"): _BY_POSITION,
-    ("AriaForConditionalGeneration", "zigzag"): _ARIA,
-    ("AriaForConditionalGeneration", "shuffled"): _ARIA,
-    ("GptOssForCausalLM", "zigzag"): _BY_POSITION,
-    ("GptOssForCausalLM", "shuffled"): _BY_POSITION,
-}
+FAULTS: dict[tuple[str, str], str] = {}
 """(recipe, strategy) -> a fault that is known and being mended: the test is expected to fail, and fails when it does not."""

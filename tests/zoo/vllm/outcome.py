@@ -77,9 +77,9 @@ def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[
             said["slots as the loader left them: the kernels need AMX"] = None
         elif outcome.silent:
             said[f"slots only: vLLM's CPU routing has no answer ({outcome.silent})"] = None
+        if recipe.ranks_differ:
+            said[f"compared with two ranks without a placement: {recipe.ranks_differ}"] = None
         cells = [outcome.status[s].replace("none", "-") for s in STRATEGIES]
-        if recipe.eplb_fails:
-            cells[-1] = "vLLM fails"
         lines.append([name, recipe.stored, *cells, "; ".join(said)])
     return lines
 

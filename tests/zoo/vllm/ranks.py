@@ -125,6 +125,13 @@ def _place(
             "enable_eplb": True,
             "eplb_config": {"num_redundant_experts": REDUNDANT, "step_interval": 1000000},
         }
+    if recipe.ranks_differ:
+        of_one, reference = reference, _unplaced(recipe, path, rank, store)
+        if not _differences(reference, of_one, recipe):
+            return {
+                "status": "wrong",
+                "reason": "two ranks of vLLM answer as one: take `ranks_differ` away",
+            }
     config = engine.engine_config(path, RANKS, options)
     with engine.without_kernels(recipe.loaded_only), engine.rank_of(config, rank, RANKS, store):
         with engine.exchanged_experts(recipe.planted):
@@ -140,6 +147,15 @@ def _place(
         wrong = _compare_loaded(recipe, model, at_first if eplb is not None else should_hold)
         wrong += _compare_tables(recipe, model, eplb, table, rank)
         answers = engine.outputs(model, config) if reference else {}
+    wrong += _differences(answers, reference, recipe)
+    return {"status": "wrong" if wrong else "placed", "reason": "; ".join(wrong[:4])}
+
+
+def _differences(
+    answers: dict[str, np.ndarray], reference: dict[str, np.ndarray], recipe: Recipe
+) -> list[str]:
+    """What two models answer otherwise, layer by layer."""
+    wrong = []
     if set(answers) != set(reference):
         wrong.append(f"MoE layers {sorted(answers)}, on one rank {sorted(reference)}")
     for name in answers.keys() & reference.keys():
@@ -150,7 +166,15 @@ def _place(
             wrong.append(
                 f"{name} answers otherwise than on one rank: off by {off:.3g} of {scale:.3g}"
             )
-    return {"status": "wrong" if wrong else "placed", "reason": "; ".join(wrong[:4])}
+    return wrong
+
+
+def _unplaced(recipe: Recipe, path: Path, rank: int, store: str) -> dict[str, np.ndarray]:
+    """What two ranks answer with vLLM's own placement, without the plugin's settings."""
+    config = engine.engine_config(path, RANKS, dict(recipe.engine))
+    with engine.rank_of(config, rank, RANKS, store):
+        model, _ = engine.load(config)
+        return engine.outputs(model, config)
 
 
 def _answers(model: Any, config: Any) -> tuple[dict[str, np.ndarray], str]:

@@ -25,7 +25,7 @@ class Recipe:
         engine: further arguments of the engine.
         owner: only ``RoutedExperts`` whose name holds this are compared.
         draft: architecture of the draft that is loaded instead of the model itself.
-        eplb_fails: how vLLM itself fails when the model is to be moved by EPLB: a part of its error.
+        ranks_differ: why vLLM's own two ranks answer otherwise than one; the reference is then two without a placement.
         loaded_only: compare as the loader left the slots and go no further: the kernels need a processor with AMX.
         planted: have vLLM's loader take expert 0 for expert 2 and the other way round, which the zoo must see.
         own_kind: its experts are no ``RoutedExperts``, so that the plugin has to refuse.
@@ -44,7 +44,7 @@ class Recipe:
     owner: str = ""
     own_kind: bool = False
     draft: str = ""
-    eplb_fails: str = ""
+    ranks_differ: str = ""
     loaded_only: bool = False
     planted: bool = False
     unbuildable: str = ""
@@ -61,7 +61,7 @@ _OF_RECIPE = (
     "own_kind",
     "unbuildable",
     "draft",
-    "eplb_fails",
+    "ranks_differ",
     "loaded_only",
     "planted",
 )

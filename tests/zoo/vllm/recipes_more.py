@@ -46,7 +46,7 @@ RECIPES = [
          layernorm_epsilon=1e-6, swa_rope_theta=10000.0, partial_rotary_factor=1.0),
     make("MiniCPMForCausalLM", "minicpm", separate(names=_W123), num_experts=8, scale_emb=1,
          scale_depth=1.0, dim_model_base=64, intermediate_size=WIDTH, own_kind=True,
-         eplb_fails="EPLB is not supported for MiniCPM yet"),
+         ),
     make("MiniMaxM2ForCausalLM", "minimax_m2", separate(_SPARSE, _W123), num_local_experts=8,
          intermediate_size=WIDTH, rotary_dim=16, scoring_func="sigmoid", use_routing_bias=True,
          use_qk_norm=True),
@@ -64,11 +64,9 @@ RECIPES = [
          mamba_proj_bias=False),
     make("OlmoeForCausalLM", "olmoe", separate(), num_experts=8, intermediate_size=WIDTH,
          norm_topk_prob=True),
-    make("PanguUltraMoEForCausalLM", "PanguUltraMoE", separate(), (1,), eplb_fails=(
-             "has no attribute 'num_routed_experts'"), sandwich_norm=True,
+    make("PanguUltraMoEForCausalLM", "PanguUltraMoE", separate(), (1,), sandwich_norm=True,
          router_enable_expert_bias=True, **DEEPSEEK | MLA | dict(q_lora_rank=32)),
-    make("PanguProMoEV2ForCausalLM", "PanguProMoE", separate(), (1,), eplb_fails=(
-             "has no attribute 'num_routed_experts'"), sandwich_norm=True,
+    make("PanguProMoEV2ForCausalLM", "PanguProMoE", separate(), (1,), sandwich_norm=True,
          router_enable_expert_bias=True, **DEEPSEEK),
     make("Param2MoEForCausalLM", "param2moe", separate(), (1,), **BAILING),
     make("PhiMoEForCausalLM", "phimoe", separate(_SPARSE, _W123), num_local_experts=8,
@@ -109,8 +107,7 @@ RECIPES = [
          scoring_func="sqrtsoftplus", topk_method="noaux_tc", routed_scaling_factor=1.5,
          q_lora_rank=32, qk_rope_head_dim=32, o_lora_rank=32, o_groups=2, sliding_window=32,
          compress_ratios=[0, 4], compress_rope_theta=10000.0),
-    make("HYV4ForCausalLM", "hy_v4", separate(), (1,), eplb_fails=(
-             "Redundant experts are only supported with EPLB"), num_experts=8, num_shared_experts=1,
+    make("HYV4ForCausalLM", "hy_v4", separate(), (1,), num_experts=8, num_shared_experts=1,
          expert_hidden_dim=WIDTH, mlp_layer_types=["dense", "sparse"], route_norm=True,
          router_scaling_factor=1.5, hc_mult=4, hc_eps=1e-6, index_topk=16,
          soft_logits_capping_logits=0.0, **DEEPSEEK | MLA | dict(q_lora_rank=32)),

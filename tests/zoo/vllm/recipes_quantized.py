@@ -60,7 +60,7 @@ RECIPES = [
     _qwen("fp8 in blocks", _FP8 | {"weight_block_size": [128, 128]}, head_dim=128, parts=_each(
         ("weight", "weight", lambda o, i: (o, i), "F8_E4M3"),
         ("weight_scale_inv", "weight_scale_inv", lambda o, i: (o // 128, i // 128), "F32"))),
-    _qwen("int8 per channel", eplb_fails="EPLB is not supported CompressedTensorsW8A8Int8MoEMethod", quantization=_compressed(
+    _qwen("int8 per channel", quantization=_compressed(
         "int-quantized",
         {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False},
         _DYNAMIC | {"type": "int"}), parts=_each(
@@ -74,13 +74,13 @@ RECIPES = [
         ("weight_packed", "weight_packed", lambda o, i: (o, i // 8), "I32"),
         ("weight_scale", "weight_scale", lambda o, i: (o, i // _GROUP), "F32"),
         ("weight_shape", "", lambda o, i: (o, i), "SHAPE"))),
-    _qwen("int4 packed, AWQ", eplb_fails="EPLB is not supported AutoAWQMoEMethod", quantization={
+    _qwen("int4 packed, AWQ", quantization={
         "quant_method": "awq", "bits": 4, "group_size": _GROUP, "zero_point": True,
         "version": "gemm", "modules_to_not_convert": ["self_attn", "mlp.gate"]}, parts=_each(
         ("qweight", "qweight", lambda o, i: (i, o // 8), "I32"),
         ("qzeros", "qzeros", lambda o, i: (i // _GROUP, o // 8), "I32"),
         ("scales", "scales", lambda o, i: (i // _GROUP, o), "F32"))),
-    _qwen("int4 packed, GPTQ", eplb_fails="EPLB is not supported AutoGPTQMoEMethod", quantization={
+    _qwen("int4 packed, GPTQ", quantization={
         "quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True}, parts=_each(
         ("qweight", "qweight", lambda o, i: (i // 8, o), "I32"),
         ("qzeros", "qzeros", lambda o, i: (i // _GROUP, o // 8), "I32"),
@@ -97,7 +97,7 @@ RECIPES = [
              Part("model.layers.{layer}.mlp.experts.down_proj_scales", "w2_weight_scale",
                   (_IN, _OUT // 32), "U8"),
              Part("model.layers.{layer}.mlp.experts.down_proj_bias", "w2_bias", (_IN,)),
-         ), name="GptOssForCausalLM mxfp4", eplb_fails="EPLB is not supported GptOssMxfp4MoEMethod",
+         ), name="GptOssForCausalLM mxfp4", 
          num_local_experts=8, hidden_size=_IN,
          intermediate_size=_OUT, sliding_window=32, attention_bias=True,
          layer_types=["sliding_attention", "full_attention"], swiglu_limit=7.0,

@@ -56,8 +56,7 @@ RECIPES = [
          index_n_heads=2, index_head_dim=64, **DEEPSEEK | MLA | dict(q_lora_rank=32)),
     make("Glm4MoeForCausalLM", "glm4_moe", separate(), (1,), use_qk_norm=True,
          partial_rotary_factor=0.5, **DEEPSEEK),
-    make("Glm4MoeLiteForCausalLM", "glm4_moe_lite", separate(), (1,), eplb_fails=(
-         "Redundant experts are only supported with EPLB"), **DEEPSEEK | MLA | dict(
+    make("Glm4MoeLiteForCausalLM", "glm4_moe_lite", separate(), (1,), **DEEPSEEK | MLA | dict(
          q_lora_rank=32)),
     make("AXK1ForCausalLM", "axk1", separate(), (1,), **DEEPSEEK | MLA | dict(q_lora_rank=32)),
     make("AfmoeForCausalLM", "afmoe", separate(), (1,), num_experts=8, num_shared_experts=1,
@@ -89,8 +88,7 @@ RECIPES = [
     make("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", separate(), (1,), moe_num_experts=8, moe_k=2,
          moe_num_shared_experts=1, moe_layer_start_index=1, moe_layer_end_index=1,
          moe_layer_interval=1, use_bias=False),
-    make("ExaoneMoeForCausalLM", "exaone_moe", separate(), (1,), eplb_fails=(
-         "Redundant experts are only supported with EPLB"), num_experts=8,
+    make("ExaoneMoeForCausalLM", "exaone_moe", separate(), (1,), num_experts=8,
          num_shared_experts=1, n_group=1, topk_group=1, norm_topk_prob=True,
          routed_scaling_factor=2.5, sliding_window=None, mlp_layer_types=["dense", "sparse"],
          layer_types=["full_attention", "full_attention"], first_k_dense_replace=1),
@@ -134,8 +132,7 @@ RECIPES = [
          mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=1, mamba_d_conv=4,
          mamba_expand=2, mamba_chunk_size=16, mamba_conv_bias=True, mamba_proj_bias=False,
          position_embedding_type="nope"),
-    make("HYV3ForCausalLM", "hy_v3", separate(), (1,), eplb_fails=(
-         "Redundant experts are only supported with EPLB"), num_experts=8, num_shared_experts=1,
+    make("HYV3ForCausalLM", "hy_v3", separate(), (1,), num_experts=8, num_shared_experts=1,
          expert_hidden_dim=WIDTH, first_k_dense_replace=1, route_norm=True,
          router_scaling_factor=1.5, qk_norm=True),
     make("JambaForCausalLM", "jamba", separate("model.layers.{layer}.feed_forward.experts.{expert}."),

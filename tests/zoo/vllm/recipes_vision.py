@@ -17,11 +17,12 @@ def _with_text(
     layers: tuple[int, ...] = (0, 1), vision: dict[str, Any] | None = None,
     whole: dict[str, Any] | None = None, **text: Any,
 ) -> Recipe:  # fmt: skip
+    of_recipe = {key: text.pop(key) for key in ("ranks_differ", "owner") if key in text}
     inner = config("", text_type, **text)
     del inner["architectures"]
     return make(
         architecture, model_type, parts, layers, engine={"language_model_only": True},
-        text_config=inner, vision_config=vision or {}, **(whole or {}),
+        text_config=inner, vision_config=vision or {}, **(whole or {}), **of_recipe,
     )  # fmt: skip
 
 
@@ -63,5 +64,8 @@ RECIPES = [
                ), vision=dict(model_type="idefics3_vision", hidden_size=32, num_hidden_layers=1,
                               num_attention_heads=2, intermediate_size=32, image_size=28),
                whole={"projector_patch_to_query_dict": {"4": 4}, "image_token_index": 9},
-               moe_num_experts=8, moe_topk=2, moe_num_shared_experts=1, intermediate_size=WIDTH),
+               moe_num_experts=8, moe_topk=2, moe_num_shared_experts=1, intermediate_size=WIDTH,
+               ranks_differ=(
+                   "vLLM sums the shared experts' answers over the ranks twice, in their own MLP and "
+                   "in the MoE layer")),
 ]  # fmt: skip
