@@ -16,6 +16,7 @@ def _dense(why: str) -> str:
 
 
 _GPU_ONLY = "its experts have no gate, which vLLM builds on CUDA, ROCm and XPU only"
+_INKLING = "its MoE layers make CUDA events, which a CPU build of PyTorch cannot"
 _NO_RECIPE = "no recipe yet"
 
 NOT_IN_THE_ZOO = {
@@ -40,11 +41,7 @@ NOT_IN_THE_ZOO = {
     "EagleMistralLarge3ForCausalLM": _wraps("DeepseekV3ForCausalLM"),
     "EmbeddingGemma2Model": _wraps("Gemma4ForCausalLM"),
     "Exaone4_5_MTP": _dense("EXAONE 4.5 has no experts, its draft shares code with EXAONE-MoE's"),
-    "Ernie4_5_VLMoeForConditionalGeneration": _NO_RECIPE,
-    "ExaoneMoeMTP": _NO_RECIPE,
-    "InternS1ProForConditionalGeneration": _NO_RECIPE,
-    "Qwen3OmniMoeForConditionalGeneration": _NO_RECIPE,
-    "Step3p5MTP": _NO_RECIPE,
+    "ExaoneMoeMTP": _dense("the draft of EXAONE-MoE has no experts"),
     "ExaoneMoEForCausalLM": _same("ExaoneMoeForCausalLM"),
     "Gemma4UnifiedForConditionalGeneration": _wraps("Gemma4ForCausalLM"),
     "Glm5NextForConditionalGeneration": _wraps("Glm5NextForCausalLM"),
@@ -52,9 +49,9 @@ NOT_IN_THE_ZOO = {
     "GlmOcrMTPModel": _dense("GLM-OCR has no experts, its draft shares code with GLM-4-MoE's"),
     "HYV4MTPModel": _wraps("HYV4ForCausalLM"),
     "HfMoondream": "its experts are no RoutedExperts; no recipe yet",
-    "InklingForCausalLM": _NO_RECIPE,
-    "InklingForConditionalGeneration": _NO_RECIPE,
-    "InklingMTPModel": _NO_RECIPE,
+    "InklingForCausalLM": _INKLING,
+    "InklingForConditionalGeneration": _INKLING,
+    "InklingMTPModel": _INKLING,
     "InternS2MobiusForConditionalGeneration": _NO_RECIPE,
     "InternS2MobiusMTP": _NO_RECIPE,
     "InternS2PreviewForConditionalGeneration": _wraps("Qwen3_5MoeForConditionalGeneration"),

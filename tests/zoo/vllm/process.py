@@ -104,6 +104,18 @@ def _know_every_model_type() -> None:
         kind = recipe.config["model_type"]
         if kind not in CONFIG_MAPPING and kind not in _CONFIG_REGISTRY:
             name = f"Config_{kind}"
-            made = type(name, (PretrainedConfig,), {"model_type": kind, "__module__": __name__})
+            own = {"model_type": kind, "__module__": __name__}
+            if "vision_config" in recipe.config and "text_config" not in recipe.config:
+                own["__post_init__"] = _with_vision
+            made = type(name, (PretrainedConfig,), own)
             globals()[name] = made  # a worker's config arrives as a pickle
             AutoConfig.register(kind, made)
+
+
+def _with_vision(self: Any, vision_config: Any = None, **kwargs: Any) -> None:
+    """A config's ``vision_config`` as a config of its own, where no class of transformers makes it one."""
+    from transformers import PretrainedConfig
+
+    if isinstance(vision_config, dict):
+        vision_config = PretrainedConfig(**vision_config)
+    PretrainedConfig.__post_init__(self, vision_config=vision_config, **kwargs)

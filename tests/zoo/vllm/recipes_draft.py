@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.zoo.checkpoint import WIDTH, Part
 from tests.zoo.vllm.recipe import MAMBA_BLOCK, Recipe, make, separate, stacked
-from tests.zoo.vllm.recipes_more import _LINEAR
+from tests.zoo.vllm.recipes_more import _LINEAR, _STEP
 from tests.zoo.vllm.recipes_text import BAILING, DEEPSEEK, MLA
 
 _MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
@@ -43,6 +43,12 @@ RECIPES = [
     _draft("Qwen3_5MoeMTP", "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", stacked(_OWN_LAYER), 0,
            num_experts=8, shared_expert_intermediate_size=WIDTH, partial_rotary_factor=0.5,
            mtp_num_hidden_layers=1, **_LINEAR),
+    _draft("Step3p5MTP", "Step3p5ForCausalLM", "step3p5", _STEP, moe_num_experts=8, moe_top_k=2,
+           norm_expert_weight=True, share_expert_dim=WIDTH, moe_layers_enum="1,2",
+           moe_router_scaling_factor=1.0, moe_router_activation="sigmoid",
+           use_moe_router_bias=True, need_fp32_gate=True, num_attention_groups=2,
+           att_impl_type="GQA", layer_types=None, sliding_window=32,
+           unbuildable="mtp_block.moe.experts.w"),
     _draft("BailingMoeV25MTPModel", "BailingMoeV2_5ForCausalLM", "bailing_hybrid", separate(),
            unbuildable=MAMBA_BLOCK,
            layer_group_size=2, **BAILING | MLA),

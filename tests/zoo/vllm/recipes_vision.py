@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import Recipe, config, make, stacked
+from tests.zoo.vllm.recipe import Recipe, config, make, separate, stacked
 from tests.zoo.vllm.recipes_more import _LINEAR
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -17,7 +20,7 @@ def _with_text(
     layers: tuple[int, ...] = (0, 1), vision: dict[str, Any] | None = None,
     whole: dict[str, Any] | None = None, **text: Any,
 ) -> Recipe:  # fmt: skip
-    of_recipe = {key: text.pop(key) for key in ("ranks_differ", "owner") if key in text}
+    of_recipe = {key: text.pop(key) for key in ("ranks_differ", "unbuildable") if key in text}
     inner = config("", text_type, **text)
     del inner["architectures"]
     return make(
@@ -26,8 +29,52 @@ def _with_text(
     )  # fmt: skip
 
 
+_FOURIER = _MROPE | {"fope_init_factor": 0.1, "fope_sep_head": True, "num_inv_freq": 16}
+
+
+@dataclass(frozen=True)
+class _Vision(Part):
+    """A tensor of the experts for images, numbered behind those for text; the same values of no matter."""
+
+    def tensors(self, layer: int, experts: int) -> dict[str, np.ndarray]:
+        """Name -> tensor of one layer."""
+        return {
+            self.name.format(layer=layer, expert=experts + e): self.of_expert(layer, experts + e)
+            for e in range(experts)
+        }
+
+
+def _thinker(inner: dict[str, Any]) -> dict[str, Any]:
+    """Qwen3-Omni's config in its config."""
+    del inner["architectures"]
+    return {
+        "thinker_config": {
+            "text_config": inner,
+            "vision_config": _QWEN_EYES | dict(apply_vit_abs_pos_embed=True),
+            "audio_config": dict(encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32,
+                                 d_model=32, output_dim=HIDDEN, downsample_hidden_size=16),
+        },
+        "enable_audio_output": False,
+    }  # fmt: skip
+
+
 _QWEN_EYES = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=HIDDEN,
                   deepstack_visual_indexes=[0], patch_size=16, num_position_embeddings=16, image_size=32)  # fmt: skip
+
+_ERNIE = make(
+    "Ernie4_5_VLMoeForConditionalGeneration", "ernie4_5_moe_vl", separate(), (1,),
+    owner="text_experts", engine={"language_model_only": True}, vision_config=dict(
+        depth=1, embed_dim=32, hidden_size=32, hidden_act="quick_gelu", mlp_ratio=2, num_heads=2,
+        in_channels=3, patch_size=14, spatial_merge_size=2),
+    pixel_hidden_size=32, spatial_conv_size=2, temporal_conv_size=2, use_temporal_conv=True,
+    im_patch_id=99, rope_scaling={"mrope_section": [4, 4, 8]}, moe_num_experts=[8, 8], moe_k=2,
+    moe_num_shared_experts=1, moe_intermediate_size=[WIDTH, WIDTH], moe_layer_start_index=[1, 1],
+    moe_layer_end_index=[1, 1], moe_layer_interval=1, use_bias=False, freq_allocation=4,
+)  # fmt: skip
+_ERNIE = replace(
+    _ERNIE,
+    parts=(*_ERNIE.parts, *(_Vision(part.name, "", part.shape) for part in _ERNIE.parts)),
+)
 
 RECIPES = [
     _with_text("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", "qwen3_vl_moe_text",
@@ -68,4 +115,15 @@ RECIPES = [
                ranks_differ=(
                    "vLLM sums the shared experts' answers over the ranks twice, in their own MLP and "
                    "in the MoE layer")),
+    _with_text("InternS1ProForConditionalGeneration", "qwen3_vl_moe", "qwen3_vl_moe_text",
+               stacked("model.language_model.layers.{layer}.mlp.experts.", transposed=True),
+               vision=_QWEN_EYES, num_experts=8, decoder_sparse_step=1, mlp_only_layers=[],
+               norm_topk_prob=True, rope_scaling=_FOURIER, rope_parameters=_FOURIER,
+               unbuildable="object has no attribute 'model_config'"),
+    make("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe",
+         separate("thinker.model.layers.{layer}.mlp.experts.{expert}."),
+         engine={"language_model_only": True}, **_thinker(config(
+             "", "qwen3_omni_moe_text", num_experts=8, decoder_sparse_step=1, mlp_only_layers=[],
+             norm_topk_prob=True, rope_parameters=_MROPE))),
+    _ERNIE,
 ]  # fmt: skip
