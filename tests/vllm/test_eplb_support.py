@@ -1,4 +1,4 @@
-"""Models that vLLM's EPLB cannot move are refused by name, where vLLM stops at them and where it does not."""
+"""Models that vLLM's EPLB cannot move are refused by name, whether vLLM stops at them or not."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Which models vLLM's EPLB can move: the others are refused by name while they are built or loaded.
 
-vLLM leaves some of them where they are without a word, and stops at others with an assertion of its own.
+vLLM leaves some of them where they are without a word, and stops at others with an assertion of
+its own.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def refusing_unsupported(architecture: str) -> Iterator[None]:
         architecture: of the model that is built meanwhile.
 
     Raises:
-        PlacementError: for layers that get redundant experts but not EPLB (vLLM's bare assertion), and for methods of
-            quantization and models that vLLM itself refuses.
+        PlacementError: for layers that get redundant experts but not EPLB (vLLM's bare assertion),
+            and for methods of quantization and models that vLLM itself refuses.
     """
     try:
         yield
@@ -44,7 +45,8 @@ def refusing_unsupported(architecture: str) -> Iterator[None]:
         if "Redundant experts are only supported with EPLB" not in str(error):
             raise
         raise PlacementError(
-            f"{architecture} builds its MoE layers with redundant experts and without EPLB, which vLLM does not allow: {MEND}"
+            f"{architecture} builds its MoE layers with redundant experts and without EPLB, which "
+            f"vLLM does not allow: {MEND}"
         ) from error
     except NotImplementedError as error:
         text = str(error)
@@ -57,7 +59,8 @@ def refusing_unsupported(architecture: str) -> Iterator[None]:
 
 
 def check_supported(model: Any) -> None:
-    """Refuse a model whose experts EPLB does not move: vLLM would serve it with its own placement, without a word.
+    """Refuse a model whose experts EPLB does not move: vLLM would serve it with its own placement,
+    without a word.
 
     Raises:
         PlacementError: naming the model.
@@ -82,7 +85,8 @@ def check_supported(model: Any) -> None:
 
 
 def check_slots(state: Any, placement: Placement) -> None:
-    """Refuse a model that takes no redundant experts, whatever EPLB was told (Gemma 4): the plan has slots that it lacks.
+    """Refuse a model that takes no redundant experts, whatever EPLB was told (Gemma 4): the plan has
+    slots that it lacks.
 
     Raises:
         PlacementError: naming the model and both numbers of slots.
@@ -90,6 +94,7 @@ def check_slots(state: Any, placement: Placement) -> None:
     slots = state.physical_to_logical_map.shape[1]
     if slots != placement.num_slots:
         raise PlacementError(
-            f"{state.model_name} has {slots} slots per layer under EPLB, the placement has {placement.num_slots}: vLLM gives this "
-            "model no redundant experts; use --eplb-config.num_redundant_experts 0"
+            f"{state.model_name} has {slots} slots per layer under EPLB, the placement has "
+            f"{placement.num_slots}: vLLM gives this model no redundant experts; use "
+            "--eplb-config.num_redundant_experts 0"
         )

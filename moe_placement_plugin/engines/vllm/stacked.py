@@ -29,7 +29,9 @@ PICKS = {"GptOssModel": "block", "Llama4Model": "ascending"}
 """Class of a model, or of a base of it -> which rows of a stacked tensor it copies to a rank."""
 
 BRINGS_NO_REPLICAS = ("Step3p5Model",)
-"""Models that count logical experts while they load, under EPLB too: their replicas are filled from the first copies."""
+"""Models that count logical experts while they load, under EPLB too: their replicas are filled from
+the first copies.
+"""
 
 _STACKED = re.compile(r"(?:^|\.)experts\.(?!\d+\.)(?P<rest>(?!.*correction_bias)[^.]+(?:\.\w+)?)$")
 _SPLITS = "_try_load_streamed_expert"
