@@ -21,11 +21,10 @@ _READ = (
     "num_expert_groups",
     "num_logical_experts",
     "num_physical_experts",
-    "num_local_physical_experts",
     "num_routed_experts",
     "num_redundant_experts",
 )
-"""Attributes of a model that EPLB reads."""
+"""Attributes of a model that EPLB reads, some of them (the groups) at the first rebalance only."""
 
 
 @contextmanager
