@@ -23,7 +23,7 @@ _WEIGHT = re.compile(r"w\d+_q?weight(_packed)?")
 """Names of the matrices that every checkpoint must fill; scales and zero points may keep their defaults."""
 
 _BIAS = re.compile(r"w\d+_(weight_)?bias")
-"""Names of the biases that a checkpoint must fill where the layer was built with them: SGLang leaves them uninitialised."""
+"""Names of the biases that a checkpoint must fill where the layer was built with them: unquantized ones are uninitialised."""
 
 _MUST_FILL = "_moe_placement_weights"
 """Attribute of a `FusedMoE`: names of those parameters, as they were when the layer was built."""
@@ -124,7 +124,8 @@ def bringing(layer: Any, weight_name: str, shard: str, expert: int) -> Iterator[
 def note_slot(layer: Any, param: Any, weight_name: str, shard: str, slot: int) -> None:
     """A loader is about to write a slot of this rank.
 
-    Weight matrices count, and biases of layers that were built with them; a slot that was not reached through the map of experts does not.
+    Weight matrices count, and biases of layers that were built with them; a slot that was not reached through the map
+    of experts does not.
 
     Raises:
         PlacementError: when the map in force has another expert there; nothing has been written yet.
@@ -201,7 +202,7 @@ def check(name: str, layer: Any) -> None:
         if not shards and weight.endswith("bias") and not any(w == weight for w, _ in brought):
             raise PlacementError(
                 f"{name}: the checkpoint brought no {weight}, with which this layer was built: the biases of rank "
-                f"{layer.moe_ep_rank} would be whatever the memory holds; use a checkpoint with the experts' biases"
+                f"{layer.moe_ep_rank} would stay unset; use a complete checkpoint, which has the experts' biases"
             )
         if not shards or (len(half) == 1 and getattr(config, "is_gated", True)):
             what = f"but {half.pop()} " if half else ""
