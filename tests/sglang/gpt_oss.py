@@ -7,6 +7,7 @@ with sinks in the place of ``triton``; what the experts do is the engine's own.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,18 @@ def install(folder: Path) -> str:
 def register() -> None:
     """The entry point."""
     from sglang.srt.layers.attention import attention_registry
+    from sglang.srt.utils import common
 
     attention_registry.ATTENTION_BACKENDS["triton"] = _native_with_sinks
+    # By the back end's name SGLang would write its tables of tokens with Triton kernels, which a CPU cannot run.
+    named = common.support_triton
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("support_triton") is named:
+            module.support_triton = _no_triton
+
+
+def _no_triton(backend: str) -> bool:
+    return False
 
 
 def _native_with_sinks(runner: Any) -> Any:

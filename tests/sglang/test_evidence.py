@@ -16,11 +16,14 @@ from moe_placement_plugin.placement import Placement
 class Weights(torch.nn.Module):
     """As much of a ``FusedMoE`` as loaders and checks look at: layer 1, rank 1 of 2, three slots."""
 
-    def __init__(self, names=("w13_weight", "w2_weight")):
+    def __init__(self, names=("w13_weight", "w2_weight"), biases=False, with_bias=False):
         super().__init__()
         self.layer_id, self._num_local_routed, self.moe_ep_rank = 1, 3, 1
+        self.with_bias = with_bias
         for name in names:
             self.register_parameter(name, torch.nn.Parameter(torch.zeros(3, 2, 2)))
+            if biases:
+                self.register_parameter(f"{name}_bias", torch.nn.Parameter(torch.zeros(3, 2)))
         self.register_parameter("w2_weight_scale", torch.nn.Parameter(torch.zeros(3, 1)))
         evidence.note_built(self)
 
@@ -56,6 +59,54 @@ def load(layer, weight, shard, experts=range(4), leave_out=(), slot_of=None):
 def whole(layer, **changes):
     for weight, shard in (("w13_weight", "w1"), ("w13_weight", "w3"), ("w2_weight", "w2")):
         load(layer, weight, shard, **changes)
+
+
+BIASES = (("w13_weight_bias", "w1"), ("w13_weight_bias", "w3"), ("w2_weight_bias", "w2"))
+
+
+def test_a_layer_with_biases_passes_when_they_came():
+    layer = Weights(biases=True, with_bias=True)
+    whole(layer)
+    for weight, shard in BIASES:
+        load(layer, weight, shard)
+    evidence.check("mlp", layer)
+
+
+@pytest.mark.parametrize("weight", ["w13_weight_bias", "w2_weight_bias"])
+def test_biases_that_the_checkpoint_lacks_are_noticed(weight):
+    """A bias comes under the shard of its weight, which is no evidence of the bias."""
+    layer = Weights(biases=True, with_bias=True)
+    whole(layer)
+    for other, shard in BIASES:
+        if other != weight:
+            load(layer, other, shard)
+    with pytest.raises(PlacementError, match=f"mlp: the checkpoint brought no {weight}.* rank 1"):
+        evidence.check("mlp", layer)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"experts": range(3)}, "brought w2's bias of 3 of 4 experts, expert 3 is missing"),
+        ({"leave_out": (1,)}, "nothing filled slot 1 of rank 1 with w2's bias of expert 0"),
+        ({"slot_of": lambda expert: []}, "nothing was seen to fill w2_weight_bias of the slots"),
+    ],
+)
+def test_a_bias_that_is_not_there_for_every_slot_is_noticed(fault, message):
+    layer = Weights(biases=True, with_bias=True)
+    whole(layer)
+    for weight, shard in BIASES:
+        load(layer, weight, shard, **(fault if shard == "w2" else {}))
+    with pytest.raises(PlacementError, match=message):
+        evidence.check("mlp", layer)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_model_without_biases_needs_none(biases):
+    """MXFP4 layers have bias parameters, of zeros, for models without biases too."""
+    layer = Weights(biases=biases)
+    whole(layer)
+    evidence.check("mlp", layer)
 
 
 def test_a_layer_that_was_filled_by_the_map_passes():

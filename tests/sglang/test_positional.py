@@ -70,6 +70,7 @@ def gpt_oss(placement: Placement, rank: int):
         def __init__(self, number: int):
             torch.nn.Module.__init__(self)
             self.layer_id, self.moe_ep_rank, self.moe_ep_size = number, rank, placement.num_ranks
+            self.with_bias = True
             self.moe_tp_rank, self.moe_tp_size = 0, 1
             self._num_global_routed = placement.num_slots
             self._num_local_routed = placement.num_slots // placement.num_ranks
@@ -107,12 +108,13 @@ def load_mxfp4(monkeypatch):
     own = engine.GptOssForCausalLM._load_mxfp4_experts_weights
     own = getattr(own, "__wrapped__", own)
 
-    def load(model, placement, rank, hook=positional.load_gpt_oss_mxfp4):
+    def load(model, placement, rank, hook=positional.load_gpt_oss_mxfp4, without=()):
         parallel = types.SimpleNamespace(
             moe_tp_rank=0, moe_tp_size=1, moe_ep_rank=rank, moe_ep_size=placement.num_ranks
         )
         monkeypatch.setattr(engine, "get_parallel", lambda: parallel)
-        return hook(own, model, tensors().items())
+        kept = [(n, t) for n, t in tensors().items() if not n.endswith(tuple(without))]
+        return hook(own, model, kept)
 
     return load
 
@@ -132,6 +134,17 @@ def test_gpt_oss_in_mxfp4_fills_every_slot_with_its_expert(placed, load_mxfp4):
                     getattr(block.mlp.experts, name), rows.reshape(len(held), *shape)
                 ), (rank, number, name)
             evidence.check(f"layers.{number}.mlp", block.mlp.experts)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "parameter"),
+    [("gate_up_proj_bias", "w13_weight_bias"), ("down_proj_bias", "w2_weight_bias")],
+)
+def test_gpt_oss_without_its_biases_is_refused(placed, load_mxfp4, lacking, parameter):
+    model = gpt_oss(placed, 0)
+    load_mxfp4(model, placed, 0, without=(lacking,))
+    with pytest.raises(PlacementError, match=f"the checkpoint brought no {parameter}"):
+        evidence.check("layers.0.mlp", model.model.layers[0].mlp.experts)
 
 
 def test_without_the_order_of_the_slots_gpt_oss_in_mxfp4_is_refused(placed, load_mxfp4):

@@ -20,7 +20,10 @@ from ...errors import PlacementError
 from . import settings
 
 _WEIGHT = re.compile(r"w\d+_q?weight(_packed)?")
-"""Names of the parameters that every checkpoint must fill; scales and zero points may keep their defaults."""
+"""Names of the matrices that every checkpoint must fill; scales and zero points may keep their defaults."""
+
+_BIAS = re.compile(r"w\d+_(weight_)?bias")
+"""Names of the biases that a checkpoint must fill where the layer was built with them: unquantized ones are uninitialised."""
 
 _MUST_FILL = "_moe_placement_weights"
 """Attribute of a `FusedMoE`: names of those parameters, as they were when the layer was built."""
@@ -28,8 +31,8 @@ _MUST_FILL = "_moe_placement_weights"
 ALL_SHARDS = "all"
 """Instead of a shard, for a tensor that has all of them."""
 
-# (layer, shard) -> logical experts that the checkpoint brought; forgotten once they have been checked.
-_brought: dict[tuple[int, str], set[int]] = defaultdict(set)
+# (layer, weight, shard) -> logical experts that the checkpoint brought; forgotten once they have been checked.
+_brought: dict[tuple[int, str, str], set[int]] = defaultdict(set)
 
 # (layer, weight, shard) -> slots of this rank that were written; forgotten with the above.
 _filled: dict[tuple[int, str, str], set[int]] = defaultdict(set)
@@ -90,23 +93,26 @@ def experts_of_map() -> int | None:
 
 
 def note_built(layer: Any) -> None:
-    """Note which weights of a new ``FusedMoE`` a checkpoint must fill: kernels may replace them after loading."""
+    """Note which weights of a new ``FusedMoE`` a checkpoint must fill: kernels may replace them after loading.
+
+    MXFP4 layers have bias parameters of zeros even where the model has no biases (``with_bias`` False): these may stay.
+    """
     from torch.nn.parameter import UninitializedParameter
 
+    biased = bool(getattr(layer, "with_bias", False))
     weights = tuple(
         name
         for name, param in layer.named_parameters(recurse=False)
-        if _WEIGHT.fullmatch(name)
-        and not isinstance(param, UninitializedParameter)
-        and param.dim() >= 3
+        if not isinstance(param, UninitializedParameter)
+        and ((_WEIGHT.fullmatch(name) and param.dim() >= 3) or (biased and _BIAS.fullmatch(name)))
     )
     object.__setattr__(layer, _MUST_FILL, weights)
 
 
 @contextmanager
-def bringing(layer: Any, shard: str, expert: int) -> Iterator[None]:
+def bringing(layer: Any, weight_name: str, shard: str, expert: int) -> Iterator[None]:
     """A loader brings one logical expert; what it fills meanwhile is checked against the map."""
-    _brought[layer.layer_id, shard].add(expert)
+    _brought[layer.layer_id, _short(weight_name), shard].add(expert)
     before = getattr(_thread, "expert", None)
     _thread.expert = expert
     try:
@@ -118,7 +124,8 @@ def bringing(layer: Any, shard: str, expert: int) -> Iterator[None]:
 def note_slot(layer: Any, param: Any, weight_name: str, shard: str, slot: int) -> None:
     """A loader is about to write a slot of this rank.
 
-    Weight matrices count; a slot that was not reached through the map of experts does not.
+    Weight matrices count, and biases of layers that were built with them; a slot that was not reached through the map
+    of experts does not.
 
     Raises:
         PlacementError: when the map in force has another expert there; nothing has been written yet.
@@ -134,18 +141,27 @@ def note_slot(layer: Any, param: Any, weight_name: str, shard: str, slot: int) -
             f"{layer.moe_ep_rank}, which holds expert {held}: it goes round SGLang's map of experts; use "
             "--load-format auto with the model's original checkpoint, or leave the placement flags out"
         )
-    if param.dim() >= 3:
-        _filled[layer.layer_id, _short(weight_name), shard].add(slot)
+    weight = _short(weight_name)
+    if param.dim() >= 3 or weight in getattr(layer, _MUST_FILL, ()):
+        _filled[layer.layer_id, weight, shard].add(slot)
 
 
 def note_all(layer: Any, weight_name: str, shard: str, experts: int) -> None:
     """All slots of this rank were written from a tensor of all ``experts``, by the map."""
-    _brought[layer.layer_id, shard].update(range(experts))
-    _filled[layer.layer_id, _short(weight_name), shard].update(range(layer._num_local_routed))
+    key = layer.layer_id, _short(weight_name), shard
+    _brought[key].update(range(experts))
+    _filled[key].update(range(layer._num_local_routed))
 
 
 def _short(weight_name: str) -> str:
     return weight_name.rpartition(".")[2]
+
+
+def _part(weight: str, shard: str) -> str:
+    """What messages call a part of an expert."""
+    if shard == ALL_SHARDS:
+        return weight
+    return f"{shard}'s bias" if weight.endswith("bias") else shard
 
 
 def check(name: str, layer: Any) -> None:
@@ -159,7 +175,7 @@ def check(name: str, layer: Any) -> None:
         PlacementError: naming the weight, the slot and the expert.
     """
     number, held = layer.layer_id, experts_of_slots(layer)
-    brought = {shard: experts for (n, shard), experts in _brought.items() if n == number}
+    brought = {(weight, s): experts for (n, weight, s), experts in _brought.items() if n == number}
     if not brought:
         raise PlacementError(
             f"{name}: its weights did not come through FusedMoE's loader, so that the placement was not heeded: use "
@@ -169,19 +185,25 @@ def check(name: str, layer: Any) -> None:
     if known is None:  # a draft's own order: slots beyond its experts are never routed to
         known = 1 + max(max(experts) for experts in brought.values())
         held = np.where(held < known, held, -1)
-    every = set(range(known))
-    for shard, experts in brought.items():
+    every, needed = set(range(known)), getattr(layer, _MUST_FILL, ())
+    for (weight, shard), experts in brought.items():
         missing = sorted(every - experts)
-        if missing:
+        if missing and (weight in needed or not needed):
+            part = _part(weight, shard)
             raise PlacementError(
-                f"{name}: the checkpoint brought {shard} of {len(every) - len(missing)} of {len(every)} experts, expert "
+                f"{name}: the checkpoint brought {part} of {len(every) - len(missing)} of {len(every)} experts, expert "
                 f"{missing[0]} is missing: its slots hold no weights; use a complete checkpoint"
             )
     filled = {(weight, s): slots for (n, weight, s), slots in _filled.items() if n == number}
-    for weight in getattr(layer, _MUST_FILL, ()):
+    for weight in needed:
         shards = {shard for w, shard in filled if w == weight}
         half = shards & {"w1", "w3"}
         config = getattr(layer, "moe_runner_config", None)
+        if not shards and weight.endswith("bias") and not any(w == weight for w, _ in brought):
+            raise PlacementError(
+                f"{name}: the checkpoint brought no {weight}, with which this layer was built: the biases of rank "
+                f"{layer.moe_ep_rank} would stay unset; use a complete checkpoint, which has the experts' biases"
+            )
         if not shards or (len(half) == 1 and getattr(config, "is_gated", True)):
             what = f"but {half.pop()} " if half else ""
             raise PlacementError(
@@ -193,7 +215,7 @@ def check(name: str, layer: Any) -> None:
     for (weight, shard), slots in filled.items():
         empty = sorted(wanted - slots)
         if empty:
-            part = weight if shard == ALL_SHARDS else shard
+            part = _part(weight, shard)
             more = f", nor {len(empty) - 1} more slots" if len(empty) > 1 else ""
             raise PlacementError(
                 f"{name}: nothing filled slot {empty[0]} of rank {layer.moe_ep_rank} with {part} of expert "

@@ -94,7 +94,7 @@ def load(
     elif not expert_reader.intercepted(
         self, param, loaded_weight, weight_name, shard_id, expert_id
     ):
-        with evidence.bringing(self, shard_id, int(expert_id)):
+        with evidence.bringing(self, weight_name, shard_id, int(expert_id)):
             original(self, param, loaded_weight, weight_name, shard_id, expert_id)
 
 

@@ -55,7 +55,8 @@ RIGHT: tuple[Right, ...] = (
     Right(
         "fused (3D) unquantized checkpoints, as gpt-oss in bf16",
         "each rank takes the rows of its slots by the map in force, also in an update after rebalances",
-        "gpt-oss's and FusedMoE's own loaders, slot by slot on every rank; serving it awaits the engine tier",
+        "served on the CPU engine with an attention back end that the tests lend it: zigzag, a shuffled plan, and EPLB with redundant experts "
+        "and new weights from disk; logprobs equal one rank's",
     ),
     Right(
         "gpt-oss in MXFP4, where its kernel takes routed slots (not `triton_kernel`, not `flashinfer_mxfp4`)",
@@ -63,7 +64,7 @@ RIGHT: tuple[Right, ...] = (
         "the model's own loader, slot by slot on every rank; not served",
     ),
     Right(
-        "Qwen2-MoE, Qwen3-Next, Qwen3.5, Qwen3-VL-MoE, MiniMax-M2, gpt-oss in bf16, DeepSeek-V2 and V3, Kimi, GLM-4-MoE-Lite, "
+        "Qwen2-MoE, Qwen3-Next, Qwen3.5, Qwen3-VL-MoE, MiniMax-M2, DeepSeek-V2 and V3, Kimi, GLM-4-MoE-Lite, "
         "MiMo, Step 3.5, EXAONE, SDAR, Sarvam and others with `get_model_config_for_expert_location`",
         "as Qwen3-MoE; the loader checks that every expert of every MoE layer went through the map, and refuses to serve if not",
         "read, not served",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .checkpoints import REDUNDANT
@@ -17,7 +18,16 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 }
 """Placement -> arguments of ``ServerArgs``; those but zigzag come with a plan file, see `checkpoints.slots`."""
 
-BY_NAME: dict[str, Recipe] = {recipe.name: recipe for recipe in (*RECIPES, *QUANTIZED, *REFUSED)}
+WITHOUT_BIASES = replace(
+    next(recipe for recipe in RECIPES if recipe.name == "GptOssForCausalLM"),
+    variant="without-biases",
+    without=("_proj_bias",),
+)
+"""An incomplete checkpoint: the biases of its experts are missing, under whose shards the matrices come too."""
+
+BY_NAME: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (*RECIPES, *QUANTIZED, *REFUSED, WITHOUT_BIASES)
+}
 
 
 def name_of(recipe: Recipe, placement: str) -> str:
@@ -43,10 +53,14 @@ def all_cases() -> list[dict[str, Any]]:
         for placement, arguments in PLACEMENTS.items()
         if recipe.moe or placement == "zigzag"
     ]
-    return [*cases, MISTAKEN]
+    return [*cases, MISTAKEN, INCOMPLETE]
 
 
 MISTAKEN = {
     "name": "mistaken", "recipe": "Qwen3MoeForCausalLM", "placement": "zigzag", "arguments": PLACEMENTS["zigzag"], "examined": "shuffled",
 }  # fmt: skip
 """Loaded by one map, examined by another: what an engine would look like whose loader heeds no map."""
+
+INCOMPLETE = {
+    "name": "incomplete", "recipe": WITHOUT_BIASES.name, "placement": "zigzag", "arguments": PLACEMENTS["zigzag"],
+}  # fmt: skip

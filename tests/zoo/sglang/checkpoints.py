@@ -57,7 +57,9 @@ def write(recipe: Recipe, folder: Path, tensors: Tensors | None = None) -> Path:
         for name, tensor in (tensors or recipe.tensors()).items()
     }
     floats = {
-        name: t.view(torch.float8_e4m3fn) for name, t in found.items() if t.dtype == torch.uint8
+        name: t.view(torch.float8_e4m3fn)
+        for name, t in found.items()
+        if t.dtype == torch.uint8 and not recipe.packed
     }
     save_file(found | floats, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -66,12 +66,15 @@ class Ranks:
             self.workers.append((process, ours))
         os.environ.pop("SGLANG_PLUGINS")
 
-    def ask(self, *job: Any) -> list[dict[str, Any]]:
-        """Each rank's answer."""
+    def ask(self, *job: Any) -> None:
+        """Give each rank the job; `answers` waits for what they say."""
         if not self.workers:
             self.start()
         for _, pipe in self.workers:
             pipe.send(job)
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Each rank's answer."""
         answers, end = [], time.monotonic() + SECONDS
         for rank, (process, pipe) in enumerate(self.workers):
             try:
@@ -135,27 +138,30 @@ def run(
             checkpoints.write_plan(recipe, case["placement"], file)
         )
     if case["placement"] == "outline":
-        return {
-            "one": one.ask(
-                arguments_of(values | {"tp_size": 1, "ep_size": 1}), recipe.name, "outline"
-            )[0]
-        }
+        one.ask(arguments_of(values | {"tp_size": 1, "ep_size": 1}), recipe.name, "outline")
+        return {"one": one.answers()[0]}
     try:
         arguments = arguments_of(values | {"tp_size": 2, "ep_size": 2} | placed)
     except ValueError as error:
         if type(error).__name__ != "PlacementError":
             raise
         return {"refused": str(error)}
-    ranks = two.ask(arguments, recipe.name, case.get("examined", case["placement"]))
-    if all(rank.get("refused") for rank in ranks):
-        return {"refused": ranks[0]["refused"], "late": True}
+    alone = None
     if recipe.name not in known:
         alone = arguments_of(values | {"tp_size": 1, "ep_size": 1})
-        known[recipe.name] = one.ask(alone, recipe.name, "linear")[0]
+    two.ask(arguments, recipe.name, case.get("examined", case["placement"]))
+    if alone is not None:  # meanwhile: ranks mostly wait for each other
+        one.ask(alone, recipe.name, "linear")
+    ranks = two.answers()
+    if alone is not None:
+        known[recipe.name] = one.answers()[0]
+    if all(rank.get("refused") for rank in ranks):
+        return {"refused": ranks[0]["refused"], "late": True}
     return {"ranks": ranks, "one": known[recipe.name]}
 
 
 def main() -> None:
+    _warm()  # imports SGLang meanwhile
     importlib.import_module("tests.zoo.sglang.standins")  # before SGLang
     from sglang.srt.plugins import load_plugins
 

@@ -78,6 +78,16 @@ MINIMAX3 = {
     "moe_layer_freq": [0, 1, 1],
     "routed_scaling_factor": 2.0,
 }
+GPT_OSS = BASE | {
+    "model_type": "gpt_oss",
+    "num_local_experts": EXPERTS,
+    "intermediate_size": WIDTH,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "swiglu_limit": 7.0,
+    "rope_scaling": None,
+}
 NO_REDUNDANCY = {"replicas": "the model asserts that there are none"}
 
 OTHERS: tuple[Recipe, ...] = (
@@ -149,17 +159,7 @@ OTHERS: tuple[Recipe, ...] = (
     ),
     Recipe(
         "GptOssForCausalLM",
-        BASE
-        | {
-            "model_type": "gpt_oss",
-            "num_local_experts": EXPERTS,
-            "intermediate_size": WIDTH,
-            "attention_bias": True,
-            "sliding_window": 128,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            "swiglu_limit": 7.0,
-            "rope_scaling": None,
-        },
+        GPT_OSS,
         ALL,
         MLP,
         (

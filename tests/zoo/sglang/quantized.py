@@ -1,4 +1,4 @@
-"""Quantized checkpoints of Qwen3-MoE: the tensors of each expert as the loader gets them.
+"""Quantized checkpoints, of Qwen3-MoE and gpt-oss: the tensors of the experts as the loader gets them.
 
 They are compared as they lie after loading: what SGLang makes of them afterwards (`process_weights_after_loading`) needs kernels that a CPU
 without AMX has not, and works within a slot.
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .others import GPT_OSS
 from .recipe import ALL, BASE, MLP, QWEN3, Recipe, Tensors, router
 from .values import EXPERTS, HIDDEN, WIDTH, seeded
 
@@ -106,8 +107,53 @@ def _compressed(kind: str, bits: int, strategy: str, **more: Any) -> dict[str, A
             "quantization_status": "compressed"}  # fmt: skip
 
 
+_MXFP4 = {
+    "gate_up_proj_blocks": ("w13_weight", (2 * WIDTH, HIDDEN // 32, 16)),
+    "gate_up_proj_scales": ("w13_weight_scale", (2 * WIDTH, HIDDEN // 32)),
+    "gate_up_proj_bias": ("w13_weight_bias", (2 * WIDTH,)),
+    "down_proj_blocks": ("w2_weight", (HIDDEN, WIDTH // 32, 16)),
+    "down_proj_scales": ("w2_weight_scale", (HIDDEN, WIDTH // 32)),
+    "down_proj_bias": ("w2_weight_bias", (HIDDEN,)),
+}
+"""Tensor of all experts in gpt-oss's MXFP4 checkpoints -> SGLang's parameter, and shape of one expert's part."""
+
+_SCALE_ONE = 127
+"""A scale of 1, an exponent of two with a bias."""
+
+
+@dataclass(frozen=True)
+class Mxfp4Recipe(Recipe):
+    """gpt-oss's own checkpoint: two 4-bit numbers in a byte, a scale for 32 of them, biases as they are."""
+
+    def tensors(self) -> Tensors:
+        found = super().tensors()
+        for layer in self.moe:
+            for name in _MXFP4:
+                parts = [self._part(name, layer, e) for e in range(EXPERTS)]
+                found[f"{self.block.format(layer=layer)}.experts.{name}"] = np.stack(parts)
+        return found
+
+    def padding(self, parameter: str) -> int:
+        return _SCALE_ONE if parameter.endswith("scale") else 0
+
+    def slot(self, layer: int, number: int) -> dict[str, np.ndarray]:
+        return {
+            parameter: self._part(name, layer, number).ravel()
+            for name, (parameter, _) in _MXFP4.items()
+        }
+
+    @staticmethod
+    def _part(name: str, layer: int, expert: int) -> np.ndarray:
+        shape, rng = _MXFP4[name][1], seeded(f"{name} {layer} {expert}")
+        if name.endswith("bias"):
+            return rng.standard_normal(shape).astype(np.float32)
+        return rng.integers(1, _SCALE_ONE if name.endswith("scales") else 256, shape).astype(
+            np.uint8
+        )
+
+
 _FP8 = Tensor("weight", "weight", "uint8", 1, 1)
-QUANTIZED: tuple[QuantizedRecipe, ...] = (
+QUANTIZED: tuple[Recipe, ...] = (
     _recipe("fp8-block", {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}, _FP8,
             Tensor("weight_scale_inv", "weight_scale_inv", "float32", 1 / 32, 1 / 32)),
     _recipe("fp8-per-tensor", {"quant_method": "fp8", "activation_scheme": "static"}, _FP8,
@@ -117,4 +163,7 @@ QUANTIZED: tuple[QuantizedRecipe, ...] = (
     _recipe("int4-packed", _compressed("int", 4, "group", group_size=32, actorder=None),
             Tensor("weight_packed", "weight_packed", "int32", 1, 1 / 8), Tensor("weight_scale", "weight_scale", "float32", 1, 1 / 32),
             unbuildable="Torch not compiled with CUDA enabled"),
+    Mxfp4Recipe("GptOssForCausalLM", GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, ALL, MLP,
+                (router("router.weight", "router.bias"),), variant="mxfp4", raw=True, packed=True,
+                engine={"attention_backend": "triton", "dtype": "bfloat16", "moe_runner_backend": "triton"}),
 )  # fmt: skip

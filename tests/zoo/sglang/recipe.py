@@ -87,6 +87,8 @@ class Recipe:
         unbuildable: what SGLang itself fails with on a CPU.
         rest: name and shape of tensors outside MoE layers, for a model that insists on having them all.
         raw: whether to look at the tensors as they were loaded, and not to run the layers.
+        without: ends of the names of tensors that are left out of the MoE layers.
+        packed: whether bytes in its tensors are packed numbers; they are 8-bit floats otherwise.
     """
 
     architecture: str
@@ -102,6 +104,8 @@ class Recipe:
     refused: dict[str, str] = field(default_factory=dict)
     unbuildable: str = ""
     raw: bool = False
+    packed: bool = False
+    without: tuple[str, ...] = ()
     rest: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
@@ -115,7 +119,11 @@ class Recipe:
         for layer in self.moe:
             for part in self.parts:
                 found |= part(self.block.format(layer=layer), layer)
-        return found
+        return {name: tensor for name, tensor in found.items() if not name.endswith(self.without)}
+
+    def padding(self, parameter: str) -> int:
+        """What the engine fills a parameter up with, where its kernels want it larger; no expert has such a value."""
+        return 0
 
     def slot(self, layer: int, number: int) -> dict[str, np.ndarray]:
         """SGLang's parameter -> all values that the slot of an expert should have in it, in any order."""

@@ -68,11 +68,16 @@ def _compare(layer: Any, recipe: Recipe, mine: list[int], found: Loaded) -> list
             continue
         found.tensors = sorted({*found.tensors, tensor})
         # Biases are widened once they have been loaded with the weights' own precision.
-        dtypes = [layer.w13_weight.dtype, held.dtype] if tensor.endswith("bias") else [held.dtype]
-        signatures = [signature(bytes_of(_kept(expert[tensor], dtypes))) for expert in experts]
+        dtypes = [held.dtype]
+        if tensor.endswith("bias") and layer.w13_weight.is_floating_point():
+            dtypes.insert(0, layer.w13_weight.dtype)
+        padding = recipe.padding(tensor)
+        signatures = [
+            signature(bytes_of(_kept(expert[tensor], dtypes)), padding) for expert in experts
+        ]
         for slot, wanted in enumerate(mine):
             found.slots += 1
-            here = signature(bytes_of(held[slot]))
+            here = signature(bytes_of(held[slot]), padding)
             if not np.array_equal(here, signatures[wanted]):
                 others = [e for e in range(EXPERTS) if np.array_equal(here, signatures[e])]
                 wrong.append(
@@ -98,10 +103,10 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().numpy()
 
 
-def signature(values: np.ndarray) -> np.ndarray:
-    """The values other than 0, sorted: no two experts have the same; layouts and padding are the engine's own affair."""
+def signature(values: np.ndarray, padding: int = 0) -> np.ndarray:
+    """The values other than the padding, sorted: no two experts have the same; layouts and padding are the engine's own affair."""
     flat = np.asarray(values).ravel()
-    return np.sort(flat[flat != 0])
+    return np.sort(flat[flat != padding])
 
 
 def _tokens(hidden: int, dtype: torch.dtype) -> torch.Tensor:

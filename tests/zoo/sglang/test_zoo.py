@@ -19,7 +19,7 @@ from tests.sglang.engines import ENV, ROOT, threads  # noqa: E402
 from tests.support.children import engine_lock, python, run_child  # noqa: E402
 
 from . import checkpoints, registered, table  # noqa: E402
-from .cases import MISTAKEN, PLACEMENTS, all_cases, expected_refusal, name_of  # noqa: E402
+from .cases import INCOMPLETE, MISTAKEN, PLACEMENTS, all_cases, expected_refusal, name_of  # noqa: E402
 from .quantized import QUANTIZED  # noqa: E402
 from .recipe import Recipe  # noqa: E402
 from .recipes import RECIPES  # noqa: E402
@@ -117,6 +117,11 @@ def test_a_slot_with_another_expert_is_noticed(results):
     """The comparison itself: loaded by one map, compared by another."""
     ranks = results[MISTAKEN["name"]]["ranks"]
     assert all("is not expert" in rank["wrong"][0] for rank in ranks)
+
+
+def test_a_checkpoint_without_biases_is_refused(results):
+    """SGLang itself would serve whatever memory holds in their place."""
+    assert "brought no w13_weight_bias" in results[INCOMPLETE["name"]].get("refused", "")
 
 
 def test_outputs_tell_experts_apart(results):
