@@ -34,6 +34,7 @@ def test_a_plan_wins_over_the_strategy(tmp_path, strategy):
     assert resolve_placement(strategy, path, SHAPE, TWO) == plan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["linear", "eplb"])
 def test_a_load_goes_to_eplb(tmp_path, strategy):
     counts = np.array([[[100, 100, 1, 1]] * 3])

@@ -25,6 +25,7 @@ def requests(draw):
     return PlacementRequest(layers, experts, Topology(ranks), redundant, load=ExpertLoad(counts))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(requests(), st.sampled_from(["linear", "balanced", "zigzag", "eplb"]))
 def test_every_strategy_gives_a_valid_even_placement(request_, name):
@@ -195,6 +196,7 @@ def test_soft_locality_brings_together_what_is_chosen_together():
         assert len(set(nodes[::2])) == 1 and len(set(nodes[1::2])) == 1 and nodes[0] != nodes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locality", ["node", "soft"])
 def test_groups_stay_on_their_nodes(locality):
     topology = Topology(4, (0, 1, 0, 1))

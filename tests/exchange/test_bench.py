@@ -32,6 +32,7 @@ def bench(path: Path, **given) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [False, True], ids=["read", "sent"])
 def test_dead_ranks_from_the_checkpoint_to_the_table(sent, tmp_path, capfd):
     """The bench itself compares the weights after each exchange with the checkpoint's."""

@@ -124,6 +124,7 @@ def test_nobody_dies(ranks):
     assert check_survivors(plan, results, None) == ("complete", False)
 
 
+@pytest.mark.slow
 def test_a_death_at_random(ranks):
     run_trials(ranks, range(24))
 

@@ -148,6 +148,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("triton"),
     reason="triton is not installed beside this engine",

@@ -119,6 +119,7 @@ def test_a_plan_for_other_nodes_is_warned_about(two_hosts, caplog):
     assert "made for EP ranks on nodes [0, 0, 1, 1], they lie on [0, 1, 0, 1]" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_rebalance_keeps_groups_on_the_real_nodes(two_hosts):
     """EPLB's planner gets the nodes that the ranks named, not equal runs of ranks, and so does the estimate of the exchange."""
     topology = session.topology(range(4))

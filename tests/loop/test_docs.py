@@ -16,6 +16,7 @@ PAGE = ROOT / "docs" / "loop.md"
 DASHBOARD = ROOT / "examples" / "grafana" / "expert-placement.json"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_commands_of_the_walk(tmp_path):
     """In order and in one directory, as a reader would."""

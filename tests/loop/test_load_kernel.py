@@ -85,10 +85,12 @@ def run(code: str, interpret: str = "1") -> None:
     assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_choices_are_counted_once_each():
     run(KERNELS)
 
 
+@pytest.mark.slow
 def test_both_compile_for_a_gpu_where_there_is_none():
     run(COMPILED, "0")
 

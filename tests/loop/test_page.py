@@ -151,6 +151,7 @@ def test_screenshot(page, tmp_path):
     assert shot.stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_figures_as_png(cli, tmp_path):
     pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
     path = tmp_path / "load.safetensors"

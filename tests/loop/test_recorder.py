@@ -70,6 +70,7 @@ def test_nothing_is_written_before_a_token_was_served(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_file_is_bounded(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(load_recorder.time, "time", lambda: clock[0])
@@ -228,6 +229,7 @@ def wait_for(path, tokens: int) -> None:
     assert recorded(path) == tokens
 
 
+@pytest.mark.slow
 def test_an_idle_engine_has_written_everything(tmp_path):
     """Servers kill their workers when they are stopped: what was counted must not wait for the window's end, nor other processes' parts."""
     path, sources = tmp_path / "load", [Source(), Source()]

@@ -18,6 +18,7 @@ from ..support.recordings import R1
 from .conftest import skewed
 
 
+@pytest.mark.slow
 def test_help_imports_neither_engine_nor_compiler():
     code = (
         "import sys, moe_placement_plugin.cli as c\n"
@@ -189,6 +190,7 @@ IMPORT_SECONDS = 0.7
 """Importing numba's compiler on the machine that the two seconds were stated for (two cores of an AMD EPYC, otherwise idle)."""
 
 
+@pytest.mark.slow
 def test_r1_plan_and_page_within_two_seconds(cli, tmp_path):
     """Two seconds on that machine, as many more as another one needs more for a process that only imports numba.
 
@@ -227,6 +229,7 @@ def test_r1_plan_and_page_within_two_seconds(cli, tmp_path):
     assert page.stat().st_size > 50_000
 
 
+@pytest.mark.slow
 def test_doctor(cli):
     pytest.importorskip("vllm", reason="no engine to examine here")
     data = json.loads(cli("doctor", "--engine", "vllm", "--json").stdout)["engines"][0]

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here")
+
+pytestmark = pytest.mark.slow  # imports vLLM
 import torch  # noqa: E402
 
 from moe_placement_plugin import PlacementError  # noqa: E402

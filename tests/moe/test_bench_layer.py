@@ -138,6 +138,7 @@ def test_token_traces_are_counted(tmp_path):
     assert (load.counts[0, 2] == np.bincount(ids[2].ravel(), minlength=16)).all()
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     load = tmp_path / "load.safetensors"
     synthetic_load(SHAPES["tiny"], 1.0).write(load)
@@ -204,6 +205,7 @@ def test_command_without_a_gpu():
         bench_command(shape="tiny", device="cuda")
 
 
+@pytest.mark.slow
 def test_staged_benchmark_runs(tmp_path):
     """Two gloo ranks: check, overhead and overlap to the end, with its own check passed."""
     script = os.path.join(os.path.dirname(__file__), "..", "..", "benchmarks", "staged_moe.py")

@@ -16,6 +16,7 @@ from moe_placement_plugin.moe.matmuls.engine import engine_function, require_par
 from ..support.children import ROOT, python, python_path, run_child
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [e for e in ("vllm", "sglang") if find_spec(e)])
 def test_kernel_under_the_interpreter(engine):
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}

@@ -57,6 +57,7 @@ def run(package, home, **more):
     return int(hits), int(misses), Path(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [False, True])
 def test_an_installation_that_cannot_be_written_caches_elsewhere(installed, tmp_path, chosen):
     home = tmp_path / "home"
@@ -76,6 +77,7 @@ def test_an_installation_that_cannot_be_written_caches_elsewhere(installed, tmp_
     assert run(installed, home, **more)[:2] == (0, 1)
 
 
+@pytest.mark.slow
 def test_processes_that_need_a_kernel_at_once_compile_it_once(tmp_path):
     met = tmp_path / "met"
     met.mkdir()
@@ -102,6 +104,7 @@ def test_a_lock_that_is_not_given_back_holds_nobody_up_for_ever(tmp_path):
     assert reached
 
 
+@pytest.mark.slow
 def test_a_plan_without_scipys_linear_algebra():
     """In a process of its own: numba plans without it, and who imports it afterwards has it."""
     code = (

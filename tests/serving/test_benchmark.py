@@ -933,6 +933,7 @@ def test_steps_of_every_way_that_a_kernel_is_compiled_in(top_k, experts):
         assert of_asked == of_all and len(unlike(top_k, experts)) == len(of_all)
 
 
+@pytest.mark.slow
 def test_traffic_measures_what_a_user_sees(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -969,6 +970,7 @@ def test_traffic_measures_what_a_user_sees(monkeypatch):
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_the_script_for_gpu_hosts_goes_through_its_steps(tmp_path):
     def run(*steps: str) -> subprocess.CompletedProcess:
         env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}

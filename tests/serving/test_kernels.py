@@ -198,6 +198,7 @@ class Backlog(ThreadingHTTPServer):
     request_queue_size = 256
 
 
+@pytest.mark.slow
 def test_a_server_is_profiled_while_it_decodes(tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "folder", tmp_path)
     monkeypatch.setattr(Engine, "asked", [])

@@ -80,6 +80,7 @@ def verified(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_differing_answers_are_found_by_lm_eval(verified):
     """An equal server passes; one wrong text and shifted log probabilities are counted and end with exit code 1."""

@@ -14,7 +14,7 @@ from moe_placement_plugin.engines.rebalancing import Rebalancer, policy_from  # 
 from moe_placement_plugin.engines.vllm import eplb, eplb_phases  # noqa: E402
 from tests.exchange.conftest import ranks  # noqa: E402, F401
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

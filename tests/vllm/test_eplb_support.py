@@ -16,7 +16,7 @@ from moe_placement_plugin.engines.vllm.eplb_support import (  # noqa: E402
 )
 from tests.support.vllm_layers import eplb_layer  # noqa: E402
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize(

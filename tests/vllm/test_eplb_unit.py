@@ -17,7 +17,7 @@ from moe_placement_plugin.engines.rebalancing import Rebalancer, policy_from  # 
 from moe_placement_plugin.engines.vllm import eplb, layers, preflight, settings, tuned  # noqa: E402
 from moe_placement_plugin.engines.vllm.eplb import REBALANCE_FLAG, logger  # noqa: E402
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def policy(*shapes, **rules):

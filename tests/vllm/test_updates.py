@@ -32,7 +32,7 @@ from tests.support.vllm_layers import (  # noqa: E402
     weights,
 )
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(autouse=True)
