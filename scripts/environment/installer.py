@@ -99,7 +99,10 @@ def pip_settings():
     Returns:
         (variables, arguments of ``uv pip``).
     """
-    variables = {"UV_HTTP_TIMEOUT": os.environ.get("UV_HTTP_TIMEOUT", "30")}
+    variables = {
+        "UV_HTTP_TIMEOUT": os.environ.get("UV_HTTP_TIMEOUT", "20"),
+        "UV_HTTP_RETRIES": os.environ.get("UV_HTTP_RETRIES", "2"),
+    }
     if "PIP_CERT" in os.environ:
         variables["SSL_CERT_FILE"] = os.environ["PIP_CERT"]
     if "PIP_INDEX_URL" in os.environ and "UV_DEFAULT_INDEX" not in os.environ:
