@@ -102,7 +102,14 @@ def row_of(output: dict) -> dict:
 
 
 def _update(engine, update: dict) -> tuple[bool, str]:
-    """Give the server the weights of another checkpoint; what it answers."""
+    """Give the server the weights of another checkpoint; what it answers.
+
+    SGLang ends itself when weights come while it believes that requests run, as it does for a moment after the last
+    answer has left it.
+    """
+    deadline = time.monotonic() + 60
+    while not engine.flush_cache().success and time.monotonic() < deadline:
+        time.sleep(0.05)
     if update["how"] == "disk":
         return tuple(engine.update_weights_from_disk(update["path"])[:2])
     from safetensors.torch import load_file

@@ -129,7 +129,7 @@ def layers(*numbers, **how):
 
 def test_a_draft_with_rows_must_be_the_one_that_they_are_for():
     settings = PlacementSettings.make("eplb", PLAN, 2, exact=True)
-    loaded._report(layers(0, 61), settings, whole=False, draft=True)
+    loaded._report(layers(0, 61), settings, main=False, draft=True)
     for found, message in (
         (layers(0, 5), "layers.5.mlp.experts of the draft is not among the plan's rows"),
         (layers(0), "a row for layer 61 of the draft, whose MoE layers are"),
@@ -138,16 +138,25 @@ def test_a_draft_with_rows_must_be_the_one_that_they_are_for():
         (layers(61, 0), "the expert map in force on EP rank 0 is not the plan's"),
     ):
         with pytest.raises(PlacementError, match=message):
-            loaded._report(found, settings, whole=False, draft=True)
+            loaded._report(found, settings, main=False, draft=True)
 
 
 def test_a_draft_without_rows_is_checked_against_the_strategy():
     settings = PlacementSettings.make("zigzag", WITHOUT, 2)
     right = {"draft_model.model.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
-    loaded._report(right, settings, whole=False, draft=True)
+    loaded._report(right, settings, main=False, draft=True)
     wrong = {"draft_model.model.layers.0.mlp.experts": Layer([0, 1, -1, -1])}
     with pytest.raises(PlacementError, match="is not the plan's"):
-        loaded._report(wrong, settings, whole=False, draft=True)
+        loaded._report(wrong, settings, main=False, draft=True)
+
+
+class Loader:
+    """A ``BaseModelLoader`` as far as loading is followed."""
+
+    load_config = SimpleNamespace(load_format="auto")
+
+    def load_weights(self, model):
+        pass
 
 
 @pytest.mark.parametrize("experts, file", [(0, False), (0, True), (4, True)])
@@ -167,11 +176,11 @@ def test_a_draft_of_its_own_is_not_taken_for_the_target(monkeypatch, experts, fi
         return SimpleNamespace()
 
     load = loaded._load_model(original)
-    load(None, config, draft)
+    load(Loader(), config, draft)
     assert seen == [True] and not drafts.loading_draft()
     with pytest.raises(PlacementError, match="no MoE layer of vLLM's own kind|not in the plan"):
         monkeypatch.setattr(loaded, "is_draft", lambda *_: False)  # the fault
-        load(None, config, draft)
+        load(Loader(), config, draft)
 
 
 def test_which_model_is_loaded_is_forgotten_when_loading_fails():
