@@ -100,7 +100,7 @@ def test_alone_it_needs_expert_parallelism(models):
         ),
         (
             ("checkpoint", "--load-format", "sharded_state"),
-            "can be loaded a second time; use replicas",
+            "does not work with `--load-format` sharded_state",
         ),
         (
             ("checkpoint", "--cpu-offload-gb", "1"),

@@ -110,9 +110,9 @@ def note_built(layer: Any) -> None:
 
 
 @contextmanager
-def bringing(layer: Any, weight_name: str, shard: str, expert: int) -> Iterator[None]:
+def bringing(layer: Any, param: Any, weight_name: str, shard: str, expert: int) -> Iterator[None]:
     """A loader brings one logical expert; what it fills meanwhile is checked against the map."""
-    _brought[layer.layer_id, _short(weight_name), shard].add(expert)
+    _brought[layer.layer_id, _name(layer, param, weight_name), shard].add(expert)
     before = getattr(_thread, "expert", None)
     _thread.expert = expert
     try:
@@ -141,20 +141,23 @@ def note_slot(layer: Any, param: Any, weight_name: str, shard: str, slot: int) -
             f"{layer.moe_ep_rank}, which holds expert {held}: it goes round SGLang's map of experts; use "
             "--load-format auto with the model's original checkpoint, or leave the placement flags out"
         )
-    weight = _short(weight_name)
+    weight = _name(layer, param, weight_name)
     if param.dim() >= 3 or weight in getattr(layer, _MUST_FILL, ()):
         _filled[layer.layer_id, weight, shard].add(slot)
 
 
-def note_all(layer: Any, weight_name: str, shard: str, experts: int) -> None:
+def note_all(layer: Any, param: Any, weight_name: str, shard: str, experts: int) -> None:
     """All slots of this rank were written from a tensor of all ``experts``, by the map."""
-    key = layer.layer_id, _short(weight_name), shard
+    key = layer.layer_id, _name(layer, param, weight_name), shard
     _brought[key].update(range(experts))
     _filled[key].update(range(layer._num_local_routed))
 
 
-def _short(weight_name: str) -> str:
-    return weight_name.rpartition(".")[2]
+def _name(layer: Any, param: Any, weight_name: str) -> str:
+    """The parameter's name in its layer; models tell loaders that, or what the checkpoint calls it (Step 3.5)."""
+    parameters = getattr(layer, "_parameters", None) or {}
+    own = (name for name, found in parameters.items() if found is param)
+    return next(own, weight_name.rpartition(".")[2])
 
 
 def _part(weight: str, shard: str) -> str:

@@ -90,11 +90,11 @@ def load(
             )
         original(self, param, loaded_weight, weight_name, shard_id, expert_id)
         experts = placement.num_logical_experts
-        evidence.note_all(self, weight_name, shard_id or evidence.ALL_SHARDS, experts)
+        evidence.note_all(self, param, weight_name, shard_id or evidence.ALL_SHARDS, experts)
     elif not expert_reader.intercepted(
         self, param, loaded_weight, weight_name, shard_id, expert_id
     ):
-        with evidence.bringing(self, weight_name, shard_id, int(expert_id)):
+        with evidence.bringing(self, param, weight_name, shard_id, int(expert_id)):
             original(self, param, loaded_weight, weight_name, shard_id, expert_id)
 
 

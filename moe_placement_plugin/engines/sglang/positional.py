@@ -59,7 +59,7 @@ def load_fused(
         return
     original(self, param, loaded_weight[rows.tolist()], weight_name, shard_id)
     if "weight" in weight_name:  # the original only warns about what it does not know
-        evidence.note_all(self, weight_name, shard_id, experts)
+        evidence.note_all(self, param, weight_name, shard_id, experts)
 
 
 def accepts_all_experts(layer: Any, loaded_weight: Any, weight_name: str) -> bool:
