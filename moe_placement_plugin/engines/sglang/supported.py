@@ -61,7 +61,8 @@ RIGHT: tuple[Right, ...] = (
     Right(
         "gpt-oss in MXFP4, where its kernel takes routed slots (not `triton_kernel`, not `flashinfer_mxfp4`)",
         "tensors of all experts are put into the order of the slots before the model cuts them",
-        "the model's own loader, slot by slot on every rank; served by 0.5.23 on two H200, zigzag and a shuffled plan: log probabilities are stock EP's to the bit",
+        "the model's own loader, slot by slot on every rank; served by 0.5.23 on two H200, zigzag and a shuffled plan: log probabilities "
+        "are stock EP's to the bit",
     ),
     Right(
         "Qwen2-MoE, Qwen3-Next, Qwen3.5, Qwen3-VL-MoE, MiniMax-M2, DeepSeek-V2 and V3, Kimi, GLM-4-MoE-Lite, "
