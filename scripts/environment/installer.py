@@ -43,8 +43,9 @@ class Uv:
         call = [python, "-m", "pip", "install", "--quiet", "--target", self.folder]
         call += ["--disable-pip-version-check", "--timeout", "15", "--retries", "2", UV]
         tried = subprocess.run(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if tried.returncode == 0 and self.find():
-            return self.find()
+        found = self.find() if tried.returncode == 0 else None
+        if found:
+            return found
         shutil.rmtree(self.folder, ignore_errors=True)
         text = tried.stdout.decode(errors="replace")
         other = shutil.which("uv")
