@@ -12,7 +12,13 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.engines.vllm import draft_recording, drafts, loaded, static  # noqa: E402
+from moe_placement_plugin.engines.vllm import (  # noqa: E402
+    draft_recording,
+    drafts,
+    loaded,
+    speculator_recording,
+    static,
+)
 from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # imports vLLM, starts no engine
@@ -226,6 +232,65 @@ def test_the_load_of_a_draft_is_told_apart_by_pass():
         ([5, 1], [True, False]), ([2], [False]), "dummy", ([2], [False])
     ]  # fmt: skip
     determine(SimpleNamespace(), 3)  # a proposer without a recording
+
+
+def test_the_passes_of_a_speculator_are_told_apart():
+    """The V2 runner's: the target's batch, then a token of each request, also where one CUDA graph has all further passes."""
+    own = [p for p in speculator_recording.speculator_patches("") if "own" in p.name]
+    dependent = [p for p in speculator_recording.speculator_patches("") if "own" not in p.name]
+    batch = SimpleNamespace(
+        num_reqs=2,
+        num_scheduled_tokens=np.array([5, 1, 9]),
+        is_prefilling_np=np.array([True, False, True]),
+    )
+    for (propose, *decodes), first, given in (
+        (dependent, [5, 1], (2, False)),
+        (own, [6, 2], (batch, None)),
+    ):
+        recording = Recording()
+        speculator = SimpleNamespace(**{draft_recording.RECORDER: recording})
+
+        def pass_of_a_step(self, input_batch, dummy_run=False, decodes=decodes, given=given):
+            assert [d.make(lambda self, *a: a)(self, *given) for d in decodes]
+            return "tokens"
+
+        run = propose.make(pass_of_a_step)
+        assert run(speculator, batch) == "tokens" == run(speculator, batch, dummy_run=True)
+        step = [(first, [True, False])] + [([1, 1], [False, False])] * len(decodes)
+        assert recording.told == [*step, "dummy"]
+        assert run(SimpleNamespace(), batch) == "tokens"  # without a recording
+
+
+def test_the_installed_vllm_has_what_the_speculators_recording_relies_on():
+    pytest.importorskip("vllm.v1.worker.gpu.spec_decode.target_dependent_ar")
+    for patch in speculator_recording.speculator_patches(""):
+        patch.optional = False
+        assert patch.check() is None
+
+
+def test_a_speculator_whose_passes_are_not_known_is_named(tmp_path, monkeypatch, caplog):
+    """DFlash's: nothing is recorded of the draft, and the log says so."""
+    from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
+    from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
+
+    from moe_placement_plugin.engines.vllm import recording
+
+    made = []
+    monkeypatch.setattr(
+        recording, "LoadRecording", lambda *args: made.append(args) or SimpleNamespace()
+    )
+    found = {"mtp.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
+    monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)
+    record = {"path": str(tmp_path / "load.safetensors"), "num_experts": 6, "coactivation": False}
+    caplog.set_level("WARNING", logger="vllm.moe_placement_plugin")
+    monkeypatch.setattr(draft_recording.logger, "propagate", True)
+    for kind in (MTPSpeculator, DFlashSpeculator):
+        speculator = object.__new__(kind)
+        speculator.model = torch.nn.Module()
+        runner = SimpleNamespace(device="cpu", speculator=speculator)
+        draft_recording.bind_draft(record, configs("mtp")[0][0], runner, "target")
+        assert hasattr(speculator, draft_recording.RECORDER) == (kind is MTPSpeculator)
+    assert len(made) == 1 and "DFlashSpeculator" in caplog.text
 
 
 def test_a_drafts_load_goes_beside_the_targets(tmp_path, monkeypatch):

@@ -14,11 +14,10 @@ import numpy as np
 from ..load_recorder import check_path
 from ..patching import Patch
 from .layers import num_logical, routed_layers
+from .speculator_recording import RECORDER, is_followed, speculator_patches
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
-RECORDER = "_moe_placement_draft_recording"
-"""Attribute of vLLM's proposer: the `recording.LoadRecording` of its model."""
 _DUMMY = "_moe_placement_draft_dummy"
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 
@@ -35,7 +34,7 @@ def bind_draft(record: dict[str, Any], vllm_config: Any, runner: Any, target: An
     Args:
         record: see `recording.record_settings`.
         vllm_config: the engine's config.
-        runner: vLLM's V1 model runner, whose models are loaded.
+        runner: vLLM's model runner, V1 (it has a ``drafter``) or V2 (a ``speculator``), whose models are loaded.
         target: the `recording.LoadRecording` of the runner's own model.
 
     Raises:
@@ -43,7 +42,8 @@ def bind_draft(record: dict[str, Any], vllm_config: Any, runner: Any, target: An
     """
     from .recording import LoadRecording
 
-    proposer = getattr(runner, "drafter", None)
+    speculator = getattr(runner, "speculator", None)
+    proposer = getattr(runner, "drafter", None) if speculator is None else speculator
     model = getattr(proposer, "model", None)
     layers = routed_layers(model) if hasattr(model, "modules") else {}
     if not layers:
@@ -51,6 +51,13 @@ def bind_draft(record: dict[str, Any], vllm_config: Any, runner: Any, target: An
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         logger.warning(
             "moe_placement_plugin: the draft's load is not recorded with pipeline parallelism"
+        )
+        return
+    if speculator is not None and not is_followed(speculator):
+        logger.warning(
+            "moe_placement_plugin: the draft's load is not recorded: the passes of %s cannot be told apart; the model's own "
+            "load is",
+            type(speculator).__name__,
         )
         return
     experts, path = num_logical(next(iter(layers.values()))), draft_path(record["path"])
@@ -123,4 +130,5 @@ def draft_patches(until: str) -> list[Patch]:
             removable_when=until,
             optional=True,
         ),
+        *speculator_patches(until),
     ]
