@@ -1,5 +1,6 @@
 """The script that builds environments: what it says when it cannot, and that nothing half-built is left."""
 
+import functools
 import os
 import signal
 import stat
@@ -99,6 +100,8 @@ def test_a_cancelled_installation_leaves_nothing(place, number):
         env=variables(place, UV_FAILS="hang"),
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in a shell's background ignores SIGINT, and so would all that it starts.
+        preexec_fn=functools.partial(signal.signal, number, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (place / "said.hangs").exists() and time.monotonic() < deadline:
