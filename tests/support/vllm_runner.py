@@ -4,7 +4,7 @@
 
 A case is {"name", "engine": {LLM arguments}} and, at will, "env": {...}, "prompts": [...], "probe" (what the
 plugin did in every worker), "follower" (the engine's part on another host, see `vllm_followers`), "vanish" (a command after which one more answer is
-asked for, which must fail), "reload" (arguments of reload_weights, one call after the other), "faults" (corrupts weights
+asked for, which must fail), "reload" (arguments of reload_weights, or of a trainer's update, one call after the other), "faults" (corrupts weights
 and checks), "profile" (operators of one more answer), "sabotage" (answers once more after
 the expert maps were broken). Results are written after each case, so that a crash loses only the running one.
 """
@@ -167,6 +167,46 @@ def slot_digests(worker) -> dict:
     }
 
 
+def transfer_from(worker, in_place: bool) -> None:
+    """Runs in every worker: a trainer's engine that reads checkpoints, as vLLM's IPC engine receives them or, in place, as nobody knows."""
+    from safetensors.torch import load_file
+    from vllm.config import WeightTransferConfig
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+
+    class FromFile(IPCWeightTransferEngine):
+        def update_weights(self, update_info):
+            tensors = load_file(update_info["path"])
+            names = sorted(tensors)[update_info["part"] :: 2]
+            self.model.load_weights((name, tensors[name]) for name in names)
+
+    class InPlace:
+        def start_weight_update(self):
+            raise AssertionError("an engine of which nobody knows how it writes was started")
+
+        def reset_weight_update_target(self):
+            pass
+
+    config = WeightTransferConfig(backend="ipc")
+    made = object.__new__(InPlace if in_place else FromFile)
+    made.config, made.model_config = config, worker.vllm_config.model_config
+    made.model = made._default_model = worker.model_runner.get_model()
+    made._default_model_config = made.model_config
+    worker.weight_transfer_engine = made
+
+
+def update(llm, arguments: dict) -> None:
+    """New weights: a trainer's in two parts ("transfer": the checkpoint), or those that ``reload_weights`` reads."""
+    if "transfer" not in arguments:
+        llm.collective_rpc("reload_weights", kwargs=arguments)
+        return
+    llm.collective_rpc(transfer_from, args=(arguments.get("in_place", False),))
+    llm.collective_rpc("start_weight_update")
+    for part in range(2):
+        info = {"path": arguments["transfer"] + "/model.safetensors", "part": part}
+        llm.collective_rpc("update_weights", kwargs={"update_info": info})
+    llm.collective_rpc("finish_weight_update")
+
+
 def generate(llm, prompts: list[str]) -> list[dict]:
     """Greedy answers with the log probability of every token."""
     from vllm import SamplingParams
@@ -210,7 +250,7 @@ def run(case: dict) -> dict:
         result["before"], result["reloaded"] = llm.collective_rpc(slot_digests), []
         for arguments in case["reload"]:
             try:
-                llm.collective_rpc("reload_weights", kwargs=arguments)
+                update(llm, arguments)
                 error = None
             except Exception as failed:
                 error = f"{type(failed).__name__}: {failed}"

@@ -40,8 +40,8 @@ KERNEL_FORMAT = {"weights_iterator": [], "is_checkpoint_format": False}
 
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory):
-    """Case -> result: the same checkpoint again, then another one; the last case has vLLM's own
-    loading under EPLB.
+    """Case -> result: the same checkpoint again, then another one, then the first through a trainer's
+    engine; the last case has vLLM's own loading under EPLB.
     """
     folder = tmp_path_factory.mktemp("reloaded")
     writers = {"qwen": write_qwen3_moe, "oss": write_gpt_oss}
@@ -55,7 +55,8 @@ def reloaded(tmp_path_factory):
     def case(name, more, reloads, **env):
         model = name.split()[0]
         engine = {"model": paths[f"{model}0"], "enable_prefix_caching": False, **TWO_RANKS, **more}
-        calls = [{}, {"weights_path": paths[f"{model}7"]}] if reloads is None else reloads
+        again = {"weights_path": paths[f"{model}7"]}
+        calls = [{}, again, {"transfer": paths[f"{model}0"]}] if reloads is None else reloads
         return {"name": name, "engine": engine, "env": {**ONE_EACH, **env}, "reload": calls}
 
     plan = folder / "plan.json"
@@ -63,14 +64,16 @@ def reloaded(tmp_path_factory):
     zigzag = {"expert_placement_strategy": "zigzag"}
     cases = [
         case("qwen linear", {}, None),
-        case("qwen zigzag", zigzag, [{}, {"weights_path": paths["qwen7"]}, KERNEL_FORMAT]),
+        case("qwen zigzag", zigzag, None),
+        case("qwen refused", zigzag, [KERNEL_FORMAT]),
+        case("qwen in place", zigzag, [{"transfer": paths["qwen7"], "in_place": True}]),
         case("qwen eplb", EPLB, None),
         case("oss plan", {"expert_placement_file": plan}, None),
         case("oss zigzag", zigzag, None),
         case(
             "qwen first table",
             EPLB,
-            None,
+            [{}],
             TEST_LOAD_FAULT="new weights by the first table",
             PYTHONPATH=python_path(FAULTS_SITE),
         ),
@@ -98,13 +101,13 @@ def results(reloaded, name):
 def test_every_slot_holds_its_expert_of_the_new_checkpoint(reloaded, name):
     reference, ours = results(reloaded, "qwen linear"), results(reloaded, name)
     assert by_expert(ours["before"]) == by_expert(reference["before"])
-    for theirs, mine in zip(reference["reloaded"], ours["reloaded"][:2], strict=True):
+    for theirs, mine in zip(reference["reloaded"], ours["reloaded"], strict=True):
         assert mine["error"] is None
         assert by_expert(mine["digests"]) == (by_expert(theirs["digests"])[0], set())
         assert [a["ids"] for a in mine["answers"]] == [a["ids"] for a in theirs["answers"]]
         assert all(rank["verified"] for rank in mine["digests"]), "digests were not taken anew"
-    first, second = (by_expert(r["digests"])[0] for r in ours["reloaded"][:2])
-    assert all(first[key] != second[key] for key in first)
+    first, second, third = (by_expert(r["digests"])[0] for r in ours["reloaded"])
+    assert all(first[key] != second[key] for key in first) and third == first
 
 
 def test_eplb_had_moved_experts_before_each_reload(reloaded):
@@ -123,17 +126,24 @@ def test_gpt_oss_gets_new_experts_which_vllm_alone_loses(reloaded):
         assert by_expert(mine["digests"]) == by_expert(theirs["digests"])
         assert [a["ids"] for a in mine["answers"]] == [a["ids"] for a in theirs["answers"]]
     before = by_expert(ours["before"])[0]
-    first, second = (by_expert(r["digests"])[0] for r in ours["reloaded"])
+    first, second, third = (by_expert(r["digests"])[0] for r in ours["reloaded"])
     assert all(r["error"] is None for r in ours["reloaded"])
-    assert first.keys() == before.keys()
+    assert first.keys() == before.keys() and third == first
     assert all(first[key] != second[key] for key in first)
     assert all(rank["verified"] for r in ours["reloaded"] for rank in r["digests"])
 
 
-def test_weights_in_the_kernels_format_are_refused_and_nothing_changes(reloaded):
-    *_, before, refused = results(reloaded, "qwen zigzag")["reloaded"]
-    assert "is_checkpoint_format=False" in refused["error"]
-    assert refused["answers"] == before["answers"]
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen refused", "is_checkpoint_format=False"),
+        ("qwen in place", "through InPlace, which is"),
+    ],
+)
+def test_weights_that_go_past_the_placement_are_refused_and_nothing_changes(reloaded, name, said):
+    (refused,) = results(reloaded, name)["reloaded"]
+    assert said in refused["error"]
+    assert refused["answers"] == results(reloaded, name)["answers"]
 
 
 def test_weights_by_the_first_table_would_be_seen(reloaded):

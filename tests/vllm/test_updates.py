@@ -16,6 +16,7 @@ from moe_placement_plugin.engines.vllm import (  # noqa: E402
     layers,
     reload,
     reload_worker,
+    weight_transfer,
 )
 from moe_placement_plugin.engines.vllm.reload_table import (  # noqa: E402
     FIRST_COPIES,
@@ -236,3 +237,37 @@ def test_a_sleep_that_forgets_eplbs_tables_is_refused(level, eplb, refused):
     else:
         sleep(worker, level)
     assert slept == ([] if refused else [level])
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc", "nccl_m2n", "modelexpress", "sparse_nccl"])
+def test_a_trainers_back_end_that_goes_past_the_map_is_refused_before_the_start(backend):
+    config = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend=backend))
+    flag = "--expert-placement-strategy zigzag"
+    if backend in weight_transfer.BY_THE_LOADER:
+        weight_transfer.check_backend(config, flag)
+        return
+    with pytest.raises(PlacementError, match=f"{flag} with .*backend {backend}"):
+        weight_transfer.check_backend(config, flag)
+
+
+def test_every_back_end_of_the_installed_vllm_is_known():
+    """A new one must be read before it is let through."""
+    factory = pytest.importorskip("vllm.distributed.weight_transfer.factory")
+    registered = set(factory.WeightTransferEngineFactory._registry)
+    assert registered <= {*weight_transfer.BY_THE_LOADER, *weight_transfer._OTHERS}
+    for name in registered & set(weight_transfer.BY_THE_LOADER):
+        made = factory.WeightTransferEngineFactory._registry[name]()
+        assert made.__name__ == weight_transfer.BY_THE_LOADER[name]
+
+
+def test_an_engine_of_someone_elses_is_refused():
+    class NCCLWeightTransferEngine:
+        pass
+
+    class Own(NCCLWeightTransferEngine):
+        pass
+
+    weight_transfer.check_engine(Own())
+    weight_transfer.check_engine(None)
+    with pytest.raises(PlacementError, match="no weight was changed"):
+        weight_transfer.check_engine(SimpleNamespace())

@@ -24,6 +24,7 @@ from .kernels import ALL2ALL_WITH_TABLES, check_all2all, check_moe_backend
 from .recording import record_settings
 from .request import FILE_KEY, HOST_TIMEOUT_KEY, LOCALITY_KEY, REBALANCE_KEY, VERIFY_KEY
 from .settings import KEY, PlacementSettings, remember
+from .weight_transfer import check_backend
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -184,6 +185,7 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
             f"{flag} together with --load-format {vllm_config.load_config.load_format}: it puts weights where they were when they were "
             "saved, past the map of experts; use --load-format auto"
         )
+    check_backend(vllm_config, flag)
     if getattr(parallel, "enable_elastic_ep", False):
         raise PlacementError(
             f"{flag} together with --enable-elastic-ep: a static placement holds for a fixed number of ranks; leave one of the two out"

@@ -10,6 +10,7 @@ from ..patching import Patch
 from .layers import EPLB_ROW, moved_slots, routed_layers
 from .reload import abandon, begin, finish, refuse_while_moving, updates_of
 from .settings import PlacementSettings, settings_of
+from .weight_transfer import check_engine
 
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
 
@@ -42,10 +43,14 @@ def _finish_worker(worker: Any, settings: PlacementSettings) -> None:
     vars(worker).pop("execute_model", None)
 
 
-def _refuse_kernel_format(model: Any, checkpoint_format: Any) -> None:
-    if checkpoint_format is False and any(
+def _places_experts(model: Any) -> bool:
+    return any(
         moved_slots(layer) or hasattr(layer, EPLB_ROW) for layer in routed_layers(model).values()
-    ):
+    )
+
+
+def _refuse_kernel_format(model: Any, checkpoint_format: Any) -> None:
+    if checkpoint_format is False and _places_experts(model):
         raise PlacementError(
             "new weights in the kernel's format (is_checkpoint_format=False) are copied by "
             "position, past the placement of experts: no "
@@ -94,6 +99,8 @@ def _start_weight_update(original):
         settings, model = settings_of(self.vllm_config), _model_of(self)
         if settings is not None:
             _refuse_kernel_format(model, args[0] if args else kwargs.get("is_checkpoint_format"))
+            if _places_experts(model):
+                check_engine(getattr(self, "weight_transfer_engine", None))
             _refuse_stacked_copies(model)
             refuse_while_moving(model)
         result = original(self, *args, **kwargs)
