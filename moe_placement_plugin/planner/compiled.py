@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import pickle
 import sys
 import time
 from collections.abc import Iterator
@@ -60,10 +61,24 @@ def _compile_in_one_process(compiled: Any, folder: Path, index: str) -> None:
 
     def compile(signature):
         # numba's own lock first: a thread that compiles a caller of this kernel holds it already.
-        with global_compiler_lock, file_lock(folder / f"{index}.lock"):
-            return original(signature)
+        with global_compiler_lock:
+            # Loading takes no turns: of many processes that load at once the last would wait for all.
+            if _is_kept(compiled, signature):
+                return original(signature)
+            with file_lock(folder / f"{index}.lock"):
+                return original(signature)
 
     compiled.compile = compile
+
+
+def _is_kept(compiled: Any, signature: Any) -> bool:
+    """Tell whether numba's cache has the code for a signature; False where that cannot be seen."""
+    try:
+        cache = compiled._cache
+        key = cache._index_key(signature, compiled.targetctx.codegen())
+        return key in cache._cache_file._load_index()
+    except (AttributeError, OSError, EOFError, pickle.PickleError):
+        return False
 
 
 @contextmanager

@@ -77,7 +77,9 @@ class Ranks:
                     kind, value = pipe.recv()
                 except EOFError:
                     kind, value = "killed", None
-                assert kind != "error", f"rank {rank}:\n{value}"
+                assert kind != "error", (
+                    f"rank {rank}:\n{value}\nwhere the others are:\n{_stacks(processes, stacks.name)}"
+                )
                 results.append(value)
             return results
         finally:

@@ -97,6 +97,22 @@ def test_processes_that_need_a_kernel_at_once_compile_it_once(tmp_path):
     assert sorted((int(row[2]), int(row[3])) for row in said) == [(0, 1), (1, 0), (1, 0)]
 
 
+@pytest.mark.slow
+def test_compiled_code_is_loaded_while_another_process_compiles(tmp_path):
+    """Somebody holds the kernel's lock for good: who finds the code in the cache does not ask for it."""
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def hits() -> int:
+        command = [sys.executable, "-c", SCRIPT]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+        return int(done.stdout.split("|")[2])
+
+    assert hits() == 0
+    (index,) = tmp_path.rglob("evaluate.moved_slots-*.nbi")
+    with file_lock(index.parent / f"{index.name}.lock"):
+        assert hits() == 1
+
+
 def test_a_lock_that_is_not_given_back_holds_nobody_up_for_ever(tmp_path):
     with file_lock(tmp_path / "lock"):
         with file_lock(tmp_path / "lock", seconds=0.1):
