@@ -10,7 +10,7 @@ SLOWEST = --durations=25 --durations-min=5
 # numba throws away code that another version of it has compiled: a folder for each environment.
 IN = scripts/tier.sh $(ENVS) $(1)
 
-.PHONY: help demo test check test-fast test-engines test-vllm test-sglang lint types clean env-vllm env-sglang
+.PHONY: help demo test check test-fast test-engines test-vllm test-sglang test-long lint types clean env-vllm env-sglang
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,13 +42,20 @@ test-fast: env-vllm ## the tests that start no engine
 
 # Side by side: each waits half of its time for processes that start one after the other.
 test-engines: env-vllm env-sglang
-	$(MAKE) --no-print-directory -j2 test-vllm test-sglang
+	$(MAKE) --no-print-directory -j2 test-vllm test-sglang-and-long
+
+test-sglang-and-long:
+	$(MAKE) --no-print-directory test-sglang
+	$(MAKE) --no-print-directory test-long
 
 test-vllm: env-vllm ## vLLM's CPU engine
-	$(call IN,vllm) vllm python -m pytest -q $(SLOWEST) -m engine --ignore=tests/sglang --ignore=tests/zoo/sglang tests
+	$(call IN,vllm) vllm python -m pytest -q $(SLOWEST) -m "engine and not long" --ignore=tests/sglang --ignore=tests/zoo/sglang tests
 
 test-sglang: env-sglang ## SGLang's CPU engine
 	$(call IN,sglang) sglang python -m pytest -q $(SLOWEST) tests/sglang tests/zoo/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py tests/verify/test_accuracy_sglang.py tests/moe/test_engine_matmuls.py
+
+test-long: env-vllm ## what takes minutes without testing vLLM's patches: dying ranks, links that go down, accuracy
+	$(call IN,vllm) long python -m pytest -q $(SLOWEST) -m long --ignore=tests/sglang --ignore=tests/zoo/sglang tests
 
 env-vllm env-sglang: env-%:
 	@PYTHON=$(PYTHON) $(PYTHON) scripts/environment $* $(ENVS)/$*

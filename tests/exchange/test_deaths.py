@@ -129,8 +129,9 @@ def test_a_death_at_random(ranks):
     run_trials(ranks, range(24))
 
 
+@pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("first", range(24, 240, 36))
+@pytest.mark.parametrize("first", range(24, 132, 36))
 def test_more_deaths_at_random(ranks, first):
     run_trials(ranks, range(first, first + 36))

@@ -15,7 +15,7 @@ from ..support.recordings import routed_tokens  # noqa: E402
 from .cluster import Cluster  # noqa: E402
 from .ranks import TIMEOUT  # noqa: E402
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here")
 pytest.importorskip("lm_eval", reason="the extra `accuracy` is not installed here")
 
 
+@pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.timeout(1500)
 def test_every_strategy_answers_as_stock(tmp_path):
