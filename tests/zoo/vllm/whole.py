@@ -8,9 +8,11 @@ process and with it what `process.prepare_process` does: what is no expert has t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -24,6 +26,9 @@ from tests.zoo.vllm import process, ranks
 from tests.zoo.vllm.recipe import Recipe
 
 PROMPTS = [[3, 14, 15, 92, 65, 35], [89, 79, 32, 38], [46, 26, 43]]
+
+LONGEST = 300.0
+"""Seconds that one model may take."""
 
 CLOSE = 2e-3
 """Difference of two log probabilities that another order of summing may make."""
@@ -71,6 +76,18 @@ def compare(recipe: Recipe, directory: Path) -> dict[str, Any]:
     return {"same_tokens": all(same), "off": None if off is None else float(off)}
 
 
+def wait_for(child: int, seconds: float) -> bool:
+    """Wait for a child that leads a process group, and end the group; whether it ended by itself."""
+    deadline = time.monotonic() + seconds
+    while not (ended := os.waitpid(child, os.WNOHANG)[0]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    if not ended:
+        os.waitpid(child, 0)
+    return bool(ended)
+
+
 def main() -> None:
     process.clean_environment()
     os.environ |= {
@@ -98,6 +115,7 @@ def main() -> None:
             # One process for each: an engine can end the one that started it.
             child = os.fork()
             if child == 0:
+                os.setsid()  # to be ended with all that it starts
                 outcome = Path(directory) / "outcome.json"
                 try:
                     made = compare(RECIPES[name], Path(directory))
@@ -105,9 +123,13 @@ def main() -> None:
                     made = {"error": f"{type(error).__name__}: {error}"[:400]}
                 outcome.write_text(json.dumps(made))
                 os._exit(0)
-            os.waitpid(child, 0)
+            in_time = wait_for(child, LONGEST)
             outcome = Path(directory) / "outcome.json"
-            seen[name] = json.loads(outcome.read_text()) if outcome.exists() else {"error": "died"}
+            seen[name] = (
+                json.loads(outcome.read_text())
+                if outcome.exists()
+                else {"error": "died" if in_time else f"not through after {LONGEST:g} s"}
+            )
             outcome.unlink(missing_ok=True)
             seen[name]["seconds"] = round(time.monotonic() - began, 1)
             results.write_text(json.dumps(seen, indent=1))
