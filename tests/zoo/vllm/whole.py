@@ -40,7 +40,7 @@ def answers(recipe: Recipe, path: Path, **arguments: Any) -> list[tuple[list[int
 
     llm = LLM(
         str(path), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64,
-        max_num_batched_tokens=128, max_num_seqs=4, gpu_memory_utilization=0.1,
+        max_num_batched_tokens=128, max_num_seqs=4, block_size=32, gpu_memory_utilization=0.1,
         **dict(recipe.engine) | arguments,
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True,
@@ -56,10 +56,17 @@ def answers(recipe: Recipe, path: Path, **arguments: Any) -> list[tuple[list[int
     return found
 
 
+def with_heads_of_a_real_model(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the latent attention's sizes of DeepSeek-V3, since vLLM's CPU kernels take no others."""
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64} if config.get("kv_lora_rank") else {}
+    parts = {k: with_heads_of_a_real_model(v) for k, v in config.items() if isinstance(v, dict)}
+    return {**config, **parts, **sizes}
+
+
 def compare(recipe: Recipe, directory: Path) -> dict[str, Any]:
     """What one recipe does in a whole engine."""
     path = directory / ranks.directory_of(recipe)
-    write_config(path, recipe.config)
+    write_config(path, with_heads_of_a_real_model(recipe.config))
     tensors = expert_tensors(recipe.parts, recipe.layers, recipe.experts)
     write_tensors(path / "model.safetensors", tensors, ranks.dtypes_of(recipe, tensors))
     one = answers(recipe, path)
