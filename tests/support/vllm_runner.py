@@ -191,7 +191,8 @@ def transfer_from(worker, in_place: bool) -> None:
     made.config, made.model_config = config, worker.vllm_config.model_config
     made.model = made._default_model = worker.model_runner.get_model()
     made._default_model_config = made.model_config
-    worker.weight_transfer_engine = made
+    # vLLM hands out a wrapper, which passes on what is read and keeps what is set.
+    getattr(worker, "worker", worker).weight_transfer_engine = made
 
 
 def update(llm, arguments: dict) -> None:
