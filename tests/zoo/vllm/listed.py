@@ -53,7 +53,6 @@ NOT_IN_THE_ZOO = {
     "MiniCPMV4_6ForConditionalGeneration": _wraps("Qwen3_5MoeForConditionalGeneration"),
     "MiniCPMV4_7ForConditionalGeneration": _wraps("Qwen3_5MoeForConditionalGeneration"),
     "Moondream3ForCausalLM": "its experts are no RoutedExperts; no recipe yet",
-    "NemotronHMTPModel": _GPU_ONLY,
     "NemotronHPuzzleForCausalLM": _GPU_ONLY,
     "NemotronH_Nano_Omni_Reasoning_V3": _GPU_ONLY,
     "NemotronH_Nano_VL_V2": _GPU_ONLY,

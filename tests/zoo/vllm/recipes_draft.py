@@ -115,6 +115,9 @@ RECIPES = [
     _draft("Qwen4ExpMTP", "Qwen4ExpForCausalLM", parts=stacked(_OWN_LAYER),
            mtp_num_hidden_layers=1),
     _draft("DeepseekV32MTPModel", "DeepseekV32ForCausalLM", unbuildable=NO_SPARSE),
+    _draft("NemotronHMTPModel", "NemotronHForCausalLM", 3, separate(
+               "mtp.layers.1.mixer.experts.{expert}.")[1:], mtp_hybrid_override_pattern="*E",
+           unbuildable=_MODELS["NemotronHForCausalLM"].unbuildable),
     _draft("DeepSeekV4MTPModel", "DeepseekV4ForCausalLM", parts=_V4_PARTS,
            unbuildable="speculative decoding (MTP) is not implemented on CPU"),
     _draft("Dots3NoteMTPModel", "Dots3NoteForCausalLM",
