@@ -222,8 +222,6 @@ def load(config: Any, draft: bool = False) -> tuple[Any, Any]:
     from moe_placement_plugin.engines.vllm.layers import mixture_of_experts
 
     moe = mixture_of_experts(model)
-    if draft and moe is None:  # vLLM leaves its experts where they are
-        return model, None
     state = EplbState(config.parallel_config, torch.device("cpu"))
     state.add_model(moe, chosen)
     return model, next(iter(state.model_states.values()))
