@@ -30,7 +30,10 @@ WITHOUT = Placement([[5, 4, 3, 2, 1, 0]] * 2, 6, (3, 3), (0, 1), "eplb")
 
 def configs(method: str):
     """(vllm_config, model_config) with which vLLM loads the target, and the draft, if there is one."""
-    target, draft = SimpleNamespace(model="target"), SimpleNamespace(model="draft")
+    target, draft = (
+        SimpleNamespace(model=name, architecture=name, get_num_experts=lambda: 6)
+        for name in ("target", "draft")
+    )
     if method == "ngram":
         draft = target
     speculative = SimpleNamespace(target_model_config=target, draft_model_config=draft)
@@ -179,7 +182,7 @@ def test_a_draft_of_its_own_is_not_taken_for_the_target(monkeypatch, experts, fi
 
     def original(self, vllm_config, model_config):
         seen.append(drafts.loading_draft())
-        return SimpleNamespace()
+        return torch.nn.Module()
 
     load = loaded._load_model(original)
     load(Loader(), config, draft)
@@ -187,6 +190,31 @@ def test_a_draft_of_its_own_is_not_taken_for_the_target(monkeypatch, experts, fi
     with pytest.raises(PlacementError, match="no MoE layer of vLLM's own kind|not in the plan"):
         monkeypatch.setattr(loaded, "is_draft", lambda *_: False)  # the fault
         load(Loader(), config, draft)
+
+
+class OwnKind(torch.nn.Module):
+    """A draft with a parameter of this shape and no ``RoutedExperts``."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.ws = torch.nn.Parameter(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape, told", [((4, 6, 2), True), ((3, 6, 2), False), ((4, 1, 2), False), ((4, 6), False)])  # fmt: skip
+def test_a_draft_with_experts_of_its_own_kind_is_refused(monkeypatch, shape, told):
+    """MiniCPM's EAGLE head was served with its experts where vLLM puts them, whatever the flag said."""
+    _, (config, draft) = configs("eagle")
+    draft.get_num_experts = lambda: 4
+    monkeypatch.setattr(loaded, "routed_layers", lambda model: {})
+    load = loaded._load_model(lambda self, vllm_config, model_config: OwnKind(*shape))
+    config.additional_config = {KEY: PlacementSettings.make("zigzag", WITHOUT, 2)}
+    with pytest.raises(PlacementError, match="OwnKind keeps its 4 experts in ws, in no MoE layer") if told else contextlib.nullcontext():  # fmt: skip
+        load(Loader(), config, draft)
+    # vLLM's own placement, or EPLB, which moves nothing there.
+    config.additional_config = {KEY: PlacementSettings.make("linear", None, 2)}
+    load(Loader(), config, draft)
+    config.additional_config = {KEY: PlacementSettings.make("zigzag", WITHOUT, 2, eplb=True)}
+    load(Loader(), config, draft)
 
 
 def test_which_model_is_loaded_is_forgotten_when_loading_fails():

@@ -11,6 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 from moe_placement_plugin import PlacementError  # noqa: E402
 from moe_placement_plugin.engines.vllm import eplb_support  # noqa: E402
 from moe_placement_plugin.engines.vllm.eplb_support import (  # noqa: E402
+    check_draft_supported,
     check_supported,
     refusing_unsupported,
 )
@@ -62,3 +63,18 @@ def test_a_model_without_what_eplb_reads_is_refused(monkeypatch):
     del values["num_routed_experts"]
     with pytest.raises(PlacementError, match="it has no num_routed_experts, which EPLB reads"):
         check_supported(SimpleNamespace(**values))
+
+
+def test_a_draft_that_waits_for_eplb_in_vain_is_refused(monkeypatch):
+    """openPangu's MTP head: built for EPLB, which never registers it, so that the first forward pass ends the engine."""
+    layer = eplb_layer([0, 1, 2, 3, 4, 5, 0, 1], 0)
+    layer.moe_config.moe_parallel_config.enable_eplb = True
+    monkeypatch.setattr(eplb_support, "routed_layers", lambda model: {"layers.2": layer})
+    monkeypatch.setattr(eplb_support, "mixture_of_experts", lambda model: None)
+    with pytest.raises(PlacementError, match="draft SimpleNamespace .no MoE model., and layers.2"):
+        check_draft_supported(SimpleNamespace())
+    layer.moe_config.moe_parallel_config.enable_eplb = False
+    check_draft_supported(SimpleNamespace())
+    layer.moe_config.moe_parallel_config.enable_eplb = True
+    monkeypatch.setattr(eplb_support, "mixture_of_experts", lambda model: model)
+    check_draft_supported(SimpleNamespace())

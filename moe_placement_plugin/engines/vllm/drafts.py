@@ -105,3 +105,23 @@ def check_draft(layers: dict[str, Any], settings: Any) -> None:
             f"the plan has a row for layer {missing[0]} of the draft, whose MoE layers are {sorted(map(str, found.values()))}: "
             "plan for this draft, or leave its rows out"
         )
+
+
+def refuse_own_kind(model: Any, experts: int) -> None:
+    """Refuse a draft that keeps its experts in a kind of layer of its own (MiniCPM's), which no expert map reaches.
+
+    They are told by a matrix for each expert, since the config of a dense draft counts the experts of its target too.
+
+    Args:
+        model: a draft without a ``RoutedExperts``.
+        experts: as the draft's config counts them.
+
+    Raises:
+        PlacementError: naming the tensor of the experts.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and parameter.shape[0] == experts and min(parameter.shape[1:]) > 1:
+            raise PlacementError(
+                f"the draft {type(model).__name__} keeps its {experts} experts in {name}, in no MoE layer of vLLM's own kind, so that "
+                "none of them was placed: take a draft without experts, or leave the placement flag out"
+            )

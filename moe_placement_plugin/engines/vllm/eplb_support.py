@@ -83,6 +83,23 @@ def check_supported(model: Any) -> None:
         )
 
 
+def check_draft_supported(model: Any) -> None:
+    """Refuse a draft whose layers wait for EPLB, and which EPLB never registers: its first forward pass would end the engine.
+
+    A draft whose layers are built without EPLB is served as vLLM places it.
+
+    Raises:
+        PlacementError: naming the draft.
+    """
+    layers = routed_layers(model).items()
+    waiting = [n for n, layer in layers if layer.moe_config.moe_parallel_config.enable_eplb]
+    if waiting and mixture_of_experts(model) is None:
+        raise PlacementError(
+            f"vLLM's EPLB does not move the experts of the draft {type(model).__name__} (no MoE model), and {waiting[0]} cannot do "
+            f"without: {MEND}"
+        )
+
+
 def check_slots(state: Any, placement: Placement) -> None:
     """Refuse a model that takes no redundant experts, whatever EPLB was told (Gemma 4): the plan has
     slots that it lacks.

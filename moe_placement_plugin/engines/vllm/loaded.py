@@ -11,8 +11,8 @@ import numpy as np
 
 from ...errors import PlacementError
 from ..patching import Patch
-from .drafts import check_draft, draft_layer_id, is_draft, loading
-from .eplb_support import check_supported, refusing_unsupported
+from .drafts import check_draft, draft_layer_id, is_draft, loading, refuse_own_kind
+from .eplb_support import check_draft_supported, check_supported, refusing_unsupported
 from .evidence import EVIDENCE, check_evidence
 from .hosts import check_adoption
 from .kernels import check_experts
@@ -41,7 +41,8 @@ def _load_model(original):
             and main
             and (settings.placement is not None or settings.strategy == "eplb")
         )
-        with refusing_unsupported(model_config.architecture) if moves else nullcontext():
+        named = moves or (draft and settings["eplb"])
+        with refusing_unsupported(model_config.architecture) if named else nullcontext():
             clean = (
                 clean_load(original, settings, self, vllm_config, model_config, *args, **kwargs)
                 if level == "checkpoint"
@@ -53,9 +54,13 @@ def _load_model(original):
         if str(getattr(load_format, "value", load_format)) == "dummy":
             for layer in routed_layers(model).values():
                 vars(layer).pop(EVIDENCE, None)
+        if draft and settings.static is not None and not routed_layers(model):
+            refuse_own_kind(model, int(model_config.get_num_experts() or 0))
         stages = vllm_config.parallel_config.pipeline_parallel_size if main else 1
         if moves:
             check_supported(model)
+        elif draft and settings["eplb"]:
+            check_draft_supported(model)
         _report(routed_layers(model), settings, main, stages, draft)
         serve(model)
         if level != "off":

@@ -13,6 +13,7 @@ from zlib import crc32
 import numpy as np
 
 from tests.zoo.checkpoint import HIDDEN
+from tests.zoo.vllm.recipe import AMX, OWN_CHECKPOINT
 
 TOKENS = 24
 """Tokens that each layer is asked for."""
@@ -33,17 +34,17 @@ def loaded_only() -> bool:
 
 
 @contextmanager
-def without_kernels(wanted: bool) -> Iterator[None]:
-    """Have vLLM choose the kernels of a processor with AMX, and never let them see the weights.
+def without_kernels(why: str) -> Iterator[None]:
+    """Never let kernels see the weights; where they need AMX, have vLLM choose those of a processor with it.
 
     Args:
-        wanted: False changes nothing.
+        why: see `Recipe.loaded_only`; empty changes nothing.
     """
     global _loaded_only
     import torch
 
-    _loaded_only, has_amx = wanted, torch.cpu._is_amx_tile_supported
-    if wanted:
+    _loaded_only, has_amx = bool(why), torch.cpu._is_amx_tile_supported
+    if why == AMX:
         torch.cpu._is_amx_tile_supported = lambda: True
     try:
         yield
@@ -170,7 +171,13 @@ def engine_config(path: Path, ranks: int, engine: dict[str, Any]) -> Any:
         max_num_batched_tokens=128, max_num_seqs=4, tensor_parallel_size=ranks, enable_expert_parallel=ranks > 1,
         distributed_executor_backend="mp" if ranks > 1 else None, disable_log_stats=True, seed=0,
     )  # fmt: skip
-    made = EngineArgs(**(arguments | engine)).create_engine_config()
+    arguments |= engine
+    if speculative := arguments.get("speculative_config"):
+        arguments["speculative_config"] = {
+            key: str(path) if value == OWN_CHECKPOINT else value
+            for key, value in speculative.items()
+        }
+    made = EngineArgs(**arguments).create_engine_config()
     return pickle.loads(pickle.dumps(made))
 
 
@@ -206,10 +213,8 @@ def load(config: Any, draft: bool = False) -> tuple[Any, Any]:
     import torch
     from vllm.model_executor.model_loader import get_model
 
-    if draft:
-        chosen = config.speculative_config.draft_model_config
-        return get_model(vllm_config=config, model_config=chosen), None
-    model = get_model(vllm_config=config)
+    chosen = config.speculative_config.draft_model_config if draft else config.model_config
+    model = get_model(vllm_config=config, model_config=chosen)
     if not config.parallel_config.enable_eplb:
         return model, None
     from vllm.distributed.eplb.eplb_state import EplbState
@@ -218,7 +223,7 @@ def load(config: Any, draft: bool = False) -> tuple[Any, Any]:
 
     moe = mixture_of_experts(model)
     state = EplbState(config.parallel_config, torch.device("cpu"))
-    state.add_model(moe, config.model_config)
+    state.add_model(moe, chosen)
     return model, next(iter(state.model_states.values()))
 
 

@@ -74,7 +74,7 @@ def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[
             if reason
         }
         if recipe.loaded_only:
-            said["slots as the loader left them: the kernels need AMX"] = None
+            said[f"slots as the loader left them: {recipe.loaded_only}"] = None
         elif outcome.silent:
             said[f"slots only: vLLM's CPU routing has no answer ({outcome.silent})"] = None
         if recipe.ranks_differ:

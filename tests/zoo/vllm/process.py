@@ -14,11 +14,14 @@ from tests.zoo.vllm import engine
 
 
 def clean_environment() -> None:
-    """What vLLM reads of the environment when it is imported."""
+    """What vLLM reads of the environment when it is imported.
+
+    Without Kimi K3's own all-reduce, whose module imports what only GPUs' builds have.
+    """
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
         VLLM_NO_USAGE_STATS="1", VLLM_PLUGINS="moe_placement", TRANSFORMERS_VERBOSITY="error",
-        GLOO_SOCKET_IFNAME="lo", VLLM_DIST_IDENT=f"zoo{os.getpid()}",
+        VLLM_KIMI_K3_GEMM_AR="0", GLOO_SOCKET_IFNAME="lo", VLLM_DIST_IDENT=f"zoo{os.getpid()}",
     )  # fmt: skip
 
 
@@ -107,6 +110,8 @@ def _know_every_model_type() -> None:
             own = {"model_type": kind, "__module__": __name__}
             if "vision_config" in recipe.config and "text_config" not in recipe.config:
                 own["__post_init__"] = _with_vision
+            if "text_config" in recipe.config:
+                own["__post_init__"] = _with_text
             made = type(name, (PretrainedConfig,), own)
             globals()[name] = made  # a worker's config arrives as a pickle
             AutoConfig.register(kind, made)
@@ -119,3 +124,12 @@ def _with_vision(self: Any, vision_config: Any = None, **kwargs: Any) -> None:
     if isinstance(vision_config, dict):
         vision_config = PretrainedConfig(**vision_config)
     PretrainedConfig.__post_init__(self, vision_config=vision_config, **kwargs)
+
+
+def _with_text(self: Any, text_config: Any = None, **kwargs: Any) -> None:
+    """A config's ``text_config`` as the config of its own ``model_type``, likewise."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    if isinstance(text_config, dict):
+        text_config = AutoConfig.for_model(**text_config)
+    PretrainedConfig.__post_init__(self, text_config=text_config, **kwargs)

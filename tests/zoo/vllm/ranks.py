@@ -110,7 +110,7 @@ def _agree(path: Path, strategy: str, rank: int, status: str) -> bool:
 def _place(
     recipe: Recipe, path: Path, strategy: str, rank: int, store: str, reference: dict
 ) -> dict[str, Any]:
-    if (strategy == "eplb" and not recipe.eplb) or (strategy != "zigzag" and recipe.draft):
+    if strategy == "eplb" and not recipe.eplb:
         return {"status": "none", "reason": ""}
     table = physical_to_logical(recipe, strategy)
     options = dict(recipe.engine)
@@ -125,6 +125,9 @@ def _place(
             "enable_eplb": True,
             "eplb_config": {"num_redundant_experts": REDUNDANT, "step_interval": 1000000},
         }
+        if recipe.draft:  # moved by what EPLB sees only, not by the model's plan
+            first = np.arange(table.shape[1]) % recipe.experts
+            table = np.tile(first, (len(recipe.layers), 1))
     if recipe.ranks_differ:
         of_one, reference = reference, _unplaced(recipe, path, rank, store)
         if not _differences(reference, of_one, recipe):
@@ -209,10 +212,17 @@ def physical_to_logical(recipe: Recipe, strategy: str) -> np.ndarray:
 
 
 def _write_plan(path: Path, recipe: Recipe, table: np.ndarray) -> None:
-    from moe_placement_plugin.placement import Placement
+    from moe_placement_plugin.placement import Placement, even_slots
 
-    slots_per_rank = (table.shape[1] // RANKS,) * RANKS
-    Placement(table, recipe.experts, slots_per_rank, recipe.layers).write(path)
+    plan = Placement(table, recipe.experts, even_slots(table.shape[1], RANKS), recipe.layers)
+    if recipe.draft:  # rows for its model, unlike its own, which EPLB takes none of
+        experts, redundant = recipe.model_experts or recipe.experts, plan.num_redundant
+        slots = experts + redundant
+        row = np.arange(slots)[::-1] % experts
+        layers = recipe.config.get("text_config", recipe.config)["num_hidden_layers"]
+        own = None if redundant else plan
+        plan = Placement([row] * layers, experts, even_slots(slots, RANKS), draft=own)
+    plan.write(path)
 
 
 def _compare_loaded(recipe: Recipe, model: Any, should_hold: Any) -> list[str]:

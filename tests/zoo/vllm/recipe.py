@@ -25,8 +25,9 @@ class Recipe:
         engine: further arguments of the engine.
         owner: only ``RoutedExperts`` whose name holds this are compared.
         draft: architecture of the draft that is loaded instead of the model itself.
+        model_experts: routed experts of a layer of the model that a draft is for, where they are not as many.
         ranks_differ: why vLLM's own two ranks answer otherwise than one; the reference is then two without a placement.
-        loaded_only: compare as the loader left the slots and go no further: the kernels need a processor with AMX.
+        loaded_only: why to compare as the loader left the slots and to go no further.
         planted: have vLLM's loader take expert 0 for expert 2 and the other way round, which the zoo must see.
         own_kind: its experts are no ``RoutedExperts``, so that the plugin has to refuse.
         unbuildable: why this vLLM cannot build it on a CPU: a part of its error.
@@ -44,14 +45,24 @@ class Recipe:
     owner: str = ""
     own_kind: bool = False
     draft: str = ""
+    model_experts: int = 0
     ranks_differ: str = ""
-    loaded_only: bool = False
+    loaded_only: str = ""
     planted: bool = False
     unbuildable: str = ""
 
 
-MAMBA_BLOCK = "--mamba-block-size can only be set with --enable-prefix-caching"
-"""What vLLM says of its own choice of a block for models with linear attention beside MLA, on a CPU."""
+AMX = "the kernels need AMX"
+"""Why a recipe is `Recipe.loaded_only`: quantized experts."""
+
+NO_PREFIX_CACHING = {"enable_prefix_caching": False}
+"""Engine arguments of models with linear attention beside MLA: on a CPU vLLM chooses blocks for prefix caching, then takes it back."""
+
+NO_SPARSE = "Sparse Attention is not supported on CPU"
+"""What vLLM says of DeepSeek's sparse attention there."""
+
+OWN_CHECKPOINT = "{checkpoint}"
+"""The model of a ``speculative_config`` whose draft stands in the recipe's own checkpoint."""
 
 _OF_RECIPE = (
     "experts",
@@ -61,6 +72,7 @@ _OF_RECIPE = (
     "own_kind",
     "unbuildable",
     "draft",
+    "model_experts",
     "ranks_differ",
     "loaded_only",
     "planted",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import MAMBA_BLOCK, make, separate, stacked
+from tests.zoo.vllm.recipe import NO_PREFIX_CACHING, make, separate, stacked
 from tests.zoo.vllm.recipes_text import BAILING, DEEPSEEK, MLA
 
 _W123 = ("w1", "w3", "w2")
@@ -22,6 +22,8 @@ _LONGCAT = dict(
     routed_scaling_factor=1.5, mla_scale_q_lora=True, mla_scale_kv_lora=True,
     attention_method="MLA", **MLA | dict(q_lora_rank=32),
 )  # fmt: skip
+
+_KIMI_MLA = "vLLM's CPU linear layer leaves Kimi's attention no kv_b_proj to split"
 
 _STEP = (
     Part("model.layers.{layer}.moe.gate_proj.weight", "w13_weight", (WIDTH, HIDDEN)),
@@ -111,11 +113,11 @@ RECIPES = [
          expert_hidden_dim=WIDTH, mlp_layer_types=["dense", "sparse"], route_norm=True,
          router_scaling_factor=1.5, hc_mult=4, hc_eps=1e-6, index_topk=16,
          soft_logits_capping_logits=0.0, **DEEPSEEK | MLA | dict(q_lora_rank=32)),
-    make("KimiLinearForCausalLM", "kimi_linear", unbuildable=MAMBA_BLOCK, parts=separate(_SPARSE, _W123),
-         layers=(1,), num_experts=8,
-         num_shared_experts=1, first_k_dense_replace=1, moe_layer_freq=1, num_experts_per_token=2,
-         moe_renormalize=True, moe_router_activation_func="sigmoid", use_grouped_topk=True,
-         num_expert_group=1, topk_group=1, routed_scaling_factor=1.5, mla_use_nope=True,
+    make("KimiLinearForCausalLM", "kimi_linear", separate(_SPARSE, _W123), (1,), engine=NO_PREFIX_CACHING,
+         loaded_only=_KIMI_MLA, num_experts=8, num_shared_experts=1,
+         first_k_dense_replace=1, moe_layer_freq=1, num_experts_per_token=2, moe_renormalize=True,
+         moe_router_activation_func="sigmoid", use_grouped_topk=True, num_expert_group=1, topk_group=1,
+         routed_scaling_factor=1.5, mla_use_nope=True,
          linear_attn_config=dict(kda_layers=[1], full_attn_layers=[2], num_heads=2, head_dim=32,
                                  short_conv_kernel_size=4), **MLA),
     make("MiniMaxM3SparseForCausalLM", "minimax_m3", separate(_SPARSE, _W123), (1,),
@@ -124,10 +126,12 @@ RECIPES = [
          hidden_act="swigluoai", scoring_func="sigmoid", swiglu_alpha=1.7, swiglu_beta=1.0, swiglu_limit=7.0,
          use_gemma_norm=True, partial_rotary_factor=0.5, rotary_dim=16, moe_layer_freq=[0, 1],
          sparse_attention_config=None, use_qk_norm=True),
-    make("Glm5NextForCausalLM", "glm5_next_text", separate(), (1,), unbuildable=MAMBA_BLOCK, hc_mult=4, hc_eps=1e-6,
-         hc_sinkhorn_iters=4, index_topk=16, index_kpool=4, layer_types=["linear_attention",
-         "full_attention"], linear_conv_kernel_dim=4, linear_head_dim=32, linear_num_heads=2,
-         mlp_layer_types=["dense", "sparse"], swiglu_limit=10.0, **DEEPSEEK | MLA | dict(
+    make("Glm5NextForCausalLM", "glm5_next_text", separate(), (1,), engine=NO_PREFIX_CACHING,
+         hc_mult=4, hc_eps=1e-6, hc_sinkhorn_iters=4, index_topk=16, index_kpool=4,
+         mhc=True, mla_use_nope=True, indexer_rope_interleave=True,
+         layer_types=["linear_attention"] * 2, linear_conv_kernel_dim=4,
+         linear_head_dim=32, linear_num_heads=2, mlp_layer_types=["dense", "sparse"], swiglu_limit=10.0,
+         **DEEPSEEK | MLA | dict(
          q_lora_rank=32, qk_rope_head_dim=0)),
     make("Dots3NoteForCausalLM", "dots3_note", separate(), (1,), unbuildable=(
              "cannot import name 'compile_flash_attn_varlen_func_from_specs'"), **DEEPSEEK),

@@ -24,6 +24,9 @@ PATIENCE = 240.0
 WAITING = 15.0
 """Seconds that one rank may take longer than the other; it then waits for what the other has left."""
 
+WAITING_IN_VAIN = 3.0
+"""The same for a rank whose other ended badly: it changes nothing of the outcome then."""
+
 FILES = {0: "alone.jsonl", 1: "rank0.jsonl", 2: "rank1.jsonl"}
 """Process -> its results."""
 
@@ -56,6 +59,12 @@ class Crew:
     def _count(self, file: Path) -> int:
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
+    def _ended_badly(self) -> bool:
+        """Whether the process that is ahead was refused or failed, so that what it left unsent never comes."""
+        ahead = max(self._files, key=self._count)
+        last = ahead.read_bytes().rpartition(b"\n")[0].splitlines()[-1]
+        return json.loads(last)["status"] in ("refused", "failed")
+
     def working(self) -> bool:
         """Look after the processes; False once all recipes are done."""
         counts = [self._count(f) - b for f, b in zip(self._files, self._before)]
@@ -75,6 +84,8 @@ class Crew:
             waited = time.monotonic() - self._since if max(counts) > min(counts) else 0.0
         else:
             self._ahead, self._since, waited = max(counts), time.monotonic(), 0.0
+        if WAITING_IN_VAIN < waited <= WAITING and self._ended_badly():
+            waited = WAITING + 1
         if died or waited > WAITING or time.monotonic() - self._moved > PATIENCE:
             self._give_up(counts, f"exit code {died[0]}" if died else "no answer")
         return True

@@ -80,6 +80,35 @@ def test_ranks_that_ask_for_it_are_started_again_and_nothing_is_lost(recipes, tm
     assert [set(found[name].status.values()) for name in NAMES[:2]] == [{"placed"}] * 2
 
 
+@pytest.mark.parametrize("status, waits", [("refused", False), ("failed", False), ("placed", True)])
+def test_nobody_waits_long_for_a_rank_that_was_refused(status, waits, recipes, tmp_path, monkeypatch):  # fmt: skip
+    """A draft whose replicas are on one rank only is refused there; the other waits in EPLB for an answer."""
+    monkeypatch.setattr(run, "WAITING", 4.0)
+    monkeypatch.setattr(run, "WAITING_IN_VAIN", 0.5)
+    context = multiprocessing.get_context("fork")
+
+    def ends(left, file):
+        for recipe, strategy in left:
+            line = {"name": recipe.name, "strategy": strategy, "status": status, "reason": ""}
+            with file.open("a") as lines:
+                lines.write(json.dumps(line) + "\n")
+            time.sleep(600)
+
+    def make(left, attempt):
+        files = [tmp_path / run.FILES[member] for member in (1, 2)]
+        return [
+            context.Process(target=ends, args=(left, files[0])),
+            context.Process(target=time.sleep, args=(600,)),
+        ]
+
+    crew, began = run.Crew([1, 2], [(recipes[0], "eplb")], tmp_path, make), time.monotonic()
+    while crew.working():
+        time.sleep(0.01)
+    assert (time.monotonic() - began > 3) == waits
+    last = (tmp_path / run.FILES[2]).read_text().splitlines()[-1]
+    assert json.loads(last)["status"] == "waiting"
+
+
 def _lines(status):
     line = {"name": "m", "status": status, "reason": ""}
     return [line | {"strategy": strategy} for strategy in ranks.STRATEGIES]
