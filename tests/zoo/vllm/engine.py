@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from zlib import crc32
 
 import numpy as np
@@ -34,21 +35,60 @@ def loaded_only() -> bool:
 
 @contextmanager
 def without_kernels(wanted: bool) -> Iterator[None]:
-    """Have vLLM choose the kernels of a processor with AMX, and never let them see the weights.
+    """Have vLLM choose kernels as if its CPU had AMX and knew every activation, and never let them see the weights.
 
     Args:
         wanted: False changes nothing.
     """
     global _loaded_only
-    import torch
-
-    _loaded_only, has_amx = wanted, torch.cpu._is_amx_tile_supported
-    if wanted:
-        torch.cpu._is_amx_tile_supported = lambda: True
+    _loaded_only = wanted
     try:
-        yield
+        with ExitStack() as all_patches:
+            for patch in _any_kernel() if wanted else ():
+                all_patches.enter_context(patch)
+            yield
     finally:
-        _loaded_only, torch.cpu._is_amx_tile_supported = False, has_amx
+        _loaded_only = False
+
+
+def _any_kernel() -> list[Any]:
+    import torch
+    from vllm.model_executor.layers.fused_moe import config
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    yes = staticmethod(lambda *args: True)
+    return [
+        mock.patch.object(torch.cpu, "_is_amx_tile_supported", lambda: True),
+        mock.patch.object(CPUUnquantizedExperts, "_supports_activation", yes),
+        mock.patch.object(CPUUnquantizedExperts, "_supports_no_act_and_mul", yes),
+        mock.patch.object(config, "current_platform", _AnyActivation(config.current_platform)),
+    ]
+
+
+class _AnyActivation:
+    """A platform that has experts without a gate, and is otherwise the one that it stands for."""
+
+    def __init__(self, platform: Any):
+        self._platform = platform
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._platform, name)
+
+    def is_cuda_alike(self) -> bool:
+        return True
+
+
+@contextmanager
+def runner_v2(wanted: bool) -> Iterator[None]:
+    """Have vLLM build for its second model runner, which needs Triton; no runner runs in the zoo.
+
+    Args:
+        wanted: False changes nothing.
+    """
+    from vllm.config import vllm as config
+
+    with mock.patch.object(config, "HAS_TRITON", config.HAS_TRITON or wanted):
+        yield
 
 
 @contextmanager

@@ -21,17 +21,15 @@ _NO_RECIPE = "no recipe yet"
 
 NOT_IN_THE_ZOO = {
     "BailingMoeV3MTPModel": _wraps("BailingMoeV3ForCausalLM"),
-    "BailingMoeV3VLForConditionalGeneration": _wraps("BailingMoeV3ForCausalLM"),
-    "ClefOmniForJointSchema": _wraps("Qwen3_5MoeForConditionalGeneration"),
-    "ColQwen3_5": _wraps("Qwen3_5MoeForConditionalGeneration"),
-    "Cosmos3EdgeForConditionalGeneration": _NO_RECIPE,
+    "Cosmos3EdgeForConditionalGeneration": _dense(
+        "its class refuses every layer that is neither attention nor MLP; the code is shared with Nemotron-H's"
+    ),
     "DFlashLagunaForCausalLM": _wraps("LagunaForCausalLM"),
     "DSparkDraftModel": _wraps("DeepseekV4ForCausalLM"),
     "DSparkV41DraftModel": "vLLM has DeepSeek-V4.1 for CUDA and ROCm only",
     "DeepSeekV4MTPModel": _wraps("DeepseekV4ForCausalLM"),
     "DeepseekV32MTPModel": "vLLM's CPU build has no sparse attention",
     "DeepseekV41ForCausalLM": "vLLM has DeepSeek-V4.1 for CUDA and ROCm only",
-    "DiffusionGemmaForBlockDiffusion": _wraps("Gemma4ForCausalLM"),
     "Dots3NoteMTPModel": _wraps("Dots3NoteForCausalLM"),
     "Eagle3DeepseekV2ForCausalLM": _wraps("DeepseekV2ForCausalLM"),
     "Eagle3DeepseekV3ForCausalLM": _wraps("DeepseekV2ForCausalLM"),
@@ -39,33 +37,25 @@ NOT_IN_THE_ZOO = {
     "EagleLlama4ForCausalLM": _wraps("Llama4ForCausalLM"),
     "EagleMiniCPMForCausalLM": _wraps("MiniCPMForCausalLM"),
     "EagleMistralLarge3ForCausalLM": _wraps("DeepseekV3ForCausalLM"),
-    "EmbeddingGemma2Model": _wraps("Gemma4ForCausalLM"),
+    "EmbeddingGemma2Model": _dense(
+        "its layers build no experts; the code of its MLP and of its tower is shared with Gemma 4's"
+    ),
     "Exaone4_5_MTP": _dense("EXAONE 4.5 has no experts, its draft shares code with EXAONE-MoE's"),
     "ExaoneMoeMTP": _dense("the draft of EXAONE-MoE has no experts"),
     "ExaoneMoEForCausalLM": _same("ExaoneMoeForCausalLM"),
-    "Gemma4UnifiedForConditionalGeneration": _wraps("Gemma4ForCausalLM"),
-    "Glm5NextForConditionalGeneration": _wraps("Glm5NextForCausalLM"),
     "Glm5NextMTPModel": _wraps("Glm5NextForCausalLM"),
     "GlmOcrMTPModel": _dense("GLM-OCR has no experts, its draft shares code with GLM-4-MoE's"),
     "HYV4MTPModel": _wraps("HYV4ForCausalLM"),
-    "HfMoondream": "its experts are no RoutedExperts; no recipe yet",
     "InklingForCausalLM": _INKLING,
     "InklingForConditionalGeneration": _INKLING,
     "InklingMTPModel": _INKLING,
-    "InternS2MobiusForConditionalGeneration": _NO_RECIPE,
     "InternS2MobiusMTP": _NO_RECIPE,
-    "InternS2PreviewForConditionalGeneration": _wraps("Qwen3_5MoeForConditionalGeneration"),
-    "JambaForSequenceClassification": _wraps("JambaForCausalLM"),
-    "KimiK3ForConditionalGeneration": _wraps("KimiLinearForCausalLM"),
     "KimiK3MTPModel": _wraps("KimiLinearForCausalLM"),
     "LongCatFlashMTPModel": _dense("the draft of LongCat-Flash has no experts"),
-    "MiMoV2OmniForCausalLM": _wraps("MiMoV2ForCausalLM"),
-    "MiniCPM3ForCausalLM": _wraps("MiniCPMForCausalLM"),
-    "MiniCPMV": _wraps("MiniCPMForCausalLM"),
-    "MiniCPMV4_6ForConditionalGeneration": _wraps("Qwen3_5MoeForConditionalGeneration"),
-    "MiniCPMV4_7ForConditionalGeneration": _wraps("Qwen3_5MoeForConditionalGeneration"),
+    "MiniCPMV": _dense(
+        "MiniCPM-V 2.0 has MiniCPM's text model without its experts, the others have Llama's or Qwen's"
+    ),
     "MiniMaxM3MTP": _wraps("MiniMaxM3SparseForCausalLM"),
-    "Moondream3ForCausalLM": "its experts are no RoutedExperts; no recipe yet",
     "NemotronHMTPModel": _GPU_ONLY,
     "NemotronHPuzzleForCausalLM": _GPU_ONLY,
     "NemotronH_Nano_Omni_Reasoning_V3": _GPU_ONLY,
@@ -78,11 +68,7 @@ NOT_IN_THE_ZOO = {
     "Qwen3_5ForCausalLM": _dense("Qwen3.5; the code is shared with Qwen3_5MoeForCausalLM"),
     "Qwen3_5ForConditionalGeneration": _dense("Qwen3.5; the code is shared with the MoE model's"),
     "Qwen3_5MTP": _dense("Qwen3.5; the code is shared with Qwen3_5MoeMTP"),
-    "Qwen4ExpForConditionalGeneration": _wraps("Qwen4ExpForCausalLM"),
     "Qwen4ExpMTP": _wraps("Qwen4ExpForCausalLM"),
-    "TransformersMoEEmbeddingModel": _wraps("TransformersMoEForCausalLM"),
-    "TransformersMoEForSequenceClassification": _wraps("TransformersMoEForCausalLM"),
-    "TransformersMultiModalMoEForCausalLM": _wraps("TransformersMoEForCausalLM"),
 }
 """Class -> why it has no recipe."""
 

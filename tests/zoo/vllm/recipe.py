@@ -26,10 +26,13 @@ class Recipe:
         owner: only ``RoutedExperts`` whose name holds this are compared.
         draft: architecture of the draft that is loaded instead of the model itself.
         ranks_differ: why vLLM's own two ranks answer otherwise than one; the reference is then two without a placement.
-        loaded_only: compare as the loader left the slots and go no further: the kernels need a processor with AMX.
+        loaded_only: why to compare as the loader left the slots and go no further: what its kernels need.
         planted: have vLLM's loader take expert 0 for expert 2 and the other way round, which the zoo must see.
         own_kind: its experts are no ``RoutedExperts``, so that the plugin has to refuse.
         unbuildable: why this vLLM cannot build it on a CPU: a part of its error.
+        cause: what its error does not say: whose inability it is, and on what hardware.
+        runner_v2: vLLM builds it for its second model runner only.
+        files: further safetensors files that its loader asks for; they hold nothing.
     """
 
     name: str
@@ -45,10 +48,16 @@ class Recipe:
     own_kind: bool = False
     draft: str = ""
     ranks_differ: str = ""
-    loaded_only: bool = False
+    loaded_only: str = ""
     planted: bool = False
     unbuildable: str = ""
+    cause: str = ""
+    runner_v2: bool = False
+    files: tuple[str, ...] = ()
 
+
+NEEDS_AMX, NO_KERNEL = "the kernels need AMX", "vLLM has no CPU kernel for their activation"
+"""Why a recipe is `Recipe.loaded_only`."""
 
 MAMBA_BLOCK = "--mamba-block-size can only be set with --enable-prefix-caching"
 """What vLLM says of its own choice of a block for models with linear attention beside MLA, on a CPU."""
@@ -64,6 +73,9 @@ _OF_RECIPE = (
     "ranks_differ",
     "loaded_only",
     "planted",
+    "cause",
+    "runner_v2",
+    "files",
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import MAMBA_BLOCK, make, separate, stacked
+from tests.zoo.vllm.recipe import MAMBA_BLOCK, NO_KERNEL, make, separate, stacked
 from tests.zoo.vllm.recipes_text import BAILING, DEEPSEEK, MLA
 
 _W123 = ("w1", "w3", "w2")
@@ -31,9 +31,8 @@ _STEP = (
 
 RECIPES = [
     make("LongcatFlashForCausalLM", "longcat_flash", separate(), **_LONGCAT),
-    make("LongcatFlashNgramForCausalLM", "longcat_flash_ngram", separate(), unbuildable=(
-             "requires the V2 model runner"), emb_neighbor_num=3,
-         emb_split_num=1, ngram_vocab_size_ratio=2, **_LONGCAT),
+    make("LongcatFlashNgramForCausalLM", "longcat_flash_ngram", separate(), runner_v2=True,
+         emb_neighbor_num=3, emb_split_num=1, ngram_vocab_size_ratio=2, **_LONGCAT),
     make("MiMoV2FlashForCausalLM", "mimo_v2_flash", separate(), (1,), n_routed_experts=8,
          n_group=1, topk_group=1, norm_topk_prob=True, scoring_func="sigmoid", moe_layer_freq=[0, 1],
          hybrid_layer_pattern=[0, 1], sliding_window=32, sliding_window_size=32, swa_head_dim=32,
@@ -50,8 +49,7 @@ RECIPES = [
     make("MiniMaxM2ForCausalLM", "minimax_m2", separate(_SPARSE, _W123), num_local_experts=8,
          intermediate_size=WIDTH, rotary_dim=16, scoring_func="sigmoid", use_routing_bias=True,
          use_qk_norm=True),
-    make("NemotronHForCausalLM", "nemotron_h", layers=(1,), unbuildable=(
-             "is_act_and_mul=False is supported only for CUDA, XPU and ROCm"), parts=(
+    make("NemotronHForCausalLM", "nemotron_h", layers=(1,), loaded_only=NO_KERNEL, parts=(
              Part("backbone.layers.{layer}.mixer.experts.{expert}.up_proj.weight", "w13_weight",
                   (WIDTH, HIDDEN)),
              Part("backbone.layers.{layer}.mixer.experts.{expert}.down_proj.weight", "w2_weight",
@@ -119,7 +117,7 @@ RECIPES = [
          linear_attn_config=dict(kda_layers=[1], full_attn_layers=[2], num_heads=2, head_dim=32,
                                  short_conv_kernel_size=4), **MLA),
     make("MiniMaxM3SparseForCausalLM", "minimax_m3", separate(_SPARSE, _W123), (1,),
-         unbuildable="No Unquantized MoE backend supports the deployment configuration",
+         loaded_only=NO_KERNEL,
          num_local_experts=8, intermediate_size=WIDTH, dense_intermediate_size=64,
          hidden_act="swigluoai", scoring_func="sigmoid", swiglu_alpha=1.7, swiglu_beta=1.0, swiglu_limit=7.0,
          use_gemma_norm=True, partial_rotary_factor=0.5, rotary_dim=16, moe_layer_freq=[0, 1],

@@ -15,16 +15,20 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 
 
+_OF_RECIPE = ("ranks_differ", "unbuildable", "cause", "engine", "runner_v2", "own_kind")
+
+
 def _with_text(
     architecture: str, model_type: str, text_type: str, parts: tuple[Part, ...],
     layers: tuple[int, ...] = (0, 1), vision: dict[str, Any] | None = None,
     whole: dict[str, Any] | None = None, **text: Any,
 ) -> Recipe:  # fmt: skip
-    of_recipe = {key: text.pop(key) for key in ("ranks_differ", "unbuildable") if key in text}
+    of_recipe = {key: text.pop(key) for key in _OF_RECIPE if key in text}
+    engine = {"language_model_only": True} | of_recipe.pop("engine", {})
     inner = config("", text_type, **text)
     del inner["architectures"]
     return make(
-        architecture, model_type, parts, layers, engine={"language_model_only": True},
+        architecture, model_type, parts, layers, engine=engine,
         text_config=inner, vision_config=vision or {}, **(whole or {}), **of_recipe,
     )  # fmt: skip
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from tests.zoo.checkpoint import expert_tensors, write_config, write_tensors
 from tests.zoo.vllm import process, ranks
 from tests.zoo.vllm.recipe import Recipe
 
@@ -54,9 +53,7 @@ def answers(recipe: Recipe, path: Path, **arguments: Any) -> list[tuple[list[int
 def compare(recipe: Recipe, directory: Path) -> dict[str, Any]:
     """What one recipe does in a whole engine."""
     path = directory / ranks.directory_of(recipe)
-    write_config(path, recipe.config)
-    tensors = expert_tensors(recipe.parts, recipe.layers, recipe.experts)
-    write_tensors(path / "model.safetensors", tensors, ranks.dtypes_of(recipe, tensors))
+    ranks.write_checkpoint(recipe, path)
     one = answers(recipe, path)
     two = answers(
         recipe, path, tensor_parallel_size=2, enable_expert_parallel=True,
