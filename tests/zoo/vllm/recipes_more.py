@@ -128,7 +128,8 @@ RECIPES = [
          mlp_layer_types=["dense", "sparse"], swiglu_limit=10.0, **DEEPSEEK | MLA | dict(
          q_lora_rank=32, qk_rope_head_dim=0)),
     make("Dots3NoteForCausalLM", "dots3_note", separate(), (1,), unbuildable=(
-             "cannot import name 'compile_flash_attn_varlen_func_from_specs'"), **DEEPSEEK),
+             "cannot import name 'compile_flash_attn_varlen_func_from_specs'"), cause=(
+             "its module imports FlashAttention, which vLLM builds for CUDA only"), **DEEPSEEK),
     make("Qwen4ExpForCausalLM", "qwen4_exp_text", stacked(), output_gate_type="silu", num_experts=8,
          shared_expert_intermediate_size=WIDTH, partial_rotary_factor=0.5, **_LINEAR),
 ]  # fmt: skip

@@ -75,7 +75,9 @@ RECIPES = [
          layer_types=["full_attention", "full_attention"], intermediate_size=WIDTH,
          mlp_layer_types=["sparse", "sparse"], prefix_dense_intermediate_size=64,
          rope_parameters=_ROPE),
-    make("DbrxForCausalLM", "dbrx", unbuildable="KeyError: 'blocks.0.ffn.experts.w13_weight'", parts=(
+    make("DbrxForCausalLM", "dbrx", unbuildable="KeyError: 'blocks.0.ffn.experts.w13_weight'", cause=(
+             "its loader does not know that vLLM's MoE layer has its weights in routed_experts, on any "
+             "hardware"), parts=(
              Part("transformer.blocks.{layer}.ffn.experts.mlp.w1", "w13_weight", (WIDTH, HIDDEN),
                   flat=True),
              Part("transformer.blocks.{layer}.ffn.experts.mlp.v1", "w13_weight", (WIDTH, HIDDEN),

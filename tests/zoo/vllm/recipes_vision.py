@@ -15,7 +15,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 
 
-_OF_RECIPE = ("ranks_differ", "unbuildable", "cause", "engine", "runner_v2", "own_kind")
+_OF_RECIPE = ("ranks_differ", "unbuildable", "cause", "engine", "runner_v2", "loaded_only")
 
 
 def _with_text(
@@ -123,7 +123,8 @@ RECIPES = [
                stacked("model.language_model.layers.{layer}.mlp.experts.", transposed=True),
                vision=_QWEN_EYES, num_experts=8, decoder_sparse_step=1, mlp_only_layers=[],
                norm_topk_prob=True, rope_scaling=_FOURIER, rope_parameters=_FOURIER,
-               unbuildable="object has no attribute 'model_config'"),
+               unbuildable="object has no attribute 'model_config'",
+               cause="its class reads model_config, which it never sets, on any hardware"),
     make("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe",
          separate("thinker.model.layers.{layer}.mlp.experts.{expert}."),
          engine={"language_model_only": True}, **_thinker(config(

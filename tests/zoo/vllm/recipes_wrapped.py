@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import MAMBA_BLOCK, Recipe, config, make, separate, stacked
+from tests.zoo.vllm.recipe import Recipe, config, make, separate, stacked
 from tests.zoo.vllm.recipes_more import _LINEAR
 from tests.zoo.vllm.recipes_text import BAILING, DEEPSEEK, MLA
 from tests.zoo.vllm.recipes_vision import _MROPE, _QWEN_EYES, _ROPE, _thinker, _with_text
@@ -66,10 +66,14 @@ def _transformers(architecture: str, wrapped: str, prefix: str = "", **own: Any)
     )  # fmt: skip
 
 
+_NO_WEIGHT = "vLLM's CPU linear layers keep no weight for Kimi's attention to take apart"
+
 RECIPES = [
     _with_text("BailingMoeV3VLForConditionalGeneration", "bailing_moe_v3_vl", "bailing_hybrid",
                separate("model.layers.{layer}.mlp.experts.{expert}."), (1,), vision=_QWEN_EYES,
-               layer_group_size=2, short_conv_kernel_size=4, no_kda_lora=True, **BAILING | MLA),
+               layer_group_size=2, short_conv_kernel_size=4, no_kda_lora=True,
+               engine={"enable_prefix_caching": False},
+               whole={"mrope_section": [6, 5, 5]}, **BAILING | MLA),
     make("ClefOmniForJointSchema", "qwen3_omni_moe",
          separate("thinker.model.layers.{layer}.mlp.experts.{expert}."),
          engine={"language_model_only": True}, files=("joint_head.safetensors",),
@@ -78,7 +82,8 @@ RECIPES = [
          **_thinker(config("", "qwen3_omni_moe_text", num_experts=8, decoder_sparse_step=1,
                            mlp_only_layers=[], norm_topk_prob=True, rope_parameters=_MROPE))),
     _with_text("ColQwen3_5", "qwen3_5_moe", "qwen3_5_moe_text",
-               stacked("language_model.layers.{layer}.mlp.experts."), vision=_QWEN_EYES, **_QWEN),
+               stacked("language_model.layers.{layer}.mlp.experts."), vision=_QWEN_EYES,
+               whole={"retrieval_attention_contract": "causal"}, **_QWEN),
     _with_text("DiffusionGemmaForBlockDiffusion", "diffusion_gemma", "diffusion_gemma_text",
                stacked("model.decoder.layers.{layer}.experts."), vision=_GEMMA_EYES,
                runner_v2=True, **_GEMMA),
@@ -87,10 +92,10 @@ RECIPES = [
                                                        patch_size=4, output_proj_dims=HIDDEN),
                whole={"audio_config": None}, **_GEMMA),
     _with_text("Glm5NextForConditionalGeneration", "glm5_next", "glm5_next_text",
-               separate(f"{_TEXT}mlp.experts.{{expert}}."), (1,), unbuildable=MAMBA_BLOCK,
-               vision=dict(depth=1, hidden_size=32, num_heads=2, out_hidden_size=HIDDEN,
+               separate(f"{_TEXT}mlp.experts.{{expert}}."), (1,), engine={"enable_prefix_caching": False},
+               unbuildable="Sparse Attention is not supported on CPU", vision=dict(depth=1, hidden_size=32, num_heads=2, out_hidden_size=HIDDEN,
                            intermediate_size=32, projection_intermediate_size=32, image_size=28),
-               hc_mult=4, hc_eps=1e-6, hc_sinkhorn_iters=4, index_topk=16, index_kpool=4,
+               mhc=True, mla_use_nope=True, indexer_rope_interleave=True, hc_mult=4, hc_eps=1e-6, hc_sinkhorn_iters=4, index_topk=16, index_kpool=4,
                layer_types=["linear_attention", "full_attention"], linear_conv_kernel_dim=4,
                linear_head_dim=32, linear_num_heads=2, mlp_layer_types=["dense", "sparse"],
                swiglu_limit=10.0, **DEEPSEEK | MLA | dict(q_lora_rank=32, qk_rope_head_dim=0)),
@@ -109,7 +114,9 @@ RECIPES = [
          mamba_dt_rank=8, mamba_expand=2, mamba_conv_bias=True, mamba_proj_bias=False,
          use_mamba_kernels=False),
     _with_text("KimiK3ForConditionalGeneration", "kimi_k3", "kimi_linear",
-               separate(_SPARSE, ("w1", "w3", "w2")), (1,), unbuildable=MAMBA_BLOCK,
+               separate(_SPARSE, ("w1", "w3", "w2")), (1,),
+               engine={"enable_prefix_caching": False}, loaded_only=_NO_WEIGHT,
+               whole={"hidden_size": None, "vocab_size": None},
                vision=dict(vt_num_attention_heads=2, vt_num_hidden_layers=1, vt_hidden_size=32,
                            vt_intermediate_size=32, qkv_hidden_size=32),
                num_experts=8, num_shared_experts=1, first_k_dense_replace=1, moe_layer_freq=1,
@@ -142,7 +149,7 @@ RECIPES = [
     _transformers("TransformersMoEForSequenceClassification", "Qwen3MoeForSequenceClassification",
                   "model.", num_labels=3),
     _with_text("TransformersMultiModalMoEForCausalLM", "qwen3_vl_moe", "qwen3_vl_moe_text",
-               stacked(f"{_TEXT}mlp.experts.", transposed=True), vision=_QWEN_EYES, num_experts=8,
+               stacked(f"{_TEXT}mlp.experts."), vision=_QWEN_EYES, num_experts=8,
                decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True,
                rope_parameters=_MROPE, engine={"model_impl": "transformers"},
                whole={"architectures": ["Qwen3VLMoeForConditionalGeneration"]}),
