@@ -35,7 +35,7 @@ _LOADERS_OF_THEIR_OWN = (
     "runai_streamer_sharded",
 )
 
-_EXPERTS_OF_THEIR_OWN = (
+EXPERTS_OF_THEIR_OWN = (
     "MiniCPMForCausalLM",
     "MiniCPM3ForCausalLM",
     "HfMoondream",
@@ -177,7 +177,7 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
         raise PlacementError(
             f"{flag}: {model.model} is no Mixture-of-Experts model: it has no experts to place; leave the flag out"
         )
-    if model.architecture in _EXPERTS_OF_THEIR_OWN:
+    if model.architecture in EXPERTS_OF_THEIR_OWN:
         raise PlacementError(
             f"{flag}: vLLM's {model.architecture} holds its experts outside vLLM's MoE layer, where none can be placed; leave the flag out"
         )

@@ -14,6 +14,7 @@ from zlib import crc32
 import numpy as np
 
 from tests.zoo.checkpoint import HIDDEN
+from tests.zoo.vllm.recipe import SPARSE, V2_RUNNER
 
 TOKENS = 24
 """Tokens that each layer is asked for."""
@@ -79,15 +80,29 @@ class _AnyActivation:
 
 
 @contextmanager
-def runner_v2(wanted: bool) -> Iterator[None]:
-    """Have vLLM build for its second model runner, which needs Triton; no runner runs in the zoo.
+def standing_in(lacks: str) -> Iterator[None]:
+    """Have vLLM build a model in spite of what its CPU build lacks: no runner and no attention runs in the zoo.
 
     Args:
-        wanted: False changes nothing.
+        lacks: `Recipe.lacks`; empty changes nothing.
     """
     from vllm.config import vllm as config
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention import selector
 
-    with mock.patch.object(config, "HAS_TRITON", config.HAS_TRITON or wanted):
+    choose = CpuPlatform.get_attn_backend_cls
+
+    def dense(cls, selected_backend, attn_selector_config, **kwargs):
+        dense_config = attn_selector_config._replace(use_sparse=False)
+        return choose(selected_backend, attn_selector_config=dense_config, **kwargs)
+
+    with ExitStack() as patches:
+        if lacks == V2_RUNNER:
+            patches.enter_context(mock.patch.object(config, "HAS_TRITON", True))
+        if lacks == SPARSE:
+            instead = mock.patch.object(CpuPlatform, "get_attn_backend_cls", classmethod(dense))
+            patches.enter_context(instead)
+            patches.callback(selector._cached_get_attn_backend.cache_clear)
         yield
 
 

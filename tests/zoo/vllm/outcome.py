@@ -76,8 +76,8 @@ def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[
             said[f"slots as the loader left them: {recipe.loaded_only}"] = None
         elif outcome.silent:
             said[f"slots only: vLLM's CPU routing has no answer ({outcome.silent})"] = None
-        if recipe.runner_v2:
-            said["loaded for vLLM's V2 model runner, which does not run without Triton"] = None
+        if recipe.lacks:
+            said[f"built with a stand-in for what vLLM's CPU build lacks: {recipe.lacks}"] = None
         if recipe.ranks_differ:
             said[f"compared with two ranks without a placement: {recipe.ranks_differ}"] = None
         cells = [outcome.status[s].replace("none", "-") for s in STRATEGIES]

@@ -46,7 +46,7 @@ def alone(recipes: list[Recipe], results: Path, store: str) -> None:
             path = results.parent / directory_of(recipe)
             try:
                 write_checkpoint(recipe, path)
-                with engine.runner_v2(recipe.runner_v2):
+                with engine.standing_in(recipe.lacks):
                     line = _build(recipe, path, store)
             except BaseException as error:
                 line = _failed(error)
@@ -100,7 +100,7 @@ def placed(units: list[tuple[Recipe, str]], rank: int, results: Path, store: str
                 with np.load(path / ANSWERS) as answers:
                     reference = dict(answers)
                 try:
-                    with engine.runner_v2(recipe.runner_v2):
+                    with engine.standing_in(recipe.lacks):
                         line = _place(recipe, path, strategy, rank, store, reference)
                 except BaseException as error:
                     line = _failed(error)

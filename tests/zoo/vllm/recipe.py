@@ -31,7 +31,7 @@ class Recipe:
         own_kind: its experts are no ``RoutedExperts``, so that the plugin has to refuse.
         unbuildable: why this vLLM cannot build it on a CPU: a part of its error.
         cause: what its error does not say: whose inability it is, and on what hardware.
-        runner_v2: vLLM builds it for its second model runner only.
+        lacks: what vLLM's CPU build lacks of it beside its experts; the zoo stands in for it.
         files: further safetensors files that its loader asks for; they hold nothing.
     """
 
@@ -52,9 +52,12 @@ class Recipe:
     planted: bool = False
     unbuildable: str = ""
     cause: str = ""
-    runner_v2: bool = False
+    lacks: str = ""
     files: tuple[str, ...] = ()
 
+
+V2_RUNNER, SPARSE = "the V2 model runner, which needs Triton", "sparse attention"
+"""What a recipe `Recipe.lacks`."""
 
 NEEDS_AMX, NO_KERNEL = "the kernels need AMX", "vLLM has no CPU kernel for their activation"
 """Why a recipe is `Recipe.loaded_only`."""
@@ -74,7 +77,7 @@ _OF_RECIPE = (
     "loaded_only",
     "planted",
     "cause",
-    "runner_v2",
+    "lacks",
     "files",
 )
 

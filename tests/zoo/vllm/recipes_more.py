@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import MAMBA_BLOCK, NO_KERNEL, make, separate, stacked
+from tests.zoo.vllm.recipe import MAMBA_BLOCK, NO_KERNEL, V2_RUNNER, make, separate, stacked
 from tests.zoo.vllm.recipes_text import BAILING, DEEPSEEK, MLA
 
 _W123 = ("w1", "w3", "w2")
@@ -31,7 +31,7 @@ _STEP = (
 
 RECIPES = [
     make("LongcatFlashForCausalLM", "longcat_flash", separate(), **_LONGCAT),
-    make("LongcatFlashNgramForCausalLM", "longcat_flash_ngram", separate(), runner_v2=True,
+    make("LongcatFlashNgramForCausalLM", "longcat_flash_ngram", separate(), lacks=V2_RUNNER,
          emb_neighbor_num=3, emb_split_num=1, ngram_vocab_size_ratio=2, **_LONGCAT),
     make("MiMoV2FlashForCausalLM", "mimo_v2_flash", separate(), (1,), n_routed_experts=8,
          n_group=1, topk_group=1, norm_topk_prob=True, scoring_func="sigmoid", moe_layer_freq=[0, 1],

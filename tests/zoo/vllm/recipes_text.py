@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import MAMBA_BLOCK, make, separate, stacked
+from tests.zoo.vllm.recipe import MAMBA_BLOCK, SPARSE, make, separate, stacked
 
 MLA = dict(
     kv_lora_rank=32, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32,
@@ -49,10 +49,10 @@ RECIPES = [
     make("DeepseekV3BidirectionalModel", "deepseek_v3", separate(), (1,), **DEEPSEEK | MLA),
     make("MistralLarge3ForCausalLM", "deepseek_v3", separate(), (1,), **DEEPSEEK | MLA),
     make("DeepseekV32ForCausalLM", "deepseek_v32", separate(), (1,), index_topk=16,
-         unbuildable="Sparse Attention is not supported on CPU",
+         lacks=SPARSE,
          index_n_heads=2, index_head_dim=64, **DEEPSEEK | MLA | dict(q_lora_rank=32)),
     make("GlmMoeDsaForCausalLM", "glm_moe_dsa", separate(), (1,), index_topk=16,
-         unbuildable="Sparse Attention is not supported on CPU",
+         lacks=SPARSE,
          index_n_heads=2, index_head_dim=64, **DEEPSEEK | MLA | dict(q_lora_rank=32)),
     make("Glm4MoeForCausalLM", "glm4_moe", separate(), (1,), use_qk_norm=True,
          partial_rotary_factor=0.5, **DEEPSEEK),

@@ -15,7 +15,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 
 
-_OF_RECIPE = ("ranks_differ", "unbuildable", "cause", "engine", "runner_v2", "loaded_only")
+_OF_RECIPE = ("ranks_differ", "unbuildable", "cause", "engine", "lacks", "loaded_only")
 
 
 def _with_text(

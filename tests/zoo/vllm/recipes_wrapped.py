@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import Recipe, config, make, separate, stacked
+from tests.zoo.vllm.recipe import SPARSE, V2_RUNNER, Recipe, config, make, separate, stacked
 from tests.zoo.vllm.recipes_more import _LINEAR
 from tests.zoo.vllm.recipes_text import BAILING, DEEPSEEK, MLA
 from tests.zoo.vllm.recipes_vision import _MROPE, _QWEN_EYES, _ROPE, _thinker, _with_text
@@ -86,14 +86,14 @@ RECIPES = [
                whole={"retrieval_attention_contract": "causal"}, **_QWEN),
     _with_text("DiffusionGemmaForBlockDiffusion", "diffusion_gemma", "diffusion_gemma_text",
                stacked("model.decoder.layers.{layer}.experts."), vision=_GEMMA_EYES,
-               runner_v2=True, **_GEMMA),
+               lacks=V2_RUNNER, **_GEMMA),
     _with_text("Gemma4UnifiedForConditionalGeneration", "gemma4_unified", "gemma4_unified_text",
                stacked(f"{_TEXT}experts."), vision=dict(mm_embed_dim=HIDDEN, mm_posemb_size=16,
                                                        patch_size=4, output_proj_dims=HIDDEN),
                whole={"audio_config": None}, **_GEMMA),
     _with_text("Glm5NextForConditionalGeneration", "glm5_next", "glm5_next_text",
                separate(f"{_TEXT}mlp.experts.{{expert}}."), (1,), engine={"enable_prefix_caching": False},
-               unbuildable="Sparse Attention is not supported on CPU", vision=dict(depth=1, hidden_size=32, num_heads=2, out_hidden_size=HIDDEN,
+               lacks=SPARSE, vision=dict(depth=1, hidden_size=32, num_heads=2, out_hidden_size=HIDDEN,
                            intermediate_size=32, projection_intermediate_size=32, image_size=28),
                mhc=True, mla_use_nope=True, indexer_rope_interleave=True, hc_mult=4, hc_eps=1e-6, hc_sinkhorn_iters=4, index_topk=16, index_kpool=4,
                layer_types=["linear_attention", "full_attention"], linear_conv_kernel_dim=4,
