@@ -14,7 +14,7 @@ from zlib import crc32
 import numpy as np
 
 from tests.zoo.checkpoint import HIDDEN
-from tests.zoo.vllm.recipe import SPARSE, V2_RUNNER
+from tests.zoo.vllm.recipe import CUDA_EVENTS, SPARSE, V2_RUNNER
 
 TOKENS = 24
 """Tokens that each layer is asked for."""
@@ -99,6 +99,8 @@ def standing_in(lacks: str) -> Iterator[None]:
     with ExitStack() as patches:
         if lacks == V2_RUNNER:
             patches.enter_context(mock.patch.object(config, "HAS_TRITON", True))
+        if lacks == CUDA_EVENTS:
+            patches.enter_context(mock.patch("torch.cuda.Event", mock.Mock))
         if lacks == SPARSE:
             instead = mock.patch.object(CpuPlatform, "get_attn_backend_cls", classmethod(dense))
             patches.enter_context(instead)

@@ -56,7 +56,8 @@ class Recipe:
     files: tuple[str, ...] = ()
 
 
-V2_RUNNER, SPARSE = "the V2 model runner, which needs Triton", "sparse attention"
+V2_RUNNER = "the V2 model runner, which needs Triton"
+SPARSE, CUDA_EVENTS = "sparse attention", "CUDA events"
 """What a recipe `Recipe.lacks`."""
 
 NEEDS_AMX, NO_KERNEL = "the kernels need AMX", "vLLM has no CPU kernel for their activation"
