@@ -46,7 +46,6 @@ NOT_IN_THE_ZOO = {
     "Glm5NextMTPModel": _wraps("Glm5NextForCausalLM"),
     "GlmOcrMTPModel": _dense("GLM-OCR has no experts, its draft shares code with GLM-4-MoE's"),
     "HYV4MTPModel": _wraps("HYV4ForCausalLM"),
-    "InklingForConditionalGeneration": _INKLING,
     "InklingMTPModel": _INKLING,
     "InternS2MobiusMTP": _NO_RECIPE,
     "KimiK3MTPModel": _wraps("KimiLinearForCausalLM"),

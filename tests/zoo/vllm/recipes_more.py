@@ -37,6 +37,17 @@ _STEP = (
     Part("model.layers.{layer}.moe.down_proj.weight", "w2_weight", (HIDDEN, WIDTH)),
 )
 
+INKLING = dict(
+    parts=(
+        Part("model.llm.layers.{layer}.mlp.experts.w13_weight", "w13_weight", (2 * WIDTH, HIDDEN)),
+        Part("model.llm.layers.{layer}.mlp.experts.w2_weight", "w2_weight", (HIDDEN, WIDTH)),
+    ), layers=(1,), lacks=CUDA_EVENTS, engine={"dtype": "bfloat16"}, loaded_only=(
+        "the model sums its layers' answers over the ranks outside vLLM's MoE layer"),
+    n_routed_experts=8, n_shared_experts=1, shared_expert_sink=True, dense_mlp_idx=1,
+    intermediate_size=WIDTH, dense_intermediate_size=64, use_gate_bias=True, use_sconv=True,
+    sconv_kernel_size=4, d_rel=16, rel_extent=64, local_layer_ids=[0], sliding_window_size=32,
+)  # fmt: skip
+
 _NEMOTRON = dict(
     layers=(1,), loaded_only=NO_KERNEL, parts=(
         Part("backbone.layers.{layer}.mixer.experts.{expert}.up_proj.weight", "w13_weight",
@@ -52,15 +63,7 @@ _NEMOTRON = dict(
 )  # fmt: skip
 
 RECIPES = [
-    make("InklingForCausalLM", "inkling_model", (
-             Part("model.llm.layers.{layer}.mlp.experts.w13_weight", "w13_weight",
-                  (2 * WIDTH, HIDDEN)),
-             Part("model.llm.layers.{layer}.mlp.experts.w2_weight", "w2_weight", (HIDDEN, WIDTH)),
-         ), (1,), lacks=CUDA_EVENTS, loaded_only=(
-             "the model sums its layers' answers over the ranks outside vLLM's MoE layer"),
-         n_routed_experts=8, n_shared_experts=1, shared_expert_sink=True, dense_mlp_idx=1,
-         intermediate_size=WIDTH, dense_intermediate_size=64, use_gate_bias=True, use_sconv=True,
-         sconv_kernel_size=4, d_rel=16, rel_extent=64, local_layer_ids=[0], sliding_window_size=32),
+    make("InklingForCausalLM", "inkling_model", **INKLING),
     make("LongcatFlashForCausalLM", "longcat_flash", separate(), **_LONGCAT),
     make("LongcatFlashNgramForCausalLM", "longcat_flash_ngram", separate(), lacks=V2_RUNNER,
          emb_neighbor_num=3, emb_split_num=1, ngram_vocab_size_ratio=2, **_LONGCAT),

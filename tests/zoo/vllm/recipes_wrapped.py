@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
 from tests.zoo.vllm.recipe import SPARSE, V2_RUNNER, Recipe, config, make, separate, stacked
-from tests.zoo.vllm.recipes_more import _LINEAR
+from tests.zoo.vllm.recipes_more import _LINEAR, INKLING
 from tests.zoo.vllm.recipes_text import BAILING, DEEPSEEK, MLA
 from tests.zoo.vllm.recipes_vision import _MROPE, _QWEN_EYES, _ROPE, _thinker, _with_text
 
@@ -99,6 +99,9 @@ RECIPES = [
                layer_types=["linear_attention", "full_attention"], linear_conv_kernel_dim=4,
                linear_head_dim=32, linear_num_heads=2, mlp_layer_types=["dense", "sparse"],
                swiglu_limit=10.0, **DEEPSEEK | MLA | dict(q_lora_rank=32, qk_rope_head_dim=0)),
+    _with_text("InklingForConditionalGeneration", "inkling_mm_model", "inkling_model",
+               whole=dict.fromkeys(("hidden_size", "vocab_size", "num_hidden_layers", "head_dim",
+                                    "num_attention_heads", "num_key_value_heads")), **INKLING),
     _moondream("HfMoondream"),
     _moondream("Moondream3ForCausalLM"),
     _with_text("InternS2MobiusForConditionalGeneration", "qwen3_5_moe", "qwen3_5_moe_text",
