@@ -42,11 +42,15 @@ def without_kernels(wanted: bool) -> Iterator[None]:
         wanted: False changes nothing.
     """
     global _loaded_only
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
     _loaded_only = wanted
     try:
         with ExitStack() as all_patches:
             for patch in _any_kernel() if wanted else ():
                 all_patches.enter_context(patch)
+            if wanted:  # attention with AMX is not for those that follow
+                all_patches.callback(_cached_get_attn_backend.cache_clear)
             yield
     finally:
         _loaded_only = False
