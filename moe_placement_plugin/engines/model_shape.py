@@ -37,10 +37,16 @@ def num_experts_of(config: Any) -> int:
 
 def moe_layer_ids(config: Any) -> tuple[int, ...]:
     """Indices of the MoE layers among ``num_hidden_layers``, ``[MoE layers]``."""
-    layers = range(config.num_hidden_layers)
     if getattr(config, "zero_expert_num", None) is not None and hasattr(config, "num_layers"):
-        # LongCat-Flash counts the two attentions of each layer as layers.
+        # LongCat-Flash counts the two attentions of each layer as layers, LongCat-Flash-Lite counts no others.
         layers = range(config.num_layers)
+    else:
+        layers = range(config.num_hidden_layers)
+    shared = getattr(config, "num_blocks", None)
+    if isinstance(
+        shared, int
+    ):  # Intern-S2-Mobius: experts that several layers share, numbered by themselves
+        return tuple(range(shared))
     explicit = getattr(config, "moe_layers", None)
     if isinstance(explicit, (list, tuple)):  # Llama 4
         return tuple(explicit)

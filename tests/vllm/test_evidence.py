@@ -15,6 +15,7 @@ from moe_placement_plugin.engines.vllm import (  # noqa: E402
     evidence,
     layers,
     loaded,
+    preflight,
     reload,
     stacked,
 )
@@ -259,3 +260,11 @@ def test_pipeline_stages_are_checked_together(monkeypatch, other, exact, message
     other.clear()
     with pytest.raises(PlacementError, match="no MoE layer of vLLM's own kind"):
         loaded._report({}, settings, True, stages=2)
+
+
+@pytest.mark.parametrize("architecture", preflight.EXPERTS_OF_THEIR_OWN)
+def test_models_whose_experts_are_not_vllms_are_refused_before_they_load(architecture):
+    model = SimpleNamespace(is_moe=True, model="m", architecture=architecture)
+    parallel = SimpleNamespace(enable_expert_parallel=True)
+    with pytest.raises(PlacementError, match=f"^--flag: vLLM's {architecture} holds its experts"):
+        preflight._check(SimpleNamespace(), model, parallel, 2, "--flag")

@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,6 +168,7 @@ def test_tampered_settings_are_refused():
         ("model.layers.3.mlp.experts", 3),
         ("language_model.model.layers.12.mlp.experts.5.w1.weight", 12),
         ("model.blocks.7.moe.experts", 7),
+        ("language_model.model.meta_mlp.1.experts", 1),
         ("mtp.layers.0.mlp.experts", None),
         ("model.mtp_block.layers.1.experts", None),
         ("eagle3.layers.0.experts", None),
@@ -183,6 +185,11 @@ class Config:
 
     def __init__(self, **fields):
         vars(self).update(fields)
+
+
+def test_layers_are_counted_where_the_config_has_no_hidden_layers():
+    lite = SimpleNamespace(n_routed_experts=8, zero_expert_num=2, num_layers=3)
+    assert moe_layer_ids(lite) == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +213,7 @@ class Config:
         ({"num_experts": 8, "num_dense_layers": 2}, (2, 3, 4, 5)),
         ({"n_routed_experts": 8, "dense_mlp_idx": 4}, (4, 5)),
         ({"n_routed_experts": 8, "zero_expert_num": 2, "num_layers": 3}, (0, 1, 2)),
+        ({"num_experts": 8, "num_blocks": 2}, (0, 1)),
     ],
 )
 def test_moe_layers_by_model_family(fields, expected):

@@ -36,6 +36,14 @@ _LOADERS_OF_THEIR_OWN = (
     "runai_streamer_sharded",
 )
 
+EXPERTS_OF_THEIR_OWN = (
+    "MiniCPMForCausalLM",
+    "MiniCPM3ForCausalLM",
+    "HfMoondream",
+    "Moondream3ForCausalLM",
+)
+"""Architectures whose experts are no ``RoutedExperts`` of vLLM's: they number and load them by themselves."""
+
 SUPPORTED = ("0.25", "0.34")
 """First supported version of vLLM and the first that is not."""
 
@@ -169,6 +177,10 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
     if not model.is_moe:
         raise PlacementError(
             f"{flag}: {model.model} is no Mixture-of-Experts model: it has no experts to place; leave the flag out"
+        )
+    if model.architecture in EXPERTS_OF_THEIR_OWN:
+        raise PlacementError(
+            f"{flag}: vLLM's {model.architecture} holds its experts outside vLLM's MoE layer, where none can be placed; leave the flag out"
         )
     if not parallel.enable_expert_parallel:
         raise PlacementError(

@@ -208,7 +208,9 @@ def current_settings() -> PlacementSettings | None:
     return settings_of(get_current_vllm_config_or_none())
 
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?:\.|$)")
+_LAYER = re.compile(
+    r"(?:^|\.)(?:layers|blocks|h|meta_mlp)\.(\d+)(?:\.|$)"
+)  # meta_mlp: Intern-S2-Mobius
 # A draft model numbers its layers from 0 again, or names them differently in checkpoint and module.
 _DRAFT = re.compile(r"(?:^|\.)(?:mtp\w*|eagle\w*|draft\w*|nextn\w*)(?:\.|$)")
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from zlib import crc32
 
 import numpy as np
 
 from tests.zoo.checkpoint import HIDDEN
-from tests.zoo.vllm.recipe import AMX, OWN_CHECKPOINT
+from tests.zoo.vllm.recipe import CUDA_EVENTS, OWN_CHECKPOINT, SPARSE, V2_RUNNER
 
 TOKENS = 24
 """Tokens that each layer is asked for."""
@@ -34,22 +35,81 @@ def loaded_only() -> bool:
 
 
 @contextmanager
-def without_kernels(why: str) -> Iterator[None]:
-    """Never let kernels see the weights; where they need AMX, have vLLM choose those of a processor with it.
+def without_kernels(wanted: bool) -> Iterator[None]:
+    """Have vLLM choose kernels as if its CPU had AMX and knew every activation, and never let them see the weights.
 
     Args:
-        why: see `Recipe.loaded_only`; empty changes nothing.
+        wanted: whether the recipe is `Recipe.loaded_only`; nothing changes otherwise.
     """
     global _loaded_only
-    import torch
+    from vllm.v1.attention.selector import _cached_get_attn_backend
 
-    _loaded_only, has_amx = bool(why), torch.cpu._is_amx_tile_supported
-    if why == AMX:
-        torch.cpu._is_amx_tile_supported = lambda: True
+    _loaded_only = wanted
     try:
-        yield
+        with ExitStack() as all_patches:
+            for patch in _any_kernel() if wanted else ():
+                all_patches.enter_context(patch)
+            if wanted:  # attention with AMX is not for those that follow
+                all_patches.callback(_cached_get_attn_backend.cache_clear)
+            yield
     finally:
-        _loaded_only, torch.cpu._is_amx_tile_supported = False, has_amx
+        _loaded_only = False
+
+
+def _any_kernel() -> list[Any]:
+    import torch
+    from vllm.model_executor.layers.fused_moe import config
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    yes = staticmethod(lambda *args: True)
+    return [
+        mock.patch.object(torch.cpu, "_is_amx_tile_supported", lambda: True),
+        mock.patch.object(CPUUnquantizedExperts, "_supports_activation", yes),
+        mock.patch.object(CPUUnquantizedExperts, "_supports_no_act_and_mul", yes),
+        mock.patch.object(config, "current_platform", _AnyActivation(config.current_platform)),
+    ]
+
+
+class _AnyActivation:
+    """A platform that has experts without a gate, and is otherwise the one that it stands for."""
+
+    def __init__(self, platform: Any):
+        self._platform = platform
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._platform, name)
+
+    def is_cuda_alike(self) -> bool:
+        return True
+
+
+@contextmanager
+def standing_in(lacks: str) -> Iterator[None]:
+    """Have vLLM build a model in spite of what its CPU build lacks: no runner and no attention runs in the zoo.
+
+    Args:
+        lacks: `Recipe.lacks`; empty changes nothing.
+    """
+    from vllm.config import vllm as config
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention import selector
+
+    choose = CpuPlatform.get_attn_backend_cls
+
+    def dense(cls, selected_backend, attn_selector_config, **kwargs):
+        dense_config = attn_selector_config._replace(use_sparse=False)
+        return choose(selected_backend, attn_selector_config=dense_config, **kwargs)
+
+    with ExitStack() as patches:
+        if lacks == V2_RUNNER:
+            patches.enter_context(mock.patch.object(config, "HAS_TRITON", True))
+        if lacks == CUDA_EVENTS:
+            patches.enter_context(mock.patch("torch.cuda.Event", mock.Mock))
+        if lacks == SPARSE:
+            instead = mock.patch.object(CpuPlatform, "get_attn_backend_cls", classmethod(dense))
+            patches.enter_context(instead)
+            patches.callback(selector._cached_get_attn_backend.cache_clear)
+        yield
 
 
 @contextmanager

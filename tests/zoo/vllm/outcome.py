@@ -64,9 +64,8 @@ def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[
     for name, recipe in recipes.items():
         outcome = outcomes[name]
         if not outcome.built:
-            lines.append(
-                [name, recipe.stored, *["not built"] * len(STRATEGIES), recipe.unbuildable]
-            )
+            why = f"{recipe.unbuildable}: {recipe.cause}" if recipe.cause else recipe.unbuildable
+            lines.append([name, recipe.stored, *["not built"] * len(STRATEGIES), why])
             continue
         said = {
             FAULTS.get((name, strategy)) or short(reason): None
@@ -77,6 +76,8 @@ def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[
             said[f"slots as the loader left them: {recipe.loaded_only}"] = None
         elif outcome.silent:
             said[f"slots only: vLLM's CPU routing has no answer ({outcome.silent})"] = None
+        if recipe.lacks:
+            said[f"built with a stand-in for what vLLM's CPU build lacks: {recipe.lacks}"] = None
         if recipe.ranks_differ:
             said[f"compared with two ranks without a placement: {recipe.ranks_differ}"] = None
         cells = [outcome.status[s].replace("none", "-") for s in STRATEGIES]

@@ -21,7 +21,7 @@ def clean_environment() -> None:
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
         VLLM_NO_USAGE_STATS="1", VLLM_PLUGINS="moe_placement", TRANSFORMERS_VERBOSITY="error",
-        VLLM_KIMI_K3_GEMM_AR="0", GLOO_SOCKET_IFNAME="lo", VLLM_DIST_IDENT=f"zoo{os.getpid()}",
+        GLOO_SOCKET_IFNAME="lo", VLLM_DIST_IDENT=f"zoo{os.getpid()}", VLLM_KIMI_K3_GEMM_AR="0",
     )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def prepare_process() -> None:
     registry._LazyRegisteredModel.inspect_model_cls = inspect_here
     registry._try_inspect_model_cls = lambda name, model: model.inspect_model_cls()
     _stand_in_for_torchvision()
+    _stand_in_for_processors()
     _know_every_model_type()
     # Checkpoints of the zoo hold the experts; the rest is filled below.
     default_loader.DefaultModelLoader.track_weights_loading = lambda *args, **kwargs: None
@@ -93,6 +94,14 @@ def _stand_in_for_torchvision() -> None:
     """Models whose modules import torchvision, for images, have their language model built without it."""
     if importlib.util.find_spec("torchvision") is None:
         sys.meta_path.append(_TorchvisionFinder())
+
+
+def _stand_in_for_processors() -> None:
+    """Models that ask the checkpoint's processor what it can see are told: images; none is shown to them."""
+    from vllm.multimodal.processing.context import InputProcessingContext
+
+    images_only = types.SimpleNamespace(image_processor=None)
+    InputProcessingContext.get_hf_processor = lambda *args, **kwargs: images_only
 
 
 def _know_every_model_type() -> None:

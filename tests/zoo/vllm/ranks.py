@@ -45,26 +45,38 @@ def alone(recipes: list[Recipe], results: Path, store: str) -> None:
             began = time.process_time()
             path = results.parent / directory_of(recipe)
             try:
-                write_config(path, recipe.config)
-                tensors = expert_tensors(recipe.parts, recipe.layers, recipe.experts)
-                write_tensors(path / "model.safetensors", tensors, dtypes_of(recipe, tensors))
-                config = engine.engine_config(path, 1, dict(recipe.engine))
-                kernels = engine.without_kernels(recipe.loaded_only)
-                with kernels, engine.rank_of(config, 0, 1, store):
-                    model, _ = engine.load(config, bool(recipe.draft))
-                    wrong = []
-                    if not recipe.own_kind:
-                        wrong = _compare_loaded(recipe, model, lambda layer, n: list(range(n)))
-                    answers, silent = ({}, "") if recipe.loaded_only else _answers(model, config)
-                np.savez(path / ANSWERS, **{k.replace("/", "|"): v for k, v in answers.items()})
-                line = {"status": "wrong" if wrong else "built", "reason": "; ".join(wrong[:3])}
-                line["silent"] = silent
+                write_checkpoint(recipe, path)
+                with engine.standing_in(recipe.lacks):
+                    line = _build(recipe, path, store)
             except BaseException as error:
                 line = _failed(error)
             line |= {"name": recipe.name, "seconds": time.process_time() - began}
             file.write(json.dumps(line) + "\n")
             path.mkdir(exist_ok=True)
             (path / DONE).touch()
+
+
+def write_checkpoint(recipe: Recipe, path: Path) -> None:
+    """A recipe's config and experts, and what else its loader asks for."""
+    write_config(path, recipe.config)
+    tensors = expert_tensors(recipe.parts, recipe.layers, recipe.experts)
+    write_tensors(path / "model.safetensors", tensors, dtypes_of(recipe, tensors))
+    for name in recipe.files:
+        write_tensors(path / name, {}, {})
+
+
+def _build(recipe: Recipe, path: Path, store: str) -> dict[str, Any]:
+    config = engine.engine_config(path, 1, dict(recipe.engine))
+    kernels = engine.without_kernels(bool(recipe.loaded_only))
+    with kernels, engine.rank_of(config, 0, 1, store):
+        model, _ = engine.load(config, bool(recipe.draft))
+        wrong = []
+        if not recipe.own_kind:
+            wrong = _compare_loaded(recipe, model, lambda layer, n: list(range(n)))
+        answers, silent = ({}, "") if recipe.loaded_only else _answers(model, config)
+    np.savez(path / ANSWERS, **{k.replace("/", "|"): v for k, v in answers.items()})
+    reason = "; ".join(wrong[:3])
+    return {"status": "wrong" if wrong else "built", "reason": reason, "silent": silent}
 
 
 def placed(units: list[tuple[Recipe, str]], rank: int, results: Path, store: str) -> None:
@@ -88,7 +100,8 @@ def placed(units: list[tuple[Recipe, str]], rank: int, results: Path, store: str
                 with np.load(path / ANSWERS) as answers:
                     reference = dict(answers)
                 try:
-                    line = _place(recipe, path, strategy, rank, store, reference)
+                    with engine.standing_in(recipe.lacks):
+                        line = _place(recipe, path, strategy, rank, store, reference)
                 except BaseException as error:
                     line = _failed(error)
             line |= {"name": recipe.name, "strategy": strategy}
@@ -136,7 +149,8 @@ def _place(
                 "reason": "two ranks of vLLM answer as one: take `ranks_differ` away",
             }
     config = engine.engine_config(path, RANKS, options)
-    with engine.without_kernels(recipe.loaded_only), engine.rank_of(config, rank, RANKS, store):
+    kernels = engine.without_kernels(bool(recipe.loaded_only))
+    with kernels, engine.rank_of(config, rank, RANKS, store):
         with engine.exchanged_experts(recipe.planted):
             model, eplb = engine.load(config, bool(recipe.draft))
         own = table.shape[1] // RANKS

@@ -27,10 +27,13 @@ class Recipe:
         draft: architecture of the draft that is loaded instead of the model itself.
         model_experts: routed experts of a layer of the model that a draft is for, where they are not as many.
         ranks_differ: why vLLM's own two ranks answer otherwise than one; the reference is then two without a placement.
-        loaded_only: why to compare as the loader left the slots and to go no further.
+        loaded_only: why to compare as the loader left the slots and go no further: what its kernels need.
         planted: have vLLM's loader take expert 0 for expert 2 and the other way round, which the zoo must see.
         own_kind: its experts are no ``RoutedExperts``, so that the plugin has to refuse.
         unbuildable: why this vLLM cannot build it on a CPU: a part of its error.
+        cause: what its error does not say: whose inability it is, and on what hardware.
+        lacks: what vLLM's CPU build lacks of it beside its experts; the zoo stands in for it.
+        files: further safetensors files that its loader asks for; they hold nothing.
     """
 
     name: str
@@ -50,10 +53,17 @@ class Recipe:
     loaded_only: str = ""
     planted: bool = False
     unbuildable: str = ""
+    cause: str = ""
+    lacks: str = ""
+    files: tuple[str, ...] = ()
 
 
-AMX = "the kernels need AMX"
-"""Why a recipe is `Recipe.loaded_only`: quantized experts."""
+V2_RUNNER = "the V2 model runner, which needs Triton"
+SPARSE, CUDA_EVENTS = "sparse attention", "CUDA events"
+"""What a recipe `Recipe.lacks`."""
+
+NEEDS_AMX, NO_KERNEL = "the kernels need AMX", "vLLM has no CPU kernel for their activation"
+"""Why a recipe is `Recipe.loaded_only`."""
 
 NO_PREFIX_CACHING = {"enable_prefix_caching": False}
 """Engine arguments of models with linear attention beside MLA: on a CPU vLLM chooses blocks for prefix caching, then takes it back."""
@@ -76,6 +86,9 @@ _OF_RECIPE = (
     "ranks_differ",
     "loaded_only",
     "planted",
+    "cause",
+    "lacks",
+    "files",
 )
 
 

@@ -10,9 +10,17 @@ from tests.zoo.vllm import (
     recipes_quantized,
     recipes_text,
     recipes_vision,
+    recipes_wrapped,
 )
 
-_FAMILIES = (recipes_text, recipes_more, recipes_vision, recipes_draft, recipes_quantized)
+_FAMILIES = (
+    recipes_text,
+    recipes_more,
+    recipes_vision,
+    recipes_wrapped,
+    recipes_draft,
+    recipes_quantized,
+)
 
 PLANTED = replace(recipes_text.RECIPES[0], name="planted", planted=True)
 """Not in the table: a loader that exchanges two experts, so that it is known that the zoo would see it."""

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import NO_PREFIX_CACHING, make, separate, stacked
+from tests.zoo.vllm.recipe import (
+    CUDA_EVENTS,
+    NO_KERNEL,
+    NO_PREFIX_CACHING,
+    V2_RUNNER,
+    make,
+    separate,
+    stacked,
+)
 from tests.zoo.vllm.recipes_text import BAILING, DEEPSEEK, MLA
 
 _W123 = ("w1", "w3", "w2")
@@ -31,11 +39,36 @@ _STEP = (
     Part("model.layers.{layer}.moe.down_proj.weight", "w2_weight", (HIDDEN, WIDTH)),
 )
 
+INKLING = dict(
+    parts=(
+        Part("model.llm.layers.{layer}.mlp.experts.w13_weight", "w13_weight", (2 * WIDTH, HIDDEN)),
+        Part("model.llm.layers.{layer}.mlp.experts.w2_weight", "w2_weight", (HIDDEN, WIDTH)),
+    ), layers=(1,), lacks=CUDA_EVENTS, engine={"dtype": "bfloat16"}, loaded_only=(
+        "the model sums its layers' answers over the ranks outside vLLM's MoE layer"),
+    n_routed_experts=8, n_shared_experts=1, shared_expert_sink=True, dense_mlp_idx=1,
+    intermediate_size=WIDTH, dense_intermediate_size=64, use_gate_bias=True, use_sconv=True,
+    sconv_kernel_size=4, d_rel=16, rel_extent=64, local_layer_ids=[0], sliding_window_size=32,
+)  # fmt: skip
+
+_NEMOTRON = dict(
+    layers=(1,), loaded_only=NO_KERNEL, parts=(
+        Part("backbone.layers.{layer}.mixer.experts.{expert}.up_proj.weight", "w13_weight",
+             (WIDTH, HIDDEN)),
+        Part("backbone.layers.{layer}.mixer.experts.{expert}.down_proj.weight", "w2_weight",
+             (HIDDEN, WIDTH)),
+    ), hybrid_override_pattern="*E", n_routed_experts=8, n_shared_experts=1, n_group=1,
+    topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0,
+    moe_shared_expert_intermediate_size=WIDTH, mlp_hidden_act="relu2", mlp_bias=False,
+    layer_norm_epsilon=1e-5, mamba_num_heads=4, mamba_head_dim=32, ssm_state_size=16,
+    conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True, mamba_hidden_act="silu",
+    mamba_proj_bias=False,
+)  # fmt: skip
+
 RECIPES = [
+    make("InklingForCausalLM", "inkling_model", **INKLING),
     make("LongcatFlashForCausalLM", "longcat_flash", separate(), **_LONGCAT),
-    make("LongcatFlashNgramForCausalLM", "longcat_flash_ngram", separate(), unbuildable=(
-             "requires the V2 model runner"), emb_neighbor_num=3,
-         emb_split_num=1, ngram_vocab_size_ratio=2, **_LONGCAT),
+    make("LongcatFlashNgramForCausalLM", "longcat_flash_ngram", separate(), lacks=V2_RUNNER,
+         emb_neighbor_num=3, emb_split_num=1, ngram_vocab_size_ratio=2, **_LONGCAT),
     make("MiMoV2FlashForCausalLM", "mimo_v2_flash", separate(), (1,), n_routed_experts=8,
          n_group=1, topk_group=1, norm_topk_prob=True, scoring_func="sigmoid", moe_layer_freq=[0, 1],
          hybrid_layer_pattern=[0, 1], sliding_window=32, sliding_window_size=32, swa_head_dim=32,
@@ -52,18 +85,8 @@ RECIPES = [
     make("MiniMaxM2ForCausalLM", "minimax_m2", separate(_SPARSE, _W123), num_local_experts=8,
          intermediate_size=WIDTH, rotary_dim=16, scoring_func="sigmoid", use_routing_bias=True,
          use_qk_norm=True),
-    make("NemotronHForCausalLM", "nemotron_h", layers=(1,), unbuildable=(
-             "is_act_and_mul=False is supported only for CUDA, XPU and ROCm"), parts=(
-             Part("backbone.layers.{layer}.mixer.experts.{expert}.up_proj.weight", "w13_weight",
-                  (WIDTH, HIDDEN)),
-             Part("backbone.layers.{layer}.mixer.experts.{expert}.down_proj.weight", "w2_weight",
-                  (HIDDEN, WIDTH)),
-         ), hybrid_override_pattern="*E", n_routed_experts=8, n_shared_experts=1, n_group=1,
-         topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0,
-         moe_shared_expert_intermediate_size=WIDTH, mlp_hidden_act="relu2", mlp_bias=False,
-         layer_norm_epsilon=1e-5, mamba_num_heads=4, mamba_head_dim=32, ssm_state_size=16,
-         conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True, mamba_hidden_act="silu",
-         mamba_proj_bias=False),
+    make("NemotronHForCausalLM", "nemotron_h", **_NEMOTRON),
+    make("NemotronHPuzzleForCausalLM", "nemotron_h", **_NEMOTRON),
     make("OlmoeForCausalLM", "olmoe", separate(), num_experts=8, intermediate_size=WIDTH,
          norm_topk_prob=True),
     make("PanguUltraMoEForCausalLM", "PanguUltraMoE", separate(), (1,), sandwich_norm=True,
@@ -121,7 +144,7 @@ RECIPES = [
          linear_attn_config=dict(kda_layers=[1], full_attn_layers=[2], num_heads=2, head_dim=32,
                                  short_conv_kernel_size=4), **MLA),
     make("MiniMaxM3SparseForCausalLM", "minimax_m3", separate(_SPARSE, _W123), (1,),
-         unbuildable="No Unquantized MoE backend supports the deployment configuration",
+         loaded_only=NO_KERNEL,
          num_local_experts=8, intermediate_size=WIDTH, dense_intermediate_size=64,
          hidden_act="swigluoai", scoring_func="sigmoid", swiglu_alpha=1.7, swiglu_beta=1.0, swiglu_limit=7.0,
          use_gemma_norm=True, partial_rotary_factor=0.5, rotary_dim=16, moe_layer_freq=[0, 1],
@@ -134,7 +157,8 @@ RECIPES = [
          **DEEPSEEK | MLA | dict(
          q_lora_rank=32, qk_rope_head_dim=0)),
     make("Dots3NoteForCausalLM", "dots3_note", separate(), (1,), unbuildable=(
-             "cannot import name 'compile_flash_attn_varlen_func_from_specs'"), **DEEPSEEK),
+             "cannot import name 'compile_flash_attn_varlen_func_from_specs'"), cause=(
+             "its module imports FlashAttention, which vLLM builds for CUDA only"), **DEEPSEEK),
     make("Qwen4ExpForCausalLM", "qwen4_exp_text", stacked(), output_gate_type="silu", num_experts=8,
          shared_expert_intermediate_size=WIDTH, partial_rotary_factor=0.5, **_LINEAR),
 ]  # fmt: skip

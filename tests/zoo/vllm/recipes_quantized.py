@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.zoo.checkpoint import EXPERTS, Part
-from tests.zoo.vllm.recipe import AMX, Recipe, make
+from tests.zoo.vllm.recipe import NEEDS_AMX, Recipe, make
 
 _IN, _OUT = 128, 128
 """Hidden size and intermediate size of quantized experts: blocks of 128 x 128 have to fit."""
@@ -36,7 +36,7 @@ def _qwen(name: str, quantization: dict[str, Any], parts: tuple[Part, ...], **mo
     return make(
         "Qwen3MoeForCausalLM", "qwen3_moe", parts, name=f"Qwen3MoeForCausalLM {name}",
         num_experts=EXPERTS, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True,
-        hidden_size=_IN, moe_intermediate_size=_OUT, quantization_config=quantization, engine={"dtype": "bfloat16"}, loaded_only=AMX, **more,
+        hidden_size=_IN, moe_intermediate_size=_OUT, quantization_config=quantization, engine={"dtype": "bfloat16"}, loaded_only=NEEDS_AMX, **more,
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ RECIPES = [
          num_local_experts=8, hidden_size=_IN,
          intermediate_size=_OUT, sliding_window=32, attention_bias=True,
          layer_types=["sliding_attention", "full_attention"], swiglu_limit=7.0,
-         engine={"dtype": "bfloat16"}, loaded_only=AMX, quantization_config={
+         engine={"dtype": "bfloat16"}, loaded_only=NEEDS_AMX, quantization_config={
              "quant_method": "mxfp4", "modules_to_not_convert": [
                  "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
                  "lm_head"]},

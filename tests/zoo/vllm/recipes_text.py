@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.zoo.checkpoint import HIDDEN, WIDTH, Part
-from tests.zoo.vllm.recipe import NO_PREFIX_CACHING, NO_SPARSE, make, separate, stacked
+from tests.zoo.vllm.recipe import NO_PREFIX_CACHING, SPARSE, make, separate, stacked
 
 MLA = dict(
     kv_lora_rank=32, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32,
@@ -49,10 +49,10 @@ RECIPES = [
     make("DeepseekV3BidirectionalModel", "deepseek_v3", separate(), (1,), **DEEPSEEK | MLA),
     make("MistralLarge3ForCausalLM", "deepseek_v3", separate(), (1,), **DEEPSEEK | MLA),
     make("DeepseekV32ForCausalLM", "deepseek_v32", separate(), (1,), index_topk=16,
-         unbuildable=NO_SPARSE,
+         lacks=SPARSE,
          index_n_heads=2, index_head_dim=64, **DEEPSEEK | MLA | dict(q_lora_rank=32)),
     make("GlmMoeDsaForCausalLM", "glm_moe_dsa", separate(), (1,), index_topk=16,
-         unbuildable=NO_SPARSE,
+         lacks=SPARSE,
          index_n_heads=2, index_head_dim=64, **DEEPSEEK | MLA | dict(q_lora_rank=32)),
     make("Glm4MoeForCausalLM", "glm4_moe", separate(), (1,), use_qk_norm=True,
          partial_rotary_factor=0.5, **DEEPSEEK),
@@ -75,7 +75,9 @@ RECIPES = [
          layer_types=["full_attention", "full_attention"], intermediate_size=WIDTH,
          mlp_layer_types=["sparse", "sparse"], prefix_dense_intermediate_size=64,
          rope_parameters=_ROPE),
-    make("DbrxForCausalLM", "dbrx", unbuildable="KeyError: 'blocks.0.ffn.experts.w13_weight'", parts=(
+    make("DbrxForCausalLM", "dbrx", unbuildable="KeyError: 'blocks.0.ffn.experts.w13_weight'", cause=(
+             "its loader does not know that vLLM's MoE layer has its weights in routed_experts, on any "
+             "hardware"), parts=(
              Part("transformer.blocks.{layer}.ffn.experts.mlp.w1", "w13_weight", (WIDTH, HIDDEN),
                   flat=True),
              Part("transformer.blocks.{layer}.ffn.experts.mlp.v1", "w13_weight", (WIDTH, HIDDEN),

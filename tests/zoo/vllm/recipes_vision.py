@@ -15,16 +15,20 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 
 
+_OF_RECIPE = ("ranks_differ", "unbuildable", "cause", "engine", "lacks", "loaded_only")
+
+
 def _with_text(
     architecture: str, model_type: str, text_type: str, parts: tuple[Part, ...],
     layers: tuple[int, ...] = (0, 1), vision: dict[str, Any] | None = None,
     whole: dict[str, Any] | None = None, **text: Any,
 ) -> Recipe:  # fmt: skip
-    of_recipe = {key: text.pop(key) for key in ("ranks_differ", "unbuildable") if key in text}
+    of_recipe = {key: text.pop(key) for key in _OF_RECIPE if key in text}
+    engine = {"language_model_only": True} | of_recipe.pop("engine", {})
     inner = config("", text_type, **text)
     del inner["architectures"]
     return make(
-        architecture, model_type, parts, layers, engine={"language_model_only": True},
+        architecture, model_type, parts, layers, engine=engine,
         text_config=inner, vision_config=vision or {}, **(whole or {}), **of_recipe,
     )  # fmt: skip
 
@@ -119,7 +123,8 @@ RECIPES = [
                stacked("model.language_model.layers.{layer}.mlp.experts.", transposed=True),
                vision=_QWEN_EYES, num_experts=8, decoder_sparse_step=1, mlp_only_layers=[],
                norm_topk_prob=True, rope_scaling=_FOURIER, rope_parameters=_FOURIER,
-               unbuildable="object has no attribute 'model_config'"),
+               unbuildable="object has no attribute 'model_config'",
+               cause="its class reads model_config, which it never sets, on any hardware"),
     make("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe",
          separate("thinker.model.layers.{layer}.mlp.experts.{expert}."),
          engine={"language_model_only": True}, **_thinker(config(

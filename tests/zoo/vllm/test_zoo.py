@@ -45,6 +45,13 @@ def test_every_registered_moe_class_is_in_the_zoo_or_listed_with_a_reason():
     assert not in_zoo & set(NOT_IN_THE_ZOO), "in the zoo, and listed as not in it"
 
 
+def test_the_plugin_knows_the_models_whose_experts_are_no_routed_experts():
+    from moe_placement_plugin.engines.vllm.preflight import EXPERTS_OF_THEIR_OWN
+
+    own_kind = {recipe.architecture for recipe in RECIPES.values() if recipe.own_kind}
+    assert own_kind == set(EXPERTS_OF_THEIR_OWN)
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("name", RECIPES)
 def test_vllm_alone_builds_it_or_says_why_not(name, outcomes):

@@ -16,12 +16,12 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.zoo.checkpoint import expert_tensors, write_config, write_tensors
 from tests.zoo.vllm import process, ranks
 from tests.zoo.vllm.recipe import Recipe
 
@@ -66,9 +66,8 @@ def with_heads_of_a_real_model(config: dict[str, Any]) -> dict[str, Any]:
 def compare(recipe: Recipe, directory: Path) -> dict[str, Any]:
     """What one recipe does in a whole engine."""
     path = directory / ranks.directory_of(recipe)
-    write_config(path, with_heads_of_a_real_model(recipe.config))
-    tensors = expert_tensors(recipe.parts, recipe.layers, recipe.experts)
-    write_tensors(path / "model.safetensors", tensors, ranks.dtypes_of(recipe, tensors))
+    sized = replace(recipe, config=with_heads_of_a_real_model(recipe.config))
+    ranks.write_checkpoint(sized, path)
     one = answers(recipe, path)
     two = answers(
         recipe, path, tensor_parallel_size=2, enable_expert_parallel=True,
