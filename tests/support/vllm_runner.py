@@ -168,12 +168,12 @@ def slot_digests(worker) -> dict:
 
 
 def transfer_from(worker, in_place: bool) -> None:
-    """Runs in every worker: a trainer's engine that reads checkpoints, as vLLM's IPC engine receives them or, in place, as nobody knows."""
+    """Runs in every worker: a trainer's engine that reads checkpoints, as vLLM's NCCL engine loads them or, in place, as nobody knows."""
     from safetensors.torch import load_file
     from vllm.config import WeightTransferConfig
-    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-    class FromFile(IPCWeightTransferEngine):
+    class FromFile(NCCLWeightTransferEngine):
         def update_weights(self, update_info):
             tensors = load_file(update_info["path"])
             names = sorted(tensors)[update_info["part"] :: 2]
@@ -186,7 +186,7 @@ def transfer_from(worker, in_place: bool) -> None:
         def reset_weight_update_target(self):
             pass
 
-    config = WeightTransferConfig(backend="ipc")
+    config = WeightTransferConfig(backend="nccl")
     made = object.__new__(InPlace if in_place else FromFile)
     made.config, made.model_config = config, worker.vllm_config.model_config
     made.model = made._default_model = worker.model_runner.get_model()

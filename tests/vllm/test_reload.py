@@ -52,28 +52,26 @@ def reloaded(tmp_path_factory):
         for seed in (0, 7)
     }
 
-    def case(name, more, reloads, **env):
+    def case(name, more, *reloads, **env):
         model = name.split()[0]
         engine = {"model": paths[f"{model}0"], "enable_prefix_caching": False, **TWO_RANKS, **more}
         again = {"weights_path": paths[f"{model}7"]}
-        calls = [{}, again, {"transfer": paths[f"{model}0"]}] if reloads is None else reloads
+        calls = [{}, again, {"transfer": paths[f"{model}0"]}, *reloads]
         return {"name": name, "engine": engine, "env": {**ONE_EACH, **env}, "reload": calls}
 
     plan = folder / "plan.json"
     Placement([[5, 0, 3, 6, 1, 2, 7, 4]] * 2, 8, (4, 4)).write(plan)
     zigzag = {"expert_placement_strategy": "zigzag"}
     cases = [
-        case("qwen linear", {}, None),
-        case("qwen zigzag", zigzag, None),
-        case("qwen refused", zigzag, [KERNEL_FORMAT]),
-        case("qwen in place", zigzag, [{"transfer": paths["qwen7"], "in_place": True}]),
-        case("qwen eplb", EPLB, None),
-        case("oss plan", {"expert_placement_file": plan}, None),
-        case("oss zigzag", zigzag, None),
+        # vLLM leaves other ranks' answers to a refused call in its queue: such a call is the last.
+        case("qwen linear", {}),
+        case("qwen zigzag", zigzag, KERNEL_FORMAT),
+        case("qwen eplb", EPLB),
+        case("oss plan", {"expert_placement_file": plan}),
+        case("oss zigzag", zigzag, {"transfer": paths["oss7"], "in_place": True}),
         case(
             "qwen first table",
             EPLB,
-            [{}],
             TEST_LOAD_FAULT="new weights by the first table",
             PYTHONPATH=python_path(FAULTS_SITE),
         ),
@@ -101,12 +99,12 @@ def results(reloaded, name):
 def test_every_slot_holds_its_expert_of_the_new_checkpoint(reloaded, name):
     reference, ours = results(reloaded, "qwen linear"), results(reloaded, name)
     assert by_expert(ours["before"]) == by_expert(reference["before"])
-    for theirs, mine in zip(reference["reloaded"], ours["reloaded"], strict=True):
+    for theirs, mine in zip(reference["reloaded"], ours["reloaded"][:3], strict=True):
         assert mine["error"] is None
         assert by_expert(mine["digests"]) == (by_expert(theirs["digests"])[0], set())
         assert [a["ids"] for a in mine["answers"]] == [a["ids"] for a in theirs["answers"]]
         assert all(rank["verified"] for rank in mine["digests"]), "digests were not taken anew"
-    first, second, third = (by_expert(r["digests"])[0] for r in ours["reloaded"])
+    first, second, third = (by_expert(r["digests"])[0] for r in ours["reloaded"][:3])
     assert all(first[key] != second[key] for key in first) and third == first
 
 
@@ -122,33 +120,30 @@ def test_eplb_had_moved_experts_before_each_reload(reloaded):
 def test_gpt_oss_gets_new_experts_which_vllm_alone_loses(reloaded):
     """Two placements agree about every expert; vLLM's own has no reload to compare with."""
     ours, other = results(reloaded, "oss zigzag"), results(reloaded, "oss plan")
-    for mine, theirs in zip(ours["reloaded"], other["reloaded"], strict=True):
+    for mine, theirs in zip(ours["reloaded"][:3], other["reloaded"], strict=True):
         assert by_expert(mine["digests"]) == by_expert(theirs["digests"])
         assert [a["ids"] for a in mine["answers"]] == [a["ids"] for a in theirs["answers"]]
     before = by_expert(ours["before"])[0]
-    first, second, third = (by_expert(r["digests"])[0] for r in ours["reloaded"])
-    assert all(r["error"] is None for r in ours["reloaded"])
+    first, second, third = (by_expert(r["digests"])[0] for r in ours["reloaded"][:3])
+    assert all(r["error"] is None for r in ours["reloaded"][:3])
     assert first.keys() == before.keys() and third == first
     assert all(first[key] != second[key] for key in first)
-    assert all(rank["verified"] for r in ours["reloaded"] for rank in r["digests"])
+    assert all(rank["verified"] for r in ours["reloaded"][:3] for rank in r["digests"])
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [
-        ("qwen refused", "is_checkpoint_format=False"),
-        ("qwen in place", "through InPlace, which is"),
-    ],
+    [("qwen zigzag", "is_checkpoint_format=False"), ("oss zigzag", "through InPlace, which is")],
 )
 def test_weights_that_go_past_the_placement_are_refused_and_nothing_changes(reloaded, name, said):
-    (refused,) = results(reloaded, name)["reloaded"]
+    *_, before, refused = results(reloaded, name)["reloaded"]
     assert said in refused["error"]
-    assert refused["answers"] == results(reloaded, name)["answers"]
+    assert refused["answers"] == before["answers"]
 
 
 def test_weights_by_the_first_table_would_be_seen(reloaded):
     """The negative control: the same server without the table in force."""
     result = results(reloaded, "qwen first table")
-    (faulty,) = result["reloaded"]
+    faulty = result["reloaded"][0]
     assert "replicas of an expert differ" in (faulty["error"] or ""), faulty["error"]
     assert faulty["answers"] is None and result["ended"], "it served what it had found to be wrong"
