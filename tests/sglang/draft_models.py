@@ -50,7 +50,9 @@ def runner(part: int | None = None, experts: int = EXPERTS, model=None):
         is_draft_worker=True,
         draft_model_idx=part,
         model_config=types.SimpleNamespace(hf_text_config=config),
-        server_args=types.SimpleNamespace(speculative_draft_load_format=None),
+        server_args=types.SimpleNamespace(
+            speculative_draft_load_format=None, speculative_num_steps=2
+        ),
         model=model,
     )
 

@@ -246,12 +246,8 @@ def test_rows_of_another_draft_are_refused_before_its_weights_come(
         loaded(0, name=name, experts=())
 
 
-def test_rows_for_a_draft_in_parts_are_looked_for_in_all_of_them(ask, monkeypatch):
+def test_rows_for_a_draft_in_parts_are_looked_for_in_all_of_them(ask):
     """SGLang loads each MTP layer as a model of its own when they are chained."""
-    from sglang.srt import runtime_context
-
-    steps = types.SimpleNamespace(speculative_num_steps=2)
-    monkeypatch.setattr(runtime_context, "get_spec", lambda: steps)
     rows = Placement([ROW, ROW[::-1]], EXPERTS, (3, 3), (3, 4))
     ask(rows)
     for part, row in enumerate((ROW, ROW[::-1])):

@@ -77,6 +77,7 @@ class Loading:
     def __init__(self, runner: Any, asked: settings.Settings, placement: Placement):
         config = runner.model_config.hf_text_config
         self.part = getattr(runner, "draft_model_idx", None)
+        self.parts = int(versions.resolved(runner.server_args).speculative_num_steps or 1)
         self.redundant, self.ranks = placement.num_redundant, placement.num_ranks
         self.rows = None if asked.moves else placement.draft
         self.experts = num_experts_of(config)
@@ -141,11 +142,7 @@ class Loading:
 
     def _is_last(self) -> bool:
         """Whether this is the whole draft, or the last of the parts that SGLang loads one by one."""
-        if self.part is None:
-            return True
-        from sglang.srt.runtime_context import get_spec
-
-        return self.part + 1 >= int(get_spec().speculative_num_steps)
+        return self.part is None or self.part + 1 >= self.parts
 
     def _row(self, name: str, number: int | None, layer: Any) -> draft_layers.DraftLayer:
         slots, ranks = layer._num_global_routed, layer.moe_ep_size
