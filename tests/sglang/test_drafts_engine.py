@@ -20,6 +20,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 TOLERANCE = 2e-4
 TOP_K = 2
+OFTEN = {
+    "enable_eplb": True,
+    "eplb_rebalance_num_iterations": 2,
+    "expert_placement_strategy": "eplb",
+    "expert_rebalance": {"min_gain": 0.0, "hysteresis": 0.0, "small_batches": False},
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +55,7 @@ def outcomes(folder) -> dict[str, Outcome]:
         two("zigzag", expert_placement_strategy="zigzag"),
         two("shuffled", expert_placement_file=str(plan), expert_load_record=str(folder / "load"))
         | {"rest": 3},  # until an idle engine has written its recordings
+        two("moving", ep_num_redundant_experts=2, **OFTEN),
         two("lost", {"DRAFT_FAULT": "routing"}, expert_placement_strategy="zigzag"),
     ]
     with engine_lock():
@@ -68,13 +75,20 @@ def test_the_lent_parts_speculate_rightly(outcomes):
 
 
 @pytest.mark.parametrize(
-    ("name", "by"), [("zigzag", "zigzag"), ("shuffled", "its rows of the plan")]
+    ("name", "by"),
+    [
+        ("zigzag", "zigzag"),
+        ("shuffled", "its rows of the plan"),
+        ("moving", "SGLang's own order"),
+    ],
 )
 def test_tokens_and_acceptance_are_stocks(outcomes, name, by):
     found, stock = outcomes[name], outcomes["stock"]
     assert verified(found) == verified(stock)
     assert found.ids == stock.ids
     assert np.abs(np.array(found.values) - np.array(stock.values)).max() < TOLERANCE
+    if name == "moving":
+        assert found.processes_with("expert rebalance accepted"), "nothing moved"
     placed = f"the draft's experts are placed by {by} in 2 layers (0, 1)"
     assert found.processes_with(placed) == {"TP0 EP0", "TP1 EP1"}
 
