@@ -114,12 +114,12 @@ def _sglang(result: dict[str, Any]) -> None:
 
     result["supported"] = f"{versions.OLDEST} to {versions.NEWEST}"
     versions.check_version(sglang.__version__)
-    from ..engines.sglang import eplb, hosts, loaded, recording, reload, worker
+    from ..engines.sglang import draft_recording, eplb, hosts, loaded, recording, reload, worker
 
     groups = (
         ("flags", launcher.LAUNCHER), ("placement", launcher.ON_REQUEST), ("placement", worker.hooks()),
         ("eplb", eplb.hooks()), ("verification", loaded.hooks()), ("recording", recording.ON_REQUEST), ("recording", recording.hooks()),
-        ("several hosts", hosts.hooks()), ("new weights", reload.hooks()),
+        ("recording", draft_recording.hooks()), ("several hosts", hosts.hooks()), ("new weights", reload.hooks()),
     )  # fmt: skip
     for concern, hooks in groups:
         result["patches"] += [{"concern": concern, **row} for row in hooks.report()]

@@ -262,6 +262,20 @@ INDEXED: tuple[Indexed, ...] = (
     ),
     Indexed(
         "sglang",
+        "layers of a draft or MTP layer",
+        "looked up under the target's layer of the same number (up to 0.5.22); rows of their own here",
+        "follows the map",
+        "sglang/draft_layers.py:lay_out",
+    ),
+    Indexed(
+        "sglang",
+        "scales and zero points of a draft that SGLang keeps by the trivial map",
+        "a row per expert, or loaders of their own; right only where the draft stays in SGLang's order",
+        "refused",
+        "sglang/drafts.py:_check_layer",
+    ),
+    Indexed(
+        "sglang",
         "Waterfill and KTransformers",
         "tables of their own for which expert lies where",
         "refused",

@@ -169,7 +169,7 @@ def check_draft_rows(
     if draft is None:
         raise PlacementError(
             f"{source} has rows for a draft (layers {list(rows.layer_ids)}), and this engine runs no draft with experts, "
-            "or places it by itself (SGLang; --enable-eplb): leave the draft's rows out"
+            "or places it by itself (--enable-eplb): leave the draft's rows out"
         )
     if rows.num_logical_experts != draft.num_experts:
         raise PlacementError(

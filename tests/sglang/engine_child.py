@@ -4,10 +4,10 @@
 
 A case is {"name", "engine": {arguments of Engine}, "prompts": [[token id, ...], ...], "max_new_tokens", "threads": cores per
 rank, "late_env": {variables set between the launcher's plugins and its workers}, "actions": [asked of SGLang's weight checker in the
-end], "vanish": [a command after which one more answer is asked for, which must fail]}.
-Its result holds per prompt the greedy ``ids``, their ``logprobs`` and the ``prompt_logprobs``, and per action whether it succeeded
-and what was said. SGLang ends its caller when one of its processes dies: results are written after
-each case. Workers are spawned, as SGLang does it, or forked.
+end], "vanish": [a command after which one more answer is asked for, which must fail], "rest": seconds before it is stopped}.
+Its result holds per prompt the greedy ``ids``, their ``logprobs``, the ``prompt_logprobs`` and how often a draft was ``verified``,
+and per action whether it succeeded and what was said. SGLang ends its caller when one of its processes dies: results are
+written after each case. Workers are spawned, as SGLang does it, or forked.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def run(case: dict, keep) -> dict:
             "error": "a request was answered without the other host",
         }
     info = engine.get_server_info()
+    time.sleep(case.get("rest", 0))
     engine.shutdown()
     keys = (
         "ep_num_redundant_experts",
@@ -98,6 +99,7 @@ def row_of(output: dict) -> dict:
         "ids": [token for _, token, *_ in meta["output_token_logprobs"]],
         "logprobs": [value for value, *_ in meta["output_token_logprobs"]],
         "prompt_logprobs": [value for value, *_ in meta["input_token_logprobs"][1:]],
+        "verified": meta.get("spec_verify_ct"),
     }
 
 

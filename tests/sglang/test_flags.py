@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
@@ -574,23 +576,94 @@ def test_ray_is_refused_where_its_engine_was_imported(models, monkeypatch):
     assert "Ray (" in message and "start the server without Ray" in message
 
 
-def test_rows_for_a_draft_are_refused(models, files, monkeypatch):
-    read = plan.read_file
+def with_draft(files, tmp_path, experts=32, slots=(16, 16), layer_ids=(4,)) -> str:
+    """A plan for qwen32 with rows for a draft."""
+    from moe_placement_plugin.placement import Placement
 
-    def with_draft(*args):
-        found = read(*args)
-        object.__setattr__(found, "draft", found)
-        return found
-
-    monkeypatch.setattr(plan, "read_file", with_draft)
-    assert "has rows for a draft, which SGLang loads and routes by its own order" in refused(
-        arguments(models["qwen32"], *TWO, "--expert-placement-file", str(files["permutation"]))
+    found = Placement.read(files["permutation"])
+    repeated = [e % experts for e in range(sum(slots))]
+    draft = Placement([repeated] * len(layer_ids), experts, slots, layer_ids, "draft")
+    plan_with = Placement(
+        found.physical_to_logical, 32, found.slots_per_rank, found.layer_ids, "custom", {}, draft
     )
+    plan_with.write(tmp_path / "plan.json")
+    return str(tmp_path / "plan.json")
+
+
+def speculation(draft) -> tuple[str, ...]:
+    chain = "--speculative-num-steps 2 --speculative-eagle-topk 1 --speculative-num-draft-tokens 3"
+    path = ("--speculative-draft-model-path", str(draft))
+    return ("--speculative-algorithm", "EAGLE", *path, *chain.split())
+
+
+def test_rows_for_a_draft_go_to_the_workers(models, files, tmp_path):
+    """Of the target's checkpoint, or of another one; ranks may be unequal."""
+    for draft, experts, slots in (("qwen32", 32, (16, 16)), ("qwen30", 30, (20, 10))):
+        file = with_draft(files, tmp_path, experts, slots)
+        server_args = resolve(
+            arguments(
+                models["qwen32"], *TWO, *speculation(models[draft]), "--expert-placement-file", file
+            )
+        )
+        settings.set_current(None)
+        rows = settings.of(pickle.loads(pickle.dumps(server_args))).placement.draft
+        assert rows.layer_ids == (4,) and rows.slots_per_rank == slots
+
+
+@pytest.mark.parametrize(
+    ("draft", "more", "rows", "message"),
+    [
+        (None, (), {}, r"rows for a draft \(layers \[4\]\), and this engine runs no draft"),
+        ("qwen30", (), {}, "for a draft with 32 experts, the draft .*qwen30 has 30: plan for"),
+        ("qwen32", (), {"slots": (8,) * 4}, "for a draft on 4 EP ranks .* runs 2 and 0"),
+        ("qwen32", (), {"slots": (17, 17)}, "on 2 EP ranks with 2 redundant experts"),
+        ("qwen32", ("--enable-eplb",), {}, r"\(layers \[4\]\), which stays in SGLang's own order"),
+        ("qwen32", ("--moe-a2a-backend", "deepep"), {"slots": (20, 12)}, "deepep needs the same"),
+        ("dense", (), {}, "this engine runs no draft with experts"),
+    ],
+)
+def test_rows_that_fit_no_draft_of_the_server_are_refused(
+    models, files, tmp_path, monkeypatch, draft, more, rows, message
+):
+    import re
+
+    from moe_placement_plugin.engines.sglang import drafts
+
+    if "--moe-a2a-backend" in more:  # nothing of a CPU's
+        more, check = (), drafts.check_rows
+
+        def with_a2a(found, asked, cfg, target):
+            values = {"model_path": cfg.model_path, "moe_a2a_backend": "deepep"}
+            names = ("speculative_algorithm", "speculative_draft_model_path", "trust_remote_code")
+            check(
+                found,
+                asked,
+                SimpleNamespace(**values, **{n: getattr(cfg, n) for n in names}),
+                target,
+            )
+
+        monkeypatch.setattr(drafts, "check_rows", with_a2a)
+    path = models.get(draft)
+    if draft == "dense":
+        path = tmp_path / "dense"
+        path.mkdir()
+        config = json.loads((models["qwen32"] / "config.json").read_text())
+        config |= {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": "llama",
+            "num_experts": 0,
+        }
+        (path / "config.json").write_text(json.dumps(config))
+    file = with_draft(files, tmp_path, **rows)
+    spec = speculation(path) if draft else ()
+    found = refused(
+        arguments(models["qwen32"], *TWO, *spec, *more, "--expert-placement-file", file)
+    )
+    assert re.search(message, found), found
+    assert str(tmp_path / "plan.json") in found and "\n" not in found
 
 
 def test_a_recording_without_a_token_is_refused(models, tmp_path):
-    import json
-
     empty = tmp_path / "empty.json"
     empty.write_text(json.dumps({"logical_count": [[0] * 32] * 4}))
     message = refused(

@@ -155,38 +155,6 @@ def test_redundant_slots_are_added_to_layers_that_leave_them_out(placed):
     assert built == [6, 6, 7, 4]
 
 
-def test_a_drafts_layers_get_no_replicas(placed, monkeypatch):
-    """It routes by logical ids; slots that only fill the ranks up are as many as the experts need."""
-    built = []
-
-    def original(self, num_experts, num_fused_shared_experts=0):
-        built.append(num_experts)
-
-    monkeypatch.setattr(layers, "_builds_draft", lambda: True)
-    layers.build(original, torch.nn.Module(), num_experts=4)
-    odd = Placement([[0, 1, 2, 0]], 3, (2, 2), (1,))
-    settings.set_current(settings.Settings("custom", placement=odd))
-    layers.build(original, torch.nn.Module(), num_experts=3)
-    assert built == [4, 4]
-
-
-@pytest.mark.parametrize("own", [None, "auto", "dummy"])
-def test_a_drafts_weights_need_evidence_too(placed, monkeypatch, own):
-    """The fault: a draft of whose experts nothing came through the loader."""
-    draft = types.SimpleNamespace(
-        is_draft_worker=True,
-        model=torch.nn.Module(),
-        server_args=types.SimpleNamespace(speculative_draft_load_format=own),
-    )
-    layer = types.SimpleNamespace(layer_id=0, _num_local_routed=2, moe_ep_rank=0)
-    monkeypatch.setattr(layers, "expert_layers", lambda model: {"model.decoder.mlp": layer})
-    if own == "dummy":
-        layers.after_load(lambda self: None, draft)
-        return
-    with pytest.raises(PlacementError, match="draft model: model.decoder.mlp: its weights did not"):
-        layers.after_load(lambda self: None, draft)
-
-
 def test_a_layer_built_with_other_slots_is_refused(placed):
     layer = types.SimpleNamespace(layer_id=1, _num_global_routed=4, moe_ep_size=2)
     with pytest.raises(

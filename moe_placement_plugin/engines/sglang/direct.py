@@ -33,13 +33,14 @@ def allowed(combination: Combination) -> bool:
     )
 
 
-def settle(layer: Any, router: Any, placement: Placement) -> None:
+def settle(layer: Any, router: Any, experts: int, table: np.ndarray) -> None:
     """Give a layer's dispatcher the table of both look-ups, where that is right.
 
     Args:
         layer: a loaded ``FusedMoE``.
         router: the TopK layer that routes for it.
-        placement: the placement in force.
+        experts: logical experts.
+        table: int32 ``[experts + 1]``, see `local_slots`.
     """
     asked = settings.current()
     if asked is None or not asked.direct or not _takes_local_slots(layer.quant_method):
@@ -62,13 +63,11 @@ def settle(layer: Any, router: Any, placement: Placement) -> None:
         return
     if (
         dispatcher.num_local_shared_experts
-        or dispatcher.num_experts != placement.num_logical_experts
+        or dispatcher.num_experts != experts
         or dispatcher.moe_ep_size < 2
     ):
         return
-    dispatcher.local_expert_mapping = torch.from_numpy(
-        local_slots(placement, layer.layer_id, layer.moe_ep_rank)
-    ).to(device)
+    dispatcher.local_expert_mapping = torch.from_numpy(table).to(device)
     setattr(dispatcher, _TABLE, dispatcher.local_expert_mapping)
     object.__setattr__(router.topk_config, _EXPERTS, layer)
 

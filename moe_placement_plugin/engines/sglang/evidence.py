@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import PlacementError
-from . import settings
+from . import draft_layers, settings
 
 _WEIGHT = re.compile(r"w\d+_q?weight(_packed)?")
 """Names of the matrices that every checkpoint must fill; scales and zero points may keep their defaults."""
@@ -61,8 +61,10 @@ def experts_of_slots(layer: Any) -> np.ndarray:
     Under EPLB that map moves on; the placement of the start holds until SGLang has made it.
 
     Args:
-        layer: a ``FusedMoE``.
+        layer: a ``FusedMoE``; a draft's goes by its own row.
     """
+    if (own := draft_layers.of_layer(layer)) is not None:
+        return own.of_rank(layer.moe_ep_rank)
     slots = layer._num_local_routed
     physical = np.arange(slots) + layer.moe_ep_rank * slots
     if follows_map(layer):
@@ -79,12 +81,16 @@ def experts_of_slots(layer: Any) -> np.ndarray:
 
 
 def follows_map(layer: Any) -> bool:
-    """Whether SGLang loads this layer by its map of experts: not a draft's, from 0.5.23 on."""
-    return bool(getattr(layer, "uses_expert_location", True))
+    """Whether SGLang loads this layer by its map of experts: not a draft's."""
+    return draft_layers.of_layer(layer) is None and getattr(layer, "uses_expert_location", True)
 
 
-def experts_of_map() -> int | None:
-    """Logical experts of the map in force, None without one."""
+def experts_of_map(layer: Any) -> int | None:
+    """Logical experts of the map that SGLang loads a layer by, None where that is not known."""
+    if (own := draft_layers.of_layer(layer)) is not None:
+        return own.num_logical
+    if not follows_map(layer):
+        return None
     metadata, asked = in_force(), settings.current()
     if metadata is None:
         placement = None if asked is None else asked.placement
@@ -184,7 +190,7 @@ def check(name: str, layer: Any) -> None:
             f"{name}: its weights did not come through FusedMoE's loader, so that the placement was not heeded: use "
             "--load-format auto with the model's original checkpoint, or leave the placement flags out"
         )
-    known = experts_of_map() if follows_map(layer) else None
+    known = experts_of_map(layer)
     if known is None:  # a draft's own order: slots beyond its experts are never routed to
         known = 1 + max(max(experts) for experts in brought.values())
         held = np.where(held < known, held, -1)

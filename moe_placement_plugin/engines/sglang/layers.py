@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...errors import PlacementError
 from ...placement import Placement
-from . import direct, evidence, expert_reader, positional, settings, versions
+from . import direct, draft_layers, drafts, evidence, expert_reader, positional, settings
 from .routing import LAYER
-from .verify import expert_layers
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +32,14 @@ def build(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
     call = inspect.signature(original).bind(self, *args, **kwargs)
     if placement is not None:
         experts = call.arguments["num_experts"]
-        shared = experts - placement.num_logical_experts
-        if 0 <= shared == _shared_slots(call.arguments.get("num_fused_shared_experts", 0)):
-            # A draft routes by logical ids: it needs as many slots as divide over the ranks, no replicas.
-            more = placement.num_redundant
-            if _builds_draft():
-                more = -placement.num_logical_experts % placement.num_ranks
-            call.arguments["num_experts"] = experts + more
+        shared = _shared_slots(call.arguments.get("num_fused_shared_experts", 0))
+        if (draft := drafts.current()) is not None:
+            call.arguments["num_experts"] = draft.slots(experts - shared) + shared
+        elif experts - placement.num_logical_experts == shared:
+            call.arguments["num_experts"] = experts + placement.num_redundant
     original(*call.args, **call.kwargs)
     if placement is not None:
         evidence.note_built(self)
-
-
-def _builds_draft() -> bool:
-    """Whether the model under construction is a draft's: SGLang tells from 0.5.23 on."""
-    from sglang.srt import runtime_context
-
-    flags = getattr(runtime_context, "get_flags", None)
-    return flags is not None and bool(getattr(flags().moe, "in_speculative_scope", False))
 
 
 def _shared_slots(shared: int) -> int:
@@ -89,13 +78,16 @@ def load(
                 "use a checkpoint with a tensor per expert, or leave the placement flags out"
             )
         original(self, param, loaded_weight, weight_name, shard_id, expert_id)
-        experts = placement.num_logical_experts
+        own = draft_layers.of_layer(self)
+        experts = placement.num_logical_experts if own is None else own.num_logical
         evidence.note_all(self, param, weight_name, shard_id or evidence.ALL_SHARDS, experts)
     elif not expert_reader.intercepted(
         self, param, loaded_weight, weight_name, shard_id, expert_id
     ):
         with evidence.bringing(self, param, weight_name, shard_id, int(expert_id)):
-            original(self, param, loaded_weight, weight_name, shard_id, expert_id)
+            draft_layers.load(
+                original, self, param, loaded_weight, weight_name, shard_id, int(expert_id)
+            )
 
 
 def fill(
@@ -123,7 +115,7 @@ def fill(
 
 
 def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`ModelRunner.load_model`, then a check of every MoE layer of the target model.
+    """`ModelRunner.load_model`, then a check of every MoE layer.
 
     Raises:
         PlacementError: when a layer's slots, weights or routing do not go through the map.
@@ -131,9 +123,16 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     draft = bool(getattr(self, "is_draft_worker", False))
     evidence.forget()
     asked = settings.current()
-    with expert_reader.learning(asked is not None and asked.elastic and not draft):
+    with (
+        expert_reader.learning(asked is not None and asked.elastic and not draft),
+        drafts.loading(self if draft else None),
+    ):
         result = original(self, *args, **kwargs)
-    if asked is not None and asked.placement is not None and not draft:
+    if asked is None or asked.placement is None:
+        pass
+    elif draft:
+        drafts.settle(self, asked)
+    else:
         layers = check_layers(self.model, asked.placement, asked.reads)
         if not layers and asked.stages == 1:
             raise PlacementError(
@@ -157,18 +156,8 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
             sum(map(direct.has_table, layers)),
             ", ".join(f"{name} {hits}" for name, hits in hooks().hits().items() if hits),
         )
-    elif draft and asked is not None and asked.placement is not None and _reads(self, asked):
-        for name, layer in expert_layers(self.model).items():
-            evidence.check(f"draft model: {name}", layer)
     evidence.forget()
     return result
-
-
-def _reads(runner: Any, asked: settings.Settings) -> bool:
-    """Whether a draft's weights come from a checkpoint: its load format may be another than the target's."""
-    args = versions.resolved(runner.server_args)
-    own = getattr(args, "speculative_draft_load_format", None)
-    return asked.reads if own is None else str(getattr(own, "value", own)) != "dummy"
 
 
 def check_layers(model: Any, placement: Placement, reads: bool) -> list[Any]:
@@ -185,10 +174,33 @@ def check_layers(model: Any, placement: Placement, reads: bool) -> list[Any]:
     Raises:
         PlacementError: when a layer's slots, weights or routing do not go through the map.
     """
+    seen: list[Any] = []
+    for name, layer, router in moe_blocks(model):
+        _check_experts(name, layer, placement)
+        _check_method(name, layer)
+        check_router(name, router)
+        if reads:
+            evidence.check(name, layer)
+        object.__setattr__(router.topk_config, LAYER, layer.layer_id)
+        table = direct.local_slots(placement, layer.layer_id, layer.moe_ep_rank)
+        direct.settle(layer, router, placement.num_logical_experts, table)
+        seen.append(layer)
+    return seen
+
+
+def moe_blocks(model: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, ``FusedMoE`` and ``TopK`` of every MoE block.
+
+    Args:
+        model: the loaded model.
+        prefix: of the name in errors.
+
+    Raises:
+        PlacementError: at a block that has not one of each.
+    """
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.layers.moe.topk import TopK
 
-    seen: list[Any] = []
     for name, parent in model.named_modules():
         children = list(parent.children())
         experts = [child for child in children if isinstance(child, FusedMoE)]
@@ -197,18 +209,10 @@ def check_layers(model: Any, placement: Placement, reads: bool) -> list[Any]:
         routers = [child for child in children if isinstance(child, TopK)]
         if len(experts) != 1 or len(routers) != 1:
             raise PlacementError(
-                f"{name} has {len(experts)} expert layers and {len(routers)} TopK layers, expected one of each: this model "
-                "routes in a way of its own; serve it without the placement flags"
+                f"{prefix}{name} has {len(experts)} expert layers and {len(routers)} TopK layers, expected one of each: this "
+                "model routes in a way of its own; serve it without the placement flags"
             )
-        _check_experts(name, experts[0], placement)
-        _check_method(name, experts[0])
-        _check_router(name, routers[0])
-        if reads:
-            evidence.check(name, experts[0])
-        object.__setattr__(routers[0].topk_config, LAYER, experts[0].layer_id)
-        direct.settle(experts[0], routers[0], placement)
-        seen.append(experts[0])
-    return seen
+        yield name, experts[0], routers[0]
 
 
 def _check_experts(name: str, layer: Any, placement: Placement) -> None:
@@ -238,7 +242,12 @@ def _check_method(name: str, layer: Any) -> None:
         )
 
 
-def _check_router(name: str, router: Any) -> None:
+def check_router(name: str, router: Any) -> None:
+    """Refuse a block that routes inside its kernel.
+
+    Raises:
+        PlacementError: naming the block.
+    """
     from sglang.srt.layers.moe.utils import get_moe_runner_backend
 
     output = getattr(router.topk_config.output_format, "name", None)

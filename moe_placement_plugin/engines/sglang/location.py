@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ...errors import PlacementError
@@ -40,7 +41,10 @@ def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
             f"the placement is for {asked.placement.num_logical_experts} experts, this worker's model has "
             f"{getattr(shape, 'num_logical_experts', 'no map of experts')}: it was made for another model; plan again"
         )
-    rows = asked.placement.to_sglang(shape.num_layers)["physical_to_logical_map"]
+    own = replace(
+        asked.placement, draft=None
+    )  # a draft's layers have rows of their own, see `drafts`
+    rows = own.to_sglang(shape.num_layers)["physical_to_logical_map"]
     metadata = ExpertLocationMetadata.init_by_mapping(**call, physical_to_logical_map=rows)
     if metadata.physical_to_logical_map_cpu.tolist() != rows:
         raise PlacementError(

@@ -15,7 +15,7 @@ from ...strategies import get_strategy
 from ...strategies.resolve import ModelShape, check_plan, read_file, resolve_placement
 from ...topology import Topology
 from ..model_shape import model_shape
-from . import direct, eplb, hosts, reload, versions
+from . import direct, drafts, eplb, hosts, reload, versions
 from .settings import Settings
 from .support import OPTIONS, Combination, check
 
@@ -64,7 +64,6 @@ def finish(server_args: Any, asked: Settings) -> None:
         runner_backend=str(cfg.moe_runner_backend or "auto"),
         quantization=_quantization(cfg, config),
         dispatch=asked.dispatch_algorithm or "",
-        speculative=str(cfg.speculative_algorithm or ""),
         load_format=_load_format(cfg),
         options=frozenset(options),
     )
@@ -87,8 +86,10 @@ def finish(server_args: Any, asked: Settings) -> None:
     hosts.settle(asked, cfg)
     if not asked.adopts:
         try:
-            asked.placement = place(asked, shape, ranks, asked.nodes, wanted, padding)
-            pack(asked.placement)  # it must fit on the way to the workers
+            placement = place(asked, shape, ranks, asked.nodes, wanted, padding)
+            drafts.check_rows(placement, asked, cfg, shape)
+            pack(placement)  # it must fit on the way to the workers
+            asked.placement = placement
         except PlacementError as refused:
             if asked.nodes == 1 or (
                 asked.file is None and not get_strategy(asked.strategy).needs_load
@@ -171,11 +172,6 @@ def place(
     if asked.file is not None:
         plan = read_file(asked.file, shape, ranks)
         if isinstance(plan, Placement):
-            if getattr(plan, "draft", None) is not None:
-                raise PlacementError(
-                    f"{asked.file} has rows for a draft, which SGLang loads and routes by its own order: leave the draft's "
-                    "rows out"
-                )
             if plan.num_redundant == wanted and padding and plan.num_ranks == ranks:
                 plan = fill_up(plan, per_rank[0])
             _check_slots(plan, shape, ranks, wanted, padding, asked.file)
@@ -239,6 +235,7 @@ def fill_up(plan: Placement, slots: int) -> Placement:
         plan.layer_ids,
         plan.strategy,
         plan.metadata,
+        plan.draft,
     )
 
 

@@ -31,7 +31,7 @@ def rows_of_slots(layer: Any, experts: int) -> np.ndarray:
         PlacementError: when the tensor has fewer or more experts than the map.
     """
     held = evidence.experts_of_slots(layer)
-    number = evidence.experts_of_map() if evidence.follows_map(layer) else None
+    number = evidence.experts_of_map(layer)
     if number is not None and experts != number:
         raise PlacementError(
             f"layer {layer.layer_id}: the checkpoint brings {experts} of {number} experts at once, so that it is not "

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...errors import PlacementError
-from . import evidence, expert_reader, settings
+from . import draft_layers, evidence, expert_reader, settings
 from .hooks import Hook, HookSet
 from .verify import expert_layers, weights_are_whole, weights_change, weights_changed
 
@@ -66,13 +66,16 @@ def update(method: str, original: Callable, self: Any, *args: Any, **kwargs: Any
         SGLang's ``(succeeded, message)``; a refusal is one as well, it never ends the server.
     """
     runner = self.get_model_runner()
-    if getattr(runner, "is_draft_worker", False):
-        return original(self, *args, **kwargs)
     call = inspect.signature(original).bind(self, *args, **kwargs).arguments
-    refusal = _by_position(runner.model, call)
+    draft = bool(getattr(runner, "is_draft_worker", False))
+    refusal = None
+    if not draft or _placed(runner.model):
+        refusal = _by_position(runner.model, call)
     if refusal is not None:
         logger.error("%s", refusal)
         return False, refusal
+    if draft:
+        return _of_draft(original, self, *args, **kwargs)
     asked, before = settings.current(), weights_are_whole(runner.model)
     from_disk = method == "update_weights_from_disk"
     elastic = asked is not None and asked.elastic
@@ -87,6 +90,23 @@ def update(method: str, original: Callable, self: Any, *args: Any, **kwargs: Any
         # The end of a session (0.5.23) brings nothing new: what its loads were stays.
         outcome.append(result[0] if isinstance(result, tuple) else before)
     return result
+
+
+def _placed(model: Any) -> bool:
+    """Whether experts of a draft lie elsewhere than in SGLang's own order."""
+    rows = map(draft_layers.of_layer, expert_layers(model).values())
+    return any(own is not None and not own.in_order for own in rows)
+
+
+def _of_draft(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """New weights of a draft, which go by its own rows; it has no digests, and EPLB moves none of its experts."""
+    try:
+        return original(self, *args, **kwargs)
+    except PlacementError as error:
+        logger.error("%s", error)
+        return False, f"{error}. Some weights may be new already: update all of them again"
+    finally:
+        evidence.forget()
 
 
 def _by_position(model: Any, call: dict[str, Any]) -> str | None:

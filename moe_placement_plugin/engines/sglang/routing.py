@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from . import direct
+from . import direct, draft_layers, versions
 
-# Attribute of the TopK config of every MoE layer of the target model: the layer's id. A draft model's have none.
+# Attribute of the TopK config of every MoE layer of the target model: the layer's id. A draft's have a row of their own.
 LAYER = "_moe_placement_layer"
 
 
@@ -26,9 +26,15 @@ def _dispatch_info(topk_config: Any) -> Any:
 
 
 def _resolve(topk_config: Any, given: Any) -> Any:
-    """The dispatch information to route with: the model's own, else that of the layer; none where one look-up does."""
+    """The dispatch information to route with: the model's own, else that of the layer; none where one look-up does.
+
+    A draft's layer has its own, whatever the model gives: up to 0.5.22 that is the target's layer of the same number.
+    """
     if direct.in_force(topk_config):
         return None
+    draft = draft_layers.of_router(topk_config)
+    if draft is not None:
+        return draft.info
     return _dispatch_info(topk_config) if given is None else given
 
 
@@ -41,7 +47,10 @@ def select(
     asserts that there is none; its ids are remapped afterwards, by `post_process`.
     """
     given = rest.get("expert_location_dispatch_info")
-    if given is not None or not topk_config.torch_native:
+    if draft_layers.of_router(topk_config) is not None:
+        later = topk_config.torch_native and not versions.topk_finds_the_placement()
+        rest["expert_location_dispatch_info"] = None if later else _resolve(topk_config, given)
+    elif given is not None or not topk_config.torch_native:
         rest["expert_location_dispatch_info"] = _resolve(topk_config, given)
     return original(hidden_states, router_logits, topk_config, **rest)
 

@@ -30,7 +30,6 @@ class Combination:
         runner_backend: value of ``--moe-runner-backend`` as resolved.
         quantization: quantization method, empty for none.
         dispatch: ``--ep-dispatch-algorithm`` as the user gave it, empty for SGLang's choice.
-        speculative: value of ``--speculative-algorithm``, empty for none.
         load_format: value of ``--load-format``.
         options: other options that are switched on, by name.
     """
@@ -44,7 +43,6 @@ class Combination:
     runner_backend: str = "auto"
     quantization: str = ""
     dispatch: str = ""
-    speculative: str = ""
     load_format: str = "auto"
     options: frozenset[str] = frozenset()
 
@@ -284,18 +282,6 @@ RULES: tuple[Rule, ...] = (
         "a kernel that packs its weights anew after loading cannot take a single expert as the loader makes it",
         "use an FP8 or bf16 checkpoint, or leave --elastic-ep-backend out",
         lambda c: "elastic_ep_backend" in c.options and c.quantization not in ("", "fp8"),
-    ),
-    Rule(
-        "option",
-        "speculative decoding before 0.5.23, without an all-to-all back end",
-        "the draft model's experts cannot be told from the target's while weights load",
-        "use SGLang 0.5.23, or leave --speculative-algorithm out",
-        lambda c: (
-            bool(c.speculative)
-            and c.speculative != "NGRAM"
-            and c.a2a_backend == "none"
-            and Version(c.version).release < (0, 5, 23)
-        ),
     ),
     Rule(
         "option",

@@ -76,6 +76,12 @@ RIGHT: tuple[Right, ...] = (
         "read; the table is compared with SGLang's in a test",
     ),
     Right(
+        "drafts and MTP layers (speculative decoding), every version",
+        "each of their layers has a row of its own, by which its weights come in and its tokens go out",
+        "SGLang's own loader, slot by slot on two ranks: MTP layers of DeepSeek-V3, GLM-4-MoE and Qwen3-MoE, a Qwen2-MoE draft; served on the CPU "
+        "engine with an attention back end and kernels that the tests lend it (`STANDALONE`): tokens and accepted drafts are stock's",
+    ),
+    Right(
         "fused shared experts",
         "fusion is switched off (`disable_shared_experts_fusion`): the shared expert's id lies outside the map before 0.5.23, and in "
         "a draft with redundant experts",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..tuned_kernels import ConfigsOfFewer
-from . import layers, location, positional, remote_slots, routing, versions
+from . import drafts, layers, location, positional, remote_slots, routing, versions
 from .hooks import Hook, HookSet
 
 _LOCATION = "sglang.srt.eplb.expert_location"
@@ -75,6 +75,15 @@ def hooks() -> HookSet:
             relies_on=("weights",),
             why="gpt-oss's MXFP4 checkpoints are cut into equal blocks of experts, past the map of experts: wrong output",
             removable_when="the model's loader heeds the map of experts",
+        ),
+        Hook(
+            name="draft-layers",
+            target="sglang.srt.model_loader.loader:_initialize_model",
+            hook=drafts.initialize,
+            relies_on=("model_config", "load_config"),
+            counted=False,
+            why="a draft's layers are placed by rows of their own, which its weights come in by, and known by name once it was built",
+            removable_when="SGLang has a map of experts for drafts too",
         ),
         Hook(
             name="model",

@@ -6,11 +6,11 @@ A draft runs several forward passes a step. The first has the tokens of the targ
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..drafts import draft_path
 from ..load_recorder import check_path
 from ..patching import Patch
 from .layers import num_logical, routed_layers
@@ -20,12 +20,6 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 
 _DUMMY = "_moe_placement_draft_dummy"
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
-
-
-def draft_path(path: str | Path) -> Path:
-    """Where the draft's load goes: ``load.draft.safetensors`` for ``load.safetensors``."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}.draft{path.suffix}")
 
 
 def bind_draft(record: dict[str, Any], vllm_config: Any, runner: Any, target: Any) -> None:

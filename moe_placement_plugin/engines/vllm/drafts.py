@@ -6,7 +6,6 @@ by itself, so that its layer 3 is not the target's: which of the two is being bu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,9 +13,9 @@ from typing import Any
 
 from ...errors import PlacementError
 from ...strategies.resolve import ModelShape
+from ..drafts import draft_layer_id
 
 _loading: ContextVar[bool] = ContextVar("moe_placement_loading_draft", default=False)
-_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?:\.|$)")
 
 
 def is_draft(vllm_config: Any, model_config: Any) -> bool:
@@ -48,12 +47,6 @@ def loading(draft: bool) -> Iterator[None]:
 def loading_draft() -> bool:
     """Whether the model that this process builds or loads is the draft."""
     return _loading.get()
-
-
-def draft_layer_id(name: str) -> int | None:
-    """A layer's number in the draft's own names: 61 of ``model.layers.61.mtp_block.mlp.experts``; None without just one."""
-    found = _NUMBER.findall(name)
-    return int(found[0]) if len(found) == 1 else None
 
 
 def draft_shape(vllm_config: Any) -> ModelShape | None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from .checkpoints import REDUNDANT
+from .drafts import DRAFTED
 from .quantized import QUANTIZED
 from .recipe import Recipe
 from .recipes import RECIPES
@@ -26,7 +27,7 @@ WITHOUT_BIASES = replace(
 """An incomplete checkpoint: the biases of its experts are missing, under whose shards the matrices come too."""
 
 BY_NAME: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (*RECIPES, *QUANTIZED, *REFUSED, WITHOUT_BIASES)
+    recipe.name: recipe for recipe in (*RECIPES, *QUANTIZED, *DRAFTED, *REFUSED, WITHOUT_BIASES)
 }
 
 
@@ -49,7 +50,7 @@ def all_cases() -> list[dict[str, Any]]:
             "placement": placement,
             "arguments": arguments,
         }
-        for recipe in (*RECIPES, *QUANTIZED, *REFUSED)
+        for recipe in (*RECIPES, *QUANTIZED, *DRAFTED, *REFUSED)
         for placement, arguments in PLACEMENTS.items()
         if recipe.moe or placement == "zigzag"
     ]

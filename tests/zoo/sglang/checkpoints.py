@@ -81,7 +81,7 @@ def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
             row = [e for rank in range(RANKS) for e in range(EXPERTS) if e % RANKS == rank]
         else:
             seed = 8 if placement == "rebalanced" else 7
-            row = np.random.default_rng([seed, layer]).permutation(EXPERTS).tolist()
+            row = np.random.default_rng([seed, layer + recipe.offset]).permutation(EXPERTS).tolist()
             if placement in ("replicas", "rebalanced"):
                 half = EXPERTS // RANKS
                 row = [*row[:half], row[half], *row[half:], row[0]]
@@ -90,10 +90,16 @@ def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
 
 
 def write_plan(recipe: Recipe, placement: str, file: Path) -> Path:
-    """The plan file of a placement, a row for each MoE layer."""
+    """The plan file of a placement, a row for each MoE layer; for a draft's too, unless EPLB moves the target's experts."""
     from moe_placement_plugin.placement import Placement
 
-    rows = slots(recipe, placement)
+    rows, draft = slots(recipe, placement), None
     size = len(next(iter(rows.values()))) // RANKS
-    Placement(list(rows.values()), EXPERTS, (size,) * RANKS, tuple(rows)).write(file)
+    if recipe.draft is not None and placement == "shuffled":
+        own = list(slots(recipe.draft, placement).values())
+        draft = Placement(own, EXPERTS, (EXPERTS // RANKS,) * RANKS, recipe.draft.numbers)
+    plan = Placement(
+        list(rows.values()), EXPERTS, (size,) * RANKS, tuple(rows), "custom", {}, draft
+    )
+    plan.write(file)
     return file

@@ -26,6 +26,7 @@ from tests.support.warm_workers import WarmContext
 
 from . import checkpoints
 from .cases import BY_NAME
+from .recipe import Recipe
 from .worker import IMPORTED
 from .worker import main as work
 
@@ -131,6 +132,8 @@ def run(
     values = (
         ARGUMENTS | recipe.engine | {"model_path": str(model), "trust_remote_code": recipe.remote}
     )
+    if recipe.draft is not None:
+        values["speculative_draft_model_path"] = str(_draft(recipe, folder))
     placed = dict(case["arguments"])
     if case["placement"] in ("shuffled", "replicas"):
         file = folder / f"{recipe.name}-{case['placement']}.json"
@@ -158,6 +161,15 @@ def run(
     if all(rank.get("refused") for rank in ranks):
         return {"refused": ranks[0]["refused"], "late": True}
     return {"ranks": ranks, "one": known[recipe.name]}
+
+
+def _draft(recipe: Recipe, folder: Path) -> Path:
+    """The checkpoint of a recipe's draft: the target's own, or another."""
+    assert recipe.draft is not None
+    if not recipe.draft.config:
+        return folder / recipe.name
+    own = folder / f"{recipe.name}-draft"
+    return own if own.exists() else checkpoints.write(recipe.draft, own)
 
 
 def main() -> None:

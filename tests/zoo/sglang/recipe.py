@@ -89,6 +89,9 @@ class Recipe:
         raw: whether to look at the tensors as they were loaded, and not to run the layers.
         without: ends of the names of tensors that are left out of the MoE layers.
         packed: whether bytes in its tensors are packed numbers; they are 8-bit floats otherwise.
+        draft: the MoE layers of a draft of speculative decoding, named by the ids that SGLang gives them.
+        numbers: of a draft's layers in plans: those of vLLM's module names.
+        offset: added to a layer's number where values are drawn, so that no slot of a draft looks like one of the target's.
     """
 
     architecture: str
@@ -106,6 +109,9 @@ class Recipe:
     raw: bool = False
     packed: bool = False
     without: tuple[str, ...] = ()
+    draft: Recipe | None = None
+    numbers: tuple[int, ...] = ()
+    offset: int = 0
     rest: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
@@ -118,7 +124,9 @@ class Recipe:
         found: Tensors = {name: drawn(name, *shape) for name, shape in self.rest}
         for layer in self.moe:
             for part in self.parts:
-                found |= part(self.block.format(layer=layer), layer)
+                found |= part(self.block.format(layer=layer), layer + self.offset)
+        if self.draft is not None and not self.draft.config:  # it lies in this checkpoint
+            found |= self.draft.tensors()
         return {name: tensor for name, tensor in found.items() if not name.endswith(self.without)}
 
     def padding(self, parameter: str) -> int:
@@ -132,7 +140,7 @@ class Recipe:
             held |= {"w13_weight_bias": ("b1", "b3"), "w2_weight_bias": ("b2",)}
         return {
             parameter: np.concatenate(
-                [expert(layer, number, t, self.width).ravel() for t in tensors]
+                [expert(layer + self.offset, number, t, self.width).ravel() for t in tensors]
             )
             for parameter, tensors in held.items()
         }

@@ -90,7 +90,7 @@ DRAFTS = frozenset(
     "Eagle3DeepseekV2ForCausalLM LongcatFlashForCausalLMNextN MiMoV2MTP MistralLarge3ForCausalLMEagle NemotronHForCausalLMMTP "
     "Qwen3MoeForCausalLMMTP Qwen3NextForCausalLMMTP Step3p5MTP Qwen3_5ForCausalLMMTP Qwen4ExpForCausalLMMTP".split()
 )
-"""Draft models: never a server's own model, and refused with it by the rule on speculative decoding."""
+"""Draft models: never a server's own model, see `drafts`."""
 
 TRANSFORMERS = frozenset(
     f"Transformers{modality}{kind}{task}"

@@ -20,7 +20,7 @@ def examine(model: Any, recipe: Recipe, placement: str, rank: int, ranks: int) -
     Args:
         model: the loaded model.
         recipe: what its checkpoint was made by.
-        placement: see `checkpoints.slots`.
+        placement: see `checkpoints.slots`; or ``own order``, SGLang's, for a draft.
         rank: EP rank.
         ranks: EP ranks.
     """
@@ -29,7 +29,7 @@ def examine(model: Any, recipe: Recipe, placement: str, rank: int, ranks: int) -
     from sglang.srt.layers.moe.topk import TopK
 
     found = Loaded()
-    rows = checkpoints.slots(recipe, placement)
+    rows = {} if placement == "own order" else checkpoints.slots(recipe, placement)
     seen = set()
     for name, block in model.named_modules():
         layers = [child for child in block.children() if isinstance(child, FusedMoE)]
@@ -38,7 +38,7 @@ def examine(model: Any, recipe: Recipe, placement: str, rank: int, ranks: int) -
         (layer,) = layers
         seen.add(layer.layer_id)
         found.dtype = str(layer.w13_weight.dtype).removeprefix("torch.")
-        row = rows[layer.layer_id]
+        row = rows.get(layer.layer_id) or own_order(layer._num_global_routed, ranks)
         size = len(row) // ranks
         mine = row[rank * size : (rank + 1) * size]
         found.wrong += [f"{name} {wrong}" for wrong in _compare(layer, recipe, mine, found)]
@@ -56,6 +56,12 @@ def examine(model: Any, recipe: Recipe, placement: str, rank: int, ranks: int) -
             f"the model has MoE layers {sorted(seen)}, its checkpoint {list(recipe.moe)}"
         )
     return found
+
+
+def own_order(slots: int, ranks: int) -> list[int]:
+    """Expert e in slot e; what is left repeats the first expert of its rank."""
+    size = slots // ranks
+    return [slot if slot < EXPERTS else slot - slot % size for slot in range(slots)]
 
 
 def _compare(layer: Any, recipe: Recipe, mine: list[int], found: Loaded) -> list[str]:

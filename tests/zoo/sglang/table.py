@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+from .drafts import DRAFTED
 from .quantized import QUANTIZED
 from .recipe import Recipe
 from .recipes import RECIPES
@@ -27,6 +29,10 @@ def _row(recipe: Recipe) -> str:
     return f"| {name} | placed | {'slot by slot, before SGLang packs the tensors for its kernels' if recipe.raw else ''} |"
 
 
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
 def section() -> str:
     """The table, Markdown."""
     lines = [
@@ -40,15 +46,18 @@ def section() -> str:
         "| model class | | why |",
         "|---|---|---|",
     ]
-    lines += sorted((_row(recipe) for recipe in (*RECIPES, *QUANTIZED, *REFUSED)), key=str.lower)
+    recipes = (*RECIPES, *QUANTIZED, *DRAFTED, *REFUSED)
+    loaded = {recipe.draft.architecture for recipe in DRAFTED if recipe.draft is not None}
+    lines += sorted(map(_row, recipes), key=str.lower)
     lines += [
         f"| `{name}` | not on a CPU | importing its module fails: {why} |"
         for name, why in sorted(NOT_ON_A_CPU.items())
     ]
     lines += [
         "",
-        "Draft models are refused with the model that they draft for (speculative decoding before 0.5.23, without an",
-        f"all-to-all back end): {', '.join(f'`{name}`' for name in sorted(DRAFTS))}.",
+        "Draft models are placed with the model that they draft for ([sglang.md](sglang.md#drafts-speculative-decoding)). Loaded",
+        f"likewise, after their targets: {_names(loaded)}. The others' layers are of the",
+        f"same classes as their targets' above, or their targets are refused: {_names(DRAFTS - loaded)}.",
         "",
         f"The back end for transformers' own code is refused by name: {', '.join(f'`{name}`' for name in sorted(TRANSFORMERS))}.",
         "",

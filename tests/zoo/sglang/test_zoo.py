@@ -20,6 +20,7 @@ from tests.support.children import engine_lock, python, run_child  # noqa: E402
 
 from . import checkpoints, registered, table  # noqa: E402
 from .cases import INCOMPLETE, MISTAKEN, PLACEMENTS, all_cases, expected_refusal, name_of  # noqa: E402
+from .drafts import DRAFTED  # noqa: E402
 from .quantized import QUANTIZED  # noqa: E402
 from .recipe import Recipe  # noqa: E402
 from .recipes import RECIPES  # noqa: E402
@@ -30,7 +31,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 """Of outputs of order 10, whose partial sums are added in another order (float32: measured up to 3e-6); another expert is off by order 1."""
 
-CASES = [(recipe, placement) for recipe in (*RECIPES, *QUANTIZED) for placement in PLACEMENTS]
+CASES = [
+    (recipe, placement) for recipe in (*RECIPES, *QUANTIZED, *DRAFTED) for placement in PLACEMENTS
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,9 @@ def test_placed_or_refused(results, recipe, placement):
     _same(one, ranks, recipe)
     if placement == "replicas":
         _same(one, [rank["rebalanced"] for rank in ranks], recipe)
+    if recipe.draft is not None:
+        assert one["draft"]["wrong"] == []
+        _same(one["draft"], [rank["draft"] for rank in ranks], recipe.draft)
 
 
 def _same(one: dict[str, Any], ranks: list[dict[str, Any]], recipe: Recipe) -> None:
@@ -152,16 +158,6 @@ def test_every_moe_class_is_listed():
 def test_what_cannot_be_imported_cannot_be(architecture):
     why = registered.why_not_imported(registered.moe_classes()[architecture])
     assert NOT_ON_A_CPU[architecture] in why
-
-
-def test_drafts_are_refused():
-    """With the model that they draft for."""
-    import sglang
-
-    from moe_placement_plugin.engines.sglang.support import Combination, refusals
-
-    found = list(refusals(Combination(version=sglang.__version__, speculative="EAGLE")))
-    assert "the draft model's experts cannot be told from the target's" in found[0].why
 
 
 def test_the_table_in_the_docs_is_fresh():

@@ -38,6 +38,7 @@ class Loaded:
         patches: the plugin's hooks that this process has used.
         outline: see `skeleton.outline`, where that was asked for.
         rebalanced: the same after EPLB has moved experts, where it is on.
+        draft: the same of the draft, where the recipe has one.
     """
 
     refused: str = ""
@@ -51,6 +52,7 @@ class Loaded:
     patches: list[str] = field(default_factory=list)
     outline: list[Any] = field(default_factory=list)
     rebalanced: Loaded | None = None
+    draft: Loaded | None = None
 
 
 def main(rank: int, ranks: int, port: int, pipe: Connection) -> None:
@@ -127,9 +129,37 @@ def _load(
         if placement == "replicas" and not found.wrong:
             _rebalance(runner, recipe, rank)
             found.rebalanced = slots.examine(runner.model, recipe, "rebalanced", rank, ranks)
+        if recipe.draft is not None:
+            found.draft = _load_draft(server_args, recipe.draft, placement, parallel, port)
     if plugin := sys.modules.get("moe_placement_plugin.engines.sglang.worker"):
         found.patches = [name for name, hits in plugin.hooks().hits().items() if hits]
     return found
+
+
+def _load_draft(server_args: Any, recipe: Any, placement: str, parallel: Any, port: int) -> Loaded:
+    """Load the draft as SGLang's draft worker does, and examine it. Under EPLB it stays in SGLang's own order."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.moe.utils import draft_model_build_scope
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.runtime_context import get_spec
+
+    from . import slots
+
+    config = ModelConfig.from_server_args(
+        server_args, model_path=get_spec().speculative_draft_model_path, is_draft_model=True
+    )
+    with draft_model_build_scope():
+        runner = ModelRunner(
+            model_config=config,
+            mem_fraction_static=0.3,
+            gpu_id=parallel.gpu_id,
+            ps=parallel,
+            nccl_port=port,
+            server_args=server_args,
+            is_draft_worker=True,
+        )
+    where = "own order" if placement == "replicas" else placement
+    return slots.examine(runner.model, recipe, where, parallel.moe_ep_rank, parallel.moe_ep_size)
 
 
 _exchanges = itertools.count()

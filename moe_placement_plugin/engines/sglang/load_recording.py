@@ -1,0 +1,164 @@
+"""The counters of one model of a worker, target or draft, bound to its TopK layers, and what they are told of each batch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+
+from ...errors import PlacementError
+from ...hosts import session
+from ..load_counters import LoadCounters
+from ..load_recorder import LoadRecorder, Windows
+from .versions import attention_dp_width, replicas, resolved
+
+logger = logging.getLogger(__name__)
+
+COUNT = "_moe_expert_load_count"
+"""Attribute of the TopK config of every MoE layer that is recorded: (counters, row of the layer)."""
+
+
+class LoadRecording:
+    """The counters of one model runner, bound to its TopK layers, and their recorder.
+
+    Args:
+        asked: path, interval and whether pairs are counted: `recording.RecordSettings`.
+        runner: SGLang's ``ModelRunner``, whose model is loaded.
+        routers: number of each MoE layer -> its TopK layer.
+        experts: logical experts of a layer.
+        model: what the user called the model.
+    """
+
+    def __init__(self, asked: Any, runner: Any, routers: dict[int, Any], experts: int, model: str):
+        import sglang
+        from sglang.srt.runtime_context import get_parallel
+
+        from ... import __version__
+
+        args = resolved(runner.server_args)
+        config = runner.model_config.hf_text_config
+        width, copies = attention_dp_width(args), replicas(args)
+        attention_dp = width > 1
+        tp_rank, stage = get_parallel().tp_rank, get_parallel().pp_rank
+        # With data-parallel attention every rank has tokens of its own; else all tensor-parallel ranks have the same.
+        counts = attention_dp or tp_rank == 0
+        self.recorder: LoadRecorder | None = None
+        if not counts or not routers:
+            return
+        tokens = _most_tokens(runner, args)
+        self.counters = LoadCounters(
+            len(routers), experts, tokens, runner.device, asked.coactivation
+        )
+        for row, router in enumerate(routers.values()):
+            object.__setattr__(router.topk_config, COUNT, (self.counters, row))
+        rank = _data_parallel_rank(runner) if copies > 1 else 0
+        ranks = copies
+        if attention_dp:
+            rank, ranks = rank * args.tp_size + tp_rank, copies * args.tp_size
+        stages = getattr(args, "pp_size", 1)
+        metadata = {
+            "model": model,
+            "engine": f"sglang {sglang.__version__}",
+            "plugin": __version__,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            "tensor_parallel_size": args.tp_size,
+            "data_parallel_size": width * copies,
+            "expert_parallel": getattr(args, "ep_size", 1) > 1,
+            "hosts": session.host_names(),
+            "top_k": getattr(config, "num_experts_per_tok", None),
+        }
+        windows = Windows(tuple(routers), experts, asked.interval, metadata)
+        self.recorder = LoadRecorder(
+            asked.path,
+            windows,
+            self.counters.snapshot,
+            asked.interval,
+            rank * stages + stage,
+            ranks * stages,
+        )
+        logger.info(
+            "moe_placement_plugin: recording the load of %d MoE layers x %d experts to %s every %g s",
+            len(routers), experts, asked.path, asked.interval,
+        )  # fmt: skip
+
+    def batch(self, forward_batch: Any) -> None:
+        """A batch of requests is about to run."""
+        if self.recorder is None:
+            return
+        mode = forward_batch.forward_mode
+        if mode.is_idle() or forward_batch.batch_size == 0:
+            self.counters.mark_uncounted()
+            return
+        lengths = forward_batch.extend_seq_lens_cpu
+        if mode.is_extend() and not mode.is_target_verify() and lengths is not None:
+            tokens = np.asarray(lengths, dtype=np.int64)
+            cached = np.asarray(forward_batch.extend_prefix_lens_cpu or np.zeros_like(tokens))
+            # With chunked prefill, decoding requests ride along as extensions by one token.
+            prefill = (
+                (tokens > 1) | (cached == 0)
+                if mode.is_mixed()
+                else np.ones(len(tokens), dtype=bool)
+            )
+        else:
+            size = forward_batch.batch_size
+            # One token each, or several draft tokens each that are verified.
+            each = (
+                max(1, forward_batch.input_ids.shape[0] // size) if mode.is_target_verify() else 1
+            )
+            tokens, prefill = np.full(size, each), np.zeros(size, dtype=bool)
+        self.counters.mark(tokens, prefill)
+        self.recorder.served()
+
+
+def _data_parallel_rank(runner: Any) -> int:
+    if hasattr(runner, "ps"):  # up to 0.5.22
+        return runner.ps.dp_rank or 0
+    from sglang.srt.runtime_context import get_parallel
+
+    return getattr(get_parallel(), "dp_rank", None) or 0
+
+
+def _most_tokens(runner: Any, args: Any) -> int:
+    chunk = args.chunked_prefill_size or -1
+    largest = [args.max_prefill_tokens or 0, chunk, runner.model_config.context_len, 4096]
+    return max(largest) + args.tp_size
+
+
+def routers_of(model: Any) -> dict[str, tuple[Any, Any]]:
+    """Name -> ``FusedMoE`` and ``TopK`` of every MoE block.
+
+    Raises:
+        PlacementError: when a layer routes inside its kernel.
+    """
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.topk import TopK
+    from sglang.srt.layers.moe.utils import get_moe_runner_backend
+
+    found: dict[str, tuple[Any, Any]] = {}
+    backend = get_moe_runner_backend()
+    for name, parent in model.named_modules():
+        children = list(parent.children())
+        experts = [child for child in children if isinstance(child, FusedMoE)]
+        routers = [child for child in children if isinstance(child, TopK)]
+        if not experts:
+            continue
+        if len(experts) != 1 or len(routers) != 1:
+            raise PlacementError(
+                f"--expert-load-record: {name} has {len(experts)} expert layers and {len(routers)} TopK layers, expected one of each: this "
+                "model routes in a way of its own; leave the flag out"
+            )
+        output = getattr(routers[0].topk_config.output_format, "name", None)
+        inside = (
+            backend.is_triton_kernels()
+            or backend.is_flashinfer_trtllm()
+            or backend.is_flashinfer_mxfp4()
+        )
+        if output in ("BYPASSED", "TRITON_KERNEL") or (output is None and inside):
+            raise PlacementError(
+                f"--expert-load-record: {name} routes inside its kernel ({output or backend.value}), which reports no experts: choose "
+                "--moe-runner-backend triton, or leave the flag out"
+            )
+        found[name] = experts[0], routers[0]
+    return found
