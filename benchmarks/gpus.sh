@@ -56,7 +56,7 @@ serve() { # FILE LOAD MODEL WORKLOAD... [-- ARGUMENT...]
     if ((found == 0)); then
         model=tiny-grouped arguments+=(--cpu --workload tiny --repeats 1)
     fi
-    "$PYTHON" -m benchmarks.serving --engine "$ENGINE" --ranks "$GPUS" --load "$load" --model "$model" --folder "$folder" --json "$file" "${arguments[@]}" "${@:2}"
+    "$PYTHON" -m moe_placement_plugin.lab.gpu.serving --engine "$ENGINE" --ranks "$GPUS" --load "$load" --model "$model" --folder "$folder" --json "$file" "${arguments[@]}" "${@:2}"
 }
 
 step() {
@@ -66,13 +66,13 @@ step() {
     case $1 in
     exchange)
         for shape in $( ((found)) && echo 5-layer v2-lite r1 || echo tiny); do
-            "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$root/benchmarks/exchange_gpu.py" --shape "$shape" \
+            "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m moe_placement_plugin.lab.gpu.exchange --shape "$shape" \
                 --json "$out/exchange-$shape.json"
         done
         ;;
     overlap) "$root/benchmarks/staged_moe.sh" "$out" overlap ;;
     kernels) "$root/benchmarks/staged_moe.sh" "$out" check overhead ;;
-    recording) "$PYTHON" -m moe_placement_plugin.bench.recording --rounds 24 ;;
+    recording) "$PYTHON" -m moe_placement_plugin.lab.bench.recording.run --rounds 24 ;;
     fingerprints)
         local size=(--gb 1)
         if ((found)); then size=(--gb 16 --device cuda); fi

@@ -20,8 +20,8 @@ python=${PYTHON:-python3}
 cuda=$("$python" -c "import torch; print(torch.cuda.device_count())")
 gpus=${GPUS:-$cuda}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-staged() { "$python" "$root/benchmarks/staged_moe.py" "$@"; }
-ranks() { "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" "$root/benchmarks/staged_moe.py" "$@"; }
+staged() { "$python" -m moe_placement_plugin.lab.gpu.staged_layer "$@"; }
+ranks() { "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" -m moe_placement_plugin.lab.gpu.staged_layer "$@"; }
 layer() { "$python" -c "from moe_placement_plugin.cli import main; main()" bench layer "$@"; }
 
 (($#)) || set -- check overhead overlap layer

@@ -8,22 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
-    from .errors import PlacementError as PlacementError
-    from .load import ExpertLoad as ExpertLoad
-    from .placement import Placement as Placement
+    from .core.errors import PlacementError as PlacementError
+    from .core.load import ExpertLoad as ExpertLoad
+    from .core.placement import Placement as Placement
+    from .core.topology import Topology as Topology
     from .strategies import PlacementRequest as PlacementRequest
     from .strategies import get_strategy as get_strategy
     from .strategies import strategy_names as strategy_names
-    from .topology import Topology as Topology
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "ExpertLoad": "load",
-    "Placement": "placement",
-    "PlacementError": "errors",
+    "ExpertLoad": "core.load",
+    "Placement": "core.placement",
+    "PlacementError": "core.errors",
     "PlacementRequest": "strategies",
-    "Topology": "topology",
+    "Topology": "core.topology",
     "get_strategy": "strategies",
     "strategy_names": "strategies",
 }
@@ -40,7 +40,7 @@ def enable() -> None:
     from importlib.util import find_spec
 
     if find_spec("vllm") is not None:
-        from .engines.vllm.request import enable as enable_vllm
+        from .engines.vllm.detect import enable as enable_vllm
 
         enable_vllm()
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_placement_plugin import ExpertLoad
-from moe_placement_plugin.demo.tiny_models import Size, write_glm4_moe, write_qwen3_moe
+from moe_placement_plugin.lab.demo.tiny_models import Size, write_glm4_moe, write_qwen3_moe
 
 HERE = Path(__file__).parent
 SIZES = {

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from ..errors import PlacementError
+from ..core.errors import PlacementError
 
 VERBS = {
     "bench": "Measure planners and layers on this machine.",

@@ -62,10 +62,10 @@ def planner(
 
     from rich.console import Console
 
-    from ..bench import planner as engine
-    from ..bench.planner_contestants import start_contestants
-    from ..bench.planner_report import print_report
-    from ..errors import PlacementError
+    from ..core.errors import PlacementError
+    from ..lab.bench.planner import run as engine
+    from ..lab.bench.planner.contestants import start_contestants
+    from ..lab.bench.planner.report import print_report
 
     wanted = suite or [
         s
@@ -184,7 +184,7 @@ def layer(
     Example: moe-placement bench layer --shape r1 --load examples/deepseek-r1/in8k_out1k.safetensors --ep 32 --strategy linear
     --strategy zigzag --strategy eplb+32 --calibrations .
     """
-    from ..errors import PlacementError
+    from ..core.errors import PlacementError
 
     try:
         import torch
@@ -197,12 +197,12 @@ def layer(
     import numpy as np
     from rich.console import Console
 
-    from ..bench import layer as engine
-    from ..bench.layer_report import as_json, print_report
-    from ..bench.layer_shapes import find_shape, read_load, synthetic_load
-    from ..bench.timing import device_facts
-    from ..files import write_atomically
-    from ..moe import find_matmuls
+    from ..formats.atomic import write_atomically
+    from ..lab.bench.layer import run as engine
+    from ..lab.bench.layer.report import as_json, print_report
+    from ..lab.bench.layer.shapes import find_shape, read_load, synthetic_load
+    from ..lab.bench.timing import device_facts
+    from ..lab.staged_layer import find_matmuls
     from .inputs import check_writable
 
     for path in (json_path, calibrations / "x" if calibrations else None):
@@ -324,11 +324,11 @@ def exchange(
 
     from rich.console import Console
 
-    from ..bench import exchange as engine
-    from ..bench.exchange_report import print_report
-    from ..bench.planner import machine, read_traces
-    from ..bench.planner_contestants import start_contestants
-    from ..errors import PlacementError
+    from ..core.errors import PlacementError
+    from ..lab.bench.exchange import run as engine
+    from ..lab.bench.exchange.report import print_report
+    from ..lab.bench.planner.contestants import start_contestants
+    from ..lab.bench.planner.run import machine, read_traces
 
     wanted = suite or ["dead", *(["drift"] if traces else [])]
     for name in wanted:
@@ -350,7 +350,7 @@ def exchange(
     if "dead" in wanted:
         import torch
 
-        from ..bench.exchange_ranks import Sizes
+        from ..lab.bench.exchange.ranks import Sizes
 
         sizes = Sizes(layers, 64, hidden, width)
         result["versions"]["exchange"] = {"torch": torch.__version__, "backend": "gloo"}
@@ -390,8 +390,8 @@ def verify(
     """
     import json
 
-    from ..bench.fingerprint import describe, measure
-    from ..files import write_atomically
+    from ..formats.atomic import write_atomically
+    from ..lab.bench.fingerprint.run import describe, measure
 
     result = measure(gigabytes, device)
     print(describe(result))

@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import PlacementError
+from ..core.errors import PlacementError
 
 if TYPE_CHECKING:
-    from ..demo.run import Outcome
+    from ..lab.demo.run import Outcome
 
 app = typer.Typer(add_completion=False)
 
@@ -40,10 +40,10 @@ def demo(
 
     Everything runs on this machine's CPU. Exit code 1 when an answer differs.
     """
-    from ..demo.engines import DEMO_ENGINES
-    from ..demo.run import run
-    from ..demo.tiny_models import MODELS
-    from ..engines.installed import require_engine
+    from ..engines.common.installed import require_engine
+    from ..lab.demo.run import run
+    from ..lab.demo.tiny_models import MODELS
+    from ..lab.servers.engines import DEMO_ENGINES
     from ..strategies import get_strategy
     from .progress import Progress
 

@@ -37,10 +37,10 @@ def diff(
 
     Example: moe-placement diff old.json new.json --model /models/DeepSeek-R1 --bandwidth 50
     """
-    from .. import moves
-    from ..errors import PlacementError
+    from ..core import diff as moves
+    from ..core.errors import PlacementError
+    from ..core.topology import Topology
     from ..strategies import PlacementRequest, get_strategy
-    from ..topology import Topology
     from .inputs import read_plan
 
     if bandwidth <= 0:

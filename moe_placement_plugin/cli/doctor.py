@@ -29,7 +29,7 @@ def doctor(
 
     Example: moe-placement doctor --engine vllm
     """
-    from ..errors import PlacementError
+    from ..core.errors import PlacementError
     from .inputs import print_json
 
     if engine is not None and engine not in ENGINES:
@@ -71,7 +71,8 @@ def _examine(name: str) -> dict[str, Any]:
 
 
 def _vllm(result: dict[str, Any]) -> None:
-    from ..engines.vllm import kernels, preflight
+    from ..engines.vllm import resolve
+    from ..engines.vllm import support as kernels
     from ..engines.vllm.flags import FLAGS
     from ..engines.vllm.patches import (
         eplb_set,
@@ -82,8 +83,8 @@ def _vllm(result: dict[str, Any]) -> None:
         recording_set,
     )
 
-    result["supported"] = f"{preflight.SUPPORTED[0]} to {preflight.SUPPORTED[1]} (exclusive)"
-    preflight.check_version()
+    result["supported"] = f"{resolve.SUPPORTED[0]} to {resolve.SUPPORTED[1]} (exclusive)"
+    resolve.check_version()
     for concern, patches in (
         ("flags", FLAGS),
         ("placement", patch_set()),
@@ -110,15 +111,16 @@ def _vllm(result: dict[str, Any]) -> None:
 def _sglang(result: dict[str, Any]) -> None:
     import sglang
 
-    from ..engines.sglang import launcher, support, versions
+    from ..engines.sglang import compat, flags, support
 
-    result["supported"] = f"{versions.OLDEST} to {versions.NEWEST}"
-    versions.check_version(sglang.__version__)
-    from ..engines.sglang import draft_recording, eplb, hosts, loaded, recording, reload, worker
+    result["supported"] = f"{compat.OLDEST} to {compat.NEWEST}"
+    compat.check_version(sglang.__version__)
+    from ..engines.sglang import draft_recording, eplb, hosts, recording, reload, verification
+    from ..engines.sglang import patches as worker
 
     groups = (
-        ("flags", launcher.LAUNCHER), ("placement", launcher.ON_REQUEST), ("placement", worker.hooks()),
-        ("eplb", eplb.hooks()), ("verification", loaded.hooks()), ("recording", recording.ON_REQUEST), ("recording", recording.hooks()),
+        ("flags", flags.LAUNCHER), ("placement", flags.ON_REQUEST), ("placement", worker.hooks()),
+        ("eplb", eplb.hooks()), ("verification", verification.hooks()), ("recording", recording.ON_REQUEST), ("recording", recording.hooks()),
         ("recording", draft_recording.hooks()), ("several hosts", hosts.hooks()), ("new weights", reload.hooks()),
     )  # fmt: skip
     for concern, hooks in groups:

@@ -36,9 +36,9 @@ def export(
     """
     import numpy as np
 
-    from ..errors import PlacementError
-    from ..files import write_atomically
-    from ..placement import Placement
+    from ..core.errors import PlacementError
+    from ..core.placement import Placement
+    from ..formats.atomic import write_atomically
     from .inputs import check_writable, print_json, read_any
 
     check_writable(output)

@@ -10,12 +10,12 @@ from typing import Any
 
 import typer
 
-from ..errors import PlacementError
-from ..load import ExpertLoad
-from ..placement import Placement
-from ..planfile import is_plan, parse_plan, parse_sglang_plan
-from ..simulate import Cluster, Workload
-from ..topology import Topology
+from ..core.errors import PlacementError
+from ..core.load import ExpertLoad
+from ..core.placement import Placement
+from ..core.topology import Topology
+from ..formats.plan_json import is_plan, parse_plan, parse_sglang_plan
+from ..simulation.simulate import Cluster, Workload
 
 
 def read_any(path: Path, num_ranks: int | None = None) -> Placement | ExpertLoad:
@@ -28,7 +28,7 @@ def read_any(path: Path, num_ranks: int | None = None) -> Placement | ExpertLoad
     Raises:
         PlacementError: when it is neither.
     """
-    from ..files import read_bytes, read_json
+    from ..formats.atomic import read_bytes, read_json
 
     content = read_bytes(path, "plan or recorded load")
     if not content:

@@ -55,9 +55,9 @@ def plan(
 
     Example: moe-placement plan load.safetensors --ranks 32 --redundant 32 -o plan.json
     """
-    from ..load import ExpertLoad
-    from ..placement import Placement
-    from ..simulate import align
+    from ..core.load import ExpertLoad
+    from ..core.placement import Placement
+    from ..simulation.simulate import align
     from ..strategies import get_strategy
     from .inputs import check_writable, cluster, print_json, read_loads
 
@@ -66,7 +66,7 @@ def plan(
     if (
         planner.name == "eplb"
     ):  # not one of another package, whose kernels may need what is left out
-        from ..planner.compiled import without_blas
+        from ..planner.kernels.compiled import without_blas
 
         without_blas()
     workloads = align(read_loads(loads, phase))

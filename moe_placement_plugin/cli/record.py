@@ -51,8 +51,8 @@ def record(
 
     Example: moe-placement record load.safetensors --url http://localhost:8000 --prompts prompts.txt
     """
-    from ..errors import PlacementError
-    from ..load import ExpertLoad
+    from ..core.errors import PlacementError
+    from ..core.load import ExpertLoad
     from .inputs import print_json
 
     sent = None
@@ -62,7 +62,7 @@ def record(
             f"{given} without {missing}: prompts are sent to a server; give both, or neither to read {path}"
         )
     if url is not None and prompts is not None:
-        from ..drive import read_prompts, send, wait_for_recording
+        from ..recording.send_prompts import read_prompts, send, wait_for_recording
 
         bodies = read_prompts(prompts)
         before = path.stat().st_mtime if path.exists() else 0.0
@@ -90,7 +90,7 @@ def record(
         )
         return
     from ..report.tables import console, load_table
-    from ..simulate import Workload
+    from ..simulation.simulate import Workload
 
     out = console()
     if sent is not None:

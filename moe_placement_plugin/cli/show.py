@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..load import ExpertLoad
-    from ..placement import Placement
-    from ..simulate import Workload
+    from ..core.load import ExpertLoad
+    from ..core.placement import Placement
+    from ..simulation.simulate import Workload
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -72,10 +72,10 @@ def show(
 
     Example: moe-placement show load.safetensors plan.json --html report.html
     """
-    from ..errors import PlacementError
-    from ..placement import Placement
+    from ..core.errors import PlacementError
+    from ..core.placement import Placement
     from ..report.tables import console, load_table, plan_table
-    from ..simulate import align, rows_for
+    from ..simulation.simulate import align, rows_for
     from .inputs import check_writable, print_json, read_any, read_loads
 
     if page is not None:
@@ -111,7 +111,7 @@ def show(
             [w.name for w in workloads], [w.load for w in workloads], placements, layer
         )
         if page is not None:
-            from ..files import write_atomically
+            from ..formats.atomic import write_atomically
             from ..report.page import render
 
             write_atomically(page, render(report).encode())
@@ -155,7 +155,7 @@ def show(
 
 
 def _together(workloads: Sequence[Workload]) -> ExpertLoad:
-    from ..load import ExpertLoad
+    from ..core.load import ExpertLoad
 
     return ExpertLoad.concatenate([w.load for w in workloads])
 
@@ -168,15 +168,15 @@ def _strategies(
     plans: Mapping[str, Placement],
 ) -> dict[str, Placement]:
     """The strategies to show beside the plans, on the same ranks and slots."""
+    from ..core.topology import Topology
     from ..strategies import PlacementRequest, get_strategy
-    from ..topology import Topology
 
     first = next(iter(plans.values()), None)
     if ranks is None:
         ranks = first.num_ranks if first is not None else None
     if ranks is None:
         if names:
-            from ..errors import PlacementError
+            from ..core.errors import PlacementError
 
             raise PlacementError(
                 f"--strategy {names[0]} without --ranks: strategies place experts on ranks; add --ranks"

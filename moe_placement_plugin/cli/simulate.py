@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..placement import Placement
+    from ..core.placement import Placement
     from ..strategies import Strategy
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -80,9 +80,9 @@ def simulate(
 
     Example: moe-placement simulate a.safetensors b.safetensors --ranks 32 --redundant 32
     """
-    from ..costmodel import find_calibration, fit
-    from ..errors import PlacementError
-    from ..simulate import simulate as run
+    from ..core.errors import PlacementError
+    from ..simulation.costmodel import find_calibration, fit
+    from ..simulation.simulate import simulate as run
     from ..strategies import get_strategy
     from .inputs import cluster, print_json, read_loads, read_plan
 

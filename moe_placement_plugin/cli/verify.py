@@ -140,13 +140,13 @@ def accuracy(
     import json
     import tempfile
 
-    from ..accuracy.compare import Allowance
-    from ..accuracy.examiner import Examination
-    from ..accuracy.run import configurations, run
-    from ..accuracy.table import table, to_json
-    from ..demo.engines import DEMO_ENGINES, ServerSettings
-    from ..engines.installed import require_engine
-    from ..errors import PlacementError
+    from ..core.errors import PlacementError
+    from ..engines.common.installed import require_engine
+    from ..lab.accuracy.compare import Allowance
+    from ..lab.accuracy.examiner import Examination
+    from ..lab.accuracy.run import configurations, run
+    from ..lab.accuracy.table import table, to_json
+    from ..lab.servers.engines import DEMO_ENGINES, ServerSettings
     from ..report.tables import console
     from .inputs import check_writable
     from .progress import Progress
@@ -221,7 +221,7 @@ def accuracy(
 
 
 def _on_cpu(device: str) -> bool:
-    from ..errors import PlacementError
+    from ..core.errors import PlacementError
 
     if device not in ("auto", "cpu", "gpu"):
         raise PlacementError(f"--device {device}: choose cpu, gpu or auto")

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..errors import PlacementError
-from ..files import read_json
+from ..core.errors import PlacementError
+from ..formats.atomic import read_json
 
 if TYPE_CHECKING:
     import torch

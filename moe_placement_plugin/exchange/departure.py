@@ -18,7 +18,7 @@ from datetime import timedelta
 from multiprocessing import util
 from typing import Any
 
-from ..hosts.bounded import BoundedStore
+from ..hosts.bounded_store import BoundedStore
 from .roll import Roll
 
 logger = logging.getLogger("moe_placement_plugin")

@@ -15,13 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import PlacementError
-from .agreement import Agreement, ExchangeAborted, ExchangeLost
-from .peers import PeerMemory, SeenPeers
+from ..core.errors import PlacementError
+from .commit import Agreement, ExchangeAborted, ExchangeLost
+from .expert_memory import Parameter, layout_digest, padded_bytes, view_weights
+from .peer_memory import PeerMemory, SeenPeers
 from .plan import SCRATCH, Chunk, ExchangePlan
 from .transfers import BATCH_BYTES, Staged, Transfers, batch_size, copy_rows
 from .watchdog import WaitingFor, Watchdog
-from .weights import Parameter, layout_digest, padded_bytes, view_weights
 
 if TYPE_CHECKING:
     import torch

@@ -17,10 +17,10 @@ from functools import cached_property
 
 import numpy as np
 
-from ..errors import PlacementError
-from ..moves import check_comparable
-from ..placement import EngineTable, Placement
-from ..topology import Topology
+from ..core.diff import check_comparable
+from ..core.errors import PlacementError
+from ..core.placement import EngineTable, Placement
+from ..core.topology import Topology
 
 SCRATCH = -1
 """Slot number of the scratch row in `ExchangePlan.copies`."""
@@ -284,7 +284,7 @@ class ExchangePlan:
             yield self._chunk(rows, incoming + scratch)
 
     def _chunk(self, rows: list[int], staging: np.ndarray) -> Chunk:
-        from .kernels import color
+        from .plan_kernels import color
 
         def of_rows(
             work: np.ndarray,
@@ -351,7 +351,7 @@ def plan_exchange(
     Raises:
         PlacementError: when the placements are of different models or ranks, or the live ranks have no slot for an expert.
     """
-    from .kernels import route
+    from .plan_kernels import route
 
     check_comparable(old, new)
     ranks = new.num_ranks

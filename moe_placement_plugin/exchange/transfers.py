@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .attached import AttachedRows, Process
-from .peers import SeenPeers
+from .cross_memory import AttachedRows, Process
+from .expert_memory import Parameter, widest_unit
+from .peer_memory import SeenPeers
 from .plan import Chunk
 from .watchdog import WaitingFor, Watchdog
-from .weights import Parameter, widest_unit
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import PlacementError
+from ..core.errors import PlacementError
 
 logger = logging.getLogger("moe_placement_plugin")
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ..topology import Topology
-from .agreement import WAIT, Agreed, Statement, agree
+from ..core.topology import Topology
+from .handshake import WAIT, Agreed, Statement, agree
 from .identity import address_towards, host_key
 from .watch import HostWatch, end_process, own_connection
 

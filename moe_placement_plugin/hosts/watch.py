@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from ..errors import PlacementError
+from ..core.errors import PlacementError
 
 logger = logging.getLogger("moe_placement_plugin")
 

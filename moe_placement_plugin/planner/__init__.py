@@ -8,7 +8,7 @@ numpy in, numpy out; single-threaded kernels compiled by numba on first use and 
 """
 
 from .api import EFFORTS, MAX_WINDOWS, REPLAN_TOLERANCE, locality_curve, plan, replan
-from .coactivation import coactivation_of, crossings_per_token
+from .nodes.coactivation import coactivation_of, crossings_per_token
 from .result import LocalityPoint, Plan
 
 __all__ = [

@@ -7,17 +7,17 @@ from functools import partial
 
 import numpy as np
 
-from ..errors import PlacementError
-from .coactivation import cluster_layers
-from .evaluate import align_layers, busiest_times, moved_slots
-from .fresh import fresh_plan
-from .groups import group_homes, hierarchical_plan
-from .homes import homes_in_service
-from .inputs import Ranks, as_old, as_ranks, as_windows, by_node, check_fits
-from .locality import load_leaving, relax_layers
-from .moves import REPLICA_CAP, move_limited
+from ..core.errors import PlacementError
+from .arguments import Ranks, as_old, as_ranks, as_windows, by_node, check_fits
+from .fresh.plan import fresh_plan
+from .fresh.windows import plan_windows
+from .kernels.evaluate import align_layers, busiest_times, moved_slots
+from .limited.budget import REPLICA_CAP, move_limited
+from .nodes.coactivation import cluster_layers
+from .nodes.fixed_groups import homes_in_service
+from .nodes.groups import group_homes, hierarchical_plan
+from .nodes.locality import load_leaving, relax_layers
 from .result import Figures, LocalityPoint, Plan
-from .windows import plan_windows
 
 MAX_WINDOWS = 16
 """More windows than this are pooled: consecutive ones are added up."""

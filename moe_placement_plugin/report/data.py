@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import PlacementError
-from ..load import ExpertLoad
-from ..placement import Placement
-from ..simulate import rows_for
+from ..core.errors import PlacementError
+from ..core.load import ExpertLoad
+from ..core.placement import Placement
+from ..simulation.simulate import rows_for
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import PlacementError
+from ..core.errors import PlacementError
 from .data import Report
 
 
@@ -36,7 +36,7 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
     def save(figure: Figure, name: str) -> None:
         from io import BytesIO
 
-        from ..files import write_atomically
+        from ..formats.atomic import write_atomically
 
         content = BytesIO()
         figure.savefig(content, dpi=150, bbox_inches="tight", format="png")

@@ -10,10 +10,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ..load import ExpertLoad
-from ..moves import Moves
-from ..placement import Placement
-from ..simulate import Simulation, Workload
+from ..core.diff import Moves
+from ..core.load import ExpertLoad
+from ..core.placement import Placement
+from ..simulation.simulate import Simulation, Workload
 
 _BARS = " ▁▂▃▄▅▆▇█"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..placement import Placement, even_slots
+from ..core.placement import Placement, even_slots
 from .base import PlacementRequest, Strategy
 from .linear import contiguous_table
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..errors import PlacementError
-from ..load import ExpertLoad
-from ..placement import Placement, even_slots
-from ..topology import Topology
+from ..core.errors import PlacementError
+from ..core.load import ExpertLoad
+from ..core.placement import Placement, even_slots
+from ..core.topology import Topology
 
 LOCALITIES = ("none", "node", "soft")
 

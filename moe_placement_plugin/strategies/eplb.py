@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import PlacementError
-from ..load import ExpertLoad
-from ..placement import Placement
+from ..core.errors import PlacementError
+from ..core.load import ExpertLoad
+from ..core.placement import Placement
 from .base import PlacementRequest, Strategy
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..placement import Placement
+from ..core.placement import Placement
 from .base import PlacementRequest, Strategy
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
-from ..errors import PlacementError
+from ..core.errors import PlacementError
 from .base import Strategy
 
 ENTRY_POINT_GROUP = "moe_placement_plugin.strategies"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import PlacementError
-from ..files import parse_json, read_bytes
-from ..load import ExpertLoad
-from ..placement import Placement
-from ..planfile import is_plan, parse_plan, parse_sglang_plan
-from ..topology import Topology
+from ..core.errors import PlacementError
+from ..core.load import ExpertLoad
+from ..core.placement import Placement
+from ..core.topology import Topology
+from ..formats.atomic import parse_json, read_bytes
+from ..formats.plan_json import is_plan, parse_plan, parse_sglang_plan
 from .base import PlacementRequest
 from .registry import get_strategy
 

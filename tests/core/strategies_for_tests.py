@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.core.placement import Placement
 
 
 @st.composite

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import PlacementError
-from moe_placement_plugin.demo.engines import DEMO_ENGINES
-from moe_placement_plugin.demo.run import run
-from moe_placement_plugin.demo.server import Server, free_port
-from moe_placement_plugin.demo.tiny_models import Size, write_glm4_moe, write_qwen3_moe
-from moe_placement_plugin.engines import installed
+from moe_placement_plugin.engines.common import installed
+from moe_placement_plugin.lab.demo.run import run
+from moe_placement_plugin.lab.demo.tiny_models import Size, write_glm4_moe, write_qwen3_moe
+from moe_placement_plugin.lab.servers.engines import DEMO_ENGINES
+from moe_placement_plugin.lab.servers.server import Server, free_port
 
 HEALTHY = """
 import http.server, subprocess, sys

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import Placement, PlacementError, Topology
-from moe_placement_plugin.hosts.parcel import pack, unpack
+from moe_placement_plugin.formats.packed import pack, unpack
 from moe_placement_plugin.strategies.resolve import ModelShape, resolve_placement
 
 SHAPE = ModelShape((1, 2, 3), 4, name="tiny")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_placement_plugin.engines import indexed_like_experts
-from moe_placement_plugin.engines.indexed_like_experts import FATES, INDEXED
+from moe_placement_plugin.engines.common import indexed_like_experts
+from moe_placement_plugin.engines.common.indexed_like_experts import FATES, INDEXED
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ROOT / "moe_placement_plugin" / "engines"
@@ -53,5 +53,5 @@ def test_refusals_of_sglang_have_a_rule():
 
 def test_the_docs_table_is_printed_from_the_list():
     page = (ROOT / "docs" / "indexed-like-experts.md").read_text()
-    begin = "<!-- table: python -m moe_placement_plugin.engines.indexed_like_experts -->\n"
+    begin = "<!-- table: python -m moe_placement_plugin.engines.common.indexed_like_experts -->\n"
     assert page.split(begin)[1].split("\n<!-- end of table -->")[0] == indexed_like_experts.table()

@@ -5,7 +5,7 @@ import types
 import pytest
 
 from moe_placement_plugin import PlacementError
-from moe_placement_plugin.engines.patching import Patch, PatchSet
+from moe_placement_plugin.engines.common.patching import Patch, PatchSet
 
 
 class Engine:

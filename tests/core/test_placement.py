@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_placement_plugin import Placement, PlacementError
-from moe_placement_plugin.placement import even_slots
+from moe_placement_plugin.core.placement import even_slots
 
 from .strategies_for_tests import placements
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from moe_placement_plugin.engines.tuned_kernels import ConfigsOfFewer
+from moe_placement_plugin.engines.common.kernel_configs import ConfigsOfFewer
 
 
 class Engine:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
+from moe_placement_plugin.core.placement import Placement
+from moe_placement_plugin.core.topology import Topology
 from moe_placement_plugin.exchange.plan import SCRATCH, Chunk, ExchangePlan, plan_exchange
-from moe_placement_plugin.placement import Placement
-from moe_placement_plugin.topology import Topology
 
 
 def random_placement(

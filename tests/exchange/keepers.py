@@ -9,7 +9,7 @@ import time
 
 import torch.distributed as dist
 
-from moe_placement_plugin.exchange.agreement import Agreement
+from moe_placement_plugin.exchange.commit import Agreement
 
 LATE = 0.5
 """Seconds after which the other rank reads: without help the process with the store has ended by then."""

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from moe_placement_plugin.exchange.agreement import Agreement
-from moe_placement_plugin.exchange.attached import Process
+from moe_placement_plugin.exchange.commit import Agreement
+from moe_placement_plugin.exchange.cross_memory import Process
 
 Result = TypeVar("Result")
 

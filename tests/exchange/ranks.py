@@ -12,17 +12,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.topology import Topology
 from moe_placement_plugin.exchange import transfers
-from moe_placement_plugin.exchange.agreement import Agreement, ExchangeAborted, ExchangeLost
+from moe_placement_plugin.exchange.commit import Agreement, ExchangeAborted, ExchangeLost
 from moe_placement_plugin.exchange.executor import Exchange
-from moe_placement_plugin.exchange.peers import PeerMemory
+from moe_placement_plugin.exchange.expert_memory import view_parameter
+from moe_placement_plugin.exchange.peer_memory import PeerMemory
 from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
-from moe_placement_plugin.exchange.recovery import place_lost
 from moe_placement_plugin.exchange.transfers import Transfers
 from moe_placement_plugin.exchange.watchdog import Watchdog
-from moe_placement_plugin.exchange.weights import view_parameter
-from moe_placement_plugin.topology import Topology
+from moe_placement_plugin.rebalancing.lost_experts import place_lost
 
 from .cases import expert_content
 from .keepers import LATE
@@ -345,7 +345,7 @@ def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
     """Exchanges one after the other as an engine has them, of which ``dies`` leaves after the second; keys of the agreement in the store."""
     import logging
 
-    from moe_placement_plugin.engines.exchanger import Exchanger, Meeting
+    from moe_placement_plugin.rebalancing.exchanger import Exchanger, Meeting
 
     weights = weights_of(placements[0], rank, placements[0].slots_per_rank[rank])
     meeting = Meeting.of(dist.group.WORLD, outlive=dies is not None)

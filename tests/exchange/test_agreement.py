@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch", reason="agreements are kept in torch's stor
 
 from torch.distributed import PrefixStore, TCPStore  # noqa: E402
 
-from moe_placement_plugin.errors import PlacementError  # noqa: E402
-from moe_placement_plugin.exchange.agreement import Agreement, ExchangeLost  # noqa: E402
+from moe_placement_plugin.core.errors import PlacementError  # noqa: E402
+from moe_placement_plugin.exchange.commit import Agreement, ExchangeLost  # noqa: E402
 from moe_placement_plugin.exchange.roll import RANKS_PER_WORD  # noqa: E402
 
 RANKS = [0, RANKS_PER_WORD - 1, RANKS_PER_WORD, RANKS_PER_WORD + 1, 2 * RANKS_PER_WORD + 10]

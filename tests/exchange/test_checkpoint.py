@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="checkpoints are read as torch tenso
 
 from safetensors.torch import save_file  # noqa: E402
 
-from moe_placement_plugin.errors import PlacementError  # noqa: E402
+from moe_placement_plugin.core.errors import PlacementError  # noqa: E402
 from moe_placement_plugin.exchange.checkpoint import (  # noqa: E402
     Checkpoint,
     CheckpointReader,

@@ -7,12 +7,12 @@ import logging
 import numpy as np
 import pytest
 
-from moe_placement_plugin.costmodel import LayerCost
-from moe_placement_plugin.errors import PlacementError
-from moe_placement_plugin.exchange.decision import REASONS, RebalancePolicy, announce, decide
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.load import ExpertLoad
+from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.exchange.plan import plan_exchange
-from moe_placement_plugin.load import ExpertLoad
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.rebalancing.decision import REASONS, RebalancePolicy, announce, decide
+from moe_placement_plugin.simulation.costmodel import LayerCost
 
 OLD = Placement(np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), 4, (2, 2))
 NEW = Placement(np.array([[0, 2, 1, 3], [0, 1, 2, 3]]), 4, (2, 2))
@@ -138,11 +138,11 @@ def test_decisions_are_logged_and_counted(caplog):
 
 
 def test_they_reach_the_recording():
-    from moe_placement_plugin.engines import load_recorder
+    from moe_placement_plugin.recording import recorder
 
-    before = load_recorder._events.get("rebalance_accepted_pays", 0)
+    before = recorder._events.get("rebalance_accepted_pays", 0)
     announce(decide(PLAN, load(HOT)))
-    assert load_recorder._events["rebalance_accepted_pays"] == before + 1
+    assert recorder._events["rebalance_accepted_pays"] == before + 1
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch", reason="agreements are kept in torch's stor
 from torch.distributed import TCPStore  # noqa: E402
 
 from moe_placement_plugin.exchange import departure  # noqa: E402
-from moe_placement_plugin.exchange.agreement import Agreement  # noqa: E402
+from moe_placement_plugin.exchange.commit import Agreement  # noqa: E402
 from moe_placement_plugin.exchange.plan import plan_exchange  # noqa: E402
-from moe_placement_plugin.exchange.stores import held_here  # noqa: E402
+from moe_placement_plugin.exchange.rank_stores import held_here  # noqa: E402
 from tests.support import forkserver  # noqa: E402
 
 from . import keepers  # noqa: E402

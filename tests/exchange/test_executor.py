@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moe_placement_plugin.core.placement import Placement
+from moe_placement_plugin.core.topology import Topology
 from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
-from moe_placement_plugin.placement import Placement
-from moe_placement_plugin.topology import Topology
 
 from .cases import drifted, random_placement
 

@@ -9,10 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.exchange.plan import plan_exchange
-from moe_placement_plugin.exchange.recovery import place_lost
 from moe_placement_plugin.exchange.watchdog import WaitingFor, Watchdog
+from moe_placement_plugin.rebalancing.lost_experts import place_lost
 
 from .cases import random_placement
 from .test_executor import check_weights

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import Topology
-from moe_placement_plugin.exchange.attached import Process
+from moe_placement_plugin.exchange.cross_memory import Process
 from moe_placement_plugin.exchange.plan import plan_exchange
 
 from .cases import drifted, random_placement
@@ -151,7 +151,7 @@ def looks(rank, world, store, what, attached):
     """What ranks see of each other, and their first bytes through each other's eyes."""
     import torch
 
-    from moe_placement_plugin.exchange import peers
+    from moe_placement_plugin.exchange import peer_memory as peers
 
     from .ranks import as_bytes, peer_memory, shared, weights_of
 
@@ -185,7 +185,7 @@ def looks(rank, world, store, what, attached):
 
 def contents(parameter):
     """Bytes ``[slots, bytes of one expert]`` that a rank sees."""
-    from moe_placement_plugin.exchange.attached import AttachedRows
+    from moe_placement_plugin.exchange.cross_memory import AttachedRows
 
     if not isinstance(parameter, AttachedRows):
         return parameter.rows.clone().numpy()
@@ -231,7 +231,7 @@ def test_what_cannot_be_seen_is_left_to_messages(ranks, what, attached):
 
 def drops_out(rank, world, store, plan):
     """Rank 1 never enters."""
-    from moe_placement_plugin.exchange.agreement import ExchangeAborted
+    from moe_placement_plugin.exchange.commit import ExchangeAborted
     from moe_placement_plugin.exchange.executor import Exchange
 
     from .ranks import as_bytes, peer_memory, shared, together, weights_of

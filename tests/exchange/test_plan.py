@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.diff import compare
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.placement import EngineTable, Placement
+from moe_placement_plugin.core.topology import Topology
 from moe_placement_plugin.exchange.plan import plan_exchange
-from moe_placement_plugin.moves import compare
-from moe_placement_plugin.placement import EngineTable, Placement
-from moe_placement_plugin.topology import Topology
 
 from .cases import SimulatedRanks, exchanges, random_placement
 
@@ -265,7 +265,7 @@ def test_quick_at_the_size_of_r1(ranks):
 
 def test_what_was_lost_is_read_by_all_live_ranks_alike():
     """60 experts on 6 ranks, the first 4 ranks hold 15 each, the last two replicas of all that rank 0 and 1 hold: ranks 2 and 3 die."""
-    from moe_placement_plugin.exchange.recovery import place_lost
+    from moe_placement_plugin.rebalancing.lost_experts import place_lost
 
     table = np.tile(np.concatenate([np.arange(60), np.arange(15), np.arange(15, 30)]), (3, 1))
     old = Placement(table, 60, (15,) * 6)

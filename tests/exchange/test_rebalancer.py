@@ -7,10 +7,10 @@ import logging
 import numpy as np
 import pytest
 
-from moe_placement_plugin.costmodel import Calibration, Measurement
-from moe_placement_plugin.engines.rebalancing import Rebalancer, policy_from
-from moe_placement_plugin.errors import PlacementError
-from moe_placement_plugin.load import ExpertLoad
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.load import ExpertLoad
+from moe_placement_plugin.rebalancing.rebalancer import Rebalancer, policy_from
+from moe_placement_plugin.simulation.costmodel import Calibration, Measurement
 
 LAYERS, EXPERTS, RANKS, SLOTS = 3, 12, 4, 6
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_placement_plugin.fingerprint.compare import (
+from moe_placement_plugin.verification.compare import (
     LayerDigests,
     WeightsMismatch,
     alike,
@@ -13,7 +13,7 @@ from moe_placement_plugin.fingerprint.compare import (
     check_replicas,
     expert_digests,
 )
-from moe_placement_plugin.fingerprint.level import check_level
+from moe_placement_plugin.verification.level import check_level
 
 NAMES = ("w13_weight", "w2_weight")
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_placement_plugin import PlacementError
-from moe_placement_plugin.fingerprint import cpu, definition
+from moe_placement_plugin.verification import definition, digests_cpu
 
 torch = pytest.importorskip("torch", reason="torch comes with an engine")
-from moe_placement_plugin.fingerprint.digests import (  # noqa: E402
+from moe_placement_plugin.verification.digests import (  # noqa: E402
     layer_digests,
     slot_bytes,
     tensor_digests,
@@ -54,7 +54,7 @@ def test_keys_are_odd_and_all_different():
 def test_every_form_gives_the_reference(size, threads):
     data = np.random.default_rng(size).integers(0, 256, (3, size), dtype=np.uint8)
     expected = [definition.reference(row) for row in data]
-    assert cpu.digests(data, threads).tolist() == expected
+    assert digests_cpu.digests(data, threads).tolist() == expected
     assert torch_digests(torch.from_numpy(data)).numpy().view(np.uint64).tolist() == expected
 
 
@@ -77,10 +77,10 @@ def test_the_reference_by_hand():
 @given(st.integers(1, 40_000), st.integers(0, 2**32 - 1), st.data())
 def test_any_changed_byte_and_any_two_exchanged_words_change_it(size, seed, data):
     row = np.random.default_rng(seed).integers(0, 256, (1, size), dtype=np.uint8)
-    before = cpu.digests(row)[0]
+    before = digests_cpu.digests(row)[0]
     other = row.copy()
     other[0, data.draw(st.integers(0, size - 1))] ^= data.draw(st.integers(1, 255))
-    assert cpu.digests(other)[0] != before
+    assert digests_cpu.digests(other)[0] != before
     words = row[:, : size // 4 * 4].copy().view("<u4")
     if words.shape[1] > 1:
         first, second = (
@@ -91,7 +91,8 @@ def test_any_changed_byte_and_any_two_exchanged_words_change_it(size, seed, data
         swapped[0, [first, second]] = swapped[0, [second, first]]
         same = words[0, first] == words[0, second]
         assert (
-            cpu.digests(swapped.view(np.uint8))[0] == cpu.digests(words.view(np.uint8))[0]
+            digests_cpu.digests(swapped.view(np.uint8))[0]
+            == digests_cpu.digests(words.view(np.uint8))[0]
         ) == same
 
 
@@ -139,7 +140,7 @@ def test_a_layers_digests_depend_on_name_shape_and_type():
 
 INTERPRETED = """
 import numpy as np, torch
-from moe_placement_plugin.fingerprint import definition, gpu
+from moe_placement_plugin.verification import definition, gpu
 for size in (1, 4, 5, 4 * definition.BLOCK * 3 + 8, 4 * definition.BLOCK * 17):
     data = np.random.default_rng(size).integers(0, 256, (2, size), dtype=np.uint8)
     found = gpu.digests(torch.from_numpy(data)).numpy().view(np.uint64).tolist()

@@ -7,7 +7,7 @@ import pytest
 from moe_placement_plugin import PlacementError
 
 torch = pytest.importorskip("torch", reason="torch comes with an engine")
-from moe_placement_plugin.fingerprint.slots import Unverifiable, expert_tensors  # noqa: E402
+from moe_placement_plugin.verification.slots import Unverifiable, expert_tensors  # noqa: E402
 
 IGNORE = frozenset({"expert_map"})
 

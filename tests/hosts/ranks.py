@@ -57,7 +57,7 @@ def agree(job: dict, rank: int, world: int, address: str) -> dict:
     import torch.distributed as dist
 
     from moe_placement_plugin import Placement
-    from moe_placement_plugin.hosts.parcel import pack, unpack
+    from moe_placement_plugin.formats.packed import pack, unpack
 
     join(rank, world, address, job["port"])
     plan = Placement(
@@ -89,7 +89,7 @@ def moe(job: dict, rank: int, world: int, address: str) -> dict:
 
     from moe_placement_plugin import ExpertLoad, PlacementRequest, get_strategy
     from moe_placement_plugin.hosts import session
-    from moe_placement_plugin.moe import (
+    from moe_placement_plugin.lab.staged_layer import (
         EpGroup,
         ExpertWeights,
         PlacedExperts,
@@ -156,8 +156,8 @@ def exchange(job: dict, rank: int, world: int, address: str) -> dict:
     """Carry an exchange out, and say how; its traffic is measured from the line that the ranks wait for."""
     import torch.distributed as dist
 
+    from moe_placement_plugin.core.topology import Topology
     from moe_placement_plugin.hosts import session
-    from moe_placement_plugin.topology import Topology
 
     store = join(rank, world, address, job["port"])
     meet(rank)
@@ -241,7 +241,7 @@ class Moved:
 
     def run(self) -> dict:
         """How it ended, in which time, which layers are committed and whether each is whole."""
-        from moe_placement_plugin.exchange.agreement import ExchangeAborted, ExchangeLost
+        from moe_placement_plugin.exchange.commit import ExchangeAborted, ExchangeLost
 
         began = time.monotonic()
         kind, reason = "complete", ""

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch.distributed import PrefixStore, TCPStore
 
-from moe_placement_plugin.hosts.agreement import Agreed, Statement, agree
+from moe_placement_plugin.hosts.handshake import Agreed, Statement, agree
 
 server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 _runs = itertools.count()

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("torch", reason="the hosts compare through torch's stores")
 
 from moe_placement_plugin import Placement  # noqa: E402
-from moe_placement_plugin.errors import PlacementError  # noqa: E402
-from moe_placement_plugin.hosts.parcel import pack, unpack  # noqa: E402
+from moe_placement_plugin.core.errors import PlacementError  # noqa: E402
+from moe_placement_plugin.formats.packed import pack, unpack  # noqa: E402
 
 from .stores import all_agree, connections, statement  # noqa: E402
 
@@ -139,7 +139,7 @@ def test_nobody_has_the_file():
 def test_the_store_is_gone():
     from torch.distributed import TCPStore
 
-    from moe_placement_plugin.hosts.agreement import agree
+    from moe_placement_plugin.hosts.handshake import agree
 
     own = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = TCPStore("127.0.0.1", own.port, is_master=False, wait_for_workers=False)
@@ -150,7 +150,7 @@ def test_the_store_is_gone():
 
 def test_why_nobody_starts_is_said_although_the_store_is_gone_by_then(monkeypatch):
     """Rank 0 may end as soon as all have said that they know: an answer to that may be lost with its store."""
-    from moe_placement_plugin.hosts import agreement
+    from moe_placement_plugin.hosts import handshake
 
     class Leaving:
         def __init__(self, store):
@@ -162,11 +162,11 @@ def test_why_nobody_starts_is_said_although_the_store_is_gone_by_then(monkeypatc
         def add(self, *args):
             raise RuntimeError("Connection reset by peer")
 
-    class Bounded(agreement.BoundedStore):
+    class Bounded(handshake.BoundedStore):
         def ask(self, call, limit=None):
             return super().ask(lambda store: call(Leaving(store)), limit)
 
-    monkeypatch.setattr(agreement, "BoundedStore", Bounded)
+    monkeypatch.setattr(handshake, "BoundedStore", Bounded)
     results = all_agree([statement(0), statement(1, host=1, plugin="1.1")])
     assert "plugin version 1.1, the head has 1.0" in refused(results)
 

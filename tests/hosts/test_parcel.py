@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import Placement
+from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.vllm.settings import PlacementSettings
-from moe_placement_plugin.errors import PlacementError
-from moe_placement_plugin.hosts import parcel
+from moe_placement_plugin.formats import packed as parcel
 
 
 def random_plan(layers: int, experts: int, redundant: int, ranks: int, seed: int = 0) -> Placement:

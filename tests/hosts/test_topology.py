@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement, Topology
-from moe_placement_plugin.engines.rebalancing import Rebalancer
 from moe_placement_plugin.engines.vllm import hosts
-from moe_placement_plugin.exchange.decision import RebalancePolicy
 from moe_placement_plugin.hosts import session
-from moe_placement_plugin.hosts.agreement import Agreed
+from moe_placement_plugin.hosts.handshake import Agreed
+from moe_placement_plugin.rebalancing.decision import RebalancePolicy
+from moe_placement_plugin.rebalancing.rebalancer import Rebalancer
 
 from .stores import statement
 

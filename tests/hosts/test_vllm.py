@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementRequest, Topology, get_strategy
-from moe_placement_plugin.demo.tiny_models import write_glm4_moe
+from moe_placement_plugin.lab.demo.tiny_models import write_glm4_moe
 from tests.support.children import end_group, python_path
 from tests.vllm.conftest import BOTH, run_cases
 from tests.vllm.test_engine import FLOAT32_TOLERANCE, answers_of, check_maps, largest_difference

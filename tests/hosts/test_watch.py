@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("torch", reason="hosts show that they live through torch's stores")
 
-from moe_placement_plugin.errors import PlacementError  # noqa: E402
-from moe_placement_plugin.hosts.bounded import BoundedStore, StoreSilent  # noqa: E402
+from moe_placement_plugin.core.errors import PlacementError  # noqa: E402
+from moe_placement_plugin.hosts.bounded_store import BoundedStore, StoreSilent  # noqa: E402
 from moe_placement_plugin.hosts.identity import address_towards, host_key, number_hosts, ranges  # noqa: E402
 from moe_placement_plugin.hosts.watch import HostWatch, JoinWatch, check_timeout  # noqa: E402
 

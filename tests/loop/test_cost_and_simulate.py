@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementError, Topology, get_strategy
-from moe_placement_plugin.costmodel import (
+from moe_placement_plugin.core.diff import compare, expert_bytes_of
+from moe_placement_plugin.simulation.costmodel import (
     Calibration,
     LayerCost,
     Measurement,
@@ -16,8 +17,14 @@ from moe_placement_plugin.costmodel import (
     fit,
     shipped,
 )
-from moe_placement_plugin.moves import compare, expert_bytes_of
-from moe_placement_plugin.simulate import Cluster, Workload, align, dead_zone, simulate, step_time
+from moe_placement_plugin.simulation.simulate import (
+    Cluster,
+    Workload,
+    align,
+    dead_zone,
+    simulate,
+    step_time,
+)
 
 from .conftest import skewed
 

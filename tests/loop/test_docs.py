@@ -49,7 +49,7 @@ def test_commands_that_need_a_server_are_spelt_right():
     for verb in re.findall(r"^\$ moe-placement (\w+)", PAGE.read_text(), re.M):
         assert verb in VERBS
     flags = set(re.findall(r"--expert-[a-z-]+", PAGE.read_text()))
-    from moe_placement_plugin.engines.vllm.request import KEYS
+    from moe_placement_plugin.engines.vllm.detect import KEYS
 
     assert flags <= {f"--{key.replace('_', '-')}" for key in KEYS} | {"--expert-bytes"}
 
@@ -61,7 +61,7 @@ def test_links_exist():
 
 def test_dashboard_asks_for_metrics_that_exist(tmp_path):
     pytest.importorskip("prometheus_client", reason="comes with the engines")
-    from moe_placement_plugin.metrics import LoadCollector, contiguous
+    from moe_placement_plugin.recording.metrics import LoadCollector, contiguous
 
     from .test_metrics import two_windows
 

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="counters live in torch tensors")
 
-from moe_placement_plugin.engines.load_counters import LoadCounters  # noqa: E402
+from moe_placement_plugin.recording.counters import LoadCounters  # noqa: E402
 
 LAYERS, EXPERTS, TOP_K = 3, 16, 4
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

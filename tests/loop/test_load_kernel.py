@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 KERNELS = """
 import numpy as np, torch
-from moe_placement_plugin.engines.load_kernel import count
+from moe_placement_plugin.recording.counters_triton import count
 rng = np.random.default_rng(0)
 for tokens in (0, 1, 3, 16, 200):
     for kind in (torch.int32, torch.int64):
@@ -62,7 +62,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from moe_placement_plugin.engines.load_kernel import _count
+from moe_placement_plugin.recording.counters_triton import _count
 of_experts = {"ids_ptr": "*i64", "start_ptr": "*i64", "counts_ptr": "*i64", "numel": "i32", "top_k": "i32", "experts": "i32", "BLOCK": "constexpr"}
 of_slots = of_experts | {"ids_ptr": "*i32", "start_ptr": "constexpr", "counts_ptr": "*i32"}
 for types, constants in ((of_slots, {"start_ptr": None}), (of_experts, {})):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement
-from moe_placement_plugin.metrics import LoadCollector, contiguous
+from moe_placement_plugin.recording.metrics import LoadCollector, contiguous
 
 pytest.importorskip("prometheus_client", reason="comes with the engines")
 
@@ -111,7 +111,7 @@ def test_install_reaches_both_kinds_of_registry(tmp_path):
 
 
 def test_events_reach_the_recording(tmp_path, monkeypatch):
-    from moe_placement_plugin.engines import load_recorder
+    from moe_placement_plugin.recording import recorder as load_recorder
 
     from .test_recorder import Source, recorder
 

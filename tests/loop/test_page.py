@@ -58,11 +58,11 @@ def page(tmp_path_factory):
         coactivation=pairs + pairs.transpose(0, 2, 1), layer_ids=(3, 4, 5, 6), phases=("prefill", "decode", "decode"),
         metadata={"model": "</script><script>document.title='broken'</script>"},
     )  # fmt: skip
+    from moe_placement_plugin.core.topology import Topology
     from moe_placement_plugin.report.data import make_report
     from moe_placement_plugin.report.page import render
-    from moe_placement_plugin.simulate import Cluster
+    from moe_placement_plugin.simulation.simulate import Cluster
     from moe_placement_plugin.strategies import get_strategy
-    from moe_placement_plugin.topology import Topology
 
     request = Cluster(Topology(4), 4).request(load)
     placements = {name: get_strategy(name).place(request) for name in ("linear", "zigzag", "eplb")}

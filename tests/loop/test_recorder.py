@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, PlacementError
-from moe_placement_plugin.engines import load_recorder
-from moe_placement_plugin.engines.load_recorder import (
+from moe_placement_plugin.recording import recorder as load_recorder
+from moe_placement_plugin.recording.recorder import (
     LoadRecorder,
     Windows,
     check_interval,

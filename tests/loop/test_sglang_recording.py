@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_placement_plugin import ExpertLoad
-from moe_placement_plugin.demo.tiny_models import write_qwen3_moe
+from moe_placement_plugin.lab.demo.tiny_models import write_qwen3_moe
 
 from ..support.children import engine_lock, python, run_child
 from .routing_reference import Reference, check

@@ -123,7 +123,7 @@ def test_simulate(cli, load_file, tmp_path):
 
 
 def test_simulate_with_a_calibration(cli, load_file, tmp_path):
-    from moe_placement_plugin.costmodel import Calibration
+    from moe_placement_plugin.simulation.costmodel import Calibration
 
     from .test_cost_and_simulate import measurements
 

@@ -13,10 +13,10 @@ pytestmark = pytest.mark.slow  # imports vLLM
 import torch  # noqa: E402
 
 from moe_placement_plugin import PlacementError  # noqa: E402
-from moe_placement_plugin.engines.load_counters import LoadCounters  # noqa: E402
 from moe_placement_plugin.engines.vllm import patches, recording  # noqa: E402
 from moe_placement_plugin.engines.vllm.capture_points import capture_points  # noqa: E402
 from moe_placement_plugin.engines.vllm.settings import PlacementSettings  # noqa: E402
+from moe_placement_plugin.recording.counters import LoadCounters  # noqa: E402
 
 EXPERTS = 8
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path, changes, words):
 
 
 def test_only_what_was_asked_for_is_patched(monkeypatch):
-    monkeypatch.setattr("moe_placement_plugin.engines.vllm.request.is_cpu_build", lambda: False)
+    monkeypatch.setattr("moe_placement_plugin.engines.vllm.detect.is_cpu_build", lambda: False)
     record = {"path": "load"}
     assert patches.patch_sets(PlacementSettings.make("linear", None, 2, None)) == []
     assert patches.patch_sets(PlacementSettings.make("linear", None, 2, record)) == [

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from moe_placement_plugin import Placement
-from moe_placement_plugin.moe import (
+from moe_placement_plugin.core.placement import even_slots
+from moe_placement_plugin.lab.staged_layer import (
     EpGroup,
     ExpertWeights,
     PlacedExperts,
@@ -18,7 +19,6 @@ from moe_placement_plugin.moe import (
     find_matmuls,
     route,
 )
-from moe_placement_plugin.placement import even_slots
 
 HIDDEN, INTERMEDIATE = 192, 32
 

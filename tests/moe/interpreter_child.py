@@ -12,14 +12,20 @@ from importlib import import_module
 import numpy as np
 import torch
 
-from benchmarks.staged_moe import sglang_fused_call
 from moe_placement_plugin import PlacementError
-from moe_placement_plugin.moe import EpGroup, PlacedExperts, find_matmuls, gmm_down, gmm_up
-from moe_placement_plugin.moe.matmuls.align import align_blocks
-from moe_placement_plugin.moe.matmuls.base import sum_choices
-from moe_placement_plugin.moe.reference import reference_moe
-from moe_placement_plugin.moe.stages import keep_local, select
-from moe_placement_plugin.moe.weights import swiglu
+from moe_placement_plugin.lab.gpu.staged_layer import sglang_fused_call
+from moe_placement_plugin.lab.staged_layer import (
+    EpGroup,
+    PlacedExperts,
+    find_matmuls,
+    gmm_down,
+    gmm_up,
+)
+from moe_placement_plugin.lab.staged_layer.matmuls.align import align_blocks
+from moe_placement_plugin.lab.staged_layer.matmuls.base import sum_choices
+from moe_placement_plugin.lab.staged_layer.reference import reference_moe
+from moe_placement_plugin.lab.staged_layer.stages import keep_local, select
+from moe_placement_plugin.lab.staged_layer.weights import swiglu
 
 from . import cases
 
@@ -180,7 +186,7 @@ def fill_aligned(
 def vllm_without_cuda():
     import vllm._custom_ops as ops
 
-    from moe_placement_plugin.moe.matmuls.vllm_matmuls import VllmMatmuls
+    from moe_placement_plugin.lab.staged_layer.matmuls.vllm_matmuls import VllmMatmuls
 
     def align(
         topk_ids,
@@ -203,7 +209,7 @@ def vllm_without_cuda():
 
 
 def sglang_without_cuda():
-    from moe_placement_plugin.moe.matmuls.sglang_matmuls import SglangMatmuls
+    from moe_placement_plugin.lab.staged_layer.matmuls.sglang_matmuls import SglangMatmuls
 
     def align(topk_ids, num_buckets, block_size, sorted_ids, expert_ids, num_padded, *rest):
         fill_aligned(

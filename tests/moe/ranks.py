@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moe_placement_plugin.moe import EpGroup
+from moe_placement_plugin.lab.staged_layer import EpGroup
 from tests.support import forkserver
 
 from . import cases

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from moe_placement_plugin import ExpertLoad, PlacementError
-from moe_placement_plugin.bench import layer as bench_layer
-from moe_placement_plugin.bench.layer import LayerBench, fitted, plan_all
-from moe_placement_plugin.bench.layer_shapes import (
+from moe_placement_plugin.cli.bench import layer as bench_command
+from moe_placement_plugin.lab.bench.layer import run as bench_layer
+from moe_placement_plugin.lab.bench.layer.run import LayerBench, fitted, plan_all
+from moe_placement_plugin.lab.bench.layer.shapes import (
     SHAPES,
     draw_step,
     find_shape,
     read_load,
     synthetic_load,
 )
-from moe_placement_plugin.bench.timing import in_turn
-from moe_placement_plugin.cli.bench import layer as bench_command
-from moe_placement_plugin.costmodel import Calibration, fit
-from moe_placement_plugin.moe import find_matmuls
+from moe_placement_plugin.lab.bench.timing import in_turn
+from moe_placement_plugin.lab.staged_layer import find_matmuls
+from moe_placement_plugin.simulation.costmodel import Calibration, fit
 
 from ..support.children import python, run_child
 

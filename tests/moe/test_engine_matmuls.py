@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from moe_placement_plugin import PlacementError
-from moe_placement_plugin.moe import find_matmuls
-from moe_placement_plugin.moe.matmuls.align import align_blocks
-from moe_placement_plugin.moe.matmuls.engine import engine_function, require_parameters
+from moe_placement_plugin.lab.staged_layer import find_matmuls
+from moe_placement_plugin.lab.staged_layer.matmuls.align import align_blocks
+from moe_placement_plugin.lab.staged_layer.matmuls.engine import engine_function, require_parameters
 
 from ..support.children import ROOT, python, python_path, run_child
 

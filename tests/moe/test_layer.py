@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_placement_plugin.moe.reference import reference_moe
+from moe_placement_plugin.lab.staged_layer.reference import reference_moe
 
 from .cases import Case, make
 

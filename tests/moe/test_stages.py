@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_placement_plugin import Placement, PlacementError
-from moe_placement_plugin.moe import (
+from moe_placement_plugin.lab.staged_layer import (
     EpGroup,
     ExpertHidden,
     ExpertWeights,
@@ -24,7 +24,7 @@ from moe_placement_plugin.moe import (
     select_experts,
     unroute,
 )
-from moe_placement_plugin.moe.stages import keep_local
+from moe_placement_plugin.lab.staged_layer.stages import keep_local
 
 from .cases import HIDDEN, Case, layer, make
 

@@ -9,9 +9,9 @@ from .conftest import balance, check_valid
 
 torch = pytest.importorskip("torch", reason="the adapters take the engines' tensors")
 
+from moe_placement_plugin.core.errors import PlacementError  # noqa: E402
 from moe_placement_plugin.engines.sglang import eplb_algorithm  # noqa: E402
 from moe_placement_plugin.engines.vllm import eplb_policy  # noqa: E402
-from moe_placement_plugin.errors import PlacementError  # noqa: E402
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moe_placement_plugin
-from moe_placement_plugin.planner.compiled import file_lock
+from moe_placement_plugin.planner.kernels.compiled import file_lock
 
 SCRIPT = """
 import numpy as np
@@ -125,7 +125,7 @@ def test_a_plan_without_scipys_linear_algebra():
     """In a process of its own: numba plans without it, and who imports it afterwards has it."""
     code = (
         "import sys\n"
-        "from moe_placement_plugin.planner.compiled import without_blas\n"
+        "from moe_placement_plugin.planner.kernels.compiled import without_blas\n"
         "without_blas()\n"
         "import numpy as np\n"
         "from moe_placement_plugin.planner import plan\n"

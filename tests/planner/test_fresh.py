@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_placement_plugin.bench.planner_reference import rebalance
+from moe_placement_plugin.lab.bench.planner.reference import rebalance
 from moe_placement_plugin.planner import EFFORTS, plan
-from moe_placement_plugin.planner.pack import pack_lpt
+from moe_placement_plugin.planner.fresh.pack import pack_lpt
 
 from .conftest import balance, check_valid
 
@@ -72,7 +72,7 @@ def test_the_plan_does_not_depend_on_the_unit_of_the_load():
 @pytest.mark.parametrize("family", ["uniform", "zipf 1.2", "lognormal", "one hot", "bimodal"])
 @pytest.mark.parametrize(("ranks", "slots"), [(8, 64), (8, 72), (16, 80), (32, 64)])
 def test_both_modes_are_at_least_as_balanced_as_the_reference(family, ranks, slots):
-    from moe_placement_plugin.bench.planner_families import counts, popularity
+    from moe_placement_plugin.lab.bench.planner.families import counts, popularity
 
     rng = np.random.default_rng(5)
     load = counts(popularity(family, 4, 64, rng), rng)

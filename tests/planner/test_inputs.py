@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.planner import plan, replan
 
 LOAD = np.ones((2, 8), np.int64)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.planner import plan, replan
 
 from .conftest import balance, check_valid

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from moe_placement_plugin.bench.planner import _bound
-from moe_placement_plugin.bench.planner_reference import pack, rebalance
+from moe_placement_plugin.lab.bench.planner.reference import pack, rebalance
+from moe_placement_plugin.lab.bench.planner.run import _bound
 from moe_placement_plugin.planner import coactivation_of, crossings_per_token, locality_curve, plan
-from moe_placement_plugin.planner.groups import hierarchical_plan
-from moe_placement_plugin.planner.inputs import as_ranks
+from moe_placement_plugin.planner.arguments import as_ranks
+from moe_placement_plugin.planner.nodes.groups import hierarchical_plan
 
 from ..support.recordings import routed_tokens
 from .conftest import balance, check_valid

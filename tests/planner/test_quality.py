@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from moe_placement_plugin.bench import planner as bench
-from moe_placement_plugin.bench.planner_contestants import Contestant, start_contestants
-from moe_placement_plugin.bench.planner_families import FAMILIES, SHAPES, windows
-from moe_placement_plugin.bench.planner_reference import pack, rebalance, replicate
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.lab.bench.planner import run as bench
+from moe_placement_plugin.lab.bench.planner.contestants import Contestant, start_contestants
+from moe_placement_plugin.lab.bench.planner.families import FAMILIES, SHAPES, windows
+from moe_placement_plugin.lab.bench.planner.reference import pack, rebalance, replicate
 from moe_placement_plugin.planner import plan
 
 FLAT = [shape for shape in SHAPES if shape.nodes == 1]

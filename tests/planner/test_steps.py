@@ -4,9 +4,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_placement_plugin.planner import coarse, new_replicas, plan, slot_lists, swaps
-from moe_placement_plugin.planner.inputs import as_ranks
-from moe_placement_plugin.planner.layer import LOAD_SCALE, measure
+from moe_placement_plugin.planner import plan
+from moe_placement_plugin.planner.arguments import as_ranks
+from moe_placement_plugin.planner.kernels.layer import LOAD_SCALE, measure
+from moe_placement_plugin.planner.limited import new_replicas, screening, slot_lists, swaps
 
 EXPERTS = 24
 
@@ -92,16 +93,16 @@ class Layer:
             np.int64,
         )
         self.sizes = np.zeros(2, np.int64)
-        self.guests, self.spares = coarse.empty_list(slots), coarse.empty_list(slots)
+        self.guests, self.spares = screening.empty_list(slots), screening.empty_list(slots)
         for s in range(slots):
-            coarse.keep_lists(
+            screening.keep_lists(
                 self.sizes, *self.guests, *self.spares, s, self.foreign[s], count[self.expert_of[s]]
             )
         self.near = np.empty(slots, np.int32), np.empty(slots, np.int32)
         self.give_up = np.empty(slots, np.int64)
         valued = np.full(EXPERTS, -1, np.int64)
         for r in range(self.ranks.num_ranks):
-            coarse.see_rank(
+            screening.see_rank(
                 *self.near, *self.guests[1:], *self.spares[1:], self.give_up, r, 0, valued, self.even, self.target, self.cap, self.load, count,
                 self.ranks.start, self.ranks.rank_of, self.ranks.slowness, self.expert_of, self.share_of, self.rank_load, *self.now,
             )  # fmt: skip
@@ -135,7 +136,7 @@ class Layer:
         gain += room
         new = [changed[s] not in self.held(self.old, self.ranks.rank_of[s]) for s in slots]
         cost = sum(new) - sum(int(self.foreign[s]) for s in slots)
-        return coarse.FREE * gain if cost <= 0 else gain / cost
+        return screening.FREE * gain if cost <= 0 else gain / cost
 
     def every_swap(self):
         """(Rate, whether a search must know it) of all swaps off the busiest rank that leave no expert twice on a rank.

@@ -28,11 +28,12 @@ pytest.importorskip(
 from safetensors import safe_open  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from benchmarks import one_gpu  # noqa: E402
-from benchmarks.serving import together  # noqa: E402
-from benchmarks.serving.__main__ import main  # noqa: E402
-from benchmarks.serving.answers import ANSWERED, ASKED, difference  # noqa: E402
-from benchmarks.serving.checkpoints import (  # noqa: E402
+from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
+from moe_placement_plugin.lab.gpu import one_gpu  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving import together  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.__main__ import main  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.answers import ANSWERED, ASKED, difference  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.checkpoints import (  # noqa: E402
     GATES,
     MADE,
     MODELS,
@@ -41,19 +42,24 @@ from benchmarks.serving.checkpoints import (  # noqa: E402
     write,
     write_even_twin,
 )
-from benchmarks.serving.contestants import CACHE_TOKENS, CONTESTANTS, Setup, batches, command  # noqa: E402
-from benchmarks.serving.kernels import LOADS, per_layer  # noqa: E402
-from benchmarks.serving.ports import APART, BEHIND, CONNECTIONS, ports  # noqa: E402
-from benchmarks.serving.quiet import Quiet  # noqa: E402
-from benchmarks.serving.report import answers_in_words, markdown  # noqa: E402
-from benchmarks.serving.run import Run  # noqa: E402
-from benchmarks.serving.server_logs import PORT_TAKEN, in_words, moved  # noqa: E402
-from benchmarks.serving.traffic import WORKLOADS, Seen, Workload, drive  # noqa: E402
-from benchmarks.serving.warm import steps, unlike, warm  # noqa: E402
-from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
-from moe_placement_plugin.demo.engines import Answer  # noqa: E402
-from moe_placement_plugin.demo.server import Server, free_port  # noqa: E402
-from moe_placement_plugin.moe import select_experts  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.contestants import (  # noqa: E402
+    CACHE_TOKENS,
+    CONTESTANTS,
+    Setup,
+    batches,
+    command,
+)
+from moe_placement_plugin.lab.gpu.serving.kernels import LOADS, per_layer  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.ports import APART, BEHIND, CONNECTIONS, ports  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.quiet import Quiet  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.report import answers_in_words, markdown  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.run import Run  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.server_logs import PORT_TAKEN, in_words, moved  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.traffic import WORKLOADS, Seen, Workload, drive  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.warm import steps, unlike, warm  # noqa: E402
+from moe_placement_plugin.lab.servers.engines import Answer  # noqa: E402
+from moe_placement_plugin.lab.servers.server import Server, free_port  # noqa: E402
+from moe_placement_plugin.lab.staged_layer import select_experts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -403,7 +409,7 @@ def test_a_profile_that_fails_loses_no_other(tmp_path, monkeypatch):
             raise RuntimeError("the input is too long")
         return per_layer([[{"cat": "kernel", "name": "norm", "ts": 0.0, "dur": 1.0}]], "kernel")
 
-    monkeypatch.setattr("benchmarks.serving.kernels.profile", profile)
+    monkeypatch.setattr("moe_placement_plugin.lab.gpu.serving.kernels.profile", profile)
     run = Run(SimpleNamespace(**GIVEN), tmp_path)
     found = run.profile(
         {
@@ -527,7 +533,9 @@ def test_servers_that_start_end_with_the_run(tmp_path):
 def test_servers_ports_are_no_connections_and_leave_room_for_what_an_engine_derives(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("benchmarks.serving.ports.random.randrange", lambda rows: rows // 2)
+    monkeypatch.setattr(
+        "moe_placement_plugin.lab.gpu.serving.ports.random.randrange", lambda rows: rows // 2
+    )
     given = ports()
     first = next(given)
     with socket.socket() as taken:
@@ -546,7 +554,9 @@ def test_servers_ports_are_no_connections_and_leave_room_for_what_an_engine_deri
         and 0 < BEHIND % APART < APART - 6
     ), "derived ports lie between"
     # A machine that tells no such range, then one that gives connections all ports there are.
-    monkeypatch.setattr("benchmarks.serving.ports.CONNECTIONS", tmp_path / "range")
+    monkeypatch.setattr(
+        "moe_placement_plugin.lab.gpu.serving.ports.CONNECTIONS", tmp_path / "range"
+    )
     assert next(ports()) > 0
     (tmp_path / "range").write_text("1024\t65535\n")
     assert next(ports()) > 0
@@ -581,16 +591,21 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
         )
 
     monkeypatch.setattr(Run, "server", server)
-    monkeypatch.setattr("benchmarks.serving.run.drive", drive)
-    monkeypatch.setattr("benchmarks.serving.run._engine_version", lambda name: "0")
+    monkeypatch.setattr("moe_placement_plugin.lab.gpu.serving.run.drive", drive)
+    monkeypatch.setattr(
+        "moe_placement_plugin.lab.gpu.serving.run._engine_version", lambda name: "0"
+    )
     clock = SimpleNamespace(read=dict, per_token=lambda before: 5.0)
-    monkeypatch.setattr("benchmarks.serving.run.EngineClock", lambda engine, url, log: clock)
+    monkeypatch.setattr(
+        "moe_placement_plugin.lab.gpu.serving.run.EngineClock", lambda engine, url, log: clock
+    )
 
     def complete(url, model, prompt, number, alternatives):
         return Answer(list(range(number)), [-1.0] * number)
 
     monkeypatch.setattr(
-        "benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=complete)}
+        "moe_placement_plugin.lab.gpu.serving.run.DEMO_ENGINES",
+        {"vllm": SimpleNamespace(complete=complete)},
     )
     load = tmp_path / "load.safetensors"
     skewed(4, 40).write(load)
@@ -690,7 +705,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
         "ValueError: scheduler_input_port at 35763 is not available in 30 seconds. scheduler_input_port is used by a process already"
     )
     taken = "store, rank, world_size = next(rendezvous_iterator)\nRuntimeError: Engine core initialization failed"
-    refused = "ERROR moe_placement_plugin.errors.PlacementError: layer 1 has an empty slot\nRuntimeError: Failed core proc(s): {}"
+    refused = "ERROR moe_placement_plugin.core.errors.PlacementError: layer 1 has an empty slot\nRuntimeError: Failed core proc(s): {}"
     fails_at, fails = 0, {"linear": [taken], "eplb": [taken, taken], "eplb+8": [refused, ""]}
     capsys.readouterr()
     assert main() == 1
@@ -720,7 +735,8 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
         return complete(url, *asked)
 
     monkeypatch.setattr(
-        "benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=some_complete)}
+        "moe_placement_plugin.lab.gpu.serving.run.DEMO_ENGINES",
+        {"vllm": SimpleNamespace(complete=some_complete)},
     )
     fails = {}
     assert main() == 1
@@ -731,7 +747,8 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     ]
     assert "eplb+8: eplb+8 gave no answer: Remote end closed connection" in capsys.readouterr().out
     monkeypatch.setattr(
-        "benchmarks.serving.run.DEMO_ENGINES", {"vllm": SimpleNamespace(complete=complete)}
+        "moe_placement_plugin.lab.gpu.serving.run.DEMO_ENGINES",
+        {"vllm": SimpleNamespace(complete=complete)},
     )
 
     # What a server records while it is measured tells how balanced the placements really were: here all load is on the first rank's experts.
@@ -741,7 +758,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     counts[:, : experts // 2] = 1000
     seen = ExpertLoad(counts, tuple(MODELS["tiny"].moe_layers))
     monkeypatch.setattr(
-        "benchmarks.serving.run.drive",
+        "moe_placement_plugin.lab.gpu.serving.run.drive",
         lambda *asked: (
             seen.write(tmp_path / "run" / "linear+recording.safetensors") or drive(*asked)
         ),
@@ -964,7 +981,7 @@ def test_traffic_measures_what_a_user_sees(monkeypatch):
         slow = SimpleNamespace(
             dumps=json.dumps, loads=lambda text: time.sleep(next(sleepy, 0)) or json.loads(text)
         )
-        monkeypatch.setattr("benchmarks.serving.traffic.json", slow)
+        monkeypatch.setattr("moe_placement_plugin.lab.gpu.serving.traffic.json", slow)
         late = drive(url, Workload(4, 3, 6, 2), 10**6, 0)
         assert 0.25 < late.lag and late.figures()["client_lag"] == late.lag * 1e3
         with pytest.raises(RuntimeError, match="answered 500"):

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from benchmarks.serving.engine_clock import EngineClock, decoding
+from moe_placement_plugin.lab.gpu.serving.engine_clock import EngineClock, decoding
 
 
 def decode(rank: str, running: int, throughput: float) -> str:

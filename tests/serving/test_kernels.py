@@ -16,9 +16,9 @@ pytest.importorskip(
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks.serving.kernels import LOADS, per_layer, profile, short  # noqa: E402
-from benchmarks.serving.report import kernel_table, markdown  # noqa: E402
 from moe_placement_plugin import PlacementError  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.kernels import LOADS, per_layer, profile, short  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.report import kernel_table, markdown  # noqa: E402
 
 
 def trace(steps: int, moe: float = 10.0, **kernels: float) -> list[dict]:

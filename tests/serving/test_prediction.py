@@ -11,8 +11,10 @@ pytest.importorskip(
     "aiohttp", reason="the benchmark asks servers through aiohttp, which both engines bring"
 )
 
-from benchmarks.serving.checkpoints import MODELS  # noqa: E402
-from benchmarks.serving.prediction import (
+from moe_placement_plugin import ExpertLoad, PlacementError, get_strategy  # noqa: E402
+from moe_placement_plugin.core.topology import Topology  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.checkpoints import MODELS  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.prediction import (  # noqa: E402
     Predictor,
     cost_of,
     costs,
@@ -20,13 +22,11 @@ from benchmarks.serving.prediction import (
     predict,
     predict_layers,
     step_tokens,
-)  # noqa: E402
-from benchmarks.serving.report import layers_in_words  # noqa: E402
-from benchmarks.serving.traffic import WORKLOADS  # noqa: E402
-from moe_placement_plugin import ExpertLoad, PlacementError, get_strategy  # noqa: E402
-from moe_placement_plugin.costmodel import LayerCost  # noqa: E402
-from moe_placement_plugin.simulate import Cluster  # noqa: E402
-from moe_placement_plugin.topology import Topology  # noqa: E402
+)
+from moe_placement_plugin.lab.gpu.serving.report import layers_in_words  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.traffic import WORKLOADS  # noqa: E402
+from moe_placement_plugin.simulation.costmodel import LayerCost  # noqa: E402
+from moe_placement_plugin.simulation.simulate import Cluster  # noqa: E402
 
 COST = LayerCost(fixed=10.0, per_expert=0.5, per_token=0.01)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_placement_plugin.load import ExpertLoad
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.core.load import ExpertLoad
+from moe_placement_plugin.core.placement import Placement
 from tests.sglang.engines import LONG, Outcome, case, run_cases
 from tests.support.children import engine_lock
 
@@ -25,7 +25,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, Path]:
     """Tiny checkpoints by name."""
-    from moe_placement_plugin.demo import tiny_models
+    from moe_placement_plugin.lab.demo import tiny_models
 
     folder = tmp_path_factory.mktemp("models")
     return {

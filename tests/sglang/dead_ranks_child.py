@@ -176,7 +176,7 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
         from sglang.srt.eplb import eplb_manager
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
-        from moe_placement_plugin.engines.sglang import eplb, eplb_update
+        from moe_placement_plugin.engines.sglang import eplb, eplb_exchange
 
         state = ElasticEPStateManager._build_state(ep_size=ranks, device=torch.device("cpu"))
         ElasticEPStateManager._instance = state
@@ -188,7 +188,9 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
             step, dead = pipe.recv()
             recorder.step = step
             before = getattr(
-                getattr(runner.expert_location_updater, eplb_update._EXCHANGER, None), "last", None
+                getattr(runner.expert_location_updater, eplb_exchange._EXCHANGER, None),
+                "last",
+                None,
             )
             began = time.perf_counter()
             for gone in dead:
@@ -198,7 +200,7 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
             else:
                 list(runner.eplb_manager.rebalance())
             taken = time.perf_counter() - began
-            exchanger = getattr(runner.expert_location_updater, eplb_update._EXCHANGER, None)
+            exchanger = getattr(runner.expert_location_updater, eplb_exchange._EXCHANGER, None)
             planner = getattr(runner.eplb_manager, eplb._PLANNER)
             report = (
                 exchanger.last if exchanger is not None and exchanger.last is not before else None

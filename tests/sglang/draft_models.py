@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from moe_placement_plugin.engines.sglang import drafts, evidence, layers, settings
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.core.placement import Placement
+from moe_placement_plugin.engines.sglang import drafts, evidence, loading, settings
 
 EXPERTS, RANKS, HIDDEN, WIDTH = 6, 2, 4, 3
 ROW = [5, 0, 3, 2, 1, 4]
@@ -78,7 +78,7 @@ def make_experts(rank: int, slots: int, layer_id: int = 0, quant_method=None):
             evidence.note_built(self)
 
         def _weight_loader_impl(self, param, loaded_weight, weight_name, shard_id, expert_id):
-            layers.fill(_write, self, param, loaded_weight, weight_name, shard_id, expert_id)
+            loading.fill(_write, self, param, loaded_weight, weight_name, shard_id, expert_id)
 
     return Experts()
 
@@ -112,7 +112,7 @@ def bring(layer, experts=range(EXPERTS), without=()):
     for expert in experts:
         for shard, name in SHARDS.items():
             if (shard, expert) not in without:
-                layers.load(
+                loading.load(
                     own, layer, getattr(layer, name), tensor(shard, expert), name, shard, expert
                 )
 

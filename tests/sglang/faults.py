@@ -93,7 +93,7 @@ def _attach(original: Callable, self: Any, layer: Any) -> None:
 
 
 def _layers(model: Any) -> dict[int, Any]:
-    from moe_placement_plugin.engines.sglang.verify import expert_layers
+    from moe_placement_plugin.engines.sglang.slot_digests import expert_layers
 
     return {layer.layer_id: layer for layer in expert_layers(model).values()}
 
@@ -261,12 +261,12 @@ FAULTS: dict[str, Callable[[Any, Any], None]] = {
 
 def _new_map(runner: Any, metadata: Any, change: Callable[[Any], None]) -> None:
     """SGLang's own update of all tables by another map of slots; no weight moves."""
-    from moe_placement_plugin.engines.sglang import versions
+    from moe_placement_plugin.engines.sglang import compat
 
     table = metadata.physical_to_logical_map.clone()
     change(table[LAYER])
     make = type(metadata).init_by_mapping
-    more = {"server_args": runner.server_args} if versions.takes_server_args(make) else {}
+    more = {"server_args": runner.server_args} if compat.takes_server_args(make) else {}
     metadata.update(
         make(
             model_config=runner.model_config, physical_to_logical_map=table, moe_ep_rank=0, **more

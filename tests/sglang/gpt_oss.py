@@ -25,7 +25,7 @@ def write_gpt_oss(path: Path, num_experts: int = 8, top_k: int = 2, seed: int = 
         top_k: experts per token.
         seed: of the random weights.
     """
-    from moe_placement_plugin.demo.tiny_models import Size, _common, _matrix, _write
+    from moe_placement_plugin.lab.demo.tiny_models import Size, _common, _matrix, _write
 
     size, rng = Size(layers=3), np.random.default_rng(seed)
     config = _common(size) | {

@@ -179,7 +179,7 @@ def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int 
     """
     import numpy as np
 
-    from moe_placement_plugin.demo.tiny_models import (
+    from moe_placement_plugin.lab.demo.tiny_models import (
         Size,
         _experts,
         _router,

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_placement_plugin.engines.sglang.dispatch import dispatch_table
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.engines.sglang.dispatch_table import dispatch_table
 
 pytest.importorskip("sglang", reason="runs in SGLang's environment")
-from moe_placement_plugin.bench.sglang_dispatch import (
+from moe_placement_plugin.lab.bench.recording.sglang_dispatch import (  # noqa: E402
     replica_imbalance,
     skewed_placement,
     stock_table,
-)  # noqa: E402
+)
 
 
 def random_slots(seed: int, ranks: int, per_rank: int, experts: int, layers: int = 2) -> np.ndarray:
@@ -130,7 +130,7 @@ def test_the_hook_answers_as_the_function_that_it_replaces(monkeypatch):
     from sglang.srt import runtime_context
     from sglang.srt.eplb import expert_location
 
-    from moe_placement_plugin.engines.sglang.location import static_dispatch
+    from moe_placement_plugin.engines.sglang.expert_maps import static_dispatch
 
     parallel = types.SimpleNamespace(ep_size=8, nnodes=2)
     monkeypatch.setattr(expert_location, "_prefer_same_node_experts", lambda *_: True)

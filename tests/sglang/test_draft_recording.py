@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.sglang import draft_recording, recording
-from moe_placement_plugin.errors import PlacementError
 
 from .draft_models import EXPERTS, make_experts, make_model, runner
 
@@ -101,7 +101,7 @@ def test_a_dense_draft_is_not_spoken_of(monkeypatch, caplog):
 
 
 def test_a_recording_of_another_draft_is_not_continued(monkeypatch, tmp_path):
-    from moe_placement_plugin.load import ExpertLoad
+    from moe_placement_plugin.core.load import ExpertLoad
 
     other = ExpertLoad(np.ones((1, 2, EXPERTS)), metadata={"window_start": [0.0]})
     other.write(tmp_path / "load.draft.safetensors")

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from moe_placement_plugin.engines.sglang import (
+    compat,
     direct,
     draft_layers,
     drafts,
     evidence,
     reload,
     routing,
-    versions,
 )
 
 from .draft_models import EXPERTS, RANKS, ROW, ROWS, asking, bring, held, loaded
@@ -82,7 +82,7 @@ def test_in_sglangs_own_order_the_targets_row_is_kept_away():
 @pytest.mark.parametrize("finds", [True, False])
 def test_the_torch_native_router_remaps_where_sglang_lets_it(monkeypatch, finds):
     """Up to 0.5.22 it asserts that there is no dispatch information; later versions remap by it."""
-    monkeypatch.setattr(versions, "topk_finds_the_placement", lambda: finds)
+    monkeypatch.setattr(compat, "topk_finds_the_placement", lambda: finds)
     own = draft_layers.lay_out(ROWS, 0, 3, EXPERTS)
     _, info = route([[0, 5]], own, given=None, native=True)
     assert (info is not None) is finds

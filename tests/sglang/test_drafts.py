@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.engines.sglang import (
+    compat,
     draft_layers,
     drafts,
     evidence,
-    layers,
+    loading,
     settings,
-    versions,
 )
-from moe_placement_plugin.errors import PlacementError
-from moe_placement_plugin.placement import Placement
 
 from .draft_models import (
     EXPERTS,
@@ -95,7 +95,7 @@ def test_a_drafts_layers_have_the_slots_that_its_ranks_need(ask, rows, redundant
     ask(rows)
     with drafts.loading(runner()):
         drafts.current().redundant = redundant
-        layers.build(original, torch.nn.Module(), num_experts=routed)
+        loading.build(original, torch.nn.Module(), num_experts=routed)
     assert built == [slots]
 
 
@@ -103,14 +103,14 @@ def test_experts_that_do_not_divide_over_the_ranks_get_spare_slots(ask):
     built = []
     ask()
     with drafts.loading(runner(experts=5)):
-        layers.build(lambda self, num_experts: built.append(num_experts), torch.nn.Module(), 5)
+        loading.build(lambda self, num_experts: built.append(num_experts), torch.nn.Module(), 5)
     assert built == [6]
 
 
 def test_a_draft_that_counts_its_experts_otherwise_is_refused(ask):
     ask()
     with drafts.loading(runner()), pytest.raises(PlacementError, match="with 7 experts, its .* 6"):
-        layers.build(lambda self, num_experts: None, torch.nn.Module(), num_experts=7)
+        loading.build(lambda self, num_experts: None, torch.nn.Module(), num_experts=7)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_layer_that_sglang_looks_up_among_the_targets_is_refused_where_there_i
     ask()
     layer = make_experts(0, EXPERTS, layer_id=45)  # as Step 3.5's
     for own, refused in ((True, False), (False, True)):
-        monkeypatch.setattr(versions, "topk_finds_the_placement", lambda own=own: own)
+        monkeypatch.setattr(compat, "topk_finds_the_placement", lambda own=own: own)
         with drafts.loading(runner()):
             if not refused:
                 drafts.initialize(lambda: make_model(layer))

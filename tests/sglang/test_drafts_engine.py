@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_placement_plugin.load import ExpertLoad
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.core.load import ExpertLoad
+from moe_placement_plugin.core.placement import Placement
 from tests.sglang.engines import MAX_NEW_TOKENS, PROMPTS, Outcome, case, run_cases
 from tests.sglang.speculative import ARGUMENTS, install, write_qwen2_moe
 from tests.support.children import engine_lock

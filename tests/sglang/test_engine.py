@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad
-from moe_placement_plugin.engines.sglang import versions
+from moe_placement_plugin.engines.sglang import compat
 from tests.sglang.engine_child import row_of
 from tests.sglang.engines import ENV, MAX_NEW_TOKENS, PROMPTS, Outcome, case, run_cases, threads
 from tests.support.children import end_group, engine_lock
@@ -140,7 +140,7 @@ def test_the_patches_work_in_every_scheduler_process(outcomes, name):
         "verify-load",
         "verify-clean",
     ]
-    used += [] if versions.dispatch_is_rank_invariant() else ["all-replicas"]
+    used += [] if compat.dispatch_is_rank_invariant() else ["all-replicas"]
     for patch in used:
         assert outcome.processes_with(f"patch {patch} in use") == everyone, patch
 

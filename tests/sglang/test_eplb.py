@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.serving.server_logs import moved
-from moe_placement_plugin.engines.eplb_table import inverse_maps
-from moe_placement_plugin.engines.exchanger import Exchanger
-from moe_placement_plugin.engines.rebalancing import Rebalancer
-from moe_placement_plugin.engines.sglang import eplb, eplb_update, settings
-from moe_placement_plugin.errors import PlacementError
-from moe_placement_plugin.exchange.decision import RebalancePolicy
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.engines.sglang import eplb, eplb_exchange, settings
 from moe_placement_plugin.exchange.watchdog import Watchdog
+from moe_placement_plugin.lab.gpu.serving.server_logs import moved
+from moe_placement_plugin.rebalancing.decision import RebalancePolicy
+from moe_placement_plugin.rebalancing.exchanger import Exchanger
+from moe_placement_plugin.rebalancing.rebalancer import Rebalancer
+from moe_placement_plugin.rebalancing.tables import inverse_maps
 from tests.sglang.engines import LONG, Outcome, case, run_cases
 from tests.sglang.test_flags import TWO, arguments, plugins, refused, resolve  # noqa: F401
 from tests.support.children import engine_lock
@@ -172,10 +172,10 @@ def test_forward_passes_are_put_together_into_windows_of_their_phase():
 def test_a_pass_is_what_its_batch_was_where_the_recorder_keeps_it(monkeypatch):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from moe_placement_plugin.engines.sglang import phases
+    from moe_placement_plugin.engines.sglang import eplb_phases
 
-    monkeypatch.setattr(phases, "_of", {})
-    monkeypatch.setattr(phases, "_one_batch", lambda: True)
+    monkeypatch.setattr(eplb_phases, "_of", {})
+    monkeypatch.setattr(eplb_phases, "_one_batch", lambda: True)
     accumulator = types.SimpleNamespace(
         _global_physical_count_of_buffered_step=types.SimpleNamespace(_curr_index=2)
     )
@@ -186,11 +186,11 @@ def test_a_pass_is_what_its_batch_was_where_the_recorder_keeps_it(monkeypatch):
         ) % 4
 
     for mode in (ForwardMode.EXTEND, ForwardMode.DECODE, ForwardMode.MIXED):
-        phases._start(lambda *args: None, None, types.SimpleNamespace(forward_mode=mode))
-        phases._append(append, accumulator, 0, "", {}, {})
-    assert phases.of_passes(4) == ["mixed", "mixed", "prefill", "decode"]
-    monkeypatch.setattr(phases, "_one_batch", lambda: False)
-    assert phases.of_passes(4) == ["mixed"] * 4
+        eplb_phases._start(lambda *args: None, None, types.SimpleNamespace(forward_mode=mode))
+        eplb_phases._append(append, accumulator, 0, "", {}, {})
+    assert eplb_phases.of_passes(4) == ["mixed", "mixed", "prefill", "decode"]
+    monkeypatch.setattr(eplb_phases, "_one_batch", lambda: False)
+    assert eplb_phases.of_passes(4) == ["mixed"] * 4
 
 
 def test_our_planner_as_an_algorithm_with_any_strategy(models):
@@ -229,17 +229,17 @@ def serving(monkeypatch):
 
     in_force = metadata(np.tile(np.arange(10) % EXPERTS, (LAYERS, 1)))
     monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: in_force)
-    monkeypatch.setattr(eplb_update, "others", lambda: (1,))
+    monkeypatch.setattr(eplb_exchange, "others", lambda: (1,))
     monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: None)
     monkeypatch.setattr(eplb.phases, "ranks_that_count_alike", lambda: 1)
     return in_force
 
 
 def under_way(monkeypatch, **policy):
-    here = eplb_update.Rebalance(
+    here = eplb_exchange.Rebalance(
         Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger())
     )
-    monkeypatch.setattr(eplb_update, "under_way", here)
+    monkeypatch.setattr(eplb_exchange, "under_way", here)
     return here
 
 
@@ -282,7 +282,7 @@ def test_declined_keeps_the_placement(serving, monkeypatch, counts):
 
 
 def test_without_strategy_eplb_the_algorithm_is_sglangs(monkeypatch):
-    monkeypatch.setattr(eplb_update, "under_way", eplb_update.Rebalance(Watchdog(), None))
+    monkeypatch.setattr(eplb_exchange, "under_way", eplb_exchange.Rebalance(Watchdog(), None))
     assert eplb.plan(lambda *args: args, 1, 2, 3, 4, 5, 6) == (1, 2, 3, 4, 5, 6)
 
 
@@ -299,13 +299,13 @@ class Recorded(Exchanger):
 
 
 def updated(new, layers=(1, 2)):
-    updater = types.SimpleNamespace(**{eplb_update._EXCHANGER: Recorded()})
+    updater = types.SimpleNamespace(**{eplb_exchange._EXCHANGER: Recorded()})
 
     def theirs(*args, **kwargs):
         raise AssertionError("SGLang's own exchange was asked")
 
-    assert eplb_update.update(theirs, updater, {}, new, list(layers), nnodes=1, rank=0) == {}
-    return getattr(updater, eplb_update._EXCHANGER).plans
+    assert eplb_exchange.update(theirs, updater, {}, new, list(layers), nnodes=1, rank=0) == {}
+    return getattr(updater, eplb_exchange._EXCHANGER).plans
 
 
 def test_layers_that_stay_are_passed_over(serving, monkeypatch):
@@ -369,7 +369,7 @@ def rebalancing(serving, monkeypatch):
 def chunks(self):
     for layer in (1, 2):
         yield
-        eplb_update.under_way.moved.append(layer)
+        eplb_exchange.under_way.moved.append(layer)
 
 
 def test_what_moved_is_verified_before_the_next_forward_pass(rebalancing):
@@ -377,7 +377,7 @@ def test_what_moved_is_verified_before_the_next_forward_pass(rebalancing):
     seen = []
     for _ in steps:
         seen.append(list(rebalancing))
-        assert eplb_update.under_way is None, "a forward pass is no part of a rebalance"
+        assert eplb_exchange.under_way is None, "a forward pass is no part of a rebalance"
     assert seen == [[], [[1]]] and rebalancing == [[1], [2]]
 
 
@@ -388,12 +388,12 @@ def test_a_damaged_exchange_ends_the_server(rebalancing, monkeypatch):
     monkeypatch.setattr(eplb, "recheck", damaged)
     with pytest.raises(PlacementError, match="damaged by an exchange"):
         list(eplb.rebalance(chunks, Manager()))
-    assert eplb_update.under_way is None
+    assert eplb_exchange.under_way is None
 
 
 def test_an_exchange_that_does_not_finish_says_what_it_waits_for(rebalancing, caplog):
     def slow(self):
-        eplb_update.under_way.watchdog.waits_for(eplb.WaitingFor("transfers", (1, 2), peers=(1,)))
+        eplb_exchange.under_way.watchdog.waits_for(eplb.WaitingFor("transfers", (1, 2), peers=(1,)))
         time.sleep(0.08)
         yield
 

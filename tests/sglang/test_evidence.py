@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_placement_plugin.engines.sglang import evidence, layers, settings
-from moe_placement_plugin.errors import PlacementError
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.placement import Placement
+from moe_placement_plugin.engines.sglang import evidence, loading, settings
 
 
 class Weights(torch.nn.Module):
@@ -49,11 +49,11 @@ def load(layer, weight, shard, experts=range(4), leave_out=(), slot_of=None):
         )
         for slot in slots:
             if slot not in leave_out:
-                layers.fill(lambda *_: None, self, param, loaded, name, shard, slot)
+                loading.fill(lambda *_: None, self, param, loaded, name, shard, slot)
 
     param = getattr(layer, weight)
     for expert in experts:
-        layers.load(by_the_map, layer, param, None, f"mlp.experts.{weight}", shard, expert)
+        loading.load(by_the_map, layer, param, None, f"mlp.experts.{weight}", shard, expert)
 
 
 def whole(layer, **changes):
@@ -177,10 +177,10 @@ def test_slots_that_were_filled_past_the_map_are_no_evidence():
     layer = Weights()
     for expert in range(4):
         for weight, shard in (("w13_weight", "w1"), ("w13_weight", "w3"), ("w2_weight", "w2")):
-            layers.load(lambda *_: None, layer, None, None, weight, shard, expert)
+            loading.load(lambda *_: None, layer, None, None, weight, shard, expert)
     for weight, shard in (("w13_weight", "w1"), ("w13_weight", "w3"), ("w2_weight", "w2")):
         for slot in range(3):  # the loader has called what writes a slot by itself
-            layers.fill(lambda *_: None, layer, getattr(layer, weight), None, weight, shard, slot)
+            loading.fill(lambda *_: None, layer, getattr(layer, weight), None, weight, shard, slot)
     with pytest.raises(PlacementError, match="nothing was seen to fill w13_weight"):
         evidence.check("mlp", layer)
 
@@ -231,7 +231,7 @@ def test_a_gguf_file_is_refused_by_name():
     layer, param = Weights(), torch.nn.UninitializedParameter()
     param.is_gguf_weight = True
     with pytest.raises(PlacementError, match="layer 1: a GGUF file .* safetensors checkpoint"):
-        layers.fill(lambda *_: None, layer, param, None, "w2_qweight", "w2", 0)
+        loading.fill(lambda *_: None, layer, param, None, "w2_qweight", "w2", 0)
 
 
 def test_a_layer_without_experts_of_its_own_number_has_no_evidence(monkeypatch):

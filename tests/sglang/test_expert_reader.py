@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.sglang import expert_reader
-from moe_placement_plugin.errors import PlacementError
 
 LAYERS, EXPERTS, WIDTH, HIDDEN = (1, 2), 6, 4, 8
 

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_placement_plugin.engines.sglang import plan, settings
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.engines.sglang import resolve as plan
+from moe_placement_plugin.engines.sglang import settings
 from moe_placement_plugin.strategies.registry import get_strategy
 
 
@@ -150,7 +151,7 @@ def test_uneven_counts_are_padded_with_replicas(
         arguments(models[f"qwen{experts}"], *flags, "--expert-placement-strategy", "balanced")
     )
     asked = settings.of(server_args)
-    from moe_placement_plugin.engines.sglang.versions import resolved
+    from moe_placement_plugin.engines.sglang.compat import resolved
 
     assert asked.padding == padding
     assert resolved(server_args).ep_num_redundant_experts == wanted + padding
@@ -195,7 +196,7 @@ def test_an_uneven_plan_of_vllm_keeps_its_experts_and_is_filled_up(models, files
         str(files["uneven-four-ranks"]),
     )
     placement = settings.of(resolve(arguments(models["qwen30"], *flags))).placement
-    from moe_placement_plugin.placement import Placement
+    from moe_placement_plugin.core.placement import Placement
 
     given = Placement.read(files["uneven-four-ranks"])
     assert placement.slots_per_rank == (8, 8, 8, 8)
@@ -208,7 +209,7 @@ def test_an_uneven_plan_of_vllm_keeps_its_experts_and_is_filled_up(models, files
 
 
 def test_redundancy_decides_the_dispatch(models):
-    from moe_placement_plugin.engines.sglang.versions import resolved
+    from moe_placement_plugin.engines.sglang.compat import resolved
 
     flags = (*TWO, "--expert-placement-strategy", "zigzag")
     assert resolved(resolve(arguments(models["qwen32"], *flags))).ep_dispatch_algorithm == "static"
@@ -217,7 +218,7 @@ def test_redundancy_decides_the_dispatch(models):
 
 
 def test_fill_up_takes_experts_that_the_rank_lacks():
-    from moe_placement_plugin.placement import Placement
+    from moe_placement_plugin.core.placement import Placement
 
     filled = plan.fill_up(Placement([[0, 1, 2, 3, 4]], 5, (3, 2)), 3)
     assert filled.physical_to_logical.tolist() == [[0, 1, 2, 3, 4, 0]]
@@ -578,7 +579,7 @@ def test_ray_is_refused_where_its_engine_was_imported(models, monkeypatch):
 
 def with_draft(files, tmp_path, experts=32, slots=(16, 16), layer_ids=(4,)) -> str:
     """A plan for qwen32 with rows for a draft."""
-    from moe_placement_plugin.placement import Placement
+    from moe_placement_plugin.core.placement import Placement
 
     found = Placement.read(files["permutation"])
     repeated = [e % experts for e in range(sum(slots))]

@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from moe_placement_plugin.engines.sglang.hooks import Hook, HookSet
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.engines.sglang.hook_registry import Hook, HookSet
 
 _HOME = """
 def add(left, right):
@@ -133,7 +133,7 @@ def test_uncounted_hooks_leave_no_counter_to_trace(engine):
 
 
 def test_every_worker_hook_says_why_and_when_it_can_go():
-    from moe_placement_plugin.engines.sglang.worker import hooks
+    from moe_placement_plugin.engines.sglang.patches import hooks
 
     for patch in hooks():
         assert patch.why and patch.removable_when and patch.relies_on, patch.name

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.engines.sglang import (
+    cpu,
     direct,
-    layers,
-    remote_slots,
+    loading,
+    patches,
     routing,
     settings,
     support,
-    worker,
 )
-from moe_placement_plugin.errors import PlacementError
-from moe_placement_plugin.placement import Placement
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_ranks_that_skip_remote_slots_add_up_to_the_whole_layer(tokens, ranks, m
             w2_weight=whole.w2_weight[begin : begin + per_rank],
         )
         output = StandardTopKOutput(weights, torch.where(here, ids - begin, -1), None)
-        total += remote_slots.skip_remote_slots(original, local, x, output, config)
+        total += cpu.skip_remote_slots(original, local, x, output, config)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_tokens_without_any_local_slot_get_zeros():
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
     output = StandardTopKOutput(torch.ones(2, 2), torch.full((2, 2), -1), None)
-    result = remote_slots.skip_remote_slots(
+    result = cpu.skip_remote_slots(
         lambda *_: pytest.fail("no token is local"), make_layer(4), torch.ones(2, 8), output, None
     )
     assert result.shape == (2, 8) and not result.any()
@@ -93,7 +93,7 @@ def test_tokens_without_any_local_slot_get_zeros():
 def test_local_slots_repeats_no_slot_and_keeps_the_weights():
     ids = torch.tensor([[2, -1, 0], [-1, -1, -1], [-1, 1, -1]])
     weights = torch.tensor([[0.5, 0.3, 0.2], [1.0, 1.0, 1.0], [0.1, 0.9, 0.0]])
-    rows, slots, kept = remote_slots.local_slots(ids, weights, 3)
+    rows, slots, kept = cpu.local_slots(ids, weights, 3)
     assert rows.tolist() == [0, 2]
     for row, (slot, weight) in enumerate(zip(slots.tolist(), kept.tolist(), strict=True)):
         assert len(set(slot)) == 2
@@ -130,9 +130,7 @@ def test_torch_compiles_experts_of_all_ranks_add_up_to_the_whole_layer():
             whole.w2_weight[begin : begin + 4],
         )
         local = torch.where((ids >= begin) & (ids < begin + 4), ids - begin, -1)
-        found += remote_slots.weigh_remote_slots_nothing(
-            original, *rank_of(layer, local)
-        ).hidden_states
+        found += cpu.weigh_remote_slots_nothing(original, *rank_of(layer, local)).hidden_states
         stock += original(*rank_of(layer, local)).hidden_states
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (stock - expected).abs().max() > 0.1, "SGLang heeds -1 now: drop the hook"
@@ -145,13 +143,13 @@ def test_redundant_slots_are_added_to_layers_that_leave_them_out(placed):
         built.append(num_experts)
 
     layer = torch.nn.Module()
-    layers.build(original, layer, num_experts=4, hidden_size=8, layer_id=1)
-    layers.build(original, layer, 6, 8, 1)  # counts them itself
-    layers.build(
+    loading.build(original, layer, num_experts=4, hidden_size=8, layer_id=1)
+    loading.build(original, layer, 6, 8, 1)  # counts them itself
+    loading.build(
         original, layer, num_experts=5, hidden_size=8, layer_id=1, num_fused_shared_experts=1
     )
     settings.set_current(None)
-    layers.build(original, layer, num_experts=4, hidden_size=8, layer_id=1)
+    loading.build(original, layer, num_experts=4, hidden_size=8, layer_id=1)
     assert built == [6, 6, 7, 4]
 
 
@@ -160,17 +158,17 @@ def test_a_layer_built_with_other_slots_is_refused(placed):
     with pytest.raises(
         PlacementError, match="built with 4 slots on 2 ranks, the placement has 6 on 2"
     ):
-        layers._check_experts("mlp", layer, placed)
+        loading._check_experts("mlp", layer, placed)
     layer = types.SimpleNamespace(layer_id=0, _num_global_routed=6, moe_ep_size=2)
     with pytest.raises(PlacementError, match="mlp is layer 0, which the placement leaves out"):
-        layers._check_experts("mlp", layer, placed)
+        loading._check_experts("mlp", layer, placed)
 
 
 def test_a_quantization_with_a_loader_of_its_own_is_refused_by_its_class():
     method = type("QuarkInt4Fp8MoEMethod", (), {})()
     with pytest.raises(PlacementError, match="mlp is quantized by QuarkInt4Fp8MoEMethod"):
-        layers._check_method("mlp", types.SimpleNamespace(quant_method=method))
-    layers._check_method("mlp", types.SimpleNamespace(quant_method=object()))
+        loading._check_method("mlp", types.SimpleNamespace(quant_method=method))
+    loading._check_method("mlp", types.SimpleNamespace(quant_method=object()))
 
 
 def dispatch_info(placement: Placement):
@@ -188,7 +186,7 @@ def test_replicas_are_picked_by_row_as_sglang_does_from_0_5_17(placed, monkeypat
     from sglang.srt.eplb import expert_location_dispatch as stock
     from sglang.srt.layers.moe import utils
 
-    from moe_placement_plugin.engines.sglang import versions
+    from moe_placement_plugin.engines.sglang import compat
 
     monkeypatch.setattr(
         utils, "get_moe_a2a_backend", lambda: types.SimpleNamespace(is_none=lambda: True)
@@ -203,7 +201,7 @@ def test_replicas_are_picked_by_row_as_sglang_does_from_0_5_17(placed, monkeypat
     table = torch.from_numpy(placed.physical_to_logical[0].astype(np.int64))
     assert torch.equal(table[ours.long()], ids.long())
     assert set(ours.flatten().tolist()) == set(range(6))  # every replica is used
-    if versions.dispatch_is_rank_invariant():
+    if compat.dispatch_is_rank_invariant():
         assert torch.equal(ours, stock._topk_ids_logical_to_physical_dynamic(ids, info))
 
 
@@ -332,8 +330,8 @@ def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(
     folder.mkdir(parents=True)
     config = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
     (folder / engine.get_config_file_name(60, 96, None)).write_text(json.dumps({"1": config}))
-    (hook,) = (one for one in worker.hooks() if one.name == "tuned-with-redundant-experts")
-    assert layers.redundant_per_rank() == 1
+    (hook,) = (one for one in patches.hooks() if one.name == "tuned-with-redundant-experts")
+    assert loading.redundant_per_rank() == 1
     assert hook.check() is None
     original = getattr(engine.get_moe_configs, "__wrapped__", engine.get_moe_configs)
     monkeypatch.setattr(

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_placement_plugin.engines.sglang.loaded import ACTION
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.core.placement import Placement
+from moe_placement_plugin.engines.sglang.verification import ACTION
 from tests.sglang.engines import LONG, Outcome, case, run_cases
 from tests.sglang.gpt_oss import install, write_gpt_oss
 from tests.support.children import engine_lock

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from benchmarks import one_gpu
-from moe_placement_plugin.demo.server import free_port
+from moe_placement_plugin.lab.gpu import one_gpu
+from moe_placement_plugin.lab.servers.server import free_port
 from tests.support.children import ROOT, python, python_path, run_child
 
 pytestmark = pytest.mark.engine

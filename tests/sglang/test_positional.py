@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
-from moe_placement_plugin.engines.sglang import evidence, layers, positional, settings
-from moe_placement_plugin.errors import PlacementError
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.placement import Placement
+from moe_placement_plugin.engines.sglang import evidence, loading, positional, settings
 
 EXPERTS, HIDDEN, WIDTH = 8, 64, 32
 PLANS = {
@@ -86,7 +86,7 @@ def gpt_oss(placement: Placement, rank: int):
 
         def load_hooked(self, param, loaded_weight, weight_name, shard_id, expert_id):
             original = getattr(FusedMoE.weight_loader, "__wrapped__", FusedMoE.weight_loader)
-            layers.load(original, self, param, loaded_weight, weight_name, shard_id, expert_id)
+            loading.load(original, self, param, loaded_weight, weight_name, shard_id, expert_id)
 
     model = torch.nn.Module()
     model.model = torch.nn.Module()

@@ -9,18 +9,18 @@ import types
 import pytest
 import torch
 
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.engines.sglang import (
     eplb,
-    eplb_update,
+    eplb_exchange,
     evidence,
     expert_reader,
-    loaded,
     reload,
     settings,
-    verify,
+    slot_digests,
+    verification,
 )
-from moe_placement_plugin.errors import PlacementError
-from moe_placement_plugin.placement import Placement
 
 
 def make_model():
@@ -46,15 +46,15 @@ def runner(monkeypatch):
     placement = Placement([[1, 0]], 2, (2,), (1,))
     settings.set_current(settings.Settings("custom", placement=placement))
     model = make_model()
-    object.__setattr__(model, verify._EXPECTED, {1: "as loaded"})
+    object.__setattr__(model, slot_digests._EXPECTED, {1: "as loaded"})
     group = types.SimpleNamespace(cpu_group=None, world_size=1, rank_in_group=0)
     from sglang.srt.distributed import parallel_state
 
     monkeypatch.setattr(parallel_state, "get_moe_ep_group", lambda: group)
     monkeypatch.setattr(
-        verify,
+        slot_digests,
         "verify_loaded",
-        lambda model, clean: object.__setattr__(model, verify._EXPECTED, {1: "anew"}),
+        lambda model, clean: object.__setattr__(model, slot_digests._EXPECTED, {1: "anew"}),
     )
     yield types.SimpleNamespace(
         model=model, is_draft_worker=False, server_args=types.SimpleNamespace()
@@ -91,7 +91,7 @@ def test_an_update_by_position_is_refused_before_anything_is_written(runner, how
     assert not succeeded and not seen
     assert f"load_format {how} copies experts into slots by position" in message
     assert "leave load_format out" in message
-    assert verify.digests_known(runner.model), "nothing has changed"
+    assert slot_digests.digests_known(runner.model), "nothing has changed"
 
 
 def test_a_direct_update_of_other_tensors_goes_on(runner):
@@ -109,18 +109,18 @@ def test_digests_of_old_weights_are_forgotten_and_taken_anew(runner):
     before = reload.generation()
     assert from_tensor(runner, ["experts.w2_weight"])[0] == (True, "Success")
     assert reload.generation() == before + 1
-    assert not verify.digests_known(runner.model)
-    assert verify.renew(runner.model)
-    assert getattr(runner.model, verify._EXPECTED) == {1: "anew"}
+    assert not slot_digests.digests_known(runner.model)
+    assert slot_digests.renew(runner.model)
+    assert getattr(runner.model, slot_digests._EXPECTED) == {1: "anew"}
 
 
 def test_a_failed_update_is_not_verified_until_the_next_one(runner, caplog):
     from_tensor(runner, [], does=lambda: (False, "out of memory"))
     with caplog.at_level(logging.WARNING):
-        assert not verify.renew(runner.model)
+        assert not slot_digests.renew(runner.model)
     assert "not verified until they are updated again" in caplog.text
     from_tensor(runner, [])
-    assert verify.renew(runner.model)
+    assert slot_digests.renew(runner.model)
 
 
 @pytest.mark.parametrize("loads", [True, False])
@@ -132,7 +132,7 @@ def test_the_end_of_a_session_makes_no_failed_load_good(runner, loads):
         updater(runner),
         run_post_load=False,
     )
-    assert verify.renew(runner.model) is loads
+    assert slot_digests.renew(runner.model) is loads
 
 
 def test_a_refusal_while_loading_is_an_answer_and_not_the_end(runner):
@@ -142,7 +142,7 @@ def test_a_refusal_while_loading_is_an_answer_and_not_the_end(runner):
     (succeeded, message), _ = from_tensor(runner, [], does=refuse)
     assert not succeeded and "the loader puts w1 of expert 0" in message
     assert "update all of them again" in message
-    assert not verify.renew(runner.model)
+    assert not slot_digests.renew(runner.model)
 
 
 def test_an_error_of_sglangs_own_stays_one(runner):
@@ -151,7 +151,7 @@ def test_an_error_of_sglangs_own_stays_one(runner):
 
     with pytest.raises(NotImplementedError):
         from_tensor(runner, [], does=fail)
-    assert not verify.digests_known(runner.model) and not verify.renew(runner.model)
+    assert not slot_digests.digests_known(runner.model) and not slot_digests.renew(runner.model)
 
 
 def test_a_drafts_update_changes_nothing_of_the_target(runner):
@@ -159,7 +159,7 @@ def test_a_drafts_update_changes_nothing_of_the_target(runner):
     before = reload.generation()
     (succeeded, _), seen = from_tensor(draft, ["experts.w2_weight"], "direct")
     assert succeeded and seen and reload.generation() == before
-    assert verify.digests_known(runner.model)
+    assert slot_digests.digests_known(runner.model)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +172,10 @@ def test_released_weights_are_nobodys_until_they_are_back(runner, saver, backup,
     manager = types.SimpleNamespace(tp_worker=types.SimpleNamespace(model_runner=runner))
     request = types.SimpleNamespace(tags=["kv_cache"])
     reload.release(lambda *_: "done", manager, request)
-    assert verify.digests_known(runner.model), "the weights stayed"
+    assert slot_digests.digests_known(runner.model), "the weights stayed"
     assert reload.release(lambda *_: "done", manager, types.SimpleNamespace(tags=None)) == "done"
-    assert not verify.digests_known(runner.model)
-    assert verify.renew(runner.model) is whole
+    assert not slot_digests.digests_known(runner.model)
+    assert slot_digests.renew(runner.model) is whole
 
 
 def test_slots_are_not_sent_to_another_server(runner):
@@ -186,25 +186,25 @@ def test_slots_are_not_sent_to_another_server(runner):
 
 
 def test_before_a_rebalance_digests_are_taken_anew(runner, monkeypatch):
-    monkeypatch.setattr(loaded, "current", lambda: object())
+    monkeypatch.setattr(verification, "current", lambda: object())
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
     from_tensor(runner, [])
     assert eplb._known(runner.model)
-    assert getattr(runner.model, verify._EXPECTED) == {1: "anew"}
+    assert getattr(runner.model, slot_digests._EXPECTED) == {1: "anew"}
     from_tensor(runner, [], does=lambda: (False, "out of memory"))
     assert not eplb._known(runner.model), "what moves is not verified, and the server goes on"
-    monkeypatch.setattr(loaded, "current", lambda: None)
+    monkeypatch.setattr(verification, "current", lambda: None)
     assert not eplb._known(runner.model)
 
 
 def test_where_ranks_may_be_dead_updated_weights_are_not_waited_for(runner, monkeypatch):
-    monkeypatch.setattr(loaded, "current", lambda: object())
+    monkeypatch.setattr(verification, "current", lambda: object())
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: True)
     assert eplb._known(runner.model)
     from_tensor(runner, [])
     assert not eplb._known(runner.model)
     with pytest.raises(PlacementError, match="updated while serving: with --elastic-ep-backend"):
-        verify.recheck(runner.model, alone=True)
+        slot_digests.recheck(runner.model, alone=True)
 
 
 def test_lost_experts_are_not_read_from_a_checkpoint_that_is_not_served_any_more(
@@ -220,14 +220,14 @@ def test_lost_experts_are_not_read_from_a_checkpoint_that_is_not_served_any_more
 def test_tensors_that_an_update_replaced_are_found_again(runner):
     """The fault: SGLang's list, which keeps the tensors of the start."""
     experts = runner.model.experts
-    listed = {1: eplb_update.slot_tensors(experts)}
+    listed = {1: eplb_exchange.slot_tensors(experts)}
     fresh = torch.nn.Parameter(torch.ones(2, 3, 4), requires_grad=False)
     experts.w13_weight = fresh
-    now = eplb_update.current_tensors(listed, runner.model)[1]
+    now = eplb_exchange.current_tensors(listed, runner.model)[1]
     assert [t.data_ptr() for t in now] == [fresh.data_ptr(), experts.w2_weight.data_ptr()]
     experts.w2_weight = torch.nn.Parameter(torch.ones(2, 6, 2), requires_grad=False)
     with pytest.raises(PlacementError, match="layer 1: an update has replaced weights by others"):
-        eplb_update.current_tensors(listed, runner.model)
+        eplb_exchange.current_tensors(listed, runner.model)
 
 
 def test_an_exchanger_with_views_of_old_weights_is_made_anew(runner, monkeypatch):
@@ -237,16 +237,16 @@ def test_an_exchanger_with_views_of_old_weights_is_made_anew(runner, monkeypatch
         def __init__(self, tensors, experts, group, meeting, name, *rest):
             made.append((name, [t.data_ptr() for t in tensors[1]]))
 
-    monkeypatch.setattr(eplb_update, "Exchanger", Made)
+    monkeypatch.setattr(eplb_exchange, "Exchanger", Made)
     meeting = types.SimpleNamespace(stores=object())
-    monkeypatch.setattr(eplb_update, "_met", eplb_update._Met(meeting, runner.model))
+    monkeypatch.setattr(eplb_exchange, "_met", eplb_exchange._Met(meeting, runner.model))
     experts, in_force = runner.model.experts, types.SimpleNamespace(num_logical_experts=2)
     host = types.SimpleNamespace()
-    listed = {1: eplb_update.slot_tensors(experts)}
-    first = eplb_update._exchanger(host, listed, in_force)
-    assert eplb_update._exchanger(host, listed, in_force) is first
+    listed = {1: eplb_exchange.slot_tensors(experts)}
+    first = eplb_exchange._exchanger(host, listed, in_force)
+    assert eplb_exchange._exchanger(host, listed, in_force) is first
     experts.w13_weight = torch.nn.Parameter(torch.ones(2, 3, 4), requires_grad=False)
     from_tensor(runner, [])
-    assert eplb_update._exchanger(host, listed, in_force) is not first
+    assert eplb_exchange._exchanger(host, listed, in_force) is not first
     assert made[1][1][0] == experts.w13_weight.data_ptr() != made[0][1][0]
     assert made[0][0] != made[1][0], "the keys of the one before must not be taken for its own"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.sglang.support import (
     RIGHT,
     RULES,
@@ -15,7 +16,6 @@ from moe_placement_plugin.engines.sglang.support import (
     refusals,
     table,
 )
-from moe_placement_plugin.errors import PlacementError
 
 PLAIN = Combination(version="0.5.20", architecture="Qwen3MoeForCausalLM")
 

@@ -8,10 +8,10 @@ import types
 import pytest
 import torch
 
-from moe_placement_plugin.engines.sglang import loaded, settings, verify
-from moe_placement_plugin.engines.sglang.hooks import Hook, HookSet
-from moe_placement_plugin.errors import PlacementError
-from moe_placement_plugin.placement import Placement
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.placement import Placement
+from moe_placement_plugin.engines.sglang import settings, slot_digests, verification
+from moe_placement_plugin.engines.sglang.hook_registry import Hook, HookSet
 from tests.sglang import faults
 from tests.sglang.engines import Outcome, case, run_cases
 from tests.sglang.test_flags import TWO, arguments, refused, resolve
@@ -26,11 +26,11 @@ def forgotten():
     load_plugins()
     yield
     settings.set_current(None)
-    loaded.set_current(None)
+    verification.set_current(None)
 
 
 def level(server_args) -> str | None:
-    wanted = getattr(server_args, loaded.ATTRIBUTE, None)
+    wanted = getattr(server_args, verification.ATTRIBUTE, None)
     return None if wanted is None else wanted.level
 
 
@@ -45,14 +45,14 @@ ZIGZAG = (*TWO, "--expert-placement-strategy", "zigzag")
 def test_the_level_reaches_the_workers(models, value):
     server_args = resolve(arguments(models["qwen32"], *ZIGZAG, *flag(value)))
     assert level(server_args) == value
-    assert (loaded.current() is None) == (value == "off")
+    assert (verification.current() is None) == (value == "off")
 
 
 def test_a_placement_is_verified_by_default_and_stock_is_not(models):
     assert level(resolve(arguments(models["qwen32"], *ZIGZAG))) == "replicas"
-    loaded.set_current(None)
+    verification.set_current(None)
     assert level(resolve(arguments(models["qwen32"], *TWO))) is None
-    assert loaded.current() is None
+    assert verification.current() is None
 
 
 def test_yaml_and_engine_arguments(models, tmp_path):
@@ -166,10 +166,10 @@ def tables(slots: list[int], experts: int) -> types.SimpleNamespace:
 )
 def test_tables_that_contradict_each_other_are_noticed(name, at, message):
     metadata = tables([3, 1, 0, 2, 0, 3], 4)
-    verify.check_map(metadata)
+    slot_digests.check_map(metadata)
     getattr(metadata, name)[at] = 0
     with pytest.raises(PlacementError, match=message):
-        verify.check_map(metadata)
+        slot_digests.check_map(metadata)
 
 
 def test_the_expert_of_a_slot_is_the_one_in_force():
@@ -181,12 +181,12 @@ def test_the_expert_of_a_slot_is_the_one_in_force():
         num_fused_shared_experts=1,
     )
     metadata = tables([3, 1, 0, 2, 0, 3], 4)
-    assert verify.slot_experts(layer, metadata).tolist() == [2, 0, 3, 4]
+    assert slot_digests.slot_experts(layer, metadata).tolist() == [2, 0, 3, 4]
     metadata.physical_to_logical_map[0, 3] = 1
-    assert verify.slot_experts(layer, metadata).tolist() == [1, 0, 3, 4]
+    assert slot_digests.slot_experts(layer, metadata).tolist() == [1, 0, 3, 4]
     layer.layer_id = 7  # beyond the table: SGLang loads it by its own ids
-    assert verify.slot_experts(layer, metadata).tolist() == [3, -1, -1, 4]
-    assert verify.slot_experts(layer, None).tolist() == [3, 4, 5, 6]
+    assert slot_digests.slot_experts(layer, metadata).tolist() == [3, -1, -1, 4]
+    assert slot_digests.slot_experts(layer, None).tolist() == [3, 4, 5, 6]
 
 
 def test_a_lost_hook_is_noticed_by_the_others():
@@ -208,7 +208,7 @@ def test_a_lost_hook_is_noticed_by_the_others():
 
 ENGINE = [pytest.mark.engine, pytest.mark.timeout(3000)]
 
-CHECK = loaded.ACTION
+CHECK = verification.ACTION
 SPOILED = [*faults.FAULTS, *faults.EVERYWHERE]
 
 RUN = {
@@ -266,10 +266,10 @@ def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
             2,
             {faults.VARIABLE: fault},
             actions=(CHECK,),
-            expert_placement_verify=verify,
+            expert_placement_verify=slot_digests,
             **placed,
         )
-        for fault, verify in STARTS.items()
+        for fault, slot_digests in STARTS.items()
     ]
     with engine_lock():
         found = run_cases([*cases, faulty[0]], tmp_path_factory.mktemp("serving"), env=env)

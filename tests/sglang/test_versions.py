@@ -6,8 +6,14 @@ import types
 
 import pytest
 
-from moe_placement_plugin.engines.sglang import phases, plan, recording, verify, versions
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.engines.sglang import (
+    compat,
+    eplb_phases,
+    recording,
+    resolve,
+    slot_digests,
+)
 
 # Resolved arguments of a server on 4 ranks: up to 0.5.22, and as 0.5.23 leaves them.
 OLD = {"tp_size": 4, "dp_size": 1, "enable_dp_attention": False}
@@ -26,8 +32,8 @@ WIDTHS = [
 @pytest.mark.parametrize(("values", "width", "copies"), WIDTHS)
 def test_the_width_of_data_parallel_attention(values, width, copies):
     values = types.SimpleNamespace(**values)
-    assert versions.attention_dp_width(values) == width
-    assert versions.replicas(values) == copies
+    assert compat.attention_dp_width(values) == width
+    assert compat.replicas(values) == copies
 
 
 @pytest.mark.parametrize(
@@ -70,8 +76,8 @@ def test_over_how_many_ranks_a_token_is_counted_again(a2a, expected, attention_d
     )
     group = types.SimpleNamespace(world_size=4)
     monkeypatch.setattr(parallel_state, "get_moe_ep_group", lambda: group)
-    monkeypatch.setattr(phases, "_one_batch", lambda: not attention_dp)
-    assert phases.ranks_that_count_alike() == expected
+    monkeypatch.setattr(eplb_phases, "_one_batch", lambda: not attention_dp)
+    assert eplb_phases.ranks_that_count_alike() == expected
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,7 @@ def test_the_quantization_is_sglangs_own_answer(own, given, checkpoint, expected
     config = types.SimpleNamespace(
         quantization=own, hf_config=types.SimpleNamespace(quantization_config=checkpoint)
     )
-    assert plan._quantization(types.SimpleNamespace(quantization=given), config) == expected
+    assert resolve._quantization(types.SimpleNamespace(quantization=given), config) == expected
 
 
 def nvfp4_layer(rank: int, **method):
@@ -117,5 +123,5 @@ def nvfp4_layer(rank: int, **method):
 def test_input_scales_of_all_experts_are_right_unless_a_kernel_cuts_them(experts, method, kept):
     import numpy as np
 
-    found = verify.input_scales(nvfp4_layer(1, **method), np.array(experts), 4)
+    found = slot_digests.input_scales(nvfp4_layer(1, **method), np.array(experts), 4)
     assert found == (frozenset({"w2_input_scale"}) if kept else frozenset())

@@ -64,7 +64,7 @@ def main() -> None:
     from vllm import _custom_ops  # noqa: F401
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-    from moe_placement_plugin.engines.patching import PatchSet
+    from moe_placement_plugin.engines.common.patching import PatchSet
     from moe_placement_plugin.engines.vllm.cpu import cpu_patches
 
     missing = [name for name in NEEDED[sys.argv[1]] if not hasattr(torch.ops._C, name)]

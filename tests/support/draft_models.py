@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from moe_placement_plugin.demo import tiny_models
-from moe_placement_plugin.demo.tiny_models import Size
+from moe_placement_plugin.lab.demo import tiny_models
+from moe_placement_plugin.lab.demo.tiny_models import Size
 
 
 def write_dense_qwen3(path: Path, seed: int = 7) -> Path:

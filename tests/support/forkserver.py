@@ -13,7 +13,7 @@ LOADED = [
     "tests.exchange.warm",
     "tests.moe.ranks",
     "tests.planner.warm",
-    "moe_placement_plugin.bench.exchange_ranks",
+    "moe_placement_plugin.lab.bench.exchange.ranks",
 ]
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_placement_plugin.demo.tiny_models import Size, Tensors, _common, _matrix, _tensors, _write
+from moe_placement_plugin.lab.demo.tiny_models import (
+    Size,
+    Tensors,
+    _common,
+    _matrix,
+    _tensors,
+    _write,
+)
 
 GPT_OSS = Size(hidden=64, expert=64, layers=2, heads=4, kv_heads=2, head_dim=32)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import one_gpu
 from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.lab.gpu import one_gpu
 from tests.support.children import python, run_child
 
 ROOT = Path(__file__).parents[2]

@@ -98,7 +98,7 @@ def try_fault(worker, name: str) -> dict:
     """
     import torch
 
-    from moe_placement_plugin.engines.vllm import verify
+    from moe_placement_plugin.engines.vllm import verification
     from moe_placement_plugin.engines.vllm.layers import routed_layers
     from tests.support import faults
 
@@ -106,7 +106,7 @@ def try_fault(worker, name: str) -> dict:
 
     def check() -> str | None:
         try:
-            verify.recheck(worker)
+            verification.recheck(worker)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return None
@@ -117,7 +117,7 @@ def try_fault(worker, name: str) -> dict:
         faults.prepare(dict(layers[2].named_parameters()), 3)
         from moe_placement_plugin.engines.vllm.settings import arrived
 
-        verify.verify_loaded(worker.model_runner.model, None, arrived())
+        verification.verify_loaded(worker.model_runner.model, None, arrived())
         return {"message": check()}
     layer, other = (
         {**dict(one.named_parameters()), **dict(one.named_buffers())}
@@ -154,12 +154,12 @@ def try_fault(worker, name: str) -> dict:
 
 def slot_digests(worker) -> dict:
     """Runs in every worker: layer -> [expert, digests of its weights] of every slot, read where they are; whether they are verified."""
-    from moe_placement_plugin.engines.vllm import verify
+    from moe_placement_plugin.engines.vllm import verification
 
     model = worker.model_runner.model
-    found = verify.digest_model(model).layers
+    found = verification.digest_model(model).layers
     return {
-        "verified": verify.is_verified(model),
+        "verified": verification.is_verified(model),
         "layers": {
             str(number): [[int(e), v] for e, v in zip(layer.experts, layer.values.tolist())]
             for number, layer in found.items()

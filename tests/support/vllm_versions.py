@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_placement_plugin import ExpertLoad
-from moe_placement_plugin.demo.tiny_models import write_glm4_moe, write_qwen3_moe
+from moe_placement_plugin.lab.demo.tiny_models import write_glm4_moe, write_qwen3_moe
 from tests.support.children import engine_lock, python, run_child
 
 TOLERANCE = 1e-4

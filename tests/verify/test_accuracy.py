@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from moe_placement_plugin.cli import verify
-from moe_placement_plugin.demo import engines
-from moe_placement_plugin.demo.engines import DemoEngine
-from moe_placement_plugin.engines import installed
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.engines.common import installed
+from moe_placement_plugin.lab.servers import engines
+from moe_placement_plugin.lab.servers.engines import DemoEngine
 
 from .accuracy import TASKS, TINY
 
@@ -130,8 +130,8 @@ def test_differing_answers_are_found_by_lm_eval(verified):
 )
 def test_what_lm_eval_says_reaches_the_user(monkeypatch, tmp_path, code, message):
     """With a package called lm_eval that fails as lm-eval may."""
-    from moe_placement_plugin.accuracy import harness
-    from moe_placement_plugin.accuracy.examiner import Examination
+    from moe_placement_plugin.lab.accuracy import harness
+    from moe_placement_plugin.lab.accuracy.examiner import Examination
 
     (tmp_path / "lm_eval").mkdir()
     (tmp_path / "lm_eval" / "__init__.py").write_text(code)
@@ -174,7 +174,7 @@ def test_unknown_tasks_are_named(monkeypatch):
     tasks = pytest.importorskip(
         "lm_eval.tasks", reason="the extra `accuracy` is not installed here"
     )
-    from moe_placement_plugin.accuracy.examiner import Examination, find_tasks
+    from moe_placement_plugin.lab.accuracy.examiner import Examination, find_tasks
 
     # Without lm-eval's own tasks, which take ten seconds to look through.
     monkeypatch.setattr(
@@ -189,8 +189,8 @@ def test_unknown_tasks_are_named(monkeypatch):
 
 
 def test_missing_lm_eval_and_folder_are_named(monkeypatch, tmp_path):
-    from moe_placement_plugin.accuracy import harness
-    from moe_placement_plugin.accuracy.examiner import Examination
+    from moe_placement_plugin.lab.accuracy import harness
+    from moe_placement_plugin.lab.accuracy.examiner import Examination
 
     monkeypatch.setattr(harness, "find_spec", lambda name: None if name == "lm_eval" else object())
     with pytest.raises(

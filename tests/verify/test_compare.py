@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_placement_plugin.accuracy.compare import Allowance, compare
-from moe_placement_plugin.accuracy.results import read_results
-from moe_placement_plugin.accuracy.run import STOCK, Run, Verdict, configurations
-from moe_placement_plugin.accuracy.table import table, to_json
-from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed
-from moe_placement_plugin.errors import PlacementError
+from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.lab.accuracy.compare import Allowance, compare
+from moe_placement_plugin.lab.accuracy.results import read_results
+from moe_placement_plugin.lab.accuracy.run import STOCK, Run, Verdict, configurations
+from moe_placement_plugin.lab.accuracy.table import table, to_json
+from moe_placement_plugin.lab.servers.engines import DEMO_ENGINES, Placed
 
 TEXTS = ["280", "132", "007", "991"]
 STRICT = Allowance()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement
-from moe_placement_plugin.demo.tiny_models import write_glm4_moe, write_qwen3_moe
+from moe_placement_plugin.lab.demo.tiny_models import write_glm4_moe, write_qwen3_moe
 from tests.support.checkpoints import fuse_experts
 from tests.support.children import engine_lock, run_child
 from tests.support.faults import WEIGHT_FAULTS

@@ -55,8 +55,8 @@ def state_of(table: np.ndarray, weights) -> SimpleNamespace:
 
 
 def exchanger_of(state, name: str):
-    from moe_placement_plugin.engines.exchanger import Exchanger, Meeting
     from moe_placement_plugin.engines.vllm import eplb_exchange
+    from moe_placement_plugin.rebalancing.exchanger import Exchanger, Meeting
 
     group = dist.group.WORLD
     found = Exchanger(
@@ -129,7 +129,7 @@ def with_a_rank_that_fails(
 ) -> tuple[str, bool, bool, int]:
     """Rank 1 cannot finish its second chunk: what every rank is told, and whether maps and weights agree, layer by layer."""
     from moe_placement_plugin.engines.vllm import eplb_exchange
-    from moe_placement_plugin.exchange.agreement import ExchangeAborted
+    from moe_placement_plugin.exchange.commit import ExchangeAborted
     from moe_placement_plugin.exchange.transfers import Transfers
 
     old, new = tables(number, world)

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from benchmarks import one_gpu
-from benchmarks.serving.contestants import RESTLESS
-from benchmarks.serving.server_logs import moved
 from moe_placement_plugin import ExpertLoad
-from moe_placement_plugin.demo.engines import DEMO_ENGINES, Placed, ServerSettings
-from moe_placement_plugin.demo.server import Server, free_port
-from moe_placement_plugin.engines.load_recorder import IDLE
+from moe_placement_plugin.lab.gpu import one_gpu
+from moe_placement_plugin.lab.gpu.serving.contestants import RESTLESS
+from moe_placement_plugin.lab.gpu.serving.server_logs import moved
+from moe_placement_plugin.lab.servers.engines import DEMO_ENGINES, Placed, ServerSettings
+from moe_placement_plugin.lab.servers.server import Server, free_port
+from moe_placement_plugin.recording.recorder import IDLE
 from tests.loop.routing_reference import Reference, check
 from tests.support.children import engine_lock, python_path
 from tests.support.vllm_runner import MAX_TOKENS, PROMPTS

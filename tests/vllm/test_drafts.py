@@ -15,9 +15,9 @@ from moe_placement_plugin import ExpertLoad, Placement, PlacementError  # noqa: 
 from moe_placement_plugin.engines.vllm import (  # noqa: E402
     draft_recording,
     drafts,
-    loaded,
+    expert_maps,
+    loading,
     speculator_recording,
-    static,
 )
 from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
 
@@ -89,11 +89,11 @@ def test_layers_that_are_built_while_the_draft_loads_get_the_drafts_maps():
     name = "draft_model.model.layers.0.mlp.experts"
     with drafts.loading(True):
         mine = manager(1)
-        static._place_layer(settings, name, SimpleNamespace(), mine)
+        expert_maps._place_layer(settings, name, SimpleNamespace(), mine)
         assert mine._expert_map.tolist() == DRAFT.expert_map(0, 1).tolist()
     assert not drafts.loading_draft()
     target = manager(1, 6)
-    static._place_layer(settings, "model.layers.0.mlp.experts", SimpleNamespace(), target)
+    expert_maps._place_layer(settings, "model.layers.0.mlp.experts", SimpleNamespace(), target)
     assert target._expert_map.tolist() == PLAN.expert_map(0, 1).tolist()
 
 
@@ -101,18 +101,20 @@ def test_the_weight_filter_reads_what_any_layer_of_the_draft_has_here():
     """A draft's checkpoint numbers its layers otherwise than its modules: by the target's plan, experts were left out."""
     from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
-    skip = static._should_skip_weight(should_skip_weight)
+    skip = expert_maps._should_skip_weight(should_skip_weight)
     alike = Placement([[3, 2, 1, 0]] * 2, 4, (2, 2), (0, 1), "eplb", {}, DRAFT)
     settings = PlacementSettings.make("eplb", alike, 2)
-    local = static.LocalExperts(settings, 4, 2, 0, draft=True)
+    local = expert_maps.LocalExperts(settings, 4, 2, 0, draft=True)
     needed = {e for row in range(2) for e in DRAFT.local_experts(row, 0).tolist()}
     assert set(local) == needed == {1, 2, 3}
     name = "layers.0.mlp.experts.{}.up_proj.weight"
     assert [skip(name.format(e), local) for e in range(4)] == [True, False, False, False]
     # The fault: of layer 0 of the target, rank 0 has 2 and 3.
-    targets = static.LocalExperts(settings, 4, 2, 0)
+    targets = expert_maps.LocalExperts(settings, 4, 2, 0)
     assert skip(name.format(1), targets)
-    zigzag = static.LocalExperts(PlacementSettings.make("zigzag", WITHOUT, 2), 4, 2, 1, draft=True)
+    zigzag = expert_maps.LocalExperts(
+        PlacementSettings.make("zigzag", WITHOUT, 2), 4, 2, 1, draft=True
+    )
     assert set(zigzag) == {1, 3}
 
 
@@ -138,7 +140,7 @@ def layers(*numbers, **how):
 
 def test_a_draft_with_rows_must_be_the_one_that_they_are_for():
     settings = PlacementSettings.make("eplb", PLAN, 2, exact=True)
-    loaded._report(layers(0, 61), settings, main=False, draft=True)
+    loading._report(layers(0, 61), settings, main=False, draft=True)
     for found, message in (
         (layers(0, 5), "layers.5.mlp.experts of the draft is not among the plan's rows"),
         (layers(0), "a row for layer 61 of the draft, whose MoE layers are"),
@@ -147,16 +149,16 @@ def test_a_draft_with_rows_must_be_the_one_that_they_are_for():
         (layers(61, 0), "the expert map in force on EP rank 0 is not the plan's"),
     ):
         with pytest.raises(PlacementError, match=message):
-            loaded._report(found, settings, main=False, draft=True)
+            loading._report(found, settings, main=False, draft=True)
 
 
 def test_a_draft_without_rows_is_checked_against_the_strategy():
     settings = PlacementSettings.make("zigzag", WITHOUT, 2)
     right = {"draft_model.model.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
-    loaded._report(right, settings, main=False, draft=True)
+    loading._report(right, settings, main=False, draft=True)
     wrong = {"draft_model.model.layers.0.mlp.experts": Layer([0, 1, -1, -1])}
     with pytest.raises(PlacementError, match="is not the plan's"):
-        loaded._report(wrong, settings, main=False, draft=True)
+        loading._report(wrong, settings, main=False, draft=True)
 
 
 class Loader:
@@ -177,18 +179,18 @@ def test_a_draft_of_its_own_is_not_taken_for_the_target(monkeypatch, experts, fi
         each.additional_config = {KEY: settings}
     map_of = [0, 1, -1, -1] if file else [0, -1, 1, -1]
     found = {"draft_model.model.layers.0.mlp.experts": Layer(map_of)} if experts else {}
-    monkeypatch.setattr(loaded, "routed_layers", lambda model: found)
+    monkeypatch.setattr(loading, "routed_layers", lambda model: found)
     seen = []
 
     def original(self, vllm_config, model_config):
         seen.append(drafts.loading_draft())
         return torch.nn.Module()
 
-    load = loaded._load_model(original)
+    load = loading._load_model(original)
     load(Loader(), config, draft)
     assert seen == [True] and not drafts.loading_draft()
     with pytest.raises(PlacementError, match="no MoE layer of vLLM's own kind|not in the plan"):
-        monkeypatch.setattr(loaded, "is_draft", lambda *_: False)  # the fault
+        monkeypatch.setattr(loading, "is_draft", lambda *_: False)  # the fault
         load(Loader(), config, draft)
 
 
@@ -205,8 +207,8 @@ def test_a_draft_with_experts_of_its_own_kind_is_refused(monkeypatch, shape, tol
     """MiniCPM's EAGLE head was served with its experts where vLLM puts them, whatever the flag said."""
     _, (config, draft) = configs("eagle")
     draft.get_num_experts = lambda: 4
-    monkeypatch.setattr(loaded, "routed_layers", lambda model: {})
-    load = loaded._load_model(lambda self, vllm_config, model_config: OwnKind(*shape))
+    monkeypatch.setattr(loading, "routed_layers", lambda model: {})
+    load = loading._load_model(lambda self, vllm_config, model_config: OwnKind(*shape))
     config.additional_config = {KEY: PlacementSettings.make("zigzag", WITHOUT, 2)}
     with pytest.raises(PlacementError, match="OwnKind keeps its 4 experts in ws, in no MoE layer") if told else contextlib.nullcontext():  # fmt: skip
         load(Loader(), config, draft)

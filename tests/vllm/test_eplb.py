@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks.serving.server_logs import moved
 from moe_placement_plugin.engines.vllm.layers import EPLB_ROW
+from moe_placement_plugin.lab.gpu.serving.server_logs import moved
 from tests.vllm.conftest import MOVING
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -91,7 +91,7 @@ def test_routing_in_torch_is_the_kernels():
 
 
 def test_a_fused_tensor_gets_rows_for_redundant_experts():
-    from moe_placement_plugin.engines.vllm.eplb_weights import with_replicas
+    from moe_placement_plugin.engines.vllm.eplb_replicas import with_replicas
 
     layer = type("Layer", (), {"layer_name": "model.layers.0.mlp.experts"})
     fused = torch.arange(4 * 6).view(4, 2, 3)
@@ -112,8 +112,8 @@ def test_models_that_name_no_redundant_experts_load_them_all_the_same():
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.models import glm4_moe_mtp
 
-    from moe_placement_plugin.engines.patching import PatchSet
-    from moe_placement_plugin.engines.vllm.eplb_weights import weight_patches
+    from moe_placement_plugin.engines.common.patching import PatchSet
+    from moe_placement_plugin.engines.vllm.eplb_replicas import weight_patches
 
     assert "num_redundant_experts" not in inspect.getsource(glm4_moe_mtp), (
         "this one names them now: take another, or drop the patch"

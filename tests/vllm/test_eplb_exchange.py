@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
-from moe_placement_plugin.engines.rebalancing import Rebalancer, policy_from  # noqa: E402
 from moe_placement_plugin.engines.vllm import eplb, eplb_phases  # noqa: E402
+from moe_placement_plugin.rebalancing.rebalancer import Rebalancer, policy_from  # noqa: E402
 from tests.exchange.conftest import ranks  # noqa: E402, F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

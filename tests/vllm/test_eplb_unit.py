@@ -12,10 +12,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.engines.patching import PatchSet  # noqa: E402
-from moe_placement_plugin.engines.rebalancing import Rebalancer, policy_from  # noqa: E402
-from moe_placement_plugin.engines.vllm import eplb, layers, preflight, settings, tuned  # noqa: E402
+from moe_placement_plugin.engines.common.patching import PatchSet  # noqa: E402
+from moe_placement_plugin.engines.vllm import eplb, kernel_configs, layers, resolve, settings  # noqa: E402
 from moe_placement_plugin.engines.vllm.eplb import REBALANCE_FLAG, logger  # noqa: E402
+from moe_placement_plugin.rebalancing.rebalancer import Rebalancer, policy_from  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -91,17 +91,17 @@ def test_rules_without_anything_that_rebalances_are_refused():
         PlacementError,
         match="--expert-rebalance without --enable-eplb and --expert-placement-strategy eplb",
     ):
-        preflight._rebalance({"min_gain": 0.1}, used=False)
+        resolve._rebalance({"min_gain": 0.1}, used=False)
 
 
 @pytest.mark.parametrize("load_format", ["dummy", SimpleNamespace(value="dummy")])
 def test_dummy_weights_are_not_verified(load_format):
-    assert preflight._level(None, True, load_format) == "off"
-    assert preflight._level("off", True, load_format) == "off"
+    assert resolve._level(None, True, load_format) == "off"
+    assert resolve._level("off", True, load_format) == "off"
     with pytest.raises(
         PlacementError, match="--expert-placement-verify replicas with --load-format dummy"
     ):
-        preflight._level("replicas", True, load_format)
+        resolve._level("replicas", True, load_format)
 
 
 def test_the_first_table_is_vllms():
@@ -131,7 +131,7 @@ def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(tmp_pa
     )
     before = settings.arrived()
     shapes = (65, 192, 32), (65, 32, 96)
-    patches = PatchSet(tuned.tuned_patches())
+    patches = PatchSet(kernel_configs.tuned_patches())
     try:
         settings.remember(settings.PlacementSettings.make("eplb", None, 2, eplb=True, redundant=8))
         untuned = fused_moe.try_get_optimal_moe_config(*shapes, 4, None, 1)

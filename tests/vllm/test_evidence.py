@@ -10,15 +10,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.engines.patching import PatchSet  # noqa: E402
-from moe_placement_plugin.engines.vllm import (  # noqa: E402
-    evidence,
-    layers,
-    loaded,
-    preflight,
-    reload,
-    stacked,
-)
+from moe_placement_plugin.engines.common.patching import PatchSet  # noqa: E402
+from moe_placement_plugin.engines.vllm import evidence, layers, loading, reload, resolve, stacked  # noqa: E402
 from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
 from tests.support.vllm_layers import (  # noqa: E402
     EXPERTS,
@@ -220,7 +213,7 @@ def test_a_model_that_was_never_looked_at_is_refused(looked_at):
         load_config=SimpleNamespace(load_format="gguf"),
     )
     runner = SimpleNamespace(get_model=lambda: model)
-    load = loaded._worker_load_model(lambda self: None)
+    load = loading._worker_load_model(lambda self: None)
     worker = SimpleNamespace(vllm_config=config, model_runner=runner)
     if looked_at:
         load(worker)
@@ -253,18 +246,18 @@ def test_pipeline_stages_are_checked_together(monkeypatch, other, exact, message
     settings = PlacementSettings.make("eplb", plan, 2, exact=exact)
     mine = {"model.layers.0.mlp.experts": (0, 6)}
     if message is None:
-        loaded._check_coverage(loaded._of_all_stages(mine), settings)
+        loading._check_coverage(loading._of_all_stages(mine), settings)
     else:
         with pytest.raises(PlacementError, match=message):
-            loaded._check_coverage(loaded._of_all_stages(mine), settings)
+            loading._check_coverage(loading._of_all_stages(mine), settings)
     other.clear()
     with pytest.raises(PlacementError, match="no MoE layer of vLLM's own kind"):
-        loaded._report({}, settings, True, stages=2)
+        loading._report({}, settings, True, stages=2)
 
 
-@pytest.mark.parametrize("architecture", preflight.EXPERTS_OF_THEIR_OWN)
+@pytest.mark.parametrize("architecture", resolve.EXPERTS_OF_THEIR_OWN)
 def test_models_whose_experts_are_not_vllms_are_refused_before_they_load(architecture):
     model = SimpleNamespace(is_moe=True, model="m", architecture=architecture)
     parallel = SimpleNamespace(enable_expert_parallel=True)
     with pytest.raises(PlacementError, match=f"^--flag: vLLM's {architecture} holds its experts"):
-        preflight._check(SimpleNamespace(), model, parallel, 2, "--flag")
+        resolve._check(SimpleNamespace(), model, parallel, 2, "--flag")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_placement_plugin import Placement
-from moe_placement_plugin.demo.tiny_models import Size, write_qwen3_moe
+from moe_placement_plugin.lab.demo.tiny_models import Size, write_qwen3_moe
 from tests.support.children import python_path
 from tests.support.stacked_models import write_gpt_oss
 from tests.vllm.conftest import ONE_EACH, TWO_RANKS, run_cases

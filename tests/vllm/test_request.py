@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import Placement, PlacementError
-from moe_placement_plugin.engines.model_shape import model_shape, moe_layer_ids
-from moe_placement_plugin.engines.vllm import request
-from moe_placement_plugin.engines.vllm.kernels import check_all2all, check_moe_backend
+from moe_placement_plugin.core.model_shape import model_shape, moe_layer_ids
+from moe_placement_plugin.engines.vllm import detect
 from moe_placement_plugin.engines.vllm.settings import PlacementSettings, layer_id_of
+from moe_placement_plugin.engines.vllm.support import check_all2all, check_moe_backend
 
-is_cpu_build = request.is_cpu_build  # the fixture below takes its place
+is_cpu_build = detect.is_cpu_build  # the fixture below takes its place
 
 
 @pytest.fixture(autouse=True)
 def gpu_build(monkeypatch):
-    monkeypatch.setattr(request, "is_cpu_build", lambda: False)
+    monkeypatch.setattr(detect, "is_cpu_build", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_the_cpu_build_is_told_from_the_others(monkeypatch, installed, expected)
     ],
 )
 def test_command_lines(argv, expected):
-    assert request.in_arguments(argv) is expected
+    assert detect.in_arguments(argv) is expected
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_command_lines(argv, expected):
 def test_yaml_files(tmp_path, line, expected):
     path = tmp_path / "config.yaml"
     path.write_text(f"model: m\n{line}\n")
-    assert request.in_arguments([f"--config={path}"]) is expected
-    assert request.in_arguments(["--config", str(path)]) is expected
+    assert detect.in_arguments([f"--config={path}"]) is expected
+    assert detect.in_arguments(["--config", str(path)]) is expected
 
 
 def test_expert_parallelism_on_the_cpu_build_is_a_request(monkeypatch):
-    monkeypatch.setattr(request, "is_cpu_build", lambda: True)
-    assert request.in_arguments(["--enable-expert-parallel"])
+    monkeypatch.setattr(detect, "is_cpu_build", lambda: True)
+    assert detect.in_arguments(["--enable-expert-parallel"])
 
 
 class EngineArgs:
@@ -94,7 +94,7 @@ class EngineArgs:
         self.__post_init__()
 
     def __post_init__(self):
-        self.found = request.requested()
+        self.found = detect.requested()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import Placement
-from moe_placement_plugin.demo.tiny_models import Size, write_qwen3_moe
+from moe_placement_plugin.lab.demo.tiny_models import Size, write_qwen3_moe
 from tests.support.children import engine_lock, python_path, run_child
 from tests.support.stacked_models import write_gpt_oss, write_llama4
 from tests.vllm.conftest import BOTH, ONE_EACH, TWO_RANKS, run_cases

@@ -17,7 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.engines.vllm import cpu, kernels, loaded, static  # noqa: E402
+from moe_placement_plugin.engines.vllm import cpu, expert_maps, loading, support  # noqa: E402
 from moe_placement_plugin.engines.vllm.settings import PlacementSettings  # noqa: E402
 from tests.support.children import python, run_child  # noqa: E402
 
@@ -36,7 +36,7 @@ def settings():
 def test_maps_are_made_on_torchs_default_device(settings):
     """vLLM builds the model under the accelerator's device context; a map on another device crashes the kernel."""
     with torch.device("meta"):
-        local, expert_map, mask = static._map_tensors(PLAN.expert_map(0, 1), 1, True)
+        local, expert_map, mask = expert_maps._map_tensors(PLAN.expert_map(0, 1), 1, True)
     assert local == 3 and expert_map.device.type == mask.device.type == "meta"
 
 
@@ -45,7 +45,7 @@ def test_masks_and_shared_experts_have_vllms_form():
 
     linear = Placement([[0, 1, 2, 3, 4, 5]], 6, (3, 3))
     for rank in range(2):
-        ours = static._map_tensors(linear.expert_map(0, rank), 2, True)
+        ours = expert_maps._map_tensors(linear.expert_map(0, rank), 2, True)
         theirs = determine_expert_map(2, rank, 6, "linear", 2, True)
         assert (
             ours[0] == theirs[0]
@@ -60,13 +60,13 @@ class Manager:
 
 
 def test_routing_tables(settings):
-    to_physical, to_global, local = static._routing_tables(settings, 2, Manager)
+    to_physical, to_global, local = expert_maps._routing_tables(settings, 2, Manager)
     assert to_global.tolist() == [0, 2, 4, 1, 3, 5] and local.tolist() == [1, 3, 5]
     assert to_physical[to_global].tolist() == list(range(6))
     assert to_physical.tolist() == [0, 3, 1, 4, 2, 5, -1]
     uneven = PlacementSettings.make("eplb", Placement([[0, 1, 2, 3, 4, 5]], 6, (4, 2), (2,)), 2)
     with pytest.raises(PlacementError, match="same number of experts on every rank"):
-        static._routing_tables(uneven, 2, Manager)
+        expert_maps._routing_tables(uneven, 2, Manager)
 
 
 def test_a_padded_token_finds_no_expert_in_the_routing_tables(settings, monkeypatch):
@@ -77,7 +77,7 @@ def test_a_padded_token_finds_no_expert_in_the_routing_tables(settings, monkeypa
     )
     monkeypatch.delitem(sys.modules, module.__name__)  # it holds the stand-in
     back_end = module.DeepEPLLPrepareAndFinalize.__new__(module.DeepEPLLPrepareAndFinalize)
-    back_end.global_to_physical = static._routing_tables(settings, 2, Manager)[0]
+    back_end.global_to_physical = expert_maps._routing_tables(settings, 2, Manager)[0]
     ids = torch.tensor([[5, 0], [-1, -1]])
     assert back_end._map_global_to_physical_ids(ids).tolist() == [[5, 0], [-1, -1]]
     back_end.global_to_physical = back_end.global_to_physical[:-1]  # the fault
@@ -88,7 +88,7 @@ def test_routing_tables_have_no_room_for_fused_shared_experts(settings):
     """Their ids begin behind the last expert, where the sentinel lies: their tokens would go nowhere without a word."""
     shared = type("Manager", (Manager,), {"num_fused_shared_experts": 1})
     with pytest.raises(PlacementError, match="1 fused shared experts"):
-        static._routing_tables(settings, 2, shared)
+        expert_maps._routing_tables(settings, 2, shared)
 
 
 def test_round_robin_routing_tables_are_vllms_own():
@@ -98,7 +98,7 @@ def test_round_robin_routing_tables_are_vllms_own():
     stock.global_num_experts, stock.num_fused_shared_experts, stock._local_num_experts = 6, 0, 3
     stock.moe_parallel_config = type("Config", (), {"ep_size": 2, "ep_rank": 1})
     zigzag = PlacementSettings.make("zigzag", Placement([[0, 2, 4, 1, 3, 5]], 6, (3, 3), (2,)), 2)
-    to_physical, *others = static._routing_tables(zigzag, 2, Manager)
+    to_physical, *others = expert_maps._routing_tables(zigzag, 2, Manager)
     theirs = stock._init_round_robin_expert_routing_tables()
     for ours, its in zip((to_physical[:-1], *others), theirs, strict=True):
         assert torch.equal(ours, its)
@@ -108,8 +108,8 @@ def test_the_weight_filter_keeps_exactly_the_experts_of_each_layer(settings, mon
     monkeypatch.setattr(PlacementSettings, "activate", lambda self: None)
     from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
-    skip = static._should_skip_weight(should_skip_weight)
-    local = static.LocalExperts(settings, 6, 2, 0)
+    skip = expert_maps._should_skip_weight(should_skip_weight)
+    local = expert_maps.LocalExperts(settings, 6, 2, 0)
     assert (
         local == {0, 2, 3, 4, 5}
         and local.of_layer(1) == {3, 4, 5}
@@ -184,11 +184,11 @@ def test_what_was_loaded_must_be_what_was_placed(names, rows, exact, message):
     settings = PlacementSettings.make("eplb", PLAN, 2, exact=exact)
     layers = {f"model.layers.{n}.mlp.experts": Layer(PLAN, row) for n, row in zip(names, rows)}
     if message is None:
-        loaded._report(layers, settings, main=True)
+        loading._report(layers, settings, main=True)
     else:
         with pytest.raises(PlacementError, match=message):
-            loaded._report(layers, settings, main=True)
-    loaded._report(
+            loading._report(layers, settings, main=True)
+    loading._report(
         {}, settings, main=False
     )  # a draft model, or a pipeline stage without MoE layers
 
@@ -201,13 +201,13 @@ def test_kernels_are_told_by_name_and_by_code():
 
     method = type("Method", (), {})()
     method.experts_cls = TritonExperts
-    kernels.check_experts(method, False, "layer")
+    support.check_experts(method, False, "layer")
     method.experts_cls = TrtLlmBf16ExpertsMonolithic
     with pytest.raises(
         PlacementError,
         match="model.layers.1: vLLM chose the MoE kernel TrtLlmBf16ExpertsMonolithic.*--moe-backend",
     ):
-        kernels.check_experts(method, False, "model.layers.1")
+        support.check_experts(method, False, "model.layers.1")
 
 
 def test_kernels_that_remap_ids_by_the_map_are_accepted():
@@ -219,24 +219,24 @@ def test_kernels_that_remap_ids_by_the_map_are_accepted():
 
     method = type("Method", (), {})()
     for method.experts_cls in (cutlass_moe.CutlassExpertsFp4, cutlass_moe.CutlassExpertsMxfp4):
-        kernels.check_experts(method, False, "layer")
+        support.check_experts(method, False, "layer")
     # In 0.25 and 0.28 these classes are given a map and leave it.
     method.experts_cls = type(
         "CutlassExpertsFp4", (), {"apply": lambda self, topk_ids, expert_map: topk_ids}
     )
     with pytest.raises(PlacementError, match="the MoE kernel CutlassExpertsFp4, which is not"):
-        kernels.check_experts(method, False, "layer")
+        support.check_experts(method, False, "layer")
     for method.experts_cls in (
         cutlass_moe.CutlassBatchedExpertsFp8,
         FlashInferCuteDSLBatchedExperts,
     ):
-        kernels.check_experts(method, True, "layer")
+        support.check_experts(method, True, "layer")
         with pytest.raises(PlacementError, match="Batched"):  # no routing tables sort its tokens
-            kernels.check_experts(method, False, "layer")
-    kernels.check_moe_backend("flashinfer_cutedsl", use_tables=True)
+            support.check_experts(method, False, "layer")
+    support.check_moe_backend("flashinfer_cutedsl", use_tables=True)
     for backend, use_tables in (("flashinfer_cutedsl", False), ("flashinfer_cutlass", True)):
         with pytest.raises(PlacementError, match=f"MoE back end {backend} computes"):
-            kernels.check_moe_backend(backend, use_tables)
+            support.check_moe_backend(backend, use_tables)
 
 
 def test_a_padded_token_is_no_token_of_the_last_expert_on_cpu():
@@ -248,7 +248,7 @@ def test_a_padded_token_is_no_token_of_the_last_expert_on_cpu():
 
 
 def test_every_class_of_cpu_experts_has_a_patch_that_fits():
-    from moe_placement_plugin.engines.patching import PatchSet
+    from moe_placement_plugin.engines.common.patching import PatchSet
 
     patches = cpu.cpu_patches()
     assert PatchSet(patches).check() == []

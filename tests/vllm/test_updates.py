@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import PlacementError  # noqa: E402
-from moe_placement_plugin.engines.patching import PatchSet  # noqa: E402
+from moe_placement_plugin.engines.common.patching import PatchSet  # noqa: E402
 from moe_placement_plugin.engines.vllm import (  # noqa: E402
     evidence,
     layers,

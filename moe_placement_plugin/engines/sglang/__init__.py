@@ -7,27 +7,27 @@ def register() -> None:
     """Make SGLang accept the flags, or, in a worker of a server that was given them, honour them."""
     import sys
 
-    from . import eplb, hosts, loaded, recording, reload, settings
+    from . import eplb, hosts, recording, reload, settings, verification
 
     asked = settings.current()
-    if asked is None and recording.current() is None and loaded.current() is None:
-        from .launcher import LAUNCHER
+    if asked is None and recording.current() is None and verification.current() is None:
+        from .flags import LAUNCHER
 
         LAUNCHER.register()
     elif "sglang.srt.managers.scheduler" in sys.modules:
         # Processes without a model (detokenizer, data parallel controller) need not import the model runner. Should a
         # worker ever come without this module, `settings.SENTINEL` stops it.
         if asked is not None:
-            from .worker import hooks
+            from .patches import hooks
 
             hooks().register()
             if asked.moves:
                 eplb.hooks().register()
             if asked.nodes > 1:
                 hosts.hooks().register()
-        if loaded.current() is not None:
-            loaded.hooks().register()
-        if asked is not None or loaded.current() is not None:
+        if verification.current() is not None:
+            verification.hooks().register()
+        if asked is not None or verification.current() is not None:
             reload.hooks().register()
         if recording.current() is not None:
             recording.hooks().register()

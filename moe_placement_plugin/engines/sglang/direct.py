@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...placement import Placement
+from ...core.placement import Placement
 from . import settings
 from .support import Combination
 

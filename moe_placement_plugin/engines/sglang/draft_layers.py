@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import PlacementError
-from ...placement import Placement
+from ...core.errors import PlacementError
+from ...core.placement import Placement
 
 ATTRIBUTE = "_moe_placement_draft"
 """Attribute of a draft's ``FusedMoE``: its `DraftLayer`."""

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import PlacementError
-from ..drafts import draft_path
-from ..load_recorder import check_path
-from ..model_shape import num_experts_of
+from ...core.errors import PlacementError
+from ...core.model_shape import num_experts_of
+from ...recording.recorder import check_path
+from ..common.drafts import draft_path
 from . import drafts
-from .hooks import Hook, HookSet
+from .compat import resolved
+from .hook_registry import Hook, HookSet
 from .load_recording import LoadRecording, routers_of
-from .verify import expert_layers
-from .versions import resolved
+from .slot_digests import expert_layers
 
 logger = logging.getLogger(__name__)
 

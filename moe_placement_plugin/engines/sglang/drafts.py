@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ...errors import PlacementError
-from ...placement import Placement, even_slots
+from ...core.errors import PlacementError
+from ...core.model_shape import num_experts_of
+from ...core.placement import Placement, even_slots
+from ...core.topology import Topology
 from ...strategies import PlacementRequest, get_strategy
 from ...strategies.resolve import ModelShape, check_draft_rows
-from ...topology import Topology
-from ..drafts import layer_numbers
-from ..model_shape import num_experts_of
-from . import direct, draft_layers, evidence, settings, versions
-from .verify import expert_layers
+from ..common.drafts import layer_numbers
+from . import compat, direct, draft_layers, evidence, settings
+from .slot_digests import expert_layers
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Loading:
     def __init__(self, runner: Any, asked: settings.Settings, placement: Placement):
         config = runner.model_config.hf_text_config
         self.part = getattr(runner, "draft_model_idx", None)
-        self.parts = int(versions.resolved(runner.server_args).speculative_num_steps or 1)
+        self.parts = int(compat.resolved(runner.server_args).speculative_num_steps or 1)
         self.redundant, self.ranks = placement.num_redundant, placement.num_ranks
         self.rows = None if asked.moves else placement.draft
         self.experts = num_experts_of(config)
@@ -173,7 +173,7 @@ def _check_layer(name: str, layer: Any, own: draft_layers.DraftLayer) -> None:
         from .support import unmapped_quantizations
 
         method = type(layer.quant_method).__name__
-        if method in unmapped_quantizations(versions.OLDEST).values():
+        if method in unmapped_quantizations(compat.OLDEST).values():
             raise PlacementError(
                 f"{name} of the draft is quantized by {method}, which puts zero points or scales where the trivial map has "
                 f"them: {LEAVE}"
@@ -185,7 +185,7 @@ def _check_layer(name: str, layer: Any, own: draft_layers.DraftLayer) -> None:
                 )
     metadata = evidence.in_force()
     if (
-        not versions.topk_finds_the_placement()
+        not compat.topk_finds_the_placement()
         and metadata is not None
         and layer.layer_id >= metadata.num_layers
     ):
@@ -246,7 +246,7 @@ def settle(runner: Any, asked: settings.Settings) -> None:
     if not rows:
         return
     in_order = all(own.in_order for own in rows.values())
-    if not (in_order and versions.topk_finds_the_placement()):  # else SGLang's own way
+    if not (in_order and compat.topk_finds_the_placement()):  # else SGLang's own way
         _route_all(runner.model, rows)
     by_plan = asked.placement is not None and asked.placement.draft is not None
     how = "its rows of the plan" if by_plan else asked.strategy
@@ -259,7 +259,7 @@ def settle(runner: Any, asked: settings.Settings) -> None:
 
 
 def _route_all(model: Any, rows: dict[Any, draft_layers.DraftLayer]) -> None:
-    from .layers import check_router, moe_blocks
+    from .loading import check_router, moe_blocks
 
     for name, layer, router in moe_blocks(model, "draft model: "):
         if not rows[layer].in_order:
@@ -281,7 +281,7 @@ def _route(layer: Any, router: Any, own: draft_layers.DraftLayer) -> None:
 
 def _reads(runner: Any, asked: settings.Settings) -> bool:
     """Whether a draft's weights come from a checkpoint: its load format may be another than the target's."""
-    args = versions.resolved(runner.server_args)
+    args = compat.resolved(runner.server_args)
     own = getattr(args, "speculative_draft_load_format", None)
     return asked.reads if own is None else str(getattr(own, "value", own)) != "dummy"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from . import settings
 
 

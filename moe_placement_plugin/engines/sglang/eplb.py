@@ -12,16 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import PlacementError
-from ...exchange.decision import RebalancePolicy
+from ...core.errors import PlacementError
+from ...core.load import ExpertLoad
 from ...exchange.watchdog import WaitingFor, Watchdog
-from ...load import ExpertLoad
-from ..eplb_table import inverse_maps
-from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import elastic, eplb_count, eplb_update, expert_reader, loaded, phases, settings
-from .hooks import Hook, HookSet
+from ...rebalancing.decision import RebalancePolicy
+from ...rebalancing.rebalancer import REBALANCE_FLAG, Rebalancer, policy_from
+from ...rebalancing.tables import inverse_maps
+from . import (
+    elastic,
+    eplb_counting,
+    eplb_exchange,
+    eplb_phases,
+    expert_reader,
+    settings,
+    verification,
+)
+from .hook_registry import Hook, HookSet
 from .hosts import real_topology
-from .verify import digests_known, expert_layers, recheck, renew
+from .slot_digests import digests_known, expert_layers, recheck, renew
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +106,17 @@ def list_weights(model: Any) -> None:
             "--disable-shared-experts-fusion, or leave --enable-eplb out"
         )
     model.routed_experts_weights_of_layer = LazyValue(
-        lambda: {layer.layer_id: eplb_update.slot_tensors(layer) for layer in experts}
+        lambda: {layer.layer_id: eplb_exchange.slot_tensors(layer) for layer in experts}
     )
 
 
 def warm_up(asked: settings.Settings) -> None:
     """Compile planner and exchange while the model loads."""
-    from .. import eplb_table
+    from ...rebalancing import tables
 
     placement = asked.placement
     assert placement is not None, "settled before a model loads"
-    eplb_table.warm_up(
+    tables.warm_up(
         placement.physical_to_logical,
         placement.num_logical_experts,
         placement.num_ranks,
@@ -122,7 +130,7 @@ def _known(model: Any) -> bool:
     Raises:
         PlacementError: when replicas of an updated expert differ.
     """
-    if loaded.current() is None:
+    if verification.current() is None:
         return False
     if elastic.may_lose_ranks():  # some may be dead: no collective
         return digests_known(model)
@@ -141,22 +149,22 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
     policy = policy_from(asked.rebalance, REBALANCE_FLAG)
     if asked.plans and not hasattr(self, _PLANNER):
         setattr(self, _PLANNER, _planner(policy, model.routed_experts_weights_of_layer))
-    here = eplb_update.Rebalance(
+    here = eplb_exchange.Rebalance(
         Watchdog(policy.watchdog, report=logger.warning), getattr(self, _PLANNER, None)
     )
     steps = original(self)
     while True:
-        eplb_update.under_way = here
+        eplb_exchange.under_way = here
         try:
             with here.watchdog:
                 known = _known(model)
                 here.watchdog.waits_for(
-                    WaitingFor("all-reduce of the load", peers=eplb_update.others())
+                    WaitingFor("all-reduce of the load", peers=eplb_exchange.others())
                 )
                 ended = next(steps, _END) is _END
                 if here.moved and known:
                     here.watchdog.waits_for(
-                        WaitingFor("verification", tuple(here.moved), peers=eplb_update.others())
+                        WaitingFor("verification", tuple(here.moved), peers=eplb_exchange.others())
                     )
                     recheck(
                         model,
@@ -165,7 +173,7 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
                         elastic.may_lose_ranks(),
                     )
         finally:
-            eplb_update.under_way = None
+            eplb_exchange.under_way = None
         if ended:
             return
         here.moved = []
@@ -199,7 +207,7 @@ def plan(
     Args:
         tokens_per_expert: ``[forward passes, layers, experts]``, alike on all ranks.
     """
-    planner = None if eplb_update.under_way is None else eplb_update.under_way.planner
+    planner = None if eplb_exchange.under_way is None else eplb_exchange.under_way.planner
     if planner is None:
         return original(
             tokens_per_expert,
@@ -215,7 +223,7 @@ def plan(
     in_force = get_global_expert_location_metadata().physical_to_logical_map_cpu.numpy()
     rows = list(planner.layer_ids)
     counts, of = windows(
-        tokens_per_expert.cpu().numpy()[:, rows], phases.of_passes(len(tokens_per_expert))
+        tokens_per_expert.cpu().numpy()[:, rows], eplb_phases.of_passes(len(tokens_per_expert))
     )
     table = in_force.copy()
     ranks, live = num_physical_experts // num_local_physical_experts, elastic.live_ranks()
@@ -224,7 +232,7 @@ def plan(
             counts
         )  # what was lost must find a place, whether or not anything was recorded
     if counts.any():
-        load = ExpertLoad(counts / phases.ranks_that_count_alike(), planner.layer_ids, of)
+        load = ExpertLoad(counts / eplb_phases.ranks_that_count_alike(), planner.layer_ids, of)
         table[rows], _ = planner.propose(
             load, in_force[rows], ranks, num_groups or 1, num_nodes, live
         )
@@ -255,8 +263,8 @@ def windows(
     """
     seen = counts.any(axis=(1, 2))
     parts, of = [], []
-    for phase in dict.fromkeys(phases):
-        served = counts[seen & (np.asarray(phases) == phase)]
+    for phase in dict.fromkeys(eplb_phases):
+        served = counts[seen & (np.asarray(eplb_phases) == phase)]
         first = np.linspace(0, len(served), min(most, len(served)) + 1).astype(int)[:-1]
         if len(first):
             parts.append(np.add.reduceat(served, first, axis=0, dtype=np.float64))
@@ -306,7 +314,7 @@ def hooks() -> HookSet:
             Hook(
                 name="eplb-update",
                 target="sglang.srt.eplb.expert_location_updater:ExpertLocationUpdater.update",
-                hook=eplb_update.update,
+                hook=eplb_exchange.update,
                 relies_on=(
                     "routed_experts_weights_of_layer",
                     "new_expert_location_metadata",
@@ -317,8 +325,8 @@ def hooks() -> HookSet:
                 upstream="SGLang #12068, #8345",
                 removable_when="the updater takes executors from plugins",
             ),
-            *phases.phase_hooks(),
-            *eplb_count.count_hooks(),
+            *eplb_phases.phase_hooks(),
+            *eplb_counting.count_hooks(),
             Hook(
                 name="eplb-needed",
                 target="sglang.srt.eplb.eplb_manager:EPLBManager._check_rebalance_needed",

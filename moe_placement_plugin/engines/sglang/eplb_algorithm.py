@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from ...planner import plan
-from ..eplb_table import inverse_maps
+from ...rebalancing.tables import inverse_maps
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from . import draft_layers, settings
 
 _WEIGHT = re.compile(r"w\d+_q?weight(_packed)?")

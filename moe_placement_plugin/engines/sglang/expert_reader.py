@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from ...exchange.checkpoint import Checkpoint, Source
 
 if TYPE_CHECKING:

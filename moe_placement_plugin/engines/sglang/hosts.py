@@ -10,16 +10,17 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
+from ...core.topology import Topology
+from ...formats.packed import pack, unpack
 from ...hosts import session
-from ...hosts.parcel import pack, unpack
 from ...hosts.watch import DEFAULT_TIMEOUT, JoinWatch, check_timeout, end_process
 from ...strategies import get_strategy
 from ...strategies.base import LOCALITIES
-from ...topology import Topology
-from ..host_flags import LOCALITY_FLAG, TIMEOUT_FLAG
-from . import loaded, settings
-from .hooks import Hook, HookSet
+from ..common.host_flags import LOCALITY_FLAG, TIMEOUT_FLAG
+from . import settings
+from . import verification as loaded
+from .hook_registry import Hook, HookSet
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from ...hosts import session
-from ..load_counters import LoadCounters
-from ..load_recorder import LoadRecorder, Windows
-from .versions import attention_dp_width, replicas, resolved
+from ...recording.counters import LoadCounters
+from ...recording.recorder import LoadRecorder, Windows
+from .compat import attention_dp_width, replicas, resolved
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from . import evidence, expert_reader, settings
-from .verify import expert_layers
+from .slot_digests import expert_layers
 
 _STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj)_(blocks|scales|bias)$")
 """What gpt-oss's MXFP4 checkpoints call tensors of all experts."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ...errors import PlacementError
-from ..load_recorder import DEFAULT_INTERVAL, check_interval, check_path
-from .hooks import Hook, HookSet
+from ...core.errors import PlacementError
+from ...recording.recorder import DEFAULT_INTERVAL, check_interval, check_path
+from .compat import attention_dp_width, check_version, model_config, resolved
+from .hook_registry import Hook, HookSet
 from .load_recording import COUNT, LoadRecording, routers_of
-from .versions import attention_dp_width, check_version, model_config, resolved
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def accept(server_args: Any, asked: RecordSettings | None) -> Any:
 
 
 def _install_metrics(server_args: Any, asked: RecordSettings) -> None:
-    from ... import metrics
+    from ...recording import metrics
     from . import settings
 
     def placement_of(load):
@@ -136,7 +136,7 @@ def _check_server_args(original: Callable, server_args: Any) -> Any:
 
 
 def _check(server_args: Any, asked: RecordSettings) -> None:
-    from ..model_shape import model_shape
+    from ...core.model_shape import model_shape
 
     values = resolved(server_args)
     flag = f"--expert-load-record {asked.path}"
@@ -179,7 +179,7 @@ def _load_model(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any
 
 
 def _of_target(asked: RecordSettings, runner: Any) -> LoadRecording:
-    from ..model_shape import model_shape
+    from ...core.model_shape import model_shape
 
     config = runner.model_config.hf_text_config
     shape = model_shape(config, runner.server_args.model_path)

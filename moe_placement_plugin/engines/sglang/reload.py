@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from . import draft_layers, evidence, expert_reader, settings
-from .hooks import Hook, HookSet
-from .verify import expert_layers, weights_are_whole, weights_change, weights_changed
+from .hook_registry import Hook, HookSet
+from .slot_digests import expert_layers, weights_are_whole, weights_change, weights_changed
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _of_weights(request: Any) -> bool:
 
 def _comes_back(runner: Any) -> bool:
     """Whether released weights come back as they were: from a copy on the host, or because nothing was released."""
-    from .versions import resolved
+    from .compat import resolved
 
     args = resolved(runner.server_args)
     saver = getattr(args, "enable_memory_saver", False)

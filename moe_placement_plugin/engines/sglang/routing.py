@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from . import direct, draft_layers, versions
+from . import compat, direct, draft_layers
 
 # Attribute of the TopK config of every MoE layer of the target model: the layer's id. A draft's have a row of their own.
 LAYER = "_moe_placement_layer"
@@ -48,7 +48,7 @@ def select(
     """
     given = rest.get("expert_location_dispatch_info")
     if draft_layers.of_router(topk_config) is not None:
-        later = topk_config.torch_native and not versions.topk_finds_the_placement()
+        later = topk_config.torch_native and not compat.topk_finds_the_placement()
         rest["expert_location_dispatch_info"] = None if later else _resolve(topk_config, given)
     elif given is not None or not topk_config.torch_native:
         rest["expert_location_dispatch_info"] = _resolve(topk_config, given)

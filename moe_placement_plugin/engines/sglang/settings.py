@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...placement import Placement
+from ...core.placement import Placement
 
 ATTRIBUTE = "_moe_placement"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from packaging.version import Version
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from .supported import RIGHT
 
 

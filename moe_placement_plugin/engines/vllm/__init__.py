@@ -9,7 +9,7 @@ of serving with the default placement.
 
 def general_plugin() -> None:
     """Entry point of ``vllm.general_plugins``: accept the flag if it is asked for."""
-    from .request import requested
+    from .detect import requested
 
     if requested():
         from .flags import open_flags
@@ -23,7 +23,7 @@ def platform_plugin() -> None:
     Code that builds vLLM's argument parser by itself does so before general plugins load. Returns None,
     which tells vLLM that this is no platform.
     """
-    from .request import requested
+    from .detect import requested
 
     if requested(frames=False):
         from wrapt import register_post_import_hook

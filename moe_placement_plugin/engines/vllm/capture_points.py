@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from .settings import layer_id_of
 
 _ROUTE = "choose a kernel that leaves routing to vLLM, such as --moe-backend triton, or leave --expert-load-record out"

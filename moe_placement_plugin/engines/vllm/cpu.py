@@ -12,7 +12,7 @@ import inspect
 import threading
 from typing import Any
 
-from ..patching import Patch
+from ..common.patching import Patch
 
 _EXPERTS = "vllm.model_executor.layers.fused_moe.experts"
 _MODULES = (f"{_EXPERTS}.cpu_moe", f"{_EXPERTS}.cpu_int4_moe", f"{_EXPERTS}.zentorch_moe")

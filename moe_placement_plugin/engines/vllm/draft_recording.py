@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..drafts import draft_path
-from ..load_recorder import check_path
-from ..patching import Patch
+from ...recording.recorder import check_path
+from ..common.drafts import draft_path
+from ..common.patching import Patch
 from .layers import num_logical, routed_layers
 from .speculator_recording import RECORDER, is_followed, speculator_patches
 

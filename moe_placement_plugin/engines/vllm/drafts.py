@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from ...strategies.resolve import ModelShape
-from ..drafts import draft_layer_id
+from ..common.drafts import draft_layer_id
 
 _loading: ContextVar[bool] = ContextVar("moe_placement_loading_draft", default=False)
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
+from ...core.load import ExpertLoad
+from ...core.placement import Placement
 from ...exchange.watchdog import WaitingFor, Watchdog
-from ...load import ExpertLoad
-from ...placement import Placement
-from ..patching import Patch
-from ..rebalancing import REBALANCE_FLAG, Rebalancer, policy_from
-from . import eplb_exchange, eplb_phases, eplb_weights, reload, tuned, verify
+from ...rebalancing.rebalancer import REBALANCE_FLAG, Rebalancer, policy_from
+from ..common.patching import Patch
+from . import eplb_exchange, eplb_phases, eplb_replicas, kernel_configs, reload, verification
 from .eplb_support import check_slots
 from .hosts import real_topology
-from .kernels import ALL2ALL_WITH_MAP
 from .layers import EPLB_ROW, num_logical, routed_layers
 from .settings import PlacementSettings, arrived, layer_id_of, settings_of
+from .support import ALL2ALL_WITH_MAP
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -85,7 +85,7 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
         )
         rebalancers[shape].counted_by = counted_by(state.model)
         eplb.policy = planner_policy(rebalancers)
-    from ..eplb_table import warm_up  # not earlier: see there
+    from ...rebalancing.tables import warm_up  # not earlier: see there
 
     warm_up(
         state.physical_to_logical_map.cpu().numpy(),
@@ -155,9 +155,9 @@ def _copy_of_map(state: Any) -> Any:
 def _check(state: Any, old: Any) -> None:
     """Verify the layers whose table is not ``old`` any more, int ``[layers, physical experts]`` on the host."""
     rows = (old != state.physical_to_logical_map.cpu()).any(dim=1).nonzero().flatten().tolist()
-    if rows and verify.is_verified(state.model):
+    if rows and verification.is_verified(state.model):
         began = time.perf_counter()
-        slots = verify.check_again(
+        slots = verification.check_again(
             state.model, "expert weights were damaged by an exchange", rows=rows
         )
         logger.info(
@@ -192,8 +192,8 @@ def planner_policy(rebalancers: dict[tuple[int, int], Rebalancer]) -> type:
             import torch
 
             from .eplb_policy import (
-                rebalance_experts,
-            )  # compiles kernels, and numba must not be loaded before a worker has begun
+                rebalance_experts,  # compiles kernels, and numba must not be loaded before a worker has begun
+            )
 
             whole = (
                 old_global_expert_indices is not None
@@ -305,7 +305,7 @@ def _rearrange(original):
 def _move_to_workspace(original):
     def _move_to_workspace(model_state, *args, **kwargs):
         row = model_state.pending_result.layer_idx
-        old = _copy_of_map(model_state) if verify.is_verified(model_state.model) else None
+        old = _copy_of_map(model_state) if verification.is_verified(model_state.model) else None
         result = original(model_state, *args, **kwargs)
         if old is not None and not old[row].equal(model_state.physical_to_logical_map[row].cpu()):
             _check(model_state, old)
@@ -396,8 +396,8 @@ def eplb_patches() -> list[Patch]:
             upstream="vLLM issue 57883",
             removable_when="vLLM reports an exchange that does not finish",
         ),
-        *eplb_weights.weight_patches(),
+        *eplb_replicas.weight_patches(),
         *eplb_exchange.exchange_patches(),
         *eplb_phases.phase_patches(),
-        *tuned.tuned_patches(),
+        *kernel_configs.tuned_patches(),
     ]

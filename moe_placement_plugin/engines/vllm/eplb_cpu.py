@@ -10,7 +10,7 @@ import logging
 import time
 from typing import Any
 
-from ..patching import Patch
+from ..common.patching import Patch
 from .layers import mixture_of_experts
 
 logger = logging.getLogger("vllm.moe_placement_plugin")

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ...exchange.agreement import ExchangeAborted
+from ...exchange.commit import ExchangeAborted
 from ...exchange.watchdog import Watchdog
-from ..exchanger import Exchanger, Meeting, connect, whole
-from ..patching import Patch
+from ...rebalancing.exchanger import Exchanger, Meeting, connect, whole
+from ..common.patching import Patch
 from .layers import routed_layers
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
@@ -297,7 +297,7 @@ def _logical_maps(original):
     def compute_logical_maps(physical_to_logical_map, num_logical_experts):
         import torch
 
-        from ..eplb_table import inverse_maps
+        from ...rebalancing.tables import inverse_maps
 
         held = physical_to_logical_map.numpy()
         whole_table = held[None] if held.ndim == 1 else held

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..patching import Patch
+from ..common.patching import Patch
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 

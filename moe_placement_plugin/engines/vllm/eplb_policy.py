@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..eplb_table import rebalance_table
+from ...rebalancing.tables import rebalance_table
 
 if TYPE_CHECKING:
     import torch

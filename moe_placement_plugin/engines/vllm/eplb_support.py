@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ...errors import PlacementError
-from ...placement import Placement
+from ...core.errors import PlacementError
+from ...core.placement import Placement
 from .layers import mixture_of_experts, routed_layers
 
 MEND = "leave --enable-eplb out, the placement then holds for as long as the server runs"

@@ -15,8 +15,8 @@ import re
 from types import MethodType
 from typing import Any
 
-from ...errors import PlacementError
-from ..patching import Patch
+from ...core.errors import PlacementError
+from ..common.patching import Patch
 from .layers import EXPECTED, moved_slots, num_logical, slot_experts
 from .reload_table import local_copies
 from .signature import Signature, signature

@@ -6,11 +6,12 @@ import functools
 import typing
 from typing import Any
 
-from ...fingerprint.level import HELP, LEVELS
+from ...rebalancing import rebalancer
 from ...strategies import ALIASES, get_strategy, strategy_names
-from .. import host_flags, rebalancing
-from ..patching import Patch, PatchSet
-from .request import FILE_KEY, KEYS, RECORD_KEY
+from ...verification.level import HELP, LEVELS
+from ..common import host_flags
+from ..common.patching import Patch, PatchSet
+from .detect import FILE_KEY, KEYS, RECORD_KEY
 
 
 class StrategyChoices(Patch):
@@ -85,7 +86,7 @@ def _add_cli_args(original):
                 help="A placement plan, which wins over --expert-placement-strategy, or a recorded expert load that strategy "
                 "eplb plans from.",
             )
-            rebalancing.add_argument(group)
+            rebalancer.add_argument(group)
             host_flags.add_arguments(group)
             group.add_argument("--expert-placement-verify", default=None, choices=LEVELS, help=HELP)
             group.add_argument(
@@ -137,13 +138,13 @@ def _init(original):
 def _create_engine_config(original):
     @functools.wraps(original)
     def create_engine_config(self, *args, **kwargs):
-        from . import preflight
+        from . import resolve
+        from .detect import asks, is_cpu_build
         from .eplb_cpu import allow_eplb_on_cpu
-        from .request import asks, is_cpu_build
 
         if not asks(self):
             return original(self, *args, **kwargs)
-        preflight.check_version()
+        resolve.check_version()
         placed = self.expert_placement_strategy != "linear" or FILE_KEY in (
             self.additional_config or {}
         )
@@ -153,7 +154,7 @@ def _create_engine_config(original):
             get_strategy(
                 self.expert_placement_strategy
             )  # an unknown name is refused before vLLM reads the model
-        return preflight.resolve(original(self, *args, **kwargs))
+        return resolve.resolve(original(self, *args, **kwargs))
 
     return create_engine_config
 

@@ -6,11 +6,11 @@ import logging
 from functools import partial
 from typing import Any
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
+from ...core.topology import Topology
 from ...hosts import session
 from ...hosts.watch import DEFAULT_TIMEOUT, JoinWatch, end_process
-from ...topology import Topology
-from ..patching import Patch
+from ..common.patching import Patch
 from .settings import PlacementSettings, arrived, settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import PlacementError
-from ..patching import Patch, PatchSet
+from ...core.errors import PlacementError
+from ..common.patching import Patch, PatchSet
 from .layers import num_logical, slot_experts
 from .settings import arrived, layer_id_of
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from ..patching import PatchSet
+from ..common.patching import PatchSet
 
 
 @lru_cache(maxsize=1)
 def patch_set() -> PatchSet:
     """The patches that place experts, and on the CPU build those that make its kernels honour expert maps."""
     from .cpu import cpu_patches
-    from .request import is_cpu_build
-    from .static import static_patches
+    from .detect import is_cpu_build
+    from .expert_maps import static_patches
 
     return PatchSet([*static_patches(), *(cpu_patches() if is_cpu_build() else ())])
 
@@ -22,9 +22,9 @@ def patch_set() -> PatchSet:
 @lru_cache(maxsize=1)
 def eplb_set() -> PatchSet:
     """The patches of a placement under vLLM's EPLB, which its CPU build lacks altogether."""
+    from .detect import is_cpu_build
     from .eplb import eplb_patches
     from .eplb_cpu import cpu_eplb_patches
-    from .request import is_cpu_build
 
     return PatchSet([*eplb_patches(), *(cpu_eplb_patches() if is_cpu_build() else ())])
 
@@ -32,7 +32,7 @@ def eplb_set() -> PatchSet:
 @lru_cache(maxsize=1)
 def load_set() -> PatchSet:
     """The patch that checks what was loaded."""
-    from .loaded import load_patches
+    from .loading import load_patches
 
     return PatchSet(load_patches())
 
@@ -67,7 +67,7 @@ def patch_sets(settings: Mapping[str, Any]) -> list[PatchSet]:
     Args:
         settings: a `settings.PlacementSettings`.
     """
-    from .request import is_cpu_build
+    from .detect import is_cpu_build
 
     sets = []
     if settings["eplb"]:

@@ -13,15 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
+from ...core.model_shape import model_shape
 from ...hosts import session
-from ..load_counters import LoadCounters
-from ..load_recorder import DEFAULT_INTERVAL, LoadRecorder, Windows, check_interval, check_path
-from ..model_shape import model_shape
-from ..patching import Patch, PatchSet
+from ...recording.counters import LoadCounters
+from ...recording.recorder import (
+    DEFAULT_INTERVAL,
+    LoadRecorder,
+    Windows,
+    check_interval,
+    check_path,
+)
+from ..common.patching import Patch, PatchSet
 from .capture_points import capture_points
+from .detect import COACTIVATION_KEY, INTERVAL_KEY, RECORD_KEY
 from .draft_recording import bind_draft, draft_patches
-from .request import COACTIVATION_KEY, INTERVAL_KEY, RECORD_KEY
 from .settings import settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
@@ -87,7 +93,7 @@ def install_metrics(settings: Any) -> None:
     Args:
         settings: a `settings.PlacementSettings` with a recording.
     """
-    from ... import metrics
+    from ...recording import metrics
 
     ranks = settings["record"]["ep_ranks"]
 

@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from . import eplb_exchange
 from .evidence import EVIDENCE, check_evidence, watch
 from .layers import EPLB_ROW, EXPECTED, mixture_of_experts, moved_slots, routed_layers
@@ -157,7 +157,7 @@ def renew(model: Any, settings: PlacementSettings) -> None:
     Raises:
         WeightsMismatch: for replicas that differ.
     """
-    from .verify import verify_loaded
+    from .verification import verify_loaded
 
     updates = updates_of(model)
     assert updates is not None, "only a model that serves has digests to renew"

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import PlacementError
-from ..patching import Patch
+from ...core.errors import PlacementError
+from ..common.patching import Patch
 from .layers import EPLB_ROW, moved_slots, routed_layers
 from .reload import abandon, begin, finish, refuse_while_moving, updates_of
 from .settings import PlacementSettings, settings_of

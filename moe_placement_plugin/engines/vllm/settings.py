@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ...hosts.parcel import pack, unpack
-from ...placement import Placement, even_slots
+from ...core.placement import Placement, even_slots
+from ...core.topology import Topology
+from ...formats.packed import pack, unpack
 from ...strategies import PlacementRequest, get_strategy
-from ...topology import Topology
 
 KEY = "moe_placement_plugin"
 """Key of ``additional_config``."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..patching import Patch
+from ..common.patching import Patch
 
 RECORDER = "_moe_placement_draft_recording"
 """Attribute of vLLM's proposer or speculator: the `recording.LoadRecording` of its model."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 from .evidence import EVIDENCE, IN_ORDER, MEND
 from .layers import num_logical, routed_layers, slot_experts
 from .reload import enter_update

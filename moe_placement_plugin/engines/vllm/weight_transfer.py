@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import PlacementError
+from ...core.errors import PlacementError
 
 BY_THE_LOADER = {
     "nccl": "NCCLWeightTransferEngine",

@@ -42,7 +42,7 @@ def _around(patch, install):
 
         module.Patch.apply = apply_and_install
 
-    register_post_import_hook(hook, "moe_placement_plugin.engines.patching")
+    register_post_import_hook(hook, "moe_placement_plugin.engines.common.patching")
 
 
 def _one_rank_skips(layer, expert_id):
@@ -100,7 +100,7 @@ def _first_table(module):
 
 FAULT = os.environ.get("TEST_LOAD_FAULT")
 if FAULT == "filter as upstream":
-    register_post_import_hook(_filter_as_upstream, "moe_placement_plugin.engines.vllm.static")
+    register_post_import_hook(_filter_as_upstream, "moe_placement_plugin.engines.vllm.expert_maps")
 elif FAULT == "replica never filled":
     _wrap_loader(_one_rank_skips)
 elif FAULT == "neighbour's weights":

@@ -91,7 +91,7 @@ def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
 
 def write_plan(recipe: Recipe, placement: str, file: Path) -> Path:
     """The plan file of a placement, a row for each MoE layer; for a draft's too, unless EPLB moves the target's experts."""
-    from moe_placement_plugin.placement import Placement
+    from moe_placement_plugin.core.placement import Placement
 
     rows, draft = slots(recipe, placement), None
     size = len(next(iter(rows.values()))) // RANKS

@@ -110,11 +110,11 @@ def arguments_of(values: dict[str, Any]) -> bytes:
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.runtime_context import reset_context
 
-    from moe_placement_plugin.engines.sglang import loaded, settings
+    from moe_placement_plugin.engines.sglang import settings, verification
 
     reset_context()
     settings.set_current(None)
-    loaded.set_current(None)
+    verification.set_current(None)
     server_args = Engine.server_args_class(**values)
     server_args.resolve_once()
     server_args.check_server_args()

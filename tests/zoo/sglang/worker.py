@@ -131,7 +131,7 @@ def _load(
             found.rebalanced = slots.examine(runner.model, recipe, "rebalanced", rank, ranks)
         if recipe.draft is not None:
             found.draft = _load_draft(server_args, recipe.draft, placement, parallel, port)
-    if plugin := sys.modules.get("moe_placement_plugin.engines.sglang.worker"):
+    if plugin := sys.modules.get("moe_placement_plugin.engines.sglang.patches"):
         found.patches = [name for name, hits in plugin.hooks().hits().items() if hits]
     return found
 
@@ -173,7 +173,7 @@ def _rebalance(runner: Any, recipe: Any, rank: int) -> None:
         get_global_expert_location_metadata,
     )
 
-    from moe_placement_plugin.engines.sglang import eplb_update
+    from moe_placement_plugin.engines.sglang import eplb_exchange
 
     from . import checkpoints
 
@@ -186,7 +186,7 @@ def _rebalance(runner: Any, recipe: Any, rank: int) -> None:
     )
     weights = runner.model.routed_experts_weights_of_layer
     # A process of SGLang has one model for life; here the next model's exchanges are numbered on.
-    exchanger = eplb_update._exchanger(runner.expert_location_updater, weights, in_force)
+    exchanger = eplb_exchange._exchanger(runner.expert_location_updater, weights, in_force)
     exchanger._epoch = next(_exchanges)
     runner.expert_location_updater.update(weights, goal, list(weights.keys()), nnodes=1, rank=rank)
 

@@ -226,7 +226,7 @@ def physical_to_logical(recipe: Recipe, strategy: str) -> np.ndarray:
 
 
 def _write_plan(path: Path, recipe: Recipe, table: np.ndarray) -> None:
-    from moe_placement_plugin.placement import Placement, even_slots
+    from moe_placement_plugin.core.placement import Placement, even_slots
 
     plan = Placement(table, recipe.experts, even_slots(table.shape[1], RANKS), recipe.layers)
     if recipe.draft:  # rows for its model, unlike its own, which EPLB takes none of
@@ -309,7 +309,7 @@ def dtypes_of(recipe: Recipe, tensors: dict[str, np.ndarray]) -> dict[str, str]:
 
 
 def _failed(error: BaseException) -> dict[str, Any]:
-    from moe_placement_plugin.errors import PlacementError
+    from moe_placement_plugin.core.errors import PlacementError
 
     if isinstance(error, KeyboardInterrupt):
         raise error

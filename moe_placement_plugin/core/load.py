@@ -1,0 +1,313 @@
+"""How many tokens each logical expert received: what placements are planned for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import PlacementError
+
+FORMAT = "moe-expert-load"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertLoad:
+    """Token counts per window of time (or workload), MoE layer and logical expert.
+
+    Attributes:
+        counts: int64 or float64 ``[windows, layers, experts]``, tokens routed to each logical expert.
+        layer_ids: index of each row's layer within the model, ``[layers]``; ``0..layers-1`` when left
+            empty.
+        phases: what each window holds, ``[windows]``: ``"prefill"``, ``"decode"`` or ``"mixed"``.
+        coactivation: optional int64 or float64 ``[layers, experts, experts]``, tokens that chose both
+            experts; symmetric, its diagonal unused.
+        metadata: free-form facts (model, engine, time, ...), JSON-compatible.
+
+    Raises:
+        PlacementError: when shapes disagree or a count is negative or not finite.
+    """
+
+    counts: np.ndarray
+    layer_ids: tuple[int, ...] = ()
+    phases: tuple[str, ...] = ()
+    coactivation: np.ndarray | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = _as_counts(self.counts, "counts")
+        if counts.ndim == 2:
+            counts = counts[None]
+        if counts.ndim != 3 or 0 in counts.shape:
+            raise PlacementError(
+                f"a load of shape {counts.shape}: it must be [windows, layers, experts] (or [layers, experts]) and not "
+                "empty; record again"
+            )
+        counts.setflags(write=False)
+        object.__setattr__(self, "counts", counts)
+        windows, layers, experts = counts.shape
+        ids = tuple(int(i) for i in self.layer_ids) or tuple(range(layers))
+        if len(ids) != layers or len(set(ids)) != layers:
+            raise PlacementError(
+                f"{len(ids)} layer_ids for {layers} layers: give one distinct id per layer"
+            )
+        object.__setattr__(self, "layer_ids", ids)
+        phases = tuple(self.phases) or ("mixed",) * windows
+        if len(phases) != windows or not set(phases) <= {"prefill", "decode", "mixed"}:
+            raise PlacementError(
+                f"phases {phases} for {windows} windows: give prefill, decode or mixed for each window"
+            )
+        object.__setattr__(self, "phases", phases)
+        if self.coactivation is not None:
+            pairs = _as_counts(self.coactivation, "coactivation")
+            if pairs.shape != (layers, experts, experts):
+                raise PlacementError(
+                    f"coactivation of shape {pairs.shape}: it must be {(layers, experts, experts)}"
+                )
+            pairs.setflags(write=False)
+            object.__setattr__(self, "coactivation", pairs)
+
+    @property
+    def num_windows(self) -> int:
+        """Number of windows."""
+        return self.counts.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers, including rows of dense layers if the recorder wrote such."""
+        return self.counts.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        """Logical experts per layer."""
+        return self.counts.shape[2]
+
+    @property
+    def total(self) -> np.ndarray:
+        """``[layers, experts]``: counts summed over the windows."""
+        return self.counts.sum(axis=0)
+
+    def require_tokens(self, layer_ids: Sequence[int] = ()) -> None:
+        """Refuse a load without a token, which a plan would be made from all the same: as if experts were used alike.
+
+        Args:
+            layer_ids: the layers that must have one each, where it is known which are MoE layers.
+
+        Raises:
+            PlacementError: naming the first layer without a token.
+        """
+        seen = np.asarray(self.counts.any(axis=(0, 2)))
+        if not seen.any():
+            raise PlacementError(
+                "the recording is empty (no token in any layer): record while requests are served"
+            )
+        without = [i for i in layer_ids if not seen[self.layer_ids.index(i)]]
+        if without:
+            raise PlacementError(
+                f"the recording has no token in MoE layer {without[0]} ({len(without)} of {len(layer_ids)} layers have "
+                "none): it is a part of a recording, or of another model; record on this one, all pipeline stages together"
+            )
+
+    def moe_layers(self) -> ExpertLoad:
+        """The load without rows that saw no token, as recorders that number dense layers too write them.
+
+        Raises:
+            PlacementError: when no row saw a token.
+        """
+        self.require_tokens()
+        return self._rows(np.flatnonzero(self.counts.any(axis=(0, 2))).tolist())
+
+    def select_layers(self, layer_ids: Sequence[int]) -> ExpertLoad:
+        """The load of just the given layers of the model, in the given order.
+
+        A load whose rows are numbered from 0 and are as many as the layers asked for is taken row by row:
+        recorders that number only MoE layers write such.
+
+        Raises:
+            PlacementError: when the load does not have these layers.
+        """
+        if tuple(layer_ids) == self.layer_ids:
+            return self
+        if set(layer_ids) <= set(self.layer_ids):
+            return self._rows([self.layer_ids.index(i) for i in layer_ids])
+        if self.num_layers == len(layer_ids) and self.layer_ids == tuple(range(self.num_layers)):
+            return ExpertLoad(
+                self.counts, tuple(layer_ids), self.phases, self.coactivation, self.metadata
+            )
+        raise PlacementError(
+            f"the load has {self.num_layers} layers, the model has {len(layer_ids)} MoE layers "
+            f"({min(layer_ids)}..{max(layer_ids)}): it was recorded on another model; record on this one"
+        )
+
+    def _rows(self, rows: Sequence[int]) -> ExpertLoad:
+        rows = list(rows)
+        pairs = None if self.coactivation is None else self.coactivation[rows]
+        ids = tuple(self.layer_ids[r] for r in rows)
+        return ExpertLoad(self.counts[:, rows], ids, self.phases, pairs, self.metadata)
+
+    @classmethod
+    def concatenate(cls, loads: Sequence[ExpertLoad]) -> ExpertLoad:
+        """One load with the windows of all; co-activation is added up where all have it.
+
+        Raises:
+            PlacementError: when the loads are of different layers or experts.
+        """
+        first = loads[0]
+        for other in loads[1:]:
+            if other.layer_ids != first.layer_ids or other.num_experts != first.num_experts:
+                raise PlacementError(
+                    f"loads of {first.num_layers} layers x {first.num_experts} experts and {other.num_layers} x "
+                    f"{other.num_experts}: loads to be planned together must be of one model"
+                )
+        counted = [load.coactivation for load in loads if load.coactivation is not None]
+        pairs = np.sum(counted, axis=0) if len(counted) == len(loads) else None
+        return cls(
+            np.concatenate([load.counts for load in loads]),
+            first.layer_ids,
+            tuple(phase for load in loads for phase in load.phases),
+            pairs,
+            first.metadata,
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Write as safetensors, atomically.
+
+        Raises:
+            PlacementError: when the path cannot be written.
+        """
+        from safetensors.numpy import save
+
+        from ..formats.atomic import write_atomically
+
+        tensors = {"counts": np.ascontiguousarray(self.counts)}
+        if self.coactivation is not None:
+            tensors["coactivation"] = np.ascontiguousarray(self.coactivation)
+        header = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "layer_ids": json.dumps(self.layer_ids),
+            "phases": json.dumps(self.phases),
+            "metadata": json.dumps(dict(self.metadata)),
+        }
+        write_atomically(path, save(tensors, metadata=header))
+
+    @classmethod
+    def read(cls, path: str | Path) -> ExpertLoad:
+        """Read a recorded load: ours (safetensors) or SGLang's (``.json``, ``.pt``), told by the content.
+
+        A ``.pt`` file is read with ``weights_only=True``, which runs no code; it needs torch.
+
+        Raises:
+            PlacementError: when the file is missing, foreign, truncated or holds no valid load.
+        """
+        from ..formats.atomic import read_bytes
+
+        content = read_bytes(path, "recorded load")
+        try:
+            if content[:2] == b"PK":
+                return _read_torch(path)
+            if content.lstrip()[:1] == b"{" and content[8:9] != b"{":
+                return _read_sglang_json(content, path)
+            return _read_safetensors(content, path)
+        except PlacementError as error:
+            raise error if str(path) in str(error) else PlacementError(f"{path}: {error}") from None
+
+
+def _as_counts(values: Any, name: str) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise PlacementError(
+            f"{name} has rows of different lengths: every layer needs the same experts"
+        ) from None
+    if array.dtype == bool or not (
+        np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
+    ):
+        raise PlacementError(
+            f"{name} has type {array.dtype}: token counts are numbers; record again"
+        )
+    array = np.array(
+        array, dtype=np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64
+    )
+    bad = np.argwhere(~np.isfinite(array) | (array < 0))
+    if bad.size:
+        where = tuple(int(i) for i in bad[0])
+        raise PlacementError(
+            f"{name}{list(where)} is {array[where]}: token counts must be finite and not negative; record again"
+        )
+    return array
+
+
+def _read_safetensors(content: bytes, path: str | Path) -> ExpertLoad:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise PlacementError(
+            f"{path} is no recorded load ({type(error).__name__}: {error}): give a file written by "
+            "--expert-load-record, or SGLang's .json or .pt"
+        ) from None
+    if header.get("format") != FORMAT or "counts" not in tensors:
+        raise PlacementError(
+            f"{path} is a safetensors file but no recorded load: give one written by --expert-load-record"
+        )
+    if header.get("version") != str(FORMAT_VERSION):
+        raise PlacementError(
+            f"{path} has load version {header.get('version')}, this release reads version {FORMAT_VERSION}: record again"
+        )
+    return ExpertLoad(
+        tensors["counts"],
+        tuple(json.loads(header["layer_ids"])),
+        tuple(json.loads(header["phases"])),
+        tensors.get("coactivation"),
+        json.loads(header["metadata"]),
+    )
+
+
+def _read_sglang_json(content: bytes, path: str | Path) -> ExpertLoad:
+    try:
+        data = json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlacementError(
+            f"{path} is not JSON ({error}): give a recorded load or a plan file"
+        ) from None
+    if "logical_count" not in data:
+        raise PlacementError(
+            f'{path} is neither a plan nor a recorded load: SGLang\'s recordings have "logical_count", plans have '
+            '"format": "moe-placement-plan"'
+        )
+    return ExpertLoad(data["logical_count"], metadata={"source": "sglang"})
+
+
+def _read_torch(path: str | Path) -> ExpertLoad:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise PlacementError(
+            f"{path} is a .pt file, which needs torch to be read: install torch or export it as JSON"
+        ) from None
+    import pickle
+
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PlacementError(
+            f"{path} is no readable .pt recording ({reason}): dump it again"
+        ) from None
+    if not isinstance(data, dict) or "logical_count" not in data:
+        raise PlacementError(
+            f"{path} holds no logical_count: give a file dumped by SGLang's `stat` recorder"
+        )
+    counts = data["logical_count"]
+    counts = counts.numpy() if isinstance(counts, torch.Tensor) else counts
+    return ExpertLoad(counts, metadata={"source": "sglang"})

@@ -1,0 +1,1 @@
+"""Hold what both engine adapters need."""

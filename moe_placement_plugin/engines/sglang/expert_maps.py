@@ -1,0 +1,94 @@
+"""The placement as SGLang's own ``ExpertLocationMetadata``, in a worker."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ...core.errors import PlacementError
+from . import compat, eplb, hosts, reload, settings, verification
+from .dispatch_table import dispatch_table
+
+
+def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`compute_initial_expert_location_metadata` with the placement instead of the trivial one."""
+    asked = settings.current()
+    if asked is None:
+        return original(*args, **kwargs)
+    hosts.agree(asked)
+    if asked.placement is None:
+        raise PlacementError(
+            "an expert placement was asked for, but this server was started in a way that never resolved it (the launcher did "
+            "not call ServerArgs.check_server_args): start it with `python -m sglang.launch_server`, `sglang serve` or "
+            "sglang.Engine"
+        )
+    from .patches import hooks
+
+    hooks().require_applied()
+    reload.hooks().require_applied()
+    if asked.moves:
+        eplb.hooks().require_applied()
+    if verification.current() is not None:
+        verification.hooks().require_applied()
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata, ModelConfigForExpertLocation
+
+    call = inspect.signature(original).bind(*args, **kwargs).arguments
+    shape = ModelConfigForExpertLocation.from_model_config(call["model_config"])
+    if shape is None or shape.num_logical_experts != asked.placement.num_logical_experts:
+        raise PlacementError(
+            f"the placement is for {asked.placement.num_logical_experts} experts, this worker's model has "
+            f"{getattr(shape, 'num_logical_experts', 'no map of experts')}: it was made for another model; plan again"
+        )
+    own = replace(
+        asked.placement, draft=None
+    )  # a draft's layers have rows of their own, see `drafts`
+    rows = own.to_sglang(shape.num_layers)["physical_to_logical_map"]
+    metadata = ExpertLocationMetadata.init_by_mapping(**call, physical_to_logical_map=rows)
+    if metadata.physical_to_logical_map_cpu.tolist() != rows:
+        raise PlacementError(
+            "SGLang changed the placement on the way to its workers: use a supported version"
+        )
+    return metadata
+
+
+def keep_all_replicas(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`_compute_logical_to_all_physical_map` without the pruning to the rank's own replica.
+
+    Without an all-to-all back end every rank runs the layer over the same tokens, so all must pick the same replica.
+    """
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+
+    call = inspect.signature(original).bind(*args, **kwargs)
+    if get_moe_a2a_backend().is_none():
+        call.arguments["moe_ep_rank"] = None
+    return original(*call.args, **call.kwargs)
+
+
+def static_dispatch(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`compute_logical_to_rank_dispatch_physical_map`, vectorized and evenly spread."""
+    import torch
+    from sglang.srt.eplb import expert_location
+
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    call = bound.arguments
+    slots_of = call["logical_to_all_physical_map"]
+    if compat.takes_server_args(original):
+        server_args = call["server_args"]
+        by_node = expert_location._prefer_same_node_experts(server_args)
+        ep_size, nodes = server_args.ep_size, server_args.nnodes
+    else:
+        from sglang.srt.runtime_context import get_parallel
+
+        by_node = expert_location._prefer_same_node_experts()
+        parallel = get_parallel()
+        ep_size, nodes = parallel.ep_size, parallel.nnodes
+    table = dispatch_table(
+        slots_of.cpu().numpy(),
+        call["ep_size"],
+        call["num_physical_experts"],
+        ep_size // nodes if by_node else None,
+        [call["ep_rank"]],
+    )
+    return torch.from_numpy(table[0]).to(slots_of.device)

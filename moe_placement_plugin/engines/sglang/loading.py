@@ -1,0 +1,266 @@
+"""MoE layers with the placement's slots, and proof after loading that every slot was filled through the map."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ...core.errors import PlacementError
+from ...core.placement import Placement
+from . import direct, draft_layers, drafts, evidence, expert_reader, positional, settings
+from .routing import LAYER
+
+logger = logging.getLogger(__name__)
+
+
+def _placement() -> Placement | None:
+    asked = settings.current()
+    return asked.placement if asked is not None else None
+
+
+def redundant_per_rank() -> int:
+    """Redundant experts that each rank holds in a layer, 0 without a placement."""
+    placement = _placement()
+    return 0 if placement is None else placement.num_redundant // placement.num_ranks
+
+
+def build(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
+    """`FusedMoE.__init__` with the redundant slots that some models (GLM-4-MoE) leave out of ``num_experts``."""
+    placement = _placement()
+    call = inspect.signature(original).bind(self, *args, **kwargs)
+    if placement is not None:
+        experts = call.arguments["num_experts"]
+        shared = _shared_slots(call.arguments.get("num_fused_shared_experts", 0))
+        if (draft := drafts.current()) is not None:
+            call.arguments["num_experts"] = draft.slots(experts - shared) + shared
+        elif experts - placement.num_logical_experts == shared:
+            call.arguments["num_experts"] = experts + placement.num_redundant
+    original(*call.args, **call.kwargs)
+    if placement is not None:
+        evidence.note_built(self)
+
+
+def _shared_slots(shared: int) -> int:
+    """Slots of fused shared experts in ``num_experts``: one set per rank with some all-to-all back ends."""
+    from sglang.srt.layers.moe import utils
+
+    per_rank = getattr(utils, "has_per_rank_fused_shared_slots", None)
+    if per_rank is not None and per_rank(shared):
+        from sglang.srt.runtime_context import get_parallel
+
+        return shared * get_parallel().moe_ep_size
+    return shared
+
+
+def load(
+    original: Callable,
+    self: Any,
+    param: Any,
+    loaded_weight: Any,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int | None,
+) -> None:
+    """`FusedMoE.weight_loader`, noting which logical experts the checkpoint brings.
+
+    Raises:
+        PlacementError: for a tensor of all experts whose rows were not put into the order of the slots.
+    """
+    placement = _placement()
+    if placement is None:
+        original(self, param, loaded_weight, weight_name, shard_id, expert_id)
+    elif expert_id is None:
+        if not positional.accepts_all_experts(self, loaded_weight, weight_name):
+            raise PlacementError(
+                f"layer {self.layer_id}: the checkpoint brings {weight_name} of all experts at once, past the map of experts: "
+                "use a checkpoint with a tensor per expert, or leave the placement flags out"
+            )
+        original(self, param, loaded_weight, weight_name, shard_id, expert_id)
+        own = draft_layers.of_layer(self)
+        experts = placement.num_logical_experts if own is None else own.num_logical
+        evidence.note_all(self, param, weight_name, shard_id or evidence.ALL_SHARDS, experts)
+    elif not expert_reader.intercepted(
+        self, param, loaded_weight, weight_name, shard_id, expert_id
+    ):
+        with evidence.bringing(self, param, weight_name, shard_id, int(expert_id)):
+            draft_layers.load(
+                original, self, param, loaded_weight, weight_name, shard_id, int(expert_id)
+            )
+
+
+def fill(
+    original: Callable,
+    self: Any,
+    param: Any,
+    loaded_weight: Any,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+) -> None:
+    """`FusedMoE._weight_loader_impl`, which writes one slot of this rank, noting which.
+
+    Raises:
+        PlacementError: when it is not the slot of the expert that is brought, or the file keeps experts in its own order.
+    """
+    if _placement() is not None:
+        if getattr(param, "is_gguf_weight", False):
+            raise PlacementError(
+                f"layer {self.layer_id}: a GGUF file is kept in containers in the order of the file, past the map of experts: "
+                "use a safetensors checkpoint, or leave the placement flags out"
+            )
+        evidence.note_slot(self, param, weight_name, shard_id, expert_id)
+    original(self, param, loaded_weight, weight_name, shard_id, expert_id)
+
+
+def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`ModelRunner.load_model`, then a check of every MoE layer.
+
+    Raises:
+        PlacementError: when a layer's slots, weights or routing do not go through the map.
+    """
+    draft = bool(getattr(self, "is_draft_worker", False))
+    evidence.forget()
+    asked = settings.current()
+    with (
+        expert_reader.learning(asked is not None and asked.elastic and not draft),
+        drafts.loading(self if draft else None),
+    ):
+        result = original(self, *args, **kwargs)
+    if asked is None or asked.placement is None:
+        pass
+    elif draft:
+        drafts.settle(self, asked)
+    else:
+        layers = check_layers(self.model, asked.placement, asked.reads)
+        if not layers and asked.stages == 1:
+            raise PlacementError(
+                f"{type(self.model).__name__} has no FusedMoE layer: serve it without the placement flags"
+            )
+        from . import eplb, eplb_exchange
+        from .patches import hooks
+
+        if asked.moves:
+            eplb.list_weights(self.model)
+            eplb_exchange.meet(asked, self.model)
+            eplb.warm_up(asked)
+
+        logger.info(
+            "moe_placement_plugin: EP rank %s: expert placement %s is in force in %d layers (plan %s), routed by one look-up in %d; "
+            "patches used so far: %s",
+            layers[0].moe_ep_rank if layers else "of a stage without MoE layers",
+            asked.placement.strategy,
+            len(layers),
+            asked.placement.digest[:12],
+            sum(map(direct.has_table, layers)),
+            ", ".join(f"{name} {hits}" for name, hits in hooks().hits().items() if hits),
+        )
+    evidence.forget()
+    return result
+
+
+def check_layers(model: Any, placement: Placement, reads: bool) -> list[Any]:
+    """Check every MoE layer of ``model`` and tell its TopK layer which layer it routes for.
+
+    Args:
+        model: the loaded model.
+        placement: the placement in force.
+        reads: whether a checkpoint was read.
+
+    Returns:
+        The expert layers.
+
+    Raises:
+        PlacementError: when a layer's slots, weights or routing do not go through the map.
+    """
+    seen: list[Any] = []
+    for name, layer, router in moe_blocks(model):
+        _check_experts(name, layer, placement)
+        _check_method(name, layer)
+        check_router(name, router)
+        if reads:
+            evidence.check(name, layer)
+        object.__setattr__(router.topk_config, LAYER, layer.layer_id)
+        table = direct.local_slots(placement, layer.layer_id, layer.moe_ep_rank)
+        direct.settle(layer, router, placement.num_logical_experts, table)
+        seen.append(layer)
+    return seen
+
+
+def moe_blocks(model: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, ``FusedMoE`` and ``TopK`` of every MoE block.
+
+    Args:
+        model: the loaded model.
+        prefix: of the name in errors.
+
+    Raises:
+        PlacementError: at a block that has not one of each.
+    """
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.topk import TopK
+
+    for name, parent in model.named_modules():
+        children = list(parent.children())
+        experts = [child for child in children if isinstance(child, FusedMoE)]
+        if not experts:
+            continue
+        routers = [child for child in children if isinstance(child, TopK)]
+        if len(experts) != 1 or len(routers) != 1:
+            raise PlacementError(
+                f"{prefix}{name} has {len(experts)} expert layers and {len(routers)} TopK layers, expected one of each: this "
+                "model routes in a way of its own; serve it without the placement flags"
+            )
+        yield name, experts[0], routers[0]
+
+
+def _check_experts(name: str, layer: Any, placement: Placement) -> None:
+    if layer.layer_id not in placement.layer_ids:
+        raise PlacementError(
+            f"{name} is layer {layer.layer_id}, which the placement leaves out (it has {list(placement.layer_ids)}): the "
+            "model's config hides an MoE layer; serve it without the placement flags"
+        )
+    slots = layer._num_global_routed
+    if slots != placement.num_slots or layer.moe_ep_size != placement.num_ranks:
+        raise PlacementError(
+            f"{name} was built with {slots} slots on {layer.moe_ep_size} ranks, the placement has {placement.num_slots} on "
+            f"{placement.num_ranks}: this model counts its experts in a way of its own; serve it without the placement flags"
+        )
+
+
+def _check_method(name: str, layer: Any) -> None:
+    import sglang
+
+    from .support import unmapped_quantizations
+
+    method = type(layer.quant_method).__name__
+    if method in unmapped_quantizations(sglang.__version__).values():
+        raise PlacementError(
+            f"{name} is quantized by {method}, whose loader puts zero points or scales where the trivial map has them: use an FP8, "
+            "Marlin or bf16 checkpoint, or leave the placement flags out"
+        )
+
+
+def check_router(name: str, router: Any) -> None:
+    """Refuse a block that routes inside its kernel.
+
+    Raises:
+        PlacementError: naming the block.
+    """
+    from sglang.srt.layers.moe.utils import get_moe_runner_backend
+
+    output = getattr(router.topk_config.output_format, "name", None)
+    backend = get_moe_runner_backend()
+    if output in ("BYPASSED", "TRITON_KERNEL") or (
+        output is None
+        and (
+            backend.is_triton_kernels()
+            or backend.is_flashinfer_trtllm()
+            or backend.is_flashinfer_mxfp4()
+        )
+    ):
+        raise PlacementError(
+            f"{name} routes inside its kernel ({output or backend.value}), which never sees the map of experts: choose "
+            "--moe-runner-backend triton or another that the table in docs/sglang.md lists, or leave the placement flags out"
+        )

@@ -1,0 +1,1 @@
+"""Read and write every file and wire form of placements and loads."""

@@ -1,0 +1,1 @@
+"""Measure and demonstrate the plugin; nothing that serves imports it."""

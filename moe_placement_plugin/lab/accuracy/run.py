@@ -1,0 +1,196 @@
+"""Stock on one rank, then every strategy on several: one server and one run of lm-eval each."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ...core.errors import PlacementError
+from ...strategies import get_strategy
+from ..servers.engines import DemoEngine, Placed, ServerSettings, report_of_workers
+from ..servers.server import Server, free_port
+from .compare import Allowance, TaskComparison, compare
+from .examiner import Candidate, Examination
+from .harness import Examiner
+from .results import TaskResult, read_results
+
+STOCK = "stock"
+
+Progress = Callable[[str, float, str], None]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to serve the model.
+
+    Attributes:
+        name: ``stock``, or the strategy as the user wrote it.
+        placed: the placement, None for stock.
+    """
+
+    name: str
+    placed: Placed | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one configuration answered.
+
+    Attributes:
+        tasks: task -> result.
+        start_seconds: until the server answered.
+        examine_seconds: that lm-eval took.
+        placement: line in which the engine's workers report the placement in force, empty for stock.
+    """
+
+    tasks: Mapping[str, TaskResult]
+    start_seconds: float
+    examine_seconds: float
+    placement: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All runs of a model.
+
+    Attributes:
+        runs: configuration -> run, stock first.
+        comparisons: strategy -> task -> comparison with stock.
+    """
+
+    runs: Mapping[str, Run]
+    comparisons: Mapping[str, Mapping[str, TaskComparison]]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every strategy answers as stock does, within what was allowed."""
+        return all(task.passed for tasks in self.comparisons.values() for task in tasks.values())
+
+
+def configurations(
+    strategies: Sequence[str], ranks: int, redundant: int, file: Path | None
+) -> list[Configuration]:
+    """Stock and one configuration for each strategy.
+
+    Args:
+        strategies: names, each with ``+N`` behind it for N redundant experts in place of ``redundant``.
+        ranks: tensor-parallel and EP ranks of the strategies.
+        redundant: redundant experts per layer.
+        file: plan or recorded load for the strategies that plan from one.
+
+    Raises:
+        PlacementError: when a strategy is unknown, named twice, or needs a load and has none.
+    """
+    found = [Configuration(STOCK)]
+    for written in strategies:
+        name, plus, number = written.partition("+")
+        if plus and not number.isdigit():
+            raise PlacementError(
+                f"--strategies {written}: a number of redundant experts follows the +, such as {name}+4"
+            )
+        needs_load = get_strategy(name).needs_load
+        if needs_load and file is None:
+            raise PlacementError(
+                f"strategy {name} places experts by a recorded load and has none: add --expert-placement-file with a recorded load or a plan"
+            )
+        if any(written == other.name for other in found):
+            raise PlacementError(f"--strategies names {written} twice: name each once")
+        placed = Placed(
+            name, ranks, file if needs_load else None, int(number) if plus else redundant
+        )
+        found.append(Configuration(written, placed))
+    return found
+
+
+def run(
+    engine: DemoEngine,
+    model: Path,
+    wanted: Sequence[Configuration],
+    examination: Examination,
+    settings: ServerSettings,
+    allowance: Allowance,
+    offline: bool,
+    folder: Path,
+    timeout: float,
+    progress: Progress,
+) -> Verdict:
+    """Serve and examine every configuration, and compare with the first, which is stock.
+
+    Args:
+        engine: the engine.
+        model: the checkpoint.
+        wanted: configurations, stock first.
+        examination: what is asked.
+        settings: what the servers share.
+        allowance: what may differ from stock.
+        offline: whether lm-eval must not ask the hub.
+        folder: where logs and lm-eval's results go, a folder for each configuration.
+        timeout: seconds that a server may take to start, and lm-eval to finish.
+        progress: called with (what is being done, seconds, last line of output).
+
+    Raises:
+        PlacementError: when a server or lm-eval fails.
+    """
+    for configuration in wanted:
+        engine.command(
+            model, 0, configuration.placed, settings
+        )  # what it cannot be asked for is known before the first server starts
+    runs: dict[str, Run] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with Examiner(
+        examination,
+        offline,
+        folder / "lm_eval.log",
+        lambda s, text: progress("loading lm-eval", s, text),
+    ) as examiner:
+        for configuration in wanted:
+            port = free_port()
+            line, env = engine.command(model, port, configuration.placed, settings)
+            what = f"{engine.name} {configuration.name}"
+            log = folder / f"{configuration.name}.log"
+            # Its results are read as the only ones in their folder, which may be left from an earlier run.
+            results = Path(tempfile.mkdtemp(prefix=f"{configuration.name}-", dir=folder))
+            began = time.monotonic()
+            try:
+                with Server(
+                    line,
+                    port,
+                    env,
+                    log,
+                    timeout,
+                    partial(progress, f"starting {what}"),
+                ) as server:
+                    ready = time.monotonic()
+                    candidate = Candidate(
+                        server.url,
+                        "tiny",
+                        str(model),
+                        settings.max_model_len,
+                        str(results),
+                        round(timeout),
+                    )
+                    examiner.examine(
+                        candidate,
+                        timeout,
+                        partial(progress, f"asking {what}"),
+                    )
+                    ended = time.monotonic()
+                    progress(f"stopping {what}", ended - began, "")
+            except PlacementError as error:
+                raise PlacementError(f"{what}: {error}") from None
+            placement = report_of_workers(log)
+            if configuration.placed is not None and not placement:
+                raise PlacementError(
+                    f"{what}: no worker has reported a placement in force: see {log} and `moe-placement doctor`"
+                )
+            runs[configuration.name] = Run(
+                read_results(results), ready - began, ended - ready, placement
+            )
+    stock, *others = (configuration.name for configuration in wanted)
+    return Verdict(
+        runs, {name: compare(runs[stock].tasks, runs[name].tasks, allowance) for name in others}
+    )

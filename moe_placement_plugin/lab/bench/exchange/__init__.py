@@ -1,0 +1,1 @@
+"""Measure the exchange of experts."""

@@ -1,0 +1,1 @@
+"""Measure how long digests of weights take."""

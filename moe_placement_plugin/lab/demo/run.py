@@ -1,0 +1,171 @@
+"""The demonstration itself: stock on one rank, placed on two, the same answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ...core.errors import PlacementError
+from ...core.load import ExpertLoad
+from ...core.placement import Placement
+from ...core.topology import Topology
+from ...strategies import PlacementRequest, get_strategy
+from ..servers.engines import Answer, DemoEngine, Placed, report_of_workers
+from ..servers.server import Server, free_port
+
+PROMPTS = (
+    "Which expert lies where decides how long every rank waits.",
+    "0 1 1 2 3 5 8 13 21 34 55 89 144",
+    "def place(experts, ranks): return experts % ranks",
+)
+TOKENS = 24
+RANKS = 2
+LOGPROB_TOLERANCE = 1e-3
+"""Greatest difference of a float32 log probability between one rank and two. The order of additions differs between
+the two, which was seen to change log probabilities by less than 1e-5; a wrong expert changes them by 0.1 and more."""
+
+Progress = Callable[[str, float, str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the demonstration of one model found.
+
+    Attributes:
+        model: name of the model.
+        strategy: the strategy that was served.
+        stock: answers of the stock engine on one rank, one per prompt.
+        placed: answers of the placed engine on two ranks.
+        load: the expert load that the placed engine recorded.
+        placement: the strategy's placement on two ranks.
+        balancedness: strategy -> mean rank load / greatest rank load on the recorded load.
+        placed_log: the line in which the engine's workers report the placement in force.
+    """
+
+    model: str
+    strategy: str
+    stock: list[Answer]
+    placed: list[Answer]
+    load: ExpertLoad
+    placement: Placement
+    balancedness: dict[str, float]
+    placed_log: str
+
+    @property
+    def largest_logprob_difference(self) -> float:
+        """Over all tokens of all prompts."""
+        return max(
+            float(np.abs(np.subtract(a.logprobs, b.logprobs)).max())
+            if a.token_ids == b.token_ids
+            else float("inf")
+            for a, b in zip(self.stock, self.placed)
+        )
+
+    @property
+    def equal(self) -> bool:
+        """Whether both engines gave the same tokens with the same log probabilities."""
+        return self.largest_logprob_difference <= LOGPROB_TOLERANCE
+
+
+def run(
+    engine: DemoEngine,
+    name: str,
+    checkpoint: Path,
+    strategy: str,
+    folder: Path,
+    progress: Progress,
+    start_timeout: float = 240,
+) -> Outcome:
+    """Serve ``checkpoint`` twice and compare.
+
+    Args:
+        engine: the engine.
+        name: name of the model, for reports.
+        checkpoint: directory of the model.
+        strategy: strategy of the second server.
+        folder: where logs and the recorded load go.
+        progress: called with (what is being done, seconds waited, last line of the server's output).
+        start_timeout: seconds that a server may take to start.
+
+    Raises:
+        PlacementError: when a server does not start, gives no answer or records nothing.
+    """
+    record = folder / f"{name}-load.safetensors"
+    answers: list[list[Answer]] = []
+    placed_log = ""
+    for placed in (False, True):
+        what = (
+            f"{name}: {engine.name} on {RANKS} ranks, {strategy}"
+            if placed
+            else f"{name}: stock {engine.name} on one rank"
+        )
+        port = free_port()
+        command, env = engine.command(
+            checkpoint, port, Placed(strategy, RANKS, record=record) if placed else None
+        )
+        log = folder / f"{name}-{'placed' if placed else 'stock'}.log"
+        with Server(
+            command,
+            port,
+            env,
+            log,
+            start_timeout,
+            partial(progress, f"starting {what}"),
+        ) as server:
+            began = time.monotonic()
+            answers.append([])
+            for index, prompt in enumerate(PROMPTS):
+                progress(
+                    f"asking {what}: prompt {index + 1} of {len(PROMPTS)}",
+                    time.monotonic() - began,
+                    "",
+                )
+                try:
+                    answers[-1].append(engine.complete(server.url, "tiny", prompt, TOKENS))
+                except PlacementError as error:
+                    raise PlacementError(
+                        f"{what}: {error}; its log ends:\n{server.tail(25)}"
+                    ) from error
+            if placed:
+                _wait_for_load(record, progress)
+            progress(f"stopping {what}", time.monotonic() - began, "")
+        if placed:
+            placed_log = report_of_workers(log)
+    load = ExpertLoad.read(record).moe_layers()
+    placements = {s: _place(s, load) for s in ("linear", "balanced", "zigzag", "eplb")}
+    return Outcome(
+        name,
+        strategy,
+        answers[0],
+        answers[1],
+        load,
+        placements.get(strategy) or _place(strategy, load),
+        {s: p.overall_balancedness(load.total) for s, p in placements.items()},
+        placed_log,
+    )
+
+
+def _place(strategy: str, load: ExpertLoad) -> Placement:
+    request = PlacementRequest(
+        load.num_layers, load.num_experts, Topology(RANKS), layer_ids=load.layer_ids, load=load
+    )
+    return get_strategy(strategy).place(request)
+
+
+def _wait_for_load(path: Path, progress: Progress, timeout: float = 60) -> None:
+    """Wait until the recorder has written every answered token (it writes once a second)."""
+    began = time.monotonic()
+    least = len(PROMPTS) * TOKENS
+    while (waited := time.monotonic() - began) < timeout:
+        if path.exists() and ExpertLoad.read(path).counts.sum(axis=(0, 2)).max() >= least:
+            return
+        progress("waiting for the recorded load", waited, "")
+        time.sleep(0.5)
+    raise PlacementError(
+        f"{path} was not written within {timeout:.0f} s of the requests: see the server's log beside it"
+    )

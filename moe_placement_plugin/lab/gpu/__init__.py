@@ -1,0 +1,1 @@
+"""Measure servers, exchanges and layers on GPUs."""

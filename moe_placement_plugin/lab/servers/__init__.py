@@ -1,0 +1,1 @@
+"""Start an engine's server for the demonstration, accuracy checks and benchmarks."""

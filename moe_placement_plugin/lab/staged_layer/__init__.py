@@ -1,0 +1,35 @@
+"""A staged MoE layer that one can see through: route, gmm_up, gmm_down, unroute.
+
+For verification, measurement and overlap of exchange with computation; it needs torch. The stages and their typed
+results follow MaxText PR 3981. ``docs/moe.md`` says what is guaranteed.
+"""
+
+from .collectives import EpGroup
+from .layer import StagedMoE
+from .matmuls import find_matmuls
+from .placed import PlacedExperts
+from .results import ExpertHidden, RouteMetadata, RouteOutput, Selection
+from .select import Routing, select_experts
+from .stages import dispatch, gmm_down, gmm_up, plan_dispatch, route, unroute
+from .weights import ExpertWeights, SharedExperts
+
+__all__ = [
+    "EpGroup",
+    "ExpertHidden",
+    "ExpertWeights",
+    "PlacedExperts",
+    "RouteMetadata",
+    "RouteOutput",
+    "Routing",
+    "Selection",
+    "SharedExperts",
+    "StagedMoE",
+    "dispatch",
+    "find_matmuls",
+    "gmm_down",
+    "gmm_up",
+    "plan_dispatch",
+    "route",
+    "select_experts",
+    "unroute",
+]

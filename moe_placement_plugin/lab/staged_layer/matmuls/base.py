@@ -1,0 +1,73 @@
+"""What the stages ask of whoever multiplies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from ..collectives import add_in_order
+from ..results import RouteOutput
+from ..weights import ExpertWeights, swiglu
+
+
+class Matmuls(ABC):
+    """The two grouped matmuls of a rank's experts.
+
+    Attributes:
+        name: whose kernels these are, with version and whether they run under the Triton interpreter; reports print it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def plan(self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights) -> Any:
+        """The order of rows that both matmuls use. ``x [rows, columns]`` gives type and device."""
+
+    @abstractmethod
+    def up(
+        self, x: torch.Tensor, output: RouteOutput, plan: Any, w13: torch.Tensor
+    ) -> torch.Tensor:
+        """``[rows, hidden]`` to gate and up ``[rows of the plan, 2 * intermediate]``."""
+
+    @abstractmethod
+    def up_columns(
+        self,
+        x: torch.Tensor,
+        output: RouteOutput,
+        plan: Any,
+        w13: torch.Tensor,
+        sums: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same for some columns of the embedding, added to ``sums``, in float32 or wider.
+
+        Args:
+            x: ``[rows, columns]``.
+            output: from `route`.
+            plan: from `plan`.
+            w13: ``[slots, 2 * intermediate, columns]``.
+            sums: of the columns before; may be changed in place.
+        """
+
+    def activate(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """SwiGLU of what `up` or `up_columns` returned, rounded to ``dtype``."""
+        return swiglu(values).to(dtype)
+
+    @abstractmethod
+    def down(
+        self, hidden: torch.Tensor, output: RouteOutput, plan: Any, w2: torch.Tensor
+    ) -> torch.Tensor:
+        """Activated rows of the plan to ``[rows, columns]``, weighted and summed over the local choices.
+
+        Args:
+            hidden: from `activate`.
+            output: from `route`.
+            plan: from `plan`.
+            w2: ``[slots, columns, intermediate]``.
+        """
+
+
+def sum_choices(values: torch.Tensor) -> torch.Tensor:
+    """``[rows, top_k, columns]`` summed over the choices in order."""
+    return add_in_order(values.unbind(1))

@@ -1,0 +1,135 @@
+"""vLLM's ``fused_moe_kernel`` and its align step, activation and sum, as ``fused_experts_impl`` calls them.
+
+Read in vLLM 0.25.1, 0.32.0 and 0.33.0; what is called is probed by signature.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ....core.errors import PlacementError
+from .engine import EngineMatmuls, engine_function
+
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe.fused_moe"
+_LAUNCH = (
+    "A", "B", "C", "A_scale", "B_scale", "topk_weights", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "mul_routed_weight",
+    "top_k", "config", "compute_type", "use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant",
+)  # fmt: skip
+_ASSIGN = (
+    "topk_ids",
+    "config",
+    "num_tokens",
+    "top_k_num",
+    "global_num_experts",
+    "expert_map",
+    "ignore_invalid_experts",
+)
+_TILES = ("w1_shape", "w2_shape", "top_k", "dtype", "M")
+
+
+class VllmMatmuls(EngineMatmuls):
+    """Matmuls by the installed vLLM."""
+
+    zeroes_elsewhere = False
+
+    def __init__(self, interpreted: bool):
+        super().__init__(interpreted)
+        if interpreted:
+            _import_with_triton()
+        import vllm
+
+        self._launch = engine_function(_FUSED_MOE, "invoke_fused_moe_triton_kernel", _LAUNCH)
+        if not interpreted:
+            self._assign = engine_function(_FUSED_MOE, "_prepare_expert_assignment", _ASSIGN)
+            self._tiles = engine_function(_FUSED_MOE, "try_get_optimal_moe_config", _TILES)
+            self._sum = engine_function("vllm._custom_ops", "moe_sum", ("input", "output"))
+        self.name = f"vLLM {vllm.__version__} fused_moe_kernel" + (
+            " (Triton interpreter)" if interpreted else ""
+        )
+        self._maps: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    @cached_property
+    def _compute_types(self) -> dict[torch.dtype, Any]:
+        import triton.language as tl
+
+        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+    def choose_tiles(self, x, output, weights):
+        # The name under which tuned tiles for these types are filed; bfloat16 and float16 share the one without a name.
+        dtype = "float32" if x.dtype == torch.float32 else None
+        config = self._tiles(
+            w1_shape=tuple(weights.w13.shape), w2_shape=tuple(weights.w2.shape), top_k=output.local_slots.shape[1], dtype=dtype,
+            M=output.num_rows,
+        )  # fmt: skip
+        return config, config
+
+    def align(self, output, config):
+        rows, top_k = output.local_slots.shape
+        expert_map, experts = None, output.num_slots
+        if not output.complete:
+            # vLLM's align step takes no -1, but drops what its map sends there: one slot more stands for all others.
+            expert_map, experts = self._elsewhere_map(experts, output.buckets.device), experts + 1
+        return self._assign(
+            topk_ids=output.buckets, config=config, num_tokens=rows, top_k_num=top_k, global_num_experts=experts, expert_map=expert_map,
+            ignore_invalid_experts=True,
+        )  # fmt: skip
+
+    def _elsewhere_map(self, slots: int, device: torch.device) -> torch.Tensor:
+        if (slots, device) not in self._maps:
+            self._maps[slots, device] = torch.tensor(
+                [*range(slots), -1], dtype=torch.int32, device=device
+            )
+        return self._maps[slots, device]
+
+    def launch(self, a, b, c, output, plan, config, top_k, weighted):
+        self._launch(
+            A=a, B=b, C=c, A_scale=None, B_scale=None, topk_weights=output.weights, sorted_token_ids=plan.sorted_ids,
+            expert_ids=plan.expert_ids, num_tokens_post_padded=plan.num_padded, mul_routed_weight=weighted, top_k=top_k, config=config,
+            compute_type=self._compute_types[c.dtype], use_fp8_w8a8=False, use_int8_w8a8=False, use_int8_w8a16=False,
+            use_int4_w4a16=False, per_channel_quant=False,
+        )  # fmt: skip
+
+    def engine_swiglu(self, values):
+        result = values.new_empty((values.shape[0], values.shape[1] // 2))
+        torch.ops._C.silu_and_mul(result, values)
+        return result
+
+    def engine_sum(self, values):
+        result = values.new_empty((values.shape[0], values.shape[2]))
+        self._sum(values, result)
+        return result
+
+
+def _import_with_triton() -> None:
+    """Import vLLM's kernels as Triton's on a machine without a GPU.
+
+    vLLM puts stand-ins in Triton's place unless exactly one of Triton's back ends has an active driver, and its CPU build
+    unless one is called cpu as well. The interpreter needs neither.
+
+    Raises:
+        PlacementError: when the stand-ins are there already.
+    """
+    from triton.backends import backends
+
+    if "vllm.triton_utils" not in sys.modules:
+        driven = any(backend.driver.is_active() for backend in backends.values())
+        shown = {"cpu": False} if driven else {"cpu": False, "interpreter": True}
+        shown = {name: active for name, active in shown.items() if name not in backends}
+        for name, active in shown.items():
+            backends[name] = SimpleNamespace(
+                driver=SimpleNamespace(is_active=lambda active=active: active), compiler=None
+            )
+        try:
+            import vllm.triton_utils  # noqa: F401
+        finally:
+            for name in shown:
+                del backends[name]
+    if not sys.modules["vllm.triton_utils"].HAS_TRITON:
+        raise PlacementError(
+            "vLLM was imported without Triton in this process: find its matmuls (find_matmuls) before anything else imports vLLM"
+        )

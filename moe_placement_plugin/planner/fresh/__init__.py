@@ -1,0 +1,1 @@
+"""Plan a placement from nothing: replicate, pack, refine."""

@@ -1,0 +1,1 @@
+"""Compile and share what the planner's inner loops have in common."""

@@ -1,0 +1,1 @@
+"""Improve a placement by few moves."""

@@ -1,0 +1,1 @@
+"""Keep experts that belong together on one node."""

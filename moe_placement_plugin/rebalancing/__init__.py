@@ -1,0 +1,1 @@
+"""Decide when experts move and carry one rebalance out."""

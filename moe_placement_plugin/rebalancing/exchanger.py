@@ -1,0 +1,283 @@
+"""`exchange.executor` under an engine: what stays from one exchange to the next on one rank.
+
+Views of the weights, staging memory and connections are made once, so that a rebalance pays for its transfers only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.placement import EngineTable, Placement
+from ..core.topology import Topology
+from ..exchange.executor import Exchange, ExchangeReport, ExpertReader
+from ..exchange.expert_memory import padded_bytes, view_parameter
+from ..exchange.peer_memory import PeerMemory
+from ..exchange.plan import ExchangePlan, plan_exchange
+from ..exchange.rank_stores import Stores
+from ..exchange.transfers import packing_bytes
+from ..exchange.watchdog import Watchdog
+from ..hosts.identity import host_key, number_hosts
+from ..recording.recorder import count_event
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+STAGING_SHARE = 0.5
+"""Staging memory when nothing else is asked for, as a share of the rank's slots in the largest layer: the engines' own exchanges take all."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What the EP ranks tell each other while all of them are alive.
+
+    Attributes:
+        topology: which ranks share a machine.
+        stores: one per rank, where exchanges must go on after a death, be it of the rank with the default store; None where not.
+        first: global rank of EP rank 0, which tells this group from others that share the default store.
+    """
+
+    topology: Topology
+    stores: Stores | None
+    first: int
+
+    @classmethod
+    def of(cls, cpu_group: dist.ProcessGroup, outlive: bool = False) -> Meeting:
+        """A collective call.
+
+        Args:
+            cpu_group: of the EP ranks, for CPU tensors.
+            outlive: whether ranks may die.
+        """
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * cpu_group.size()
+        dist.all_gather_object(found, host_key(), group=cpu_group)
+        topology = Topology(len(found), number_hosts(found))
+        return cls(
+            topology, Stores(cpu_group) if outlive else None, dist.get_global_rank(cpu_group, 0)
+        )
+
+    def store(self, live_ranks: Sequence[int]) -> dist.Store:
+        """The store of an exchange between these ranks, the same on all of them."""
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        return _get_default_store() if self.stores is None else self.stores.of(live_ranks[0])
+
+
+def connect(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Send a byte from every rank to every other: the first transfer between two GPUs takes a tenth of a second by itself."""
+    import torch
+    import torch.distributed as dist
+
+    ranks, rank = group.size(), group.rank()
+    if device.type == "cpu" or ranks == 1:
+        return
+    out, into = (
+        torch.zeros(1, dtype=torch.uint8, device=device),
+        torch.zeros(ranks, dtype=torch.uint8, device=device),
+    )
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
+    operations = []
+    for step in range(1, ranks):
+        to, source = (rank + step) % ranks, (rank - step) % ranks
+        operations.append(dist.P2POp(dist.isend, out, dist.get_global_rank(group, to), group))
+        operations.append(
+            dist.P2POp(
+                dist.irecv, into[source : source + 1], dist.get_global_rank(group, source), group
+            )
+        )
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    torch.get_device_module(device).synchronize()
+
+
+class Exchanger:
+    """Carries out the exchanges of one model on one rank.
+
+    Args:
+        weights: ``{layer: [tensor, ...]}``, tensors ``[slots, ...]``; engines keep them at one place in memory for as long as they serve.
+        num_experts: logical experts of a layer.
+        group: of all EP ranks, for the transfers.
+        meeting: of the same ranks.
+        name: tells this model's exchanges from those of others that share the store.
+        staging_bytes: bound on the memory that experts are received in; half of the slots of the largest layer when left out, and more where a
+            layer takes it.
+        timeout: seconds that a transfer or a vote may take.
+
+    Raises:
+        PlacementError: when the weights cannot be moved by slot.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[int, Sequence[torch.Tensor]],
+        num_experts: int,
+        group: dist.ProcessGroup,
+        meeting: Meeting,
+        name: str,
+        log: logging.Logger,
+        staging_bytes: int | None = None,
+        timeout: float = 60.0,
+    ):
+        self.layer_ids = tuple(sorted(weights))
+        self._parameters = {
+            layer: [
+                view_parameter(t, f"layer {layer}, tensor {k}")
+                for k, t in enumerate(weights[layer])
+            ]
+            for layer in self.layer_ids
+        }
+        sizes = padded_bytes([self._parameters[layer] for layer in self.layer_ids])
+        self.expert_bytes = dict(zip(self.layer_ids, sizes))
+        """Of one expert of each layer, as staged: padding included."""
+        first = next(p for parameters in self._parameters.values() for p in parameters)
+        self.num_experts, self.num_slots = num_experts, first.rows.shape[0]
+        self.device = first.rows.device
+        self.group, self.rank, self.ranks = group, group.rank(), group.size()
+        self.topology, self._meeting = meeting.topology, meeting
+        self.log, self._timeout = log, timeout
+        self._bound = staging_bytes
+        self._share = int(STAGING_SHARE * self.num_slots * max(sizes))
+        self._staging: torch.Tensor | None = None
+        # Of the exchange before this one some rank may still read the outcome; of the one before that none does: all took part since.
+        self._ended: list[Callable[[], None]] = []
+        self._epoch = 0
+        self._peers: PeerMemory | None = None
+        self._prefix = f"{name}/{meeting.first}"
+        self.last: ExchangeReport | None = None
+
+    def look_at_peers(self, cpu_group: dist.ProcessGroup) -> None:
+        """See which ranks' experts this one can read where they lie, and let all know; a collective call, in which nobody may be dead.
+
+        Args:
+            cpu_group: of the EP ranks, for CPU tensors.
+        """
+        self._peers = PeerMemory.of(self._parameters, self.topology, cpu_group, self.log)
+        self.log.info("moe_placement_plugin: %s", self._peers)
+
+    @property
+    def reads_peers(self) -> bool:
+        """Whether any rank reads experts in another one's memory."""
+        return self._peers is not None and bool(self._peers.reads.any())
+
+    def reserve(self) -> None:
+        """Take the staging memory now, before the engine gives the rest of the device's away."""
+        import torch
+
+        bound = self._share if self._bound is None else min(self._bound, 2 * self._share)
+        sends = (
+            self._peers is None or not (self._peers.reads | np.eye(self.ranks, dtype=bool)).all()
+        )
+        size = bound + (packing_bytes(max(self.expert_bytes.values()), bound) if sends else 0)
+        self._staging = torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def release(self) -> None:
+        """Give the staging memory back until the next exchange."""
+        self._staging = None
+
+    def placement(self, table: np.ndarray, layer_ids: Sequence[int]) -> Placement:
+        """An engine's table, int ``[layers, physical experts]``, with as many slots on every rank."""
+        return EngineTable(
+            np.asarray(table), self.num_experts, (self.num_slots,) * self.ranks, tuple(layer_ids)
+        )
+
+    def plan(
+        self, old: Placement, new: Placement, live_ranks: Sequence[int] | None = None
+    ) -> ExchangePlan:
+        """What has to move."""
+        return plan_exchange(
+            old,
+            new,
+            self.topology,
+            live_ranks,
+            [self.expert_bytes[layer] for layer in new.layer_ids],
+        )
+
+    def exchange(
+        self,
+        plan: ExchangePlan,
+        on_commit: Callable[[tuple[int, ...]], None] | None = None,
+        reader: ExpertReader | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> ExchangeReport:
+        """Carry a plan out, the server waiting.
+
+        Args:
+            plan: the same on all live ranks, of some or all layers.
+            on_commit: as `Exchange.run` takes it.
+            reader: for experts that no live rank holds.
+            watchdog: is told what is waited for.
+
+        Raises:
+            ExchangeAborted, ExchangeLost: as `Exchange.run`.
+        """
+        from torch.distributed import PrefixStore
+
+        self._epoch += 1
+        # A rebalance that takes more is declined before it comes here; the first move and the loss of a rank must go through.
+        bound = max(self._share if self._bound is None else self._bound, plan.min_staging_bytes)
+        found = Exchange(
+            plan,
+            self._parameters,
+            self.group,
+            epoch=self._epoch,
+            store=PrefixStore(self._prefix, self._meeting.store(plan.live_ranks)),
+            staging_bytes=bound,
+            reader=reader,
+            timeout=self._timeout,
+            watchdog=_Told(watchdog) if watchdog is not None else None,
+            staging=self._staging,
+            double=self._bound is None,
+            peers=self._peers,
+            meanwhile=self._ended.pop(0) if len(self._ended) > 1 else None,
+        )
+        self.last = found.run(on_commit)
+        self._staging = found.staging
+        self._ended.append(found.forget)
+        report = self.last
+        count_event("exchanges")
+        count_event("exchange_seconds", report.seconds)
+        self.log.info(
+            "moe_placement_plugin: exchanged experts of %d layers in %.4f s (%d chunks of at most %.4f s): %.1f MB in, %.1f MB out, %.1f MB read, "
+            "%.1f MB of staging memory",
+            len(plan.changed_rows), report.seconds, report.chunks, report.longest, report.bytes_received / 1e6, report.bytes_sent / 1e6,
+            report.bytes_read / 1e6, report.staging_bytes / 1e6,
+        )  # fmt: skip
+        return report
+
+
+class _Told(Watchdog):
+    """Tells a watchdog that runs already, around more than the exchange, what is waited for."""
+
+    def __init__(self, outer: Watchdog):
+        self._outer = outer
+        super().__init__(outer.limit, outer.give_up, outer.action)
+
+    @property
+    def expired(self) -> str | None:
+        return self._outer.expired
+
+    @expired.setter
+    def expired(self, value: str | None) -> None:
+        pass  # the outer one knows
+
+    def waits_for(self, waiting) -> None:
+        super().waits_for(waiting)
+        self._outer.waits_for(waiting)
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+def whole(table: np.ndarray) -> bool:
+    """Whether every slot of an engine's table holds an expert: while ranks come or go some are -1."""
+    return bool((np.asarray(table) >= 0).all())

@@ -1,0 +1,1 @@
+"""Predict what a placement costs: simulated steps and the calibrated cost model."""
