@@ -7,6 +7,8 @@ engine; ``engines`` connects it to the engine that is installed.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from .core.errors import PlacementError as PlacementError
     from .core.load import ExpertLoad as ExpertLoad
@@ -15,8 +17,6 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from .strategies import PlacementRequest as PlacementRequest
     from .strategies import get_strategy as get_strategy
     from .strategies import strategy_names as strategy_names
-
-__version__ = "0.1.0"
 
 _EXPORTS = {
     "ExpertLoad": "core.load",
@@ -40,7 +40,7 @@ def enable() -> None:
     from importlib.util import find_spec
 
     if find_spec("vllm") is not None:
-        from .engines.vllm.detect import enable as enable_vllm
+        from .engines.vllm import enable as enable_vllm  # lazy: heavy
 
         enable_vllm()
 

@@ -11,14 +11,14 @@ import sys
 import numpy as np
 from safetensors.numpy import save_file
 
-from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.load_file import read_load
 
 SOURCE = "github.com/NVIDIA/srt-slurm, configs/expert-distributions, commit 2ee9362"
 
 
 def main(source: str, target: str) -> None:
     """Write ``target`` from the ``.pt`` file ``source``."""
-    load = ExpertLoad.read(source).moe_layers()
+    load = read_load(source).moe_layers()
     metadata = {
         "model": "DeepSeek-R1",
         "top_k": 8,

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.plan_or_load import write
 from moe_placement_plugin.lab.demo.tiny_models import Size, write_glm4_moe, write_qwen3_moe
 
 HERE = Path(__file__).parent
@@ -253,7 +254,7 @@ def main() -> None:
     model, encode = load(out)
     recorded = arguments.load or HERE / "loads" / f"{arguments.model}.safetensors"
     recorded.parent.mkdir(exist_ok=True)
-    recorded_load(model, encode).write(recorded)
+    write(recorded_load(model, encode), recorded)
     found = examine(model, encode) | {
         "training": {
             "steps": arguments.steps, "batch": arguments.batch, "rate": arguments.rate, "seed": arguments.seed, "seconds": round(seconds),

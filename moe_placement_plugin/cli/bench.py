@@ -62,10 +62,10 @@ def planner(
 
     from rich.console import Console
 
-    from ..core.errors import PlacementError
-    from ..lab.bench.planner import run as engine
-    from ..lab.bench.planner.contestants import start_contestants
-    from ..lab.bench.planner.report import print_report
+    from ..core.errors import PlacementError  # lazy: heavy
+    from ..lab.bench.planner import run as engine  # lazy: numba
+    from ..lab.bench.planner.contestants import start_contestants  # lazy: heavy
+    from ..lab.bench.planner.report import print_report  # lazy: heavy
 
     wanted = suite or [
         s
@@ -184,7 +184,7 @@ def layer(
     Example: moe-placement bench layer --shape r1 --load examples/deepseek-r1/in8k_out1k.safetensors --ep 32 --strategy linear
     --strategy zigzag --strategy eplb+32 --calibrations .
     """
-    from ..core.errors import PlacementError
+    from ..core.errors import PlacementError  # lazy: heavy
 
     try:
         import torch
@@ -197,13 +197,13 @@ def layer(
     import numpy as np
     from rich.console import Console
 
-    from ..formats.atomic import write_atomically
-    from ..lab.bench.layer import run as engine
-    from ..lab.bench.layer.report import as_json, print_report
-    from ..lab.bench.layer.shapes import find_shape, read_load, synthetic_load
-    from ..lab.bench.timing import device_facts
-    from ..lab.staged_layer import find_matmuls
-    from .inputs import check_writable
+    from ..formats.atomic import write_atomically  # lazy: heavy
+    from ..lab.bench.layer import run as engine  # lazy: numba
+    from ..lab.bench.layer.report import as_json, print_report  # lazy: numba
+    from ..lab.bench.layer.shapes import find_shape, read_recordings, synthetic_load  # lazy: heavy
+    from ..lab.bench.timing import device_facts  # lazy: numba
+    from ..lab.staged_layer import find_matmuls  # lazy: heavy
+    from .inputs import check_writable  # lazy: heavy
 
     for path in (json_path, calibrations / "x" if calibrations else None):
         if path is not None:
@@ -214,8 +214,10 @@ def layer(
             f"--device {device}: torch {torch.__version__} finds no GPU here; leave --device out or give cpu"
         )
     known = find_shape(shape)
-    load = read_load(loads, known, shape) if loads else synthetic_load(known, skew)
-    planned = read_load(plan_on, known, shape).select_layers(load.layer_ids) if plan_on else load
+    load = read_recordings(loads, known, shape) if loads else synthetic_load(known, skew)
+    planned = (
+        read_recordings(plan_on, known, shape).select_layers(load.layer_ids) if plan_on else load
+    )
     rows = sorted(
         {int(r) for r in np.linspace(0, load.num_layers - 1, min(layers, load.num_layers))}
     )
@@ -324,11 +326,11 @@ def exchange(
 
     from rich.console import Console
 
-    from ..core.errors import PlacementError
-    from ..lab.bench.exchange import run as engine
-    from ..lab.bench.exchange.report import print_report
-    from ..lab.bench.planner.contestants import start_contestants
-    from ..lab.bench.planner.run import machine, read_traces
+    from ..core.errors import PlacementError  # lazy: heavy
+    from ..lab.bench.exchange import run as engine  # lazy: numba
+    from ..lab.bench.exchange.report import print_report  # lazy: heavy
+    from ..lab.bench.planner.contestants import start_contestants  # lazy: heavy
+    from ..lab.bench.planner.run import machine, read_traces  # lazy: numba
 
     wanted = suite or ["dead", *(["drift"] if traces else [])]
     for name in wanted:
@@ -350,7 +352,7 @@ def exchange(
     if "dead" in wanted:
         import torch
 
-        from ..lab.bench.exchange.ranks import Sizes
+        from ..lab.bench.exchange.ranks import Sizes  # lazy: heavy
 
         sizes = Sizes(layers, 64, hidden, width)
         result["versions"]["exchange"] = {"torch": torch.__version__, "backend": "gloo"}
@@ -390,8 +392,8 @@ def verify(
     """
     import json
 
-    from ..formats.atomic import write_atomically
-    from ..lab.bench.fingerprint.run import describe, measure
+    from ..formats.atomic import write_atomically  # lazy: heavy
+    from ..lab.bench.fingerprint.run import describe, measure  # lazy: numba
 
     result = measure(gigabytes, device)
     print(describe(result))

@@ -40,12 +40,12 @@ def demo(
 
     Everything runs on this machine's CPU. Exit code 1 when an answer differs.
     """
-    from ..engines.common.installed import require_engine
-    from ..lab.demo.run import run
-    from ..lab.demo.tiny_models import MODELS
-    from ..lab.servers.engines import DEMO_ENGINES
-    from ..strategies import get_strategy
-    from .progress import Progress
+    from ..engines.common.installed import require_engine  # lazy: heavy
+    from ..lab.demo.run import run  # lazy: heavy
+    from ..lab.demo.tiny_models import MODELS  # lazy: heavy
+    from ..lab.servers.engines import DEMO_ENGINES  # lazy: heavy
+    from ..strategies import get_strategy  # lazy: heavy
+    from .progress import Progress  # lazy: heavy
 
     console = Console()
     name = require_engine(engine or None)

@@ -37,11 +37,12 @@ def diff(
 
     Example: moe-placement diff old.json new.json --model /models/DeepSeek-R1 --bandwidth 50
     """
-    from ..core import diff as moves
-    from ..core.errors import PlacementError
-    from ..core.topology import Topology
-    from ..strategies import PlacementRequest, get_strategy
-    from .inputs import read_plan
+    from ..core import diff as moves  # lazy: heavy
+    from ..core.errors import PlacementError  # lazy: heavy
+    from ..core.topology import Topology  # lazy: heavy
+    from ..formats.model_config import expert_bytes_from  # lazy: heavy
+    from ..strategies import PlacementRequest, get_strategy  # lazy: heavy
+    from .inputs import read_plan  # lazy: heavy
 
     if bandwidth <= 0:
         raise PlacementError(f"--bandwidth {bandwidth}: give GB/s greater than 0")
@@ -56,10 +57,10 @@ def diff(
         before = read_plan(old, ranks)
     found = moves.compare(before, after)
     if model is not None and expert_bytes is None:
-        expert_bytes = moves.expert_bytes_from(model)
+        expert_bytes = expert_bytes_from(model)
     if as_json:
         typer.echo(moves.as_json(found, expert_bytes, bandwidth * 1e9))
         return
-    from ..report.tables import console, moves_table
+    from ..report.tables import console, moves_table  # lazy: heavy
 
     console().print(moves_table(found, expert_bytes, bandwidth * 1e9))

@@ -29,8 +29,8 @@ def doctor(
 
     Example: moe-placement doctor --engine vllm
     """
-    from ..core.errors import PlacementError
-    from .inputs import print_json
+    from ..core.errors import PlacementError  # lazy: heavy
+    from .inputs import print_json  # lazy: heavy
 
     if engine is not None and engine not in ENGINES:
         raise PlacementError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
@@ -71,10 +71,10 @@ def _examine(name: str) -> dict[str, Any]:
 
 
 def _vllm(result: dict[str, Any]) -> None:
-    from ..engines.vllm import resolve
-    from ..engines.vllm import support as kernels
-    from ..engines.vllm.flags import FLAGS
-    from ..engines.vllm.patches import (
+    from ..engines.vllm import resolve  # lazy: heavy
+    from ..engines.vllm import support as kernels  # lazy: heavy
+    from ..engines.vllm.flags import FLAGS  # lazy: heavy
+    from ..engines.vllm.patches import (  # lazy: heavy
         eplb_set,
         host_set,
         load_set,
@@ -111,12 +111,19 @@ def _vllm(result: dict[str, Any]) -> None:
 def _sglang(result: dict[str, Any]) -> None:
     import sglang
 
-    from ..engines.sglang import compat, flags, support
+    from ..engines.sglang import compat, flags, support  # lazy: heavy
 
     result["supported"] = f"{compat.OLDEST} to {compat.NEWEST}"
     compat.check_version(sglang.__version__)
-    from ..engines.sglang import draft_recording, eplb, hosts, recording, reload, verification
-    from ..engines.sglang import patches as worker
+    from ..engines.sglang import (  # lazy: numba
+        draft_recording,
+        eplb,
+        hosts,
+        recording,
+        reload,
+        verification,
+    )
+    from ..engines.sglang import patches as worker  # lazy: numba
 
     groups = (
         ("flags", flags.LAUNCHER), ("placement", flags.ON_REQUEST), ("placement", worker.hooks()),
@@ -133,7 +140,7 @@ def _sglang(result: dict[str, Any]) -> None:
 def _print(found: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    from ..report.tables import console
+    from ..report.tables import console  # lazy: heavy
 
     out = console()
     for engine in found:

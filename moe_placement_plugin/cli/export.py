@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..formats.sglang import to_sglang
+
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -36,15 +38,16 @@ def export(
     """
     import numpy as np
 
-    from ..core.errors import PlacementError
-    from ..core.placement import Placement
-    from ..formats.atomic import write_atomically
-    from .inputs import check_writable, print_json, read_any
+    from ..core.errors import PlacementError  # lazy: heavy
+    from ..core.placement import Placement  # lazy: heavy
+    from ..formats.atomic import write_atomically  # lazy: heavy
+    from ..formats.plan_or_load import read  # lazy: heavy
+    from .inputs import check_writable, print_json  # lazy: heavy
 
     check_writable(output)
-    found = read_any(file)
+    found = read(file)
     if isinstance(found, Placement):
-        data = found.to_sglang(num_layers)
+        data = to_sglang(found, num_layers)
         key = "physical_to_logical_map"
     else:
         total = max(found.layer_ids) + 1 if num_layers is None else num_layers

@@ -14,44 +14,8 @@ from ..core.errors import PlacementError
 from ..core.load import ExpertLoad
 from ..core.placement import Placement
 from ..core.topology import Topology
-from ..formats.plan_json import is_plan, parse_plan, parse_sglang_plan
+from ..formats.plan_or_load import read
 from ..simulation.simulate import Cluster, Workload
-
-
-def read_any(path: Path, num_ranks: int | None = None) -> Placement | ExpertLoad:
-    """A plan or a recorded load, told apart by content.
-
-    Args:
-        path: the file.
-        num_ranks: EP ranks, which SGLang's form of a plan does not say.
-
-    Raises:
-        PlacementError: when it is neither.
-    """
-    from ..formats.atomic import read_bytes, read_json
-
-    content = read_bytes(path, "plan or recorded load")
-    if not content:
-        raise PlacementError(f"{path} is empty: give a plan or a recorded load")
-    if content.lstrip()[:1] == b"{" and content[8:9] != b"{":
-        data = read_json(path, "plan or recorded load")
-        if is_plan(data):
-            if "physical_to_logical_map" not in data:
-                return parse_plan(data, str(path))
-            if num_ranks is None:
-                raise PlacementError(
-                    f"{path} is a plan in SGLang's form, which does not name the ranks: add --ranks"
-                )
-            return parse_sglang_plan(data, _experts_of(data), num_ranks, str(path))
-    return ExpertLoad.read(path)
-
-
-def _experts_of(data: dict[str, Any]) -> int:
-    rows = data["physical_to_logical_map"]
-    try:
-        return 1 + max(max(row) for row in rows)
-    except (TypeError, ValueError):
-        return 1  # parse_sglang_plan says what is wrong with the rows
 
 
 def read_plan(path: Path, num_ranks: int | None = None) -> Placement:
@@ -60,7 +24,7 @@ def read_plan(path: Path, num_ranks: int | None = None) -> Placement:
     Raises:
         PlacementError: when the file is none.
     """
-    found = read_any(path, num_ranks)
+    found = read(path, num_ranks)
     if isinstance(found, ExpertLoad):
         raise PlacementError(
             f"{path} is a recorded load, a plan is needed: make one with `moe-placement plan {path}`"
@@ -80,7 +44,7 @@ def read_loads(paths: Sequence[Path], phase: str | None = None) -> list[Workload
     """
     workloads = []
     for path in paths:
-        load = read_any(path)
+        load = read(path)
         if isinstance(load, Placement):
             raise PlacementError(
                 f"{path} is a plan, a recorded load is needed: give what --expert-load-record wrote"

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..formats.plan_or_load import write
+
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -55,18 +57,18 @@ def plan(
 
     Example: moe-placement plan load.safetensors --ranks 32 --redundant 32 -o plan.json
     """
-    from ..core.load import ExpertLoad
-    from ..core.placement import Placement
-    from ..simulation.simulate import align
-    from ..strategies import get_strategy
-    from .inputs import check_writable, cluster, print_json, read_loads
+    from ..core.load import ExpertLoad  # lazy: heavy
+    from ..core.placement import Placement  # lazy: heavy
+    from ..simulation.simulate import align  # lazy: heavy
+    from ..strategies import get_strategy  # lazy: heavy
+    from .inputs import check_writable, cluster, print_json, read_loads  # lazy: heavy
 
     check_writable(output)
     planner = get_strategy(strategy)
     if (
         planner.name == "eplb"
     ):  # not one of another package, whose kernels may need what is left out
-        from ..planner.kernels.compiled import without_blas
+        from ..planner.kernels.compiled import without_blas  # lazy: numba
 
         without_blas()
     workloads = align(read_loads(loads, phase))
@@ -82,7 +84,7 @@ def plan(
         made.physical_to_logical, made.num_logical_experts, made.slots_per_rank, made.layer_ids, made.strategy,
         {**made.metadata, **metadata},
     )  # fmt: skip
-    made.write(output)
+    write(made, output)
     before = get_strategy("linear").place(request)
     if as_json:
         print_json(
@@ -101,6 +103,6 @@ def plan(
             }
         )
         return
-    from ..report.tables import console, plan_summary
+    from ..report.tables import console, plan_summary  # lazy: heavy
 
     console().print(plan_summary(made, before, workloads, str(output)))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..formats.load_file import read_load
+
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -51,9 +53,8 @@ def record(
 
     Example: moe-placement record load.safetensors --url http://localhost:8000 --prompts prompts.txt
     """
-    from ..core.errors import PlacementError
-    from ..core.load import ExpertLoad
-    from .inputs import print_json
+    from ..core.errors import PlacementError  # lazy: heavy
+    from .inputs import print_json  # lazy: heavy
 
     sent = None
     if (url is None) != (prompts is None):
@@ -62,13 +63,13 @@ def record(
             f"{given} without {missing}: prompts are sent to a server; give both, or neither to read {path}"
         )
     if url is not None and prompts is not None:
-        from ..recording.send_prompts import read_prompts, send, wait_for_recording
+        from ..recording.send_prompts import read_prompts, send, wait_for_recording  # lazy: heavy
 
         bodies = read_prompts(prompts)
         before = path.stat().st_mtime if path.exists() else 0.0
         sent = send(url, bodies, model, max_tokens, concurrency, timeout)
         wait_for_recording(path, before, sent.ended)
-    load = ExpertLoad.read(path)
+    load = read_load(path)
     if as_json:
         print_json(
             {
@@ -89,8 +90,8 @@ def record(
             }
         )
         return
-    from ..report.tables import console, load_table
-    from ..simulation.simulate import Workload
+    from ..report.tables import console, load_table  # lazy: heavy
+    from ..simulation.simulate import Workload  # lazy: heavy
 
     out = console()
     if sent is not None:

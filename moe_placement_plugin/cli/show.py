@@ -72,18 +72,19 @@ def show(
 
     Example: moe-placement show load.safetensors plan.json --html report.html
     """
-    from ..core.errors import PlacementError
-    from ..core.placement import Placement
-    from ..report.tables import console, load_table, plan_table
-    from ..simulation.simulate import align, rows_for
-    from .inputs import check_writable, print_json, read_any, read_loads
+    from ..core.errors import PlacementError  # lazy: heavy
+    from ..core.placement import Placement  # lazy: heavy
+    from ..formats.plan_or_load import read  # lazy: heavy
+    from ..report.tables import console, load_table, plan_table  # lazy: heavy
+    from ..simulation.simulate import align, rows_for  # lazy: heavy
+    from .inputs import check_writable, print_json, read_loads  # lazy: heavy
 
     if page is not None:
         check_writable(page)
     plans: dict[str, Placement] = {}
     load_paths = []
     for path in files:
-        found = read_any(path, ranks)
+        found = read(path, ranks)
         if isinstance(found, Placement):
             plans[path.stem if path.stem not in plans else str(path)] = found
         else:
@@ -105,18 +106,18 @@ def show(
     plans = {name: rows_for(plan, together, name) for name, plan in plans.items()}
     placements = {**_strategies(together, ranks, redundant, strategy, plans), **plans}
     if page is not None or png is not None:
-        from ..report.data import make_report
+        from ..report.data import make_report  # lazy: heavy
 
         report = make_report(
             [w.name for w in workloads], [w.load for w in workloads], placements, layer
         )
         if page is not None:
-            from ..formats.atomic import write_atomically
-            from ..report.page import render
+            from ..formats.atomic import write_atomically  # lazy: heavy
+            from ..report.page import render  # lazy: heavy
 
             write_atomically(page, render(report).encode())
         if png is not None:
-            from ..report.figures import write_figures
+            from ..report.figures import write_figures  # lazy: heavy
 
             write_figures(report, png)
     if as_json:
@@ -155,7 +156,7 @@ def show(
 
 
 def _together(workloads: Sequence[Workload]) -> ExpertLoad:
-    from ..core.load import ExpertLoad
+    from ..core.load import ExpertLoad  # lazy: heavy
 
     return ExpertLoad.concatenate([w.load for w in workloads])
 
@@ -168,15 +169,15 @@ def _strategies(
     plans: Mapping[str, Placement],
 ) -> dict[str, Placement]:
     """The strategies to show beside the plans, on the same ranks and slots."""
-    from ..core.topology import Topology
-    from ..strategies import PlacementRequest, get_strategy
+    from ..core.topology import Topology  # lazy: heavy
+    from ..strategies import PlacementRequest, get_strategy  # lazy: heavy
 
     first = next(iter(plans.values()), None)
     if ranks is None:
         ranks = first.num_ranks if first is not None else None
     if ranks is None:
         if names:
-            from ..core.errors import PlacementError
+            from ..core.errors import PlacementError  # lazy: heavy
 
             raise PlacementError(
                 f"--strategy {names[0]} without --ranks: strategies place experts on ranks; add --ranks"

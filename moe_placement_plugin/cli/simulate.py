@@ -80,11 +80,11 @@ def simulate(
 
     Example: moe-placement simulate a.safetensors b.safetensors --ranks 32 --redundant 32
     """
-    from ..core.errors import PlacementError
-    from ..simulation.costmodel import find_calibration, fit
-    from ..simulation.simulate import simulate as run
-    from ..strategies import get_strategy
-    from .inputs import cluster, print_json, read_loads, read_plan
+    from ..core.errors import PlacementError  # lazy: heavy
+    from ..simulation.costmodel import find_calibration, fit  # lazy: heavy
+    from ..simulation.simulate import simulate as run  # lazy: heavy
+    from ..strategies import get_strategy  # lazy: heavy
+    from .inputs import cluster, print_json, read_loads, read_plan  # lazy: heavy
 
     where = cluster(ranks, nodes, redundant, groups, speed)
     workloads = read_loads(loads, phase)
@@ -141,7 +141,7 @@ def simulate(
             }
         )
         return
-    from ..report.tables import console, simulation_table
+    from ..report.tables import console, simulation_table  # lazy: heavy
 
     out = console()
     if cost is not None:

@@ -140,16 +140,16 @@ def accuracy(
     import json
     import tempfile
 
-    from ..core.errors import PlacementError
-    from ..engines.common.installed import require_engine
-    from ..lab.accuracy.compare import Allowance
-    from ..lab.accuracy.examiner import Examination
-    from ..lab.accuracy.run import configurations, run
-    from ..lab.accuracy.table import table, to_json
-    from ..lab.servers.engines import DEMO_ENGINES, ServerSettings
-    from ..report.tables import console
-    from .inputs import check_writable
-    from .progress import Progress
+    from ..core.errors import PlacementError  # lazy: heavy
+    from ..engines.common.installed import require_engine  # lazy: heavy
+    from ..lab.accuracy.compare import Allowance  # lazy: heavy
+    from ..lab.accuracy.examiner import Examination  # lazy: heavy
+    from ..lab.accuracy.run import configurations, run  # lazy: heavy
+    from ..lab.accuracy.table import table, to_json  # lazy: heavy
+    from ..lab.servers.engines import DEMO_ENGINES, ServerSettings  # lazy: heavy
+    from ..report.tables import console  # lazy: heavy
+    from .inputs import check_writable  # lazy: heavy
+    from .progress import Progress  # lazy: heavy
 
     if engine is not None and engine not in DEMO_ENGINES:
         raise PlacementError(f"--engine {engine}: choose one of {', '.join(DEMO_ENGINES)}")
@@ -221,7 +221,7 @@ def accuracy(
 
 
 def _on_cpu(device: str) -> bool:
-    from ..core.errors import PlacementError
+    from ..core.errors import PlacementError  # lazy: heavy
 
     if device not in ("auto", "cpu", "gpu"):
         raise PlacementError(f"--device {device}: choose cpu, gpu or auto")

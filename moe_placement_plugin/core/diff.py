@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,24 +138,6 @@ def expert_bytes_of(config: Mapping[str, Any], source: str) -> int:
         )
     width = max(width) if isinstance(width, list) else width
     return int(3 * hidden * width * _BYTES[kind])
-
-
-def expert_bytes_from(path: str | Path) -> int:
-    """`expert_bytes_of` for a model directory or its ``config.json``.
-
-    Raises:
-        PlacementError: when there is none, or it does not say.
-    """
-    from ..formats.atomic import read_json
-
-    path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
-    config = read_json(path, "model config")
-    if not isinstance(config, dict):
-        raise PlacementError(
-            f"{path} is no model config: give a model directory or its config.json"
-        )
-    return expert_bytes_of(config, str(path))
 
 
 def as_json(moves: Moves, expert_bytes: int | None, bandwidth: float) -> str:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import PlacementError
-
-FORMAT = "moe-expert-load"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,49 +169,6 @@ class ExpertLoad:
             first.metadata,
         )
 
-    def write(self, path: str | Path) -> None:
-        """Write as safetensors, atomically.
-
-        Raises:
-            PlacementError: when the path cannot be written.
-        """
-        from safetensors.numpy import save
-
-        from ..formats.atomic import write_atomically
-
-        tensors = {"counts": np.ascontiguousarray(self.counts)}
-        if self.coactivation is not None:
-            tensors["coactivation"] = np.ascontiguousarray(self.coactivation)
-        header = {
-            "format": FORMAT,
-            "version": str(FORMAT_VERSION),
-            "layer_ids": json.dumps(self.layer_ids),
-            "phases": json.dumps(self.phases),
-            "metadata": json.dumps(dict(self.metadata)),
-        }
-        write_atomically(path, save(tensors, metadata=header))
-
-    @classmethod
-    def read(cls, path: str | Path) -> ExpertLoad:
-        """Read a recorded load: ours (safetensors) or SGLang's (``.json``, ``.pt``), told by the content.
-
-        A ``.pt`` file is read with ``weights_only=True``, which runs no code; it needs torch.
-
-        Raises:
-            PlacementError: when the file is missing, foreign, truncated or holds no valid load.
-        """
-        from ..formats.atomic import read_bytes
-
-        content = read_bytes(path, "recorded load")
-        try:
-            if content[:2] == b"PK":
-                return _read_torch(path)
-            if content.lstrip()[:1] == b"{" and content[8:9] != b"{":
-                return _read_sglang_json(content, path)
-            return _read_safetensors(content, path)
-        except PlacementError as error:
-            raise error if str(path) in str(error) else PlacementError(f"{path}: {error}") from None
-
 
 def _as_counts(values: Any, name: str) -> np.ndarray:
     try:
@@ -241,73 +193,3 @@ def _as_counts(values: Any, name: str) -> np.ndarray:
             f"{name}{list(where)} is {array[where]}: token counts must be finite and not negative; record again"
         )
     return array
-
-
-def _read_safetensors(content: bytes, path: str | Path) -> ExpertLoad:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        tensors = load(content)
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise PlacementError(
-            f"{path} is no recorded load ({type(error).__name__}: {error}): give a file written by "
-            "--expert-load-record, or SGLang's .json or .pt"
-        ) from None
-    if header.get("format") != FORMAT or "counts" not in tensors:
-        raise PlacementError(
-            f"{path} is a safetensors file but no recorded load: give one written by --expert-load-record"
-        )
-    if header.get("version") != str(FORMAT_VERSION):
-        raise PlacementError(
-            f"{path} has load version {header.get('version')}, this release reads version {FORMAT_VERSION}: record again"
-        )
-    return ExpertLoad(
-        tensors["counts"],
-        tuple(json.loads(header["layer_ids"])),
-        tuple(json.loads(header["phases"])),
-        tensors.get("coactivation"),
-        json.loads(header["metadata"]),
-    )
-
-
-def _read_sglang_json(content: bytes, path: str | Path) -> ExpertLoad:
-    try:
-        data = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlacementError(
-            f"{path} is not JSON ({error}): give a recorded load or a plan file"
-        ) from None
-    if "logical_count" not in data:
-        raise PlacementError(
-            f'{path} is neither a plan nor a recorded load: SGLang\'s recordings have "logical_count", plans have '
-            '"format": "moe-placement-plan"'
-        )
-    return ExpertLoad(data["logical_count"], metadata={"source": "sglang"})
-
-
-def _read_torch(path: str | Path) -> ExpertLoad:
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise PlacementError(
-            f"{path} is a .pt file, which needs torch to be read: install torch or export it as JSON"
-        ) from None
-    import pickle
-
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise PlacementError(
-            f"{path} is no readable .pt recording ({reason}): dump it again"
-        ) from None
-    if not isinstance(data, dict) or "logical_count" not in data:
-        raise PlacementError(
-            f"{path} holds no logical_count: give a file dumped by SGLang's `stat` recorder"
-        )
-    counts = data["logical_count"]
-    counts = counts.numpy() if isinstance(counts, torch.Tensor) else counts
-    return ExpertLoad(counts, metadata={"source": "sglang"})

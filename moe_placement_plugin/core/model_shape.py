@@ -6,9 +6,9 @@ here is checked again when the engine builds the layers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from ..strategies.resolve import ModelShape
 from .errors import PlacementError
 
 _NUM_EXPERTS = (
@@ -20,6 +20,23 @@ _NUM_EXPERTS = (
     "num_routed_experts",
 )
 _NUM_GROUPS = ("n_group", "num_expert_group", "n_groups")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The MoE layers of a model.
+
+    Attributes:
+        layer_ids: index of each MoE layer within the model, ``[layers]``.
+        num_experts: logical experts per MoE layer.
+        num_groups: expert groups of grouped top-k routing, 1 when the model has none.
+        name: what the user called the model.
+    """
+
+    layer_ids: tuple[int, ...]
+    num_experts: int
+    num_groups: int = 1
+    name: str = ""
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:

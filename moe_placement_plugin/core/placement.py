@@ -7,15 +7,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from .errors import PlacementError
-
-FORMAT = "moe-placement-plan"
-FORMAT_VERSION = 1
 
 
 def even_slots(num_slots: int, num_ranks: int) -> tuple[int, ...]:
@@ -73,15 +69,15 @@ class Placement:
             or min(self.layer_ids) < 0
         ):
             raise PlacementError(
-                f"layer_ids {_short(self.layer_ids)} for {layers} layers: give one distinct id >= 0 per layer"
+                f"layer_ids {shorten(self.layer_ids)} for {layers} layers: give one distinct id >= 0 per layer"
             )
         if not self.slots_per_rank or min(self.slots_per_rank) < 0:
             raise PlacementError(
-                f"slots_per_rank {_short(self.slots_per_rank)}: give at least one rank, none with fewer than 0 slots"
+                f"slots_per_rank {shorten(self.slots_per_rank)}: give at least one rank, none with fewer than 0 slots"
             )
         if sum(self.slots_per_rank) != slots:
             raise PlacementError(
-                f"slots_per_rank {_short(self.slots_per_rank)} adds up to {sum(self.slots_per_rank)}, but a layer has "
+                f"slots_per_rank {shorten(self.slots_per_rank)} adds up to {sum(self.slots_per_rank)}, but a layer has "
                 f"{slots} slots: the two must agree"
             )
         table = self.physical_to_logical
@@ -180,7 +176,7 @@ class Placement:
             return self.layer_ids.index(layer_id)
         except ValueError:
             raise PlacementError(
-                f"the placement has no layer {layer_id} (it has {_short(self.layer_ids)}): it was made for another model; "
+                f"the placement has no layer {layer_id} (it has {shorten(self.layer_ids)}): it was made for another model; "
                 "plan again for this one"
             ) from None
 
@@ -278,92 +274,6 @@ class Placement:
     def __hash__(self) -> int:
         return hash(self.digest)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The plan file's content as JSON-compatible values."""
-        data = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "strategy": self.strategy,
-            **self._rows(),
-            "metadata": dict(self.metadata),
-        }
-        return data if self.draft is None else data | {"draft": self.draft._rows()}
-
-    def _rows(self) -> dict[str, Any]:
-        return {
-            "num_logical_experts": self.num_logical_experts,
-            "slots_per_rank": list(self.slots_per_rank),
-            "layer_ids": list(self.layer_ids),
-            "physical_to_logical": self.physical_to_logical.tolist(),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], source: str = "plan") -> Placement:
-        """The inverse of `to_dict`. ``source`` names the origin in errors.
-
-        Raises:
-            PlacementError: when a field is missing, of the wrong type, of an unknown version, or the
-                maps are not a valid placement.
-        """
-        from ..formats.plan_json import parse_plan
-
-        return parse_plan(data, source)
-
-    def to_sglang(self, num_layers: int | None = None) -> dict[str, Any]:
-        """SGLang's own form for ``--init-expert-location``: ``physical_to_logical_map [layers, slots]``.
-
-        SGLang numbers all layers of the model: rows of layers that are not MoE layers hold the
-        trivial map. ``num_layers`` is the model's number of layers (default: up to the last MoE layer).
-
-        Raises:
-            PlacementError: if ranks have different numbers of slots (SGLang knows only equal ones), or there are rows
-                for a draft, for which its form has no place.
-        """
-        if self.draft is not None:
-            raise PlacementError(
-                "SGLang's form of a plan has no rows for a draft, this plan has: leave its draft's rows out"
-            )
-        if not self.is_even:
-            raise PlacementError(
-                f"slots_per_rank {_short(self.slots_per_rank)}: SGLang needs the same number of slots on every rank; "
-                "plan with redundant experts that fill the ranks up"
-            )
-        total = max(self.layer_ids) + 1 if num_layers is None else num_layers
-        if total <= max(self.layer_ids):
-            raise PlacementError(
-                f"num_layers {total}, but the plan has layer {max(self.layer_ids)}: give the model's own"
-            )
-        rows = np.tile(np.arange(self.num_slots) % self.num_logical_experts, (total, 1))
-        rows[list(self.layer_ids)] = self.physical_to_logical
-        return {"physical_to_logical_map": rows.tolist()}
-
-    def write(self, path: str | Path) -> None:
-        """Write the plan as JSON, atomically."""
-        from ..formats.atomic import write_atomically
-
-        rows = ",\n    ".join(
-            json.dumps(row, separators=(",", ":")) for row in self.physical_to_logical.tolist()
-        )
-        head = {k: v for k, v in self.to_dict().items() if k != "physical_to_logical"}
-        text = (
-            json.dumps(head, indent=2)[:-2]
-            + ',\n  "physical_to_logical": [\n    '
-            + rows
-            + "\n  ]\n}\n"
-        )
-        write_atomically(path, text.encode())
-
-    @classmethod
-    def read(cls, path: str | Path) -> Placement:
-        """Read a plan file.
-
-        Raises:
-            PlacementError: when the file is missing, not JSON, or not a valid plan.
-        """
-        from ..formats.atomic import read_json
-
-        return cls.from_dict(read_json(path, "plan"), str(path))
-
 
 class EngineTable(Placement):
     """What an engine's own algorithm has put into force: a rank may hold an expert twice there, which a plan of ours never does."""
@@ -396,7 +306,7 @@ def as_int32_table(values: Any) -> np.ndarray:
     return np.array(table, dtype=np.int32)
 
 
-def _short(values: Iterable[Any], limit: int = 12) -> str:
+def shorten(values: Iterable[Any], limit: int = 12) -> str:
     values = list(values)
     shown = ", ".join(str(v) for v in values[:limit])
     return f"[{shown}{', ...' if len(values) > limit else ''}]"

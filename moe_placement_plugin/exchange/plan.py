@@ -284,7 +284,7 @@ class ExchangePlan:
             yield self._chunk(rows, incoming + scratch)
 
     def _chunk(self, rows: list[int], staging: np.ndarray) -> Chunk:
-        from .plan_kernels import color
+        from .plan_kernels import color  # lazy: numba
 
         def of_rows(
             work: np.ndarray,
@@ -351,7 +351,7 @@ def plan_exchange(
     Raises:
         PlacementError: when the placements are of different models or ranks, or the live ranks have no slot for an expert.
     """
-    from .plan_kernels import route
+    from .plan_kernels import route  # lazy: numba
 
     check_comparable(old, new)
     ranks = new.num_ranks

@@ -1,15 +1,21 @@
-"""The schema of a plan file, and SGLang's own form of one."""
+"""Read and write plan files: a placement as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import PlacementError
-from ..core.placement import FORMAT, FORMAT_VERSION, Placement, as_int32_table, even_slots
+from ..core.placement import Placement, as_int32_table
+from .atomic import read_json, write_atomically
+
+FORMAT = "moe-placement-plan"
+FORMAT_VERSION = 1
 
 
 class DraftRows(BaseModel):
@@ -39,15 +45,58 @@ class PlanFile(BaseModel):
     draft: DraftRows | None = None
 
 
-def is_plan(data: Any) -> bool:
-    """Whether parsed JSON claims to be a plan (ours or SGLang's) rather than a recorded load."""
-    return isinstance(data, Mapping) and (
-        data.get("format") == FORMAT or "physical_to_logical_map" in data
+def read_plan(path: str | Path) -> Placement:
+    """Read a plan file.
+
+    Raises:
+        PlacementError: when the file is missing, not JSON, or not a valid plan.
+    """
+    return parse_plan(read_json(path, "plan"), str(path))
+
+
+def write_plan(placement: Placement, path: str | Path) -> None:
+    """Write a placement as a plan file, atomically.
+
+    Raises:
+        PlacementError: when the path cannot be written.
+    """
+    rows = ",\n    ".join(
+        json.dumps(row, separators=(",", ":")) for row in placement.physical_to_logical.tolist()
     )
+    head = {k: v for k, v in plan_to_dict(placement).items() if k != "physical_to_logical"}
+    text = (
+        json.dumps(head, indent=2)[:-2]
+        + ',\n  "physical_to_logical": [\n    '
+        + rows
+        + "\n  ]\n}\n"
+    )
+    write_atomically(path, text.encode())
 
 
-def parse_plan(data: Any, source: str) -> Placement:
-    """A validated `Placement` from the parsed JSON of a plan file.
+def plan_to_dict(placement: Placement) -> dict[str, Any]:
+    """Give a plan file's content as JSON-compatible values; `parse_plan` reads it."""
+    data = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "strategy": placement.strategy,
+        **rows_to_dict(placement),
+        "metadata": dict(placement.metadata),
+    }
+    return data if placement.draft is None else data | {"draft": rows_to_dict(placement.draft)}
+
+
+def rows_to_dict(placement: Placement) -> dict[str, Any]:
+    """Give the rows of a plan file, of the model or of its draft, as JSON-compatible values."""
+    return {
+        "num_logical_experts": placement.num_logical_experts,
+        "slots_per_rank": list(placement.slots_per_rank),
+        "layer_ids": list(placement.layer_ids),
+        "physical_to_logical": placement.physical_to_logical.tolist(),
+    }
+
+
+def parse_plan(data: Any, source: str = "plan") -> Placement:
+    """Make a validated `Placement` from the parsed JSON of a plan file; ``source`` names it in errors.
 
     Raises:
         PlacementError: naming ``source``, the field and the rule.
@@ -99,38 +148,3 @@ def _draft(rows: DraftRows) -> Placement:
         )
     except PlacementError as error:
         raise PlacementError(f"draft: {error}") from None
-
-
-def parse_sglang_plan(
-    data: Mapping[str, Any], num_logical_experts: int, num_ranks: int, source: str
-) -> Placement:
-    """A `Placement` from SGLang's ``{"physical_to_logical_map": [layers][slots]}``.
-
-    SGLang's form names neither the experts nor the ranks, so the model must.
-
-    Raises:
-        PlacementError: naming ``source``.
-    """
-    rows = data["physical_to_logical_map"]
-    if (
-        not isinstance(rows, list)
-        or not rows
-        or not all(isinstance(row, list) and row for row in rows)
-    ):
-        raise PlacementError(
-            f"{source}: physical_to_logical_map must be a list of layers, each a list of expert ids"
-        )
-    if len(rows[0]) % num_ranks:
-        raise PlacementError(
-            f"{source}: {len(rows[0])} slots do not divide over {num_ranks} EP ranks: SGLang's form needs equal ranks; "
-            "plan for this number of ranks"
-        )
-    try:
-        return Placement(
-            as_int32_table(rows),
-            num_logical_experts,
-            even_slots(len(rows[0]), num_ranks),
-            strategy="sglang",
-        )
-    except PlacementError as error:
-        raise PlacementError(f"{source}: {error}") from None

@@ -65,7 +65,7 @@ def open_session(
     """
     import torch.distributed as dist
 
-    from .. import __version__
+    from .._version import __version__  # lazy: heavy
 
     global _agreed, _watch
     store, rank, ranks = (

@@ -179,7 +179,7 @@ def announce(
         log: the engine's logger, where this package's own is not shown.
     """
     if count is None:
-        from ..recording.recorder import count_event
+        from ..recording.recorder import count_event  # lazy: heavy
 
         count = count_event
     log.info("%s", decision)

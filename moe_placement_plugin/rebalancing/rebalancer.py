@@ -184,7 +184,7 @@ class Rebalancer:
         live_ranks: Sequence[int] | None,
         budget: int | None,
     ) -> np.ndarray:
-        from .tables import rebalance_table
+        from .tables import rebalance_table  # lazy: numba
 
         table, ranks = before.physical_to_logical, before.num_ranks
         if live_ranks is None or len(live_ranks) == ranks:

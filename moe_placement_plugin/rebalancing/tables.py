@@ -111,8 +111,8 @@ def warm_up(table: np.ndarray, num_experts: int, num_ranks: int, plans: bool = T
         num_ranks: EP ranks.
         plans: whether this package's planner rebalances; else the exchange only.
     """
-    from ..core.placement import Placement
-    from ..exchange.plan import plan_exchange
+    from ..core.placement import Placement  # lazy: heavy
+    from ..exchange.plan import plan_exchange  # lazy: heavy
 
     if plans:
         load = np.tile(1.0 + np.arange(num_experts), (table.shape[0], 1))

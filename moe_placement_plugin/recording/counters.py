@@ -285,7 +285,7 @@ class _Kept:
 def kernel() -> Any:
     """The one-kernel version of counting, None where Triton is missing."""
     try:
-        from .counters_triton import count
+        from .counters_triton import count  # lazy: heavy
     except ImportError:
         return None
     return count

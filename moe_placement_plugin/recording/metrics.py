@@ -28,6 +28,7 @@ import numpy as np
 from ..core.errors import PlacementError
 from ..core.load import ExpertLoad
 from ..core.placement import Placement, even_slots
+from ..formats.load_file import read_load
 
 HOTTEST = 3
 """Experts per layer that `moe_expert_hottest_load_ratio` names."""
@@ -65,7 +66,7 @@ class LoadCollector:
             stat = self.path.stat()
             stamp = (stat.st_mtime, stat.st_ino)
             if stamp != self._stamp:
-                self._families = list(self._measure(ExpertLoad.read(self.path), stat.st_mtime))
+                self._families = list(self._measure(read_load(self.path), stat.st_mtime))
                 self._stamp = stamp
         except (OSError, PlacementError):
             # Not there yet, or just being taken away: a scrape must not fail for it.

@@ -25,6 +25,8 @@ import numpy as np
 from ..core.errors import PlacementError
 from ..core.load import ExpertLoad
 from ..formats.atomic import remove_unfinished
+from ..formats.load_file import read_load
+from ..formats.plan_or_load import write
 from .counters import PHASES
 
 logger = logging.getLogger("moe_placement_plugin")
@@ -176,7 +178,7 @@ def check_path(path: str | Path, shape: tuple[int, int] | None = None) -> None:
         )
     if path.exists():
         try:
-            load = ExpertLoad.read(path)
+            load = read_load(path)
         except PlacementError as error:
             raise PlacementError(
                 f"--expert-load-record {path} exists and is no recording ({error}): give another path or remove the file"
@@ -260,7 +262,7 @@ class LoadRecorder:
             Path(stale).unlink(missing_ok=True)
         if self.path.exists():
             try:
-                self.windows.merge(ExpertLoad.read(self.path))
+                self.windows.merge(read_load(self.path))
             except PlacementError as error:
                 logger.warning(
                     "expert load: %s is not continued, it will be replaced (%s)", self.path, error
@@ -370,9 +372,9 @@ class LoadRecorder:
             self._added = self._others_written()
             for path in self._others:
                 if path.exists():
-                    total.merge(ExpertLoad.read(path))
+                    total.merge(read_load(path))
         if total.counts:
-            total.load().write(part_path(self.path, self.part))
+            write(total.load(), part_path(self.path, self.part))
 
     def _others_written(self) -> list[int]:
         """When each of the other processes' parts was written; 0 of one that is not there."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import PlacementError
-from ..core.load import ExpertLoad
+from ..formats.load_file import read_load
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     Raises:
         PlacementError: when the file is missing, holds nothing, or a JSON line has neither.
     """
-    from ..formats.atomic import read_bytes
+    from ..formats.atomic import read_bytes  # lazy: heavy
 
     try:
         lines = [line for line in read_bytes(path, "prompt").decode().splitlines() if line.strip()]
@@ -142,7 +142,7 @@ def wait_for_recording(path: Path, before: float, ended: float) -> None:
         now = time.time()
         written = path.stat().st_mtime if path.exists() else 0.0
         if written > before:
-            interval = float(ExpertLoad.read(path).metadata.get("interval") or interval)
+            interval = float(read_load(path).metadata.get("interval") or interval)
             if written > ended or now > ended + interval + slack:
                 return
         elif now > ended + interval + slack:

@@ -76,7 +76,7 @@ def make_report(
     Raises:
         PlacementError: when a placement does not fit, or the layer was not recorded.
     """
-    from .tables import FACTS, count, describe
+    from .tables import FACTS, count, describe  # lazy: heavy
 
     together = ExpertLoad.concatenate(list(loads))
     total = together.total.astype(float)

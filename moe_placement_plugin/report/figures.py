@@ -36,7 +36,7 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
     def save(figure: Figure, name: str) -> None:
         from io import BytesIO
 
-        from ..formats.atomic import write_atomically
+        from ..formats.atomic import write_atomically  # lazy: heavy
 
         content = BytesIO()
         figure.savefig(content, dpi=150, bbox_inches="tight", format="png")

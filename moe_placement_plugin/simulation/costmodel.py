@@ -89,7 +89,7 @@ class Calibration(BaseModel):
         Raises:
             PlacementError: when it is missing, foreign or of another version.
         """
-        from ..formats.atomic import read_json
+        from ..formats.atomic import read_json  # lazy: heavy
 
         return cls._parse(read_json(path, "calibration"), str(path))
 
@@ -114,7 +114,7 @@ class Calibration(BaseModel):
 
     def write(self, path: str | Path) -> None:
         """Write as JSON, atomically."""
-        from ..formats.atomic import write_atomically
+        from ..formats.atomic import write_atomically  # lazy: heavy
 
         data = self.model_dump()
         lines = [json.dumps(m) for m in data.pop("measurements")]

@@ -22,7 +22,7 @@ class Eplb(Strategy):
                 "strategy eplb places experts by a recorded load and has none: give --expert-placement-file a recorded load "
                 "or a plan, or choose zigzag or balanced"
             )
-        from ..planner import plan  # numba is only paid for by those who plan
+        from ..planner import plan  # lazy: numba
 
         found = plan(
             request.load.counts,

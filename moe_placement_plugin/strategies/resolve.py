@@ -2,64 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import PlacementError
-from ..core.load import ExpertLoad
+from ..core.model_shape import ModelShape
 from ..core.placement import Placement
 from ..core.topology import Topology
-from ..formats.atomic import parse_json, read_bytes
-from ..formats.plan_json import is_plan, parse_plan, parse_sglang_plan
+from ..formats.plan_or_load import read
 from .base import PlacementRequest
 from .registry import get_strategy
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The MoE layers of a model.
-
-    Attributes:
-        layer_ids: index of each MoE layer within the model, ``[layers]``.
-        num_experts: logical experts per MoE layer.
-        num_groups: expert groups of grouped top-k routing, 1 when the model has none.
-        name: what the user called the model.
-    """
-
-    layer_ids: tuple[int, ...]
-    num_experts: int
-    num_groups: int = 1
-    name: str = ""
-
-
-def read_file(path: str | Path, shape: ModelShape, num_ranks: int) -> Placement | ExpertLoad:
-    """A plan (ours or SGLang's) or a recorded load, told apart by content.
-
-    Raises:
-        PlacementError: when it is neither.
-    """
-    content = read_bytes(path, "plan or recorded load")
-    if content.lstrip()[:1] in (b"{", b"[") and content[8:9] != b"{":
-        data = parse_json(content, path, "plan or recorded load")
-        if is_plan(data):
-            if "physical_to_logical_map" in data:
-                return parse_sglang_plan(data, shape.num_experts, num_ranks, str(path))
-            return parse_plan(data, str(path))
-        if not isinstance(data, dict) or "logical_count" not in data:
-            raise PlacementError(
-                f'{path} is neither a plan ("format": "moe-placement-plan") nor a recorded load ("logical_count"): give one '
-                "of the two; `moe-placement plan` makes a plan"
-            )
-    elif path_is_text(content):
-        raise PlacementError(f"{path} is not JSON: give a plan or a recorded load")
-    return ExpertLoad.read(path)
-
-
-def path_is_text(content: bytes) -> bool:
-    """Whether content is plain text rather than a zip (.pt) or safetensors file."""
-    if content[:2] == b"PK" or content[8:9] == b"{":
-        return False
-    return b"\0" not in content[:64]
 
 
 def resolve_placement(
@@ -93,7 +44,7 @@ def resolve_placement(
     planner = get_strategy(strategy)
     load = None
     if file is not None:
-        given = read_file(file, shape, topology.num_ranks)
+        given = read(file, topology.num_ranks, shape.num_experts)
         if isinstance(given, Placement):
             if locality != "none":
                 raise PlacementError(

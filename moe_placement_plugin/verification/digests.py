@@ -50,7 +50,7 @@ def tensor_digests(tensor: Any, threads: int | None = None) -> np.ndarray:
     data = slot_bytes(tensor)
     if data.device.type == "cpu":
         # Not at the top: vLLM 0.32's CPU build looks through all modules when a worker starts, and falls over numba's.
-        from . import digests_cpu
+        from . import digests_cpu  # lazy: numba
 
         return digests_cpu.digests(
             data.numpy(), torch.get_num_threads() if threads is None else threads
@@ -61,7 +61,7 @@ def tensor_digests(tensor: Any, threads: int | None = None) -> np.ndarray:
 def _device_digests(data: Any) -> Any:
     if data.device.type == "cuda":  # ROCm calls itself so too
         try:
-            from . import digests_gpu
+            from . import digests_gpu  # lazy: heavy
         except ImportError:
             return torch_digests(data)
         return digests_gpu.digests(data)

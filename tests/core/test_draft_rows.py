@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import Placement, PlacementError, Topology
+from moe_placement_plugin.core.model_shape import ModelShape
 from moe_placement_plugin.formats.packed import pack, unpack
-from moe_placement_plugin.strategies.resolve import ModelShape, resolve_placement
+from moe_placement_plugin.formats.plan_json import plan_to_dict, read_plan
+from moe_placement_plugin.formats.plan_or_load import write
+from moe_placement_plugin.formats.sglang import to_sglang
+from moe_placement_plugin.strategies.resolve import resolve_placement
 
 SHAPE = ModelShape((1, 2, 3), 4, name="tiny")
 DRAFT = ModelShape((), 6, name="tiny-draft")
@@ -25,7 +29,7 @@ def plan(with_draft: Placement | None, ids=(1, 2, 3)) -> Placement:
 
 
 def test_a_plan_with_rows_for_a_draft_comes_back_from_its_file(tmp_path):
-    plan(draft()).write(tmp_path / "plan.json")
+    write(plan(draft()), tmp_path / "plan.json")
     data = json.loads((tmp_path / "plan.json").read_text())
     assert data["draft"] == {
         "num_logical_experts": 6,
@@ -33,17 +37,17 @@ def test_a_plan_with_rows_for_a_draft_comes_back_from_its_file(tmp_path):
         "layer_ids": [61],
         "physical_to_logical": [[5, 4, 3, 2, 1, 0]],
     }
-    again = Placement.read(tmp_path / "plan.json")
+    again = read_plan(tmp_path / "plan.json")
     assert again == plan(draft()) and again.draft == draft()
     assert again != plan(None) and again != plan(draft(rows=[[0, 1, 2, 3, 4, 5]]))
-    plan(None).write(tmp_path / "none.json")
+    write(plan(None), tmp_path / "none.json")
     assert "draft" not in json.loads((tmp_path / "none.json").read_text())
 
 
 @pytest.mark.parametrize("ids", [(1, 2, 3), (0, 1, 2)])
 def test_the_engine_and_its_other_hosts_get_them(tmp_path, ids):
     """Also where the plan's layers are renumbered or selected on the way."""
-    plan(draft(), ids).write(tmp_path / "plan.json")
+    write(plan(draft(), ids), tmp_path / "plan.json")
     found = resolve_placement("eplb", tmp_path / "plan.json", SHAPE, TWO, draft=DRAFT)
     assert found.draft == draft() and found.layer_ids == (1, 2, 3)
     assert found.select_layers((2,)).draft == draft()
@@ -65,7 +69,7 @@ def test_the_engine_and_its_other_hosts_get_them(tmp_path, ids):
 )
 def test_rows_that_fit_no_draft_of_the_engine_are_refused(tmp_path, rows, engines, message):
     path = tmp_path / "plan.json"
-    plan(rows).write(path)
+    write(plan(rows), path)
     with pytest.raises(PlacementError, match=message) as error:
         resolve_placement("eplb", path, SHAPE, TWO, draft=engines)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -73,7 +77,7 @@ def test_rows_that_fit_no_draft_of_the_engine_are_refused(tmp_path, rows, engine
 
 @pytest.mark.parametrize("rows", [{"physical_to_logical": []}, None])
 def test_a_plan_for_the_draft_only_is_refused(tmp_path, rows):
-    data = plan(draft()).to_dict()
+    data = plan_to_dict(plan(draft()))
     del data["physical_to_logical"]
     (tmp_path / "plan.json").write_text(json.dumps(data | (rows or {})))
     with pytest.raises(PlacementError, match="is a plan for the draft only: give the model's own"):
@@ -85,17 +89,17 @@ def test_bad_rows_for_a_draft_name_the_draft(tmp_path):
         ({"physical_to_logical": [[0] * 6]}, "draft: layer 61 has no slot for expert 1"),
         ({"layers": [1]}, "draft.layers: Extra inputs"),
     ):
-        data = plan(draft()).to_dict()
+        data = plan_to_dict(plan(draft()))
         data["draft"] |= change
         (tmp_path / "plan.json").write_text(json.dumps(data))
         with pytest.raises(PlacementError, match=message):
-            Placement.read(tmp_path / "plan.json")
+            read_plan(tmp_path / "plan.json")
 
 
 def test_sglangs_form_has_no_place_for_them():
-    assert plan(None).to_sglang()["physical_to_logical_map"]
+    assert to_sglang(plan(None))["physical_to_logical_map"]
     with pytest.raises(PlacementError, match="SGLang's form of a plan has no rows for a draft"):
-        plan(draft()).to_sglang()
+        to_sglang(plan(draft()))
 
 
 def test_rows_are_those_of_numpy_too():

@@ -5,7 +5,7 @@ import runpy
 import numpy as np
 import pytest
 
-from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.load_file import read_load
 
 from ..support.recordings import R1, routed_tokens
 
@@ -15,7 +15,7 @@ from ..support.recordings import R1, routed_tokens
     [("in1k_out1k", 1071078), ("in1k_out8k", 1025878), ("in8k_out1k", 8393859)],
 )
 def test_recordings_of_r1_are_whole_and_say_where_they_are_from(name, tokens):
-    load = ExpertLoad.read(R1 / f"{name}.safetensors")
+    load = read_load(R1 / f"{name}.safetensors")
     assert load.layer_ids == tuple(range(3, 61)) and load.num_experts == 256
     assert (load.counts.sum(axis=2) == 8 * tokens).all() and load.counts.max() <= tokens
     assert load.metadata["licence"].startswith("Apache-2.0")
@@ -35,7 +35,7 @@ def test_recordings_are_made_from_published_files(tmp_path):
     torch.save({"logical_count": torch.from_numpy(counts)}, tmp_path / "stat.pt")
     convert = runpy.run_path(str(R1 / "convert.py"))["main"]
     convert(str(tmp_path / "stat.pt"), str(tmp_path / "load.safetensors"))
-    load = ExpertLoad.read(tmp_path / "load.safetensors")
+    load = read_load(tmp_path / "load.safetensors")
     assert load.layer_ids == (1, 2) and (load.total == counts[1:]).all()
     assert load.metadata["source"].endswith("stat.pt")
 

@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 
 from moe_placement_plugin import Placement, PlacementError
 from moe_placement_plugin.core.placement import even_slots
+from moe_placement_plugin.formats.plan_json import read_plan
+from moe_placement_plugin.formats.plan_or_load import write
+from moe_placement_plugin.formats.sglang import to_sglang
 
 from .strategies_for_tests import placements
 
@@ -50,8 +53,8 @@ def test_files_round_trip(p):
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
-        p.write(path)
-        q = Placement.read(path)
+        write(p, path)
+        q = read_plan(path)
         assert [f.name for f in Path(folder).iterdir()] == ["plan.json"]
     assert p == q and hash(p) == hash(q)
     assert (q.strategy, q.metadata, q.layer_ids) == ("random", {"seed": 1}, p.layer_ids)
@@ -81,13 +84,13 @@ def test_is_immutable():
 
 def test_sglang_form_numbers_all_layers():
     p = Placement([[3, 2, 1, 0], [1, 0, 3, 2]], 4, (2, 2), (1, 3))
-    rows = p.to_sglang(num_layers=5)["physical_to_logical_map"]
+    rows = to_sglang(p, num_layers=5)["physical_to_logical_map"]
     assert rows == [[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3], [1, 0, 3, 2], [0, 1, 2, 3]]
     json.dumps(rows)
     with pytest.raises(PlacementError, match="same number of slots"):
-        Placement([[0, 1, 2]], 3, (2, 1)).to_sglang()
+        to_sglang(Placement([[0, 1, 2]], 3, (2, 1)))
     with pytest.raises(PlacementError, match="num_layers 2"):
-        p.to_sglang(2)
+        to_sglang(p, 2)
 
 
 @given(st.integers(0, 300), st.integers(1, 40))
@@ -157,24 +160,24 @@ def test_bad_plan_files_name_the_file_and_the_field(tmp_path, content, message):
     path = tmp_path / "plan.json"
     path.write_text(content)
     with pytest.raises(PlacementError, match=message) as error:
-        Placement.read(path)
+        read_plan(path)
     assert str(path) in str(error.value)
 
 
 def test_missing_and_unwritable_files(tmp_path):
     with pytest.raises(PlacementError, match="does not exist"):
-        Placement.read(tmp_path / "no.json")
+        read_plan(tmp_path / "no.json")
     with pytest.raises(PlacementError, match="cannot be written"):
-        Placement([[0]], 1, (1,)).write(tmp_path / "no" / "plan.json")
+        write(Placement([[0]], 1, (1,)), tmp_path / "no" / "plan.json")
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
-    Placement([[0, 1]], 2, (1, 1)).write(path)
+    write(Placement([[0, 1]], 2, (1, 1)), path)
     before = path.read_bytes()
     monkeypatch.setattr(
         "os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(PlacementError, match="No space left"):
-        Placement([[1, 0]], 2, (1, 1)).write(path)
+        write(Placement([[1, 0]], 2, (1, 1)), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementError, Topology
-from moe_placement_plugin.strategies.resolve import ModelShape, resolve_placement
+from moe_placement_plugin.core.model_shape import ModelShape
+from moe_placement_plugin.formats.plan_or_load import write as write_file
+from moe_placement_plugin.strategies.resolve import resolve_placement
 
 SHAPE = ModelShape((1, 2, 3), 4, name="tiny")
 TWO = Topology(2)
@@ -20,7 +22,7 @@ def plan(**changes):
 def write(tmp_path, thing):
     path = tmp_path / "file"
     if isinstance(thing, (Placement, ExpertLoad)):
-        thing.write(path)
+        write_file(thing, path)
     elif isinstance(thing, bytes):
         path.write_bytes(thing)
     else:

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementRequest, Topology, get_strategy
+from moe_placement_plugin.formats.plan_json import read_plan
+from moe_placement_plugin.formats.plan_or_load import write
 from moe_placement_plugin.lab.demo.tiny_models import write_glm4_moe
 from tests.support.children import end_group, python_path
 from tests.vllm.conftest import BOTH, run_cases
@@ -46,10 +48,11 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
     rng = np.random.default_rng(5)
     load = ExpertLoad(rng.zipf(1.5, (2, 3, 32)), (1, 2, 3))
-    load.write(folder / "load.safetensors")
+    write(load, folder / "load.safetensors")
     for name in ("plan", "stale"):
-        Placement([rng.permutation(32) for _ in range(3)], 32, (16, 16), (1, 2, 3)).write(
-            folder / f"{name}.json"
+        write(
+            Placement([rng.permutation(32) for _ in range(3)], 32, (16, 16), (1, 2, 3)),
+            folder / f"{name}.json",
         )
     return {"model": write_glm4_moe(folder / "glm"), "folder": folder, "load": load}
 
@@ -125,8 +128,7 @@ def test_a_stale_file_on_one_host_stops_both(hosts, made, served):
     assert "error" in results["stale"] and "answers" not in results["stale"]
     head, _, there = logs["stale"].partition("=== the other host")
     plans = {
-        name: Placement.read(made["folder"] / f"{name}.json").digest[:12]
-        for name in ("plan", "stale")
+        name: read_plan(made["folder"] / f"{name}.json").digest[:12] for name in ("plan", "stale")
     }
     message = (
         f"{hosts.name}1 (10.77.0.2), rank 1 has placement {plans['stale']} from {made['folder'] / 'stale.json'}, "
@@ -261,4 +263,4 @@ def test_ray_gives_the_tokens_of_one_host(made, one_host):
     expected, answers = answers_of(one_host, "stock"), answers_of(results, "ray")
     assert [a["ids"] for a in answers] == [a["ids"] for a in expected]
     assert largest_difference(answers, expected) < FLOAT32_TOLERANCE
-    check_maps(results["ray"]["workers"], Placement.read(made["folder"] / "plan.json"))
+    check_maps(results["ray"]["workers"], read_plan(made["folder"] / "plan.json"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.plan_or_load import write
 from tests.support.forked_command import run_command
 
 
@@ -26,7 +27,7 @@ def skewed(
 def load_file(tmp_path) -> Path:
     """A recording of three windows."""
     path = tmp_path / "load.safetensors"
-    skewed(metadata={"model": "tiny", "top_k": 2}).write(path)
+    write(skewed(metadata={"model": "tiny", "top_k": 2}), path)
     return path
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.load_file import read_load
+from moe_placement_plugin.formats.plan_or_load import write
 
 from .conftest import skewed
 
@@ -85,7 +86,7 @@ def test_empty_recording(cli, output, tmp_path):
 
 def test_loads_of_two_models(cli, output, load_file, tmp_path):
     other = tmp_path / "other.safetensors"
-    skewed(experts=8).write(other)
+    write(skewed(experts=8), other)
     refused(plan(cli, output, load_file, other), "one model")
 
 
@@ -147,7 +148,7 @@ def test_plan_for_other_ranks(cli, load_file, tmp_path):
 
 def test_plan_for_another_model(cli, load_file, tmp_path):
     other_load, other = tmp_path / "b.safetensors", tmp_path / "b.json"
-    skewed(experts=8).write(other_load)
+    write(skewed(experts=8), other_load)
     cli("plan", other_load, "--ranks", 4, "-o", other)
     refused(cli("show", load_file, other, code=None), "8 experts", "different models")
 
@@ -208,5 +209,5 @@ def test_coactivation_of_wrong_shape(cli, output, tmp_path):
         metadata=header,
     )
     with pytest.raises(ValueError):
-        ExpertLoad.read(path)
+        read_load(path)
     refused(plan(cli, output, path, ranks=2), str(path), "coactivation")

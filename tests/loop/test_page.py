@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.plan_or_load import write
 
 from .conftest import skewed
 
@@ -156,7 +157,7 @@ def test_figures_as_png(cli, tmp_path):
     pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
     path = tmp_path / "load.safetensors"
     pairs = np.ones((4, 16, 16), np.int64)
-    skewed(coactivation=pairs).write(path)
+    write(skewed(coactivation=pairs), path)
     done = cli("show", path, "--ranks", 4, "--png", tmp_path / "png", "--json")
     names = {p.name for p in (tmp_path / "png").iterdir()}
     pairs_of = int((skewed().total.max(axis=1) / skewed().total.mean(axis=1)).argmax())

@@ -13,7 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from moe_placement_plugin import ExpertLoad, PlacementError
+from moe_placement_plugin import PlacementError
+from moe_placement_plugin.formats.load_file import read_load
 from moe_placement_plugin.recording import recorder as load_recorder
 from moe_placement_plugin.recording.recorder import (
     LoadRecorder,
@@ -54,7 +55,7 @@ def test_counts_are_differences_and_phases_are_apart(tmp_path, monkeypatch):
     source.counts[1] += 2
     clock[0] = 1020
     r.flush()
-    load = ExpertLoad.read(path)
+    load = read_load(path)
     assert load.phases == ("prefill", "decode", "prefill")
     assert load.counts[:, 0, 0].tolist() == [5, 2, 1]
     assert (
@@ -80,7 +81,7 @@ def test_file_is_bounded(tmp_path, monkeypatch):
         clock[0] += 1
         source.counts += 1
         r.flush()
-    load = ExpertLoad.read(path)
+    load = read_load(path)
     assert load.phases.count("decode") <= load_recorder.MAX_WINDOWS
     assert load.metadata["window_seconds"] == 8  # 500 s in at most 64 windows, by doubling
     assert (load.total == 1000).all()
@@ -94,7 +95,7 @@ def test_recording_goes_on_after_a_restart(tmp_path):
         source.counts += 3
         source.pairs += 1
         r.close()
-    load = ExpertLoad.read(path)
+    load = read_load(path)
     assert (load.total == 12).all() and (load.coactivation == 2).all()
 
 
@@ -114,14 +115,14 @@ def test_parts_of_other_processes_are_added(tmp_path):
         source.counts[1] += 10**k
     for r in recorders[::-1]:
         r.flush()
-    load = ExpertLoad.read(path)
+    load = read_load(path)
     assert load.layer_ids == (0, 1, 2, 3)
     assert load.total[:, 0].tolist() == [11, 11, 100, 100]
     # Parts are counted once, however often the first process writes.
     sources[0].counts[1] += 1
     recorders[0].flush()
     recorders[0].flush()
-    assert ExpertLoad.read(path).total[:, 0].tolist() == [12, 12, 100, 100]
+    assert read_load(path).total[:, 0].tolist() == [12, 12, 100, 100]
 
 
 def test_first_process_idle(tmp_path):
@@ -131,7 +132,7 @@ def test_first_process_idle(tmp_path):
     sources[1].counts += 1
     recorders[1].flush()
     recorders[0].flush()
-    assert (ExpertLoad.read(path).total == 2).all()
+    assert (read_load(path).total == 2).all()
 
 
 def test_full_disk_is_one_warning_and_nothing_is_lost(tmp_path, monkeypatch, caplog):
@@ -155,7 +156,7 @@ def test_full_disk_is_one_warning_and_nothing_is_lost(tmp_path, monkeypatch, cap
     assert list(tmp_path.iterdir()) == [], "half-written files"
     full[0] = False
     r.flush()
-    assert (ExpertLoad.read(path).total == 6).all()
+    assert (read_load(path).total == 6).all()
 
 
 def test_a_failing_device_does_not_end_the_thread(tmp_path, caplog):
@@ -197,7 +198,7 @@ def test_a_crash_loses_at_most_the_running_window(tmp_path):
         [sys.executable, "-c", CRASHING, str(path)], capture_output=True, timeout=60
     )
     assert done.returncode == -signal.SIGKILL
-    total = ExpertLoad.read(path).total
+    total = read_load(path).total
     # Ten steps of 2; one interval is two steps, and one more may fall between the flush and the kill.
     assert 2 * (10 - 3) <= total.min() and total.max() <= 20
     recorder(path, Source())  # the kill may have come within a write
@@ -219,7 +220,7 @@ def test_what_was_half_written_goes_when_the_next_server_starts(tmp_path):
 
 
 def recorded(path) -> int:
-    return int(ExpertLoad.read(path).total.min()) if path.exists() else 0
+    return int(read_load(path).total.min()) if path.exists() else 0
 
 
 def wait_for(path, tokens: int) -> None:
@@ -280,7 +281,7 @@ def test_what_is_written_within_a_window_belongs_to_it(tmp_path, monkeypatch):
     source.counts[0] += 2
     clock[0] = 1020
     r.flush()
-    load = ExpertLoad.read(tmp_path / "load")
+    load = read_load(tmp_path / "load")
     assert load.metadata["window_start"] == [1010] and load.counts[0, 0, 0] == 3
 
 
@@ -310,7 +311,7 @@ def test_a_process_that_ends_writes_its_last_window(tmp_path, method):
         timeout=60,
         env={**os.environ, "PYTHONPATH": python_path()},
     )
-    assert (ExpertLoad.read(path).total == 14).all()
+    assert (read_load(path).total == 14).all()
 
 
 def test_check_path(tmp_path):
@@ -352,4 +353,4 @@ def test_routing_that_is_not_seen_is_said_once(tmp_path, caplog):
     source.counts += 1
     r.flush()
     r.close()
-    assert len(caplog.records) == 1 and (ExpertLoad.read(tmp_path / "load").total == 2).all()
+    assert len(caplog.records) == 1 and (read_load(tmp_path / "load").total == 2).all()

@@ -11,8 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from moe_placement_plugin import ExpertLoad, Placement
+from moe_placement_plugin import ExpertLoad
 from moe_placement_plugin.cli import VERBS
+from moe_placement_plugin.formats.load_file import read_load
+from moe_placement_plugin.formats.plan_json import read_plan
+from moe_placement_plugin.formats.plan_or_load import write
 
 from ..support.recordings import R1
 from .conftest import skewed
@@ -57,7 +60,7 @@ def test_plan_and_show(cli, load_file, tmp_path):
     plan = tmp_path / "plan.json"
     done = cli("plan", load_file, "--ranks", 4, "--redundant", 4, "-o", plan, "--json")
     predicted = json.loads(done.stdout)
-    made, load = Placement.read(plan), ExpertLoad.read(load_file)
+    made, load = read_plan(plan), read_load(load_file)
     assert predicted["balancedness"] == pytest.approx(made.overall_balancedness(load.counts))
     assert predicted["balancedness"] > predicted["linear_balancedness"]
     assert made.num_ranks == 4 and made.num_redundant == 4 and made.metadata["model"] == "tiny"
@@ -75,13 +78,16 @@ def test_plan_for_nodes(cli, tmp_path):
     pairs[:, ::2, ::2] = pairs[:, 1::2, 1::2] = 10
     pairs[:, range(8), range(8)] = 0
     path, plan = tmp_path / "load.safetensors", tmp_path / "plan.json"
-    ExpertLoad(
-        np.full((1, 1, 8), 100),
-        coactivation=pairs,
-        metadata={"hosts": "2: a, ranks 0-1; b, ranks 2-3"},
-    ).write(path)
+    write(
+        ExpertLoad(
+            np.full((1, 1, 8), 100),
+            coactivation=pairs,
+            metadata={"hosts": "2: a, ranks 0-1; b, ranks 2-3"},
+        ),
+        path,
+    )
     cli("plan", path, "--ranks", 4, "--nodes", 2, "--locality", "soft", "-o", plan)
-    made = Placement.read(plan)
+    made = read_plan(plan)
     assert made.metadata["node_of_rank"] == [0, 0, 1, 1] and made.metadata["locality"] == "soft"
     assert {frozenset(part % 2) for part in np.split(made.physical_to_logical[0], 2)} == {
         frozenset([0]),
@@ -95,17 +101,17 @@ def test_plan_for_one_phase(cli, tmp_path):
     counts = np.ones((2, 1, 4), np.int64)
     counts[0, 0, 0], counts[1, 0, 3] = 100, 100
     path, plan = tmp_path / "load", tmp_path / "plan.json"
-    ExpertLoad(counts, phases=("prefill", "decode")).write(path)
+    write(ExpertLoad(counts, phases=("prefill", "decode")), path)
     done = cli(
         "plan", path, "--ranks", 2, "--redundant", 2, "--phase", "decode", "-o", plan, "--json"
     )
-    assert Placement.read(plan).replica_counts[0, 3] == 2
+    assert read_plan(plan).replica_counts[0, 3] == 2
     assert json.loads(done.stdout)["balancedness"] > 0.9
 
 
 def test_simulate(cli, load_file, tmp_path):
     other = tmp_path / "other.safetensors"
-    skewed(seed=5).write(other)
+    write(skewed(seed=5), other)
     plan = tmp_path / "plan.json"
     cli("plan", load_file, "--ranks", 4, "-o", plan)
     data = json.loads(
@@ -170,9 +176,9 @@ def test_export_is_what_sglang_reads(cli, load_file, tmp_path):
     cli("plan", load_file, "--ranks", 4, "--redundant", 4, "-o", plan)
     cli("export", plan, "-o", exported, "--num-layers", 6)
     rows = json.loads(exported.read_text())["physical_to_logical_map"]
-    assert rows[:4] == Placement.read(plan).physical_to_logical.tolist() and len(rows) == 6
+    assert rows[:4] == read_plan(plan).physical_to_logical.tolist() and len(rows) == 6
     cli("export", load_file, "-o", exported, "--json")
-    assert (ExpertLoad.read(exported).total == ExpertLoad.read(load_file).total).all()
+    assert (read_load(exported).total == read_load(load_file).total).all()
     assert (
         "--num-layers" in cli("export", load_file, "-o", exported, "--num-layers", 2, code=2).stderr
     )
@@ -183,7 +189,7 @@ def test_reads_sglangs_pt(cli, tmp_path):
     path, plan = tmp_path / "stat.pt", tmp_path / "plan.json"
     torch.save({"logical_count": torch.from_numpy(skewed().counts.copy()), "rank": 0}, path)
     cli("plan", path, "--ranks", 4, "-o", plan)
-    assert Placement.read(plan).num_layers == 4
+    assert read_plan(plan).num_layers == 4
 
 
 IMPORT_SECONDS = 0.7

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.load_file import read_load
 from moe_placement_plugin.lab.demo.tiny_models import write_qwen3_moe
 
 from ..support.children import end_group, engine_lock
@@ -67,7 +67,7 @@ def test_record_scrape_and_plan(tmp_path, cli):
     assert sent["sent"]["requests"] == 3 and sent["sent"]["generated_tokens"] == 15
     # Every prompt token and all generated ones but the last of each answer, 4 experts each, in 4 layers.
     routed = (sent["sent"]["prompt_tokens"] + 15 - 3) * 4 * 4
-    assert sent["routed_tokens"] == routed == ExpertLoad.read(path).counts.sum()
+    assert sent["routed_tokens"] == routed == read_load(path).counts.sum()
     # Expert parallelism is off: an operator records before deciding.
     reference = Reference(model)
     tokens = [
@@ -75,7 +75,7 @@ def test_record_scrape_and_plan(tmp_path, cli):
         for prompt in ("hello world", "The quick brown fox", "0123456789")
     ]
     check(
-        ExpertLoad.read(path),
+        read_load(path),
         reference.expected(tokens, [reference.greedy(prompt, 5) for prompt in tokens])[0],
         None,
     )

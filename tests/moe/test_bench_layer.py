@@ -11,13 +11,14 @@ import torch
 
 from moe_placement_plugin import ExpertLoad, PlacementError
 from moe_placement_plugin.cli.bench import layer as bench_command
+from moe_placement_plugin.formats.plan_or_load import write
 from moe_placement_plugin.lab.bench.layer import run as bench_layer
 from moe_placement_plugin.lab.bench.layer.run import LayerBench, fitted, plan_all
 from moe_placement_plugin.lab.bench.layer.shapes import (
     SHAPES,
     draw_step,
     find_shape,
-    read_load,
+    read_recordings,
     synthetic_load,
 )
 from moe_placement_plugin.lab.bench.timing import in_turn
@@ -117,12 +118,14 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 
 def test_bad_input(tmp_path):
     path = tmp_path / "load.safetensors"
-    ExpertLoad(np.ones((1, 2, 8), dtype=np.int64)).write(path)
+    write(ExpertLoad(np.ones((1, 2, 8), dtype=np.int64)), path)
     (tmp_path / "no.npz").write_bytes(b"no")
     for says, call in {
         "choose from r1, v2-lite": lambda: find_shape("r2"),
-        "has 8 experts, tiny has 16": lambda: read_load([path], SHAPES["tiny"], "tiny"),
-        "no token-level trace": lambda: read_load([tmp_path / "no.npz"], SHAPES["tiny"], "tiny"),
+        "has 8 experts, tiny has 16": lambda: read_recordings([path], SHAPES["tiny"], "tiny"),
+        "no token-level trace": lambda: read_recordings(
+            [tmp_path / "no.npz"], SHAPES["tiny"], "tiny"
+        ),
         "after the plus": lambda: plan_all(
             ["eplb+many"], synthetic_load(SHAPES["tiny"], 1.0), 2, 1
         ),
@@ -134,14 +137,14 @@ def test_bad_input(tmp_path):
 def test_token_traces_are_counted(tmp_path):
     ids = np.random.default_rng(0).integers(0, 16, (3, 50, 4), dtype=np.uint8)
     np.savez(tmp_path / "t.npz", topk_ids=ids)
-    load = read_load([tmp_path / "t.npz"], SHAPES["tiny"], "tiny")
+    load = read_recordings([tmp_path / "t.npz"], SHAPES["tiny"], "tiny")
     assert (load.counts[0, 2] == np.bincount(ids[2].ravel(), minlength=16)).all()
 
 
 @pytest.mark.slow
 def test_command(tmp_path):
     load = tmp_path / "load.safetensors"
-    synthetic_load(SHAPES["tiny"], 1.0).write(load)
+    write(synthetic_load(SHAPES["tiny"], 1.0), load)
     options = [
         "--shape",
         "tiny",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.load_file import read_load
 
 from ..support.recordings import R1
 
@@ -13,7 +13,7 @@ from ..support.recordings import R1
 @pytest.fixture(scope="session")
 def traces() -> dict[str, np.ndarray]:
     """The recorded DeepSeek-R1 loads by workload, int64 [58, 256]."""
-    return {f.stem: ExpertLoad.read(f).total for f in sorted(R1.glob("*.safetensors"))}
+    return {f.stem: read_load(f).total for f in sorted(R1.glob("*.safetensors"))}
 
 
 def check_valid(table: np.ndarray, slots_per_rank, num_experts: int) -> None:

@@ -29,6 +29,7 @@ from safetensors import safe_open  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from moe_placement_plugin import ExpertLoad, PlacementError  # noqa: E402
+from moe_placement_plugin.formats.load_file import read_load, write_load  # noqa: E402
 from moe_placement_plugin.lab.gpu import one_gpu  # noqa: E402
 from moe_placement_plugin.lab.gpu.serving import together  # noqa: E402
 from moe_placement_plugin.lab.gpu.serving.__main__ import main  # noqa: E402
@@ -425,15 +426,15 @@ def test_a_profile_that_fails_loses_no_other(tmp_path, monkeypatch):
 
 
 def test_a_recording_is_used_again_only_for_the_same_model(tmp_path, monkeypatch):
-    skewed(3, 32).write(tmp_path / "other.safetensors")
+    write_load(skewed(3, 32), tmp_path / "other.safetensors")
     run = Run(SimpleNamespace(**GIVEN, recorded=tmp_path / "other.safetensors"), tmp_path / "run")
     run.result["router"] = {"wanted": wanted_shares(None, MODELS["tiny"]).tolist()}
     monkeypatch.setattr(Run, "server", lambda *_: pytest.fail("a server was started to record"))
     assert (
         set(run.record()["balancedness"]) == {"linear", "eplb"}
-        and ExpertLoad.read(run.recording).num_layers == 3
+        and read_load(run.recording).num_layers == 3
     )
-    skewed(2, 32).write(tmp_path / "other.safetensors")
+    write_load(skewed(2, 32), tmp_path / "other.safetensors")
     with pytest.raises(
         PlacementError, match="other.safetensors: 2 layers x 32 experts, the model has 3 x 32"
     ):
@@ -474,7 +475,7 @@ class Slow(BaseHTTPRequestHandler):
         for number in range(asked["max_tokens"]):
             time.sleep(0.05 if number == 0 else 0.2 if number == 3 else 0.01)
             self.wfile.write(
-                b"data: " + json.dumps({"choices": [{"text": "x"}]}).encode() + b"\n\n"
+                self.wfile, b"data: " + json.dumps({"choices": [{"text": "x"}]}).encode() + b"\n\n"
             )
             self.wfile.flush()
         self.wfile.write(b'data: {"choices": [], "usage": {}}\n\ndata: [DONE]\n\n')
@@ -608,7 +609,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
         {"vllm": SimpleNamespace(complete=complete)},
     )
     load = tmp_path / "load.safetensors"
-    skewed(4, 40).write(load)
+    write_load(skewed(4, 40), load)
     named = [
         word for name in ("linear", "eplb+8", "eplb", "our EPLB") for word in ("--contestant", name)
     ]
@@ -760,7 +761,7 @@ def test_a_run_goes_from_the_checkpoint_to_the_table_and_keeps_what_was_measured
     monkeypatch.setattr(
         "moe_placement_plugin.lab.gpu.serving.run.drive",
         lambda *asked: (
-            seen.write(tmp_path / "run" / "linear+recording.safetensors") or drive(*asked)
+            write_load(seen, tmp_path / "run" / "linear+recording.safetensors") or drive(*asked)
         ),
     )
     assert main() == 0

@@ -11,6 +11,7 @@ import pytest
 
 from moe_placement_plugin.core.load import ExpertLoad
 from moe_placement_plugin.core.placement import Placement
+from moe_placement_plugin.formats.plan_or_load import write
 from tests.sglang.engines import LONG, Outcome, case, run_cases
 from tests.support.children import engine_lock
 
@@ -48,7 +49,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
         name: str, table, experts: int, slots: tuple[int, ...], layer_ids: tuple[int, ...] = ()
     ) -> None:
         made[name] = folder / f"{name}.json"
-        Placement(table, experts, slots, layer_ids).write(made[name])
+        write(Placement(table, experts, slots, layer_ids), made[name])
 
     def text(name: str, content: str, suffix: str = "json") -> None:
         made[name] = folder / f"{name}.{suffix}"
@@ -77,7 +78,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     text("load-nan", json.dumps({"logical_count": (counts * np.nan).tolist()}))
     text("load-other-experts", json.dumps({"logical_count": counts[..., :30].tolist()}))
     made["load-safetensors"] = folder / "load.safetensors"
-    ExpertLoad(counts).write(made["load-safetensors"])
+    write(ExpertLoad(counts), made["load-safetensors"])
     made["load-pt"] = folder / "load.pt"
     if importlib.util.find_spec("torch"):
         import torch

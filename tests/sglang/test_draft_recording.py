@@ -11,6 +11,7 @@ import torch
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.sglang import draft_recording, recording
+from moe_placement_plugin.formats.plan_or_load import write
 
 from .draft_models import EXPERTS, make_experts, make_model, runner
 
@@ -104,6 +105,6 @@ def test_a_recording_of_another_draft_is_not_continued(monkeypatch, tmp_path):
     from moe_placement_plugin.core.load import ExpertLoad
 
     other = ExpertLoad(np.ones((1, 2, EXPERTS)), metadata={"window_start": [0.0]})
-    other.write(tmp_path / "load.draft.safetensors")
+    write(other, tmp_path / "load.draft.safetensors")
     with pytest.raises(PlacementError, match="load.draft.safetensors exists and is the recording"):
         recorded(monkeypatch, tmp_path)

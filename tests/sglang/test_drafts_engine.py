@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_placement_plugin.core.load import ExpertLoad
 from moe_placement_plugin.core.placement import Placement
+from moe_placement_plugin.formats.load_file import read_load
+from moe_placement_plugin.formats.plan_or_load import write
 from tests.sglang.engines import MAX_NEW_TOKENS, PROMPTS, Outcome, case, run_cases
 from tests.sglang.speculative import ARGUMENTS, install, write_qwen2_moe
 from tests.support.children import engine_lock
@@ -40,7 +41,7 @@ def outcomes(folder) -> dict[str, Outcome]:
     rng, plan = np.random.default_rng(3), folder / "plan.json"
     rows = np.stack([rng.permutation(8) for _ in range(4)])
     draft = Placement(rows[2:], 8, (5, 3), (0, 1))
-    Placement(rows[:2], 8, (4, 4), (0, 1), "custom", {}, draft).write(plan)
+    write(Placement(rows[:2], 8, (4, 4), (0, 1), "custom", {}, draft), plan)
     speculation = ARGUMENTS | {
         "speculative_algorithm": "STANDALONE",
         "speculative_draft_model_path": str(model),
@@ -103,7 +104,7 @@ def test_the_drafts_load_is_recorded_apart(outcomes, folder):
     """A prompt's tokens once; for each chain its steps but the last, and the tokens that were verified."""
     chains = sum(verified(outcomes["shuffled"]))
     steps, width = ARGUMENTS["speculative_num_steps"], ARGUMENTS["speculative_num_draft_tokens"]
-    load = ExpertLoad.read(folder / "load.draft")
+    load = read_load(folder / "load.draft")
     for phase, tokens in (
         ("prefill", sum(map(len, PROMPTS))),
         ("decode", chains * (steps - 1 + width)),
@@ -111,4 +112,4 @@ def test_the_drafts_load_is_recorded_apart(outcomes, folder):
         of_phase = np.array([found == phase for found in load.phases])
         assert load.counts[of_phase].sum(axis=(0, 2)).tolist() == [tokens * TOP_K] * 2, phase
     assert load.layer_ids == (0, 1)
-    assert ExpertLoad.read(folder / "load").num_layers == 2
+    assert read_load(folder / "load").num_layers == 2

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_placement_plugin import ExpertLoad
 from moe_placement_plugin.engines.sglang import compat
+from moe_placement_plugin.formats.load_file import read_load
 from tests.sglang.engine_child import row_of
 from tests.sglang.engines import ENV, MAX_NEW_TOKENS, PROMPTS, Outcome, case, run_cases, threads
 from tests.support.children import end_group, engine_lock
@@ -241,7 +241,7 @@ def test_metrics_are_what_was_recorded(served):
     # That every token is counted once is tested in tests/loop; the server's own health checks are requests too.
     asked = (sum(len(prompt) for prompt in PROMPTS) + usage["prompt_tokens"]) * 4 * 4
     assert metrics['moe_expert_tokens_total{phase="prefill"}'] >= asked
-    recorded = ExpertLoad.read(more["record"]).counts.sum()
+    recorded = read_load(more["record"]).counts.sum()
     assert (
         metrics['moe_expert_tokens_total{phase="prefill"}']
         + metrics['moe_expert_tokens_total{phase="decode"}']

@@ -14,6 +14,9 @@ import pytest
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.sglang import resolve as plan
 from moe_placement_plugin.engines.sglang import settings
+from moe_placement_plugin.formats.plan_json import read_plan
+from moe_placement_plugin.formats.plan_or_load import write
+from moe_placement_plugin.formats.sglang import to_sglang
 from moe_placement_plugin.strategies.registry import get_strategy
 
 
@@ -178,7 +181,7 @@ def test_moe_layers_only_are_placed(models):
         resolve(arguments(models["glm"], *TWO, "--expert-placement-strategy", "zigzag"))
     )
     assert asked.placement.layer_ids == (1, 2, 3)
-    assert len(asked.placement.to_sglang(4)["physical_to_logical_map"]) == 4
+    assert len(to_sglang(asked.placement, 4)["physical_to_logical_map"]) == 4
 
 
 def test_ep_smaller_than_tp(models):
@@ -196,9 +199,8 @@ def test_an_uneven_plan_of_vllm_keeps_its_experts_and_is_filled_up(models, files
         str(files["uneven-four-ranks"]),
     )
     placement = settings.of(resolve(arguments(models["qwen30"], *flags))).placement
-    from moe_placement_plugin.core.placement import Placement
 
-    given = Placement.read(files["uneven-four-ranks"])
+    given = read_plan(files["uneven-four-ranks"])
     assert placement.slots_per_rank == (8, 8, 8, 8)
     for row in range(4):
         for rank in range(4):
@@ -581,13 +583,13 @@ def with_draft(files, tmp_path, experts=32, slots=(16, 16), layer_ids=(4,)) -> s
     """A plan for qwen32 with rows for a draft."""
     from moe_placement_plugin.core.placement import Placement
 
-    found = Placement.read(files["permutation"])
+    found = read_plan(files["permutation"])
     repeated = [e % experts for e in range(sum(slots))]
     draft = Placement([repeated] * len(layer_ids), experts, slots, layer_ids, "draft")
     plan_with = Placement(
         found.physical_to_logical, 32, found.slots_per_rank, found.layer_ids, "custom", {}, draft
     )
-    plan_with.write(tmp_path / "plan.json")
+    write(plan_with, tmp_path / "plan.json")
     return str(tmp_path / "plan.json")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import Placement
+from moe_placement_plugin.formats.plan_or_load import write
 from tests.hosts.network import made
 from tests.sglang.engines import ENGINE, ENV, ROOT, case, run_cases
 from tests.sglang.test_engine import TOLERANCE
@@ -161,7 +162,7 @@ def test_a_stale_file_on_one_host_stops_both(hosts, models, tmp_path):
     plans = {}
     for name in ("plan", "stale"):
         plans[name] = Placement([rng.permutation(32) for _ in range(4)], 32, (16, 16))
-        plans[name].write(tmp_path / f"{name}.json")
+        write(plans[name], tmp_path / f"{name}.json")
     arguments = {
         "expert_placement_file": str(tmp_path / "plan.json"),
         "expert_host_timeout": TIMEOUT,

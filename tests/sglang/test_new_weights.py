@@ -12,6 +12,7 @@ import pytest
 
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.engines.sglang.verification import ACTION
+from moe_placement_plugin.formats.plan_or_load import write
 from tests.sglang.engines import LONG, Outcome, case, run_cases
 from tests.sglang.gpt_oss import install, write_gpt_oss
 from tests.support.children import engine_lock
@@ -52,7 +53,7 @@ def outcomes(models, tmp_path_factory) -> dict[str, Outcome]:
     gpt_new = rescaled(gpt, folder / "gpt-oss-new")
     qwen_new = rescaled(models["qwen32"], folder / "qwen-new")
     plan, rng = folder / "plan.json", np.random.default_rng(3)
-    Placement(np.stack([rng.permutation(8) for _ in range(3)]), 8, (4, 4)).write(plan)
+    write(Placement(np.stack([rng.permutation(8) for _ in range(3)]), 8, (4, 4)), plan)
     # All layers see all tokens, which SGLang's memory for sliding windows asserts against.
     triton = {"attention_backend": "triton", "disable_hybrid_swa_memory": True}
     disk = {"how": "disk", "path": str(gpt_new)}

@@ -12,6 +12,7 @@ from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.engines.sglang import settings, slot_digests, verification
 from moe_placement_plugin.engines.sglang.hook_registry import Hook, HookSet
+from moe_placement_plugin.formats.plan_json import read_plan
 from tests.sglang import faults
 from tests.sglang.engines import Outcome, case, run_cases
 from tests.sglang.test_flags import TWO, arguments, refused, resolve
@@ -240,7 +241,7 @@ STARTS = {
 @pytest.fixture(scope="module")
 def plan(files) -> Placement:
     """The plan that every engine here is served with: 32 experts in 36 slots on two ranks."""
-    return Placement.read(files["redundant"])
+    return read_plan(files["redundant"])
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.plan_or_load import write
 from moe_placement_plugin.lab.gpu import one_gpu
 from tests.support.children import python, run_child
 
@@ -55,9 +56,13 @@ def cases(folder: Path) -> list[dict]:
         layers = json.loads((MODELS / name / "config.json").read_text())
         count = layers["num_hidden_layers"] - layers.get("first_k_dense_replace", 0)
         first = layers.get("first_k_dense_replace", 0)
-        ExpertLoad(
-            np.random.default_rng(1).zipf(1.5, (1, count, 32)), tuple(range(first, first + count))
-        ).write(load)
+        write(
+            ExpertLoad(
+                np.random.default_rng(1).zipf(1.5, (1, count, 32)),
+                tuple(range(first, first + count)),
+            ),
+            load,
+        )
         strategy = {"expert_placement_strategy": "zigzag"}
         from_load = {"expert_placement_strategy": "eplb", "expert_placement_file": str(load)}
         rows += [

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.plan_or_load import write
 from moe_placement_plugin.lab.demo.tiny_models import write_glm4_moe, write_qwen3_moe
 from tests.support.children import engine_lock, python, run_child
 
@@ -27,7 +28,7 @@ def main() -> int:
         folder = Path(name)
         qwen, glm = str(write_qwen3_moe(folder / "qwen")), str(write_glm4_moe(folder / "glm"))
         load = folder / "load.safetensors"
-        ExpertLoad(np.random.default_rng(1).zipf(1.5, (1, 4, 30))).write(load)
+        write(ExpertLoad(np.random.default_rng(1).zipf(1.5, (1, 4, 30))), load)
         one = {"VLLM_CPU_OMP_THREADS_BIND": "0,1"}
         two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
         ranks = {"tensor_parallel_size": 2, "enable_expert_parallel": True}

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement
+from moe_placement_plugin.formats.load_file import read_load
+from moe_placement_plugin.formats.plan_or_load import write
 from moe_placement_plugin.lab.demo.tiny_models import write_glm4_moe, write_qwen3_moe
 from tests.support.checkpoints import fuse_experts
 from tests.support.children import engine_lock, run_child
@@ -57,9 +59,9 @@ def files(tmp_path_factory) -> dict[str, Path]:
     paths = {}
     for name, layers, experts in (("qwen", range(4), 30), ("glm", range(1, 4), 32)):
         paths[name] = folder / f"{name}.safetensors"
-        ExpertLoad(rng.zipf(1.5, (2, len(layers), experts)), tuple(layers)).write(paths[name])
+        write(ExpertLoad(rng.zipf(1.5, (2, len(layers), experts)), tuple(layers)), paths[name])
     paths["uneven"] = folder / "uneven.json"
-    Placement([rng.permutation(30) for _ in range(4)], 30, (17, 13)).write(paths["uneven"])
+    write(Placement([rng.permutation(30) for _ in range(4)], 30, (17, 13)), paths["uneven"])
     return paths
 
 
@@ -209,9 +211,7 @@ def recordings(placed, tmp_path_factory) -> dict[str, tuple[list[dict], ExpertLo
     """Name -> (answers, what was recorded while they were given)."""
     folder = tmp_path_factory.getbasetemp() / "placed"
     of = {"eager": "qwen eplb filter", "compiled": "qwen zigzag compiled"}
-    return {
-        name: (placed[case]["answers"], ExpertLoad.read(folder / name)) for name, case in of.items()
-    }
+    return {name: (placed[case]["answers"], read_load(folder / name)) for name, case in of.items()}
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.load_file import read_load
 from moe_placement_plugin.lab.gpu import one_gpu
 from moe_placement_plugin.lab.gpu.serving.contestants import RESTLESS
 from moe_placement_plugin.lab.gpu.serving.server_logs import moved
@@ -73,7 +73,7 @@ def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_p
     reference = Reference(checkpoints["qwen"])
     tokens = [reference.tokenizer(prompt)["input_ids"] for prompt in prompts]
     check(
-        ExpertLoad.read(record),
+        read_load(record),
         reference.expected(tokens, [answer.token_ids for answer in answers])[0],
         None,
     )

@@ -20,6 +20,7 @@ from moe_placement_plugin.engines.vllm import (  # noqa: E402
     speculator_recording,
 )
 from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
+from moe_placement_plugin.formats.plan_or_load import write  # noqa: E402
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # imports vLLM, starts no engine
 
@@ -352,7 +353,7 @@ def test_a_drafts_load_goes_beside_the_targets(tmp_path, monkeypatch):
 def test_a_file_of_another_draft_is_refused(tmp_path, monkeypatch):
     found = {"mtp.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
     monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)
-    ExpertLoad(np.ones((1, 2, 4))).write(tmp_path / "load.draft.safetensors")
+    write(ExpertLoad(np.ones((1, 2, 4))), tmp_path / "load.draft.safetensors")
     runner = SimpleNamespace(device="cpu", drafter=SimpleNamespace(model=torch.nn.Module()))
     record = {"path": str(tmp_path / "load.safetensors"), "num_experts": 6, "coactivation": False}
     with pytest.raises(PlacementError, match="load.draft.safetensors"):

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_placement_plugin import ExpertLoad, Placement
+from moe_placement_plugin import Placement
+from moe_placement_plugin.formats.load_file import read_load
+from moe_placement_plugin.formats.plan_or_load import write
 from tests.support.children import engine_lock, run_child
 from tests.support.draft_models import write_dense_qwen3, write_glm4_moe_with_mtp
 
@@ -27,7 +29,7 @@ def served(checkpoints, tmp_path_factory) -> tuple[dict[str, dict], Path]:
     folder = tmp_path_factory.mktemp("drafts")
     glm = str(write_glm4_moe_with_mtp(folder / "glm"))
     dense = str(write_dense_qwen3(folder / "dense"))
-    PLAN.write(folder / "plan.json")
+    write(PLAN, folder / "plan.json")
     mtp = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
     own = {"method": "draft_model", "model": dense, "num_speculative_tokens": 2}
     zigzag = {"expert_placement_strategy": "zigzag"}
@@ -101,8 +103,8 @@ def test_the_drafts_experts_lie_where_its_rows_or_the_strategy_put_them(served):
 
 def test_a_drafts_load_is_recorded_apart(served):
     results, folder = served
-    target = ExpertLoad.read(folder / "load.safetensors")
-    draft = ExpertLoad.read(folder / "load.draft.safetensors")
+    target = read_load(folder / "load.safetensors")
+    draft = read_load(folder / "load.draft.safetensors")
     assert target.layer_ids == (1, 2, 3) and draft.layer_ids == (4,)
     assert len(set(target.total.sum(axis=1).tolist())) == 1  # each layer counts each token once
     assert draft.total.sum() > 0 and draft.total.sum() % 4 == 0  # four experts a token

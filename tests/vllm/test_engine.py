@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_placement_plugin import ExpertLoad, Placement, PlacementRequest, Topology, get_strategy
+from moe_placement_plugin import PlacementRequest, Topology, get_strategy
+from moe_placement_plugin.formats.load_file import read_load
+from moe_placement_plugin.formats.plan_json import read_plan
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3000)]
 
@@ -90,13 +92,13 @@ def test_the_map_in_force_in_every_worker_is_the_strategys(placed, files, name):
         experts,
         Topology(ranks),
         layer_ids=tuple(layers),
-        load=ExpertLoad.read(files[load]) if load else None,
+        load=read_load(files[load]) if load else None,
     )
     check_maps(placed[name]["workers"], get_strategy(strategy).place(request))
 
 
 def test_an_uneven_plan_that_differs_by_layer_is_in_force(placed, files):
-    plan = Placement.read(files["uneven"])
+    plan = read_plan(files["uneven"])
     assert len({tuple(row) for row in plan.physical_to_logical.tolist()}) == 4
     check_maps(placed["qwen uneven plan filter"]["workers"], plan)
 

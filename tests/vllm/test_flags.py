@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import ExpertLoad, Placement
+from moe_placement_plugin.formats.plan_json import plan_to_dict, read_plan, rows_to_dict
+from moe_placement_plugin.formats.plan_or_load import write as write_file
 from tests.support.children import Finished, end_group, python, run_child
 
 pytestmark = [
@@ -125,7 +127,7 @@ def results(child, checkpoints, files, tmp_path_factory):
     def write(name, thing):
         path = folder / name
         if hasattr(thing, "write"):
-            thing.write(path)
+            write_file(thing, path)
         else:
             path.write_text(thing)
         return path
@@ -150,7 +152,7 @@ def results(child, checkpoints, files, tmp_path_factory):
     one_layer_without[:, 2] = 0
     draft = Placement(rows, 30, (15, 15))
     with_draft = write("with_draft", Placement(rows, 30, (15, 15), (), "eplb", {}, draft))
-    draft_only = {k: v for k, v in draft.to_dict().items() if k != "physical_to_logical"} | {"draft": draft._rows()}  # fmt: skip
+    draft_only = {k: v for k, v in plan_to_dict(draft).items() if k != "physical_to_logical"} | {"draft": rows_to_dict(draft)}  # fmt: skip
 
     def speculative(model):
         return {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}
@@ -202,7 +204,7 @@ def results(child, checkpoints, files, tmp_path_factory):
 
 
 def test_accepted_requests_carry_the_whole_placement(results, files):
-    digest = Placement.read(files["uneven"]).digest
+    digest = read_plan(files["uneven"]).digest
     assert results["zigzag"]["strategy"] == "zigzag" == results["zigzag"]["value"]
     assert results["round_robin"] == results["zigzag"]
     assert (
@@ -268,8 +270,8 @@ def test_hosts_with_and_without_the_head_s_file(child, checkpoints, tmp_path):
         tmp_path / "other.json",
         tmp_path / "absent.json",
     )
-    ExpertLoad(np.random.default_rng(2).zipf(1.5, (2, 3, 32)), (1, 2, 3)).write(load)
-    Placement([np.arange(30)] * 4, 30, (10, 10, 10)).write(other)
+    write_file(ExpertLoad(np.random.default_rng(2).zipf(1.5, (2, 3, 32)), (1, 2, 3)), load)
+    write_file(Placement([np.arange(30)] * 4, 30, (10, 10, 10)), other)
     glm = {
         "model": str(checkpoints["glm"]),
         "tensor_parallel_size": 2,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_placement_plugin import Placement
+from moe_placement_plugin.formats.plan_or_load import write as write_file
 from moe_placement_plugin.lab.demo.tiny_models import Size, write_qwen3_moe
 from tests.support.children import python_path
 from tests.support.stacked_models import write_gpt_oss
@@ -60,7 +61,7 @@ def reloaded(tmp_path_factory):
         return {"name": name, "engine": engine, "env": {**ONE_EACH, **env}, "reload": calls}
 
     plan = folder / "plan.json"
-    Placement([[5, 0, 3, 6, 1, 2, 7, 4]] * 2, 8, (4, 4)).write(plan)
+    write_file(Placement([[5, 0, 3, 6, 1, 2, 7, 4]] * 2, 8, (4, 4)), plan)
     zigzag = {"expert_placement_strategy": "zigzag"}
     cases = [
         # vLLM leaves other ranks' answers to a refused call in its queue: such a call is the last.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import Placement
+from moe_placement_plugin.formats.plan_or_load import write
 from moe_placement_plugin.lab.demo.tiny_models import Size, write_qwen3_moe
 from tests.support.children import engine_lock, python_path, run_child
 from tests.support.stacked_models import write_gpt_oss, write_llama4
@@ -28,9 +29,9 @@ PLAN = ((5, 0, 3, 6, 1, 2, 7, 4), (7, 2, 4, 1, 6, 0, 5, 3))
 def files(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("stacked")
     plan = folder / "plan.json"
-    Placement(PLAN, 8, (4, 4)).write(plan)
+    write(Placement(PLAN, 8, (4, 4)), plan)
     uneven = folder / "uneven.json"
-    Placement(PLAN, 8, (5, 3)).write(uneven)
+    write(Placement(PLAN, 8, (5, 3)), uneven)
     return {
         "plan": str(plan),
         "uneven": str(uneven),

@@ -148,19 +148,56 @@ class Patch:
             self.state = "off"
 
 
+PLACEMENT, LOADING = "expert placement", "loading of experts"
+"""Names of the sets that the adapters ask for: see `patch_set_named`."""
+
+_named: dict[str, PatchSet] = {}
+
+
+def patch_set_named(name: str) -> PatchSet:
+    """Find a set of patches that was made in this process, without importing the list of all patches.
+
+    Raises:
+        PlacementError: when it was not made, and so cannot be in force.
+    """
+    if name not in _named:
+        raise PlacementError(
+            f"the patches of {name} were never made in this process: start it through the engine's own command, which "
+            "loads plugins, or leave the placement flag out"
+        )
+    return _named[name]
+
+
+def hits_of(*names: str) -> dict[str, int]:
+    """How often each applied patch of these sets ran in this process; a set that was never made has none."""
+    return {
+        patch: count
+        for name in names
+        if name in _named
+        for patch, count in _named[name].hits().items()
+    }
+
+
 def _apply_to_module(patch: Patch, module: Any) -> None:
     """Apply the patch to a module that has just been imported."""
     patch.apply()
 
 
 class PatchSet:
-    """The patches of one concern, applied together or not at all."""
+    """The patches of one concern, applied together or not at all.
 
-    def __init__(self, patches: Iterable[Patch]):
+    Args:
+        patches: in the order in which they are applied.
+        name: under which `patch_set_named` finds them in this process.
+    """
+
+    def __init__(self, patches: Iterable[Patch], name: str = ""):
         self.patches = list(patches)
         names = [p.name for p in self.patches]
         if len(set(names)) != len(names):
             raise ValueError(f"two patches share a name: {names}")
+        if name:
+            _named[name] = self
 
     def __iter__(self) -> Iterator[Patch]:
         return iter(self.patches)

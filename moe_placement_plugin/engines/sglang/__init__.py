@@ -7,18 +7,18 @@ def register() -> None:
     """Make SGLang accept the flags, or, in a worker of a server that was given them, honour them."""
     import sys
 
-    from . import eplb, hosts, recording, reload, settings, verification
+    from . import eplb, hosts, recording, reload, settings, verification  # lazy: numba
 
     asked = settings.current()
     if asked is None and recording.current() is None and verification.current() is None:
-        from .flags import LAUNCHER
+        from .flags import LAUNCHER  # lazy: heavy
 
         LAUNCHER.register()
     elif "sglang.srt.managers.scheduler" in sys.modules:
         # Processes without a model (detokenizer, data parallel controller) need not import the model runner. Should a
         # worker ever come without this module, `settings.SENTINEL` stops it.
         if asked is not None:
-            from .patches import hooks
+            from .patches import hooks  # lazy: numba
 
             hooks().register()
             if asked.moves:

@@ -112,7 +112,7 @@ def list_weights(model: Any) -> None:
 
 def warm_up(asked: settings.Settings) -> None:
     """Compile planner and exchange while the model loads."""
-    from ...rebalancing import tables
+    from ...rebalancing import tables  # lazy: numba
 
     placement = asked.placement
     assert placement is not None, "settled before a model loads"

@@ -8,8 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from ...core.errors import PlacementError
+from ...formats.sglang import to_sglang
+from ..common.patching import PLACEMENT
 from . import compat, eplb, hosts, reload, settings, verification
 from .dispatch_table import dispatch_table
+from .hook_registry import require_applied
 
 
 def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -24,9 +27,8 @@ def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
             "not call ServerArgs.check_server_args): start it with `python -m sglang.launch_server`, `sglang serve` or "
             "sglang.Engine"
         )
-    from .patches import hooks
 
-    hooks().require_applied()
+    require_applied(PLACEMENT)
     reload.hooks().require_applied()
     if asked.moves:
         eplb.hooks().require_applied()
@@ -41,10 +43,9 @@ def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
             f"the placement is for {asked.placement.num_logical_experts} experts, this worker's model has "
             f"{getattr(shape, 'num_logical_experts', 'no map of experts')}: it was made for another model; plan again"
         )
-    own = replace(
-        asked.placement, draft=None
-    )  # a draft's layers have rows of their own, see `drafts`
-    rows = own.to_sglang(shape.num_layers)["physical_to_logical_map"]
+    # A draft's layers have rows of their own, see `drafts`.
+    own = replace(asked.placement, draft=None)
+    rows = to_sglang(own, shape.num_layers)["physical_to_logical_map"]
     metadata = ExpertLocationMetadata.init_by_mapping(**call, physical_to_logical_map=rows)
     if metadata.physical_to_logical_map_cpu.tolist() != rows:
         raise PlacementError(

@@ -274,7 +274,7 @@ class EngineReader:
             PlacementError: when the checkpoint or the model's loader does not bring them whole.
         """
         global _into
-        from . import evidence
+        from . import evidence  # lazy: heavy
 
         # One expert may be wanted for several slots: it is read once.
         first: dict[tuple[int, int], Sequence[torch.Tensor]] = {}

@@ -147,7 +147,7 @@ class ServerArgsFactory:
 def _check_server_args(original: Callable, server_args: Any) -> Any:
     asked = settings.of(server_args)
     if asked is not None:
-        from .resolve import finish
+        from .resolve import finish  # lazy: numba
 
         finish(server_args, asked)
     verification.settle(server_args)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...core.errors import PlacementError
-from ..common.patching import Patch, PatchSet
+from ..common.patching import Patch, PatchSet, patch_set_named
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +143,9 @@ class AttributeHook(Patch):
 class HookSet(PatchSet):
     """Hooks that stand or fall together, though the registry applies them one by one and only logs failures."""
 
-    def __init__(self, hooks: Iterable[Hook | AttributeHook]):
+    def __init__(self, hooks: Iterable[Hook | AttributeHook], name: str = ""):
         self.hooks: list[Hook | AttributeHook] = list(hooks)
-        super().__init__(self.hooks)
+        super().__init__(self.hooks, name)
 
     def require_fit(self) -> None:
         """Refuse an engine that differs from what the hooks rely on.
@@ -200,3 +200,17 @@ class HookSet(PatchSet):
         for hook in self.hooks:
             hook.confirm()
         return [hook.name for hook in self.hooks if hook.state not in ("applied", "not needed")]
+
+
+def require_applied(name: str) -> None:
+    """Refuse to go on without the hooks of a set that was made in this process.
+
+    Args:
+        name: of the set, see `patching.patch_set_named`.
+
+    Raises:
+        PlacementError: naming the hooks that are not in force.
+    """
+    found = patch_set_named(name)
+    assert isinstance(found, HookSet), "SGLang's sets are of hooks"
+    found.require_applied()

@@ -35,7 +35,7 @@ class LoadRecording:
         import sglang
         from sglang.srt.runtime_context import get_parallel
 
-        from ... import __version__
+        from ..._version import __version__  # lazy: heavy
 
         args = resolved(runner.server_args)
         config = runner.model_config.hf_text_config

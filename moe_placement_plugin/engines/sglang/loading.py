@@ -9,6 +9,7 @@ from typing import Any
 
 from ...core.errors import PlacementError
 from ...core.placement import Placement
+from ..common.patching import PLACEMENT, hits_of
 from . import direct, draft_layers, drafts, evidence, expert_reader, positional, settings
 from .routing import LAYER
 
@@ -138,8 +139,7 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
             raise PlacementError(
                 f"{type(self.model).__name__} has no FusedMoE layer: serve it without the placement flags"
             )
-        from . import eplb, eplb_exchange
-        from .patches import hooks
+        from . import eplb, eplb_exchange  # lazy: numba
 
         if asked.moves:
             eplb.list_weights(self.model)
@@ -154,7 +154,7 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
             len(layers),
             asked.placement.digest[:12],
             sum(map(direct.has_table, layers)),
-            ", ".join(f"{name} {hits}" for name, hits in hooks().hits().items() if hits),
+            ", ".join(f"{name} {hits}" for name, hits in hits_of(PLACEMENT).items() if hits),
         )
     evidence.forget()
     return result
@@ -232,7 +232,7 @@ def _check_experts(name: str, layer: Any, placement: Placement) -> None:
 def _check_method(name: str, layer: Any) -> None:
     import sglang
 
-    from .support import unmapped_quantizations
+    from .support import unmapped_quantizations  # lazy: heavy
 
     method = type(layer.quant_method).__name__
     if method in unmapped_quantizations(sglang.__version__).values():

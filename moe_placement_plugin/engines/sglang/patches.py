@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..common.kernel_configs import ConfigsOfFewer
+from ..common.patching import PLACEMENT
 from . import compat, cpu, drafts, expert_maps, loading, positional, routing
 from .hook_registry import Hook, HookSet
 
@@ -176,4 +177,4 @@ def hooks() -> HookSet:
                 removable_when="0.5.16 is no longer supported",
             ),
         ]
-    return HookSet(chosen)
+    return HookSet(chosen, PLACEMENT)

@@ -105,8 +105,8 @@ def accept(server_args: Any, asked: RecordSettings | None) -> Any:
 
 
 def _install_metrics(server_args: Any, asked: RecordSettings) -> None:
-    from ...recording import metrics
-    from . import settings
+    from ...recording import metrics  # lazy: heavy
+    from . import settings  # lazy: heavy
 
     def placement_of(load):
         placed = settings.of(server_args)
@@ -136,7 +136,7 @@ def _check_server_args(original: Callable, server_args: Any) -> Any:
 
 
 def _check(server_args: Any, asked: RecordSettings) -> None:
-    from ...core.model_shape import model_shape
+    from ...core.model_shape import model_shape  # lazy: heavy
 
     values = resolved(server_args)
     flag = f"--expert-load-record {asked.path}"

@@ -142,7 +142,7 @@ def _of_weights(request: Any) -> bool:
 
 def _comes_back(runner: Any) -> bool:
     """Whether released weights come back as they were: from a copy on the host, or because nothing was released."""
-    from .compat import resolved
+    from .compat import resolved  # lazy: heavy
 
     args = resolved(runner.server_args)
     saver = getattr(args, "enable_memory_saver", False)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import PlacementError
-from ...core.model_shape import model_shape
+from ...core.model_shape import ModelShape, model_shape
 from ...core.placement import Placement
 from ...core.topology import Topology
 from ...formats.packed import pack
+from ...formats.plan_or_load import read
 from ...strategies import get_strategy
-from ...strategies.resolve import ModelShape, check_plan, read_file, resolve_placement
+from ...strategies.resolve import check_plan, resolve_placement
 from . import compat, direct, drafts, eplb, hosts, reload
 from .settings import Settings
 from .support import OPTIONS, Combination, check
@@ -73,7 +74,7 @@ def finish(server_args: Any, asked: Settings) -> None:
             f"{name}: its config names {shape.num_experts} experts, SGLang counts {location.num_logical_experts}: this model "
             "is not understood; serve it without the placement flags"
         )
-    from .patches import hooks
+    from .patches import hooks  # lazy: numba
 
     differences = hooks().check() + reload.hooks().check()
     differences += eplb.hooks().check() if cfg.enable_eplb else []
@@ -170,7 +171,7 @@ def place(
     redundant = wanted + padding
     per_rank = ((shape.num_experts + redundant) // ranks,) * ranks
     if asked.file is not None:
-        plan = read_file(asked.file, shape, ranks)
+        plan = read(asked.file, ranks, shape.num_experts)
         if isinstance(plan, Placement):
             if plan.num_redundant == wanted and padding and plan.num_ranks == ranks:
                 plan = fill_up(plan, per_rank[0])

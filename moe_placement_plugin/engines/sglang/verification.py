@@ -142,7 +142,7 @@ def settle(server_args: Any) -> None:
 
 
 def _check_experts(server_args: Any, cfg: Any, flag: str) -> None:
-    from ...core.model_shape import model_shape
+    from ...core.model_shape import model_shape  # lazy: heavy
 
     if int(cfg.ep_size) < 2:
         raise PlacementError(

@@ -9,10 +9,10 @@ of serving with the default placement.
 
 def general_plugin() -> None:
     """Entry point of ``vllm.general_plugins``: accept the flag if it is asked for."""
-    from .detect import requested
+    from .detect import requested  # lazy: heavy
 
     if requested():
-        from .flags import open_flags
+        from .flags import open_flags  # lazy: heavy
 
         open_flags()
 
@@ -23,11 +23,22 @@ def platform_plugin() -> None:
     Code that builds vLLM's argument parser by itself does so before general plugins load. Returns None,
     which tells vLLM that this is no platform.
     """
-    from .detect import requested
+    from .detect import requested  # lazy: heavy
 
     if requested(frames=False):
         from wrapt import register_post_import_hook
 
-        from .flags import open_flags
+        from .flags import open_flags  # lazy: heavy
 
         register_post_import_hook(lambda _: open_flags(), "vllm.engine.arg_utils")
+
+
+def enable() -> None:
+    """Accept the flags in this process from now on, whether vLLM is imported already or not."""
+    from wrapt import register_post_import_hook
+
+    from .detect import count_as_requested  # lazy: heavy
+    from .flags import open_flags  # lazy: heavy
+
+    count_as_requested()
+    register_post_import_hook(lambda _: open_flags(), "vllm.engine.arg_utils")

@@ -49,15 +49,10 @@ KEYS = (
 _enabled = False
 
 
-def enable() -> None:
-    """Accept the flags in this process from now on, whether vLLM is imported already or not."""
+def count_as_requested() -> None:
+    """Let `requested` say yes in this process from now on."""
     global _enabled
     _enabled = True
-    from wrapt import register_post_import_hook
-
-    from .flags import open_flags
-
-    register_post_import_hook(lambda _: open_flags(), "vllm.engine.arg_utils")
 
 
 def requested(frames: bool = True) -> bool:

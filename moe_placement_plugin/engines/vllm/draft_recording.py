@@ -14,6 +14,7 @@ from ...recording.recorder import check_path
 from ..common.drafts import draft_path
 from ..common.patching import Patch
 from .layers import num_logical, routed_layers
+from .load_recording import LoadRecording
 from .speculator_recording import RECORDER, is_followed, speculator_patches
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
@@ -34,8 +35,6 @@ def bind_draft(record: dict[str, Any], vllm_config: Any, runner: Any, target: An
     Raises:
         PlacementError: when the file beside the target's is another model's, or the draft's choices cannot be seen.
     """
-    from .recording import LoadRecording
-
     speculator = getattr(runner, "speculator", None)
     proposer = getattr(runner, "drafter", None) if speculator is None else speculator
     model = getattr(proposer, "model", None)

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from ...core.errors import PlacementError
-from ...strategies.resolve import ModelShape
+from ...core.model_shape import ModelShape
 from ..common.drafts import draft_layer_id
 
 _loading: ContextVar[bool] = ContextVar("moe_placement_loading_draft", default=False)

@@ -85,7 +85,7 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
         )
         rebalancers[shape].counted_by = counted_by(state.model)
         eplb.policy = planner_policy(rebalancers)
-    from ...rebalancing.tables import warm_up  # not earlier: see there
+    from ...rebalancing.tables import warm_up  # lazy: numba
 
     warm_up(
         state.physical_to_logical_map.cpu().numpy(),
@@ -191,7 +191,7 @@ def planner_policy(rebalancers: dict[tuple[int, int], Rebalancer]) -> type:
         ):
             import torch
 
-            from .eplb_policy import (
+            from .eplb_policy import (  # lazy: numba
                 rebalance_experts,  # compiles kernels, and numba must not be loaded before a worker has begun
             )
 

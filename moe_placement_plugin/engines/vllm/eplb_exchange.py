@@ -297,7 +297,7 @@ def _logical_maps(original):
     def compute_logical_maps(physical_to_logical_map, num_logical_experts):
         import torch
 
-        from ...rebalancing.tables import inverse_maps
+        from ...rebalancing.tables import inverse_maps  # lazy: numba
 
         held = physical_to_logical_map.numpy()
         whole_table = held[None] if held.ndim == 1 else held

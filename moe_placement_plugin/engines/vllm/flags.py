@@ -138,9 +138,9 @@ def _init(original):
 def _create_engine_config(original):
     @functools.wraps(original)
     def create_engine_config(self, *args, **kwargs):
-        from . import resolve
-        from .detect import asks, is_cpu_build
-        from .eplb_cpu import allow_eplb_on_cpu
+        from . import resolve  # lazy: heavy
+        from .detect import asks, is_cpu_build  # lazy: heavy
+        from .eplb_cpu import allow_eplb_on_cpu  # lazy: heavy
 
         if not asks(self):
             return original(self, *args, **kwargs)

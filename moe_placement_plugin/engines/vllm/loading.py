@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import PlacementError
-from ..common.patching import Patch
+from ..common.patching import LOADING, PLACEMENT, Patch, hits_of
 from .drafts import check_draft, draft_layer_id, is_draft, loading, refuse_own_kind
 from .eplb_support import check_draft_supported, check_supported, refusing_unsupported
 from .evidence import EVIDENCE, check_evidence
@@ -130,8 +130,6 @@ def _report(
     Raises:
         PlacementError: when the placement is not in force.
     """
-    from .patches import load_set, patch_set
-
     plan = settings.placement
     if plan is not None and main:
         found = {name: (layer_id_of(name), num_logical(layer)) for name, layer in layers.items()}
@@ -157,9 +155,7 @@ def _report(
                 "it; remove that plugin or the placement flag"
             )
     hits = ", ".join(
-        f"{name} {count}"
-        for name, count in (patch_set().hits() | load_set().hits()).items()
-        if count
+        f"{name} {count}" for name, count in hits_of(PLACEMENT, LOADING).items() if count
     )
     digest = "engine's own" if plan is None else f"{plan.digest[:12]} ({plan.strategy})"
     logger.info(

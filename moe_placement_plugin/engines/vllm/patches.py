@@ -6,25 +6,25 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from ..common.patching import PatchSet
+from ..common.patching import LOADING, PLACEMENT, PatchSet
 
 
 @lru_cache(maxsize=1)
 def patch_set() -> PatchSet:
     """The patches that place experts, and on the CPU build those that make its kernels honour expert maps."""
-    from .cpu import cpu_patches
-    from .detect import is_cpu_build
-    from .expert_maps import static_patches
+    from .cpu import cpu_patches  # lazy: heavy
+    from .detect import is_cpu_build  # lazy: heavy
+    from .expert_maps import static_patches  # lazy: heavy
 
-    return PatchSet([*static_patches(), *(cpu_patches() if is_cpu_build() else ())])
+    return PatchSet([*static_patches(), *(cpu_patches() if is_cpu_build() else ())], PLACEMENT)
 
 
 @lru_cache(maxsize=1)
 def eplb_set() -> PatchSet:
     """The patches of a placement under vLLM's EPLB, which its CPU build lacks altogether."""
-    from .detect import is_cpu_build
-    from .eplb import eplb_patches
-    from .eplb_cpu import cpu_eplb_patches
+    from .detect import is_cpu_build  # lazy: heavy
+    from .eplb import eplb_patches  # lazy: heavy
+    from .eplb_cpu import cpu_eplb_patches  # lazy: heavy
 
     return PatchSet([*eplb_patches(), *(cpu_eplb_patches() if is_cpu_build() else ())])
 
@@ -32,15 +32,15 @@ def eplb_set() -> PatchSet:
 @lru_cache(maxsize=1)
 def load_set() -> PatchSet:
     """The patch that checks what was loaded."""
-    from .loading import load_patches
+    from .loading import load_patches  # lazy: heavy
 
-    return PatchSet(load_patches())
+    return PatchSet(load_patches(), LOADING)
 
 
 @lru_cache(maxsize=1)
 def lora_set() -> PatchSet:
     """The patches that make LoRA adapters of experts follow the placement."""
-    from .lora import lora_patches
+    from .lora import lora_patches  # lazy: heavy
 
     return lora_patches()
 
@@ -48,7 +48,7 @@ def lora_set() -> PatchSet:
 @lru_cache(maxsize=1)
 def host_set() -> PatchSet:
     """The patch that makes the workers of several hosts agree."""
-    from .hosts import host_patches
+    from .hosts import host_patches  # lazy: heavy
 
     return PatchSet(host_patches())
 
@@ -56,7 +56,7 @@ def host_set() -> PatchSet:
 @lru_cache(maxsize=1)
 def recording_set() -> PatchSet:
     """The patches that record the expert load."""
-    from .recording import recording_patches
+    from .recording import recording_patches  # lazy: heavy
 
     return recording_patches()
 
@@ -67,7 +67,7 @@ def patch_sets(settings: Mapping[str, Any]) -> list[PatchSet]:
     Args:
         settings: a `settings.PlacementSettings`.
     """
-    from .detect import is_cpu_build
+    from .detect import is_cpu_build  # lazy: heavy
 
     sets = []
     if settings["eplb"]:

@@ -157,7 +157,7 @@ def renew(model: Any, settings: PlacementSettings) -> None:
     Raises:
         WeightsMismatch: for replicas that differ.
     """
-    from .verification import verify_loaded
+    from .verification import verify_loaded  # lazy: heavy
 
     updates = updates_of(model)
     assert updates is not None, "only a model that serves has digests to renew"

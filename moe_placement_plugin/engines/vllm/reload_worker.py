@@ -62,7 +62,7 @@ def _refuse_stacked_copies(model: Any) -> None:
     """vLLM up to 0.31 loses what a gpt-oss copies into parameters while they are being reloaded,
     and keeps the old experts.
     """
-    from .stacked import _SPLITS, PICKS
+    from .stacked import _SPLITS, PICKS  # lazy: heavy
 
     for module in model.modules():
         if PICKS.get(type(module).__name__) == "block" and not hasattr(module, _SPLITS):

@@ -9,20 +9,21 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from ...core.errors import PlacementError
-from ...core.model_shape import model_shape
+from ...core.model_shape import ModelShape, model_shape
 from ...core.placement import Placement
 from ...core.topology import Topology
 from ...hosts.watch import check_timeout
 from ...strategies import ALIASES, get_strategy
 from ...strategies.base import LOCALITIES
-from ...strategies.resolve import ModelShape, resolve_placement
+from ...strategies.resolve import resolve_placement
 from ...verification.level import check_level
 from ..common.host_flags import LOCALITY_FLAG, TIMEOUT_FLAG
+from .carrier import put_into_force
 from .detect import FILE_KEY, HOST_TIMEOUT_KEY, LOCALITY_KEY, REBALANCE_KEY, VERIFY_KEY
 from .drafts import draft_shape
 from .hosts import host_settings, is_head, planned_topology, resolves_on_every_host, spans_hosts
 from .recording import record_settings
-from .settings import KEY, PlacementSettings, remember
+from .settings import KEY, PlacementSettings
 from .support import ALL2ALL_WITH_TABLES, check_all2all, check_moe_backend
 from .weight_transfer import check_backend
 
@@ -158,18 +159,12 @@ def resolve(vllm_config: Any) -> Any:
         redundant=parallel.eplb_config.num_redundant_experts if eplb else 0,
         lora=explicit and getattr(vllm_config, "lora_config", None) is not None,
     )  # fmt: skip
-    remember(settings)
     if settings.static is not None or ((adopt or error is not None) and not eplb):
         # A process in which the patches are missing refuses this value; "linear" it would serve.
         parallel.expert_placement_strategy = strategy
     elif explicit:
         parallel.expert_placement_strategy = "linear"  # of EPLB's physical experts
-    vllm_config.additional_config = {**extra, KEY: settings}
-    from .patches import patch_sets
-
-    for patches in patch_sets(settings):
-        patches.apply()
-    settings.install_metrics()
+    vllm_config.additional_config = {**extra, KEY: put_into_force(settings)}
     return vllm_config
 
 
@@ -214,7 +209,7 @@ def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str)
 def _rebalance(values: Any, used: bool) -> dict[str, Any] | None:
     if values is None:
         return None
-    from ...rebalancing.rebalancer import REBALANCE_FLAG, policy_from
+    from ...rebalancing.rebalancer import REBALANCE_FLAG, policy_from  # lazy: heavy
 
     if not used:
         raise PlacementError(

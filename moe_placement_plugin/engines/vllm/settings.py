@@ -20,13 +20,8 @@ KEY = "moe_placement_plugin"
 class PlacementSettings(dict):
     """The placement that was resolved at start-up, as JSON-compatible values.
 
-    Being a dict it is hashed by vLLM with the rest of its config. Unpickling it applies the patches in the
-    process that does so, whether it was forked, spawned or started by Ray; without this package the
-    unpickling fails, and with it the process.
+    Being a dict it is hashed by vLLM with the rest of its config. What travels is a `carrier.CarriedSettings`.
     """
-
-    def __reduce__(self):
-        return _restore, (dict(self),)
 
     @classmethod
     def make(
@@ -61,7 +56,7 @@ class PlacementSettings(dict):
             redundant: redundant experts per layer, of all ranks.
             lora: the engine takes LoRA adapters (``--enable-lora``), those of experts among them.
         """
-        from ... import __version__
+        from ..._version import __version__  # lazy: heavy
 
         data: dict[str, Any] = {
             "plugin": __version__,
@@ -157,30 +152,8 @@ class PlacementSettings(dict):
         )
         return strategy.place(request)
 
-    def activate(self) -> None:
-        """Apply the patches in this process, each when its module is imported."""
-        from .patches import patch_sets
-
-        for patches in patch_sets(self):
-            patches.apply_when_imported()
-        self.install_metrics()
-
-    def install_metrics(self) -> None:
-        """Let this process's ``/metrics`` report what is recorded; only the API server's is ever asked."""
-        if self["record"] is not None:
-            from .recording import install_metrics
-
-            install_metrics(self)
-
 
 _arrived: PlacementSettings | None = None
-
-
-def _restore(data: dict[str, Any]) -> PlacementSettings:
-    settings = PlacementSettings(data)
-    remember(settings)
-    settings.activate()
-    return settings
 
 
 def remember(settings: PlacementSettings) -> None:

@@ -169,7 +169,7 @@ def check_experts(quant_method: Any, use_tables: bool, layer_name: str) -> None:
         name = experts.__name__
         if use_tables and name in BATCHED:
             return
-        from .cpu import honours_with_patch
+        from .cpu import honours_with_patch  # lazy: heavy
 
         if honours_with_patch(experts) or (name in HONOURING and uses_expert_map(experts)):
             return

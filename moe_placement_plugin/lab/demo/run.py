@@ -14,6 +14,7 @@ from ...core.errors import PlacementError
 from ...core.load import ExpertLoad
 from ...core.placement import Placement
 from ...core.topology import Topology
+from ...formats.load_file import read_load
 from ...strategies import PlacementRequest, get_strategy
 from ..servers.engines import Answer, DemoEngine, Placed, report_of_workers
 from ..servers.server import Server, free_port
@@ -136,7 +137,7 @@ def run(
             progress(f"stopping {what}", time.monotonic() - began, "")
         if placed:
             placed_log = report_of_workers(log)
-    load = ExpertLoad.read(record).moe_layers()
+    load = read_load(record).moe_layers()
     placements = {s: _place(s, load) for s in ("linear", "balanced", "zigzag", "eplb")}
     return Outcome(
         name,
@@ -162,7 +163,7 @@ def _wait_for_load(path: Path, progress: Progress, timeout: float = 60) -> None:
     began = time.monotonic()
     least = len(PROMPTS) * TOKENS
     while (waited := time.monotonic() - began) < timeout:
-        if path.exists() and ExpertLoad.read(path).counts.sum(axis=(0, 2)).max() >= least:
+        if path.exists() and read_load(path).counts.sum(axis=(0, 2)).max() >= least:
             return
         progress("waiting for the recorded load", waited, "")
         time.sleep(0.5)

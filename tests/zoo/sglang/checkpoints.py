@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_placement_plugin.formats.plan_or_load import write as write_file
+
 from .recipe import Recipe, Tensors
 from .values import EXPERTS
 
@@ -101,5 +103,5 @@ def write_plan(recipe: Recipe, placement: str, file: Path) -> Path:
     plan = Placement(
         list(rows.values()), EXPERTS, (size,) * RANKS, tuple(rows), "custom", {}, draft
     )
-    plan.write(file)
+    write_file(plan, file)
     return file

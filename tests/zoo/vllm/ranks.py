@@ -17,6 +17,7 @@ from zlib import crc32
 
 import numpy as np
 
+from moe_placement_plugin.formats.plan_or_load import write
 from tests.zoo import slots
 from tests.zoo.checkpoint import (
     expected_slot,
@@ -236,7 +237,7 @@ def _write_plan(path: Path, recipe: Recipe, table: np.ndarray) -> None:
         layers = recipe.config.get("text_config", recipe.config)["num_hidden_layers"]
         own = None if redundant else plan
         plan = Placement([row] * layers, experts, even_slots(slots, RANKS), draft=own)
-    plan.write(path)
+    write(plan, path)
 
 
 def _compare_loaded(recipe: Recipe, model: Any, should_hold: Any) -> list[str]:

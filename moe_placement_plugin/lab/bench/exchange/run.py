@@ -111,7 +111,7 @@ class _Processes:
         Raises:
             PlacementError: when one of them fails.
         """
-        from .ranks import measure
+        from .ranks import measure  # lazy: heavy
 
         name = f"bench-{os.getpid()}-{next(self._numbers)}"
         processes, pipes = [], []
@@ -201,7 +201,7 @@ def dead_suite(
     Raises:
         PlacementError: when torch is missing, or the weights after an exchange are not those of the checkpoint.
     """
-    from .ranks import uniform_replicas, write_checkpoint
+    from .ranks import uniform_replicas, write_checkpoint  # lazy: heavy
 
     rows = []
     processes = _Processes()

@@ -10,6 +10,7 @@ import numpy as np
 
 from ....core.errors import PlacementError
 from ....core.load import ExpertLoad
+from ....formats.load_file import read_load
 from ....simulation.simulate import Workload, align
 
 
@@ -57,7 +58,7 @@ def find_shape(name: str) -> LayerShape:
     return SHAPES[name]
 
 
-def read_load(paths: Sequence[Path], shape: LayerShape, name: str) -> ExpertLoad:
+def read_recordings(paths: Sequence[Path], shape: LayerShape, name: str) -> ExpertLoad:
     """Recorded loads of one model as one load: what recorders write, or token-level traces (``.npz`` with ``topk_ids``).
 
     Raises:
@@ -65,7 +66,7 @@ def read_load(paths: Sequence[Path], shape: LayerShape, name: str) -> ExpertLoad
     """
     workloads = []
     for path in paths:
-        load = _token_trace(path, shape.experts) if path.suffix == ".npz" else ExpertLoad.read(path)
+        load = _token_trace(path, shape.experts) if path.suffix == ".npz" else read_load(path)
         if load.num_experts != shape.experts:
             raise PlacementError(
                 f"{path} has {load.num_experts} experts, {name} has {shape.experts}: give a load of that model"

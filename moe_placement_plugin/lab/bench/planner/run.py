@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ....core.errors import PlacementError
-from ....core.load import ExpertLoad
+from ....formats.load_file import read_load
 from ....planner import coactivation_of, crossings_per_token, plan
 from ....planner.arguments import as_ranks
 from ....planner.nodes.groups import group_homes
@@ -99,7 +99,7 @@ def read_traces(paths: Sequence[Path]) -> dict[str, np.ndarray]:
             if path.is_dir()
             else [path]
         )
-    return {f.stem: ExpertLoad.read(f).moe_layers().total.astype(np.int64) for f in files}
+    return {f.stem: read_load(f).moe_layers().total.astype(np.int64) for f in files}
 
 
 def _compare(contestants: Sequence[Contestant], load, following, shape, repeats: int) -> dict:

@@ -61,7 +61,7 @@ def sglang_algorithm(name):
 
 
 def reference():
-    from moe_placement_plugin.lab.bench.planner.reference import rebalance
+    from moe_placement_plugin.lab.bench.planner.reference import rebalance  # lazy: heavy
 
     def prepare(load, old, r):
         return lambda: rebalance(load, r["slots"], r["groups"], r["nodes"], r["ranks"])
@@ -73,7 +73,7 @@ def own(mode):
     import numba
     import numpy as np
 
-    from moe_placement_plugin.planner import plan, replan
+    from moe_placement_plugin.planner import plan, replan  # lazy: numba
 
     def prepare(load, old, r):
         slots = np.full(r["ranks"], r["slots"] // r["ranks"])

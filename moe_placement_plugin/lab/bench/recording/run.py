@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ....formats.load_file import read_load
+
 # A function is sent to the workers, which vLLM allows on request only.
 _ENVIRONMENT = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -58,7 +60,7 @@ class Scale:
 
 def scales() -> dict[str, Scale]:
     """By device."""
-    from ...demo.tiny_models import Size, write_qwen3_moe
+    from ...demo.tiny_models import Size, write_qwen3_moe  # lazy: heavy
 
     small = {
         "dtype": "float32",
@@ -130,7 +132,7 @@ class Switch:
     """
 
     def __init__(self, worker: Any):
-        from ....engines.vllm import recording
+        from ....engines.vllm import recording  # lazy: heavy
 
         self._attribute = recording._RECORDER
         self._runner = worker.model_runner
@@ -214,7 +216,7 @@ def main() -> None:
     import torch
     import vllm
 
-    from .... import ExpertLoad, __version__
+    from ...._version import __version__  # lazy: heavy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scale = scales()[device]
@@ -234,7 +236,7 @@ def main() -> None:
                 speeds[name].append(engines[name].round(name))
         for engine in set(engines.values()):
             engine.stop()
-        tokens = int(ExpertLoad.read(record).counts.sum())
+        tokens = int(read_load(record).counts.sum())
     ratios = _ratios(speeds["on"], speeds["off"])
     ordered = sorted(ratios)
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""

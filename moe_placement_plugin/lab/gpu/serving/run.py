@@ -19,6 +19,7 @@ from rich.console import Console
 
 from .... import ExpertLoad, Placement, PlacementError, __version__, get_strategy
 from ....core.topology import Topology
+from ....formats.load_file import read_load, write_load
 from ....recording.recorder import IDLE
 from ....simulation.simulate import Cluster
 from ...bench.planner.run import machine
@@ -163,7 +164,7 @@ class Run:
 
     def make_models(self) -> dict:
         """Writes both checkpoints; how far the router's shares are from the wanted ones."""
-        load = ExpertLoad.read(self.given.load) if self.given.load else None
+        load = read_load(self.given.load) if self.given.load else None
         made = write(self.folder / "model", self.model, load, self.dtype, self.device)
         write_even_twin(self.folder / "even", self.folder / "model", self.model, self.device)
         if self.device == "cuda":
@@ -202,16 +203,17 @@ class Run:
     def record(self) -> dict:
         """Serve once with linear, record what is really routed, and place the experts by it."""
         if self.given.recorded is not None:
-            ExpertLoad.read(self.given.recorded).write(self.recording)
+            recorded = read_load(self.given.recorded)
+            write_load(recorded, self.recording)
         elif self.given.skip_recording:
             counts = np.rint(1e6 * np.array(self.result["router"]["reached"])).astype(np.int64)
-            ExpertLoad(counts[None], tuple(self.model.moe_layers)).write(self.recording)
+            write_load(ExpertLoad(counts[None], tuple(self.model.moe_layers)), self.recording)
         else:
             with self.server(CONTESTANTS["linear"], self.recording) as server:
                 for name in self.workloads or ["tiny"]:
                     drive(server.url, WORKLOADS[name], self.model.size.vocab, 1)
                 _wait_for(self.recording, server)
-        load = ExpertLoad.read(self.recording)
+        load = read_load(self.recording)
         self.check_recorded(load)
         self.placed = self.placements(load)
         self.predictor = Predictor(
@@ -239,7 +241,7 @@ class Run:
     def seen(self, one: Contestant) -> ExpertLoad | None:
         """What a server with --expert-load-record has recorded so far; None of another, or when there is nothing yet."""
         path = self.recorded_by(one)
-        return ExpertLoad.read(path) if one.recording and path.exists() else None
+        return read_load(path) if one.recording and path.exists() else None
 
     def check_recorded(self, load: ExpertLoad) -> None:
         """Refuse a recording of another model.

@@ -30,7 +30,7 @@ def find_matmuls(name: str = "auto", device: torch.device | str = "cpu") -> Matm
         engines = [e for e in ("vllm", "sglang") if find_spec(e)] if device.type == "cuda" else []
         name = engines[0] if engines else "torch"
     if name in ("torch", "dense"):
-        from .torch_matmuls import DenseMatmuls, TorchMatmuls
+        from .torch_matmuls import DenseMatmuls, TorchMatmuls  # lazy: heavy
 
         return TorchMatmuls() if name == "torch" else DenseMatmuls()
     if find_spec(name) is None or find_spec("triton") is None:
@@ -38,13 +38,13 @@ def find_matmuls(name: str = "auto", device: torch.device | str = "cpu") -> Matm
         raise PlacementError(
             f"{name}'s kernels: {missing} is not installed in this environment; install it, or choose torch"
         )
-    from .engine import check_mode
+    from .engine import check_mode  # lazy: heavy
 
     interpreted = check_mode(name, device)
     if name == "vllm":
-        from .vllm_matmuls import VllmMatmuls
+        from .vllm_matmuls import VllmMatmuls  # lazy: heavy
 
         return VllmMatmuls(interpreted)
-    from .sglang_matmuls import SglangMatmuls
+    from .sglang_matmuls import SglangMatmuls  # lazy: heavy
 
     return SglangMatmuls(interpreted)
