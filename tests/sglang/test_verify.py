@@ -267,10 +267,10 @@ def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
             2,
             {faults.VARIABLE: fault},
             actions=(CHECK,),
-            expert_placement_verify=slot_digests,
+            expert_placement_verify=level_asked,
             **placed,
         )
-        for fault, slot_digests in STARTS.items()
+        for fault, level_asked in STARTS.items()
     ]
     with engine_lock():
         found = run_cases([*cases, faulty[0]], tmp_path_factory.mktemp("serving"), env=env)

@@ -263,8 +263,8 @@ def windows(
     """
     seen = counts.any(axis=(1, 2))
     parts, of = [], []
-    for phase in dict.fromkeys(eplb_phases):
-        served = counts[seen & (np.asarray(eplb_phases) == phase)]
+    for phase in dict.fromkeys(phases):
+        served = counts[seen & (np.asarray(phases) == phase)]
         first = np.linspace(0, len(served), min(most, len(served)) + 1).astype(int)[:-1]
         if len(first):
             parts.append(np.add.reduceat(served, first, axis=0, dtype=np.float64))
