@@ -475,7 +475,7 @@ class Slow(BaseHTTPRequestHandler):
         for number in range(asked["max_tokens"]):
             time.sleep(0.05 if number == 0 else 0.2 if number == 3 else 0.01)
             self.wfile.write(
-                self.wfile, b"data: " + json.dumps({"choices": [{"text": "x"}]}).encode() + b"\n\n"
+                b"data: " + json.dumps({"choices": [{"text": "x"}]}).encode() + b"\n\n"
             )
             self.wfile.flush()
         self.wfile.write(b'data: {"choices": [], "usage": {}}\n\ndata: [DONE]\n\n')

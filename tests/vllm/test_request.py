@@ -15,7 +15,7 @@ import pytest
 
 from moe_placement_plugin import Placement, PlacementError
 from moe_placement_plugin.core.model_shape import model_shape, moe_layer_ids
-from moe_placement_plugin.engines.vllm import detect
+from moe_placement_plugin.engines.vllm import carrier, detect
 from moe_placement_plugin.engines.vllm.settings import PlacementSettings, layer_id_of
 from moe_placement_plugin.engines.vllm.support import check_all2all, check_moe_backend
 
@@ -113,16 +113,17 @@ def settings():
 
 def test_settings_survive_json_pickle_and_copies(monkeypatch):
     activated = []
-    monkeypatch.setattr(PlacementSettings, "activate", lambda self: activated.append(self))
+    monkeypatch.setattr(carrier, "patch_sets", lambda settings: activated.append(settings) or [])
     s, plan = settings()
+    s = carrier.put_into_force(s)
     json.dumps(s, sort_keys=True)  # vLLM hashes its config that way
     for other in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s)):
-        assert type(other) is PlacementSettings and other == s and other.placement == plan
-    assert len(activated) == 2
+        assert type(other) is carrier.CarriedSettings and other == s and other.placement == plan
+    assert len(activated) == 3
 
 
 def test_a_process_without_this_package_cannot_read_the_settings():
-    s, _ = settings()
+    s = carrier.CarriedSettings(settings()[0])
     # -S and -I: no site-packages, so the package is really not there.
     code = f"import pickle; pickle.loads({pickle.dumps({'additional_config': {'moe_placement_plugin': s}})!r})"
     finished = subprocess.run(
