@@ -93,7 +93,7 @@ def _attach(original: Callable, self: Any, layer: Any) -> None:
 
 
 def _layers(model: Any) -> dict[int, Any]:
-    from moe_placement_plugin.engines.sglang.slot_digests import expert_layers
+    from moe_placement_plugin.engines.sglang.layers import expert_layers
 
     return {layer.layer_id: layer for layer in expert_layers(model).values()}
 

@@ -21,8 +21,8 @@ from ..common.drafts import draft_path
 from . import drafts
 from .compat import resolved
 from .hook_registry import Hook, HookSet
-from .load_recording import LoadRecording, routers_of
-from .slot_digests import expert_layers
+from .layers import expert_layers
+from .load_recording import RECORDING, LoadRecording, routers_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,6 @@ def bind(asked: Any, runner: Any, first: int, experts: int) -> None:
     Raises:
         PlacementError: when the file beside the target's is another model's.
     """
-    from .recording import RECORDING
-
     layers = expert_layers(runner.model)
     if not layers:
         return
@@ -104,8 +102,6 @@ def _unknown(runner: Any, experts: int) -> str:
 
 
 def _replay(original: Callable, self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    from .recording import RECORDING
-
     recording = getattr(self.model_runner, RECORDING, None)
     if recording is not None:
         recording.batch(forward_batch)

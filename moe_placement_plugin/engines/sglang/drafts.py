@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...core.errors import PlacementError
-from ...core.model_shape import num_experts_of
+from ...core.model_shape import ModelShape, num_experts_of
 from ...core.placement import Placement, even_slots
 from ...core.topology import Topology
 from ...strategies import PlacementRequest, get_strategy
-from ...strategies.resolve import ModelShape, check_draft_rows
+from ...strategies.resolve import check_draft_rows
 from ..common.drafts import layer_numbers
 from . import compat, direct, draft_layers, evidence, settings
-from .slot_digests import expert_layers
+from .layers import check_router, expert_layers, moe_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class Loading:
 def _check_layer(name: str, layer: Any, own: draft_layers.DraftLayer) -> None:
     """Refuse what SGLang loads or routes past a draft's own row, before its weights come."""
     if not own.in_order:
-        from .support import unmapped_quantizations
+        from .support import unmapped_quantizations  # lazy: heavy
 
         method = type(layer.quant_method).__name__
         if method in unmapped_quantizations(compat.OLDEST).values():
@@ -259,8 +259,6 @@ def settle(runner: Any, asked: settings.Settings) -> None:
 
 
 def _route_all(model: Any, rows: dict[Any, draft_layers.DraftLayer]) -> None:
-    from .loading import check_router, moe_blocks
-
     for name, layer, router in moe_blocks(model, "draft model: "):
         if not rows[layer].in_order:
             check_router(f"draft model: {name}", router)

@@ -29,7 +29,8 @@ from . import (
 )
 from .hook_registry import Hook, HookSet
 from .hosts import real_topology
-from .slot_digests import digests_known, expert_layers, recheck, renew
+from .layers import expert_layers
+from .slot_digests import digests_known, recheck, renew
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ...exchange.watchdog import WaitingFor, Watchdog
 from ...rebalancing.exchanger import Exchanger, Meeting, connect
 from ...rebalancing.rebalancer import REBALANCE_FLAG, Rebalancer, policy_from
 from . import elastic, expert_reader, reload, settings
-from .slot_digests import expert_layers
+from .layers import expert_layers
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 COUNT = "_moe_expert_load_count"
 """Attribute of the TopK config of every MoE layer that is recorded: (counters, row of the layer)."""
 
+RECORDING = "_moe_expert_load_recording"
+"""Attribute of SGLang's ``ModelRunner``: its `LoadRecording`."""
+
 
 class LoadRecording:
     """The counters of one model runner, bound to its TopK layers, and their recorder.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ...core.errors import PlacementError
 from ...core.placement import Placement
 from ..common.patching import PLACEMENT, hits_of
 from . import direct, draft_layers, drafts, evidence, expert_reader, positional, settings
+from .layers import check_router, moe_blocks
 from .routing import LAYER
 
 logger = logging.getLogger(__name__)
@@ -188,33 +189,6 @@ def check_layers(model: Any, placement: Placement, reads: bool) -> list[Any]:
     return seen
 
 
-def moe_blocks(model: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name, ``FusedMoE`` and ``TopK`` of every MoE block.
-
-    Args:
-        model: the loaded model.
-        prefix: of the name in errors.
-
-    Raises:
-        PlacementError: at a block that has not one of each.
-    """
-    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-    from sglang.srt.layers.moe.topk import TopK
-
-    for name, parent in model.named_modules():
-        children = list(parent.children())
-        experts = [child for child in children if isinstance(child, FusedMoE)]
-        if not experts:
-            continue
-        routers = [child for child in children if isinstance(child, TopK)]
-        if len(experts) != 1 or len(routers) != 1:
-            raise PlacementError(
-                f"{prefix}{name} has {len(experts)} expert layers and {len(routers)} TopK layers, expected one of each: this "
-                "model routes in a way of its own; serve it without the placement flags"
-            )
-        yield name, experts[0], routers[0]
-
-
 def _check_experts(name: str, layer: Any, placement: Placement) -> None:
     if layer.layer_id not in placement.layer_ids:
         raise PlacementError(
@@ -239,28 +213,4 @@ def _check_method(name: str, layer: Any) -> None:
         raise PlacementError(
             f"{name} is quantized by {method}, whose loader puts zero points or scales where the trivial map has them: use an FP8, "
             "Marlin or bf16 checkpoint, or leave the placement flags out"
-        )
-
-
-def check_router(name: str, router: Any) -> None:
-    """Refuse a block that routes inside its kernel.
-
-    Raises:
-        PlacementError: naming the block.
-    """
-    from sglang.srt.layers.moe.utils import get_moe_runner_backend
-
-    output = getattr(router.topk_config.output_format, "name", None)
-    backend = get_moe_runner_backend()
-    if output in ("BYPASSED", "TRITON_KERNEL") or (
-        output is None
-        and (
-            backend.is_triton_kernels()
-            or backend.is_flashinfer_trtllm()
-            or backend.is_flashinfer_mxfp4()
-        )
-    ):
-        raise PlacementError(
-            f"{name} routes inside its kernel ({output or backend.value}), which never sees the map of experts: choose "
-            "--moe-runner-backend triton or another that the table in docs/sglang.md lists, or leave the placement flags out"
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...core.errors import PlacementError
 from . import evidence, expert_reader, settings
-from .slot_digests import expert_layers
+from .layers import expert_layers
 
 _STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj)_(blocks|scales|bias)$")
 """What gpt-oss's MXFP4 checkpoints call tensors of all experts."""

@@ -16,15 +16,12 @@ from ...core.errors import PlacementError
 from ...recording.recorder import DEFAULT_INTERVAL, check_interval, check_path
 from .compat import attention_dp_width, check_version, model_config, resolved
 from .hook_registry import Hook, HookSet
-from .load_recording import COUNT, LoadRecording, routers_of
+from .load_recording import COUNT, RECORDING, LoadRecording, routers_of
 
 logger = logging.getLogger(__name__)
 
 ATTRIBUTE = "_moe_expert_load_record"
 FLAGS = ("expert_load_record", "expert_load_interval", "expert_load_coactivation")
-
-RECORDING = "_moe_expert_load_recording"
-"""Attribute of SGLang's ``ModelRunner``: its `LoadRecording`."""
 
 _current: RecordSettings | None = None
 
@@ -164,7 +161,7 @@ def _check(server_args: Any, asked: RecordSettings) -> None:
 
 
 def _load_model(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
-    from . import draft_recording
+    from . import draft_recording  # lazy: heavy
 
     asked, draft = current(), bool(getattr(self, "is_draft_worker", False))
     first, experts = draft_recording.before(self) if asked is not None and draft else (0, 0)
@@ -179,7 +176,7 @@ def _load_model(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any
 
 
 def _of_target(asked: RecordSettings, runner: Any) -> LoadRecording:
-    from ...core.model_shape import model_shape
+    from ...core.model_shape import model_shape  # lazy: heavy
 
     config = runner.model_config.hf_text_config
     shape = model_shape(config, runner.server_args.model_path)

@@ -18,7 +18,8 @@ from typing import Any
 from ...core.errors import PlacementError
 from . import draft_layers, evidence, expert_reader, settings
 from .hook_registry import Hook, HookSet
-from .slot_digests import expert_layers, weights_are_whole, weights_change, weights_changed
+from .layers import expert_layers
+from .slot_digests import weights_are_whole, weights_change, weights_changed
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from ...verification import verify as report
 from ...verification.compare import ExpertDigests, RankDigests, check_experts, check_replicas
 from ...verification.slots import expert_tensors
 from ...verification.verify import Pass, gather, verify
+from .layers import expert_layers
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +89,6 @@ def slot_experts(layer: Any, metadata: Any) -> np.ndarray:
     return np.concatenate([experts, logical + np.arange(layer.num_fused_shared_experts)]).astype(
         np.int32
     )
-
-
-def expert_layers(model: Any) -> dict[str, Any]:
-    """Name -> ``FusedMoE`` of every MoE layer of this rank."""
-    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
 
 
 def input_scales(layer: Any, experts: np.ndarray, logical: int) -> frozenset[str]:
