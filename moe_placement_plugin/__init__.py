@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers
     from .core.load import ExpertLoad as ExpertLoad
     from .core.placement import Placement as Placement
     from .core.topology import Topology as Topology
+    from .formats.plan_or_load import read as read
+    from .formats.plan_or_load import write as write
     from .strategies import PlacementRequest as PlacementRequest
     from .strategies import get_strategy as get_strategy
     from .strategies import strategy_names as strategy_names
@@ -25,7 +27,9 @@ _EXPORTS = {
     "PlacementRequest": "strategies",
     "Topology": "core.topology",
     "get_strategy": "strategies",
+    "read": "formats.plan_or_load",
     "strategy_names": "strategies",
+    "write": "formats.plan_or_load",
 }
 __all__ = ["__version__", "enable", *_EXPORTS]
 
