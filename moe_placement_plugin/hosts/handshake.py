@@ -63,7 +63,7 @@ class Agreed:
 
     Attributes:
         statements: of every rank, in order.
-        parcel: the head's placement (`parcel.pack`), None for the engine's own.
+        parcel: the head's placement (`packed.pack`), None for the engine's own.
         seconds: what it took on this rank once every rank had come.
         waited: seconds that this rank waited for the last one to come, which it would have done at the next collective.
     """

@@ -54,7 +54,7 @@ def open_session(
 
     Args:
         said: the fields of `Statement` that the engine knows: engine, strategy, digest, source, rules, error.
-        parcel: this rank's placement (`parcel.pack`), of which rank 0's travels.
+        parcel: this rank's placement (`packed.pack`), of which rank 0's travels.
         timeout: seconds after which a silent host counts as gone.
         log: the engine's logger.
         name_rank: says where a rank that is not heard of must lie.

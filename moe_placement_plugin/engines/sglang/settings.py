@@ -33,7 +33,7 @@ class Settings:
         padding: redundant slots added so that the slots divide over the ranks.
         reads: whether weights come from a checkpoint (a dummy load format fills no slot by name).
         stages: pipeline stages; one of several may have no MoE layer.
-        rebalance: rules that the user gave, see `rebalancing.policy_from`.
+        rebalance: rules that the user gave, see `rebalancer.policy_from`.
         moves: whether SGLang's EPLB moves experts while serving; the placement is then where it begins.
         elastic: whether the server goes on when ranks die.
         direct: whether routing by logical expert may go to slots in one look-up, see `direct`.

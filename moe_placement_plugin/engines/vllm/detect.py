@@ -24,7 +24,7 @@ COACTIVATION_KEY = "expert_load_coactivation"
 """Keys of ``additional_config`` for recording: the path, seconds between two writes, whether pairs are counted."""
 
 VERIFY_KEY = "expert_placement_verify"
-"""Key of ``additional_config``: how far weights are verified, see `fingerprint.level`."""
+"""Key of ``additional_config``: how far weights are verified, see `verification.level`."""
 
 REBALANCE_KEY = "expert_rebalance"
 """Key of ``additional_config``: when EPLB rebalances, see `exchange.decision.RebalancePolicy`."""

@@ -48,10 +48,10 @@ class PlacementSettings(dict):
             record: what is to be recorded, see `recording.record_settings`; None records nothing.
             exact: the placement comes from a file, so that it must cover the model layer by layer; a strategy
                 that needs none can place layers that were not foreseen.
-            verify: how far weights are verified, see `fingerprint.level`.
+            verify: how far weights are verified, see `verification.level`.
             eplb: vLLM's EPLB moves the experts, beginning with ``placement``.
             verify_asked: the user named the level, so that what cannot be verified is refused.
-            rebalance: rules for rebalancing that the user gave, see `rebalancing.policy_from`.
+            rebalance: rules for rebalancing that the user gave, see `rebalancer.policy_from`.
             hosts: how several hosts agree, see `hosts.host_settings`.
             redundant: redundant experts per layer, of all ranks.
             lora: the engine takes LoRA adapters (``--enable-lora``), those of experts among them.
