@@ -25,12 +25,13 @@ def install() -> None:
 def _define_torchvision_operators() -> None:
     """torchvision on PyPI is a CUDA build whose compiled part cannot load beside CPU torch.
 
-    Its Python part registers fake kernels for two operators when it is imported and fails if they do not exist.
+    Its Python part registers fake kernels for two operators when it is imported and fails if they do not exist. Beside
+    PyPI's CUDA build of torch its compiled part loads, and ends the process if they exist already.
     """
     global _library
     import torch
 
-    if _library is not None or hasattr(torch.ops.torchvision, "nms"):
+    if torch.version.cuda or _library is not None or hasattr(torch.ops.torchvision, "nms"):
         return
     _library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _TORCHVISION_SCHEMAS:
