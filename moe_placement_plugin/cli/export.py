@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ..formats.sglang import to_sglang
-
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -42,6 +40,7 @@ def export(
     from ..core.placement import Placement  # lazy: heavy
     from ..formats.atomic import write_atomically  # lazy: heavy
     from ..formats.plan_or_load import read  # lazy: heavy
+    from ..formats.sglang import to_sglang  # lazy: heavy
     from .inputs import check_writable, print_json  # lazy: heavy
 
     check_writable(output)

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..formats.load_file import read_load
-
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
@@ -54,6 +52,7 @@ def record(
     Example: moe-placement record load.safetensors --url http://localhost:8000 --prompts prompts.txt
     """
     from ..core.errors import PlacementError  # lazy: heavy
+    from ..formats.load_file import read_load  # lazy: heavy
     from .inputs import print_json  # lazy: heavy
 
     sent = None

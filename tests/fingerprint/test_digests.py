@@ -140,10 +140,10 @@ def test_a_layers_digests_depend_on_name_shape_and_type():
 
 INTERPRETED = """
 import numpy as np, torch
-from moe_placement_plugin.verification import definition, gpu
+from moe_placement_plugin.verification import definition, digests_gpu
 for size in (1, 4, 5, 4 * definition.BLOCK * 3 + 8, 4 * definition.BLOCK * 17):
     data = np.random.default_rng(size).integers(0, 256, (2, size), dtype=np.uint8)
-    found = gpu.digests(torch.from_numpy(data)).numpy().view(np.uint64).tolist()
+    found = digests_gpu.digests(torch.from_numpy(data)).numpy().view(np.uint64).tolist()
     assert found == [definition.reference(row) for row in data], size
 print("equal")
 """

@@ -39,7 +39,7 @@ print("equal")
 SGLANG = """
 import torch
 from sglang.srt.eplb.expert_distribution import _SelectExpertsSinglePassGatherer as Gatherer
-from moe_placement_plugin.engines.sglang import eplb_count
+from moe_placement_plugin.engines.sglang import eplb_counting
 ours, theirs = (object.__new__(Gatherer) for _ in range(2))
 for one in (ours, theirs):
     one._data = torch.zeros((3, 10), dtype=torch.int32)
@@ -49,11 +49,11 @@ def refuse(*_):
 for number in range(4):
     ids = torch.randint(-1, 10, (7 * number + 1, 4), dtype=torch.int32)
     original(theirs, number % 3, ids)
-    eplb_count.select_experts(original, ours, number % 3, ids) if number == 2 else None
+    eplb_counting.select_experts(original, ours, number % 3, ids) if number == 2 else None
     if number != 2:
-        eplb_count.DEVICES = ("cpu",)
-        eplb_count.select_experts(refuse, ours, number % 3, ids)
-        eplb_count.DEVICES = ("cuda",)
+        eplb_counting.DEVICES = ("cpu",)
+        eplb_counting.select_experts(refuse, ours, number % 3, ids)
+        eplb_counting.DEVICES = ("cuda",)
 assert ours._data.equal(theirs._data) and ours._data.sum() > 0
 print("equal")
 """

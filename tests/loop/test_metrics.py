@@ -91,7 +91,7 @@ def test_a_scrape_never_fails(tmp_path):
 # Patches prometheus_client for the whole process, so in a process of its own.
 INSTALL = """
 import os, sys, tempfile
-from moe_placement_plugin import metrics
+from moe_placement_plugin.recording import metrics
 metrics.install(sys.argv[1], lambda load: None)
 metrics.install(sys.argv[1], lambda load: None)
 assert "prometheus_client" not in sys.modules, "imported before the engine said how values are kept"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -211,14 +210,14 @@ def test_command_without_a_gpu():
 @pytest.mark.slow
 def test_staged_benchmark_runs(tmp_path):
     """Two gloo ranks: check, overhead and overlap to the end, with its own check passed."""
-    script = os.path.join(os.path.dirname(__file__), "..", "..", "benchmarks", "staged_moe.py")
     command = python(
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
         "2",
-        script,
+        "-m",
+        "moe_placement_plugin.lab.gpu.staged_layer",
         "check",
         "overhead",
         "overlap",

@@ -14,12 +14,12 @@ from moe_placement_plugin.planner.kernels.compiled import file_lock
 SCRIPT = """
 import numpy as np
 from pathlib import Path
-from moe_placement_plugin.planner import evaluate
+from moe_placement_plugin.planner.kernels import evaluate
 before = sum(evaluate.moved_slots.stats.cache_hits.values())
 moved = np.empty(1, np.int64)
 evaluate.moved_slots(np.array([[0, 1]], np.int32), np.array([[1, 0]], np.int32), np.array([0, 1, 2]), moved)
 stats = evaluate.moved_slots.stats
-print(Path(evaluate.__file__).parents[1], moved[0], sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), stats.cache_path, sep="|")
+print(Path(evaluate.__file__).parents[2], moved[0], sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), stats.cache_path, sep="|")
 """
 
 
@@ -32,7 +32,9 @@ def installed(tmp_path):
         package,
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    (package / "planner" / "__pycache__").write_text("")  # permissions would not stop root
+    (package / "planner" / "kernels" / "__pycache__").write_text(
+        ""
+    )  # permissions would not stop root
     return package
 
 
@@ -71,8 +73,8 @@ def test_an_installation_that_cannot_be_written_caches_elsewhere(installed, tmp_
     if not chosen:
         return
     # Any file of the planner counts: a kernel that calls one of another file must not outlive it.
-    (installed / "planner" / "bound.py").write_text(
-        (installed / "planner" / "bound.py").read_text() + "\n# changed\n"
+    (installed / "planner" / "kernels" / "bound.py").write_text(
+        (installed / "planner" / "kernels" / "bound.py").read_text() + "\n# changed\n"
     )
     assert run(installed, home, **more)[:2] == (0, 1)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ....core.errors import PlacementError
 
-WORKER = Path(__file__).with_name("planner_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 ENGINE_OF = {"vLLM default": "vllm", "SGLang deepseek": "sglang", "SGLang deepseek_vec": "sglang"}
 
 

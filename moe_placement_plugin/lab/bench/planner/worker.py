@@ -1,4 +1,4 @@
-"""Runs one planner in its own process: ``python planner_worker.py NAME``, one JSON request per line on stdin, one answer per line on
+"""Runs one planner in its own process: ``python worker.py NAME``, one JSON request per line on stdin, one answer per line on
 stdout.
 
 Engines pin libraries that exclude each other, so each runs under the interpreter that it is installed in. The file imports nothing of
