@@ -231,7 +231,7 @@ def serving(monkeypatch):
     monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: in_force)
     monkeypatch.setattr(eplb_exchange, "others", lambda: (1,))
     monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: None)
-    monkeypatch.setattr(eplb.phases, "ranks_that_count_alike", lambda: 1)
+    monkeypatch.setattr(eplb.eplb_phases, "ranks_that_count_alike", lambda: 1)
     return in_force
 
 
@@ -358,7 +358,7 @@ def rebalancing(serving, monkeypatch):
     monkeypatch.setattr(
         eplb, "recheck", lambda model, what, only, alone: checked.append(list(only))
     )
-    monkeypatch.setattr(eplb.loaded, "current", lambda: object())
+    monkeypatch.setattr(eplb.verification, "current", lambda: object())
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
     monkeypatch.setattr(eplb, "renew", lambda model: True)
     settings.set_current(settings.Settings("eplb", rebalance={"watchdog": 0.05}, moves=True))
