@@ -7,6 +7,8 @@ gives a name to an operation that has no meaning on a CPU.
 
 from __future__ import annotations
 
+import os
+
 _TORCHVISION_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -20,6 +22,7 @@ def install() -> None:
     """Define the operators and functions that are missing; a second call changes nothing."""
     _define_torchvision_operators()
     _define_cpu_empty_cache()
+    _hide_nccl()
 
 
 def _define_torchvision_operators() -> None:
@@ -44,3 +47,8 @@ def _define_cpu_empty_cache() -> None:
 
     if not hasattr(torch.cpu, "empty_cache"):
         torch.cpu.empty_cache = lambda: None
+
+
+def _hide_nccl() -> None:
+    """PyPI's build of torch brings NCCL, which SGLang takes for a sign of GPUs; without the library it goes on by gloo."""
+    os.environ.setdefault("SGLANG_NCCL_SO_PATH", os.devnull)
