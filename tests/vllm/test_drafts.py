@@ -304,11 +304,9 @@ def test_a_speculator_whose_passes_are_not_known_is_named(tmp_path, monkeypatch,
     from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
     from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
 
-    from moe_placement_plugin.engines.vllm import recording
-
     made = []
     monkeypatch.setattr(
-        recording, "LoadRecording", lambda *args: made.append(args) or SimpleNamespace()
+        draft_recording, "LoadRecording", lambda *args: made.append(args) or SimpleNamespace()
     )
     found = {"mtp.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
     monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)
@@ -325,11 +323,9 @@ def test_a_speculator_whose_passes_are_not_known_is_named(tmp_path, monkeypatch,
 
 
 def test_a_drafts_load_goes_beside_the_targets(tmp_path, monkeypatch):
-    from moe_placement_plugin.engines.vllm import recording
-
     made = []
     monkeypatch.setattr(
-        recording, "LoadRecording", lambda *args: made.append(args) or SimpleNamespace()
+        draft_recording, "LoadRecording", lambda *args: made.append(args) or SimpleNamespace()
     )
     found = {"mtp.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
     monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)

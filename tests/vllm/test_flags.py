@@ -126,7 +126,7 @@ def results(child, checkpoints, files, tmp_path_factory):
 
     def write(name, thing):
         path = folder / name
-        if hasattr(thing, "write"):
+        if not isinstance(thing, str):
             write_file(thing, path)
         else:
             path.write_text(thing)
