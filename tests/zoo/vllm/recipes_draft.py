@@ -117,7 +117,7 @@ RECIPES = [
     _draft("DeepseekV32MTPModel", "DeepseekV32ForCausalLM", unbuildable=NO_SPARSE),
     _draft("NemotronHMTPModel", "NemotronHForCausalLM", 3, separate(
                "mtp.layers.1.mixer.experts.{expert}.")[1:], mtp_hybrid_override_pattern="*E",
-           unbuildable=_MODELS["NemotronHForCausalLM"].unbuildable),
+           unbuildable="is_act_and_mul=False is supported only for CUDA, XPU and ROCm"),
     _draft("DeepSeekV4MTPModel", "DeepseekV4ForCausalLM", parts=_V4_PARTS,
            unbuildable="speculative decoding (MTP) is not implemented on CPU"),
     _draft("Dots3NoteMTPModel", "Dots3NoteForCausalLM",
@@ -132,7 +132,7 @@ RECIPES = [
     _of_seeing("MiniMaxM3MTP", "MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl",
                "MiniMaxM3SparseForCausalLM", 0, separate(_SPARSE.replace(
                    "layers.{layer}", "mtp.layers.0"), _W123), text_type="minimax_m3_text",
-               unbuildable=_MODELS["MiniMaxM3SparseForCausalLM"].unbuildable, num_mtp_modules=1,
+               unbuildable="No Unquantized MoE backend supports the deployment configuration", num_mtp_modules=1,
                sparse_attention_config=dict(sparse_index_dim=32, sparse_num_index_heads=2, sparse_topk_blocks=16,
                                             sparse_block_size=128, sparse_attention_freq=[0, 0])),
     _beside("DSparkDraftModel", "DeepseekV4ForCausalLM", _V4_PARTS, "dspark", compress_ratios=[4],
