@@ -25,7 +25,15 @@ def read_load(path: str | Path) -> ExpertLoad:
     Raises:
         PlacementError: when the file is missing, foreign, truncated or holds no valid load.
     """
-    content = read_bytes(path, "recorded load")
+    return parse_load(read_bytes(path, "recorded load"), path)
+
+
+def parse_load(content: bytes, path: str | Path) -> ExpertLoad:
+    """Make a load of a file's content; torch reads a ``.pt`` file by itself.
+
+    Raises:
+        PlacementError: as `read_load`.
+    """
     try:
         kind = kind_of(content)
         if kind is Kind.TORCH:

@@ -10,7 +10,7 @@ from ..core.load import ExpertLoad
 from ..core.placement import Placement
 from .atomic import parse_json, read_bytes
 from .kinds import Kind, kind_of
-from .load_file import read_load, write_load
+from .load_file import parse_load, write_load
 from .plan_json import FORMAT, parse_plan, write_plan
 from .sglang import parse_sglang_plan
 
@@ -35,7 +35,7 @@ def read(
     if kind is Kind.TEXT:
         raise PlacementError(f"{path} is not JSON: give a plan or a recorded load")
     if kind is not Kind.JSON:
-        return read_load(path)
+        return parse_load(content, path)
     data = parse_json(content, path, "plan or recorded load")
     if isinstance(data, dict) and "physical_to_logical_map" in data:
         if num_ranks is None:
@@ -51,7 +51,7 @@ def read(
             f'{path} is neither a plan ("format": "{FORMAT}") nor a recorded load ("logical_count"): give one '
             "of the two; `moe-placement plan` makes a plan"
         )
-    return read_load(path)
+    return parse_load(content, path)
 
 
 def write(thing: Placement | ExpertLoad, path: str | Path) -> None:

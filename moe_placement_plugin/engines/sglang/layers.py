@@ -15,12 +15,15 @@ def expert_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
 
 
-def moe_blocks(model: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def moe_blocks(
+    model: Any, prefix: str = "", mend: str = "serve it without the placement flags"
+) -> Iterator[tuple[str, Any, Any]]:
     """Name, ``FusedMoE`` and ``TopK`` of every MoE block.
 
     Args:
         model: the loaded model.
         prefix: of the name in errors.
+        mend: what the error advises.
 
     Raises:
         PlacementError: at a block that has not one of each.
@@ -37,17 +40,13 @@ def moe_blocks(model: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
         if len(experts) != 1 or len(routers) != 1:
             raise PlacementError(
                 f"{prefix}{name} has {len(experts)} expert layers and {len(routers)} TopK layers, expected one of each: this "
-                "model routes in a way of its own; serve it without the placement flags"
+                f"model routes in a way of its own; {mend}"
             )
         yield name, experts[0], routers[0]
 
 
-def check_router(name: str, router: Any) -> None:
-    """Refuse a block that routes inside its kernel.
-
-    Raises:
-        PlacementError: naming the block.
-    """
+def routing_kernel(router: Any) -> str | None:
+    """Name the kernel that routes inside itself, by its output or back end; None where ``TopK`` routes."""
     from sglang.srt.layers.moe.utils import get_moe_runner_backend
 
     output = getattr(router.topk_config.output_format, "name", None)
@@ -60,7 +59,19 @@ def check_router(name: str, router: Any) -> None:
             or backend.is_flashinfer_mxfp4()
         )
     ):
+        return output or backend.value
+    return None
+
+
+def check_router(name: str, router: Any) -> None:
+    """Refuse a block that routes inside its kernel.
+
+    Raises:
+        PlacementError: naming the block.
+    """
+    kernel = routing_kernel(router)
+    if kernel is not None:
         raise PlacementError(
-            f"{name} routes inside its kernel ({output or backend.value}), which never sees the map of experts: choose "
+            f"{name} routes inside its kernel ({kernel}), which never sees the map of experts: choose "
             "--moe-runner-backend triton or another that the table in docs/sglang.md lists, or leave the placement flags out"
         )

@@ -13,6 +13,7 @@ from ...hosts import session
 from ...recording.counters import LoadCounters
 from ...recording.recorder import LoadRecorder, Windows
 from .compat import attention_dp_width, replicas, resolved
+from .layers import moe_blocks, routing_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -135,33 +136,13 @@ def routers_of(model: Any) -> dict[str, tuple[Any, Any]]:
     Raises:
         PlacementError: when a layer routes inside its kernel.
     """
-    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-    from sglang.srt.layers.moe.topk import TopK
-    from sglang.srt.layers.moe.utils import get_moe_runner_backend
-
     found: dict[str, tuple[Any, Any]] = {}
-    backend = get_moe_runner_backend()
-    for name, parent in model.named_modules():
-        children = list(parent.children())
-        experts = [child for child in children if isinstance(child, FusedMoE)]
-        routers = [child for child in children if isinstance(child, TopK)]
-        if not experts:
-            continue
-        if len(experts) != 1 or len(routers) != 1:
+    for name, experts, router in moe_blocks(model, "--expert-load-record: ", "leave the flag out"):
+        kernel = routing_kernel(router)
+        if kernel is not None:
             raise PlacementError(
-                f"--expert-load-record: {name} has {len(experts)} expert layers and {len(routers)} TopK layers, expected one of each: this "
-                "model routes in a way of its own; leave the flag out"
-            )
-        output = getattr(routers[0].topk_config.output_format, "name", None)
-        inside = (
-            backend.is_triton_kernels()
-            or backend.is_flashinfer_trtllm()
-            or backend.is_flashinfer_mxfp4()
-        )
-        if output in ("BYPASSED", "TRITON_KERNEL") or (output is None and inside):
-            raise PlacementError(
-                f"--expert-load-record: {name} routes inside its kernel ({output or backend.value}), which reports no experts: choose "
+                f"--expert-load-record: {name} routes inside its kernel ({kernel}), which reports no experts: choose "
                 "--moe-runner-backend triton, or leave the flag out"
             )
-        found[name] = experts[0], routers[0]
+        found[name] = experts, router
     return found

@@ -6,8 +6,10 @@ serving with the default placement.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from ..common.patching import PatchSet
 from .patches import patch_sets
 from .settings import PlacementSettings, remember
 
@@ -21,12 +23,7 @@ class CarriedSettings(PlacementSettings):
 
 def restore(data: dict[str, Any]) -> CarriedSettings:
     """Put settings that have arrived in a process into force: each patch when its module is imported."""
-    settings = CarriedSettings(data)
-    remember(settings)
-    for patches in patch_sets(settings):
-        patches.apply_when_imported()
-    _install_metrics(settings)
-    return settings
+    return _into_force(CarriedSettings(data), PatchSet.apply_when_imported)
 
 
 def put_into_force(settings: PlacementSettings) -> CarriedSettings:
@@ -35,17 +32,16 @@ def put_into_force(settings: PlacementSettings) -> CarriedSettings:
     Returns:
         What is to be put into the engine's config.
     """
-    carried = CarriedSettings(settings)
-    remember(carried)
-    for patches in patch_sets(carried):
-        patches.apply()
-    _install_metrics(carried)
-    return carried
+    return _into_force(CarriedSettings(settings), PatchSet.apply)
 
 
-def _install_metrics(settings: PlacementSettings) -> None:
-    """Let this process's ``/metrics`` report what is recorded; only the API server's is ever asked."""
+def _into_force(settings: CarriedSettings, apply: Callable[[PatchSet], None]) -> CarriedSettings:
+    remember(settings)
+    for patches in patch_sets(settings):
+        apply(patches)
     if settings["record"] is not None:
         from .recording import install_metrics  # lazy: heavy
 
+        # This process's ``/metrics`` reports what is recorded; only the API server's is ever asked.
         install_metrics(settings)
+    return settings
