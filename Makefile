@@ -27,7 +27,7 @@ test: ## build both environments and run all tests
 	@column -t $(ENVS)/times
 
 check: env-vllm lint types ## lint, format, types, and the tests that take less than 2 s each
-	$(call IN,vllm) check python -m pytest -q -n 2 --dist worksteal -m "not engine and not slow" --ignore=tests/sglang --ignore=tests/zoo/sglang tests
+	$(call IN,vllm) check python -m pytest -q -n 2 --dist worksteal -m "not engine and not slow and not sglang" tests
 
 lint: env-vllm
 	$(ENVS)/vllm/bin/ruff check .
@@ -38,7 +38,7 @@ types: env-vllm
 
 # Two tests at once: most of them wait for a process of theirs half of their time.
 test-fast: env-vllm ## the tests that start no engine
-	$(call IN,vllm) fast python -m pytest -q -n 2 --dist worksteal $(SLOWEST) -m "not engine" --ignore=tests/sglang --ignore=tests/zoo/sglang tests
+	$(call IN,vllm) fast python -m pytest -q -n 2 --dist worksteal $(SLOWEST) -m "not engine and not sglang" tests
 
 # Side by side: each waits half of its time for processes that start one after the other.
 test-engines: env-vllm env-sglang
@@ -49,13 +49,13 @@ test-sglang-and-long:
 	$(MAKE) --no-print-directory test-long
 
 test-vllm: env-vllm ## vLLM's CPU engine
-	$(call IN,vllm) vllm python -m pytest -q $(SLOWEST) -m "engine and not long" --ignore=tests/sglang --ignore=tests/zoo/sglang tests
+	$(call IN,vllm) vllm python -m pytest -q $(SLOWEST) -m "engine and not long and not sglang" tests
 
 test-sglang: env-sglang ## SGLang's CPU engine
-	$(call IN,sglang) sglang python -m pytest -q $(SLOWEST) tests/sglang tests/zoo/sglang tests/loop/test_sglang_recording.py tests/planner/test_adapters.py tests/verify/test_accuracy_sglang.py tests/moe/test_engine_matmuls.py
+	$(call IN,sglang) sglang python -m pytest -q $(SLOWEST) -m "sglang or every_engine" tests
 
 test-long: env-vllm ## what takes minutes without testing vLLM's patches: dying ranks, links that go down, accuracy
-	$(call IN,vllm) long python -m pytest -q $(SLOWEST) -m long --ignore=tests/sglang --ignore=tests/zoo/sglang tests
+	$(call IN,vllm) long python -m pytest -q $(SLOWEST) -m "long and not sglang" tests
 
 env-vllm env-sglang: env-%:
 	@PYTHON=$(PYTHON) $(PYTHON) scripts/environment $* $(ENVS)/$*

@@ -19,7 +19,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 LOCKS = [Path(tempfile.gettempdir()) / f"moe-placement-engine-{number}.lock" for number in (0, 1)]
 
 

@@ -10,9 +10,9 @@ import multiprocessing as mp
 from multiprocessing import forkserver
 
 LOADED = [
-    "tests.exchange.warm",
-    "tests.moe.ranks",
-    "tests.planner.warm",
+    "tests.unit.exchange.warm",
+    "tests.unit.lab.staged_layer.ranks",
+    "tests.unit.planner.warm",
     "moe_placement_plugin.lab.bench.exchange.ranks",
 ]
 

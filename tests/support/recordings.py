@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
-R1 = Path(__file__).resolve().parents[2] / "examples" / "deepseek-r1"
+from tests.support.paths import EXAMPLES
+
+R1 = EXAMPLES / "deepseek-r1"
 """Recorded loads of DeepSeek-R1, which come with the repository."""
 
 

@@ -20,7 +20,13 @@ from moe_placement_plugin.lab.demo.tiny_models import (
 GPT_OSS = Size(hidden=64, expert=64, layers=2, heads=4, kv_heads=2, head_dim=32)
 
 
-def write_gpt_oss(path: Path, num_experts: int = 8, seed: int = 0, mxfp4: bool = False) -> Path:
+def write_gpt_oss(
+    path: Path,
+    num_experts: int = 8,
+    seed: int = 0,
+    mxfp4: bool = False,
+    size: Size = GPT_OSS,
+) -> Path:
     """A gpt-oss checkpoint: ``gate_up_proj`` [experts, H, 2 I] and ``down_proj`` [experts, I, H]
     with biases, sinks, yarn.
 
@@ -29,8 +35,9 @@ def write_gpt_oss(path: Path, num_experts: int = 8, seed: int = 0, mxfp4: bool =
         num_experts: experts per layer.
         seed: of the random weights.
         mxfp4: experts as blocks of 16 bytes (32 values of 4 bits) and a scale of 8 bits each.
+        size: width of the model.
     """
-    size, rng = GPT_OSS, np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
     def mlp(prefix: str, layer: int) -> Tensors:
         router = {

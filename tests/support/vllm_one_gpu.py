@@ -20,8 +20,8 @@ from moe_placement_plugin import ExpertLoad
 from moe_placement_plugin.formats.plan_or_load import write
 from moe_placement_plugin.lab.gpu import one_gpu
 from tests.support.children import python, run_child
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "examples" / "tiny_moe"
 PROMPTS = [
     "sum: 12+34=",

@@ -16,9 +16,9 @@ from moe_placement_plugin import ExpertLoad
 from moe_placement_plugin.formats.plan_or_load import write
 from moe_placement_plugin.lab.demo.tiny_models import write_glm4_moe, write_qwen3_moe
 from tests.support.children import engine_lock, python, run_child
+from tests.support.paths import ROOT
 
 TOLERANCE = 1e-4
-ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-DOCS = Path(__file__).parents[2] / "docs"
-
 Row = Sequence[str]
 
 

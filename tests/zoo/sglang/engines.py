@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.sglang.engines import ENV, ROOT, Outcome, case, run_cases, threads
+from tests.integration.sglang.engines import ENV, ROOT, Outcome, case, run_cases, threads
 from tests.support.children import engine_lock, python, run_child
 
 from . import checkpoints, skeleton

@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.sglang.engines import ENGINE
+from tests.integration.sglang.engines import ENGINE
 from tests.support.warm_workers import WarmContext
 
 from . import checkpoints

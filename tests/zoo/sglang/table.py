@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
+
+from tests.support.paths import DOCS
 
 from .drafts import DRAFTED
 from .quantized import QUANTIZED
@@ -12,7 +13,7 @@ from .recipe import Recipe
 from .recipes import RECIPES
 from .refused import DENSE, DRAFTS, NOT_ON_A_CPU, REFUSED, TRANSFORMERS
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "zoo.md"
+PAGE = DOCS / "zoo.md"
 BEGIN, END = "<!-- SGLang: begin -->", "<!-- SGLang: end -->"
 
 

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from tests.sglang.engines import ENV, ROOT, threads  # noqa: E402
+from tests.integration.sglang.engines import ENV, ROOT, threads  # noqa: E402
 from tests.support.children import engine_lock, python, run_child  # noqa: E402
 
 from . import checkpoints, registered, table  # noqa: E402

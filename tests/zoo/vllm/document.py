@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.support.paths import DOCS
 from tests.zoo import table
 from tests.zoo.vllm import outcome
 from tests.zoo.vllm.listed import NOT_IN_THE_ZOO
@@ -29,7 +30,7 @@ def main() -> None:
         directory = Path(sys.argv[1] if len(sys.argv) > 1 else made)
         if len(sys.argv) < 2:
             subprocess.run([sys.executable, "-m", "tests.zoo.vllm.run", made], check=True)
-        table.replace(table.DOCS / "zoo.md", render(outcome.read(directory)))
+        table.replace(DOCS / "zoo.md", render(outcome.read(directory)))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.paths import DOCS, ROOT
 from tests.zoo import table
 from tests.zoo.vllm import outcome
 from tests.zoo.vllm.document import render
@@ -18,8 +18,6 @@ from tests.zoo.vllm.recipes import PLANTED, RECIPES
 
 pytest.importorskip("vllm", reason="the zoo of vLLM needs vLLM")
 
-REPOSITORY = Path(__file__).parents[3]
-
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, outcome.Outcome]:
@@ -28,7 +26,7 @@ def outcomes(tmp_path_factory) -> dict[str, outcome.Outcome]:
     with log.open("w") as output:
         done = subprocess.run(
             [sys.executable, "-m", "tests.zoo.vllm.run", str(directory)],
-            cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=output,
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=output,
             stderr=subprocess.STDOUT, timeout=1500,
         )  # fmt: skip
     assert done.returncode == 0, log.read_text()[-3000:]
@@ -83,7 +81,7 @@ def test_a_loader_that_exchanges_two_experts_is_seen(outcomes):
 
 @pytest.mark.engine
 def test_table_in_the_documentation_is_what_was_seen(outcomes):
-    document = table.DOCS / "zoo.md"
+    document = DOCS / "zoo.md"
     stale = {
         name: made
         for name, made in render(outcomes).items()

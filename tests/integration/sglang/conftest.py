@@ -1,0 +1,20 @@
+"""Answers of stock SGLang, for all tests of this folder."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integration.sglang.engines import LONG, Outcome, case, run_cases
+from tests.support.children import engine_lock
+from tests.support.sglang_fixtures import files, models
+
+__all__ = ["files", "models"]
+
+
+@pytest.fixture(scope="session")
+def stock(models, tmp_path_factory) -> dict[str, Outcome]:
+    """What each model answers on one rank with nothing asked of the plugin; `LONG` for qwen32."""
+    cases = [case(name, models[name]) for name in ("qwen32", "qwen30", "glm")]
+    cases[0]["max_new_tokens"] = LONG
+    with engine_lock():
+        return run_cases(cases, tmp_path_factory.mktemp("stock"))

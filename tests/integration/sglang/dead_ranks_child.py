@@ -1,0 +1,304 @@
+"""Child process: four ranks of SGLang on the CPU with their real model, loader, EPLBManager and ExpertLocationUpdater, of which two are killed.
+
+    python -m tests.integration.sglang.dead_ranks_child MODEL RESULTS.json
+    python -m tests.integration.sglang.dead_ranks_child MODEL RESULTS.json 8     eight ranks, of which four are killed one after the other
+
+Each step also says how long it took, and how long SGLang's own full reload of the model took afterwards (``update_weights_from_disk``, to which
+it goes for every lost expert of every model but DeepSeek).
+
+SGLang's elastic EP needs mooncake's process groups, which no CPU machine has: here the groups are gloo, nobody runs a forward pass after a
+death (its all-reduces would wait for the dead), the recorded load is given, and ``active_ranks`` is set by hand as mooncake's kernels would.
+What follows is SGLang's own: `maybe_rebalance_after_rank_fault`, the manager's rebalance, the updater, the model's ``load_weights``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from tests.support.warm_workers import WarmContext
+
+RANKS = 4
+STEPS = (
+    ("skewed", ()),
+    ("after one death", (3,)),
+    ("after the death of the store's rank", (0,)),
+    ("another load", ()),
+)
+"""Name of each rebalance and who dies before it."""
+
+STEPS_OF_EIGHT = (
+    ("skewed", ()),
+    ("1 dead", (7,)),
+    ("2 dead", (0,)),
+    ("3 dead", (4,)),
+    ("4 dead", (2,)),
+    ("another load", ()),
+)
+
+
+def counts(step: int, layers: int, experts: int):
+    """A load ``[forward passes, layers, experts]``, the same on all ranks."""
+    import numpy as np
+
+    rng = np.random.default_rng(step)
+    return rng.zipf(1.3, (6, layers, experts)).clip(max=500)
+
+
+class Recorder:
+    """Stands in for SGLang's, whose dump is an all-reduce over dead ranks too."""
+
+    recording = True
+
+    def __init__(self, layers: int, experts: int):
+        self.step, self.shape = 0, (layers, experts)
+
+    def dump_record(self, output_mode: str):
+        import torch
+
+        return {
+            "logical_count": torch.from_numpy(counts(self.step, *self.shape)),
+            "average_utilization_rate_over_window": None,
+        }
+
+
+def _publish(server_args, rank: int) -> None:
+    """Install the configuration in this process, as SGLang 0.5.16, 0.5.20 and 0.5.23 do."""
+    from sglang.srt import runtime_context
+
+    if not hasattr(runtime_context, "publish"):
+        runtime_context.get_context().set_server_args(server_args)
+    elif not hasattr(runtime_context, "SpawnRanks"):
+        runtime_context.publish(server_args, role="scheduler")
+    else:
+        ranks = runtime_context.SpawnRanks(
+            world_rank=runtime_context.spawn_world_rank(server_args, tp_rank=rank, pp_rank=0),
+            gpu_id=rank,
+        )
+        runtime_context.publish(server_args, role="scheduler", ranks=ranks)
+
+
+def start(server_args, port_args, rank: int):
+    """What a scheduler process does up to the loaded model."""
+    import sglang.srt.managers.scheduler  # noqa: F401  (by which a plugin knows a process with a model)
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.benchmark import one_batch
+    from sglang.srt.utils import configure_logger
+
+    _publish(server_args, rank)
+    for name in (
+        "initialize_moe_config",
+        "initialize_fp8_gemm_config",
+        "initialize_fp4_gemm_config",
+    ):
+        initialize = getattr(one_batch, name)
+        initialize(
+            *[server_args][: len(inspect.signature(initialize).parameters)]
+        )  # 0.5.16 wants them
+    configure_logger(server_args, prefix=f" TP{rank} EP{rank}")
+    made = []
+    real = one_batch.ModelRunner
+
+    class Stop(Exception):
+        pass
+
+    def runner(**kwargs):
+        made.append(real(**kwargs))
+        raise Stop
+
+    one_batch.ModelRunner = runner
+    try:
+        one_batch.load_model(server_args, port_args, rank, rank)
+    except Stop:
+        return made[0]
+
+
+def wrong_slots(runner, folder: str) -> list[tuple[int, int]]:
+    """Layer and slot of this rank's slots that do not hold their expert, by the checkpoint's own names."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from moe_placement_plugin.exchange.checkpoint import Checkpoint, hugging_face_experts
+
+    checkpoint = Checkpoint(folder)
+    locate = hugging_face_experts(checkpoint)
+    held = tables(runner)["held"]
+    wrong = []
+    for layer, (first, down) in runner.model.routed_experts_weights_of_layer.items():
+        half = first.shape[1] // 2  # the CPU engine makes experts wider, filled up behind each part
+        for slot in range(first.shape[0]):
+            expert = held[layer][get_parallel().moe_ep_rank * first.shape[0] + slot]
+            part = {role: checkpoint.read(source) for role, source in locate(layer, expert).items()}
+            width = part["gate"].shape[0]
+            here = {
+                "gate": first[slot, :width],
+                "up": first[slot, half : half + width],
+                "down": down[slot, :, :width],
+            }
+            if not all(tensor.equal(part[role]) for role, tensor in here.items()):
+                wrong.append((layer, slot))
+    return wrong
+
+
+def tables(runner) -> dict:
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    metadata = get_global_expert_location_metadata()
+    return {
+        "held": metadata.physical_to_logical_map.tolist(),
+        "slots_of": metadata.logical_to_all_physical_map.tolist(),
+    }
+
+
+def reload(runner, folder: str) -> float | str:
+    """Seconds of SGLang's own full reload; or why it cannot be had."""
+    began = time.perf_counter()
+    done, message = runner.weight_updater.update_weights_from_disk(folder, "auto")
+    return time.perf_counter() - began if done else message
+
+
+def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pipe) -> None:
+    """One rank: loads, then rebalances whenever it is told who is dead."""
+    try:
+        runner = start(server_args, port_args, rank)
+        import torch
+        from sglang.srt.elastic_ep.elastic_ep import (
+            ElasticEPStateManager,
+            maybe_rebalance_after_rank_fault,
+        )
+        from sglang.srt.eplb import eplb_manager
+        from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+        from moe_placement_plugin.engines.sglang import eplb, eplb_exchange
+
+        state = ElasticEPStateManager._build_state(ep_size=ranks, device=torch.device("cpu"))
+        ElasticEPStateManager._instance = state
+        at = get_global_expert_location_metadata()
+        recorder = Recorder(at.num_layers, at.num_logical_experts)
+        eplb_manager.get_global_expert_distribution_recorder = lambda: recorder
+        pipe.send({"wrong": wrong_slots(runner, folder), **tables(runner)})
+        while True:
+            step, dead = pipe.recv()
+            recorder.step = step
+            before = getattr(
+                getattr(runner.expert_location_updater, eplb_exchange._EXCHANGER, None),
+                "last",
+                None,
+            )
+            began = time.perf_counter()
+            for gone in dead:
+                state.active_ranks[gone] = 0
+            if dead:
+                assert maybe_rebalance_after_rank_fault(eplb_manager=runner.eplb_manager)
+            else:
+                list(runner.eplb_manager.rebalance())
+            taken = time.perf_counter() - began
+            exchanger = getattr(runner.expert_location_updater, eplb_exchange._EXCHANGER, None)
+            planner = getattr(runner.eplb_manager, eplb._PLANNER)
+            report = (
+                exchanger.last if exchanger is not None and exchanger.last is not before else None
+            )  # of this step
+            wrong = wrong_slots(runner, folder)
+            again = reload(runner, folder)
+            seen = {
+                "wrong": wrong,
+                "after reload": wrong_slots(runner, folder),
+                "seconds": taken,
+                "reload": again,
+                **tables(runner),
+            }
+            seen |= {"decision": planner.last.reason, "accepted": planner.last.rebalance}
+            if report is not None:
+                seen |= {
+                    "received": report.bytes_received,
+                    "read": report.bytes_read,
+                    "staging": report.staging_bytes,
+                    "exchange": report.seconds,
+                }
+            pipe.send(seen)
+    except BaseException:
+        pipe.send({"error": traceback.format_exc()})
+
+
+def main() -> None:
+    context = WarmContext(["sglang.srt.managers.scheduler", "sglang.benchmark.one_batch"])
+    model, results = sys.argv[1:3]
+    ranks = int(sys.argv[3]) if len(sys.argv) > 3 else RANKS
+    steps = STEPS if ranks == RANKS else STEPS_OF_EIGHT
+    experts = json.loads((Path(model) / "config.json").read_text())["num_experts"]
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import PortArgs, prepare_server_args
+
+    from moe_placement_plugin.engines.sglang import settings
+    from moe_placement_plugin.engines.sglang.eplb import warm_up
+
+    common = "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch --grammar-backend none --log-level info"
+    eplb = "--enable-eplb --expert-placement-strategy eplb --max-total-tokens 512 --mem-fraction-static 0.2"
+    rules = json.dumps(
+        {"min_gain": 0.0, "hysteresis": 0.0, "max_phase_loss": 0.5, "small_batches": False}
+    )
+    argv = [
+        "--model-path",
+        model,
+        *common.split(),
+        *eplb.split(),
+        "--tp-size",
+        str(ranks),
+        "--ep-size",
+        str(ranks),
+        "--expert-rebalance",
+        rules,
+    ]
+    argv += [
+        "--skip-tokenizer-init",
+        "--ep-num-redundant-experts",
+        str(experts),
+    ]  # two replicas of each on average
+    server_args = prepare_server_args(argv)
+    if hasattr(server_args, "resolve_once"):
+        server_args.resolve_once()
+    server_args.check_server_args()
+    settings.of(server_args).elastic = True  # what --elastic-ep-backend sets
+    warm_up(settings.of(server_args))  # else every rank compiles for itself, at once
+    port_args = PortArgs.init_new(server_args)
+    processes, pipes = [], []
+    for rank in range(ranks):
+        here, there = context.Pipe()
+        process = context.Process(
+            target=rank_process,
+            args=(server_args, port_args, rank, ranks, model, there),
+            daemon=True,
+        )
+        process.start()
+        there.close()
+        processes.append(process)
+        pipes.append(here)
+    found = [{"name": "begin", "ranks": {rank: pipe.recv() for rank, pipe in enumerate(pipes)}}]
+    alive = list(range(ranks))
+    for step, (name, dead) in enumerate(steps):
+        if any("error" in r for r in found[-1]["ranks"].values()):
+            break
+        for rank in dead:
+            os.kill(processes[rank].pid, signal.SIGKILL)
+            processes[rank].join()
+            alive.remove(rank)
+        for rank in alive:
+            pipes[rank].send((step, dead))
+        found.append({"name": name, "ranks": {rank: pipes[rank].recv() for rank in alive}})
+        Path(results).write_text(json.dumps(found))
+    Path(results).write_text(json.dumps(found))
+    for process in processes:
+        process.kill()
+
+
+if __name__ == "__main__":
+    main()

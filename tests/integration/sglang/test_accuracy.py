@@ -1,0 +1,16 @@
+"""The trained tiny MoE under SGLang's CPU engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from ...unit.lab.accuracy.accuracy import check_every_strategy
+
+pytest.importorskip("sglang", reason="SGLang is not installed here")
+pytest.importorskip("lm_eval", reason="the extra `accuracy` is not installed here")
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(1500)
+def test_every_strategy_answers_as_stock(tmp_path):
+    check_every_strategy(tmp_path, "sglang", "zigzag", "balanced", "eplb+4")

@@ -1,0 +1,182 @@
+"""Real vLLM, started once for all tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_placement_plugin import ExpertLoad
+from moe_placement_plugin.formats.load_file import read_load
+from tests.support.children import engine_lock, run_child
+from tests.support.faults import WEIGHT_FAULTS
+from tests.support.paths import ROOT
+from tests.support.vllm_fixtures import checkpoints, files
+from tests.support.vllm_runner import CORE_HERE
+
+__all__ = ["checkpoints", "files"]
+
+TWO_RANKS = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+ONE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", **CORE_HERE}
+OWN_CORE = {**ONE_EACH, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+BOTH = {"VLLM_CPU_OMP_THREADS_BIND": "0,1", **CORE_HERE}
+
+FAULTS = (*WEIGHT_FAULTS, "map changed without moving weights", "two ranks claim one expert",
+          "tensor as long as the model has experts", "tensor lost")  # fmt: skip
+
+
+def run_cases(
+    folder: Path, cases: list[dict], env: dict[str, str], timeout: float
+) -> dict[str, dict]:
+    """Results by case name; a case that the child did not reach is an error of its own."""
+    (folder / "cases.json").write_text(json.dumps(cases, default=str))
+    with engine_lock():
+        finished = run_child(
+            [
+                sys.executable,
+                "-m",
+                "tests.support.vllm_runner",
+                str(folder / "cases.json"),
+                str(folder / "results.json"),
+            ],
+            timeout,
+            env,
+            ROOT,
+        )
+    (folder / "log").write_text(finished.output)
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    missing = {
+        "error": f"the engine's process ended with {finished.code}",
+        "traceback": finished.output[-4000:],
+    }
+    return {case["name"]: results.get(case["name"], missing) for case in cases}
+
+
+@pytest.fixture(scope="session")
+def stock(checkpoints, tmp_path_factory) -> dict[str, dict]:
+    """Answers of vLLM without this plugin, on one rank without expert parallelism."""
+    cases = [
+        {"name": "qwen", "engine": {"model": checkpoints["qwen"]}, "env": BOTH},
+        {"name": "glm", "engine": {"model": checkpoints["glm"]}, "env": BOTH},
+        {
+            "name": "qwen-bf16",
+            "engine": {"model": checkpoints["qwen"], "dtype": "bfloat16"},
+            "env": BOTH,
+        },
+    ]
+    return run_cases(tmp_path_factory.mktemp("stock"), cases, {"VLLM_PLUGINS": ""}, 600)
+
+
+@pytest.fixture(scope="session")
+def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
+    """Answers and probes of vLLM with this plugin on two ranks, a case per strategy and model; some record their load."""
+    folder = tmp_path_factory.mktemp("placed", numbered=False)
+
+    def record(name: str, **more) -> dict:
+        return {
+            "additional_config": {
+                "expert_load_record": str(folder / name),
+                "expert_load_interval": 0.5,
+                **more,
+            }
+        }
+
+    def case(name, model, more, **extra):
+        return {
+            "name": name,
+            "engine": {"model": checkpoints[model], **TWO_RANKS, **more},
+            "env": ONE_EACH,
+            "probe": True,
+            **extra,
+        }
+
+    cases = [
+        case("qwen linear", "qwen", {}, profile=True),
+        case("qwen zigzag", "qwen", {"expert_placement_strategy": "zigzag"}, profile=True, sabotage=True),
+        case("qwen balanced", "qwen", {"expert_placement_strategy": "balanced"}, faults=FAULTS),
+        case("qwen eplb filter", "qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": files["qwen"],
+                                         "enable_ep_weight_filter": True, **record("eager", expert_load_coactivation=True)}),
+        case("qwen uneven plan filter", "qwen", {"expert_placement_file": files["uneven"], "enable_ep_weight_filter": True}),
+        case("qwen zigzag compiled", "qwen", {"expert_placement_strategy": "zigzag", "enforce_eager": False, **record("compiled")}),
+        case("qwen-bf16 zigzag", "qwen", {"expert_placement_strategy": "zigzag", "dtype": "bfloat16"}),
+        case("glm zigzag filter", "glm", {"expert_placement_strategy": "zigzag", "enable_ep_weight_filter": True}),
+        case("glm balanced", "glm", {"expert_placement_strategy": "balanced", "expert_placement_verify": "checkpoint"}),
+    ]  # fmt: skip
+    own_core = case("glm round_robin own core", "glm", {"expert_placement_strategy": "round_robin"})
+    own_core["env"] = OWN_CORE
+    four = case(
+        "qwen zigzag four ranks",
+        "qwen",
+        {"expert_placement_strategy": "zigzag", "tensor_parallel_size": 4},
+    )
+    four["env"] = {**ONE_EACH, "VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
+    return run_cases(folder, [*cases, own_core, four], {}, 1500)
+
+
+MOVING = {
+    "qwen eplb load": (
+        "qwen",
+        {"expert_placement_strategy": "eplb", "expert_placement_file": "qwen"},
+    ),
+    "glm eplb": (
+        "glm",
+        {
+            "expert_placement_strategy": "eplb",
+            "additional_config": {
+                "expert_rebalance": {
+                    "min_gain": 0,
+                    "hysteresis": 0,
+                    "max_phase_loss": 0.5,
+                    "small_batches": False,
+                }
+            },
+        },
+    ),
+    "qwen fused checkpoint": (
+        "fused",
+        {"expert_placement_strategy": "zigzag", "expert_placement_verify": "checkpoint"},
+    ),
+}
+"""Case -> (checkpoint, arguments) of servers whose experts EPLB moves; the name's first word is the stock case."""
+
+
+@pytest.fixture(scope="session")
+def moving(checkpoints, files, tmp_path_factory) -> tuple[dict[str, dict], dict[str, str]]:
+    """(results, logs) by case of vLLM with ``--enable-eplb``: two redundant experts, rearranged every second step."""
+    cases = []
+    for name, (model, more) in MOVING.items():
+        more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}
+        eplb = {
+            "enable_eplb": True,
+            "eplb_config": {"window_size": 2, "step_interval": 2, "num_redundant_experts": 2},
+        }
+        env = OWN_CORE if name == "glm eplb" else ONE_EACH
+        cases.append(
+            {
+                "name": name,
+                "engine": {"model": checkpoints[model], **TWO_RANKS, **eplb, **more},
+                "env": env,
+                "probe": True,
+            }
+        )
+    folder = tmp_path_factory.mktemp("moving")
+    results = run_cases(folder, cases, {}, 1200)
+    parts = (folder / "log").read_text().split("=== case ")
+    return results, {part.partition("\n")[0].strip(): part for part in parts}
+
+
+@pytest.fixture(scope="session")
+def recordings(placed, tmp_path_factory) -> dict[str, tuple[list[dict], ExpertLoad]]:
+    """Name -> (answers, what was recorded while they were given)."""
+    folder = tmp_path_factory.getbasetemp() / "placed"
+    of = {"eager": "qwen eplb filter", "compiled": "qwen zigzag compiled"}
+    return {name: (placed[case]["answers"], read_load(folder / name)) for name, case in of.items()}
+
+
+@pytest.fixture(scope="session")
+def placed_log(placed, tmp_path_factory) -> str:
+    """What vLLM wrote while the placed cases ran."""
+    return (tmp_path_factory.getbasetemp() / "placed" / "log").read_text()

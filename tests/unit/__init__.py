@@ -1,0 +1,1 @@
+"""Tests that start no engine, in the folders of the package."""

@@ -1,0 +1,5 @@
+"""Checkpoints and files for all tests of this folder."""
+
+from tests.support.sglang_fixtures import files, models
+
+__all__ = ["files", "models"]
