@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ...core.errors import PlacementError
 from .options import markdown
@@ -45,6 +45,16 @@ class Right:
     what: str
     how: str
     known: str
+
+
+def has(option: str) -> Callable[[Any], bool]:
+    """Return a rule's condition: an option of a combination's ``options`` is switched on."""
+    return lambda combination: option in combination.options
+
+
+def together_with(option: str) -> Callable[[Any], str]:
+    """Return a rule's words for a message that names an option."""
+    return lambda combination: f" together with {option}"
 
 
 def refuse(rules: Iterable[Rule[C]], combination: C, begin: Callable[[Rule[C]], str]) -> None:

@@ -7,7 +7,7 @@ loading, see `evidence` and `layers`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..common import options, support
 from ..common.support import Rule
@@ -58,6 +58,11 @@ EPLB_RULES: tuple[Rule[Combination], ...] = (
     ),
 )
 
+
+def _loads_twice_with(option: str) -> Callable[[Combination], bool]:
+    return lambda combination: combination.level == "checkpoint" and option in combination.options
+
+
 VERIFICATION_RULES: tuple[Rule[Combination], ...] = (
     Rule(
         options.VERIFY.flag,
@@ -97,8 +102,8 @@ VERIFICATION_RULES: tuple[Rule[Combination], ...] = (
             f"`{option}`",
             "it would keep the model of the clean load in memory",
             "use replicas",
-            lambda c, option=option: c.level == "checkpoint" and option in c.options,
-            lambda c, option=option: f" together with {option}",
+            _loads_twice_with(option),
+            support.together_with(option),
         )
         for option in ("--cpu-offload-gb", "--offload-group-size", "--enable-memory-saver")
     ),

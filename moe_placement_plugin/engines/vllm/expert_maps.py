@@ -46,7 +46,8 @@ def expert_map(
     plan = settings.plan
     if draft and plan is not None:
         plan = plan.draft
-    if knows(plan, layer_id, num_experts) and plan is not None and plan.num_ranks == ep_size:
+    known = knows(plan, layer_id, num_experts)
+    if plan is not None and layer_id is not None and known and plan.num_ranks == ep_size:
         return plan.expert_map(plan.row(layer_id), ep_rank)
     return _by_strategy(settings.strategy, num_experts, ep_size).expert_map(0, ep_rank)
 

@@ -7,7 +7,7 @@ moe_placement_plugin.engines.vllm.support``. What the kernels do is known once a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from packaging.version import InvalidVersion, Version
 
@@ -48,6 +48,11 @@ EXPERTS_OF_THEIR_OWN = (
 
 _OTHER_TRANSFER = f"use one of {', '.join(BY_THE_LOADER)}, or leave the placement out"
 _LEAVE_ONE = "leave one of the two out"
+
+
+def _sends_by(backend: str) -> Callable[[Combination], bool]:
+    return lambda combination: combination.transfer == backend
+
 
 PLACEMENT_RULES: tuple[Rule[Combination], ...] = (
     Rule(
@@ -96,7 +101,7 @@ PLACEMENT_RULES: tuple[Rule[Combination], ...] = (
             f"`--weight-transfer-config` with back end {backend}",
             f"it {why}",
             _OTHER_TRANSFER,
-            lambda c, backend=backend: c.transfer == backend,
+            _sends_by(backend),
             lambda c: f" with --weight-transfer-config backend {c.transfer}",
         )
         for backend, why in PAST_THE_LOADER.items()
@@ -188,8 +193,8 @@ RECORDING_RULES: tuple[Rule[Combination], ...] = (
             f"`{option}`",
             "tokens would be counted wrongly",
             _LEAVE_ONE,
-            lambda c, option=option: option in c.options,
-            lambda c, option=option: f" together with {option}",
+            support.has(option),
+            support.together_with(option),
         )
         for option in (
             "--prefill-context-parallel-size",
