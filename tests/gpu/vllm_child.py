@@ -2,10 +2,11 @@
 
     python -m tests.gpu.vllm_child CASE.json RESULT.json
 
-A case is {"engine": {LLM arguments}, "steps": [step, ...]}; a step is "answer", "sleep 1", "sleep 2" (and the weights
-read anew), or {"reload": arguments of reload_weights}. Every step ends with answers. An update that is refused since
-EPLB moves experts in the background is tried again after some more answers, as the message says. The result has per step
-{"error", "answers", "digests", "retries", "seconds"}, and what the draft did.
+A case is {"engine": {LLM arguments}, "steps": [step, ...]}; a step is "answer", "sleep 1", "sleep 2"
+(and the weights read anew), "sabotage" (experts at their neighbours' weights), or {"reload":
+arguments of reload_weights}. Every step ends with answers. An update that is refused since EPLB moves
+experts in the background is tried again after some more answers, as the message says. The result has
+per step {"error", "answers", "digests", "retries", "seconds"}, and what the draft did.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def step_of(llm: Any, step: Any) -> None:
         return
     if isinstance(step, dict):
         llm.collective_rpc("reload_weights", kwargs=step["reload"])
+        return
+    if step == "sabotage":
+        from tests.support.vllm_runner import sabotage
+
+        llm.collective_rpc(sabotage)
         return
     level = int(step.split()[1])
     llm.sleep(level=level)
