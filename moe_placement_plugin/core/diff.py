@@ -75,12 +75,13 @@ def check_comparable(old: Placement, new: Placement) -> None:
     ):
         if before != after:
             raise PlacementError(
-                f"the plans are for {before} and {after} {what}: only plans for one model and cluster can be compared"
+                f"the plans are for {before} and {after} {what}: only plans for one model and "
+                "cluster can be compared"
             )
     if old.layer_ids != new.layer_ids:
         raise PlacementError(
-            f"the plans are for layers {old.layer_ids[0]}..{old.layer_ids[-1]} and {new.layer_ids[0]}..{new.layer_ids[-1]}: only "
-            "plans for one model can be compared"
+            f"the plans are for layers {old.layer_ids[0]}..{old.layer_ids[-1]} and "
+            f"{new.layer_ids[0]}..{new.layer_ids[-1]}: only plans for one model can be compared"
         )
 
 
@@ -133,8 +134,8 @@ def expert_bytes_of(config: Mapping[str, Any], source: str) -> int:
     )
     if not hidden or not width or kind not in _BYTES:
         raise PlacementError(
-            f"{source}: bytes of an expert cannot be told from hidden_size {hidden}, moe_intermediate_size {width} and type {kind}: "
-            "give them with --expert-bytes"
+            f"{source}: bytes of an expert cannot be told from hidden_size {hidden}, "
+            f"moe_intermediate_size {width} and type {kind}: give them with --expert-bytes"
         )
     width = max(width) if isinstance(width, list) else width
     return int(3 * hidden * width * _BYTES[kind])

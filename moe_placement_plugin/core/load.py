@@ -40,8 +40,8 @@ class ExpertLoad:
             counts = counts[None]
         if counts.ndim != 3 or 0 in counts.shape:
             raise PlacementError(
-                f"a load of shape {counts.shape}: it must be [windows, layers, experts] (or [layers, experts]) and not "
-                "empty; record again"
+                f"a load of shape {counts.shape}: it must be [windows, layers, experts] (or "
+                "[layers, experts]) and not empty; record again"
             )
         counts.setflags(write=False)
         object.__setattr__(self, "counts", counts)
@@ -55,7 +55,8 @@ class ExpertLoad:
         phases = tuple(self.phases) or ("mixed",) * windows
         if len(phases) != windows or not set(phases) <= {"prefill", "decode", "mixed"}:
             raise PlacementError(
-                f"phases {phases} for {windows} windows: give prefill, decode or mixed for each window"
+                f"phases {phases} for {windows} windows: give prefill, decode or mixed for each "
+                "window"
             )
         object.__setattr__(self, "phases", phases)
         if self.coactivation is not None:
@@ -104,8 +105,9 @@ class ExpertLoad:
         without = [i for i in layer_ids if not seen[self.layer_ids.index(i)]]
         if without:
             raise PlacementError(
-                f"the recording has no token in MoE layer {without[0]} ({len(without)} of {len(layer_ids)} layers have "
-                "none): it is a part of a recording, or of another model; record on this one, all pipeline stages together"
+                f"the recording has no token in MoE layer {without[0]} ({len(without)} of "
+                f"{len(layer_ids)} layers have none): it is a part of a recording, or of another "
+                "model; record on this one, all pipeline stages together"
             )
 
     def moe_layers(self) -> ExpertLoad:
@@ -136,7 +138,8 @@ class ExpertLoad:
             )
         raise PlacementError(
             f"the load has {self.num_layers} layers, the model has {len(layer_ids)} MoE layers "
-            f"({min(layer_ids)}..{max(layer_ids)}): it was recorded on another model; record on this one"
+            f"({min(layer_ids)}..{max(layer_ids)}): it was recorded on another model; record on "
+            "this one"
         )
 
     def _rows(self, rows: Sequence[int]) -> ExpertLoad:
@@ -156,8 +159,9 @@ class ExpertLoad:
         for other in loads[1:]:
             if other.layer_ids != first.layer_ids or other.num_experts != first.num_experts:
                 raise PlacementError(
-                    f"loads of {first.num_layers} layers x {first.num_experts} experts and {other.num_layers} x "
-                    f"{other.num_experts}: loads to be planned together must be of one model"
+                    f"loads of {first.num_layers} layers x {first.num_experts} experts and "
+                    f"{other.num_layers} x {other.num_experts}: loads to be planned together must "
+                    "be of one model"
                 )
         counted = [load.coactivation for load in loads if load.coactivation is not None]
         pairs = np.sum(counted, axis=0) if len(counted) == len(loads) else None
@@ -190,6 +194,7 @@ def _as_counts(values: Any, name: str) -> np.ndarray:
     if bad.size:
         where = tuple(int(i) for i in bad[0])
         raise PlacementError(
-            f"{name}{list(where)} is {array[where]}: token counts must be finite and not negative; record again"
+            f"{name}{list(where)} is {array[where]}: token counts must be finite and not "
+            "negative; record again"
         )
     return array

@@ -124,7 +124,8 @@ def model_shape(config: Any, name: str, num_experts: int | None = None) -> Model
     layers = moe_layer_ids(config) if experts else ()
     if not experts or not layers:
         raise PlacementError(
-            f"{name} is no Mixture-of-Experts model: it has no experts to place; leave --expert-placement-strategy out"
+            f"{name} is no Mixture-of-Experts model: it has no experts to place; leave "
+            "--expert-placement-strategy out"
         )
     groups = _first(config, _NUM_GROUPS)
     return ModelShape(layers, int(experts), int(groups or 1), name)

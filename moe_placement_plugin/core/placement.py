@@ -69,39 +69,43 @@ class Placement:
             or min(self.layer_ids) < 0
         ):
             raise PlacementError(
-                f"layer_ids {shorten(self.layer_ids)} for {layers} layers: give one distinct id >= 0 per layer"
+                f"layer_ids {shorten(self.layer_ids)} for {layers} layers: give one distinct id "
+                ">= 0 per layer"
             )
         if not self.slots_per_rank or min(self.slots_per_rank) < 0:
             raise PlacementError(
-                f"slots_per_rank {shorten(self.slots_per_rank)}: give at least one rank, none with fewer than 0 slots"
+                f"slots_per_rank {shorten(self.slots_per_rank)}: give at least one rank, none "
+                "with fewer than 0 slots"
             )
         if sum(self.slots_per_rank) != slots:
             raise PlacementError(
-                f"slots_per_rank {shorten(self.slots_per_rank)} adds up to {sum(self.slots_per_rank)}, but a layer has "
-                f"{slots} slots: the two must agree"
+                f"slots_per_rank {shorten(self.slots_per_rank)} adds up to "
+                f"{sum(self.slots_per_rank)}, but a layer has {slots} slots: the two must agree"
             )
         table = self.physical_to_logical
         outside = np.argwhere((table < 0) | (table >= experts))
         if outside.size:
             layer, slot = (int(i) for i in outside[0])
             raise PlacementError(
-                f"layer {self.layer_ids[layer]}, slot {slot} holds expert {int(table[layer, slot])}: expert ids of this "
-                f"plan must lie in 0..{experts - 1}; correct the id or num_logical_experts"
+                f"layer {self.layer_ids[layer]}, slot {slot} holds expert "
+                f"{int(table[layer, slot])}: expert ids of this plan must lie in "
+                f"0..{experts - 1}; correct the id or num_logical_experts"
             )
         on_rank = self._count_on_rank()
         missing = np.argwhere(on_rank.sum(axis=1) == 0)
         if missing.size:
             layer, expert = (int(i) for i in missing[0])
             raise PlacementError(
-                f"layer {self.layer_ids[layer]} has no slot for expert {expert}: every logical expert must be present in "
-                "every layer; give the expert a slot"
+                f"layer {self.layer_ids[layer]} has no slot for expert {expert}: every logical "
+                "expert must be present in every layer; give the expert a slot"
             )
         twice = np.argwhere(on_rank > 1)
         if twice.size and not self._may_repeat:
             layer, rank, expert = (int(i) for i in twice[0])
             raise PlacementError(
-                f"layer {self.layer_ids[layer]} holds expert {expert} {int(on_rank[layer, rank, expert])} times on rank "
-                f"{rank}: a second copy on the same rank is of no use; move it to another rank"
+                f"layer {self.layer_ids[layer]} holds expert {expert} "
+                f"{int(on_rank[layer, rank, expert])} times on rank {rank}: a second copy on the "
+                "same rank is of no use; move it to another rank"
             )
 
     def _count_on_rank(self) -> np.ndarray:
@@ -176,8 +180,8 @@ class Placement:
             return self.layer_ids.index(layer_id)
         except ValueError:
             raise PlacementError(
-                f"the placement has no layer {layer_id} (it has {shorten(self.layer_ids)}): it was made for another model; "
-                "plan again for this one"
+                f"the placement has no layer {layer_id} (it has {shorten(self.layer_ids)}): it "
+                "was made for another model; plan again for this one"
             ) from None
 
     def local_experts(self, row: int, rank: int) -> np.ndarray:
@@ -295,7 +299,8 @@ def as_int32_table(values: Any) -> np.ndarray:
         ) from None
     if table.ndim != 2 or 0 in table.shape:
         raise PlacementError(
-            f"physical_to_logical has shape {table.shape}: it must be [layers, slots] with at least one of each"
+            f"physical_to_logical has shape {table.shape}: it must be [layers, slots] with at "
+            "least one of each"
         )
     if not np.issubdtype(table.dtype, np.integer):
         raise PlacementError(f"physical_to_logical has type {table.dtype}: expert ids are integers")

@@ -81,11 +81,13 @@ def _parse_safetensors(content: bytes, path: str | Path) -> ExpertLoad:
         ) from None
     if header.get("format") != FORMAT or "counts" not in tensors:
         raise PlacementError(
-            f"{path} is a safetensors file but no recorded load: give one written by --expert-load-record"
+            f"{path} is a safetensors file but no recorded load: give one written by "
+            "--expert-load-record"
         )
     if header.get("version") != str(FORMAT_VERSION):
         raise PlacementError(
-            f"{path} has load version {header.get('version')}, this release reads version {FORMAT_VERSION}: record again"
+            f"{path} has load version {header.get('version')}, this release reads version "
+            f"{FORMAT_VERSION}: record again"
         )
     return ExpertLoad(
         tensors["counts"],

@@ -40,8 +40,9 @@ def pack(placement: Placement) -> dict[str, Any]:
     size = len(packed["physical_to_logical"])
     if size > LIMIT:
         raise PlacementError(
-            f"the placement of {placement.num_layers} layers with {placement.num_slots} slots takes {size} bytes packed, and {LIMIT} "
-            "travel to other hosts: use a placement that repeats over the layers (zigzag, balanced)"
+            f"the placement of {placement.num_layers} layers with {placement.num_slots} slots "
+            f"takes {size} bytes packed, and {LIMIT} travel to other hosts: use a placement that "
+            "repeats over the layers (zigzag, balanced)"
         )
     return packed
 
@@ -73,7 +74,8 @@ def unpack(packed: dict[str, Any]) -> Placement:
         found = f"unreadable: {type(error).__name__}: {error}"
     if found != packed.get("digest"):
         raise PlacementError(
-            f"the placement arrived with digest {found[:40]}, it was sent with {str(packed.get('digest'))[:40]}: the "
-            "engine's processes run different versions of this plugin; install one version everywhere"
+            f"the placement arrived with digest {found[:40]}, it was sent with "
+            f"{str(packed.get('digest'))[:40]}: the engine's processes run different versions of "
+            "this plugin; install one version everywhere"
         )
     return placement

@@ -103,17 +103,19 @@ def parse_plan(data: Any, source: str = "plan") -> Placement:
     """
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
         raise PlacementError(
-            f'{source} is no plan file: it lacks "format": "{FORMAT}"; make one with `moe-placement plan`'
+            f'{source} is no plan file: it lacks "format": "{FORMAT}"; make one with '
+            "`moe-placement plan`"
         )
     if data.get("version") != FORMAT_VERSION:
         raise PlacementError(
-            f"{source} has plan version {data.get('version')!r}, this release reads version {FORMAT_VERSION}: "
-            "make the plan again with this release"
+            f"{source} has plan version {data.get('version')!r}, this release reads version "
+            f"{FORMAT_VERSION}: make the plan again with this release"
         )
     if data.get("draft") is not None and not data.get("physical_to_logical"):
         raise PlacementError(
-            f"{source} is a plan for the draft only: give the model's own rows (physical_to_logical) too; a strategy without "
-            "a plan (zigzag, balanced) places the draft as well"
+            f"{source} is a plan for the draft only: give the model's own rows "
+            "(physical_to_logical) too; a strategy without a plan (zigzag, balanced) places the "
+            "draft as well"
         )
     try:
         plan = PlanFile.model_validate(data)

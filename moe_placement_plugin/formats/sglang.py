@@ -30,12 +30,13 @@ def to_sglang(placement: Placement, num_layers: int | None = None) -> dict[str, 
     """
     if placement.draft is not None:
         raise PlacementError(
-            "SGLang's form of a plan has no rows for a draft, this plan has: leave its draft's rows out"
+            "SGLang's form of a plan has no rows for a draft, this plan has: leave its draft's "
+            "rows out"
         )
     if not placement.is_even:
         raise PlacementError(
-            f"slots_per_rank {shorten(placement.slots_per_rank)}: SGLang needs the same number of slots on every rank; "
-            "plan with redundant experts that fill the ranks up"
+            f"slots_per_rank {shorten(placement.slots_per_rank)}: SGLang needs the same number of "
+            "slots on every rank; plan with redundant experts that fill the ranks up"
         )
     last = max(placement.layer_ids)
     total = last + 1 if num_layers is None else num_layers
@@ -69,8 +70,8 @@ def parse_sglang_plan(
         )
     if len(rows[0]) % num_ranks:
         raise PlacementError(
-            f"{source}: {len(rows[0])} slots do not divide over {num_ranks} EP ranks: SGLang's form needs equal ranks; "
-            "plan for this number of ranks"
+            f"{source}: {len(rows[0])} slots do not divide over {num_ranks} EP ranks: SGLang's "
+            "form needs equal ranks; plan for this number of ranks"
         )
     try:
         return Placement(
@@ -92,8 +93,8 @@ def parse_sglang_load(content: bytes, path: str | Path) -> ExpertLoad:
         ) from None
     if "logical_count" not in data:
         raise PlacementError(
-            f'{path} is neither a plan nor a recorded load: SGLang\'s recordings have "logical_count", plans have '
-            '"format": "moe-placement-plan"'
+            f"{path} is neither a plan nor a recorded load: SGLang's recordings have "
+            '"logical_count", plans have "format": "moe-placement-plan"'
         )
     return ExpertLoad(data["logical_count"], metadata={"source": "sglang"})
 
@@ -103,7 +104,8 @@ def read_torch_load(path: str | Path) -> ExpertLoad:
         import torch
     except ModuleNotFoundError:
         raise PlacementError(
-            f"{path} is a .pt file, which needs torch to be read: install torch or export it as JSON"
+            f"{path} is a .pt file, which needs torch to be read: install torch or export it as "
+            "JSON"
         ) from None
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)

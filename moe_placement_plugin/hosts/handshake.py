@@ -135,8 +135,8 @@ def agree(
         head = json.loads(asked.ask(lambda s: s.get("parcel")))
     except (StoreSilent, RuntimeError) as error:
         raise PlacementError(
-            f"the hosts could not compare their placements: the store on the host of rank 0 does not answer ({_first_line(error)}); "
-            "look for the reason there"
+            "the hosts could not compare their placements: the store on the host of rank 0 does "
+            f"not answer ({_first_line(error)}); look for the reason there"
         ) from error
     return Agreed(
         tuple(statements[rank] for rank in range(ranks)),
@@ -164,7 +164,8 @@ def differences(
     if missing:
         where = ", ".join(dict.fromkeys(name_rank(rank) for rank in missing))
         parts.append(
-            f"no word within {wait:g} s from {where}: {NOWHERE}; install the plugin on every host and give all of them the same flags"
+            f"no word within {wait:g} s from {where}: {NOWHERE}; install the plugin on every host "
+            "and give all of them the same flags"
         )
     hosts = _by_host(statements)
     for group in hosts:
@@ -181,8 +182,8 @@ def differences(
     if not parts:
         return None
     return (
-        f"the hosts do not agree on the expert placement, so none of them starts (the head is {_label(hosts[0])}). "
-        + ". ".join(parts)
+        "the hosts do not agree on the expert placement, so none of them starts (the head is "
+        f"{_label(hosts[0])}). " + ". ".join(parts)
     )
 
 
@@ -225,7 +226,8 @@ def _unequal_placement(other: Statement, head: Statement) -> str:
         return digest + (f" from {statement.source}" if statement.source else "")
 
     mend = (
-        f"{other.source} is another file, perhaps an old copy: remove it there (the head's placement travels) or copy the head's over it"
+        f"{other.source} is another file, perhaps an old copy: remove it there (the head's "
+        "placement travels) or copy the head's over it"
         if other.source
         else "give all hosts the same flags"
     )

@@ -117,8 +117,9 @@ def warn_about_nodes(
     numbers: dict[int, int] = {}
     if tuple(numbers.setdefault(node, len(numbers)) for node in planned) != real.node_of_rank:
         log.warning(
-            "moe_placement_plugin: the plan was made for EP ranks on nodes %s, they lie on %s: more tokens cross between hosts than planned for; "
-            "plan again with `moe-placement plan --nodes`",
+            "moe_placement_plugin: the plan was made for EP ranks on nodes %s, they lie on %s: "
+            "more tokens cross between hosts than planned for; plan again with `moe-placement "
+            "plan --nodes`",
             list(planned),
             list(real.node_of_rank),
         )

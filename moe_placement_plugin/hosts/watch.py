@@ -130,7 +130,8 @@ class HostWatch:
             if reason is not None:
                 self._stop.set()
                 self._end(
-                    f"{reason}. This host stops serving; start all hosts again once they reach each other"
+                    f"{reason}. This host stops serving; start all hosts again once they reach "
+                    "each other"
                 )
                 return
 
@@ -185,8 +186,9 @@ class JoinWatch:
             waited = time.monotonic() - began
             if waited >= self._timeout:
                 self._end(
-                    f"waited {self._timeout:g} s for {self._what}, and not all ranks have joined. Start the engine on every host with the same "
-                    "flags; a host that stopped at once says why in its own log (without this plugin: invalid choice for "
+                    f"waited {self._timeout:g} s for {self._what}, and not all ranks have joined. "
+                    "Start the engine on every host with the same flags; a host that stopped at "
+                    "once says why in its own log (without this plugin: invalid choice for "
                     "--expert-placement-strategy, or unrecognized arguments)"
                 )
                 return

@@ -170,25 +170,29 @@ def check_path(path: str | Path, shape: tuple[int, int] | None = None) -> None:
         )
     if not path.parent.is_dir():
         raise PlacementError(
-            f"--expert-load-record {path}: directory {path.parent} does not exist: make it, or give another path"
+            f"--expert-load-record {path}: directory {path.parent} does not exist: make it, or "
+            "give another path"
         )
     if not os.access(path.parent, os.W_OK):
         raise PlacementError(
-            f"--expert-load-record {path}: directory {path.parent} cannot be written: give a writable path"
+            f"--expert-load-record {path}: directory {path.parent} cannot be written: give a "
+            "writable path"
         )
     if path.exists():
         try:
             load = read_load(path)
         except PlacementError as error:
             raise PlacementError(
-                f"--expert-load-record {path} exists and is no recording ({error}): give another path or remove the file"
+                f"--expert-load-record {path} exists and is no recording ({error}): give another "
+                "path or remove the file"
             ) from None
         if "window_start" not in load.metadata or (
             shape is not None and (load.num_layers, load.num_experts) != shape
         ):
             raise PlacementError(
-                f"--expert-load-record {path} exists and is the recording of another model ({load.num_layers} layers x "
-                f"{load.num_experts} experts): give another path or remove the file"
+                f"--expert-load-record {path} exists and is the recording of another model "
+                f"({load.num_layers} layers x {load.num_experts} experts): give another path or "
+                "remove the file"
             )
 
 
@@ -342,8 +346,9 @@ class LoadRecorder:
             # The second time: the first may fall between the beginning of the first forward pass and its first layer.
             if self._empty == 2:
                 logger.warning(
-                    "expert load: requests are served but no routing is seen, because the MoE kernel in use chooses experts by itself: "
-                    "choose another one, such as --moe-backend triton (vLLM) or --moe-runner-backend triton (SGLang)"
+                    "expert load: requests are served but no routing is seen, because the MoE "
+                    "kernel in use chooses experts by itself: choose another one, such as "
+                    "--moe-backend triton (vLLM) or --moe-runner-backend triton (SGLang)"
                 )
         before, pairs_before = self._seen or (
             np.zeros_like(counts),

@@ -147,7 +147,7 @@ def wait_for_recording(path: Path, before: float, ended: float) -> None:
                 return
         elif now > ended + interval + slack:
             raise PlacementError(
-                f"the server wrote nothing to {path} in {interval + slack:.0f} s: start it with --expert-load-record {path}, and run this "
-                "command where that file can be read"
+                f"the server wrote nothing to {path} in {interval + slack:.0f} s: start it with "
+                f"--expert-load-record {path}, and run this command where that file can be read"
             )
         time.sleep(0.2)

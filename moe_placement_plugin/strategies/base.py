@@ -51,7 +51,8 @@ class PlacementRequest:
     def __post_init__(self) -> None:
         if self.num_layers < 1 or self.num_experts < 1:
             raise PlacementError(
-                f"{self.num_layers} MoE layers of {self.num_experts} experts: nothing to place; is this an MoE model?"
+                f"{self.num_layers} MoE layers of {self.num_experts} experts: nothing to place; "
+                "is this an MoE model?"
             )
         if self.num_redundant < 0:
             raise PlacementError(f"{self.num_redundant} redundant experts: give 0 or more")
@@ -59,13 +60,14 @@ class PlacementRequest:
         per_rank = tuple(self.slots_per_rank) or even_slots(slots, self.topology.num_ranks)
         if len(per_rank) != self.topology.num_ranks or sum(per_rank) != slots:
             raise PlacementError(
-                f"slots_per_rank {list(per_rank)} for {self.topology.num_ranks} ranks and {slots} slots: give one number "
-                f"per rank, {slots} in all"
+                f"slots_per_rank {list(per_rank)} for {self.topology.num_ranks} ranks and {slots} "
+                f"slots: give one number per rank, {slots} in all"
             )
         if max(per_rank) > self.num_experts:
             raise PlacementError(
-                f"{self.num_redundant} redundant experts give a rank {max(per_rank)} slots for {self.num_experts} experts: "
-                "a second copy on a rank is of no use; ask for fewer redundant experts"
+                f"{self.num_redundant} redundant experts give a rank {max(per_rank)} slots for "
+                f"{self.num_experts} experts: a second copy on a rank is of no use; ask for fewer "
+                "redundant experts"
             )
         object.__setattr__(self, "slots_per_rank", per_rank)
         object.__setattr__(
@@ -80,8 +82,9 @@ class PlacementRequest:
             self.num_experts,
         ):
             raise PlacementError(
-                f"the load has {self.load.num_layers} layers of {self.load.num_experts} experts, the model has "
-                f"{self.num_layers} MoE layers of {self.num_experts}: it was recorded on another model; record on this one"
+                f"the load has {self.load.num_layers} layers of {self.load.num_experts} experts, "
+                f"the model has {self.num_layers} MoE layers of {self.num_experts}: it was "
+                "recorded on another model; record on this one"
             )
 
     @property

@@ -19,8 +19,8 @@ class Eplb(Strategy):
     def place(self, request: PlacementRequest) -> Placement:
         if request.load is None:
             raise PlacementError(
-                "strategy eplb places experts by a recorded load and has none: give --expert-placement-file a recorded load "
-                "or a plan, or choose zigzag or balanced"
+                "strategy eplb places experts by a recorded load and has none: give "
+                "--expert-placement-file a recorded load or a plan, or choose zigzag or balanced"
             )
         from ..planner import plan  # lazy: numba
 
@@ -41,7 +41,8 @@ def _near(request: PlacementRequest, load: ExpertLoad) -> dict[str, Any]:
     nodes, groups, pairs = request.topology.num_nodes, request.num_groups, load.coactivation
     if nodes == 1:
         raise PlacementError(
-            f"locality {request.locality} with all {request.topology.num_ranks} EP ranks on one node: leave it out"
+            f"locality {request.locality} with all {request.topology.num_ranks} EP ranks on one "
+            "node: leave it out"
         )
     if request.locality == "soft" and pairs is not None and groups == 1:
         return {"coactivation": pairs, "coactivation_goal": "node"}

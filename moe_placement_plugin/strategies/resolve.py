@@ -48,22 +48,24 @@ def resolve_placement(
         if isinstance(given, Placement):
             if locality != "none":
                 raise PlacementError(
-                    f"--expert-placement-locality {locality} with {file}, which is a plan and decides alone: make it with `moe-placement plan "
-                    f"--locality {locality}`, or leave the flag out"
+                    f"--expert-placement-locality {locality} with {file}, which is a plan and "
+                    f"decides alone: make it with `moe-placement plan --locality {locality}`, or "
+                    "leave the flag out"
                 )
             check_draft_rows(given, draft, topology, str(file))
             return check_plan(given, shape, topology, num_redundant, slots_per_rank, str(file))
         if not planner.needs_load:
             if planner.name != "linear":
                 raise PlacementError(
-                    f"{file} is a recorded load, which strategy {strategy} does not use: choose eplb, or give a plan file"
+                    f"{file} is a recorded load, which strategy {strategy} does not use: choose "
+                    "eplb, or give a plan file"
                 )
             planner = get_strategy("eplb")
         try:
             if given.num_experts != shape.num_experts:
                 raise PlacementError(
-                    f"the load has {given.num_experts} experts per layer, the model has {shape.num_experts}: it was "
-                    "recorded on another model; record on this one"
+                    f"the load has {given.num_experts} experts per layer, the model has "
+                    f"{shape.num_experts}: it was recorded on another model; record on this one"
                 )
             load = given.select_layers(shape.layer_ids)
             load.require_tokens(shape.layer_ids)
@@ -71,13 +73,13 @@ def resolve_placement(
             raise PlacementError(f"{file}: {error}") from None
     elif planner.needs_load:
         raise PlacementError(
-            f"strategy {strategy} places experts by a recorded load and has none: add --expert-placement-file with a "
-            "recorded load or a plan, or choose zigzag or balanced"
+            f"strategy {strategy} places experts by a recorded load and has none: add "
+            "--expert-placement-file with a recorded load or a plan, or choose zigzag or balanced"
         )
     if locality != "none" and load is None:
         raise PlacementError(
-            f"--expert-placement-locality {locality} with strategy {strategy}, which does not plan from a load: use eplb with a recorded load, "
-            "or leave the flag out"
+            f"--expert-placement-locality {locality} with strategy {strategy}, which does not "
+            "plan from a load: use eplb with a recorded load, or leave the flag out"
         )
     request = PlacementRequest(
         len(shape.layer_ids),
@@ -119,18 +121,21 @@ def check_draft_rows(
         return
     if draft is None:
         raise PlacementError(
-            f"{source} has rows for a draft (layers {list(rows.layer_ids)}), and this engine runs no draft with experts, "
-            "or places it by itself (--enable-eplb): leave the draft's rows out"
+            f"{source} has rows for a draft (layers {list(rows.layer_ids)}), and this engine runs "
+            "no draft with experts, or places it by itself (--enable-eplb): leave the draft's "
+            "rows out"
         )
     if rows.num_logical_experts != draft.num_experts:
         raise PlacementError(
-            f"{source} has rows for a draft with {rows.num_logical_experts} experts, the draft {draft.name} has "
-            f"{draft.num_experts}: plan for this draft, or leave the draft's rows out"
+            f"{source} has rows for a draft with {rows.num_logical_experts} experts, the draft "
+            f"{draft.name} has {draft.num_experts}: plan for this draft, or leave the draft's "
+            "rows out"
         )
     if rows.num_ranks != topology.num_ranks or rows.num_redundant:
         raise PlacementError(
-            f"{source} has rows for a draft on {rows.num_ranks} EP ranks with {rows.num_redundant} redundant experts, the "
-            f"engine runs {topology.num_ranks} and 0: plan the draft for that, or leave its rows out"
+            f"{source} has rows for a draft on {rows.num_ranks} EP ranks with "
+            f"{rows.num_redundant} redundant experts, the engine runs {topology.num_ranks} and 0: "
+            "plan the draft for that, or leave its rows out"
         )
 
 
@@ -149,22 +154,25 @@ def check_plan(
     """
     if plan.num_logical_experts != shape.num_experts:
         raise PlacementError(
-            f"{source} is a plan for {plan.num_logical_experts} experts, the model has {shape.num_experts}: plan for this model"
+            f"{source} is a plan for {plan.num_logical_experts} experts, the model has "
+            f"{shape.num_experts}: plan for this model"
         )
     if plan.num_ranks != topology.num_ranks:
         raise PlacementError(
-            f"{source} is a plan for {plan.num_ranks} EP ranks, the engine runs {topology.num_ranks}: plan for "
-            f"{topology.num_ranks} ranks, or start the engine with {plan.num_ranks}"
+            f"{source} is a plan for {plan.num_ranks} EP ranks, the engine runs "
+            f"{topology.num_ranks}: plan for {topology.num_ranks} ranks, or start the engine with "
+            f"{plan.num_ranks}"
         )
     if plan.num_redundant != num_redundant:
         raise PlacementError(
-            f"{source} is a plan with {plan.num_redundant} redundant experts, the engine is started with {num_redundant}: "
-            f"plan with {num_redundant}, or start the engine with {plan.num_redundant}"
+            f"{source} is a plan with {plan.num_redundant} redundant experts, the engine is "
+            f"started with {num_redundant}: plan with {num_redundant}, or start the engine with "
+            f"{plan.num_redundant}"
         )
     if slots_per_rank and plan.slots_per_rank != tuple(slots_per_rank):
         raise PlacementError(
-            f"{source} gives the ranks {list(plan.slots_per_rank)} slots, this engine needs {list(slots_per_rank)}: plan "
-            "with equal ranks"
+            f"{source} gives the ranks {list(plan.slots_per_rank)} slots, this engine needs "
+            f"{list(slots_per_rank)}: plan with equal ranks"
         )
     if plan.layer_ids == shape.layer_ids:
         return plan
@@ -181,18 +189,20 @@ def check_plan(
         )
     if min(plan.layer_ids) > shape.layer_ids[-1]:
         raise PlacementError(
-            f"{source} is a plan for layers {list(plan.layer_ids)} only, behind the model's last MoE layer {shape.layer_ids[-1]}: "
-            "a draft's rows stand under \"draft\" beside the model's own, which a plan must have"
+            f"{source} is a plan for layers {list(plan.layer_ids)} only, behind the model's last "
+            f'MoE layer {shape.layer_ids[-1]}: a draft\'s rows stand under "draft" beside the '
+            "model's own, which a plan must have"
         )
     if not set(shape.layer_ids) <= set(plan.layer_ids):
         raise PlacementError(
-            f"{source} is a plan for {plan.num_layers} layers, the model has {len(shape.layer_ids)} MoE layers "
-            f"({shape.layer_ids[0]}..{shape.layer_ids[-1]}): plan for this model"
+            f"{source} is a plan for {plan.num_layers} layers, the model has "
+            f"{len(shape.layer_ids)} MoE layers ({shape.layer_ids[0]}..{shape.layer_ids[-1]}): "
+            "plan for this model"
         )
     extra = set(plan.layer_ids) - set(shape.layer_ids)
     if max(extra) > shape.layer_ids[-1]:
         raise PlacementError(
-            f"{source} is a plan for {plan.num_layers} layers up to {max(plan.layer_ids)}, the model's last MoE layer is "
-            f"{shape.layer_ids[-1]}: plan for this model"
+            f"{source} is a plan for {plan.num_layers} layers up to {max(plan.layer_ids)}, the "
+            f"model's last MoE layer is {shape.layer_ids[-1]}: plan for this model"
         )
     return plan.select_layers(shape.layer_ids)

@@ -82,12 +82,14 @@ def check_replicas(ranks: list[RankDigests], num_experts: int | Mapping[int, int
                 )
                 if other[1] != layer.names:
                     differences.append(
-                        f"layer {layer_id}: {here} has tensors {layer.names}, {other[0]} has {other[1]}"
+                        f"layer {layer_id}: {here} has tensors {layer.names}, {other[0]} has "
+                        f"{other[1]}"
                     )
                 elif not np.array_equal(other[2], layer.values[slot]):
                     wrong = _names(layer.names, other[2] != layer.values[slot])
                     differences.append(
-                        f"layer {layer_id}, expert {expert}: {here} and {other[0]} differ in {wrong}"
+                        f"layer {layer_id}, expert {expert}: {here} and {other[0]} differ in "
+                        f"{wrong}"
                     )
     for layer_id in sorted({layer for rank in ranks for layer in rank}):
         experts = num_experts if isinstance(num_experts, int) else num_experts[layer_id]

@@ -50,9 +50,10 @@ def expert_tensors(
         if rows != slots and rows in experts and name.rpartition(".")[2] not in ignore:
             if not bool((tensor == tensor[:1]).all()):
                 raise PlacementError(
-                    f"{where}: {name} has {rows} rows, one for every expert of the model, where this rank has {slots} slots: its "
-                    "kernel would read other experts' values by local slot; use another quantisation or kernel, or leave the "
-                    "placement flag out"
+                    f"{where}: {name} has {rows} rows, one for every expert of the model, where "
+                    f"this rank has {slots} slots: its kernel would read other experts' values by "
+                    "local slot; use another quantisation or kernel, or leave the placement flag "
+                    "out"
                 )
             continue
         if rows != slots or not _by_slot(tensor):
@@ -70,8 +71,9 @@ def expert_tensors(
     if not any(tensor.dim() >= 2 and "bias" not in name for name, tensor in found.items()):
         shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(layer, ignore)}
         raise Unverifiable(
-            f"{where}: none of its tensors has a row for each of the {slots} slots ({shapes}), so that the weights cannot be "
-            "verified: serve with --expert-placement-verify off, and report this kernel"
+            f"{where}: none of its tensors has a row for each of the {slots} slots ({shapes}), so "
+            "that the weights cannot be verified: serve with --expert-placement-verify off, and "
+            "report this kernel"
         )
     return found
 

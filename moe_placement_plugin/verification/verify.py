@@ -131,16 +131,19 @@ def verify(
     if clean is not None:
         check_experts(
             clean, ranks, "the weights that were loaded are not those of the checkpoint",
-            "The placement or a loader is at fault: leave the placement flag out, and report the model and this message",
+            "The placement or a loader is at fault: leave the placement flag out, and report the "
+            "model and this message",
         )  # fmt: skip
     experts = expert_digests(ranks)
     for sentence in alike(experts):
         logger.warning(
-            "moe_placement_plugin: %s; right for an upcycled model, else the checkpoint was read wrongly",
+            "moe_placement_plugin: %s; right for an upcycled model, else the checkpoint was read "
+            "wrongly",
             sentence,
         )
     logger.info(
-        "moe_placement_plugin: verified %d slots in %d layers of this rank (%s), %.2f GB in %.3f s (%.1f GB/s)",
+        "moe_placement_plugin: verified %d slots in %d layers of this rank (%s), %.2f GB in %.3f "
+        "s (%.1f GB/s)",
         mine.num_slots,
         len(mine.layers),
         "replicas" if clean is None else "replicas and checkpoint",

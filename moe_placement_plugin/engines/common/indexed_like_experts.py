@@ -46,7 +46,8 @@ INDEXED: tuple[Indexed, ...] = (
     Indexed(
         "vllm",
         "LoRA adapters of experts",
-        "a pair of matrices per logical expert, read by local slot; vLLM cuts them into contiguous blocks",
+        "a pair of matrices per logical expert, read by local slot; vLLM cuts them into "
+        "contiguous blocks",
         "follows the map",
         "vllm/lora.py:experts_of_slots",
     ),
@@ -137,7 +138,8 @@ INDEXED: tuple[Indexed, ...] = (
     Indexed(
         "vllm",
         "routed-experts capture (`--enable-return-routed-experts`)",
-        "logical ids, taken before they become slots; refused with a recording, which needs the same place",
+        "logical ids, taken before they become slots; refused with a recording, which needs the "
+        "same place",
         "kept logical",
         "vllm/recording.py:record_settings",
     ),
@@ -263,14 +265,16 @@ INDEXED: tuple[Indexed, ...] = (
     Indexed(
         "sglang",
         "layers of a draft or MTP layer",
-        "looked up under the target's layer of the same number (up to 0.5.22); rows of their own here",
+        "looked up under the target's layer of the same number (up to 0.5.22); rows of their own "
+        "here",
         "follows the map",
         "sglang/draft_layers.py:lay_out",
     ),
     Indexed(
         "sglang",
         "scales and zero points of a draft that SGLang keeps by the trivial map",
-        "a row per expert, or loaders of their own; right only where the draft stays in SGLang's order",
+        "a row per expert, or loaders of their own; right only where the draft stays in SGLang's "
+        "order",
         "refused",
         "sglang/drafts.py:_check_layer",
     ),

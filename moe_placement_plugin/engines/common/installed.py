@@ -42,6 +42,7 @@ def require_engine(name: str | None = None) -> str:
         return next(iter(found))
     if name not in found:
         raise PlacementError(
-            f"{name} is not installed in this environment (found: {', '.join(found)}): install it or choose another engine"
+            f"{name} is not installed in this environment (found: {', '.join(found)}): install it "
+            "or choose another engine"
         )
     return name

@@ -45,8 +45,8 @@ class ConfigsOfFewer:
             self._inside = False
         if found is not None:
             logger.info(
-                "moe_placement_plugin: the MoE kernel is tuned for %d experts per rank, not for the %d with redundant ones: that "
-                "configuration is used",
+                "moe_placement_plugin: the MoE kernel is tuned for %d experts per rank, not for "
+                "the %d with redundant ones: that configuration is used",
                 without,
                 experts,
             )

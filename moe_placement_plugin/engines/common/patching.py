@@ -95,8 +95,9 @@ class Patch:
         difference = self.check()
         if difference:
             raise PlacementError(
-                f"patch {self.name} does not fit the installed engine: {difference}; use a supported version "
-                "(`moe-placement doctor` lists them) or leave the placement flag out"
+                f"patch {self.name} does not fit the installed engine: {difference}; use a "
+                "supported version (`moe-placement doctor` lists them) or leave the placement "
+                "flag out"
             )
 
     def apply(self) -> None:
@@ -162,8 +163,8 @@ def patch_set_named(name: str) -> PatchSet:
     """
     if name not in _named:
         raise PlacementError(
-            f"the patches of {name} were never made in this process: start it through the engine's own command, which "
-            "loads plugins, or leave the placement flag out"
+            f"the patches of {name} were never made in this process: start it through the "
+            "engine's own command, which loads plugins, or leave the placement flag out"
         )
     return _named[name]
 
@@ -216,8 +217,9 @@ class PatchSet:
             differences = self.check()
             if differences:
                 raise PlacementError(
-                    f"the installed engine differs from what this plugin was written for: {'; '.join(differences)}. Use a "
-                    "supported version (`moe-placement doctor` lists them) or leave the placement flag out"
+                    "the installed engine differs from what this plugin was written for: "
+                    f"{'; '.join(differences)}. Use a supported version (`moe-placement doctor` "
+                    "lists them) or leave the placement flag out"
                 )
             done: list[Patch] = []
             try:

@@ -190,7 +190,8 @@ def test_it_is_quick():
         results = all_agree(statements, dict.fromkeys(range(16), parcel))
         seconds.append(max(result.seconds for result in results))
     print(
-        f"agreement of 16 ranks on 2 hosts: median {statistics.median(seconds) * 1000:.1f} ms, longest {max(seconds) * 1000:.1f} ms"
+        f"agreement of 16 ranks on 2 hosts: median {statistics.median(seconds) * 1000:.1f} ms, "
+        f"longest {max(seconds) * 1000:.1f} ms"
     )
     assert min(seconds) < 0.1
 

@@ -71,8 +71,10 @@ def test_after_an_exchange_every_slot_is_compared():
     with pytest.raises(WeightsMismatch) as caught:
         check_experts(before, [wrong, digests(1, 0, changed=(0,))], "what", "mend")
     assert caught.value.differences == [
-        "layer 4, slot 1 of rank 0 should hold expert 2: it differs in w13_weight, w2_weight, which hold expert 0",
-        "layer 4, slot 1 of rank 1 should hold expert 0: it differs in w2_weight, which hold something else",
+        "layer 4, slot 1 of rank 0 should hold expert 2: it differs in w13_weight, w2_weight, "
+        "which hold expert 0",
+        "layer 4, slot 1 of rank 1 should hold expert 0: it differs in w2_weight, which hold "
+        "something else",
     ]
     assert str(caught.value).startswith("what: layer 4") and str(caught.value).endswith(". mend")
 

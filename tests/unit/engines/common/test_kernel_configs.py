@@ -35,7 +35,8 @@ def test_the_configuration_without_redundant_experts_is_used_once_it_is_missed(c
         assert engine.get(68, 768, None) == engine.get(68, 768, None) == {1: "tuned"}
     assert engine.asked == [(68, False), (64, False)], "each is looked up once"
     assert [r.getMessage() for r in caplog.records] == [
-        "moe_placement_plugin: the MoE kernel is tuned for 64 experts per rank, not for the 68 with redundant ones: that configuration is used"
+        "moe_placement_plugin: the MoE kernel is tuned for 64 experts per rank, not for the 68 "
+        "with redundant ones: that configuration is used"
     ]
 
 
