@@ -1,4 +1,4 @@
-"""The ranks that experts are placed on."""
+"""Describe the ranks that experts are placed on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .errors import PlacementError
 
 @dataclass(frozen=True)
 class Topology:
-    """EP ranks, the node that each lies on and how fast each is.
+    """Say on which node each EP rank lies and how fast it is.
 
     Attributes:
         num_ranks: number of EP ranks, at least 1.
@@ -33,8 +33,8 @@ class Topology:
         for name, values in (("node_of_rank", nodes), ("speed", speed)):
             if len(values) != self.num_ranks:
                 raise PlacementError(
-                    f"{name} has {len(values)} entries for {self.num_ranks} EP ranks: give one "
-                    "per rank"
+                    f"{name} has {len(values)} entries for {self.num_ranks} EP ranks: give one per "
+                    "rank"
                 )
         if min(nodes) < 0:
             raise PlacementError(f"node {min(nodes)} in node_of_rank: nodes are numbered from 0")
@@ -48,12 +48,12 @@ class Topology:
 
     @property
     def num_nodes(self) -> int:
-        """Number of distinct nodes."""
+        """Count the distinct nodes."""
         return len(set(self.node_of_rank))
 
     @classmethod
     def even(cls, num_ranks: int, num_nodes: int = 1) -> Topology:
-        """``num_ranks`` equal ranks on ``num_nodes`` nodes, consecutive ranks together.
+        """Spread ``num_ranks`` equal ranks over ``num_nodes`` nodes, consecutive ranks together.
 
         Raises:
             PlacementError: if the ranks do not divide evenly over the nodes.

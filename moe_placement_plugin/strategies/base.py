@@ -1,4 +1,4 @@
-"""What a strategy is asked and what it answers."""
+"""Define what a strategy is asked and what it answers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..core.placement import Placement, even_slots
 from ..core.topology import Topology
 
 LOCALITIES = ("none", "node", "soft")
+"""How a plan may treat nodes: `PlacementRequest.locality` says what each means."""
 
 
 @dataclass(frozen=True)
 class PlacementRequest:
-    """A model and a cluster to place its experts on.
+    """Describe a model and a cluster to place its experts on.
 
     Attributes:
         num_layers: MoE layers.
@@ -27,11 +28,14 @@ class PlacementRequest:
         topology: the EP ranks.
         num_redundant: physical experts beyond one per logical expert, per layer.
         slots_per_rank: slots of each rank; dealt out as evenly as possible when left empty.
-        layer_ids: index of each layer within the model, ``[layers]``; ``0..layers-1`` when left empty.
+        layer_ids: index of each layer within the model, ``[layers]``; ``0..layers-1`` when left
+            empty.
         num_groups: expert groups of grouped top-k routing, 1 when the model has none.
         load: the recorded load, ``[windows, layers, experts]``, for strategies that plan from one.
-        locality: how strategies that plan from a load treat nodes: ``none``; ``node``: the experts of a group stay on one node; ``soft``: load
-            leaves its node at a price, and experts that are chosen together share one where the load has co-activation.
+        locality: how strategies that plan from a load treat nodes: ``none``; ``node``: the experts
+            of a group stay on one node; ``soft``: load leaves its node at a price, and experts that
+            are chosen together share one where the load has co-activation.
+        metadata: facts that the placement is to carry, JSON-compatible.
 
     Raises:
         PlacementError: when the numbers do not fit together.
@@ -89,12 +93,12 @@ class PlacementRequest:
 
     @property
     def num_slots(self) -> int:
-        """Physical experts per layer."""
+        """Count the physical experts of a layer."""
         return self.num_experts + self.num_redundant
 
 
 class Strategy(ABC):
-    """Decides where experts lie.
+    """Decide where experts lie.
 
     Attributes:
         name: the value of ``--expert-placement-strategy``.
@@ -106,19 +110,19 @@ class Strategy(ABC):
 
     @abstractmethod
     def place(self, request: PlacementRequest) -> Placement:
-        """A valid placement for ``request``.
+        """Make a valid placement for ``request``.
 
         Raises:
             PlacementError: when the strategy cannot place this request.
         """
 
     def _placement(self, request: PlacementRequest, table: np.ndarray) -> Placement:
-        table = np.broadcast_to(table, (request.num_layers, request.num_slots))
+        """Make the placement of ``table``, int ``[slots]`` or ``[layers, slots]``."""
         return Placement(
-            table,
-            request.num_experts,
-            request.slots_per_rank,
-            request.layer_ids,
-            self.name,
-            request.metadata,
+            physical_to_logical=np.broadcast_to(table, (request.num_layers, request.num_slots)),
+            num_logical_experts=request.num_experts,
+            slots_per_rank=request.slots_per_rank,
+            layer_ids=request.layer_ids,
+            strategy=self.name,
+            metadata=request.metadata,
         )

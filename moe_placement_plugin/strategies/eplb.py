@@ -1,4 +1,4 @@
-"""Experts placed, and replicated where there are redundant slots, by the load that was recorded."""
+"""Place experts, and replicate them in redundant slots, by the load that was recorded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from .base import PlacementRequest, Strategy
 
 
 class Eplb(Strategy):
-    """The planner's placement: per layer the busiest rank is as light as the search finds it, over all windows of the load at once."""
+    """Ask the planner, which makes the busiest rank of each layer as light as its search finds."""
 
     name = "eplb"
     needs_load = True
 
     def place(self, request: PlacementRequest) -> Placement:
+        """Place experts for all windows of the load at once."""
         if request.load is None:
             raise PlacementError(
                 "strategy eplb places experts by a recorded load and has none: give "
@@ -24,18 +25,18 @@ class Eplb(Strategy):
             )
         from ..planner import plan  # lazy: numba
 
-        found = plan(
+        planned = plan(
             request.load.counts,
             request.slots_per_rank,
             node_of_rank=request.topology.node_of_rank,
             speed=request.topology.speed,
-            **_near(request, request.load),
+            **_locality_arguments(request, request.load),
         )
-        return self._placement(request, found.physical_to_logical)
+        return self._placement(request, planned.physical_to_logical)
 
 
-def _near(request: PlacementRequest, load: ExpertLoad) -> dict[str, Any]:
-    """The planner's arguments for `PlacementRequest.locality`."""
+def _locality_arguments(request: PlacementRequest, load: ExpertLoad) -> dict[str, Any]:
+    """Give the planner's arguments for `PlacementRequest.locality`."""
     if request.locality == "none":
         return {}
     nodes, groups, pairs = request.topology.num_nodes, request.num_groups, load.coactivation

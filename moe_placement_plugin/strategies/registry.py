@@ -1,4 +1,4 @@
-"""Names of strategies."""
+"""Find strategies by name, this package's own and those of others."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def _third_party() -> dict[str, EntryPoint]:
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Every accepted name, built-in ones first, aliases left out."""
+    """List every accepted name, built-in ones first, aliases left out."""
     return (*_BUILT_IN, *_third_party())
 
 
 def get_strategy(name: str) -> Strategy:
-    """The strategy called ``name``.
+    """Make the strategy called ``name``.
 
     Raises:
         PlacementError: when there is none, or a third party's cannot be loaded.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,10 +265,9 @@ def _place(
     placement = resolve_placement(
         asked,
         file,
-        shape,
+        replace(shape, draft=draft_shape(vllm_config)),
         planned_topology(parallel, ep_size),
         locality=locality,
-        draft=draft_shape(vllm_config),
     )
     _check_back_ends(vllm_config, parallel, placement)
     return placement
