@@ -23,11 +23,11 @@ TWO = Topology(2)
 
 
 def draft(rows=([5, 4, 3, 2, 1, 0],), experts=6, slots=(3, 3), ids=(61,)) -> Placement:
-    return Placement(rows, experts, slots, ids, "draft")
+    return Placement(rows, experts, slots, ids, strategy="draft")
 
 
 def plan(with_draft: Placement | None, ids=(1, 2, 3)) -> Placement:
-    return Placement([[3, 2, 1, 0]] * 3, 4, (2, 2), ids, "eplb", {}, with_draft)
+    return Placement([[3, 2, 1, 0]] * 3, 4, (2, 2), ids, strategy="eplb", draft=with_draft)
 
 
 def test_a_plan_with_rows_for_a_draft_comes_back_from_its_file(tmp_path):
@@ -50,11 +50,11 @@ def test_a_plan_with_rows_for_a_draft_comes_back_from_its_file(tmp_path):
 def test_the_engine_and_its_other_hosts_get_them(tmp_path, ids):
     """Also where the plan's layers are renumbered or selected on the way."""
     write(plan(draft(), ids), tmp_path / "plan.json")
-    found = resolve_placement("eplb", tmp_path / "plan.json", WITH_DRAFT, TWO)
-    assert found.draft == draft() and found.layer_ids == (1, 2, 3)
-    assert found.select_layers((2,)).draft == draft()
-    assert unpack(json.loads(json.dumps(pack(found)))).draft == draft()
-    damaged = pack(found)
+    placement = resolve_placement("eplb", tmp_path / "plan.json", WITH_DRAFT, TWO)
+    assert placement.draft == draft() and placement.layer_ids == (1, 2, 3)
+    assert placement.select_layers((2,)).draft == draft()
+    assert unpack(json.loads(json.dumps(pack(placement)))).draft == draft()
+    damaged = pack(placement)
     damaged["draft"] = pack(draft(rows=[[0, 1, 2, 3, 4, 5]]))
     with pytest.raises(PlacementError, match="arrived with digest"):
         unpack(damaged)

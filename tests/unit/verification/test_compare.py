@@ -8,10 +8,10 @@ import pytest
 from moe_placement_plugin.verification.compare import (
     LayerDigests,
     WeightsMismatch,
-    alike,
     check_experts,
     check_replicas,
     expert_digests,
+    find_identical_experts,
 )
 from moe_placement_plugin.verification.level import check_level
 
@@ -19,7 +19,7 @@ NAMES = ("w13_weight", "w2_weight")
 
 
 def digests(*experts, changed=()):
-    """A rank's layer 4; an expert e has digests (10 e, 10 e + 1), changed ones differ in w2."""
+    """Make a rank's layer 4: expert e has digests (10 e, 10 e + 1), changed ones differ in w2."""
     values = np.array(
         [(10 * abs(e), 10 * abs(e) + 1 + (e in changed)) for e in experts], dtype=np.uint64
     ).reshape(-1, 2)
@@ -95,12 +95,19 @@ def test_many_differences_are_counted():
 def test_equal_experts_are_remarked_on():
     same = digests(0, 1, 2)
     same[4].values[2] = same[4].values[0]
-    assert alike(expert_digests([same])) == ["layer 4: experts 0, 2 are the same"]
-    assert alike(expert_digests([digests(0, 1)])) == []
+    assert find_identical_experts(expert_digests([same])) == ["layer 4: experts 0, 2 are the same"]
+    assert find_identical_experts(expert_digests([digests(0, 1)])) == []
 
 
-@pytest.mark.parametrize("value, placed, level", [(None, True, "replicas"), (None, False, "off"), ("off", True, "off"),
-                                                  ("checkpoint", False, "checkpoint")])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, placed, level",
+    [
+        (None, True, "replicas"),
+        (None, False, "off"),
+        ("off", True, "off"),
+        ("checkpoint", False, "checkpoint"),
+    ],
+)
 def test_levels(value, placed, level):
     assert check_level(value, placed) == level
 

@@ -1,4 +1,4 @@
-"""The look-up of a MoE kernel's tuned configuration for ranks with redundant experts, over functions of the engines' shape."""
+"""Tuned configurations for ranks with redundant experts, looked up as the engines do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from moe_placement_plugin.engines.common.kernel_configs import ConfigsOfFewer
 
 
 class Engine:
-    """A look-up as in SGLang: for the second product it falls back to the first one's, through the module's global."""
+    """Look up as SGLang does.
+
+    For the second product it falls back to the first one's, through the module's global.
+    """
 
     def __init__(self, files: dict[tuple[int, bool], dict], redundant: int):
         self.files, self.asked = files, []
