@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import PlacementError
+from ..core.events import event_counts
 from ..core.load import ExpertLoad
 from ..formats.atomic import remove_unfinished
 from ..formats.load_file import read_load
@@ -37,17 +38,6 @@ MAX_WINDOWS = 64
 
 IDLE = 1.0
 """Seconds without a batch after which what is left is written."""
-
-_events: dict[str, float] = {}
-
-
-def count_event(event: str, amount: float = 1) -> None:
-    """Count something that happened to the placement in this process (a rebalance, bytes moved, a check).
-
-    The numbers go into the recording's metadata, and from there to ``/metrics`` (see `metrics`).
-    """
-    _events[event] = _events.get(event, 0) + amount
-
 
 Snapshot = Callable[[], tuple[np.ndarray, np.ndarray | None]]
 
@@ -131,7 +121,7 @@ class Windows:
         metadata = self.metadata | {
             "window_start": [index * self.length for index, _ in keys],
             "window_seconds": self.length,
-            "events": dict(_events),
+            "events": event_counts(),
             "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         counts = np.stack([self.counts[key] for key in keys])
