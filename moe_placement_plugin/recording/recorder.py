@@ -36,17 +36,6 @@ DEFAULT_INTERVAL = 60.0
 IDLE = 1.0
 """Seconds without a batch after which what is left is written."""
 
-_events: dict[str, float] = {}
-
-
-def count_event(event: str, amount: float = 1) -> None:
-    """Count something that happened to the placement in this process (a rebalance, bytes moved, a check).
-
-    The numbers go into the recording's metadata, and from there to ``/metrics`` (see `metrics`).
-    """
-    _events[event] = _events.get(event, 0) + amount
-
-
 Snapshot = Callable[[], tuple[np.ndarray, np.ndarray | None]]
 """Returns the counts so far, ``[phases, layers, experts]``, and co-activation or None."""
 
@@ -290,7 +279,7 @@ class LoadRecorder:
                 if path.exists():
                     total.merge(read_load(path))
         if total.counts:
-            write(total.load(_events), part_path(self.path, self.part))
+            write(total.load(), part_path(self.path, self.part))
 
     def _others_written(self) -> list[int]:
         """Give when each of the other processes' parts was written; 0 for one that is not there."""

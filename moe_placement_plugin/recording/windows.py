@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import PlacementError
+from ..core.events import event_counts
 from ..core.load import ExpertLoad
 
 MAX_WINDOWS = 64
@@ -96,11 +97,8 @@ class Windows:
         if load.coactivation is not None:
             self.add_pairs(spread_rows(load.coactivation, theirs, len(layers)))
 
-    def load(self, events: Mapping[str, float] | None = None) -> ExpertLoad:
+    def load(self) -> ExpertLoad:
         """Return the recording so far; one window per phase that saw tokens.
-
-        Args:
-            events: what happened to the placement and how often, for the metadata.
 
         Raises:
             PlacementError: when there is none yet.
@@ -113,7 +111,7 @@ class Windows:
         metadata = self.metadata | {
             "window_start": [index * self.length for index, _ in keys],
             "window_seconds": self.length,
-            "events": dict(events or {}),
+            "events": event_counts(),
             "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         return ExpertLoad(
