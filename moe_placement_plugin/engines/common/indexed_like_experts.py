@@ -300,7 +300,7 @@ INDEXED: tuple[Indexed, ...] = (
 
 
 def table() -> str:
-    """Print the tables of ``docs/indexed-like-experts.md`` as Markdown."""
+    """Write the tables of ``docs/indexed-like-experts.md`` as Markdown."""
     lines = ["| what becomes of it | means |", "|---|---|"]
     lines += [f"| {fate} | {meaning} |" for fate, meaning in FATES.items()]
     for engine, title in (("vllm", "vLLM"), ("sglang", "SGLang")):
