@@ -71,8 +71,7 @@ def _examine(name: str) -> dict[str, Any]:
 
 
 def _vllm(result: dict[str, Any]) -> None:
-    from ..engines.vllm import resolve  # lazy: heavy
-    from ..engines.vllm import support as kernels  # lazy: heavy
+    from ..engines.vllm import kernels, support  # lazy: heavy
     from ..engines.vllm.flags import FLAGS  # lazy: heavy
     from ..engines.vllm.patches import (  # lazy: heavy
         eplb_set,
@@ -83,8 +82,8 @@ def _vllm(result: dict[str, Any]) -> None:
         recording_set,
     )
 
-    result["supported"] = f"{resolve.SUPPORTED[0]} to {resolve.SUPPORTED[1]} (exclusive)"
-    resolve.check_version()
+    result["supported"] = f"{support.SUPPORTED[0]} to {support.SUPPORTED[1]} (exclusive)"
+    support.check_version()
     for concern, patches in (
         ("flags", FLAGS),
         ("placement", patch_set()),
@@ -115,21 +114,19 @@ def _sglang(result: dict[str, Any]) -> None:
 
     result["supported"] = f"{compat.OLDEST} to {compat.NEWEST}"
     compat.check_version(sglang.__version__)
-    from ..engines.sglang import (  # lazy: numba
-        draft_recording,
-        eplb,
-        hosts,
-        recording,
-        reload,
-        verification,
-    )
-    from ..engines.sglang import patches as worker  # lazy: numba
+    from ..engines.sglang import patches  # lazy: numba
 
     groups = (
-        ("flags", flags.LAUNCHER), ("placement", flags.ON_REQUEST), ("placement", worker.hooks()),
-        ("eplb", eplb.hooks()), ("verification", verification.hooks()), ("recording", recording.ON_REQUEST), ("recording", recording.hooks()),
-        ("recording", draft_recording.hooks()), ("several hosts", hosts.hooks()), ("new weights", reload.hooks()),
-    )  # fmt: skip
+        ("flags", flags.LAUNCHER),
+        ("placement", flags.ON_REQUEST),
+        ("placement", patches.placement_set()),
+        ("eplb", patches.eplb_set()),
+        ("verification", patches.verification_set()),
+        ("recording", patches.recording_set()),
+        ("recording", patches.draft_recording_set()),
+        ("several hosts", patches.host_set()),
+        ("new weights", patches.reload_set()),
+    )
     for concern, hooks in groups:
         result["patches"] += [{"concern": concern, **row} for row in hooks.report()]
     result["refused"] = [

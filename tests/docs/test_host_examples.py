@@ -98,12 +98,12 @@ def test_slurm_gives_vllm_flags_that_it_has(tmp_path):
 
 def test_docs_name_flags_and_keys_that_there_are():
     """docs/hosts.md and README say the flags as the parsers have them, and the numbers of the code."""
-    from moe_placement_plugin.engines.common import host_flags
+    from moe_placement_plugin.engines.common import options
     from moe_placement_plugin.formats import packed
     from moe_placement_plugin.hosts import watch
 
     text = (ROOT / "docs" / "hosts.md").read_text()
-    for flag in (host_flags.LOCALITY_FLAG, host_flags.TIMEOUT_FLAG):
+    for flag in (options.LOCALITY.flag, options.HOST_TIMEOUT.flag):
         assert flag in text and flag in (ROOT / "README.md").read_text()
     assert (
         f"({watch.DEFAULT_TIMEOUT:g} s;" in text

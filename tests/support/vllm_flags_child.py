@@ -18,6 +18,7 @@ import sys
 import tempfile
 import traceback
 import types
+from dataclasses import asdict
 
 MODULES = [
     "vllm.config.parallel",
@@ -100,6 +101,8 @@ def configs(requests: list[dict]) -> list[dict]:
     moe_placement_plugin.enable()
     from vllm.engine.arg_utils import EngineArgs
 
+    from moe_placement_plugin.engines.vllm import state
+
     results = []
     for request in requests:
         import vllm
@@ -108,10 +111,18 @@ def configs(requests: list[dict]) -> list[dict]:
         vllm.__version__ = request.pop("pretend_version", version)
         try:
             config = EngineArgs(max_model_len=256, **request).create_engine_config()
-            settings = config.additional_config.get("moe_placement_plugin")
-            results.append({"strategy": settings and settings.strategy, "digest": settings and settings["plan"] and settings["plan"]["digest"],
-                            "value": config.parallel_config.expert_placement_strategy, "hosts": settings and settings["hosts"],
-                            "nodes": settings and settings["plan"] and settings["plan"].get("node_of_rank")})  # fmt: skip
+            settings = state.settings_of(config)
+            plan = settings and settings.plan
+            results.append(
+                {
+                    "strategy": settings and settings.strategy,
+                    "digest": plan and plan.digest,
+                    "value": config.parallel_config.expert_placement_strategy,
+                    "hosts": settings and settings.hosts and asdict(settings.hosts),
+                    "source": settings and settings.placement and settings.placement.source,
+                    "nodes": plan and plan.metadata.get("node_of_rank"),
+                }
+            )
         except Exception as error:
             results.append({"error": type(error).__name__, "message": str(error)})
         finally:

@@ -115,9 +115,9 @@ def try_fault(worker, name: str) -> dict:
         for layer in layers:
             faults.attach(layer, layer.local_num_experts)
         faults.prepare(dict(layers[2].named_parameters()), 3)
-        from moe_placement_plugin.engines.vllm.settings import arrived
+        from moe_placement_plugin.engines.vllm.state import STATE
 
-        verification.verify_loaded(worker.model_runner.model, None, arrived())
+        verification.verify_loaded(worker.model_runner.model, None, STATE.settings)
         return {"message": check()}
     layer, other = (
         {**dict(one.named_parameters()), **dict(one.named_buffers())}

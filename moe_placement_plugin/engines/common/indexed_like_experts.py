@@ -95,7 +95,7 @@ INDEXED: tuple[Indexed, ...] = (
         "columns of the router's logits",
         "a column per logical expert; kernels that route by themselves take them for slots",
         "kept logical",
-        "vllm/support.py:check_experts",
+        "vllm/kernels.py:check_experts",
     ),
     Indexed(
         "vllm",
@@ -145,7 +145,7 @@ INDEXED: tuple[Indexed, ...] = (
         "logical ids, taken before they become slots; refused with a recording, which needs the "
         "same place",
         "kept logical",
-        "vllm/recording.py:record_settings",
+        "vllm/support.py:RECORDING_RULES",
     ),
     Indexed(
         "vllm",
@@ -180,14 +180,14 @@ INDEXED: tuple[Indexed, ...] = (
         "LoRA adapters (`--enable-lora`, `--lora-paths`)",
         "kept by SGLang in the trivial order",
         "refused",
-        "sglang/support.py:RULES",
+        "sglang/placement_rules.py:PLACEMENT_RULES",
     ),
     Indexed(
         "sglang",
         "NVFP4 input scales (ModelOpt)",
         "a row per logical expert, sliced by the trivial position in some kernels",
         "refused",
-        "sglang/support.py:RULES",
+        "sglang/placement_rules.py:PLACEMENT_RULES",
     ),
     Indexed(
         "sglang",
@@ -208,14 +208,14 @@ INDEXED: tuple[Indexed, ...] = (
         "columns of the router's logits",
         "a column per logical expert; runner back ends that route by themselves never see the map",
         "refused",
-        "sglang/support.py:_kernel_routes",
+        "sglang/placement_rules.py:_kernel_routes",
     ),
     Indexed(
         "sglang",
         "hash routing (DeepSeek-V4)",
         "a table from token ids to experts, outside of the TopK layer",
         "refused",
-        "sglang/support.py:_own_routing",
+        "sglang/placement_rules.py:_own_routing",
     ),
     Indexed(
         "sglang",
@@ -287,14 +287,14 @@ INDEXED: tuple[Indexed, ...] = (
         "Waterfill and KTransformers",
         "tables of their own for which expert lies where",
         "refused",
-        "sglang/support.py:RULES",
+        "sglang/placement_rules.py:PLACEMENT_RULES",
     ),
     Indexed(
         "sglang",
         "zero-computation experts (LongCat-Flash)",
         "ids beyond the map",
         "refused",
-        "sglang/support.py:_zero_experts",
+        "sglang/placement_rules.py:_zero_experts",
     ),
 )
 

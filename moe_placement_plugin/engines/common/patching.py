@@ -153,6 +153,8 @@ class Patch:
 
 
 PLACEMENT, LOADING = "expert placement", "loading of experts"
+EPLB, VERIFICATION, NEW_WEIGHTS = "EPLB", "verification", "new weights"
+DRAFT_RECORDING = "recording of drafts"
 """Names of the sets that the adapters ask for: see `patch_set_named`."""
 
 _named: dict[str, PatchSet] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .hook_registry import Hook
+
 
 def skip_remote_slots(
     original: Callable, layer: Any, x: Any, topk_output: Any, moe_runner_config: Any
@@ -61,3 +63,26 @@ def local_slots(topk_ids: Any, topk_weights: Any, num_local: int) -> tuple[Any, 
     weight.scatter_add_(1, ids.clamp(min=0).long(), weights.masked_fill(~here, 0))
     slots = used.argsort(dim=1, descending=True, stable=True)[:, :width]
     return rows, slots.to(topk_ids.dtype), weight.gather(1, slots)
+
+
+def cpu_hooks() -> list[Hook]:
+    """Return the hooks round experts that know no slots of other ranks."""
+    return [
+        Hook(
+            name="cpu-expert-parallelism",
+            target="sglang.srt.layers.moe.fused_moe_native:moe_forward_native",
+            hook=skip_remote_slots,
+            relies_on=("layer", "x", "topk_output", "moe_runner_config"),
+            why="the CPU engine's experts do not know slots of other ranks",
+            removable_when="moe_forward_native handles -1",
+        ),
+        Hook(
+            name="compiled-expert-parallelism",
+            target="sglang.srt.layers.moe.fused_moe_native:fused_moe_forward_native",
+            hook=weigh_remote_slots_nothing,
+            relies_on=("layer", "dispatch_output"),
+            counted=False,
+            why="--enable-torch-compile with expert parallelism adds a slot of this rank for every choice that lies elsewhere: wrong output",
+            removable_when="fused_moe_forward_native heeds -1",
+        ),
+    ]

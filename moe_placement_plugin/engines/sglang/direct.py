@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ...core.placement import Placement
-from . import settings
-from .support import Combination
+from .combination import Combination
+from .state import placing
 
 _EXPERTS = "_moe_placement_experts"
 """Attribute of the TopK config of a layer whose dispatcher was given a table: its ``FusedMoE``."""
@@ -42,8 +42,10 @@ def settle(layer: Any, router: Any, experts: int, table: np.ndarray) -> None:
         experts: logical experts.
         table: int32 ``[experts + 1]``, see `local_slots`.
     """
-    asked = settings.current()
-    if asked is None or not asked.direct or not _takes_local_slots(layer.quant_method):
+    settings = placing()
+    if settings is None or not settings.loading.direct:
+        return
+    if not _takes_local_slots(layer.quant_method):
         return
     import torch
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatcher

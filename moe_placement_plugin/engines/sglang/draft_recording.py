@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,11 @@ from ...core.errors import PlacementError
 from ...core.model_shape import num_experts_of
 from ...recording.recorder import check_path
 from ..common.drafts import draft_path
+from ..common.patching import DRAFT_RECORDING
+from ..common.settings import RecordingSettings
 from . import drafts
 from .compat import resolved
-from .hook_registry import Hook, HookSet
+from .hook_registry import Hook, apply_now
 from .layers import expert_layers
 from .load_recording import RECORDING, LoadRecording, routers_of
 
@@ -47,11 +48,11 @@ class DraftRecording(LoadRecording):
         self.recorder.served()
 
 
-def bind(asked: Any, runner: Any, first: int, experts: int) -> None:
+def bind(asked: RecordingSettings, runner: Any, first: int, experts: int) -> None:
     """Record the draft of a model runner, if it has experts and its passes can be told.
 
     Args:
-        asked: the `recording.RecordSettings`.
+        asked: what is recorded.
         runner: SGLang's ``ModelRunner`` of the draft, whose model is loaded.
         first: number of its first layer without one in its name, see `drafts.first_number`.
         experts: logical experts of its layers.
@@ -79,7 +80,7 @@ def bind(asked: Any, runner: Any, first: int, experts: int) -> None:
     own = replace(asked, path=str(draft_path(asked.path)), coactivation=False)
     check_path(own.path, (len(routers), experts))
     name = str(resolved(runner.server_args).speculative_draft_model_path)
-    hooks().apply_now()
+    apply_now(DRAFT_RECORDING)
     setattr(runner, RECORDING, DraftRecording(own, runner, routers, experts, name))
 
 
@@ -108,15 +109,14 @@ def _replay(original: Callable, self: Any, forward_batch: Any, *args: Any, **kwa
     return original(self, forward_batch, *args, **kwargs)
 
 
-@lru_cache(maxsize=1)
-def hooks() -> HookSet:
-    """The hooks of a worker that records a draft; the same object in every call."""
+def draft_recording_hooks() -> list[Hook]:
+    """Return the hooks of a worker that records a draft."""
     package = "sglang.srt.speculative"
     graphs = {
         "steps": f"{package}.eagle_draft_cuda_graph_runner:EAGLEDraftCudaGraphRunner.execute",
         "extend": f"{package}.eagle_draft_extend_cuda_graph_runner:EAGLEDraftExtendCudaGraphRunner.execute",
     }
-    return HookSet(
+    return [
         Hook(
             name=f"record-draft-{name}",
             target=target,
@@ -126,7 +126,7 @@ def hooks() -> HookSet:
             removable_when="SGLang records the load of logical experts in windows by itself",
         )
         for name, target in graphs.items()
-    )
+    ]
 
 
 def before(runner: Any) -> tuple[int, int]:

@@ -20,8 +20,12 @@ from ...core.topology import Topology
 from ...strategies import PlacementRequest, get_strategy
 from ...strategies.resolve import check_draft_rows
 from ..common.drafts import layer_numbers
-from . import compat, direct, draft_layers, evidence, settings
+from ..common.request import Request
+from ..common.settings import Settings
+from . import compat, direct, draft_layers, evidence
+from .hook_registry import Hook
 from .layers import check_router, expert_layers, moe_blocks
+from .state import STATE, placing
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +37,6 @@ LEAVE = (
     "order, or leave the placement flags out"
 )
 """What to do about a draft that cannot be placed."""
-
-_loading: Loading | None = None
-_seen: dict[int, str] = {}  # number -> name of the layers of all parts of this process's draft
 
 
 def first_number(runner: Any) -> int:
@@ -65,29 +66,29 @@ def numbers_of(names: Iterable[str], first: int) -> dict[str, int | None]:
     return found
 
 
-class Loading:
+class DraftLoading:
     """A draft that is being built and loaded.
 
     Args:
         runner: SGLang's ``ModelRunner``.
-        asked: the settings.
-        placement: theirs, which is the target's.
+        settings: the engine's.
+        plan: theirs, which is the target's.
     """
 
-    def __init__(self, runner: Any, asked: settings.Settings, placement: Placement):
+    def __init__(self, runner: Any, settings: Settings, plan: Placement):
         config = runner.model_config.hf_text_config
         self.part = getattr(runner, "draft_model_idx", None)
         self.parts = int(compat.resolved(runner.server_args).speculative_num_steps or 1)
-        self.redundant, self.ranks = placement.num_redundant, placement.num_ranks
-        self.rows = None if asked.moves else placement.draft
+        self.redundant, self.ranks = plan.num_redundant, plan.num_ranks
+        self.rows = None if settings.rebalancing.moves else plan.draft
         self.experts = num_experts_of(config)
         self.first = first_number(runner)  # some models change their config while they are built
-        self.strategy = self._strategy(asked)
+        self.strategy = self._strategy(settings)
 
-    def _strategy(self, asked: settings.Settings) -> Placement | None:
+    def _strategy(self, settings: Settings) -> Placement | None:
         """The row of every layer that the plan has none for; None for SGLang's own order."""
-        strategy = get_strategy(asked.strategy)
-        own_order = asked.moves or strategy.needs_load or strategy.name == "linear"
+        strategy = get_strategy(settings.strategy)
+        own_order = settings.rebalancing.moves or strategy.needs_load or strategy.name == "linear"
         if own_order or self.rows is not None or not self.experts:
             return None
         return strategy.place(
@@ -122,7 +123,7 @@ class Loading:
             PlacementError: when the plan's rows are another draft's, or SGLang cannot load or route a layer by them.
         """
         if self.part in (None, 0):
-            _seen.clear()
+            STATE.draft_layers.clear()
         layers = expert_layers(model)
         numbers = numbers_of(layers, self.first)
         for name, layer in layers.items():
@@ -131,12 +132,12 @@ class Loading:
             _check_layer(name, layer, own)
             object.__setattr__(layer, draft_layers.ATTRIBUTE, own)
             if number is not None:
-                _seen[number] = name
+                STATE.draft_layers[number] = name
         if self.rows is not None and self._is_last():
-            missing = sorted(set(self.rows.layer_ids) - set(_seen))
+            missing = sorted(set(self.rows.layer_ids) - set(STATE.draft_layers))
             if missing:
                 raise PlacementError(
-                    f"the plan has a row for layer {missing[0]} of the draft, whose MoE layers are {sorted(_seen)}: plan for "
+                    f"the plan has a row for layer {missing[0]} of the draft, whose MoE layers are {sorted(STATE.draft_layers)}: plan for "
                     "this draft, or leave its rows out"
                 )
 
@@ -170,7 +171,7 @@ class Loading:
 def _check_layer(name: str, layer: Any, own: draft_layers.DraftLayer) -> None:
     """Refuse what SGLang loads or routes past a draft's own row, before its weights come."""
     if not own.in_order:
-        from .support import unmapped_quantizations  # lazy: heavy
+        from .placement_rules import unmapped_quantizations  # lazy: heavy
 
         method = type(layer.quant_method).__name__
         if method in unmapped_quantizations(compat.OLDEST).values():
@@ -198,41 +199,35 @@ def _check_layer(name: str, layer: Any, own: draft_layers.DraftLayer) -> None:
 @contextmanager
 def loading(runner: Any | None) -> Iterator[None]:
     """While a draft is built and its weights come in; None for any other model."""
-    global _loading
-    before, _loading = _loading, None
-    asked = settings.current()
-    if runner is not None and asked is not None and asked.placement is not None:
-        _loading = Loading(runner, asked, asked.placement)
+    before, STATE.draft = STATE.draft, None
+    settings = placing()
+    if runner is not None and settings is not None and settings.plan is not None:
+        STATE.draft = DraftLoading(runner, settings, settings.plan)
     try:
         yield
     finally:
-        _loading = before
-
-
-def current() -> Loading | None:
-    """The draft that this process is loading; None while it loads another model."""
-    return _loading
+        STATE.draft = before
 
 
 def initialize(original: Callable, *args: Any, **kwargs: Any) -> Any:
     """`_initialize_model`, which builds every model, then numbers of a draft's layers."""
     model = original(*args, **kwargs)
-    if _loading is not None:
-        _loading.number(model)
+    if STATE.draft is not None:
+        STATE.draft.number(model)
     return model
 
 
-def settle(runner: Any, asked: settings.Settings) -> None:
+def settle(runner: Any, settings: Settings) -> None:
     """Check a draft that has been loaded, and have its TopK layers route by its own rows.
 
     Args:
         runner: SGLang's ``ModelRunner`` of the draft.
-        asked: the settings.
+        settings: the engine's.
 
     Raises:
         PlacementError: when slots, weights or routing do not go by the rows.
     """
-    reads, rows = _reads(runner, asked), {}
+    reads, rows = _reads(runner, settings), {}
     for name, layer in expert_layers(runner.model).items():
         own = draft_layers.of_layer(layer)
         if own is None:
@@ -248,8 +243,8 @@ def settle(runner: Any, asked: settings.Settings) -> None:
     in_order = all(own.in_order for own in rows.values())
     if not (in_order and compat.topk_finds_the_placement()):  # else SGLang's own way
         _route_all(runner.model, rows)
-    by_plan = asked.placement is not None and asked.placement.draft is not None
-    how = "its rows of the plan" if by_plan else asked.strategy
+    by_plan = settings.plan is not None and settings.plan.draft is not None
+    how = "its rows of the plan" if by_plan else settings.strategy
     logger.info(
         "moe_placement_plugin: the draft's experts are placed by %s in %d layers (%s)",
         "SGLang's own order" if in_order else how,
@@ -277,19 +272,19 @@ def _route(layer: Any, router: Any, own: draft_layers.DraftLayer) -> None:
     draft_layers.routes(router.topk_config, draft_layers.DraftRouting(info))
 
 
-def _reads(runner: Any, asked: settings.Settings) -> bool:
+def _reads(runner: Any, settings: Settings) -> bool:
     """Whether a draft's weights come from a checkpoint: its load format may be another than the target's."""
     args = compat.resolved(runner.server_args)
     own = getattr(args, "speculative_draft_load_format", None)
-    return asked.reads if own is None else str(getattr(own, "value", own)) != "dummy"
+    return settings.loading.reads if own is None else str(getattr(own, "value", own)) != "dummy"
 
 
-def check_rows(plan: Placement, asked: settings.Settings, cfg: Any, target: ModelShape) -> None:
+def check_rows(plan: Placement, request: Request, cfg: Any, target: ModelShape) -> None:
     """Refuse a plan whose rows for a draft fit no draft of this server; in the launcher, before anything is loaded.
 
     Args:
         plan: the target's placement, with the rows.
-        asked: the flags.
+        request: the flags.
         cfg: SGLang's resolved arguments.
         target: the target's MoE layers.
 
@@ -299,16 +294,16 @@ def check_rows(plan: Placement, asked: settings.Settings, cfg: Any, target: Mode
     rows = plan.draft
     if rows is None:
         return
-    if asked.moves:
+    if getattr(cfg, "enable_eplb", False):
         raise PlacementError(
-            f"{asked.file} has rows for a draft (layers {list(rows.layer_ids)}), which stays in SGLang's own order with "
+            f"{request.file} has rows for a draft (layers {list(rows.layer_ids)}), which stays in SGLang's own order with "
             "--enable-eplb: leave the draft's rows out"
         )
-    check_draft_rows(plan, draft_shape(cfg, target), Topology(plan.num_ranks), str(asked.file))
+    check_draft_rows(plan, draft_shape(cfg, target), Topology(plan.num_ranks), str(request.file))
     a2a = str(cfg.moe_a2a_backend or "none")
     if a2a != "none" and not rows.is_even:
         raise PlacementError(
-            f"{asked.file} gives the ranks {list(rows.slots_per_rank)} experts of a draft, --moe-a2a-backend {a2a} needs the same "
+            f"{request.file} gives the ranks {list(rows.slots_per_rank)} experts of a draft, --moe-a2a-backend {a2a} needs the same "
             "number on every rank: plan the draft with equal ranks"
         )
 
@@ -336,3 +331,18 @@ def draft_shape(cfg: Any, target: ModelShape) -> ModelShape | None:
     )
     experts = num_experts_of(get_hf_text_config(config))
     return ModelShape((), experts, name=path) if experts else None
+
+
+def draft_hooks() -> list[Hook]:
+    """Return the hook that numbers a draft's layers."""
+    return [
+        Hook(
+            name="draft-layers",
+            target="sglang.srt.model_loader.loader:_initialize_model",
+            hook=initialize,
+            relies_on=("model_config", "load_config"),
+            counted=False,
+            why="a draft's layers are placed by rows of their own, which its weights come in by, and known by name once it was built",
+            removable_when="SGLang has a map of experts for drafts too",
+        ),
+    ]

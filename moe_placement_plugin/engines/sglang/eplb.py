@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,19 +17,19 @@ from ...exchange.watchdog import WaitingFor, Watchdog
 from ...rebalancing.decision import RebalancePolicy
 from ...rebalancing.rebalancer import REBALANCE_FLAG, Rebalancer, policy_from
 from ...rebalancing.tables import inverse_maps
+from ..common.settings import Settings
 from . import (
     elastic,
     eplb_counting,
     eplb_exchange,
     eplb_phases,
     expert_reader,
-    settings,
-    verification,
 )
-from .hook_registry import Hook, HookSet
+from .hook_registry import Hook
 from .hosts import real_topology
 from .layers import expert_layers
 from .slot_digests import digests_known, recheck, renew
+from .state import placing, verifies
 
 logger = logging.getLogger(__name__)
 
@@ -39,54 +38,6 @@ MOST_WINDOWS = 16
 
 _PLANNER = "_moe_placement_planner"  # attribute of the EPLBManager
 _END = object()
-
-
-def settle(asked: settings.Settings, cfg: Any) -> None:
-    """Note whether experts move while serving, and refuse what would not go well.
-
-    Args:
-        asked: the flags.
-        cfg: SGLang's resolved arguments.
-
-    Raises:
-        PlacementError: naming the argument, the reason and the mend.
-    """
-    asked.moves = bool(getattr(cfg, "enable_eplb", False))
-    ours = asked.moves and asked.plans
-    if asked.rebalance is not None:
-        if not ours:
-            raise PlacementError(
-                f"{REBALANCE_FLAG} without --enable-eplb and --expert-placement-strategy eplb: nothing of ours rebalances; add both, or leave it out"
-            )
-        policy_from(asked.rebalance, REBALANCE_FLAG)
-    if asked.planner and not asked.moves:
-        raise PlacementError(
-            "--eplb-algorithm expert_placement without --enable-eplb: nothing rebalances; add it, or leave the algorithm out"
-        )
-    if not asked.moves:
-        return
-    flag = "--enable-eplb with an expert placement"
-    if int(cfg.tp_size) != int(cfg.ep_size):
-        raise PlacementError(
-            f"{flag}, --tp-size {cfg.tp_size} and --ep-size {cfg.ep_size}: SGLang's updater takes the TP rank for the EP rank and would move the "
-            "wrong experts; make them equal, or leave --enable-eplb out"
-        )
-    if int(cfg.pp_size) > 1:
-        raise PlacementError(
-            f"{flag} and --pp-size {cfg.pp_size}: SGLang's updater sends to ranks of the first pipeline stage; leave one of the two out"
-        )
-    if str(getattr(cfg.load_format, "value", cfg.load_format)) == "dummy":
-        raise PlacementError(
-            f"{flag} and --load-format dummy: most models list the weights to move only while they load a checkpoint; leave --enable-eplb out"
-        )
-    algorithm = str(getattr(cfg, "eplb_algorithm", "auto"))
-    asked.elastic = bool(getattr(cfg, "elastic_ep_backend", None))
-    if (
-        ours and algorithm != "auto" and not (asked.elastic and algorithm == "elasticity_aware")
-    ):  # SGLang's own choice then
-        raise PlacementError(
-            f"--eplb-algorithm {algorithm} together with --expert-placement-strategy eplb: both decide how to rebalance; leave one of the two out"
-        )
 
 
 def list_weights(model: Any) -> None:
@@ -111,17 +62,17 @@ def list_weights(model: Any) -> None:
     )
 
 
-def warm_up(asked: settings.Settings) -> None:
+def warm_up(settings: Settings) -> None:
     """Compile planner and exchange while the model loads."""
     from ...rebalancing import tables  # lazy: numba
 
-    placement = asked.placement
+    placement = settings.plan
     assert placement is not None, "settled before a model loads"
     tables.warm_up(
         placement.physical_to_logical,
         placement.num_logical_experts,
         placement.num_ranks,
-        asked.plans,
+        settings.rebalancing.plans,
     )
 
 
@@ -131,7 +82,7 @@ def _known(model: Any) -> bool:
     Raises:
         PlacementError: when replicas of an updated expert differ.
     """
-    if verification.current() is None:
+    if not verifies():
         return False
     if elastic.may_lose_ranks():  # some may be dead: no collective
         return digests_known(model)
@@ -144,11 +95,11 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
     Raises:
         PlacementError: on every rank alike, which ends the server, when a slot holds something else than its expert.
     """
-    asked = settings.current()
-    assert asked is not None, "hooked only where a placement was asked for"
+    settings = placing()
+    assert settings is not None, "hooked only where a placement was asked for"
     model = self._get_model()
-    policy = policy_from(asked.rebalance, REBALANCE_FLAG)
-    if asked.plans and not hasattr(self, _PLANNER):
+    policy = policy_from(settings.rebalancing.rules, REBALANCE_FLAG)
+    if settings.rebalancing.plans and not hasattr(self, _PLANNER):
         setattr(self, _PLANNER, _planner(policy, model.routed_experts_weights_of_layer))
     here = eplb_exchange.Rebalance(
         Watchdog(policy.watchdog, report=logger.warning), getattr(self, _PLANNER, None)
@@ -282,69 +233,66 @@ def needed(original: Callable, self: Any, *args: Any, **kwargs: Any) -> bool:
     return elastic.live_ranks() is not None or original(self, *args, **kwargs)
 
 
-@lru_cache(maxsize=1)
-def hooks() -> HookSet:
-    """What a worker gets besides under a placement with ``--enable-eplb``; the same object in every call."""
-    return HookSet(
-        [
-            Hook(
-                name="eplb-rebalance",
-                target="sglang.srt.eplb.eplb_manager:EPLBManager.rebalance",
-                hook=rebalance,
-                relies_on=("self",),
-                why="an exchange that hangs, or leaves a slot with the wrong weights, is never reported",
-                upstream="SGLang #39580",
-                removable_when="never: it is this plugin's own check",
+def eplb_hooks() -> list[Hook]:
+    """Return what a worker gets besides under a placement with ``--enable-eplb``."""
+    return [
+        Hook(
+            name="eplb-rebalance",
+            target="sglang.srt.eplb.eplb_manager:EPLBManager.rebalance",
+            hook=rebalance,
+            relies_on=("self",),
+            why="an exchange that hangs, or leaves a slot with the wrong weights, is never reported",
+            upstream="SGLang #39580",
+            removable_when="never: it is this plugin's own check",
+        ),
+        Hook(
+            name="eplb-plan",
+            target="sglang.srt.eplb.eplb_algorithms:rebalance_experts",
+            hook=plan,
+            relies_on=(
+                "tokens_per_expert",
+                "num_physical_experts",
+                "num_local_physical_experts",
+                "num_groups",
+                "num_nodes",
+                "algorithm",
             ),
-            Hook(
-                name="eplb-plan",
-                target="sglang.srt.eplb.eplb_algorithms:rebalance_experts",
-                hook=plan,
-                relies_on=(
-                    "tokens_per_expert",
-                    "num_physical_experts",
-                    "num_local_physical_experts",
-                    "num_groups",
-                    "num_nodes",
-                    "algorithm",
-                ),
-                why="EPLB's algorithms are a closed list, never see the placement in force, and move experts whether it pays or not",
-                upstream="SGLang #8345, #7879",
-                removable_when="SGLang takes algorithms from plugins and hands them the placement in force",
+            why="EPLB's algorithms are a closed list, never see the placement in force, and move experts whether it pays or not",
+            upstream="SGLang #8345, #7879",
+            removable_when="SGLang takes algorithms from plugins and hands them the placement in force",
+        ),
+        Hook(
+            name="eplb-update",
+            target="sglang.srt.eplb.expert_location_updater:ExpertLocationUpdater.update",
+            hook=eplb_exchange.update,
+            relies_on=(
+                "routed_experts_weights_of_layer",
+                "new_expert_location_metadata",
+                "update_layer_ids",
             ),
-            Hook(
-                name="eplb-update",
-                target="sglang.srt.eplb.expert_location_updater:ExpertLocationUpdater.update",
-                hook=eplb_exchange.update,
-                relies_on=(
-                    "routed_experts_weights_of_layer",
-                    "new_expert_location_metadata",
-                    "update_layer_ids",
-                ),
-                why="layers that stay are worked through, all is staged in a buffer of a whole layer, a rank that dies leaves a mix, and an expert "
-                "whose chosen sender is dead goes to disk though a live rank holds it, with a full reload for all models but DeepSeek",
-                upstream="SGLang #12068, #8345",
-                removable_when="the updater takes executors from plugins",
-            ),
-            *eplb_phases.phase_hooks(),
-            *eplb_counting.count_hooks(),
-            Hook(
-                name="eplb-needed",
-                target="sglang.srt.eplb.eplb_manager:EPLBManager._check_rebalance_needed",
-                hook=needed,
-                relies_on=("self",),
-                why="with --eplb-min-rebalancing-utilization-threshold a server whose ranks have died may not place their experts anew",
-                removable_when="the threshold is not asked after a rank fault",
-                optional=True,
-            ),
-            Hook(
-                name="eplb-names",
-                target="sglang.srt.model_loader.loader:DefaultModelLoader._get_weights_iterator",
-                hook=expert_reader.weights,
-                relies_on=("source",),
-                why="which tensors hold an expert is known to the model's loader only",
-                upstream="SGLang #12068",
-                removable_when="every model can name the tensors of an expert (generate_weight_name_filter)",
-            ),
-        ]
-    )
+            why="layers that stay are worked through, all is staged in a buffer of a whole layer, a rank that dies leaves a mix, and an expert "
+            "whose chosen sender is dead goes to disk though a live rank holds it, with a full reload for all models but DeepSeek",
+            upstream="SGLang #12068, #8345",
+            removable_when="the updater takes executors from plugins",
+        ),
+        *eplb_phases.phase_hooks(),
+        *eplb_counting.count_hooks(),
+        Hook(
+            name="eplb-needed",
+            target="sglang.srt.eplb.eplb_manager:EPLBManager._check_rebalance_needed",
+            hook=needed,
+            relies_on=("self",),
+            why="with --eplb-min-rebalancing-utilization-threshold a server whose ranks have died may not place their experts anew",
+            removable_when="the threshold is not asked after a rank fault",
+            optional=True,
+        ),
+        Hook(
+            name="eplb-names",
+            target="sglang.srt.model_loader.loader:DefaultModelLoader._get_weights_iterator",
+            hook=expert_reader.weights,
+            relies_on=("source",),
+            why="which tensors hold an expert is known to the model's loader only",
+            upstream="SGLang #12068",
+            removable_when="every model can name the tensors of an expert (generate_weight_name_filter)",
+        ),
+    ]

@@ -13,8 +13,10 @@ from ...core.errors import PlacementError
 from ...exchange.watchdog import WaitingFor, Watchdog
 from ...rebalancing.exchanger import Exchanger, Meeting, connect
 from ...rebalancing.rebalancer import REBALANCE_FLAG, Rebalancer, policy_from
-from . import elastic, expert_reader, reload, settings
+from ..common.settings import Settings
+from . import elastic, expert_reader
 from .layers import expert_layers
+from .state import STATE, placing
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +53,13 @@ class _Met:
     reader: expert_reader.EngineReader | None = None
 
 
-def meet(asked: settings.Settings, model: Any) -> None:
+def meet(settings: Settings, model: Any) -> None:
     """Learn of the other ranks what an exchange needs, while all of them are there; a collective call."""
     global _met
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
     group = get_moe_ep_group()
-    _met = _Met(Meeting.of(group.cpu_group, asked.elastic), model)
+    _met = _Met(Meeting.of(group.cpu_group, settings.rebalancing.elastic), model)
     connect(group.device_group, next(model.parameters()).device)
 
 
@@ -126,17 +128,17 @@ def _differs(old: Any, new: Any, layer: int) -> bool:
 
 
 def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
-    made = reload.generation()
+    made = STATE.generation
     found = getattr(updater, _EXCHANGER, None)
     if found is None or getattr(updater, _VIEWED, made) != made:
         from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
-        asked = settings.current()
-        if _met is None or asked is None:
+        settings = placing()
+        if _met is None or settings is None:
             raise PlacementError(
                 "experts are to move before the model has been loaded: this start of SGLang is not understood"
             )
-        policy = policy_from(asked.rebalance, REBALANCE_FLAG)
+        policy = policy_from(settings.rebalancing.rules, REBALANCE_FLAG)
         tensors = current_tensors(weights, _met.model)
         first = next(iter(tensors.values()))[0]
         group = get_moe_ep_group()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import PlacementError
-from . import draft_layers, settings
+from . import draft_layers
+from .state import STATE, plan_here
 
 _WEIGHT = re.compile(r"w\d+_q?weight(_packed)?")
 """Names of the matrices that every checkpoint must fill; scales and zero points may keep their defaults."""
@@ -31,12 +31,6 @@ _MUST_FILL = "_moe_placement_weights"
 ALL_SHARDS = "all"
 """Instead of a shard, for a tensor that has all of them."""
 
-# (layer, weight, shard) -> logical experts that the checkpoint brought; forgotten once they have been checked.
-_brought: dict[tuple[int, str, str], set[int]] = defaultdict(set)
-
-# (layer, weight, shard) -> slots of this rank that were written; forgotten with the above.
-_filled: dict[tuple[int, str, str], set[int]] = defaultdict(set)
-
 _thread = (
     threading.local()
 )  # loaders may work in threads: .expert is what the thread brings just now
@@ -44,8 +38,8 @@ _thread = (
 
 def forget() -> None:
     """Begin anew: what was loaded so far is another model's."""
-    _brought.clear()
-    _filled.clear()
+    STATE.brought.clear()
+    STATE.filled.clear()
 
 
 def in_force() -> Any:
@@ -73,8 +67,7 @@ def experts_of_slots(layer: Any) -> np.ndarray:
             if layer.layer_id < metadata.num_layers:
                 return metadata.physical_to_logical_map_cpu.numpy()[layer.layer_id, physical]
             return np.where(physical < metadata.num_logical_experts, physical, -1)
-        asked = settings.current()
-        placement = None if asked is None else asked.placement
+        placement = plan_here()
         if placement is not None and layer.layer_id in placement.layer_ids:
             return placement.local_experts(placement.row(layer.layer_id), layer.moe_ep_rank)
     return physical
@@ -91,9 +84,9 @@ def experts_of_map(layer: Any) -> int | None:
         return own.num_logical
     if not follows_map(layer):
         return None
-    metadata, asked = in_force(), settings.current()
+    metadata = in_force()
     if metadata is None:
-        placement = None if asked is None else asked.placement
+        placement = plan_here()
         return None if placement is None else placement.num_logical_experts
     return metadata.num_logical_experts
 
@@ -118,7 +111,7 @@ def note_built(layer: Any) -> None:
 @contextmanager
 def bringing(layer: Any, param: Any, weight_name: str, shard: str, expert: int) -> Iterator[None]:
     """A loader brings one logical expert; what it fills meanwhile is checked against the map."""
-    _brought[layer.layer_id, _name(layer, param, weight_name), shard].add(expert)
+    STATE.brought[layer.layer_id, _name(layer, param, weight_name), shard].add(expert)
     before = getattr(_thread, "expert", None)
     _thread.expert = expert
     try:
@@ -149,14 +142,14 @@ def note_slot(layer: Any, param: Any, weight_name: str, shard: str, slot: int) -
         )
     weight = _name(layer, param, weight_name)
     if param.dim() >= 3 or weight in getattr(layer, _MUST_FILL, ()):
-        _filled[layer.layer_id, weight, shard].add(slot)
+        STATE.filled[layer.layer_id, weight, shard].add(slot)
 
 
 def note_all(layer: Any, param: Any, weight_name: str, shard: str, experts: int) -> None:
     """All slots of this rank were written from a tensor of all ``experts``, by the map."""
     key = layer.layer_id, _name(layer, param, weight_name), shard
-    _brought[key].update(range(experts))
-    _filled[key].update(range(layer._num_local_routed))
+    STATE.brought[key].update(range(experts))
+    STATE.filled[key].update(range(layer._num_local_routed))
 
 
 def _name(layer: Any, param: Any, weight_name: str) -> str:
@@ -184,7 +177,9 @@ def check(name: str, layer: Any) -> None:
         PlacementError: naming the weight, the slot and the expert.
     """
     number, held = layer.layer_id, experts_of_slots(layer)
-    brought = {(weight, s): experts for (n, weight, s), experts in _brought.items() if n == number}
+    brought = {
+        (weight, s): experts for (n, weight, s), experts in STATE.brought.items() if n == number
+    }
     if not brought:
         raise PlacementError(
             f"{name}: its weights did not come through FusedMoE's loader, so that the placement was not heeded: use "
@@ -203,7 +198,7 @@ def check(name: str, layer: Any) -> None:
                 f"{name}: the checkpoint brought {part} of {len(every) - len(missing)} of {len(every)} experts, expert "
                 f"{missing[0]} is missing: its slots hold no weights; use a complete checkpoint"
             )
-    filled = {(weight, s): slots for (n, weight, s), slots in _filled.items() if n == number}
+    filled = {(weight, s): slots for (n, weight, s), slots in STATE.filled.items() if n == number}
     for weight in needed:
         shards = {shard for w, shard in filled if w == weight}
         half = shards & {"w1", "w3"}

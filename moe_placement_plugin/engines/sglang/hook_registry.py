@@ -211,6 +211,22 @@ def require_applied(name: str) -> None:
     Raises:
         PlacementError: naming the hooks that are not in force.
     """
+    _set_named(name).require_applied()
+
+
+def apply_now(name: str) -> None:
+    """Apply the hooks of a set that was made in this process.
+
+    Args:
+        name: of the set, see `patching.patch_set_named`.
+
+    Raises:
+        PlacementError: naming the hooks that do not fit, or that the registry did not apply.
+    """
+    _set_named(name).apply_now()
+
+
+def _set_named(name: str) -> HookSet:
     found = patch_set_named(name)
     assert isinstance(found, HookSet), "SGLang's sets are of hooks"
-    found.require_applied()
+    return found

@@ -12,6 +12,7 @@ from ...core.errors import PlacementError
 from ...hosts import session
 from ...recording.counters import LoadCounters
 from ...recording.recorder import LoadRecorder, Windows
+from ..common.settings import RecordingSettings
 from .compat import attention_dp_width, replicas, resolved
 from .layers import moe_blocks, routing_kernel
 
@@ -28,14 +29,21 @@ class LoadRecording:
     """The counters of one model runner, bound to its TopK layers, and their recorder.
 
     Args:
-        asked: path, interval and whether pairs are counted: `recording.RecordSettings`.
+        asked: path, interval and whether pairs are counted.
         runner: SGLang's ``ModelRunner``, whose model is loaded.
         routers: number of each MoE layer -> its TopK layer.
         experts: logical experts of a layer.
         model: what the user called the model.
     """
 
-    def __init__(self, asked: Any, runner: Any, routers: dict[int, Any], experts: int, model: str):
+    def __init__(
+        self,
+        asked: RecordingSettings,
+        runner: Any,
+        routers: dict[int, Any],
+        experts: int,
+        model: str,
+    ):
         import sglang
         from sglang.srt.runtime_context import get_parallel
 

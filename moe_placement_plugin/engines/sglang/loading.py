@@ -10,32 +10,25 @@ from typing import Any
 from ...core.errors import PlacementError
 from ...core.placement import Placement
 from ..common.patching import PLACEMENT, hits_of
-from . import direct, draft_layers, drafts, evidence, expert_reader, positional, settings
+from . import direct, draft_layers, drafts, evidence, expert_reader, positional
+from .hook_registry import Hook
 from .layers import check_router, moe_blocks
 from .routing import LAYER
+from .state import STATE, placing, plan_here
+
+_FUSED_MOE = "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE"
 
 logger = logging.getLogger(__name__)
 
 
-def _placement() -> Placement | None:
-    asked = settings.current()
-    return asked.placement if asked is not None else None
-
-
-def redundant_per_rank() -> int:
-    """Redundant experts that each rank holds in a layer, 0 without a placement."""
-    placement = _placement()
-    return 0 if placement is None else placement.num_redundant // placement.num_ranks
-
-
 def build(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
     """`FusedMoE.__init__` with the redundant slots that some models (GLM-4-MoE) leave out of ``num_experts``."""
-    placement = _placement()
+    placement = plan_here()
     call = inspect.signature(original).bind(self, *args, **kwargs)
     if placement is not None:
         experts = call.arguments["num_experts"]
         shared = _shared_slots(call.arguments.get("num_fused_shared_experts", 0))
-        if (draft := drafts.current()) is not None:
+        if (draft := STATE.draft) is not None:
             call.arguments["num_experts"] = draft.slots(experts - shared) + shared
         elif experts - placement.num_logical_experts == shared:
             call.arguments["num_experts"] = experts + placement.num_redundant
@@ -70,7 +63,7 @@ def load(
     Raises:
         PlacementError: for a tensor of all experts whose rows were not put into the order of the slots.
     """
-    placement = _placement()
+    placement = plan_here()
     if placement is None:
         original(self, param, loaded_weight, weight_name, shard_id, expert_id)
     elif expert_id is None:
@@ -106,7 +99,7 @@ def fill(
     Raises:
         PlacementError: when it is not the slot of the expert that is brought, or the file keeps experts in its own order.
     """
-    if _placement() is not None:
+    if plan_here() is not None:
         if getattr(param, "is_gguf_weight", False):
             raise PlacementError(
                 f"layer {self.layer_id}: a GGUF file is kept in containers in the order of the file, past the map of experts: "
@@ -124,36 +117,35 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     """
     draft = bool(getattr(self, "is_draft_worker", False))
     evidence.forget()
-    asked = settings.current()
+    settings, plan = placing(), plan_here()
     with (
-        expert_reader.learning(asked is not None and asked.elastic and not draft),
+        expert_reader.learning(settings is not None and settings.rebalancing.elastic and not draft),
         drafts.loading(self if draft else None),
     ):
         result = original(self, *args, **kwargs)
-    if asked is None or asked.placement is None:
+    if settings is None or plan is None:
         pass
     elif draft:
-        drafts.settle(self, asked)
+        drafts.settle(self, settings)
     else:
-        layers = check_layers(self.model, asked.placement, asked.reads)
-        if not layers and asked.stages == 1:
+        layers = check_layers(self.model, plan, settings.loading.reads)
+        if not layers and settings.loading.stages == 1:
             raise PlacementError(
                 f"{type(self.model).__name__} has no FusedMoE layer: serve it without the placement flags"
             )
-        from . import eplb, eplb_exchange  # lazy: numba
+        if settings.rebalancing.moves:
+            from . import eplb, eplb_exchange  # lazy: numba
 
-        if asked.moves:
             eplb.list_weights(self.model)
-            eplb_exchange.meet(asked, self.model)
-            eplb.warm_up(asked)
-
+            eplb_exchange.meet(settings, self.model)
+            eplb.warm_up(settings)
         logger.info(
             "moe_placement_plugin: EP rank %s: expert placement %s is in force in %d layers (plan %s), routed by one look-up in %d; "
             "patches used so far: %s",
             layers[0].moe_ep_rank if layers else "of a stage without MoE layers",
-            asked.placement.strategy,
+            plan.strategy,
             len(layers),
-            asked.placement.digest[:12],
+            plan.digest[:12],
             sum(map(direct.has_table, layers)),
             ", ".join(f"{name} {hits}" for name, hits in hits_of(PLACEMENT).items() if hits),
         )
@@ -206,7 +198,7 @@ def _check_experts(name: str, layer: Any, placement: Placement) -> None:
 def _check_method(name: str, layer: Any) -> None:
     import sglang
 
-    from .support import unmapped_quantizations  # lazy: heavy
+    from .placement_rules import unmapped_quantizations  # lazy: heavy
 
     method = type(layer.quant_method).__name__
     if method in unmapped_quantizations(sglang.__version__).values():
@@ -214,3 +206,44 @@ def _check_method(name: str, layer: Any) -> None:
             f"{name} is quantized by {method}, whose loader puts zero points or scales where the trivial map has them: use an FP8, "
             "Marlin or bf16 checkpoint, or leave the placement flags out"
         )
+
+
+def load_hooks() -> list[Hook]:
+    """Return the hooks that build layers with the placement's slots and see them filled."""
+    return [
+        Hook(
+            name="slots",
+            target=f"{_FUSED_MOE}.__init__",
+            hook=build,
+            relies_on=("num_experts", "num_fused_shared_experts"),
+            why="GLM-4-MoE builds its layers without the redundant slots",
+            upstream="SGLang #18213",
+            removable_when="every model adds ep_num_redundant_experts",
+        ),
+        Hook(
+            name="loader",
+            target=f"{_FUSED_MOE}.weight_loader",
+            hook=load,
+            relies_on=("param", "loaded_weight", "weight_name", "shard_id", "expert_id"),
+            why="a checkpoint that goes round the map of experts must be noticed",
+            upstream="SGLang #39580",
+            removable_when="SGLang checks that every slot was filled",
+        ),
+        Hook(
+            name="slot-loader",
+            target=f"{_FUSED_MOE}._weight_loader_impl",
+            hook=fill,
+            relies_on=("param", "loaded_weight", "weight_name", "shard_id", "expert_id"),
+            why="a slot that nothing fills must be noticed, also where no replica differs from it",
+            upstream="vLLM #55228, SGLang #39580",
+            removable_when="SGLang checks that every slot was filled",
+        ),
+        Hook(
+            name="model",
+            target="sglang.srt.model_executor.model_runner:ModelRunner.load_model",
+            hook=after_load,
+            relies_on=("self",),
+            why="slots, weights and routing of every MoE layer are checked before the first request",
+            removable_when="SGLang checks them",
+        ),
+    ]

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import PlacementError
-from . import evidence, expert_reader, settings
+from . import evidence, expert_reader
+from .hook_registry import Hook
 from .layers import expert_layers
+from .state import plan_here
 
 _STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj)_(blocks|scales|bias)$")
 """What gpt-oss's MXFP4 checkpoints call tensors of all experts."""
@@ -50,7 +52,7 @@ def load_fused(
     Raises:
         PlacementError: when it is not known which experts the tensor has.
     """
-    if getattr(settings.current(), "placement", None) is None:
+    if plan_here() is None:
         original(self, param, loaded_weight, weight_name, shard_id)
         return
     experts = loaded_weight.shape[0]
@@ -85,8 +87,7 @@ def load_gpt_oss_mxfp4(original: Callable, self: Any, weights: Iterable[tuple[st
 
     It gets them in the order of the slots, and the number of slots for that of experts.
     """
-    placement = getattr(settings.current(), "placement", None)
-    if placement is None:
+    if plan_here() is None:
         return original(self, weights)
     layers = {layer.layer_id: layer for layer in expert_layers(self).values()}
     slots = {layer._num_global_routed for layer in layers.values()}
@@ -115,3 +116,25 @@ def _in_slot_order(
             stretched[first : first + len(rows)] = tensor[rows.tolist()]
             tensor = stretched
         yield name, tensor
+
+
+def positional_hooks() -> list[Hook]:
+    """Return the hooks round loaders that take experts by position."""
+    return [
+        Hook(
+            name="fused-loader",
+            target="sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.weight_loader_fused",
+            hook=load_fused,
+            relies_on=("param", "loaded_weight", "weight_name", "shard_id"),
+            why="checkpoints with all experts in one tensor are loaded by position",
+            removable_when="weight_loader_fused heeds the map of experts",
+        ),
+        Hook(
+            name="gpt-oss-loader",
+            target="sglang.srt.models.gpt_oss:GptOssForCausalLM._load_mxfp4_experts_weights",
+            hook=load_gpt_oss_mxfp4,
+            relies_on=("weights",),
+            why="gpt-oss's MXFP4 checkpoints are cut into equal blocks of experts, past the map of experts: wrong output",
+            removable_when="the model's loader heeds the map of experts",
+        ),
+    ]

@@ -12,14 +12,14 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 from ...core.errors import PlacementError
-from . import draft_layers, evidence, expert_reader, settings
-from .hook_registry import Hook, HookSet
+from . import draft_layers, evidence, expert_reader
+from .hook_registry import Hook
 from .layers import expert_layers
 from .slot_digests import weights_are_whole, weights_change, weights_changed
+from .state import STATE, placing
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,11 @@ BY_NAME = (None, "flattened_bucket")
 
 _RELIES_ON = {"update_weights_from_tensor": ("named_tensors", "load_format")}
 
-_generation = 0
-
-
-def generation() -> int:
-    """How often the served model's weights have changed: whoever keeps views of them must make them anew."""
-    return _generation
-
 
 @contextmanager
 def _change(runner: Any) -> Iterator[list[bool]]:
     """The target model's weights change; put into the list whether all went well."""
-    global _generation
-    _generation += 1
+    STATE.generation += 1
     weights_change(runner.model)
     evidence.forget()
     outcome = [False]
@@ -77,9 +69,9 @@ def update(method: str, original: Callable, self: Any, *args: Any, **kwargs: Any
         return False, refusal
     if draft:
         return _of_draft(original, self, *args, **kwargs)
-    asked, before = settings.current(), weights_are_whole(runner.model)
+    settings, before = placing(), weights_are_whole(runner.model)
     from_disk = method == "update_weights_from_disk"
-    elastic = asked is not None and asked.elastic
+    elastic = settings is not None and settings.rebalancing.elastic
     if elastic and not from_disk:
         expert_reader.forget()  # the checkpoint has other weights now: a lost expert is not to be had
     with _change(runner) as outcome, expert_reader.learning(elastic and from_disk):
@@ -113,7 +105,7 @@ def _of_draft(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
 def _by_position(model: Any, call: dict[str, Any]) -> str | None:
     """Why an update is refused: it copies tensors of experts by position; None when it may go on."""
     how = call.get("load_format")
-    if "named_tensors" not in call or how in BY_NAME or settings.current() is None:
+    if "named_tensors" not in call or how in BY_NAME or placing() is None:
         return None
     layers = tuple(f"{name}." for name in expert_layers(model))
     if how == "direct" and not any(name.startswith(layers) for name, _ in call["named_tensors"]):
@@ -152,8 +144,7 @@ def _comes_back(runner: Any) -> bool:
 
 def send(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     """`send_weights_to_remote_instance`: another server would take our slots for its own, by position."""
-    asked = settings.current()
-    if asked is None:
+    if placing() is None:
         return original(self, *args, **kwargs)
     refusal = (
         "weights are not sent to another server by position while experts are placed: its slots hold other experts; load "
@@ -178,40 +169,37 @@ def _methods() -> list[str]:
     return [name for name in names if hasattr(WeightUpdater, name)]
 
 
-@lru_cache(maxsize=1)
-def hooks() -> HookSet:
-    """The hooks of a worker whose experts are placed or verified; the same object in every call."""
+def reload_hooks() -> list[Hook]:
+    """Return the hooks of a worker whose experts are placed or verified."""
     why = "digests and views of the old weights must go, and what copies by position be refused"
-    return HookSet(
-        [
-            *(
-                Hook(
-                    name=f"new-weights-{name.replace('_', '-')}",
-                    target=f"{_UPDATER}.{name}",
-                    hook=functools.partial(update, name),
-                    relies_on=_RELIES_ON.get(name, ("self",)),
-                    why=why,
-                    upstream="SGLang #9923, #26015",
-                    removable_when="never: it is this plugin's own state",
-                )
-                for name in _methods()
-            ),
+    return [
+        *(
             Hook(
-                name="released-weights",
-                target=f"{_SCHEDULER}.release_memory_occupation",
-                hook=release,
-                relies_on=("recv_req",),
-                why="released weights may come back as anything until they are updated",
+                name=f"new-weights-{name.replace('_', '-')}",
+                target=f"{_UPDATER}.{name}",
+                hook=functools.partial(update, name),
+                relies_on=_RELIES_ON.get(name, ("self",)),
+                why=why,
+                upstream="SGLang #9923, #26015",
                 removable_when="never: it is this plugin's own state",
-            ),
-            Hook(
-                name="sent-weights",
-                target=f"{_EXPORTER}.send_weights_to_remote_instance",
-                hook=send,
-                relies_on=("self",),
-                why="a server with another placement would take each slot for its own",
-                removable_when="weights are sent by logical expert",
-                optional=True,
-            ),
-        ]
-    )
+            )
+            for name in _methods()
+        ),
+        Hook(
+            name="released-weights",
+            target=f"{_SCHEDULER}.release_memory_occupation",
+            hook=release,
+            relies_on=("recv_req",),
+            why="released weights may come back as anything until they are updated",
+            removable_when="never: it is this plugin's own state",
+        ),
+        Hook(
+            name="sent-weights",
+            target=f"{_EXPORTER}.send_weights_to_remote_instance",
+            hook=send,
+            relies_on=("self",),
+            why="a server with another placement would take each slot for its own",
+            removable_when="weights are sent by logical expert",
+            optional=True,
+        ),
+    ]

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from . import compat, direct, draft_layers
+from .hook_registry import Hook
 
 # Attribute of the TopK config of every MoE layer of the target model: the layer's id. A draft's have a row of their own.
 LAYER = "_moe_placement_layer"
@@ -127,3 +128,57 @@ def pick_by_row(original: Callable, topk_ids: Any, info: Any) -> Any:
     rows = rows.view(-1, *[1] * (topk_ids.dim() - 1))
     physical = info.partial_logical_to_all_physical_map[experts, rows % replicas]
     return torch.where(topk_ids < 0, topk_ids, physical.to(topk_ids.dtype))
+
+
+def routing_hooks() -> list[Hook]:
+    """Return the hooks that send logical ids to slots where the installed SGLang leaves that out."""
+    chosen = [
+        Hook(
+            name="routing",
+            target="sglang.srt.layers.moe.topk:select_experts",
+            hook=select,
+            relies_on=(
+                "hidden_states",
+                "router_logits",
+                "topk_config",
+                "expert_location_dispatch_info",
+            ),
+            counted=False,  # traced by --enable-torch-compile
+            why="several models up to 0.5.22 route to logical ids without an all-to-all back end: wrong output; and a placement costs a look-up",
+            upstream="the wrong output: mended in SGLang 0.5.23",
+            removable_when="0.5.22 is no longer supported, and SGLang's dispatcher takes logical ids",
+        ),
+    ]
+    if not compat.topk_finds_the_placement():
+        chosen += [
+            Hook(
+                name="remap",
+                target="sglang.srt.layers.moe.topk:_post_process_topk_ids",
+                hook=post_process,
+                relies_on=(
+                    "topk_ids",
+                    "topk_weights",
+                    "topk_config",
+                    "num_token_non_padded",
+                    "expert_location_dispatch_info",
+                ),
+                counted=False,  # traced by --enable-torch-compile
+                why="the CPU engine never sends logical ids to physical slots: wrong output",
+                upstream="mended in SGLang 0.5.23",
+                removable_when="0.5.22 is no longer supported",
+            ),
+        ]
+    if not compat.dispatch_is_rank_invariant():
+        chosen += [
+            Hook(
+                name="pick-by-row",
+                target="sglang.srt.eplb.expert_location_dispatch:_topk_ids_logical_to_physical_dynamic",
+                hook=pick_by_row,
+                relies_on=("topk_ids", "info"),
+                counted=False,
+                why="ranks that see the same tokens draw different replicas",
+                upstream="mended in SGLang 0.5.17",
+                removable_when="0.5.16 is no longer supported",
+            ),
+        ]
+    return chosen

@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Right:
-    """A combination that is right, what makes it so, and how that is known."""
-
-    what: str
-    how: str
-    known: str
-
+from ..common.support import Right
 
 RIGHT: tuple[Right, ...] = (
     Right(

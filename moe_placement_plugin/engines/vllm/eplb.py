@@ -19,12 +19,14 @@ from ...core.placement import Placement
 from ...exchange.watchdog import WaitingFor, Watchdog
 from ...rebalancing.rebalancer import REBALANCE_FLAG, Rebalancer, policy_from
 from ..common.patching import Patch
+from ..common.settings import Settings
 from . import eplb_exchange, eplb_phases, eplb_replicas, kernel_configs, reload, verification
 from .eplb_support import check_slots
+from .expert_maps import knows
 from .hosts import real_topology
-from .layers import EPLB_ROW, num_logical, routed_layers
-from .settings import PlacementSettings, arrived, layer_id_of, settings_of
-from .support import ALL2ALL_WITH_MAP
+from .kernels import ALL2ALL_WITH_MAP
+from .layers import EPLB_ROW, layer_id_of, num_logical, routed_layers
+from .state import STATE, settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -43,10 +45,10 @@ def _add_model(original):
         known = set(self.model_states)
         original(self, model, model_config, *args, **kwargs)
         config = get_current_vllm_config_or_none()
-        settings = arrived() if config is None else settings_of(config)
-        if settings is None or not settings["eplb"]:
+        settings = STATE.settings if config is None else settings_of(config)
+        if settings is None or not settings.rebalancing.moves:
             return
-        self.__dict__[_WATCHDOG] = policy_from(settings["rebalance"], REBALANCE_FLAG).watchdog
+        self.__dict__[_WATCHDOG] = policy_from(settings.rebalancing.rules, REBALANCE_FLAG).watchdog
         self.__dict__.setdefault(_REBALANCERS, {})
         for key, state in self.model_states.items():
             if key not in known:
@@ -55,7 +57,7 @@ def _add_model(original):
     return add_model
 
 
-def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
+def _begin(eplb: Any, state: Any, settings: Settings) -> None:
     layers = routed_layers(state.model)
     if len(layers) != state.physical_to_logical_map.shape[0]:
         raise PlacementError(
@@ -64,7 +66,7 @@ def _begin(eplb: Any, state: Any, settings: PlacementSettings) -> None:
         )
     for row, layer in enumerate(layers.values()):
         object.__setattr__(layer, EPLB_ROW, (state, row))
-    rules = policy_from(settings["rebalance"], REBALANCE_FLAG)
+    rules = policy_from(settings.rebalancing.rules, REBALANCE_FLAG)
     exchanger = eplb_exchange.adopt(
         eplb, state, rules.staging_bytes, max(60.0, 2 * rules.watchdog), rules.peer_memory
     )
@@ -107,12 +109,12 @@ def _num_ranks(layers: dict[str, Any]) -> int:
     return next(iter(layers.values())).expert_map_manager.ep_size
 
 
-def _place(eplb: Any, state: Any, settings: PlacementSettings, layers: dict[str, Any]) -> None:
-    placement = settings.placement
+def _place(eplb: Any, state: Any, settings: Settings, layers: dict[str, Any]) -> None:
+    placement = settings.plan
     if placement is None:
         return
     if not all(
-        settings.knows(layer_id_of(name), num_logical(layer)) for name, layer in layers.items()
+        knows(placement, layer_id_of(name), num_logical(layer)) for name, layer in layers.items()
     ):
         logger.info(
             "moe_placement_plugin: %s is not in the placement (a draft model): EPLB begins with its own there",
@@ -276,7 +278,7 @@ def _rearrange(original):
         limit = getattr(self, _WATCHDOG, None)
         if limit is None:
             return original(self, is_profile, *args, **kwargs)
-        if not is_profile and not reload.may_rearrange(self, arrived()):
+        if not is_profile and not reload.may_rearrange(self, STATE.settings):
             return None
         watched = not is_profile and not self.is_async
         states = list(self.model_states.values()) if watched else []

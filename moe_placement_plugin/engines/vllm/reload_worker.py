@@ -7,9 +7,10 @@ from typing import Any
 
 from ...core.errors import PlacementError
 from ..common.patching import Patch
+from ..common.settings import Settings
 from .layers import EPLB_ROW, moved_slots, routed_layers
 from .reload import abandon, begin, finish, refuse_while_moving, updates_of
-from .settings import PlacementSettings, settings_of
+from .state import settings_of
 from .weight_transfer import check_engine
 
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
@@ -24,7 +25,7 @@ def _alone(worker: Any) -> bool:
     return worker.vllm_config.parallel_config.data_parallel_size == 1
 
 
-def _finish_worker(worker: Any, settings: PlacementSettings) -> None:
+def _finish_worker(worker: Any, settings: Settings) -> None:
     """End an update; after one that left wrong weights the worker computes nothing until one has
     put them right.
     """
@@ -135,7 +136,7 @@ def _finish_weight_update(original):
 def _sleep(original):
     def sleep(self, level=1, *args, **kwargs):
         settings = settings_of(self.vllm_config)
-        if settings is not None and settings["eplb"]:
+        if settings is not None and settings.rebalancing.moves:
             if level == 2:
                 raise PlacementError(
                     "sleep level 2 with --enable-eplb forgets which expert EPLB has put where: "

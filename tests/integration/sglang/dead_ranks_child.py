@@ -20,8 +20,10 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
+from moe_placement_plugin.engines.sglang.state import settings_of
 from tests.support.warm_workers import WarmContext
 
 RANKS = 4
@@ -238,7 +240,7 @@ def main() -> None:
     load_plugins()
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
-    from moe_placement_plugin.engines.sglang import settings
+    from moe_placement_plugin.engines.sglang import carrier
     from moe_placement_plugin.engines.sglang.eplb import warm_up
 
     common = "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch --grammar-backend none --log-level info"
@@ -267,8 +269,11 @@ def main() -> None:
     if hasattr(server_args, "resolve_once"):
         server_args.resolve_once()
     server_args.check_server_args()
-    settings.of(server_args).elastic = True  # what --elastic-ep-backend sets
-    warm_up(settings.of(server_args))  # else every rank compiles for itself, at once
+    settings = settings_of(server_args)
+    elastic = replace(settings.rebalancing, elastic=True)  # what --elastic-ep-backend sets
+    settings = replace(settings, rebalancing=elastic)
+    carrier.attach(server_args, settings)
+    warm_up(settings)  # else every rank compiles for itself, at once
     port_args = PortArgs.init_new(server_args)
     processes, pipes = [], []
     for rank in range(ranks):

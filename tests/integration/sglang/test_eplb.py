@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from moe_placement_plugin.core.errors import PlacementError
-from moe_placement_plugin.engines.sglang import eplb, eplb_exchange, settings
+from moe_placement_plugin.engines.sglang import eplb, eplb_exchange
+from moe_placement_plugin.engines.sglang.state import STATE, settings_of
 from moe_placement_plugin.exchange.watchdog import Watchdog
 from moe_placement_plugin.lab.gpu.serving.server_logs import moved
 from moe_placement_plugin.rebalancing.decision import RebalancePolicy
@@ -22,6 +23,7 @@ from moe_placement_plugin.rebalancing.rebalancer import Rebalancer
 from moe_placement_plugin.rebalancing.tables import inverse_maps
 from tests.integration.sglang.engines import LONG, Outcome, case, run_cases
 from tests.support.children import engine_lock
+from tests.support.sglang_settings import make_settings
 from tests.unit.engines.sglang.test_flags import TWO, arguments, plugins, refused, resolve  # noqa: F401
 
 EPLB = ("--enable-eplb", "--expert-placement-strategy", "eplb")
@@ -31,7 +33,7 @@ TOLERANCE = 1e-4
 
 
 def test_strategy_eplb_begins_where_eplb_does(models):
-    asked = settings.of(
+    asked = settings_of(
         resolve(
             arguments(
                 models["qwen32"],
@@ -44,13 +46,13 @@ def test_strategy_eplb_begins_where_eplb_does(models):
             )
         )
     )
-    assert asked.placement.physical_to_logical[3].tolist() == [*range(32), 0, 1, 2, 3]
+    assert asked.plan.physical_to_logical[3].tolist() == [*range(32), 0, 1, 2, 3]
     arrived = pickle.loads(pickle.dumps(asked))
-    assert arrived.moves and arrived.rebalance == {"min_gain": 0.1}
-    padded = settings.of(
+    assert arrived.rebalancing.moves and arrived.rebalancing.rules == {"min_gain": 0.1}
+    padded = settings_of(
         resolve(arguments(models["qwen30"], "--tp-size", "4", "--ep-size", "4", *EPLB))
     )
-    assert padded.padding == 2 and padded.placement.physical_to_logical[0].tolist() == [
+    assert padded.placement.padding == 2 and padded.plan.physical_to_logical[0].tolist() == [
         *range(30),
         0,
         1,
@@ -58,24 +60,24 @@ def test_strategy_eplb_begins_where_eplb_does(models):
 
 
 def test_other_strategies_and_loads_are_where_eplb_begins(models, files):
-    zigzag = settings.of(
+    zigzag = settings_of(
         resolve(
             arguments(
                 models["qwen32"], *TWO, "--enable-eplb", "--expert-placement-strategy", "zigzag"
             )
         )
     )
-    assert zigzag.moves and zigzag.placement.physical_to_logical[0].tolist() == [
+    assert zigzag.rebalancing.moves and zigzag.plan.physical_to_logical[0].tolist() == [
         *range(0, 32, 2),
         *range(1, 32, 2),
     ]
-    planned = settings.of(
+    planned = settings_of(
         resolve(
             arguments(models["qwen32"], *TWO, *EPLB, "--expert-placement-file", str(files["load"]))
         )
     )
-    assert planned.plans and not zigzag.plans
-    by_file = settings.of(
+    assert planned.rebalancing.plans and not zigzag.rebalancing.plans
+    by_file = settings_of(
         resolve(
             arguments(
                 models["qwen32"],
@@ -86,8 +88,10 @@ def test_other_strategies_and_loads_are_where_eplb_begins(models, files):
             )
         )
     )
-    assert by_file.moves and by_file.plans
-    assert planned.moves and planned.placement.physical_to_logical[0].tolist() != list(range(32))
+    assert by_file.rebalancing.moves and by_file.rebalancing.plans
+    assert planned.rebalancing.moves and planned.plan.physical_to_logical[0].tolist() != list(
+        range(32)
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,9 +202,9 @@ def test_our_planner_as_an_algorithm_with_any_strategy(models):
     zigzag = resolve(
         arguments(models["qwen32"], *TWO, *ours, "--expert-placement-strategy", "zigzag")
     )
-    assert settings.of(zigzag).plans and settings.of(zigzag).placement.strategy == "zigzag"
+    assert settings_of(zigzag).rebalancing.plans and settings_of(zigzag).plan.strategy == "zigzag"
     alone = resolve(arguments(models["qwen32"], *TWO, *ours))
-    assert settings.of(alone).plans and settings.of(alone).strategy == "eplb"
+    assert settings_of(alone).rebalancing.plans and settings_of(alone).strategy == "eplb"
 
 
 class Metadata(types.SimpleNamespace):
@@ -358,12 +362,12 @@ def rebalancing(serving, monkeypatch):
     monkeypatch.setattr(
         eplb, "recheck", lambda model, what, only, alone: checked.append(list(only))
     )
-    monkeypatch.setattr(eplb.verification, "current", lambda: object())
+    monkeypatch.setattr(eplb, "verifies", lambda: True)
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
     monkeypatch.setattr(eplb, "renew", lambda model: True)
-    settings.set_current(settings.Settings("eplb", rebalance={"watchdog": 0.05}, moves=True))
+    STATE.settings = make_settings("eplb", rules={"watchdog": 0.05}, moves=True, plans=True)
     yield checked
-    settings.set_current(None)
+    STATE.settings = None
 
 
 def chunks(self):

@@ -65,8 +65,8 @@ def test_counts_are_the_models_own_routing(tmp_path, ranks):
 )
 def test_bad_flags(values, words):
     from moe_placement_plugin import PlacementError
-    from moe_placement_plugin.engines.sglang import recording
+    from moe_placement_plugin.engines.sglang import flags
 
     with pytest.raises(PlacementError, match=words):
-        recording.request(dict(values))
-    assert recording.request({"tp_size": 2}) is None
+        flags.read_request(dict(values))
+    assert flags.read_request({"tp_size": 2}) is None

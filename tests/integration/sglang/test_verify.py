@@ -10,8 +10,9 @@ import torch
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.placement import Placement
-from moe_placement_plugin.engines.sglang import settings, slot_digests, verification
+from moe_placement_plugin.engines.sglang import slot_digests, verification
 from moe_placement_plugin.engines.sglang.hook_registry import Hook, HookSet
+from moe_placement_plugin.engines.sglang.state import STATE, settings_of, verifies
 from moe_placement_plugin.formats.plan_json import read_plan
 from tests.integration.sglang import faults
 from tests.integration.sglang.engines import Outcome, case, run_cases
@@ -26,13 +27,12 @@ def forgotten():
 
     load_plugins()
     yield
-    settings.set_current(None)
-    verification.set_current(None)
+    STATE.settings = None
 
 
 def level(server_args) -> str | None:
-    wanted = getattr(server_args, verification.ATTRIBUTE, None)
-    return None if wanted is None else wanted.level
+    settings = settings_of(server_args)
+    return None if settings is None else settings.verification.level
 
 
 def flag(value: str) -> tuple[str, str]:
@@ -46,14 +46,14 @@ ZIGZAG = (*TWO, "--expert-placement-strategy", "zigzag")
 def test_the_level_reaches_the_workers(models, value):
     server_args = resolve(arguments(models["qwen32"], *ZIGZAG, *flag(value)))
     assert level(server_args) == value
-    assert (verification.current() is None) == (value == "off")
+    assert verifies() == (value != "off")
 
 
 def test_a_placement_is_verified_by_default_and_stock_is_not(models):
     assert level(resolve(arguments(models["qwen32"], *ZIGZAG))) == "replicas"
-    verification.set_current(None)
+    STATE.settings = None
     assert level(resolve(arguments(models["qwen32"], *TWO))) is None
-    assert verification.current() is None
+    assert not verifies()
 
 
 def test_yaml_and_engine_arguments(models, tmp_path):

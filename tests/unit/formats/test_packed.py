@@ -11,8 +11,9 @@ import pytest
 
 from moe_placement_plugin import Placement
 from moe_placement_plugin.core.errors import PlacementError
-from moe_placement_plugin.engines.vllm.settings import PlacementSettings
+from moe_placement_plugin.engines.vllm.state import Carried
 from moe_placement_plugin.formats import packed as form
+from tests.support.vllm_settings import make_settings
 
 
 def random_plan(layers: int, experts: int, redundant: int, ranks: int, seed: int = 0) -> Placement:
@@ -41,9 +42,7 @@ def test_r1_travels_whole_and_small():
         there.digest == plan.digest
         and (there.physical_to_logical == plan.physical_to_logical).all()
     )
-    settings = PlacementSettings.make("eplb", plan, 32)
-    assert len(pickle.dumps(dict(settings))) < 33_000
-    assert settings.placement.digest == plan.digest
+    assert len(pickle.dumps(dict(Carried(make_settings("eplb", plan, 32))))) < 33_000
 
 
 def test_the_limit_is_far_beyond_any_model_of_today():
@@ -57,7 +56,7 @@ def test_what_is_too_large_is_refused(monkeypatch):
     with pytest.raises(
         PlacementError, match=r"58 layers with 288 slots takes \d+ bytes packed, and 20000 travel"
     ):
-        PlacementSettings.make("eplb", random_plan(58, 256, 32, 32), 32)
+        Carried(make_settings("eplb", random_plan(58, 256, 32, 32), 32))
 
 
 def test_what_was_damaged_on_the_way_is_refused():

@@ -110,11 +110,10 @@ def arguments_of(values: dict[str, Any]) -> bytes:
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.runtime_context import reset_context
 
-    from moe_placement_plugin.engines.sglang import settings, verification
+    from moe_placement_plugin.engines.sglang.state import STATE
 
     reset_context()
-    settings.set_current(None)
-    verification.set_current(None)
+    STATE.settings = None
     server_args = Engine.server_args_class(**values)
     server_args.resolve_once()
     server_args.check_server_args()

@@ -63,13 +63,21 @@ def _id(value: Any) -> str:
     return value.name if isinstance(value, Recipe) else str(value)
 
 
+def fails_as_known(recipe: Recipe, error: str) -> bool:
+    """Whether SGLang itself fails as its recipe says; torch's CUDA build says it in other words."""
+    known = [recipe.unbuildable]
+    if recipe.unbuildable == "Torch not compiled with CUDA enabled":
+        known.append("Found no NVIDIA driver on your system")
+    return any(words in error for words in known)
+
+
 @pytest.mark.parametrize(("recipe", "placement"), CASES, ids=_id)
 def test_placed_or_refused(results, recipe, placement):
     result = results[name_of(recipe, placement)]
     refusal = expected_refusal(recipe, placement)
     if recipe.unbuildable:
         said = [result.get("error", ""), *(rank["error"] for rank in result.get("ranks", []))]
-        assert any(recipe.unbuildable in error for error in said)
+        assert any(fails_as_known(recipe, error) for error in said)
         return
     assert "error" not in result, result.get("error")
     if refusal:
@@ -112,7 +120,7 @@ def _same(one: dict[str, Any], ranks: list[dict[str, Any]], recipe: Recipe) -> N
 def test_refused(results, recipe):
     result = results[name_of(recipe, "zigzag")]
     if recipe.unbuildable:
-        assert recipe.unbuildable in result["error"]
+        assert fails_as_known(recipe, result["error"])
         return
     assert "error" not in result, result.get("error")
     assert expected_refusal(recipe, "zigzag") in result.get("refused", "")

@@ -132,7 +132,7 @@ def _load(
         if recipe.draft is not None:
             found.draft = _load_draft(server_args, recipe.draft, placement, parallel, port)
     if plugin := sys.modules.get("moe_placement_plugin.engines.sglang.patches"):
-        found.patches = [name for name, hits in plugin.hooks().hits().items() if hits]
+        found.patches = [name for name, hits in plugin.placement_set().hits().items() if hits]
     return found
 
 

@@ -46,7 +46,7 @@ def test_rows_are_told_apart():
 
 def test_refusals_of_sglang_have_a_rule():
     """A refused row that names the rules has one whose subject it is."""
-    rules = (ENGINES / "sglang" / "support.py").read_text()
+    rules = (ENGINES / "sglang" / "placement_rules.py").read_text()
     for words in ("enable_lora", "modelopt_fp4", "waterfill", "kt_weight_path"):
         assert words in rules
 

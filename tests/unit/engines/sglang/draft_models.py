@@ -9,7 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from moe_placement_plugin.core.placement import Placement
-from moe_placement_plugin.engines.sglang import drafts, evidence, loading, settings
+from moe_placement_plugin.engines.sglang import drafts, evidence, loading
+from moe_placement_plugin.engines.sglang.state import STATE
+from tests.support.sglang_settings import make_settings
 
 EXPERTS, RANKS, HIDDEN, WIDTH = 6, 2, 4, 3
 ROW = [5, 0, 3, 2, 1, 4]
@@ -31,15 +33,14 @@ def asking() -> Iterator:
     """What puts settings into force: a placement for the target, with or without rows for the draft."""
 
     def asked(rows: Placement | None = None, strategy: str = "zigzag", **more):
-        found = settings.Settings(strategy, placement=with_rows(rows, strategy), **more)
-        settings.set_current(found)
-        return found
+        STATE.settings = make_settings(strategy, with_rows(rows, strategy), **more)
+        return STATE.settings
 
     evidence.forget()
     try:
         yield asked
     finally:
-        settings.set_current(None)
+        STATE.settings = None
         evidence.forget()
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.engines.common.settings import RecordingSettings, Settings
 from moe_placement_plugin.engines.sglang import draft_recording, recording
+from moe_placement_plugin.engines.sglang.state import STATE
 from moe_placement_plugin.formats.plan_or_load import write
 
 from .draft_models import EXPERTS, make_experts, make_model, runner
@@ -28,11 +30,11 @@ def recorded(monkeypatch, tmp_path, algorithm="EAGLE", part=None):
     from sglang.srt import runtime_context
     from sglang.srt.layers.moe.topk import TopK
 
-    wanted = recording.RecordSettings(str(tmp_path / "load.safetensors"), 60.0, True)
-    monkeypatch.setattr(recording, "_current", wanted)
+    wanted = RecordingSettings(str(tmp_path / "load.safetensors"), 60.0, True)
+    monkeypatch.setattr(STATE, "settings", Settings(recording=wanted))
     parallel = types.SimpleNamespace(tp_rank=0, pp_rank=0)
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: parallel)
-    monkeypatch.setattr(draft_recording, "hooks", lambda: types.SimpleNamespace(apply_now=int))
+    monkeypatch.setattr(draft_recording, "apply_now", lambda name: None)
     model = make_model(make_experts(0, EXPERTS))
     router = TopK.__new__(TopK)
     torch.nn.Module.__init__(router)
@@ -93,8 +95,8 @@ def test_a_recording_says_that_it_leaves_a_draft_out(
 
 
 def test_a_dense_draft_is_not_spoken_of(monkeypatch, caplog):
-    wanted = recording.RecordSettings("load.safetensors", 60.0, False)
-    monkeypatch.setattr(recording, "_current", wanted)
+    wanted = RecordingSettings("load.safetensors", 60.0)
+    monkeypatch.setattr(STATE, "settings", Settings(recording=wanted))
     dense = runner(model=torch.nn.Linear(1, 1))
     with caplog.at_level(logging.INFO):
         recording._load_model(lambda self: None, dense)

@@ -12,10 +12,10 @@ from moe_placement_plugin.engines.sglang import (
     direct,
     draft_layers,
     drafts,
-    evidence,
     reload,
     routing,
 )
+from moe_placement_plugin.engines.sglang.state import STATE
 
 from .draft_models import EXPERTS, RANKS, ROW, ROWS, asking, bring, held, loaded
 
@@ -157,4 +157,4 @@ def test_new_weights_of_a_draft_go_by_its_own_rows(ask):
 
     assert reload.update("update_weights_from_disk", original, updater)[0]
     assert held(layer) == ROW[3:]
-    assert not evidence._brought and not evidence._filled
+    assert not STATE.brought and not STATE.filled

@@ -16,8 +16,9 @@ from moe_placement_plugin.engines.sglang import (
     drafts,
     evidence,
     loading,
-    settings,
 )
+from moe_placement_plugin.engines.sglang.state import STATE
+from tests.support.sglang_settings import make_settings
 
 from .draft_models import (
     EXPERTS,
@@ -94,7 +95,7 @@ def test_a_drafts_layers_have_the_slots_that_its_ranks_need(ask, rows, redundant
 
     ask(rows)
     with drafts.loading(runner()):
-        drafts.current().redundant = redundant
+        STATE.draft.redundant = redundant
         loading.build(original, torch.nn.Module(), num_experts=routed)
     assert built == [slots]
 
@@ -150,7 +151,7 @@ def test_sglangs_loader_fills_every_slot_with_its_expert(ask, rank, rows, strate
     one, layer = loaded(rank)
     assert held(layer) == row[rank * 3 : rank * 3 + 3]
     evidence.check("mlp", layer)
-    assert drafts._reads(one, types.SimpleNamespace(reads=True)) and asked.placement.draft is rows
+    assert drafts._reads(one, make_settings("zigzag")) and asked.plan.draft is rows
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
@@ -304,7 +305,7 @@ def test_the_target_is_no_draft(ask):
     """Nothing of it is numbered, whatever was loaded before."""
     ask(ROWS)
     loaded(0)
-    assert drafts.current() is None
+    assert STATE.draft is None
     layer = make_experts(0, 8)
     with drafts.loading(None):
         drafts.initialize(lambda: make_model(layer))
@@ -313,9 +314,9 @@ def test_the_target_is_no_draft(ask):
 
 
 def test_without_a_placement_a_draft_is_sglangs_own():
-    settings.set_current(None)
+    STATE.settings = None
     layer = make_experts(0, EXPERTS)
     with drafts.loading(runner()):
-        assert drafts.current() is None
+        assert STATE.draft is None
         drafts.initialize(lambda: make_model(layer))
     assert draft_layers.of_layer(layer) is None

@@ -10,7 +10,9 @@ import torch
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.placement import Placement
-from moe_placement_plugin.engines.sglang import evidence, loading, settings
+from moe_placement_plugin.engines.sglang import evidence, loading
+from moe_placement_plugin.engines.sglang.state import STATE
+from tests.support.sglang_settings import make_settings
 
 
 class Weights(torch.nn.Module):
@@ -32,10 +34,10 @@ class Weights(torch.nn.Module):
 def placed():
     """A placement of 4 experts in 6 slots on 2 ranks for layer 1, in force in this process: rank 1 holds 2, 0 and 3."""
     placement = Placement([[3, 1, 0, 2, 0, 3]], 4, (3, 3), (1,))
-    settings.set_current(settings.Settings("custom", placement=placement))
+    STATE.settings = make_settings("custom", placement)
     evidence.forget()
     yield placement
-    settings.set_current(None)
+    STATE.settings = None
     evidence.forget()
 
 

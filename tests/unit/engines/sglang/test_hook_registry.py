@@ -133,8 +133,8 @@ def test_uncounted_hooks_leave_no_counter_to_trace(engine):
 
 
 def test_every_worker_hook_says_why_and_when_it_can_go():
-    from moe_placement_plugin.engines.sglang.patches import hooks
+    from moe_placement_plugin.engines.sglang.patches import placement_set
 
-    for patch in hooks():
+    for patch in placement_set():
         assert patch.why and patch.removable_when and patch.relies_on, patch.name
         assert patch.check() is None, patch.name

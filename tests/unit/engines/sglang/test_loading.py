@@ -12,23 +12,26 @@ import torch
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.engines.sglang import (
+    carrier,
+    combination,
     cpu,
     direct,
+    kernel_configs,
     loading,
     patches,
     routing,
-    settings,
-    support,
 )
+from moe_placement_plugin.engines.sglang.state import STATE, settings_of
+from tests.support.sglang_settings import make_settings
 
 
 @pytest.fixture
 def placed():
     """A placement of 4 experts in 6 slots on 2 ranks for layer 1, in force in this process."""
     placement = Placement([[3, 1, 0, 2, 0, 3]], 4, (3, 3), (1,))
-    settings.set_current(settings.Settings("custom", placement=placement))
+    STATE.settings = make_settings("custom", placement)
     yield placement
-    settings.set_current(None)
+    STATE.settings = None
 
 
 def make_layer(num_experts: int, hidden: int = 8, width: int = 6, seed: int = 0):
@@ -148,7 +151,7 @@ def test_redundant_slots_are_added_to_layers_that_leave_them_out(placed):
     loading.build(
         original, layer, num_experts=5, hidden_size=8, layer_id=1, num_fused_shared_experts=1
     )
-    settings.set_current(None)
+    STATE.settings = None
     loading.build(original, layer, num_experts=4, hidden_size=8, layer_id=1)
     assert built == [6, 6, 7, 4]
 
@@ -303,8 +306,10 @@ def test_one_look_up_where_the_dispatcher_has_the_placements_table(placed):
                   *({"options": frozenset({option})} for option in ("enable_eplb", "expert_distribution_recorder_mode", "elastic_ep_backend"))],
 )  # fmt: skip
 def test_one_look_up_only_where_nobody_needs_physical_ids(different):
-    assert set(different.get("options", ())) <= set(support.OPTIONS), "one that nobody looks at"
-    assert direct.allowed(support.Combination("0.5.16", **different)) is not bool(different)
+    assert set(different.get("options", ())) <= set(combination.SWITCHES), (
+        "one that nobody looks at"
+    )
+    assert direct.allowed(combination.Combination("0.5.16", **different)) is not bool(different)
 
 
 def test_draft_layers_and_other_models_are_left_alone(placed):
@@ -330,8 +335,8 @@ def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(
     folder.mkdir(parents=True)
     config = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
     (folder / engine.get_config_file_name(60, 96, None)).write_text(json.dumps({"1": config}))
-    (hook,) = (one for one in patches.hooks() if one.name == "tuned-with-redundant-experts")
-    assert loading.redundant_per_rank() == 1
+    (hook,) = (one for one in patches.placement_set() if one.name == "tuned-with-redundant-experts")
+    assert kernel_configs.redundant_per_rank() == 1
     assert hook.check() is None
     original = getattr(engine.get_moe_configs, "__wrapped__", engine.get_moe_configs)
     monkeypatch.setattr(
@@ -353,15 +358,15 @@ def test_the_settings_go_through_json_and_pickle_on_their_way(placed):
     from sglang.srt.utils.msgspec_utils import msgspec_to_builtins
 
     arguments = types.SimpleNamespace(tp_size=2)
-    settings.attach(arguments, settings.Settings("zigzag", placement=placed, padding=2))
+    carrier.attach(arguments, make_settings("zigzag", placed, padding=2))
     assert (
         json.dumps(jsonable_encoder(msgspec_to_builtins(vars(arguments))))
         == '{"tp_size": 2, "_moe_placement": "zigzag"}'
     )
-    settings.set_current(None)
+    STATE.settings = None
     sent = pickle.loads(pickle.dumps(arguments))
     assert (
-        settings.of(sent).placement == placed
-        and settings.of(sent).padding == 2
-        and settings.current() is settings.of(sent)
+        settings_of(sent).plan == placed
+        and settings_of(sent).placement.padding == 2
+        and STATE.settings is settings_of(sent)
     )

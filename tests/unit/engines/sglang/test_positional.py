@@ -9,7 +9,9 @@ import torch
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.placement import Placement
-from moe_placement_plugin.engines.sglang import evidence, loading, positional, settings
+from moe_placement_plugin.engines.sglang import evidence, loading, positional
+from moe_placement_plugin.engines.sglang.state import STATE
+from tests.support.sglang_settings import make_settings
 
 EXPERTS, HIDDEN, WIDTH = 8, 64, 32
 PLANS = {
@@ -23,10 +25,10 @@ PLANS = {
 def placed(request):
     row, slots = PLANS[request.param]
     placement = Placement([row, row[::-1]], EXPERTS, slots, (0, 1))
-    settings.set_current(settings.Settings("custom", placement=placement))
+    STATE.settings = make_settings("custom", placement)
     evidence.forget()
     yield placement
-    settings.set_current(None)
+    STATE.settings = None
     evidence.forget()
 
 

@@ -17,10 +17,10 @@ from moe_placement_plugin.engines.sglang import (
     evidence,
     expert_reader,
     reload,
-    settings,
     slot_digests,
-    verification,
 )
+from moe_placement_plugin.engines.sglang.state import STATE
+from tests.support.sglang_settings import make_settings
 
 
 def make_model():
@@ -44,7 +44,7 @@ def make_model():
 def runner(monkeypatch):
     """A runner of rank 0 of one whose experts are placed and were verified."""
     placement = Placement([[1, 0]], 2, (2,), (1,))
-    settings.set_current(settings.Settings("custom", placement=placement))
+    STATE.settings = make_settings("custom", placement)
     model = make_model()
     object.__setattr__(model, slot_digests._EXPECTED, {1: "as loaded"})
     group = types.SimpleNamespace(cpu_group=None, world_size=1, rank_in_group=0)
@@ -59,7 +59,7 @@ def runner(monkeypatch):
     yield types.SimpleNamespace(
         model=model, is_draft_worker=False, server_args=types.SimpleNamespace()
     )
-    settings.set_current(None)
+    STATE.settings = None
     evidence.forget()
 
 
@@ -100,15 +100,15 @@ def test_a_direct_update_of_other_tensors_goes_on(runner):
 
 
 def test_without_a_placement_nothing_is_refused(runner):
-    settings.set_current(None)
+    STATE.settings = None
     (succeeded, _), seen = from_tensor(runner, ["experts.w2_weight"], "direct")
     assert succeeded and seen
 
 
 def test_digests_of_old_weights_are_forgotten_and_taken_anew(runner):
-    before = reload.generation()
+    before = STATE.generation
     assert from_tensor(runner, ["experts.w2_weight"])[0] == (True, "Success")
-    assert reload.generation() == before + 1
+    assert STATE.generation == before + 1
     assert not slot_digests.digests_known(runner.model)
     assert slot_digests.renew(runner.model)
     assert getattr(runner.model, slot_digests._EXPECTED) == {1: "anew"}
@@ -156,9 +156,9 @@ def test_an_error_of_sglangs_own_stays_one(runner):
 
 def test_a_drafts_update_changes_nothing_of_the_target(runner):
     draft = types.SimpleNamespace(model=make_model(), is_draft_worker=True)
-    before = reload.generation()
+    before = STATE.generation
     (succeeded, _), seen = from_tensor(draft, ["experts.w2_weight"], "direct")
-    assert succeeded and seen and reload.generation() == before
+    assert succeeded and seen and STATE.generation == before
     assert slot_digests.digests_known(runner.model)
 
 
@@ -181,24 +181,24 @@ def test_released_weights_are_nobodys_until_they_are_back(runner, saver, backup,
 def test_slots_are_not_sent_to_another_server(runner):
     succeeded, message = reload.send(lambda *_: (True, ""), None)
     assert not succeeded and "by position" in message
-    settings.set_current(None)
+    STATE.settings = None
     assert reload.send(lambda *_: (True, ""), None) == (True, "")
 
 
 def test_before_a_rebalance_digests_are_taken_anew(runner, monkeypatch):
-    monkeypatch.setattr(verification, "current", lambda: object())
+    monkeypatch.setattr(eplb, "verifies", lambda: True)
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
     from_tensor(runner, [])
     assert eplb._known(runner.model)
     assert getattr(runner.model, slot_digests._EXPECTED) == {1: "anew"}
     from_tensor(runner, [], does=lambda: (False, "out of memory"))
     assert not eplb._known(runner.model), "what moves is not verified, and the server goes on"
-    monkeypatch.setattr(verification, "current", lambda: None)
+    monkeypatch.setattr(eplb, "verifies", lambda: False)
     assert not eplb._known(runner.model)
 
 
 def test_where_ranks_may_be_dead_updated_weights_are_not_waited_for(runner, monkeypatch):
-    monkeypatch.setattr(verification, "current", lambda: object())
+    monkeypatch.setattr(eplb, "verifies", lambda: True)
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: True)
     assert eplb._known(runner.model)
     from_tensor(runner, [])
@@ -210,7 +210,7 @@ def test_where_ranks_may_be_dead_updated_weights_are_not_waited_for(runner, monk
 def test_lost_experts_are_not_read_from_a_checkpoint_that_is_not_served_any_more(
     runner, monkeypatch
 ):
-    settings.current().elastic = True
+    STATE.settings = make_settings("custom", STATE.settings.plan, elastic=True)
     monkeypatch.setattr(expert_reader, "_known", expert_reader.Names(folder="the old one"))
     from_tensor(runner, [])
     with pytest.raises(PlacementError, match="did not come from a safetensors checkpoint"):

@@ -16,13 +16,14 @@ from moe_placement_plugin.engines.vllm import (  # noqa: E402
     layers,
     reload,
     reload_worker,
+    support,
     weight_transfer,
 )
 from moe_placement_plugin.engines.vllm.reload_table import (  # noqa: E402
     FIRST_COPIES,
     local_copies,
 )
-from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
+from moe_placement_plugin.engines.vllm.state import KEY, Carried  # noqa: E402
 from tests.support.vllm_layers import (  # noqa: E402
     WIDTH,
     Model,
@@ -32,6 +33,7 @@ from tests.support.vllm_layers import (  # noqa: E402
     served,
     weights,
 )
+from tests.support.vllm_settings import make_settings  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -113,11 +115,11 @@ def test_a_worker_computes_nothing_between_a_wrong_update_and_a_whole_one():
             model.experts._parameters[name] = torch.nn.Parameter(parameter.to("meta"), False)
         load(model.experts, weights(), experts=range(6) if whole else [3])
         if whole:
-            reload_worker._finish_worker(worker, {"verify": "off"})
+            reload_worker._finish_worker(worker, make_settings("eplb", None, 2))
             assert not hasattr(worker, "execute_model")
         else:
             with pytest.raises(PlacementError, match="was never filled"):
-                reload_worker._finish_worker(worker, {"verify": "off"})
+                reload_worker._finish_worker(worker, make_settings("eplb", None, 2))
             with pytest.raises(PlacementError, match="no whole one has come since"):
                 worker.execute_model(None)
 
@@ -139,7 +141,7 @@ def test_part_of_a_layer_may_be_updated_in_place_but_not_in_one_that_is_made_ane
             for name, parameter in list(layer._parameters.items()):
                 layer._parameters[name] = torch.nn.Parameter(parameter.to("meta"), False)
         load(layer, weights(), experts=[3])
-        settings = {"verify": "off"}
+        settings = make_settings("eplb", None, 2)
         if meta:
             with pytest.raises(PlacementError, match="was never filled"):
                 reload.finish(model, settings, alone=True)
@@ -227,7 +229,7 @@ def test_a_sleep_that_forgets_eplbs_tables_is_refused(level, eplb, refused):
     model = served(layer_of([1, 3, 5]))
     runner = SimpleNamespace(get_model=lambda: model)
     config = SimpleNamespace(
-        additional_config={KEY: PlacementSettings.make("eplb", None, 2, eplb=eplb)}
+        additional_config={KEY: Carried(make_settings("eplb", None, 2, eplb=eplb))}
     )
     worker, slept = SimpleNamespace(vllm_config=config, model_runner=runner), []
     sleep = reload_worker._sleep(lambda self, level: slept.append(level))
@@ -241,20 +243,20 @@ def test_a_sleep_that_forgets_eplbs_tables_is_refused(level, eplb, refused):
 
 @pytest.mark.parametrize("backend", ["nccl", "ipc", "nccl_m2n", "modelexpress", "sparse_nccl"])
 def test_a_trainers_back_end_that_goes_past_the_map_is_refused_before_the_start(backend):
-    config = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend=backend))
+    named = support.Combination(transfer=backend)
     flag = "--expert-placement-strategy zigzag"
     if backend in weight_transfer.BY_THE_LOADER:
-        weight_transfer.check_backend(config, flag)
+        support.check(support.PLACEMENT_RULES, named, flag)
         return
     with pytest.raises(PlacementError, match=f"{flag} with .*backend {backend}"):
-        weight_transfer.check_backend(config, flag)
+        support.check(support.PLACEMENT_RULES, named, flag)
 
 
 def test_every_back_end_of_the_installed_vllm_is_known():
     """A new one must be read before it is let through."""
     factory = pytest.importorskip("vllm.distributed.weight_transfer.factory")
     registered = set(factory.WeightTransferEngineFactory._registry)
-    assert registered <= {*weight_transfer.BY_THE_LOADER, *weight_transfer._OTHERS}
+    assert registered <= {*weight_transfer.BY_THE_LOADER, *weight_transfer.PAST_THE_LOADER}
     for name in registered & set(weight_transfer.BY_THE_LOADER):
         made = factory.WeightTransferEngineFactory._registry[name]()
         assert made.__name__ == weight_transfer.BY_THE_LOADER[name]
