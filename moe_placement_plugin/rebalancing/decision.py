@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import PlacementError
+from ..core.events import count_event
 from ..core.load import ExpertLoad
 from ..core.placement import Placement
 from ..exchange.plan import Chunk, ExchangePlan
@@ -152,7 +153,7 @@ class Decision:
 
     @property
     def events(self) -> dict[str, float]:
-        """Event -> amount, for `engines.load_recorder.count_event`."""
+        """Event -> amount, for `core.events.count_event`."""
         kind = "rebalance_accepted" if self.rebalance else "rebalance_declined"
         return {kind: 1, f"{kind}_{self.reason}": 1}
 
@@ -169,19 +170,15 @@ class Decision:
 
 def announce(
     decision: Decision,
-    count: Callable[[str, float], None] | None = None,
+    count: Callable[[str, float], None] = count_event,
     log: logging.Logger = logger,
 ) -> None:
     """Log the decision and count it.
 
     Args:
-        count: takes event and amount; the recorder's, whose events reach ``/metrics``, when left out.
+        count: takes event and amount; what reaches ``/metrics`` when left out.
         log: the engine's logger, where this package's own is not shown.
     """
-    if count is None:
-        from ..recording.recorder import count_event  # lazy: heavy
-
-        count = count_event
     log.info("%s", decision)
     for event, amount in decision.events.items():
         count(event, amount)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.events import count_event
 from ..core.placement import EngineTable, Placement
 from ..core.topology import Topology
 from ..exchange.executor import Exchange, ExchangeReport, ExpertReader
@@ -22,7 +23,6 @@ from ..exchange.rank_stores import Stores
 from ..exchange.transfers import packing_bytes
 from ..exchange.watchdog import Watchdog
 from ..hosts.identity import host_key, number_hosts
-from ..recording.recorder import count_event
 
 if TYPE_CHECKING:
     import torch

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import PlacementError
+from ..core.events import count_event
 from ..core.load import ExpertLoad
 from ..core.placement import EngineTable, Placement
 from ..core.topology import Topology
 from ..exchange.plan import ExchangePlan, plan_exchange
-from ..recording.recorder import count_event
 from ..simulation.costmodel import LayerCost, find_calibration, fit
 from .decision import Decision, RebalancePolicy, announce, decide
 from .lost_experts import place_lost

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import PlacementError
-from ...recording.recorder import count_event
+from ...core.events import count_event
 from ...verification import verify as report
 from ...verification.compare import ExpertDigests, RankDigests, check_experts, check_replicas
 from ...verification.slots import expert_tensors

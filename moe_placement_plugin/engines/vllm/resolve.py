@@ -148,10 +148,9 @@ def make_placement(vllm_config: Any, request: Request, combination: Combination)
         plan = resolve_placement(
             request.named,
             request.file,
-            shape,
+            replace(shape, draft=draft_shape(vllm_config)),
             planned_topology(parallel, combination.ep_size),
             locality=request.locality or "none",
-            draft=draft_shape(vllm_config),
         )
         check(SLOT_RULES, replace(combination, even=plan.is_even), request.flag)
         return Made(plan)

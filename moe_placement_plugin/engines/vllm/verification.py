@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from ...core.errors import PlacementError
-from ...recording.recorder import count_event
+from ...core.events import count_event
 from ...verification.compare import ExpertDigests, RankDigests, check_experts, expert_digests
 from ...verification.slots import Unverifiable, expert_tensors
 from ...verification.verify import RESTORE, Pass, digest_ranks, verify

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.events import event_counts
 from moe_placement_plugin.core.load import ExpertLoad
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.exchange.plan import plan_exchange
@@ -138,11 +139,9 @@ def test_decisions_are_logged_and_counted(caplog):
 
 
 def test_they_reach_the_recording():
-    from moe_placement_plugin.recording import recorder
-
-    before = recorder._events.get("rebalance_accepted_pays", 0)
+    before = event_counts().get("rebalance_accepted_pays", 0)
     announce(decide(PLAN, load(HOT)))
-    assert recorder._events["rebalance_accepted_pays"] == before + 1
+    assert event_counts()["rebalance_accepted_pays"] == before + 1
 
 
 @pytest.mark.parametrize(

@@ -113,15 +113,15 @@ def test_install_reaches_both_kinds_of_registry(tmp_path):
 
 
 def test_events_reach_the_recording(tmp_path, monkeypatch):
-    from moe_placement_plugin.recording import recorder as load_recorder
+    from moe_placement_plugin.core import events
 
     from .test_recorder import Source, recorder
 
-    monkeypatch.setattr(load_recorder, "_events", {})
+    monkeypatch.setattr(events, "_counts", {})
     source = Source()
     r = recorder(tmp_path / "load", source)
-    load_recorder.count_event("rebalances")
-    load_recorder.count_event("moved_bytes", 5)
+    events.count_event("rebalances")
+    events.count_event("moved_bytes", 5)
     source.counts += 1
     r.close()
     assert read_load(tmp_path / "load").metadata["events"] == {

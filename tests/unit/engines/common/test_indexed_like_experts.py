@@ -1,4 +1,4 @@
-"""The list of what is indexed like experts: every place it names exists, and the docs' table is printed from it."""
+"""What is indexed like experts: all places that the list names exist, the docs' table is its."""
 
 from __future__ import annotations
 
