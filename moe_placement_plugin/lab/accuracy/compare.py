@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...core.errors import PlacementError
-from .results import Answer, Score, TaskResult
+from .results import Score, TaskAnswer, TaskResult
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _compare_task(
     )
 
 
-def _gap(a: Answer, b: Answer) -> float:
+def _gap(a: TaskAnswer, b: TaskAnswer) -> float:
     """Greatest difference of a choice's log probability; infinite where only one of the two is a number."""
     if len(a.logprobs) != len(b.logprobs):
         return math.inf

@@ -27,7 +27,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TaskAnswer:
     """What the model answered to one question.
 
     Attributes:
@@ -50,7 +50,7 @@ class TaskResult:
     """
 
     scores: Mapping[str, Score]
-    answers: Mapping[tuple[int, str], Answer]
+    answers: Mapping[tuple[int, str], TaskAnswer]
 
 
 def read_results(folder: Path) -> dict[str, TaskResult]:
@@ -79,7 +79,7 @@ def read_results(folder: Path) -> dict[str, TaskResult]:
             raise PlacementError(
                 f"{files[0]} has no samples of task {task}: run lm-eval with --log_samples"
             )
-        answers: dict[tuple[int, str], Answer] = {}
+        answers: dict[tuple[int, str], TaskAnswer] = {}
         with open(samples, encoding="utf-8") as lines:
             for line in lines:
                 sample = json.loads(line)
@@ -105,12 +105,12 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Score]:
     return scores
 
 
-def _answer(sample: Mapping[str, Any], output_type: str) -> Answer:
+def _answer(sample: Mapping[str, Any], output_type: str) -> TaskAnswer:
     if output_type == "generate_until":
-        return Answer(str(sample["resps"][0][0]))
+        return TaskAnswer(str(sample["resps"][0][0]))
     # Of each choice: its log probability and whether greedy decoding gives it; or for a rolling one the number alone.
     values = [response[0] for response in sample["resps"]]
     logprobs = tuple(float(value[0] if isinstance(value, list) else value) for value in values)
     if output_type == "multiple_choice":
-        return Answer(str(max(range(len(logprobs)), key=logprobs.__getitem__)), logprobs)
-    return Answer(str([value[1] for value in values if isinstance(value, list)]), logprobs)
+        return TaskAnswer(str(max(range(len(logprobs)), key=logprobs.__getitem__)), logprobs)
+    return TaskAnswer(str([value[1] for value in values if isinstance(value, list)]), logprobs)

@@ -19,7 +19,7 @@ NEVER = 10**9
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """A greedy completion.
 
     Attributes:
@@ -90,7 +90,7 @@ def cores_of_ranks(ranks: int) -> str:
     )
 
 
-class DemoEngine(ABC):
+class ServingEngine(ABC):
     """One engine."""
 
     name: ClassVar[str]
@@ -117,7 +117,7 @@ class DemoEngine(ABC):
 
     def complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1
-    ) -> Answer:
+    ) -> Completion:
         """A greedy completion by the server.
 
         Args:
@@ -138,11 +138,11 @@ class DemoEngine(ABC):
     @abstractmethod
     def _complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
-    ) -> Answer:
+    ) -> Completion:
         """`complete`; raises OSError or HTTPException when there is no answer."""
 
 
-class Vllm(DemoEngine):
+class Vllm(ServingEngine):
     """vLLM's CPU build."""
 
     name = "vllm"
@@ -195,7 +195,7 @@ class Vllm(DemoEngine):
 
     def _complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
-    ) -> Answer:
+    ) -> Completion:
         from openai import APIError, OpenAI
 
         with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
@@ -214,10 +214,12 @@ class Vllm(DemoEngine):
             {_token_id(token): logprob for token, logprob in place.items()}
             for place in found.top_logprobs
         ]
-        return Answer([_token_id(token) for token in found.tokens], list(found.token_logprobs), top)
+        return Completion(
+            [_token_id(token) for token in found.tokens], list(found.token_logprobs), top
+        )
 
 
-class Sglang(DemoEngine):
+class Sglang(ServingEngine):
     """SGLang's CPU engine."""
 
     name = "sglang"
@@ -260,7 +262,7 @@ class Sglang(DemoEngine):
 
     def _complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
-    ) -> Answer:
+    ) -> Completion:
         # SGLang's own API: token ids over the other one are younger than the oldest version that we run with.
         asked = {"text" if isinstance(prompt, str) else "input_ids": prompt, "return_logprob": True, "top_logprobs_num": alternatives,
                  "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}}  # fmt: skip
@@ -274,7 +276,7 @@ class Sglang(DemoEngine):
             {int(token): float(logprob) for logprob, token, _ in place}
             for place in found["output_top_logprobs"]
         ]
-        return Answer(
+        return Completion(
             [int(token) for _, token, _ in chosen],
             [float(logprob) for logprob, _, _ in chosen],
             top,
@@ -286,7 +288,7 @@ def _token_id(word: str) -> int:
     return int(word.partition(":")[2])
 
 
-DEMO_ENGINES: dict[str, DemoEngine] = {engine.name: engine for engine in (Vllm(), Sglang())}
+SERVING_ENGINES: dict[str, ServingEngine] = {engine.name: engine for engine in (Vllm(), Sglang())}
 """Name -> engine."""
 
 

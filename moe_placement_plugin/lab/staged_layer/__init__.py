@@ -5,15 +5,17 @@ results follow MaxText PR 3981. ``docs/moe.md`` says what is guaranteed.
 """
 
 from .collectives import EpGroup
+from .dispatching import dispatch, plan_dispatch
 from .layer import StagedMoE
 from .matmuls import find_matmuls
 from .placed import PlacedExperts
 from .results import ExpertHidden, RouteMetadata, RouteOutput, Selection
 from .select import Routing, select_experts
-from .stages import dispatch, gmm_down, gmm_up, plan_dispatch, route, unroute
+from .stages import EpExchange, gmm_down, gmm_up, route, unroute
 from .weights import ExpertWeights, SharedExperts
 
 __all__ = [
+    "EpExchange",
     "EpGroup",
     "ExpertHidden",
     "ExpertWeights",

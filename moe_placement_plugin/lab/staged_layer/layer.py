@@ -11,23 +11,14 @@ import torch
 from ...core.errors import PlacementError
 from ...core.placement import even_slots
 from .collectives import EpGroup
+from .dispatching import dispatch, gather_selection, gather_tokens, plan_dispatch
 from .matmuls.base import Matmuls
 from .matmuls.torch_matmuls import TILE
 from .own_first import add_own, bring_others, own_rows, return_others
 from .placed import PlacedExperts
 from .results import ExpertHidden, RouteMetadata, Selection
 from .select import Routing
-from .stages import (
-    check_inputs,
-    dispatch,
-    gather_selection,
-    gather_tokens,
-    gmm_down,
-    gmm_up,
-    plan_dispatch,
-    select,
-    unroute,
-)
+from .stages import check_inputs, gmm_down, gmm_up, select, unroute
 from .weights import ExpertWeights, SharedExperts
 
 

@@ -14,9 +14,10 @@ from dataclasses import replace
 import torch
 
 from .collectives import EpGroup, add_in_order
+from .dispatching import dispatch, gather_selection, gather_tokens, keep_local
 from .placed import PlacedExperts
 from .results import RouteMetadata, RouteOutput, Selection
-from .stages import dispatch, gather_selection, gather_tokens, keep_local, return_all_to_all
+from .stages import return_all_to_all
 
 
 def own_rows(

@@ -13,7 +13,7 @@ from moe_placement_plugin.formats.load_file import read_load
 from moe_placement_plugin.lab.gpu import one_gpu
 from moe_placement_plugin.lab.gpu.serving.contestants import RESTLESS
 from moe_placement_plugin.lab.gpu.serving.server_logs import moved
-from moe_placement_plugin.lab.servers.engines import DEMO_ENGINES, Placed, ServerSettings
+from moe_placement_plugin.lab.servers.engines import SERVING_ENGINES, Placed, ServerSettings
 from moe_placement_plugin.lab.servers.server import Server, free_port
 from moe_placement_plugin.recording.recorder import IDLE
 from tests.integration.routing_reference import Reference, check
@@ -39,7 +39,7 @@ def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_p
         json.dumps(RESTLESS),
         "--no-enable-prefix-caching",
     )
-    vllm = DEMO_ENGINES["vllm"]
+    vllm = SERVING_ENGINES["vllm"]
     line, env = vllm.command(
         checkpoints["qwen"],
         port,

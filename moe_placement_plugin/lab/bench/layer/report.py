@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ....simulation.costmodel import LayerCost
-from .run import Outcome
+from .run import LayerTimes
 
 
 def print_report(
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[LayerTimes],
     fits: Mapping[str, LayerCost | str],
     facts: Mapping[str, Any],
     console: Console,
@@ -47,7 +47,7 @@ def print_report(
         console.print(f"Cost model, {phase}: {cost.formula}; {cost.accuracy}", highlight=False)
 
 
-def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def as_json(outcomes: Sequence[LayerTimes]) -> list[dict[str, Any]]:
     """Every figure of every rank."""
     return [
         {

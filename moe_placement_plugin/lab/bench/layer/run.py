@@ -22,8 +22,8 @@ from ....simulation.costmodel import Calibration, LayerCost, Measurement, fit
 from ....simulation.simulate import Cluster
 from ....strategies import get_strategy
 from ...staged_layer import ExpertWeights, PlacedExperts, RouteOutput, gmm_down, gmm_up
+from ...staged_layer.dispatching import keep_local
 from ...staged_layer.matmuls.base import Matmuls
-from ...staged_layer.stages import keep_local
 from ..timing import Stopwatch, in_turn
 from .shapes import LayerShape, draw_step
 
@@ -54,7 +54,7 @@ class RankTime:
 
 
 @dataclass
-class Outcome:
+class LayerTimes:
     """One strategy at one number of ranks and one batch size.
 
     Attributes:
@@ -155,7 +155,7 @@ class LayerBench:
         phase: str,
         tokens_per_rank: int,
         report: Callable[[str], None],
-    ) -> list[Outcome]:
+    ) -> list[LayerTimes]:
         """All strategies on the same steps, in turn.
 
         Args:
@@ -170,7 +170,7 @@ class LayerBench:
             PlacementError: when a share does not fit the device's memory.
         """
         ranks = next(iter(plans.values())).num_ranks
-        outcomes = {name: Outcome(name, ranks, phase, tokens_per_rank) for name in plans}
+        outcomes = {name: LayerTimes(name, ranks, phase, tokens_per_rank) for name in plans}
         for row in layers:
             report(
                 f"{self.name}, EP {ranks}, {phase} {tokens_per_rank} tokens per rank, layer {load.layer_ids[row]}"

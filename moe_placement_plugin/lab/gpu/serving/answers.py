@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from ...servers.engines import Answer
+from ...servers.engines import Completion
 
 ASKED, ANSWERED = 12, 16
 """Prompts whose answers are compared, and tokens of each."""
@@ -18,7 +18,7 @@ ALTERNATIVES = 5
 """Most probable tokens at each place that servers are asked for."""
 
 
-def difference(found: Sequence[Answer], reference: Sequence[Answer]) -> dict:
+def difference(found: Sequence[Completion], reference: Sequence[Completion]) -> dict:
     """Compare answers up to and with the first other token: behind it the two continue different texts.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .... import PlacementError
-from ...servers.engines import DEMO_ENGINES, Placed, ServerSettings
+from ...servers.engines import SERVING_ENGINES, Placed, ServerSettings
 from .. import one_gpu
 
 OURS = {"min_gain": 0.02, "hysteresis": 0}
@@ -196,7 +196,7 @@ def command(
         # Where vLLM's EPLB moves experts, their number is in its own configuration below.
         redundant = 0 if setup.engine == "vllm" and one.moving else one.redundant
         placed = Placed(one.strategy, setup.ranks, load if one.load else None, redundant, record)
-    line, env = DEMO_ENGINES[setup.engine].command(model, port, placed, settings)
+    line, env = SERVING_ENGINES[setup.engine].command(model, port, placed, settings)
     if setup.layout == "dp":
         line = _data_parallel(line, setup)
     # Servers that start side by side take memory of the two GPUs at different times, which SGLang would take for a fault.

@@ -12,6 +12,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -44,26 +45,32 @@ def vllm_arguments(folder: Path) -> list[str]:
     return ["--profiler-config", json.dumps(settings)]
 
 
-def profile(
-    url: str,
-    load: str,
-    engine: str,
-    folder: Path,
-    vocab: int,
-    ranks: int,
-    cpu: bool = False,
-    seconds: float = 60,
-) -> dict:
+@dataclass(frozen=True)
+class ProfiledServer:
+    """Describe a server whose kernels are looked at.
+
+    Attributes:
+        url: its address.
+        engine: ``vllm`` or ``sglang``.
+        folder: where it writes its traces, one per rank; its own.
+        ranks: that run.
+        cpu: whether operators count instead of kernels, under the tiny load.
+    """
+
+    url: str
+    engine: str
+    folder: Path
+    ranks: int
+    cpu: bool = False
+
+
+def profile(server: ProfiledServer, load: str, vocab: int, seconds: float = 60) -> dict:
     """Profile a server.
 
     Args:
-        url: of the server.
+        server: the server.
         load: one of `LOADS`.
-        engine: ``vllm`` or ``sglang``.
-        folder: where it writes its traces, one per rank; its own.
         vocab: tokens to ask with.
-        ranks: EP ranks.
-        cpu: operators instead of kernels, under the tiny load.
         seconds: until the traces must be there.
 
     Returns:
@@ -73,21 +80,19 @@ def profile(
         PlacementError: when a rank's trace does not come.
         RuntimeError, OSError: when the server refuses what it is asked.
     """
+    url, folder = server.url, server.folder
     folder.mkdir(parents=True, exist_ok=True)
-    asked = (
-        {"output_dir": str(folder), "activities": ["CPU" if cpu else "GPU"]}
-        if engine == "sglang"
-        else {}
-    )
+    asked = {}
+    if server.engine == "sglang":
+        asked = {"output_dir": str(folder), "activities": ["CPU" if server.cpu else "GPU"]}
     before = set(_traces(folder))
     post(f"{url}/start_profile", asked)
     try:
-        drive(url, WORKLOADS["tiny"] if cpu else LOADS[load], vocab, 5)
+        drive(url, WORKLOADS["tiny"] if server.cpu else LOADS[load], vocab, 5)
     finally:
         post(f"{url}/stop_profile", {})  # a profiler that runs refuses the next start
-    return per_layer(
-        _new_traces(folder, before, url, ranks, seconds), "cpu_op" if cpu else "kernel"
-    )
+    traces = _new_traces(folder, before, url, server.ranks, seconds)
+    return per_layer(traces, "cpu_op" if server.cpu else "kernel")
 
 
 def _new_traces(

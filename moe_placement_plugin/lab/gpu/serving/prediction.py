@@ -17,9 +17,9 @@ from .... import ExpertLoad, Placement, PlacementError, get_strategy
 from ....core.topology import Topology
 from ....simulation.costmodel import LayerCost, find_calibration, fit
 from ....simulation.simulate import Cluster, step_time
-from .checkpoints import Model
 from .contestants import LARGEST_STEP
 from .kernels import LOADS
+from .models import Model
 from .traffic import WORKLOADS, Workload
 
 MIN_APART = 0.01

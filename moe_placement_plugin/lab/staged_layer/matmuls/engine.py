@@ -8,7 +8,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +41,20 @@ class AlignedPlan:
     down_config: dict[str, Any]
 
 
+class Product(NamedTuple):
+    """Tell the up projection from the down projection when a kernel is launched.
+
+    Attributes:
+        config: the kernel's tiles.
+        top_k: choices that share a row of what is multiplied.
+        weighted: whether a row is multiplied by its router weight.
+    """
+
+    config: dict[str, Any]
+    top_k: int
+    weighted: bool
+
+
 class EngineMatmuls(Matmuls):
     """Matmuls by an engine's own kernel, launched by the engine's own launcher.
 
@@ -69,16 +83,14 @@ class EngineMatmuls(Matmuls):
     @abstractmethod
     def launch(
         self,
-        a,
-        b,
-        c,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
         output: RouteOutput,
         plan: AlignedPlan,
-        config: dict[str, Any],
-        top_k: int,
-        weighted: bool,
+        product: Product,
     ) -> None:
-        """``c[i] = a[i // top_k] @ b[slot of choice i].T``, times its router weight if ``weighted``."""
+        """Set ``c[i] = a[i // top_k] @ b[slot of choice i].T``, times its router weight if asked."""
 
     @abstractmethod
     def engine_swiglu(self, values: torch.Tensor) -> torch.Tensor:
@@ -128,7 +140,8 @@ class EngineMatmuls(Matmuls):
             return x.new_zeros((0, w13.shape[1]), dtype=dtype)
         result = x.new_empty((x.shape[0], top_k, w13.shape[1]), dtype=dtype)
         if plan.expert_ids.numel():
-            self.launch(x, w13, result, output, plan, plan.config, top_k, False)
+            product = Product(plan.config, top_k, weighted=False)
+            self.launch(x, w13, result, output, plan, product)
         return result.view(-1, w13.shape[1])
 
     def activate(self, values, dtype):
@@ -144,7 +157,8 @@ class EngineMatmuls(Matmuls):
         fills = output.complete or (self.zeroes_elsewhere and plan.expert_ids.numel())
         values = hidden.new_empty(shape) if fills else hidden.new_zeros(shape)
         if plan.expert_ids.numel():
-            self.launch(hidden, w2, values, output, plan, plan.down_config, 1, True)
+            product = Product(plan.down_config, 1, weighted=True)
+            self.launch(hidden, w2, values, output, plan, product)
         return sum_choices(values) if self.interpreted else self.engine_sum(values)
 
 

@@ -15,11 +15,27 @@ from .engine import EngineMatmuls, engine_function
 
 _KERNELS = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
 _UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
+_UNQUANTIZED = {
+    "bias": None,
+    "A_scale": None,
+    "B_scale": None,
+    "B_zp": None,
+    "use_fp8_w8a8": False,
+    "use_int8_w8a8": False,
+    "use_int8_w8a16": False,
+    "use_int4_w4a16": False,
+    "per_channel_quant": False,
+}
+"""Arguments of the launcher for weights that are not quantized."""
+
 _LAUNCH = (
-    "A", "B", "bias", "C", "A_scale", "B_scale", "B_zp", "topk_weights", "topk_ids", "sorted_token_ids", "expert_ids",
-    "num_tokens_post_padded", "mul_routed_weight", "top_k", "config", "compute_type", "use_fp8_w8a8", "use_int8_w8a8",
-    "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant", "filter_expert",
-)  # fmt: skip
+    *("A", "B", "C", "topk_weights", "topk_ids", "sorted_token_ids", "expert_ids"),
+    *("num_tokens_post_padded", "mul_routed_weight", "top_k", "config", "compute_type"),
+    "filter_expert",
+    *_UNQUANTIZED,
+)
+"""Arguments that the launcher is given."""
+
 _TILES = ("w1_shape", "w2_shape", "top_k", "dtype", "M", "return_down_config")
 
 
@@ -67,9 +83,13 @@ class SglangMatmuls(EngineMatmuls):
 
     def choose_tiles(self, x, output, weights):
         config, (down, _) = self._tiles(
-            w1_shape=tuple(weights.w13.shape), w2_shape=tuple(weights.w2.shape), top_k=output.local_slots.shape[1], dtype=None,
-            M=output.num_rows, return_down_config=True,
-        )  # fmt: skip
+            w1_shape=tuple(weights.w13.shape),
+            w2_shape=tuple(weights.w2.shape),
+            top_k=output.local_slots.shape[1],
+            dtype=None,
+            M=output.num_rows,
+            return_down_config=True,
+        )
         # Tensor descriptors are a choice of the launcher, not a tile; the plain loads are used here.
         config, down = (
             {k: v for k, v in c.items() if k != "USE_TMA"} for c in (config, down or config)
@@ -83,13 +103,23 @@ class SglangMatmuls(EngineMatmuls):
             num_experts=output.num_slots,
         )
 
-    def launch(self, a, b, c, output, plan, config, top_k, weighted):
+    def launch(self, a, b, c, output, plan, product):
         self._launch(
-            A=a, B=b, bias=None, C=c, A_scale=None, B_scale=None, B_zp=None, topk_weights=output.weights, topk_ids=output.local_slots,
-            sorted_token_ids=plan.sorted_ids, expert_ids=plan.expert_ids, num_tokens_post_padded=plan.num_padded,
-            mul_routed_weight=weighted, top_k=top_k, config=config, compute_type=self._compute_types[c.dtype], use_fp8_w8a8=False,
-            use_int8_w8a8=False, use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False, filter_expert=not output.complete,
-        )  # fmt: skip
+            A=a,
+            B=b,
+            C=c,
+            topk_weights=output.weights,
+            topk_ids=output.local_slots,
+            sorted_token_ids=plan.sorted_ids,
+            expert_ids=plan.expert_ids,
+            num_tokens_post_padded=plan.num_padded,
+            mul_routed_weight=product.weighted,
+            top_k=product.top_k,
+            config=product.config,
+            compute_type=self._compute_types[c.dtype],
+            filter_expert=not output.complete,
+            **_UNQUANTIZED,
+        )
 
     def engine_swiglu(self, values):
         result = values.new_empty((values.shape[0], values.shape[1] // 2))

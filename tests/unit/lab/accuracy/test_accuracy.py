@@ -15,14 +15,14 @@ from moe_placement_plugin.cli import verify
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.common import installed
 from moe_placement_plugin.lab.servers import engines
-from moe_placement_plugin.lab.servers.engines import DemoEngine
+from moe_placement_plugin.lab.servers.engines import ServingEngine
 
 from .accuracy import TASKS, TINY
 
 QWEN = TINY / "qwen3-moe"
 
 
-class MadeUp(DemoEngine):
+class MadeUp(ServingEngine):
     """Answers from the task files, under a strategy with its ``faults``."""
 
     name = "vllm"
@@ -50,7 +50,7 @@ def verified(tmp_path, monkeypatch, capsys):
     import typer
 
     engine = MadeUp()
-    monkeypatch.setitem(engines.DEMO_ENGINES, "vllm", engine)
+    monkeypatch.setitem(engines.SERVING_ENGINES, "vllm", engine)
     monkeypatch.setattr(installed, "find_spec", lambda name: object() if name == "vllm" else None)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
 

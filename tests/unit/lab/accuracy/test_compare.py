@@ -14,7 +14,7 @@ from moe_placement_plugin.lab.accuracy.compare import Allowance, compare
 from moe_placement_plugin.lab.accuracy.results import read_results
 from moe_placement_plugin.lab.accuracy.run import STOCK, Run, Verdict, configurations
 from moe_placement_plugin.lab.accuracy.table import table, to_json
-from moe_placement_plugin.lab.servers.engines import DEMO_ENGINES, Placed
+from moe_placement_plugin.lab.servers.engines import SERVING_ENGINES, Placed
 
 TEXTS = ["280", "132", "007", "991"]
 STRICT = Allowance()
@@ -229,15 +229,17 @@ def test_configurations(tmp_path):
 def test_server_commands():
     model, file = Path("model"), Path("load")
     placed = Placed("eplb", 4, file, 4)
-    command, _ = DEMO_ENGINES["vllm"].command(model, 1, placed)
+    command, _ = SERVING_ENGINES["vllm"].command(model, 1, placed)
     eplb = json.loads(command[command.index("--eplb-config") + 1])
     assert (
         "--enable-eplb" in command
         and eplb["num_redundant_experts"] == 4
         and eplb["step_interval"] >= 10**9
     )
-    assert "--enable-eplb" not in DEMO_ENGINES["vllm"].command(model, 1, Placed("eplb", 4, file))[0]
-    command, env = DEMO_ENGINES["sglang"].command(model, 1, placed)
+    assert (
+        "--enable-eplb" not in SERVING_ENGINES["vllm"].command(model, 1, Placed("eplb", 4, file))[0]
+    )
+    command, env = SERVING_ENGINES["sglang"].command(model, 1, placed)
     words = " ".join(command)
     assert (
         "--tp-size 4" in words
@@ -251,7 +253,7 @@ def test_server_commands():
     )
     assert len(env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 4
     for name, off in (("vllm", ("VLLM_PLUGINS", "")), ("sglang", ("SGLANG_PLUGINS", "none"))):
-        command, env = DEMO_ENGINES[name].command(model, 1, None)
+        command, env = SERVING_ENGINES[name].command(model, 1, None)
         assert (
             not any(
                 "expert" in word or "tp-size" in word or "tensor-parallel" in word

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from moe_placement_plugin import ExpertLoad, PlacementError
-from moe_placement_plugin.cli.bench import layer as bench_command
+from moe_placement_plugin.cli.bench.layer import bench_layer as bench_command
 from moe_placement_plugin.formats.plan_or_load import write
-from moe_placement_plugin.lab.bench.layer import run as bench_layer
+from moe_placement_plugin.lab.bench.layer import run as layer_run
 from moe_placement_plugin.lab.bench.layer.run import LayerBench, fitted, plan_all
 from moe_placement_plugin.lab.bench.layer.shapes import (
     SHAPES,
@@ -105,7 +105,7 @@ def test_every_contestant_once_a_round_in_alternating_order():
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(bench_layer, "free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(layer_run, "free_memory", lambda device: 1 << 20)
     bench = LayerBench("tiny", SHAPES["tiny"], CPU, find_matmuls("torch"), 1, use_ring=False)
     load = synthetic_load(SHAPES["tiny"], 0.7)
     with pytest.raises(

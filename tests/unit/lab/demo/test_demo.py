@@ -11,7 +11,7 @@ from moe_placement_plugin import PlacementError
 from moe_placement_plugin.engines.common import installed
 from moe_placement_plugin.lab.demo.run import run
 from moe_placement_plugin.lab.demo.tiny_models import Size, write_glm4_moe, write_qwen3_moe
-from moe_placement_plugin.lab.servers.engines import DEMO_ENGINES
+from moe_placement_plugin.lab.servers.engines import SERVING_ENGINES
 from moe_placement_plugin.lab.servers.server import Server, free_port
 
 HEALTHY = """
@@ -97,11 +97,11 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
-@pytest.mark.parametrize("name", DEMO_ENGINES)
+@pytest.mark.parametrize("name", SERVING_ENGINES)
 def test_a_server_whose_engine_dies_is_quoted(tmp_path, monkeypatch, name):
     if name == "vllm":
         pytest.importorskip("openai", reason="vLLM's answers are asked for through its client")
-    engine = DEMO_ENGINES[name]
+    engine = SERVING_ENGINES[name]
     monkeypatch.setattr(
         engine,
         "command",

@@ -10,6 +10,7 @@ import torch
 from moe_placement_plugin import Placement
 from moe_placement_plugin.core.placement import even_slots
 from moe_placement_plugin.lab.staged_layer import (
+    EpExchange,
     EpGroup,
     ExpertWeights,
     PlacedExperts,
@@ -142,6 +143,10 @@ def routed(case: Case, group: EpGroup) -> tuple[torch.Tensor, ...]:
     made = make(case)
     placed = PlacedExperts.of(made.placement, 0, group.rank)
     x, output, _ = route(
-        made.xs[group.rank], made.logits[group.rank], made.routing, placed, group, case.use_ring
+        made.xs[group.rank],
+        made.logits[group.rank],
+        made.routing,
+        placed,
+        EpExchange(group, case.use_ring),
     )
     return x, output.group_sizes, output.local_slots, output.weights

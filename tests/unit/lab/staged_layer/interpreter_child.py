@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from moe_placement_plugin import PlacementError
-from moe_placement_plugin.lab.gpu.staged_layer import sglang_fused_call
+from moe_placement_plugin.lab.gpu.staged_layer.overhead import sglang_fused_call
 from moe_placement_plugin.lab.staged_layer import (
     EpGroup,
     PlacedExperts,
@@ -21,10 +21,11 @@ from moe_placement_plugin.lab.staged_layer import (
     gmm_down,
     gmm_up,
 )
+from moe_placement_plugin.lab.staged_layer.dispatching import keep_local
 from moe_placement_plugin.lab.staged_layer.matmuls.align import align_blocks
 from moe_placement_plugin.lab.staged_layer.matmuls.base import sum_choices
 from moe_placement_plugin.lab.staged_layer.reference import reference_moe
-from moe_placement_plugin.lab.staged_layer.stages import keep_local, select
+from moe_placement_plugin.lab.staged_layer.stages import select
 from moe_placement_plugin.lab.staged_layer.weights import swiglu
 
 from . import cases

@@ -17,7 +17,13 @@ pytest.importorskip(
 from rich.console import Console  # noqa: E402
 
 from moe_placement_plugin import PlacementError  # noqa: E402
-from moe_placement_plugin.lab.gpu.serving.kernels import LOADS, per_layer, profile, short  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.kernels import (  # noqa: E402
+    LOADS,
+    ProfiledServer,
+    per_layer,
+    profile,
+    short,
+)
 from moe_placement_plugin.lab.gpu.serving.report import kernel_table, markdown  # noqa: E402
 
 
@@ -207,7 +213,7 @@ def test_a_server_is_profiled_while_it_decodes(tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         for load in LOADS:
-            layer = profile(url, load, "sglang", tmp_path, 64, 2)
+            layer = profile(ProfiledServer(url, "sglang", tmp_path, 2), load, 64)
             assert (
                 layer["kernels"] == {"fused_moe_kernel": [20, 2], "at::native::remap": [1, 1]}
                 and layer["moe_total"] == 40 + 6 * 20
@@ -220,5 +226,5 @@ def test_a_server_is_profiled_while_it_decodes(tmp_path, monkeypatch):
         with pytest.raises(
             PlacementError, match="wrote 0 whole traces of 2 ranks into .* within 1 s"
         ):
-            profile(url, "decode", "vllm", tmp_path, 64, 2, seconds=1)
+            profile(ProfiledServer(url, "vllm", tmp_path, 2), "decode", 64, seconds=1)
         server.shutdown()

@@ -13,7 +13,7 @@ pytest.importorskip(
 
 from moe_placement_plugin import ExpertLoad, PlacementError, get_strategy  # noqa: E402
 from moe_placement_plugin.core.topology import Topology  # noqa: E402
-from moe_placement_plugin.lab.gpu.serving.checkpoints import MODELS  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.models import MODELS  # noqa: E402
 from moe_placement_plugin.lab.gpu.serving.prediction import (  # noqa: E402
     Predictor,
     cost_of,
