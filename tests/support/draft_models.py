@@ -15,16 +15,16 @@ from moe_placement_plugin.lab.demo.tiny_models import Size
 def write_dense_qwen3(path: Path, seed: int = 7) -> Path:
     """A Qwen3 without experts, with the vocabulary of the tiny models: a draft model of its own."""
     rng, size = np.random.default_rng(seed), Size(layers=2)
-    config = tiny_models._common(size) | {
+    config = tiny_models.common_config(size) | {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "intermediate_size": 2 * size.expert,
     }
 
     def mlp(prefix: str, layer: int) -> tiny_models.Tensors:
-        return tiny_models._dense(rng, f"{prefix}.", size.hidden, 2 * size.expert)
+        return tiny_models.mlp_tensors(rng, f"{prefix}.", size.hidden, 2 * size.expert)
 
-    return tiny_models._write(path, config, tiny_models._tensors(rng, size, mlp))
+    return tiny_models.write_checkpoint(path, config, tiny_models.model_tensors(rng, size, mlp))
 
 
 def write_glm4_moe_with_mtp(path: Path, num_experts: int = 32) -> Path:
@@ -44,7 +44,7 @@ def write_glm4_moe_with_mtp(path: Path, num_experts: int = 32) -> Path:
     tensors |= {
         f"{layer}enorm.weight": ones,
         f"{layer}hnorm.weight": ones.copy(),
-        f"{layer}eh_proj.weight": tiny_models._matrix(rng, hidden, 2 * hidden),
+        f"{layer}eh_proj.weight": tiny_models.random_matrix(rng, hidden, 2 * hidden),
         f"{layer}shared_head.norm.weight": ones.copy(),
         f"{layer}shared_head.head.weight": tensors["lm_head.weight"].copy(),
         f"{layer}embed_tokens.weight": tensors["model.embed_tokens.weight"].copy(),

@@ -181,10 +181,10 @@ def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int 
 
     from moe_placement_plugin.lab.demo.tiny_models import (
         Size,
-        _experts,
-        _router,
-        _tensors,
-        _write,
+        expert_tensors,
+        router_tensors,
+        model_tensors,
+        write_checkpoint,
         qwen3_moe_config,
     )
 
@@ -196,15 +196,15 @@ def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int 
     }
 
     def mlp(prefix: str, layer: int) -> dict[str, np.ndarray]:
-        return _router(rng, prefix, num_experts, size) | _experts(rng, prefix, num_experts, size)
+        return router_tensors(rng, prefix, num_experts, size) | expert_tensors(rng, prefix, num_experts, size)
 
     tensors = {
         n: t
-        for n, t in _tensors(rng, size, mlp).items()
+        for n, t in model_tensors(rng, size, mlp).items()
         if "_norm.weight" not in n or "self_attn" not in n
     }
     for layer in range(size.layers):
         for part, heads in (("q", size.heads), ("k", size.kv_heads), ("v", size.kv_heads)):
             name = f"model.layers.{layer}.self_attn.{part}_proj.bias"
             tensors[name] = np.zeros(heads * size.head_dim, np.float32)
-    return _write(path, config, tensors)
+    return write_checkpoint(path, config, tensors)

@@ -13,9 +13,11 @@ import pytest
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.engines.sglang.verification import ACTION
 from moe_placement_plugin.formats.plan_or_load import write
+from moe_placement_plugin.lab.demo.tiny_models import Size
 from tests.integration.sglang.engines import LONG, Outcome, case, run_cases
-from tests.integration.sglang.gpt_oss import install, write_gpt_oss
+from tests.integration.sglang.gpt_oss import install
 from tests.support.children import engine_lock
+from tests.support.stacked_models import write_gpt_oss
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
@@ -49,7 +51,7 @@ def rescaled(source: Path, target: Path) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(models, tmp_path_factory) -> dict[str, Outcome]:
     folder = tmp_path_factory.mktemp("new")
-    gpt = write_gpt_oss(folder / "gpt-oss")
+    gpt = write_gpt_oss(folder / "gpt-oss", size=Size(layers=3), yarn=False)
     gpt_new = rescaled(gpt, folder / "gpt-oss-new")
     qwen_new = rescaled(models["qwen32"], folder / "qwen-new")
     plan, rng = folder / "plan.json", np.random.default_rng(3)
