@@ -17,81 +17,83 @@ MOVING = {"min_gain": 0, "hysteresis": 0, "small_batches": False}
 
 
 def vllm_cases(folder: Path) -> list[Case]:
-    """Cases of vLLM; models are written to ``folder``."""
+    """Return the cases of vLLM; models are written to ``folder``."""
+    return [*_reloads(folder), *_gpt_oss(folder), *_drafts(folder)]
+
+
+def _vllm_eplb(use_async: bool) -> dict[str, Any]:
+    """Return arguments with which vLLM's EPLB moves experts all the time."""
+    return {
+        "enable_eplb": True,
+        "eplb_config": {
+            "window_size": 4,
+            "step_interval": 4,
+            "num_redundant_experts": 2,
+            "use_async": use_async,
+        },
+        "expert_placement_strategy": "eplb",
+        "additional_config": {"expert_rebalance": {**MOVING, "max_phase_loss": 0.5}},
+    }
+
+
+def _reloads(folder: Path) -> list[Case]:
+    """Return engines that sleep and get new weights, with and without experts that move."""
     qwen, other = (
         str(write_qwen3_moe(folder / f"qwen{seed}", 32, seed=seed, size=SIZE)) for seed in (0, 7)
     )
-    mtp = str(write_glm4_moe_with_mtp(folder / "mtp"))
-    oss = {
-        name: str(write_gpt_oss(folder / name, mxfp4=mxfp4, size=SIZE))
-        for name, mxfp4 in (("oss", False), ("oss-mxfp4", True))
-    }
     rl = ["answer", "sleep 1", "sleep 2", {"reload": {"weights_path": other}}]
     sleeping = {"model": qwen, "enable_sleep_mode": True}
-
-    def eplb(use_async: bool) -> dict[str, Any]:
-        return {
-            "enable_eplb": True,
-            "eplb_config": {
-                "window_size": 4, "step_interval": 4, "num_redundant_experts": 2, "use_async": use_async,
-            },
-            "expert_placement_strategy": "eplb",
-            "additional_config": {"expert_rebalance": {**MOVING, "max_phase_loss": 0.5}},
-        }  # fmt: skip
-
-    cases = [
-        case("linear", {**sleeping}, rl),
+    sync, in_background = ({**sleeping, **_vllm_eplb(use_async)} for use_async in (False, True))
+    return [
+        case("linear", sleeping, rl),
         case("zigzag", {**sleeping, **ZIGZAG}, rl, like="linear"),
-        case(
-            "eplb sync",
-            {**sleeping, **eplb(False)},
-            [*rl[:2], "answer", rl[3], "answer"],
-            like="linear",
-        ),
+        case("eplb sync", sync, [*rl[:2], "answer", rl[3], "answer"], like="linear"),
         case(
             "eplb async",
-            {**sleeping, **eplb(True)},
+            in_background,
             ["answer", "answer", *rl[1:2], "answer", rl[3], "answer", "answer"],
             like="linear",
         ),
-        case("eplb async level 2", {**sleeping, **eplb(True)}, ["answer", "sleep 2"], refused=True),
+        case("eplb async level 2", in_background, ["answer", "sleep 2"], refused=True),
     ]
-    for name, path in oss.items():
-        cases.append(case(f"{name} linear", {"model": path, "dtype": "bfloat16"}, ["answer"]))
-        cases.append(
-            case(
-                f"{name} zigzag",
-                {"model": path, "dtype": "bfloat16", **ZIGZAG},
-                ["answer"],
-                like=f"{name} linear",
-            )
-        )
-    draft = {"model": mtp, "speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
+
+
+def _gpt_oss(folder: Path) -> list[Case]:
+    """Return engines of gpt-oss, in full precision and in MXFP4."""
+    cases = []
+    for name, mxfp4 in (("oss", False), ("oss-mxfp4", True)):
+        model = str(write_gpt_oss(folder / name, mxfp4=mxfp4, size=SIZE))
+        engine = {"model": model, "dtype": "bfloat16"}
+        cases += [
+            case(f"{name} linear", engine, ["answer"]),
+            case(f"{name} zigzag", {**engine, **ZIGZAG}, ["answer"], like=f"{name} linear"),
+        ]
+    return cases
+
+
+def _drafts(folder: Path) -> list[Case]:
+    """Return engines with an MTP draft."""
+    draft = {
+        "model": str(write_glm4_moe_with_mtp(folder / "mtp")),
+        "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
+    }
     recorded = {
         "additional_config": {
             "expert_load_record": str(folder / "load.safetensors"),
             "expert_load_interval": 0.5,
         }
     }
-    cases += [
-        case("mtp linear", draft, ["answer"] * 3),
-        case(
-            "mtp zigzag", {**draft, **ZIGZAG, **recorded}, ["answer"] * 3, like="mtp linear", rest=2
-        ),
-        case("mtp eplb async", {**draft, **eplb(True)}, ["answer"] * 3, like="mtp linear"),
-        case(
-            "mtp zigzag graphs",
-            {**draft, **ZIGZAG, "enforce_eager": False},
-            ["answer"] * 3,
-            like="mtp linear",
-        ),
+    steps, like = ["answer"] * 3, "mtp linear"
+    return [
+        case("mtp linear", draft, steps),
+        case("mtp zigzag", {**draft, **ZIGZAG, **recorded}, steps, like=like, rest=2),
+        case("mtp eplb async", {**draft, **_vllm_eplb(True)}, steps, like=like),
+        case("mtp zigzag graphs", {**draft, **ZIGZAG, "enforce_eager": False}, steps, like=like),
     ]
-    return cases
 
 
 def sglang_cases(folder: Path) -> list[Case]:
     """Cases of SGLang; models are written to ``folder``."""
-    from tests.integration.sglang.gpt_oss import write_gpt_oss as write_gpt_oss_of_sglang
     from tests.integration.sglang.speculative import write_qwen2_moe
 
     qwen, other = (
@@ -108,7 +110,10 @@ def sglang_cases(folder: Path) -> list[Case]:
         "ep_num_redundant_experts": 4,
     }
     rl = ["answer", "sleep", {"disk": other}, "answer"]
-    gpt_oss = {"model_path": str(write_gpt_oss_of_sglang(oss)), "dtype": "bfloat16"}
+    gpt_oss = {
+        "model_path": str(write_gpt_oss(oss, size=Size(layers=3), yarn=False)),
+        "dtype": "bfloat16",
+    }
     speculation = {
         "speculative_num_steps": 3,
         "speculative_eagle_topk": 1,

@@ -24,10 +24,10 @@ def step_of(engine: Any, step: Any) -> None:
     """
     if step == "answer":
         return
-    from tests.integration.sglang.engine_child import _update
+    from tests.integration.sglang.engine_child import update_weights
 
     if isinstance(step, dict):
-        succeeded, message = _update(engine, {"how": "disk", "path": step["disk"]})
+        succeeded, message = update_weights(engine, {"how": "disk", "path": step["disk"]})
         if not succeeded:
             raise RuntimeError(message)
         return
@@ -43,7 +43,7 @@ def main() -> None:
     case, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     import sglang
 
-    from tests.integration.sglang.engine_child import _check, row_of
+    from tests.integration.sglang.engine_child import check_weights, row_of
     from tests.integration.sglang.engines import PROMPTS
 
     began = time.monotonic()
@@ -79,7 +79,7 @@ def main() -> None:
     if case.get("check"):
         from moe_placement_plugin.engines.sglang.verification import ACTION
 
-        result["check"] = _check(engine, ACTION)
+        result["check"] = check_weights(engine, ACTION)
         path.write_text(json.dumps(result))
     time.sleep(case.get("rest", 0))
     engine.shutdown()

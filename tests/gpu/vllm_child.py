@@ -66,7 +66,8 @@ def main() -> None:
     moe_placement_plugin.enable()
     from vllm import LLM
 
-    from tests.support.vllm_runner import PROMPTS, generate, slot_digests
+    from tests.support.vllm_probes import slot_digests
+    from tests.support.vllm_runner import PROMPTS, generate
 
     began = time.monotonic()
     llm = LLM(

@@ -60,10 +60,13 @@ def run(case: dict, keep) -> dict:
     outputs = case["prompts"] and generate()
     rows = [row_of(output) for output in outputs]
     updates = [
-        {"answer": _update(engine, update), "rows": [row_of(output) for output in generate()]}
+        {
+            "answer": update_weights(engine, update),
+            "rows": [row_of(output) for output in generate()],
+        }
         for update in case.get("updates", ())
     ]
-    checks = [_check(engine, action) for action in case["actions"]]
+    checks = [check_weights(engine, action) for action in case["actions"]]
     if case.get("vanish"):
         keep({"rows": rows, "checks": checks, "vanished": time.time()})
         subprocess.run(case["vanish"], check=True)
@@ -103,7 +106,7 @@ def row_of(output: dict) -> dict:
     }
 
 
-def _update(engine, update: dict) -> tuple[bool, str]:
+def update_weights(engine, update: dict) -> tuple[bool, str]:
     """Give the server the weights of another checkpoint; what it answers.
 
     SGLang ends itself when weights come while it believes that requests run, as it does for a moment after the last
@@ -130,7 +133,7 @@ def _update(engine, update: dict) -> tuple[bool, str]:
     return tuple(answer[:2])
 
 
-def _check(engine, action: str) -> tuple[bool, str]:
+def check_weights(engine, action: str) -> tuple[bool, str]:
     from sglang.srt.managers.io_struct import CheckWeightsReqInput
 
     succeeded, message, *_ = engine.loop.run_until_complete(

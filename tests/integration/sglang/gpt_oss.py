@@ -11,20 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.children import python_path
+from tests.support.sglang_plugin import install_plugin
 
 
 def install(folder: Path) -> str:
-    """Write the metadata by which SGLang finds this module; returns the PYTHONPATH that makes it do so."""
-    info = folder / "moe_placement_gpt_oss-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: moe-placement-gpt-oss\nVersion: 0\n"
-    )
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nmoe_placement_gpt_oss = tests.integration.sglang.gpt_oss:register\n"
-    )
-    return python_path(folder)
+    """Have SGLang load this module; return the PYTHONPATH with which it does."""
+    return install_plugin(folder, "moe_placement_gpt_oss", "tests.integration.sglang.gpt_oss")
 
 
 def register() -> None:

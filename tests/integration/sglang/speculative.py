@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.support.children import python_path
+from tests.support.sglang_plugin import install_plugin
 
 ARGUMENTS = {
     "speculative_num_steps": 3,
@@ -24,16 +24,10 @@ ARGUMENTS = {
 
 
 def install(folder: Path) -> str:
-    """Write the metadata by which SGLang finds this module; returns the PYTHONPATH that makes it do so."""
-    info = folder / "moe_placement_speculative-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: moe-placement-speculative\nVersion: 0\n"
+    """Have SGLang load this module; return the PYTHONPATH with which it does."""
+    return install_plugin(
+        folder, "moe_placement_speculative", "tests.integration.sglang.speculative"
     )
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nmoe_placement_speculative = tests.integration.sglang.speculative:register\n"
-    )
-    return python_path(folder)
 
 
 def register() -> None:
@@ -182,10 +176,10 @@ def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int 
     from moe_placement_plugin.lab.demo.tiny_models import (
         Size,
         expert_tensors,
-        router_tensors,
         model_tensors,
-        write_checkpoint,
         qwen3_moe_config,
+        router_tensors,
+        write_checkpoint,
     )
 
     size, rng = Size(layers=2, head_dim=8), np.random.default_rng(seed)
@@ -196,7 +190,9 @@ def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int 
     }
 
     def mlp(prefix: str, layer: int) -> dict[str, np.ndarray]:
-        return router_tensors(rng, prefix, num_experts, size) | expert_tensors(rng, prefix, num_experts, size)
+        return router_tensors(rng, prefix, num_experts, size) | expert_tensors(
+            rng, prefix, num_experts, size
+        )
 
     tensors = {
         n: t
