@@ -21,6 +21,16 @@ EXPERTS = 8
 """Routed experts of every MoE layer of the zoo."""
 
 
+def seeded(name: str) -> np.random.Generator:
+    """Return random numbers that depend on a name alone."""
+    return np.random.default_rng(crc32(name.encode()))
+
+
+def finite_float8(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Draw the bytes of float8_e4m3fn numbers, uint8, all finite and none of them 0."""
+    return (rng.integers(8, 120, shape) | rng.integers(0, 2, shape) << 7).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class Part:
     """One of the tensors that make up an expert, as a checkpoint names it.
@@ -43,15 +53,12 @@ class Part:
 
     def of_expert(self, layer: int, expert: int) -> np.ndarray:
         """This expert's values, the same whenever asked."""
-        seed = crc32(f"{self.name}|{layer}|{expert}".encode())
-        rng = np.random.default_rng(seed)
+        rng = seeded(f"{self.name}|{layer}|{expert}")
         if self.dtype == "F32":
             values = rng.standard_normal(self.shape) * self.spread
             return (np.abs(values) + 1e-3 if self.positive else values).astype(np.float32)
-        if self.dtype == "F8_E4M3":  # finite, without zeros
-            return (rng.integers(8, 120, self.shape) | rng.integers(0, 2, self.shape) << 7).astype(
-                np.uint8
-            )
+        if self.dtype == "F8_E4M3":
+            return finite_float8(rng, self.shape)
         if self.dtype == "SHAPE":
             return np.array(self.shape, dtype=np.int64)
         if self.dtype == "INDEX":  # of the group of each input, GPTQ's g_idx

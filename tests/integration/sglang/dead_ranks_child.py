@@ -227,76 +227,94 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
         pipe.send({"error": traceback.format_exc()})
 
 
-def main() -> None:
-    context = WarmContext(["sglang.srt.managers.scheduler", "sglang.benchmark.one_batch"])
-    model, results = sys.argv[1:3]
-    ranks = int(sys.argv[3]) if len(sys.argv) > 3 else RANKS
-    steps = STEPS if ranks == RANKS else STEPS_OF_EIGHT
-    experts = json.loads((Path(model) / "config.json").read_text())["num_experts"]
+def server_arguments(model: str, ranks: int):
+    """Return the arguments of a server whose EPLB may lose ranks, as SGLang settles them."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    from sglang.srt.server_args import PortArgs, prepare_server_args
+    from sglang.srt.server_args import prepare_server_args
 
     from moe_placement_plugin.engines.sglang import settings
     from moe_placement_plugin.engines.sglang.eplb import warm_up
 
-    common = "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch --grammar-backend none --log-level info"
-    eplb = "--enable-eplb --expert-placement-strategy eplb --max-total-tokens 512 --mem-fraction-static 0.2"
-    rules = json.dumps(
-        {"min_gain": 0.0, "hysteresis": 0.0, "max_phase_loss": 0.5, "small_batches": False}
+    experts = json.loads((Path(model) / "config.json").read_text())["num_experts"]
+    rules = {"min_gain": 0.0, "hysteresis": 0.0, "max_phase_loss": 0.5, "small_batches": False}
+    words = (
+        "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch "
+        "--grammar-backend none --log-level info --enable-eplb --expert-placement-strategy eplb "
+        f"--max-total-tokens 512 --mem-fraction-static 0.2 --tp-size {ranks} --ep-size {ranks} "
+        # Two replicas of each expert on average.
+        f"--skip-tokenizer-init --ep-num-redundant-experts {experts}"
     )
-    argv = [
-        "--model-path",
-        model,
-        *common.split(),
-        *eplb.split(),
-        "--tp-size",
-        str(ranks),
-        "--ep-size",
-        str(ranks),
-        "--expert-rebalance",
-        rules,
-    ]
-    argv += [
-        "--skip-tokenizer-init",
-        "--ep-num-redundant-experts",
-        str(experts),
-    ]  # two replicas of each on average
-    server_args = prepare_server_args(argv)
+    server_args = prepare_server_args(
+        ["--model-path", model, *words.split(), "--expert-rebalance", json.dumps(rules)]
+    )
     if hasattr(server_args, "resolve_once"):
         server_args.resolve_once()
     server_args.check_server_args()
     settings.of(server_args).elastic = True  # what --elastic-ep-backend sets
     warm_up(settings.of(server_args))  # else every rank compiles for itself, at once
-    port_args = PortArgs.init_new(server_args)
-    processes, pipes = [], []
-    for rank in range(ranks):
-        here, there = context.Pipe()
-        process = context.Process(
-            target=rank_process,
-            args=(server_args, port_args, rank, ranks, model, there),
-            daemon=True,
-        )
-        process.start()
-        there.close()
-        processes.append(process)
-        pipes.append(here)
-    found = [{"name": "begin", "ranks": {rank: pipe.recv() for rank, pipe in enumerate(pipes)}}]
-    alive = list(range(ranks))
-    for step, (name, dead) in enumerate(steps):
+    return server_args
+
+
+class Ranks:
+    """Hold the processes of all ranks, and kill some of them.
+
+    Args:
+        context: starts them.
+        model: the checkpoint.
+        ranks: how many.
+    """
+
+    def __init__(self, context: WarmContext, model: str, ranks: int):
+        server_args = server_arguments(model, ranks)
+        from sglang.srt.server_args import PortArgs
+
+        port_args = PortArgs.init_new(server_args)
+        self.processes, self.pipes = [], []
+        self.alive = list(range(ranks))
+        for rank in range(ranks):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=rank_process,
+                args=(server_args, port_args, rank, ranks, model, there),
+                daemon=True,
+            )
+            process.start()
+            there.close()
+            self.processes.append(process)
+            self.pipes.append(here)
+
+    def seen(self) -> dict[int, dict]:
+        """Wait for what every rank that is alive says next."""
+        return {rank: self.pipes[rank].recv() for rank in self.alive}
+
+    def step(self, number: int, dead: tuple[int, ...]) -> dict[int, dict]:
+        """Kill some ranks, and have the others rebalance."""
+        for rank in dead:
+            os.kill(self.processes[rank].pid, signal.SIGKILL)
+            self.processes[rank].join()
+            self.alive.remove(rank)
+        for rank in self.alive:
+            self.pipes[rank].send((number, dead))
+        return self.seen()
+
+
+def main() -> None:
+    """Go through all steps; what was seen is written after each."""
+    context = WarmContext(["sglang.srt.managers.scheduler", "sglang.benchmark.one_batch"])
+    model, results = sys.argv[1:3]
+    ranks = int(sys.argv[3]) if len(sys.argv) > 3 else RANKS
+    steps = STEPS if ranks == RANKS else STEPS_OF_EIGHT
+    here = Ranks(context, model, ranks)
+    found = [{"name": "begin", "ranks": here.seen()}]
+    for number, (name, dead) in enumerate(steps):
         if any("error" in r for r in found[-1]["ranks"].values()):
             break
-        for rank in dead:
-            os.kill(processes[rank].pid, signal.SIGKILL)
-            processes[rank].join()
-            alive.remove(rank)
-        for rank in alive:
-            pipes[rank].send((step, dead))
-        found.append({"name": name, "ranks": {rank: pipes[rank].recv() for rank in alive}})
+        found.append({"name": name, "ranks": here.step(number, dead)})
         Path(results).write_text(json.dumps(found))
     Path(results).write_text(json.dumps(found))
-    for process in processes:
+    for process in here.processes:
         process.kill()
 
 

@@ -27,6 +27,16 @@ IMPORTED = ["sglang.srt.managers.scheduler"]
 """By the process that workers are forked from: what a scheduler has imported when it loads plugins, and more than a detokenizer has."""
 
 
+INFO = (
+    "ep_num_redundant_experts",
+    "ep_dispatch_algorithm",
+    "init_expert_location",
+    "ep_size",
+    "tp_size",
+)
+"""Of the server's information, what tests look at."""
+
+
 def run(case: dict, keep) -> dict:
     """Start, generate, stop.
 
@@ -79,18 +89,11 @@ def run(case: dict, keep) -> dict:
     info = engine.get_server_info()
     time.sleep(case.get("rest", 0))
     engine.shutdown()
-    keys = (
-        "ep_num_redundant_experts",
-        "ep_dispatch_algorithm",
-        "init_expert_location",
-        "ep_size",
-        "tp_size",
-    )
     return {
         "rows": rows,
         "updates": updates,
         "checks": checks,
-        "info": {key: info.get(key) for key in keys},
+        "info": {key: info.get(key) for key in INFO},
         "start_s": ready - began,
     }
 

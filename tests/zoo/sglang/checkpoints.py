@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from moe_placement_plugin.formats.plan_or_load import write as write_file
+from tests.zoo.checkpoint import write_config, write_tensors
 
 from .recipe import Recipe, Tensors
 from .values import EXPERTS
@@ -43,27 +43,21 @@ def write(recipe: Recipe, folder: Path, tensors: Tensors | None = None) -> Path:
         tensors: all of its tensors. None writes those of the MoE layers; what is left out (attention, embeddings, dense layers)
             the engine leaves uninitialised.
     """
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"architectures": [recipe.architecture], **recipe.config}
     if recipe.remote:
         config["auto_map"] = {"AutoConfig": "configuration_zoo.ZooConfig"}
+    write_config(folder, config)
+    if recipe.remote:
         (folder / "configuration_zoo.py").write_text(
             CONFIG_CLASS.format(model_type=recipe.config["model_type"])
         )
-    (folder / "config.json").write_text(json.dumps(config))
-    found = {
-        name: torch.from_numpy(np.asarray(tensor))
-        for name, tensor in (tensors or recipe.tensors()).items()
+    found = recipe.tensors() if tensors is None else tensors
+    float8 = {
+        name: "F8_E4M3"
+        for name, tensor in found.items()
+        if tensor.dtype == np.uint8 and not recipe.packed
     }
-    floats = {
-        name: t.view(torch.float8_e4m3fn)
-        for name, t in found.items()
-        if t.dtype == torch.uint8 and not recipe.packed
-    }
-    save_file(found | floats, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", found, float8)
     return folder
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from tests.zoo.checkpoint import finite_float8, seeded
+
 from .others import GPT_OSS
 from .recipe import ALL, BASE, MLP, QWEN3, Recipe, Tensors, router
-from .values import EXPERTS, HIDDEN, WIDTH, seeded
+from .values import EXPERTS, HIDDEN, WIDTH
 
 PROJECTIONS = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
 
@@ -50,8 +52,8 @@ class Tensor:
         )
         told = PROJECTIONS[projection] if self.same else projection
         rng = seeded(f"{self.suffix} {layer} {expert} {told}")
-        if self.dtype == "uint8":  # finite numbers of float8_e4m3fn, none of them 0
-            return (rng.integers(8, 120, size) | rng.integers(0, 2, size) << 7).astype(np.uint8)
+        if self.dtype == "uint8":
+            return finite_float8(rng, size)
         if self.dtype == "float32":
             return np.asarray(rng.uniform(0.5, 1.5, size), dtype=np.float32)
         low, high = {"int8": (1, 127), "int32": (1, 2**31 - 1)}[self.dtype]

@@ -5,17 +5,12 @@ Nothing here knows the plugin or the engine: what a slot should hold is the chec
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
+
+from tests.zoo.checkpoint import seeded
 
 HIDDEN, WIDTH, EXPERTS, LAYERS = 64, 64, 8, 3
 """Sizes that every model of the zoo has, unless its recipe says otherwise."""
-
-
-def seeded(name: str) -> np.random.Generator:
-    """Random numbers that depend on a name alone."""
-    return np.random.default_rng(zlib.crc32(name.encode()))
 
 
 def drawn(name: str, *shape: int, gain: float = 1.0) -> np.ndarray:

@@ -23,7 +23,7 @@ from moe_placement_plugin.lab.staged_layer import (
 )
 from moe_placement_plugin.lab.staged_layer.dispatching import keep_local
 from moe_placement_plugin.lab.staged_layer.matmuls.align import align_blocks
-from moe_placement_plugin.lab.staged_layer.matmuls.base import sum_choices
+from moe_placement_plugin.lab.staged_layer.matmuls.base import Matmuls, sum_choices
 from moe_placement_plugin.lab.staged_layer.reference import reference_moe
 from moe_placement_plugin.lab.staged_layer.stages import select
 from moe_placement_plugin.lab.staged_layer.weights import swiglu
@@ -32,18 +32,33 @@ from . import cases
 
 
 def main(engine: str) -> None:
+    """Compare an engine's kernels with the reference, in all that the tests ask for."""
     torch.set_num_threads(1)
-    # The interpreter's tl.dot. With the BLAS kernels of some processors a row's bits depend on where in the tile it stands, which a GPU's do not.
+    # The interpreter's tl.dot. With the BLAS kernels of some processors a row's bits depend on
+    # where in the tile it stands, which a GPU's do not.
     np.matmul = lambda a, b, dtype=None: np.einsum("mk,kn->mn", a, b, dtype=dtype)
-    matmuls, plain = find_matmuls(engine), find_matmuls("torch")
+    matmuls = find_matmuls(engine)
     launches, launch = [], matmuls.launch
     matmuls.launch = lambda *arguments: (launches.append(arguments[5:]), launch(*arguments))
     result = {"name": matmuls.name, "errors": {}, "chunked": {}}
-
-    # One rank: no choice lies elsewhere.
     whole = cases.Case(
         ep=1, tokens=(21,), experts=6, shared="plain", routing=(("top_k", 3),), matmuls=engine
     )
+    on_one_rank(whole, matmuls, result)
+    on_four_ranks(matmuls, result)
+    try:
+        bfloat16 = cases.make(whole.but(dtype="bfloat16"))
+        cases.layer(whole, bfloat16, EpGroup.single())(bfloat16.xs[0], bfloat16.logits[0])
+        result["bfloat16"] = "computed"
+    except PlacementError as error:
+        result["bfloat16"] = str(error)
+    result["launches"] = len(launches)
+    result["as on CUDA"] = as_on_cuda(engine)
+    print(json.dumps(result))
+
+
+def on_one_rank(whole: cases.Case, matmuls: Matmuls, result: dict) -> None:
+    """Compute a layer whole and in chunks; no choice lies elsewhere."""
     made = cases.make(whole)
     wanted = reference_moe(made.xs[0], made.logits[0], made.routing, made.experts, made.shared)
     layer = cases.layer(whole, made, EpGroup.single())
@@ -57,7 +72,9 @@ def main(engine: str) -> None:
         )
     result["chunked"]["tokens, bit for bit"] = torch.equal(outputs["1 x 1"], outputs["3 x 1"])
 
-    # The ranks of an uneven placement one after the other, their partial sums added here.
+
+def on_four_ranks(matmuls: Matmuls, result: dict) -> None:
+    """Compute the ranks of an uneven placement one after the other, and add their partial sums."""
     case = cases.Case(
         ep=4,
         tokens=(12, 0, 7, 1),
@@ -67,7 +84,7 @@ def main(engine: str) -> None:
         dead=(2,),
         routing=(("top_k", 3),),
     )
-    made = cases.make(case)
+    made, plain = cases.make(case), find_matmuls("torch")
     x, logits = torch.cat(made.xs), torch.cat(made.logits)
     total = torch.zeros_like(x)
     for rank in range(case.ep):
@@ -85,16 +102,6 @@ def main(engine: str) -> None:
     result["errors"]["four ranks"] = float(
         (total.double() - wanted).abs().max() / wanted.abs().max()
     )
-
-    try:
-        bfloat16 = cases.make(whole.but(dtype="bfloat16"))
-        cases.layer(whole, bfloat16, EpGroup.single())(bfloat16.xs[0], bfloat16.logits[0])
-        result["bfloat16"] = "computed"
-    except PlacementError as error:
-        result["bfloat16"] = str(error)
-    result["launches"] = len(launches)
-    result["as on CUDA"] = as_on_cuda(engine)
-    print(json.dumps(result))
 
 
 def as_on_cuda(engine: str) -> dict[str, float]:
@@ -197,7 +204,7 @@ def vllm_without_cuda():
         expert_ids,
         num_padded,
         expert_map=None,
-        scatter_idx=None,
+        *rest,
     ):
         local = topk_ids if expert_map is None else expert_map[topk_ids.long()]
         fill_aligned(local, block_size, num_experts, False, sorted_ids, expert_ids, num_padded)
