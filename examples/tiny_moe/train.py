@@ -3,9 +3,10 @@
     python train.py qwen3-moe          # softmax router, 32 experts, top-4; a few minutes on two cores
     python train.py glm4-moe           # sigmoid router, 32 experts in 4 groups of which a token uses 2, a shared expert
 
-Needs this package, torch and transformers 5. Nothing is downloaded: the model starts from random weights. There is no
-load-balancing loss, so that the routing becomes as skewed as the problems make it. What is examined and written is the
-model after rounding its weights to bfloat16; engines serve it in float32 (or in bfloat16) from there.
+Needs this package, torch and transformers 5. Nothing is downloaded: the model starts from random
+weights. There is no load-balancing loss, so that the routing becomes as skewed as the problems make
+it. What is examined and written is the model after rounding its weights to bfloat16; engines serve
+it in float32 (or in bfloat16) from there.
 """
 
 from __future__ import annotations
@@ -146,8 +147,9 @@ def examine(model, encode: Encoder) -> dict:
     """Exact match and routing skew of every domain on held-out problems.
 
     Returns:
-        ``exact_match`` domain -> share; ``max_over_mean`` domain (and ``all``) -> greatest load of an expert over the mean load, mean
-        over layers; ``distance`` -> least, mean and greatest total variation distance between two domains' loads, mean over layers.
+        ``exact_match`` domain -> share; ``max_over_mean`` domain (and ``all``) -> greatest load of
+        an expert over the mean load, mean over layers; ``distance`` -> least, mean and greatest
+        total variation distance between two domains' loads, mean over layers.
     """
     model.eval()
     chosen = {domain: examination(domain, EXAMINED, EXAMINATION_SEED) for domain in DOMAINS}
@@ -195,15 +197,14 @@ def save(model, start: Path, path: Path) -> None:
             if ".experts." in name:
                 prefix, _, rest = name.partition(".experts.")
                 expert, projection, _ = rest.split(".")
-                fused = trained[
-                    f"{prefix}.experts.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
-                ][int(expert)]
-                part = {
+                part = "down_proj" if projection == "down_proj" else "gate_up_proj"
+                fused = trained[f"{prefix}.experts.{part}"][int(expert)]
+                rows = {
                     "down_proj": slice(None),
                     "gate_proj": slice(0, len(fused) // 2),
                     "up_proj": slice(len(fused) // 2, None),
                 }
-                tensors[name] = fused[part[projection]].bfloat16().contiguous()
+                tensors[name] = fused[rows[projection]].bfloat16().contiguous()
             else:
                 # Engines keep the correction bias of grouped routers in float32.
                 wide = name.endswith("e_score_correction_bias")
@@ -257,11 +258,17 @@ def main() -> None:
     write(recorded_load(model, encode), recorded)
     found = examine(model, encode) | {
         "training": {
-            "steps": arguments.steps, "batch": arguments.batch, "rate": arguments.rate, "seed": arguments.seed, "seconds": round(seconds),
-            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+            "steps": arguments.steps,
+            "batch": arguments.batch,
+            "rate": arguments.rate,
+            "seed": arguments.seed,
+            "seconds": round(seconds),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
         },
         "examined": {"per_domain": EXAMINED, "seed": EXAMINATION_SEED},
-    }  # fmt: skip
+    }
     (out / "measured.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 

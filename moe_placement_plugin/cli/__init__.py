@@ -1,7 +1,7 @@
 """The ``moe-placement`` command: one file per verb, imported when the verb is called.
 
-``--help`` must not pay for numba, torch or an engine, so verbs are registered by name with their one-line
-help and only the called one is imported.
+``--help`` must not pay for numba, torch or an engine, so verbs are registered by name with their
+one-line help and only the called one is imported.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ VERBS = {
 class LazyVerbs(TyperGroup):
     """A group whose verbs are imported when they run.
 
-    typer's own group and not click's: recent typer carries its own copy of click, whose exceptions click's
-    groups do not know.
+    typer's own group and not click's: recent typer carries its own copy of click, whose exceptions
+    click's groups do not know.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -70,7 +70,8 @@ def verbs() -> None:
 
 def main() -> None:
     """Console entry point: a `PlacementError` is one line on stderr and exit code 2."""
-    # Importing makes hundreds of thousands of objects that stay; the default looks through them again and again, a fifth of a second in all.
+    # Importing makes hundreds of thousands of objects that stay; the default looks through them
+    # again and again, a fifth of a second in all.
     gc.set_threshold(200_000, 20, 20)
     try:
         root(prog_name="moe-placement")

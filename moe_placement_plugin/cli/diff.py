@@ -49,9 +49,13 @@ def diff(
     after = read_plan(new, ranks)
     if str(old) == "linear":
         request = PlacementRequest(
-            after.num_layers, after.num_logical_experts, Topology(after.num_ranks), after.num_redundant,
-            after.slots_per_rank, after.layer_ids,
-        )  # fmt: skip
+            after.num_layers,
+            after.num_logical_experts,
+            Topology(after.num_ranks),
+            after.num_redundant,
+            after.slots_per_rank,
+            after.layer_ids,
+        )
         before = get_strategy("linear").place(request)
     else:
         before = read_plan(old, ranks)

@@ -25,7 +25,8 @@ def doctor(
     """Show each engine found, its version, every patch with its target and whether the engine still fits it, and the
     back ends that a placement would be refused for.
 
-    Exits with 1 when an engine is there but a patch does not fit it or its version is not supported. Nothing is patched.
+    Exits with 1 when an engine is there but a patch does not fit it or its version is not
+    supported. Nothing is patched.
 
     Example: moe-placement doctor --engine vllm
     """
@@ -126,10 +127,17 @@ def _sglang(result: dict[str, Any]) -> None:
     from ..engines.sglang import patches as worker  # lazy: numba
 
     groups = (
-        ("flags", flags.LAUNCHER), ("placement", flags.ON_REQUEST), ("placement", worker.hooks()),
-        ("eplb", eplb.hooks()), ("verification", verification.hooks()), ("recording", recording.ON_REQUEST), ("recording", recording.hooks()),
-        ("recording", draft_recording.hooks()), ("several hosts", hosts.hooks()), ("new weights", reload.hooks()),
-    )  # fmt: skip
+        ("flags", flags.LAUNCHER),
+        ("placement", flags.ON_REQUEST),
+        ("placement", worker.hooks()),
+        ("eplb", eplb.hooks()),
+        ("verification", verification.hooks()),
+        ("recording", recording.ON_REQUEST),
+        ("recording", recording.hooks()),
+        ("recording", draft_recording.hooks()),
+        ("several hosts", hosts.hooks()),
+        ("new weights", reload.hooks()),
+    )
     for concern, hooks in groups:
         result["patches"] += [{"concern": concern, **row} for row in hooks.report()]
     result["refused"] = [

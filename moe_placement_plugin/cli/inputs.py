@@ -27,7 +27,8 @@ def read_plan(path: Path, num_ranks: int | None = None) -> Placement:
     found = read(path, num_ranks)
     if isinstance(found, ExpertLoad):
         raise PlacementError(
-            f"{path} is a recorded load, a plan is needed: make one with `moe-placement plan {path}`"
+            f"{path} is a recorded load, a plan is needed: make one with `moe-placement plan "
+            f"{path}`"
         )
     return found
 
@@ -57,7 +58,8 @@ def read_loads(paths: Sequence[Path], phase: str | None = None) -> list[Workload
             keep = [i for i, p in enumerate(load.phases) if p == phase]
             if not keep:
                 raise PlacementError(
-                    f"{path} has no window of phase {phase} (it has {', '.join(sorted(set(load.phases)))}): leave --phase out"
+                    f"{path} has no window of phase {phase} (it has "
+                    f"{', '.join(sorted(set(load.phases)))}): leave --phase out"
                 )
             load = ExpertLoad(
                 load.counts[keep],
@@ -104,7 +106,8 @@ def check_writable(path: Path) -> None:
         raise PlacementError(f"{path} is a directory: give the path of a file")
     if not path.parent.is_dir():
         raise PlacementError(
-            f"{path} cannot be written (directory {path.parent} does not exist): make it, or give a writable path"
+            f"{path} cannot be written (directory {path.parent} does not exist): make it, or give "
+            "a writable path"
         )
 
 

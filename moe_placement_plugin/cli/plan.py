@@ -85,8 +85,8 @@ def plan(
 ) -> None:
     """Plan where experts lie, and predict how balanced the ranks will be.
 
-    The plan goes to --expert-placement-file of vLLM or SGLang (start the engine with as many ranks and redundant
-    experts). Reads what --expert-load-record wrote, and SGLang's .json and .pt.
+    The plan goes to --expert-placement-file of vLLM or SGLang (start the engine with as many ranks
+    and redundant experts). Reads what --expert-load-record wrote, and SGLang's .json and .pt.
 
     Example: moe-placement plan load.safetensors --ranks 32 --redundant 32 -o plan.json
     """

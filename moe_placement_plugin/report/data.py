@@ -141,12 +141,14 @@ def _window_names(names: Sequence[str], loads: Sequence[ExpertLoad]) -> list[str
 def _pairs(load: ExpertLoad, layer: int | None) -> dict[int, np.ndarray]:
     if layer is not None and layer not in load.layer_ids:
         raise PlacementError(
-            f"--layer {layer}: the load has layers {load.layer_ids[0]}..{load.layer_ids[-1]}; give one of them"
+            f"--layer {layer}: the load has layers {load.layer_ids[0]}..{load.layer_ids[-1]}; give "
+            "one of them"
         )
     if load.coactivation is None:
         if layer is not None:
             raise PlacementError(
-                f"--layer {layer}: the load holds no co-activation; record with --expert-load-coactivation"
+                f"--layer {layer}: the load holds no co-activation; record with "
+                "--expert-load-coactivation"
             )
         return {}
     total = load.total

@@ -79,7 +79,8 @@ def _summary(report: Report) -> str:
         for name, value in report.facts
     )
     cards = "".join(
-        f'<article class="card"><h3>{html.escape(view.name)}</h3><p class="figure">{view.overall:.3f}</p>'
+        f'<article class="card"><h3>{html.escape(view.name)}</h3><p '
+        f'class="figure">{view.overall:.3f}</p>'
         f"<p>balancedness; the busiest rank has {1 / view.overall:.2f}x the mean</p>"
         f'<p class="quiet">{html.escape(view.description)}</p></article>'
         for view in report.placements
@@ -100,6 +101,8 @@ def _worst(report: Report) -> str:
         for row in order
     )
     return (
-        f'<section><h2>Least balanced layers</h2><p class="hint">By balancedness with {html.escape(first.name)}.</p><div class="scroll">'
-        f"<table><thead><tr><th>layer</th>{head}<th>hottest expert</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
+        '<section><h2>Least balanced layers</h2><p class="hint">By balancedness with '
+        f'{html.escape(first.name)}.</p><div class="scroll">'
+        f"<table><thead><tr><th>layer</th>{head}<th>hottest "
+        f"expert</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
     )

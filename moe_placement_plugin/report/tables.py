@@ -110,7 +110,8 @@ def describe(plan: Placement) -> str:
         else f"{min(plan.slots_per_rank)} to {max(plan.slots_per_rank)}"
     )
     return (
-        f"Plan {plan.digest[:12]} ({plan.strategy}): {plan.num_layers} layers x {plan.num_logical_experts} experts on {plan.num_ranks} "
+        f"Plan {plan.digest[:12]} ({plan.strategy}): {plan.num_layers} layers x "
+        f"{plan.num_logical_experts} experts on {plan.num_ranks} "
         f"ranks{_nodes(plan)}, {slots} slots each, {plan.num_redundant} redundant"
     )
 
@@ -138,9 +139,13 @@ def load_table(workload: Workload, limit: int | None = 12) -> Group:
     for row in rows:
         hottest = np.argsort(-total[row], kind="stable")[:3]
         table.add_row(
-            str(load.layer_ids[row]), sparkline(total[row]), count(float(total[row].sum())), f"{skew[row]:.2f}",
-            str(int((total[row] == 0).sum())), "  ".join(f"{e} ({total[row, e] / mean[row]:.1f}x)" for e in hottest),
-        )  # fmt: skip
+            str(load.layer_ids[row]),
+            sparkline(total[row]),
+            count(float(total[row].sum())),
+            f"{skew[row]:.2f}",
+            str(int((total[row] == 0).sum())),
+            "  ".join(f"{e} ({total[row, e] / mean[row]:.1f}x)" for e in hottest),
+        )
     facts = "  ".join(f"{key} {load.metadata[key]}" for key in FACTS if load.metadata.get(key))
     head = (
         f"{workload.name}: {load.num_layers} layers x {load.num_experts} experts, windows: {phases}"
@@ -194,9 +199,13 @@ def simulation_table(found: Simulation) -> Group:
     table = _table(columns + (["MoE ms/step", "ideal"] if timed else []))
     for outcome in found.outcomes:
         row = [
-            outcome.name, f"{outcome.overall:.4f}", f"{outcome.max_over_mean:.2f}", f"{outcome.per_layer.min():.4f}",
-            f"{outcome.per_window.min():.4f}", "-" if outcome.next_window is None else f"{outcome.next_window:.4f}",
-        ]  # fmt: skip
+            outcome.name,
+            f"{outcome.overall:.4f}",
+            f"{outcome.max_over_mean:.2f}",
+            f"{outcome.per_layer.min():.4f}",
+            f"{outcome.per_window.min():.4f}",
+            "-" if outcome.next_window is None else f"{outcome.next_window:.4f}",
+        ]
         if outcome.step is not None:
             row += [
                 f"{outcome.step.total_us / 1000:.3f}",
@@ -239,12 +248,15 @@ def moves_table(moves: Moves, expert_bytes: int | None, bandwidth: float) -> Gro
     """What ``diff`` prints."""
     per_layer = moves.received.sum(axis=1)
     lines = [
-        f"{moves.total} of {moves.slots * len(moves.layer_ids)} slots receive an expert from another rank ({moves.share:.1%}), in "
-        f"{int((per_layer > 0).sum())} of {len(moves.layer_ids)} layers; copies change for {int(moves.replicas_changed.sum())} experts.",
+        f"{moves.total} of {moves.slots * len(moves.layer_ids)} slots receive an expert from "
+        f"another rank ({moves.share:.1%}), in "
+        f"{int((per_layer > 0).sum())} of {len(moves.layer_ids)} layers; copies change for "
+        f"{int(moves.replicas_changed.sum())} experts.",
     ]
     if expert_bytes is not None:
         lines.append(
-            f"{count(moves.bytes(expert_bytes))}B cross between ranks, at least {moves.seconds(expert_bytes, bandwidth):.3g} s at "
+            f"{count(moves.bytes(expert_bytes))}B cross between ranks, at least "
+            f"{moves.seconds(expert_bytes, bandwidth):.3g} s at "
             f"{bandwidth / 1e9:g} GB/s per rank."
         )
     else:

@@ -136,8 +136,10 @@ def choose_torch(uv, directory):
         uv.arguments += more
         return "cpu"
     say(
-        f"  {wanted} is in no index or folder of your pip settings (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), and\n"
-        "  PyTorch's index is out of reach: PyPI's CUDA build goes in, which works alike and takes 3 GB more disk"
+        f"  {wanted} is in no index or folder of your pip settings (PIP_EXTRA_INDEX_URL, "
+        "PIP_FIND_LINKS), and\n"
+        "  PyTorch's index is out of reach: PyPI's CUDA build goes in, which works alike and takes "
+        "3 GB more disk"
     )
     return "cuda"
 

@@ -39,7 +39,8 @@ def test_kubernetes():
     lint(
         tool("yamllint"),
         "-d",
-        "{extends: default, rules: {line-length: {max: 150}, comments: {min-spaces-from-content: 1}}}",
+        "{extends: default, rules: {line-length: {max: 150}, comments: {min-spaces-from-content: "
+        "1}}}",
         "-s",
         manifest,
     )
@@ -81,7 +82,10 @@ def test_slurm_gives_vllm_flags_that_it_has(tmp_path):
     assert first.replace("--node-rank 0", "") == second.replace("--headless ", "").replace(
         "--node-rank 1", ""
     )
-    child = "import sys; sys.argv[1:] = sys.argv[1].split()[2:]; from tests.support.vllm_headless import parser; print(parser().parse_args())"
+    child = (
+        "import sys; sys.argv[1:] = sys.argv[1].split()[2:]; "
+        "from tests.support.vllm_headless import parser; print(parser().parse_args())"
+    )
     parsed = subprocess.run(
         [sys.executable, "-c", child, second], capture_output=True, text=True, cwd=ROOT, timeout=120
     )

@@ -26,7 +26,8 @@ def test_commands_of_the_walk(tmp_path):
     command = tmp_path / "bin" / "moe-placement"
     command.parent.mkdir()
     command.write_text(
-        f'#!/bin/sh\nexec {sys.executable} -c "from moe_placement_plugin.cli import main; main()" "$@"\n'
+        f'#!/bin/sh\nexec {sys.executable} -c "from moe_placement_plugin.cli import main; main()" '
+        '"$@"\n'
     )
     command.chmod(0o755)
     script = "set -e\n" + "\n".join(blocks)

@@ -2,8 +2,9 @@
 
     python -m tests.gpu vllm|sglang OUT [NAME ...]      all cases, or those named and what they are compared with
 
-Exits with 1 when a case differs from the one that it is like. Tolerances: tokens may part where float32 kernels add in
-another order, which the table shows as the tokens that agree; log probabilities are compared up to there.
+Exits with 1 when a case differs from the one that it is like. Tolerances: tokens may part where
+float32 kernels add in another order, which the table shows as the tokens that agree; log
+probabilities are compared up to there.
 """
 
 from __future__ import annotations
@@ -63,9 +64,14 @@ def main() -> None:
         results = dict(zip((c["name"] for c in cases), pool.map(run, enumerate(cases))))
     (out / f"{engine}-all.json").write_text(json.dumps(results))
     versions = subprocess.run(
-        [sys.executable, "-c", f"import torch, {engine}; print({engine}.__version__, torch.__version__)"],
-        capture_output=True, text=True,
-    ).stdout.split("\n")[-2:-1]  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            f"import torch, {engine}; print({engine}.__version__, torch.__version__)",
+        ],
+        capture_output=True,
+        text=True,
+    ).stdout.split("\n")[-2:-1]
     print(f"\n{engine} {versions}; {len(cases)} engines on two GPUs")
     good = all([report(case, results) for case in cases])
     sys.exit(0 if good else 1)

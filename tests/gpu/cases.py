@@ -155,6 +155,7 @@ def case(name: str, engine: dict[str, Any], steps: list, like: str | None = None
         engine: the engine's arguments.
         steps: see the engine's child.
         like: the case whose answers these must equal.
-        more: "refused": the last step must be; "rest": seconds before it stops; "check": ask the weight checker.
+        more: "refused": the last step must be; "rest": seconds before it stops; "check": ask the
+            weight checker.
     """
     return {"name": name, "engine": engine, "steps": steps, "like": like, **more}

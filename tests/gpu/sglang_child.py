@@ -2,9 +2,10 @@
 
     python -m tests.gpu.sglang_child CASE.json RESULT.json
 
-A case is {"engine": {Engine's arguments}, "steps": [step, ...]}; a step is "answer", "sleep" (memory of weights and KV
-cache released and taken again) or {"disk": a checkpoint}. Every step ends with answers. The result has per step
-{"error", "answers", "seconds"}, and after all what SGLang's weight checker said.
+A case is {"engine": {Engine's arguments}, "steps": [step, ...]}; a step is "answer", "sleep"
+(memory of weights and KV cache released and taken again) or {"disk": a checkpoint}. Every step ends
+with answers. The result has per step {"error", "answers", "seconds"}, and after all what SGLang's
+weight checker said.
 """
 
 from __future__ import annotations
@@ -49,13 +50,22 @@ def main() -> None:
     began = time.monotonic()
     engine = sglang.Engine(
         **{
-            "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none",
-            "enforce_disable_flashinfer_allreduce_fusion": True, "dtype": "float32", "tp_size": 2,
-            "ep_size": 2, "skip_tokenizer_init": True, "skip_server_warmup": True, "log_level": "info",
-            "max_total_tokens": 8192, "max_running_requests": 8, "mem_fraction_static": 0.2,
+            "attention_backend": "triton",
+            "sampling_backend": "pytorch",
+            "grammar_backend": "none",
+            "enforce_disable_flashinfer_allreduce_fusion": True,
+            "dtype": "float32",
+            "tp_size": 2,
+            "ep_size": 2,
+            "skip_tokenizer_init": True,
+            "skip_server_warmup": True,
+            "log_level": "info",
+            "max_total_tokens": 8192,
+            "max_running_requests": 8,
+            "mem_fraction_static": 0.2,
         }
         | case["engine"]
-    )  # fmt: skip
+    )
     result: dict = {"start_s": time.monotonic() - began, "steps": []}
     sampling = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
 

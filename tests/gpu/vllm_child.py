@@ -2,10 +2,11 @@
 
     python -m tests.gpu.vllm_child CASE.json RESULT.json
 
-A case is {"engine": {LLM arguments}, "steps": [step, ...]}; a step is "answer", "sleep 1", "sleep 2" (and the weights
-read anew), or {"reload": arguments of reload_weights}. Every step ends with answers. An update that is refused since
-EPLB moves experts in the background is tried again after some more answers, as the message says. The result has per step
-{"error", "answers", "digests", "retries", "seconds"}, and what the draft did.
+A case is {"engine": {LLM arguments}, "steps": [step, ...]}; a step is "answer", "sleep 1", "sleep
+2" (and the weights read anew), or {"reload": arguments of reload_weights}. Every step ends with
+answers. An update that is refused since EPLB moves experts in the background is tried again after
+some more answers, as the message says. The result has per step {"error", "answers", "digests",
+"retries", "seconds"}, and what the draft did.
 """
 
 from __future__ import annotations
@@ -71,10 +72,16 @@ def main() -> None:
 
     began = time.monotonic()
     llm = LLM(
-        max_model_len=512, max_num_batched_tokens=512, max_num_seqs=8, tensor_parallel_size=2,
-        enable_expert_parallel=True, enable_prefix_caching=False, disable_log_stats=False,
-        kv_cache_memory_bytes=1 << 30, **{"enforce_eager": True, "dtype": "float32"} | case["engine"],
-    )  # fmt: skip
+        max_model_len=512,
+        max_num_batched_tokens=512,
+        max_num_seqs=8,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+        kv_cache_memory_bytes=1 << 30,
+        **{"enforce_eager": True, "dtype": "float32"} | case["engine"],
+    )
     result: dict = {"start_s": time.monotonic() - began, "steps": []}
     result["workers"] = llm.collective_rpc(describe)
 

@@ -2,8 +2,8 @@
 
     python -m tests.support.cpu_kernels_child int8|fp8
 
-vLLM serves them only on machines with AMX (elsewhere they die on an illegal instruction at larger batches);
-a handful of tokens takes the AVX-512 path, which runs here too.
+vLLM serves them only on machines with AMX (elsewhere they die on an illegal instruction at larger
+batches); a handful of tokens takes the AVX-512 path, which runs here too.
 """
 
 from __future__ import annotations
@@ -84,9 +84,23 @@ def main() -> None:
         experts, state, q13, q2 = make(w13[local], w2[local])
         output = torch.empty_like(x)
         experts.apply(
-            state, output, x.clone(), q13, q2, weights.clone(), ids.clone(), MoEActivation.SILU, EXPERTS, expert_map, None, None,
-            torch.empty(0), torch.empty(0), None, False,
-        )  # fmt: skip
+            state,
+            output,
+            x.clone(),
+            q13,
+            q2,
+            weights.clone(),
+            ids.clone(),
+            MoEActivation.SILU,
+            EXPERTS,
+            expert_map,
+            None,
+            None,
+            torch.empty(0),
+            torch.empty(0),
+            None,
+            False,
+        )
         return output.float()
 
     whole = run(list(range(EXPERTS)), None)

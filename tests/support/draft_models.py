@@ -35,7 +35,8 @@ def write_glm4_moe_with_mtp(path: Path, num_experts: int = 32) -> Path:
     tensors = load_file(path / "model.safetensors")
     last, layer = (f"model.layers.{config['num_hidden_layers'] - n}." for n in (1, 0))
     rng, hidden = np.random.default_rng(9), config["hidden_size"]
-    # A permutation of the last layer's tensors would do the target's work; noise makes it a layer of its own.
+    # A permutation of the last layer's tensors would do the target's work; noise makes it a layer
+    # of its own.
     for name in [name for name in tensors if name.startswith(last)]:
         tensor = tensors[name]
         noise = rng.normal(0, 0.02, tensor.shape).astype(tensor.dtype)

@@ -1,7 +1,8 @@
 """What can go wrong with expert weights in a serving process: each fault corrupts one rank's layer in place.
 
-A fault takes (layer, other, slots): the tensors of one MoE layer and of another, name -> tensor ``[slots, ...]``, and two
-slots of this rank. Tensors beside w13 and w2 (scale, zero point, bias) are those of `attach`.
+A fault takes (layer, other, slots): the tensors of one MoE layer and of another, name -> tensor
+``[slots, ...]``, and two slots of this rank. Tensors beside w13 and w2 (scale, zero point, bias)
+are those of `attach`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The server that processes of tests are forked from, with torch and the compiled kernels loaded.
 
-A program has one such server, and what it loads is settled by who starts it first: a server without torch costs every process a second of
-importing it.
+A program has one such server, and what it loads is settled by who starts it first: a server without
+torch costs every process a second of importing it.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def files(tmp_path_factory) -> dict[str, Path]:
     plan("other-layers", permutation[:3], 32, (16, 16))
     plan("other-experts", np.stack([rng.permutation(30) for _ in range(4)]), 30, (15, 15))
     plan("four-ranks", permutation, 32, (8, 8, 8, 8))
-    # As vLLM places 30 experts on 4 ranks: 8 8 7 7, without redundant experts, another permutation in each layer.
+    # As vLLM places 30 experts on 4 ranks: 8 8 7 7, without redundant experts, another permutation
+    # in each layer.
     plan("uneven-four-ranks", np.stack([rng.permutation(30) for _ in range(4)]), 30, (8, 8, 7, 7))
     plan("redundant", _with_copies(permutation), 32, (18, 18))
     wrong = permutation.tolist()

@@ -2,8 +2,9 @@
 
     python -m tests.support.vllm_draft_child CASES.json
 
-A case is {"name", "engine": {LLM arguments}}. For each a line ``CASE`` and JSON: {"name", "tokens" [prompt][token], "accepted"
-(metric -> value), "maps" [rank]{layer: expert map of the draft}}, or {"name", "error"}.
+A case is {"name", "engine": {LLM arguments}}. For each a line ``CASE`` and JSON: {"name", "tokens"
+[prompt][token], "accepted" (metric -> value), "maps" [rank]{layer: expert map of the draft}}, or
+{"name", "error"}.
 """
 
 from __future__ import annotations
@@ -30,9 +31,14 @@ def answer(engine: dict) -> dict:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        enforce_eager=True, dtype="float32", max_model_len=256, tensor_parallel_size=2, enable_expert_parallel=True,
-        disable_log_stats=False, **engine,
-    )  # fmt: skip
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=256,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        disable_log_stats=False,
+        **engine,
+    )
     sampling = SamplingParams(max_tokens=12, temperature=0)
     tokens = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, sampling)]
     accepted = {

@@ -3,10 +3,11 @@
     python -m tests.support.vllm_flags_child attributes|configs|parser JSON
     python -m tests.support.vllm_flags_child
 
-Without arguments a line on standard input is a question, ``[attributes|configs|parser, JSON]``, and a line that begins with ANSWER holds
-``{"answer": ..., "output": ...}``. vLLM's modules are imported once then, which takes longer than all questions, and each is answered in a process
-forked from there, before vLLM has loaded its general plugins. What depends on the command line or the environment while vLLM is imported is
-asked in the first form.
+Without arguments a line on standard input is a question, ``[attributes|configs|parser, JSON]``, and
+a line that begins with ANSWER holds ``{"answer": ..., "output": ...}``. vLLM's modules are imported
+once then, which takes longer than all questions, and each is answered in a process forked from
+there, before vLLM has loaded its general plugins. What depends on the command line or the
+environment while vLLM is imported is asked in the first form.
 """
 
 from __future__ import annotations
@@ -109,9 +110,15 @@ def configs(requests: list[dict]) -> list[dict]:
         try:
             config = EngineArgs(max_model_len=256, **request).create_engine_config()
             settings = config.additional_config.get("moe_placement_plugin")
-            results.append({"strategy": settings and settings.strategy, "digest": settings and settings["plan"] and settings["plan"]["digest"],
-                            "value": config.parallel_config.expert_placement_strategy, "hosts": settings and settings["hosts"],
-                            "nodes": settings and settings["plan"] and settings["plan"].get("node_of_rank")})  # fmt: skip
+            results.append(
+                {
+                    "strategy": settings and settings.strategy,
+                    "digest": settings and settings["plan"] and settings["plan"]["digest"],
+                    "value": config.parallel_config.expert_placement_strategy,
+                    "hosts": settings and settings["hosts"],
+                    "nodes": settings and settings["plan"] and settings["plan"].get("node_of_rank"),
+                }
+            )
         except Exception as error:
             results.append({"error": type(error).__name__, "message": str(error)})
         finally:

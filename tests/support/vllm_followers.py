@@ -24,11 +24,14 @@ class Followers:
         }
         self.hosts = {
             on: subprocess.Popen(
-                [*on, sys.executable, "-m", "tests.support.vllm_headless"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                [*on, sys.executable, "-m", "tests.support.vllm_headless"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
                 env={**os.environ, **asked["env"]},
             )
             for on, asked in wanted.items()
-        }  # fmt: skip
+        }
 
     @contextmanager
     def follow(self, case: dict) -> Iterator[None]:

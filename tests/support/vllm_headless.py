@@ -3,8 +3,8 @@ without AVX-512, preloads the wrong kernels (illegal instruction).
 
     python -m tests.support.vllm_headless
 
-Each line that it reads is a server to be: {"arguments": [...], "env": {...}, "log": FILE}. It is forked from here, so that vLLM is imported once;
-its process id is written back.
+Each line that it reads is a server to be: {"arguments": [...], "env": {...}, "log": FILE}. It is
+forked from here, so that vLLM is imported once; its process id is written back.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python -m tests.support.vllm_lora_child CHECKPOINT ADAPTER ENGINE_ARGUMENTS_AS_JSON
 
-The last lines say what came of it: ``SLOTS`` and JSON, [rank][layer] -> {"map", "w2 a", "w3 b"}, or ``REFUSED`` and the message.
+The last lines say what came of it: ``SLOTS`` and JSON, [rank][layer] -> {"map", "w2 a", "w3 b"}, or
+``REFUSED`` and the message.
 """
 
 from __future__ import annotations
@@ -75,9 +76,16 @@ def main() -> None:
 
     checkpoint, adapter, more = sys.argv[1:]
     llm = LLM(
-        model=checkpoint, enable_lora=True, max_lora_rank=8, enforce_eager=True, dtype="float32", max_model_len=128,
-        tensor_parallel_size=2, enable_expert_parallel=True, **json.loads(more),
-    )  # fmt: skip
+        model=checkpoint,
+        enable_lora=True,
+        max_lora_rank=8,
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=128,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        **json.loads(more),
+    )
     try:
         llm.llm_engine.add_lora(LoRARequest("mine", 1, adapter))
         print("SLOTS", json.dumps(llm.collective_rpc(look)), flush=True)

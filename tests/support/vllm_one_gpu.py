@@ -2,8 +2,8 @@
 
     python -m tests.support.vllm_one_gpu [--dtype float32] [CASE ...]
 
-Everything but NCCL and CUDA graphs is what two GPUs run: Triton kernels, weight loaders, expert maps, EPLB's exchange. On a machine
-without a GPU it ends with 2.
+Everything but NCCL and CUDA graphs is what two GPUs run: Triton kernels, weight loaders, expert
+maps, EPLB's exchange. On a machine without a GPU it ends with 2.
 """
 
 from __future__ import annotations
@@ -69,14 +69,37 @@ def cases(folder: Path) -> list[dict]:
             (f"{name}: one rank", {}, ""),
             (f"{name}: one rank again", {}, ""),
             (f"{name}: stock linear", ranks, ""),
-            (f"{name}: stock EPLB, 4 redundant, nothing moved", {**ranks, **eplb, **moving(10**6, 4)}, ""),
+            (
+                f"{name}: stock EPLB, 4 redundant, nothing moved",
+                {**ranks, **eplb, **moving(10**6, 4)},
+                "",
+            ),
             (f"{name}: stock EPLB, 4 redundant, moving", {**ranks, **eplb, **moving(4, 4)}, ""),
-            (f"{name}: zigzag, checkpoint verified", {**ranks, **strategy, "expert_placement_verify": "checkpoint"}, None),
+            (
+                f"{name}: zigzag, checkpoint verified",
+                {**ranks, **strategy, "expert_placement_verify": "checkpoint"},
+                None,
+            ),
             (f"{name}: eplb from a load", {**ranks, **from_load}, None),
-            (f"{name}: zigzag under EPLB, 4 redundant, moving", {**ranks, **eplb, **moving(4, 4), **strategy}, None),
-            (f"{name}: eplb under EPLB, 4 redundant, moving", {**ranks, **eplb, **moving(4, 4), **from_load,
-             "additional_config": {"expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5}}}, None),
-        ]  # fmt: skip
+            (
+                f"{name}: zigzag under EPLB, 4 redundant, moving",
+                {**ranks, **eplb, **moving(4, 4), **strategy},
+                None,
+            ),
+            (
+                f"{name}: eplb under EPLB, 4 redundant, moving",
+                {
+                    **ranks,
+                    **eplb,
+                    **moving(4, 4),
+                    **from_load,
+                    "additional_config": {
+                        "expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5}
+                    },
+                },
+                None,
+            ),
+        ]
     return [
         {
             "name": name,
@@ -149,7 +172,8 @@ def main() -> int:
         print("no GPU here")
         return 2
     print(
-        f"vllm {vllm.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}, {given.dtype}",
+        f"vllm {vllm.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}, "
+        f"{given.dtype}",
         flush=True,
     )
     failed, references = 0, {}
@@ -180,7 +204,8 @@ def main() -> int:
             failed += not good
             moved = len(re.findall(r"Rearranged experts", log))
             print(
-                f"  {case['name']:50} {'ok   ' if good else 'WRONG'} start {result['start_s']:5.1f} s, {different} answers differ, log probabilities "
+                f"  {case['name']:50} {'ok   ' if good else 'WRONG'} start "
+                f"{result['start_s']:5.1f} s, {different} answers differ, log probabilities "
                 f"{most:.1e} apart at most, {mean:.1e} in the mean; {moved} rearrangements",
                 flush=True,
             )

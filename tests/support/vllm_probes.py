@@ -55,7 +55,8 @@ def try_fault(worker, name: str) -> dict:
     """Runs in every worker: corrupt one rank's weights, check, put them back, check again.
 
     Returns:
-        {"message": what the check said, None when it saw nothing; "after": the same once all is put back}.
+        {"message": what the check said, None when it saw nothing; "after": the same once all is put
+        back}.
     """
     import torch
 

@@ -2,11 +2,13 @@
 
     python -m tests.support.vllm_runner CASES.json RESULTS.json
 
-A case is {"name", "engine": {LLM arguments}} and, at will, "env": {...}, "prompts": [...], "probe" (what the
-plugin did in every worker), "follower" (the engine's part on another host, see `vllm_followers`), "vanish" (a command after which one more answer is
-asked for, which must fail), "reload" (arguments of reload_weights, or of a trainer's update, one call after the other), "faults" (corrupts weights
-and checks), "profile" (operators of one more answer), "sabotage" (answers once more after
-the expert maps were broken). Results are written after each case, so that a crash loses only the running one.
+A case is {"name", "engine": {LLM arguments}} and, at will, "env": {...}, "prompts": [...], "probe"
+(what the plugin did in every worker), "follower" (the engine's part on another host, see
+`vllm_followers`), "vanish" (a command after which one more answer is asked for, which must fail),
+"reload" (arguments of reload_weights, or of a trainer's update, one call after the other), "faults"
+(corrupts weights and checks), "profile" (operators of one more answer), "sabotage" (answers once
+more after the expert maps were broken). Results are written after each case, so that a crash loses
+only the running one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ ENVIRONMENT = {
 
 CORE_HERE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """The engine's core in the caller's process. Its workers are forked (`fork_workers`), and one process less has to import vLLM, which takes 10 s,
-and none has to be killed 5 s after its sigterm; with one rank the worker is here too. Servers have it in a process of its own."""
+and none has to be killed 5 s after its sigterm; with one rank the worker is here too. Servers have
+it in a process of its own.
+"""
 
 
 IMPORTED = ["vllm.v1.executor.multiproc_executor"]
@@ -81,23 +85,28 @@ def run(case: dict) -> dict:
 
     began = time.monotonic()
     llm = LLM(
-        max_model_len=256, max_num_batched_tokens=256, max_num_seqs=8,
-        **{"enforce_eager": True, "dtype": "float32", "gpu_memory_utilization": 0.2} | case["engine"],
-    )  # fmt: skip
+        max_model_len=256,
+        max_num_batched_tokens=256,
+        max_num_seqs=8,
+        **{"enforce_eager": True, "dtype": "float32", "gpu_memory_utilization": 0.2}
+        | case["engine"],
+    )
     ready = time.monotonic()
     prompts = case.get("prompts", PROMPTS)
     result = {"answers": generate(llm, prompts), "start_s": ready - began}
     if "probe" in case:
         result["workers"] = llm.collective_rpc(vllm_probes.probe)
     if "profile" in case:
-        # The same request first, until torch.compile has nothing left to compile: its operators are not the forward pass's.
+        # The same request first, until torch.compile has nothing left to compile: its operators are
+        # not the forward pass's.
         for _ in range(3):
             generate(llm, prompts[:1])
         llm.collective_rpc(vllm_probes.start_profile)
         generate(llm, prompts[:1])
         result["operators"] = llm.collective_rpc(vllm_probes.stop_profile)
     if "reload" in case:
-        # Arguments of reload_weights, again and again, with steps between, in which EPLB may rebalance.
+        # Arguments of reload_weights, again and again, with steps between, in which EPLB may
+        # rebalance.
         result["before"], result["reloaded"] = llm.collective_rpc(vllm_probes.slot_digests), []
         for arguments in case["reload"]:
             try:
@@ -105,7 +114,8 @@ def run(case: dict) -> dict:
                 error = None
             except Exception as failed:
                 error = f"{type(failed).__name__}: {failed}"
-            # vLLM leaves the other ranks' answers to a call that failed in their queues: no call after it.
+            # vLLM leaves the other ranks' answers to a call that failed in their queues: no call
+            # after it.
             digests = llm.collective_rpc(vllm_probes.slot_digests) if error is None else None
             result["reloaded"].append({"error": error, "digests": digests, "answers": None})
             try:

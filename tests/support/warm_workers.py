@@ -1,8 +1,9 @@
 """Workers forked from a process that has imported their engine, which takes a spawned one 8 to 11 s of a start's 14 to 17.
 
-Engines spawn their workers, and so do servers that tests start, and cases that are run alone; engines of several cases in a process need not, nor
-servers of which only the answers are asked (`WARM_SITE`).
-Forked workers share the seeds of strings' hashes and of numpy's global generator: an order that differs between ranks shows with spawned ones only.
+Engines spawn their workers, and so do servers that tests start, and cases that are run alone;
+engines of several cases in a process need not, nor servers of which only the answers are asked
+(`WARM_SITE`). Forked workers share the seeds of strings' hashes and of numpy's global generator: an
+order that differs between ranks shows with spawned ones only.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ class WarmContext(context.ForkServerContext):
     """As ``spawn`` to its caller: a process has this one for a parent, its outputs, and the environment of the moment it is made in.
 
     Args:
-        modules: what the process that others are forked from imports; it is started here. No more than a spawned worker has imported when it loads
-            plugins: it could else not be seen that a patch comes too late.
+        modules: what the process that others are forked from imports; it is started here. No more
+            than a spawned worker has imported when it loads plugins: it could else not be seen that
+            a patch comes too late.
     """
 
     def __init__(self, modules: Sequence[str]):
         super().__init__()
         self.set_forkserver_preload(list(modules))
         forkserver.ensure_running()
-        # SGLang ends all processes below its own when an engine is shut down: the next engine's workers come from the same one.
+        # SGLang ends all processes below its own when an engine is shut down: the next engine's
+        # workers come from the same one.
         server, found = forkserver._forkserver._forkserver_pid, psutil.Process.children
         psutil.Process.children = lambda self, recursive=False: [
             one for one in found(self, recursive) if one.pid != server

@@ -36,8 +36,10 @@ class Part:
     """One of the tensors that make up an expert, as a checkpoint names it.
 
     Attributes:
-        name: of the tensor, with ``{layer}`` and, unless one tensor holds all experts, ``{expert}``.
-        parameter: the engine's parameter that it goes into, such as ``w13_weight``; empty for what is no content (a shape).
+        name: of the tensor, with ``{layer}`` and, unless one tensor holds all experts,
+            ``{expert}``.
+        parameter: the engine's parameter that it goes into, such as ``w13_weight``; empty for what
+            is no content (a shape).
         shape: of one expert's share.
         dtype: as safetensors names it, or ``F32``.
         flat: all experts one below the other in dimension 0 (DBRX) instead of stacked.

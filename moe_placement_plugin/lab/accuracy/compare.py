@@ -18,9 +18,10 @@ class Allowance:
     Attributes:
         score: greatest difference of a score; None: twice stock's standard error.
         answers: greatest number of differing answers of a task; None: any.
-        logprob: difference (natural logarithm) of a choice's log probability from which on it counts as different. The
-            order of additions differs between one rank and several, which moves float32 log probabilities by about
-            1e-5; a wrong expert moves them by 0.1 and more.
+        logprob: difference (natural logarithm) of a choice's log probability from which on it
+            counts as different. The order of additions differs between one rank and several, which
+            moves float32 log probabilities by about 1e-5; a wrong expert moves them by 0.1 and
+            more.
     """
 
     score: float | None = 0.0
@@ -73,7 +74,8 @@ class TaskComparison:
         questions: how many were asked.
         metrics: metric -> comparison.
         differing_answers: questions whose generated text, or whose likeliest choice, differs.
-        differing_logprobs: questions with a choice whose log probability differs by more than was allowed.
+        differing_logprobs: questions with a choice whose log probability differs by more than was
+            allowed.
         largest_logprob_difference: over all questions and choices, 0 for generated text.
         allowed_answers: number of differing answers that was allowed, None for any.
         examples: up to three differing answers: question, stock's, the strategy's.
@@ -125,7 +127,8 @@ def compare(
     """
     if stock.keys() != placed.keys():
         raise PlacementError(
-            f"the runs have different tasks, {sorted(stock)} and {sorted(placed)}: run the same tasks"
+            f"the runs have different tasks, {sorted(stock)} and {sorted(placed)}: run the same "
+            "tasks"
         )
     return {task: _compare_task(task, stock[task], placed[task], allowance) for task in stock}
 
@@ -135,12 +138,15 @@ def _compare_task(
 ) -> TaskComparison:
     if stock.answers.keys() != placed.answers.keys():
         raise PlacementError(
-            f"task {task}: the runs asked different questions ({len(stock.answers)} and {len(placed.answers)}, "
-            f"{len(stock.answers.keys() & placed.answers.keys())} in common): use the same --limit and seeds"
+            f"task {task}: the runs asked different questions ({len(stock.answers)} and "
+            f"{len(placed.answers)}, "
+            f"{len(stock.answers.keys() & placed.answers.keys())} in common): use the same --limit "
+            "and seeds"
         )
     if stock.scores.keys() != placed.scores.keys():
         raise PlacementError(
-            f"task {task}: the runs have different metrics, {sorted(stock.scores)} and {sorted(placed.scores)}"
+            f"task {task}: the runs have different metrics, {sorted(stock.scores)} and "
+            f"{sorted(placed.scores)}"
         )
     pairs = [
         (question, answer, placed.answers[question]) for question, answer in stock.answers.items()

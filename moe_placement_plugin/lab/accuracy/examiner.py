@@ -2,8 +2,9 @@
 
     python -m moe_placement_plugin.lab.accuracy.examiner
 
-A JSON line on stdin is a request, a JSON line on stdout its reply, ``{}`` or ``{"error": "..."}``. The first request is the
-examination (`Examination`), which is checked; the others are servers (`Candidate`). Everything else is printed to stderr.
+A JSON line on stdin is a request, a JSON line on stdout its reply, ``{}`` or ``{"error": "..."}``.
+The first request is the examination (`Examination`), which is checked; the others are servers
+(`Candidate`). Everything else is printed to stderr.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Candidate:
         model: name under which it serves the model.
         tokenizer: folder of the checkpoint.
         max_length: tokens of a prompt with its answer that it takes.
-        folder: where results go, in the form that ``lm_eval --output_path FOLDER --log_samples`` writes.
+        folder: where results go, in the form that ``lm_eval --output_path FOLDER --log_samples``
+            writes.
         timeout: seconds that it may take for one request.
     """
 

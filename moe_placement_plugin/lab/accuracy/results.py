@@ -32,7 +32,8 @@ class TaskAnswer:
 
     Attributes:
         text: the generated text, or for a choice the number of the likeliest one.
-        logprobs: log probabilities (natural logarithm) of the choices, ``[choices]``; empty for a generated text.
+        logprobs: log probabilities (natural logarithm) of the choices, ``[choices]``; empty for a
+            generated text.
     """
 
     text: str
@@ -45,8 +46,8 @@ class TaskResult:
 
     Attributes:
         scores: metric (``exact_match,none``) -> score.
-        answers: question -> answer. A question is lm-eval's number of the document and its hash of the prompt, so that
-            answers to different prompts are never compared.
+        answers: question -> answer. A question is lm-eval's number of the document and its hash of
+            the prompt, so that answers to different prompts are never compared.
     """
 
     scores: Mapping[str, Score]
@@ -68,7 +69,8 @@ def read_results(folder: Path) -> dict[str, TaskResult]:
     files = sorted(folder.rglob("results_*.json"))
     if len(files) != 1:
         raise PlacementError(
-            f"{folder} holds {len(files)} results of lm-eval, one is expected: give each run an empty folder"
+            f"{folder} holds {len(files)} results of lm-eval, one is expected: give each run an "
+            "empty folder"
         )
     data = read_json(files[0], "result of lm-eval")
     stamp = files[0].stem.removeprefix("results_")
@@ -83,7 +85,8 @@ def read_results(folder: Path) -> dict[str, TaskResult]:
         with open(samples, encoding="utf-8") as lines:
             for line in lines:
                 sample = json.loads(line)
-                # A line for each filter of the task; what the model said is the same in all of them.
+                # A line for each filter of the task; what the model said is the same in all of
+                # them.
                 answers.setdefault(
                     (sample["doc_id"], sample["prompt_hash"]),
                     _answer(sample, data["configs"][task]["output_type"]),
@@ -108,7 +111,8 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Score]:
 def _answer(sample: Mapping[str, Any], output_type: str) -> TaskAnswer:
     if output_type == "generate_until":
         return TaskAnswer(str(sample["resps"][0][0]))
-    # Of each choice: its log probability and whether greedy decoding gives it; or for a rolling one the number alone.
+    # Of each choice: its log probability and whether greedy decoding gives it; or for a rolling one
+    # the number alone.
     values = [response[0] for response in sample["resps"]]
     logprobs = tuple(float(value[0] if isinstance(value, list) else value) for value in values)
     if output_type == "multiple_choice":

@@ -44,7 +44,8 @@ class Run:
         tasks: task -> result.
         start_seconds: until the server answered.
         examine_seconds: that lm-eval took.
-        placement: line in which the engine's workers report the placement in force, empty for stock.
+        placement: line in which the engine's workers report the placement in force, empty for
+            stock.
     """
 
     tasks: Mapping[str, TaskResult]
@@ -77,7 +78,8 @@ def configurations(
     """Stock and one configuration for each strategy.
 
     Args:
-        strategies: names, each with ``+N`` behind it for N redundant experts in place of ``redundant``.
+        strategies: names, each with ``+N`` behind it for N redundant experts in place of
+            ``redundant``.
         ranks: tensor-parallel and EP ranks of the strategies.
         redundant: redundant experts per layer.
         file: plan or recorded load for the strategies that plan from one.
@@ -90,12 +92,14 @@ def configurations(
         name, plus, number = written.partition("+")
         if plus and not number.isdigit():
             raise PlacementError(
-                f"--strategies {written}: a number of redundant experts follows the +, such as {name}+4"
+                f"--strategies {written}: a number of redundant experts follows the +, such as "
+                f"{name}+4"
             )
         needs_load = get_strategy(name).needs_load
         if needs_load and file is None:
             raise PlacementError(
-                f"strategy {name} places experts by a recorded load and has none: add --expert-placement-file with a recorded load or a plan"
+                f"strategy {name} places experts by a recorded load and has none: add "
+                "--expert-placement-file with a recorded load or a plan"
             )
         if any(written == other.name for other in found):
             raise PlacementError(f"--strategies names {written} twice: name each once")

@@ -22,8 +22,8 @@ class Stopwatch:
 
     Args:
         device: where they run.
-        graphs: on CUDA, replay a CUDA graph of the function rather than launch its kernels one by one. Work that waits for the
-            device (all-to-all, the torch matmuls) cannot be captured.
+        graphs: on CUDA, replay a CUDA graph of the function rather than launch its kernels one by
+            one. Work that waits for the device (all-to-all, the torch matmuls) cannot be captured.
     """
 
     def __init__(self, device: torch.device, graphs: bool = True):
@@ -32,7 +32,8 @@ class Stopwatch:
         self._graphs = graphs and self._cuda
         self._pool: Any = None
         self._captures: weakref.WeakSet = weakref.WeakSet()
-        # One for all captures: the allocator keeps what is freed for the stream that it was used on.
+        # One for all captures: the allocator keeps what is freed for the stream that it was used
+        # on.
         self._stream: Any = torch.cuda.Stream(device) if self._graphs else None
         self._flush: Any = (
             torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self._cuda else None
@@ -56,7 +57,8 @@ class Stopwatch:
         return lambda: self._by_events(run)
 
     def _captured(self, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        # Not torch.cuda.graph(), which collects garbage every time: seconds, over thousands of captures beside an engine's modules.
+        # Not torch.cuda.graph(), which collects garbage every time: seconds, over thousands of
+        # captures beside an engine's modules.
         graph, stream = torch.cuda.CUDAGraph(), self._stream
         if not self._captures:
             # A pool goes with the last graph that uses it, and capturing into it then fails.
@@ -64,7 +66,8 @@ class Stopwatch:
         self._captures.add(graph)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            # Graphs are replayed one at a time, so they may share their memory. NCCL's watchdog is another thread, which asks for events meanwhile.
+            # Graphs are replayed one at a time, so they may share their memory. NCCL's watchdog is
+            # another thread, which asks for events meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             function()
             graph.capture_end()

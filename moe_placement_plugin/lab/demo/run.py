@@ -28,7 +28,9 @@ TOKENS = 24
 RANKS = 2
 LOGPROB_TOLERANCE = 1e-3
 """Greatest difference of a float32 log probability between one rank and two. The order of additions differs between
-the two, which was seen to change log probabilities by less than 1e-5; a wrong expert changes them by 0.1 and more."""
+the two, which was seen to change log probabilities by less than 1e-5; a wrong expert changes them
+by 0.1 and more.
+"""
 
 Progress = Callable[[str, float, str], None]
 
@@ -90,7 +92,8 @@ def run(
         checkpoint: directory of the model.
         strategy: strategy of the second server.
         folder: where logs and the recorded load go.
-        progress: called with (what is being done, seconds waited, last line of the server's output).
+        progress: called with (what is being done, seconds waited, last line of the server's
+            output).
         start_timeout: seconds that a server may take to start.
 
     Raises:
@@ -187,5 +190,6 @@ def _wait_for_load(path: Path, progress: Progress, timeout: float = 60) -> None:
         progress("waiting for the recorded load", waited, "")
         time.sleep(0.5)
     raise PlacementError(
-        f"{path} was not written within {timeout:.0f} s of the requests: see the server's log beside it"
+        f"{path} was not written within {timeout:.0f} s of the requests: see the server's log "
+        "beside it"
     )

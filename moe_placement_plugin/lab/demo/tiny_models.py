@@ -57,7 +57,8 @@ def write_qwen3_moe(
         top_k: experts per token.
         seed: of the random weights.
         size: width of the model.
-        weights: False for a checkpoint without weights, which engines load with ``--load-format dummy``.
+        weights: False for a checkpoint without weights, which engines load with ``--load-format
+            dummy``.
 
     Returns:
         The directory.
@@ -270,7 +271,8 @@ def write_tokenizer(path: Path) -> None:
     """A byte-level tokenizer: token i is byte i, then three special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    # The order of GPT-2's byte alphabet does not matter: ids are given by position in this vocabulary.
+    # The order of GPT-2's byte alphabet does not matter: ids are given by position in this
+    # vocabulary.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -25,7 +26,8 @@ class Completion:
     Attributes:
         token_ids: generated tokens, ``[tokens]``.
         logprobs: their log probabilities (natural logarithm), ``[tokens]``.
-        alternatives: the most probable tokens at each place and their log probabilities, as many as were asked for.
+        alternatives: the most probable tokens at each place and their log probabilities, as many as
+            were asked for.
     """
 
     token_ids: list[int]
@@ -108,7 +110,8 @@ class ServingEngine(ABC):
         Args:
             model: the checkpoint.
             port: port to listen on.
-            placed: None for the stock engine without expert parallelism and with this plugin switched off, else the placement.
+            placed: None for the stock engine without expert parallelism and with this plugin
+                switched off, else the placement.
             settings: what it shares with the servers that it is compared with.
 
         Raises:
@@ -154,25 +157,24 @@ class Vllm(ServingEngine):
         placed: Placed | None,
         settings: ServerSettings = ServerSettings(),
     ) -> tuple[list[str], dict[str, str]]:
-        length = str(settings.max_model_len)
         # The module, not the `vllm` command: the CPU build's command fails to find its own version.
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", settings.dtype, "--max-model-len", length,
-            "--return-tokens-as-token-ids",
-        ]  # fmt: skip
+        command = _words(
+            "vllm.entrypoints.openai.api_server",
+            {
+                "--model": model,
+                "--served-model-name": "tiny",
+                "--host": "127.0.0.1",
+                "--port": port,
+                "--dtype": settings.dtype,
+                "--max-model-len": settings.max_model_len,
+                "--return-tokens-as-token-ids": None,
+            },
+        )
         env = {"HF_HUB_OFFLINE": "1"}
         ranks = settings.stock_ranks if placed is None else placed.ranks
         if settings.cpu:
-            command += [
-                "--enforce-eager",
-                "--max-num-batched-tokens",
-                length,
-                "--max-num-seqs",
-                "8",
-                "--gpu-memory-utilization",
-                "0.2",
-            ]
+            command += f"""--enforce-eager --max-num-batched-tokens {settings.max_model_len}
+                --max-num-seqs 8 --gpu-memory-utilization 0.2""".split()
             env |= {
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks),
@@ -184,7 +186,8 @@ class Vllm(ServingEngine):
         else:
             command += ["--enable-expert-parallel", *placed.flags()]
             if placed.redundant:
-                # vLLM has redundant experts under its EPLB only; an interval that is never reached leaves them where they are.
+                # vLLM has redundant experts under its EPLB only; an interval that is never reached
+                # leaves them where they are.
                 eplb = {
                     "num_redundant_experts": placed.redundant,
                     "window_size": 1000,
@@ -231,19 +234,25 @@ class Sglang(ServingEngine):
         placed: Placed | None,
         settings: ServerSettings = ServerSettings(),
     ) -> tuple[list[str], dict[str, str]]:
-        command = [
-            sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "tiny",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", settings.dtype, "--context-length", str(settings.max_model_len),
-            "--skip-server-warmup",
-        ]  # fmt: skip
+        command = _words(
+            "sglang.launch_server",
+            {
+                "--model-path": model,
+                "--served-model-name": "tiny",
+                "--host": "127.0.0.1",
+                "--port": port,
+                "--dtype": settings.dtype,
+                "--context-length": settings.max_model_len,
+                "--skip-server-warmup": None,
+            },
+        )
         env = {"HF_HUB_OFFLINE": "1"}
         ranks = settings.stock_ranks if placed is None else placed.ranks
         if settings.cpu:
-            command += [
-                "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none",
-                "--disable-overlap-schedule", "--max-total-tokens", str(max(4096, 2 * settings.max_model_len)),
-                "--max-running-requests", "8", "--mem-fraction-static", "0.3",
-            ]  # fmt: skip
+            command += f"""--device cpu --attention-backend torch_native
+                --sampling-backend pytorch --grammar-backend none --disable-overlap-schedule
+                --max-total-tokens {max(4096, 2 * settings.max_model_len)}
+                --max-running-requests 8 --mem-fraction-static 0.3""".split()
             env |= {
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "TORCHDYNAMO_DISABLE": "1",
@@ -263,9 +272,14 @@ class Sglang(ServingEngine):
     def _complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
     ) -> Completion:
-        # SGLang's own API: token ids over the other one are younger than the oldest version that we run with.
-        asked = {"text" if isinstance(prompt, str) else "input_ids": prompt, "return_logprob": True, "top_logprobs_num": alternatives,
-                 "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}}  # fmt: skip
+        # SGLang's own API: token ids over the other one are younger than the oldest version that we
+        # run with.
+        asked = {
+            "text" if isinstance(prompt, str) else "input_ids": prompt,
+            "return_logprob": True,
+            "top_logprobs_num": alternatives,
+            "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+        }
         request = Request(
             f"{url}/generate", json.dumps(asked).encode(), {"Content-Type": "application/json"}
         )
@@ -281,6 +295,14 @@ class Sglang(ServingEngine):
             [float(logprob) for logprob, _, _ in chosen],
             top,
         )
+
+
+def _words(module: str, options: Mapping[str, object]) -> list[str]:
+    """Return the command that runs a module with options; one whose value is None stands alone."""
+    words = [sys.executable, "-m", module]
+    for name, value in options.items():
+        words += [name] if value is None else [name, str(value)]
+    return words
 
 
 def _token_id(word: str) -> int:

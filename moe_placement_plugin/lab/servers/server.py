@@ -37,7 +37,8 @@ class Server:
         env: variables added to this process's environment.
         log: file for its output.
         start_timeout: seconds until it must answer.
-        progress: called about once a second while it starts, with seconds waited and the last line of output.
+        progress: called about once a second while it starts, with seconds waited and the last line
+            of output.
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class Server:
         while (waited := time.monotonic() - began) < self.start_timeout:
             if process.poll() is not None:
                 raise PlacementError(
-                    f"the server ended with code {process.returncode} before it was ready{self._why()}"
+                    f"the server ended with code {process.returncode} before it was "
+                    f"ready{self._why()}"
                 )
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:

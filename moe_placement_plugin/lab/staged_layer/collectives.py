@@ -13,9 +13,10 @@ from ...core.errors import PlacementError
 class EpGroup:
     """The ranks that share a layer's experts.
 
-    With gloo the reduction adds the ranks' parts in ascending order of rank (an all-to-all, then sums), as the all-to-all
-    exchange adds a token's: so both exchanges, whole or in chunks, give the same bits, whatever order gloo's own
-    reduce-scatter has in a release of torch. With NCCL it is NCCL's.
+    With gloo the reduction adds the ranks' parts in ascending order of rank (an all-to-all, then
+    sums), as the all-to-all exchange adds a token's: so both exchanges, whole or in chunks, give
+    the same bits, whatever order gloo's own reduce-scatter has in a release of torch. With NCCL it
+    is NCCL's.
 
     Args:
         group: a process group; None for the default one.
@@ -28,7 +29,8 @@ class EpGroup:
     def __init__(self, group: dist.ProcessGroup | None = None):
         if not dist.is_initialized():
             raise PlacementError(
-                "torch.distributed is not initialised: call init_process_group first, or use EpGroup.single()"
+                "torch.distributed is not initialised: call init_process_group first, or use "
+                "EpGroup.single()"
             )
         self._group = group
         self.rank = dist.get_rank(group)

@@ -35,7 +35,8 @@ def plan_dispatch(
             tokens_per_rank = list(zip(*group.all_gather_ints(tokens, device)))
         elif [counts[group.rank] for counts in tokens_per_rank] != tokens:
             raise PlacementError(
-                f"tokens_per_rank {list(tokens_per_rank)} on rank {group.rank} with {tokens} tokens: they must agree"
+                f"tokens_per_rank {list(tokens_per_rank)} on rank {group.rank} with {tokens} "
+                "tokens: they must agree"
             )
         return [RouteMetadata(True, n, tuple(counts)) for n, counts in zip(tokens, tokens_per_rank)]
 
@@ -150,8 +151,8 @@ def keep_local(
 ) -> RouteOutput:
     """Filter group sizes, slots and weights to one rank in one place, so that they cannot disagree.
 
-    MaxText's ring of experts filtered the group sizes alone, and everything indexed like them was read at the wrong
-    expert (review of PR 3981).
+    MaxText's ring of experts filtered the group sizes alone, and everything indexed like them was
+    read at the wrong expert (review of PR 3981).
     """
     local_slots = local_slots.int().contiguous()
     buckets = local_slots

@@ -26,8 +26,9 @@ class ExchangeLane:
     """Runs exchanges beside the computation: on a stream of its own on CUDA, at once elsewhere."""
 
     def __init__(self, device: torch.device):
-        # Before the matmuls, whose thousands of blocks would else let an exchange begin only when they end. NCCL has streams of its own:
-        # make the group with ``ProcessGroupNCCL.Options(is_high_priority_stream=True)``.
+        # Before the matmuls, whose thousands of blocks would else let an exchange begin only when
+        # they end. NCCL has streams of its own: make the group with
+        # ``ProcessGroupNCCL.Options(is_high_priority_stream=True)``.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
@@ -107,15 +108,17 @@ class StagedMoE:
         Args:
             x: ``[tokens, hidden]``.
             logits: ``[tokens, experts]``.
-            token_chunks: split each rank's tokens into so many chunks; one chunk is exchanged while another is computed.
-            embedding_chunks: with the ring: split the embedding, gathering the next columns while these are multiplied,
-                and returning finished columns while the next are computed.
+            token_chunks: split each rank's tokens into so many chunks; one chunk is exchanged while
+                another is computed.
+            embedding_chunks: with the ring: split the embedding, gathering the next columns while
+                these are multiplied, and returning finished columns while the next are computed.
             tokens_per_rank: see `route`.
-            own_first: chunk by source: a rank's own tokens are computed while the others' come and while the others' results go, see
-                `own_first`. With one chunk of each.
+            own_first: chunk by source: a rank's own tokens are computed while the others' come and
+                while the others' results go, see `own_first`. With one chunk of each.
 
         Returns:
-            ``[tokens, hidden]``. On CPU with the torch matmuls the same bits for every number of chunks.
+            ``[tokens, hidden]``. On CPU with the torch matmuls the same bits for every number of
+            chunks.
 
         Raises:
             PlacementError: when shapes or chunks do not fit.
@@ -123,15 +126,18 @@ class StagedMoE:
         check_inputs(x, logits, self.placed, self.group)
         if token_chunks < 1 or embedding_chunks < 1 or (token_chunks > 1 and embedding_chunks > 1):
             raise PlacementError(
-                f"{token_chunks} token chunks and {embedding_chunks} embedding chunks: give 1 or more of one, 1 of the other"
+                f"{token_chunks} token chunks and {embedding_chunks} embedding chunks: give 1 or "
+                "more of one, 1 of the other"
             )
         if embedding_chunks > 1 and not self.use_ring:
             raise PlacementError(
-                f"{embedding_chunks} embedding chunks with the all-to-all exchange: use token_chunks, or the ring"
+                f"{embedding_chunks} embedding chunks with the all-to-all exchange: use "
+                "token_chunks, or the ring"
             )
         if own_first and max(token_chunks, embedding_chunks) > 1:
             raise PlacementError(
-                f"own_first with {token_chunks} token and {embedding_chunks} embedding chunks: give 1 of each or leave it out"
+                f"own_first with {token_chunks} token and {embedding_chunks} embedding chunks: "
+                "give 1 of each or leave it out"
             )
         # Chosen for all tokens at once: a chunk must not choose or deal otherwise than the batch.
         selection = select(logits, self.routing, self.placed, 0, self.dealing)
@@ -228,6 +234,7 @@ def _column_bounds(width: int, chunks: int) -> list[tuple[int, int]]:
     tiles = -(-width // TILE)
     if chunks > tiles:
         raise PlacementError(
-            f"{chunks} embedding chunks of a hidden size of {width}: at most {tiles}, each a multiple of {TILE} columns"
+            f"{chunks} embedding chunks of a hidden size of {width}: at most {tiles}, each a "
+            f"multiple of {TILE} columns"
         )
     return [(start * TILE, min(stop * TILE, width)) for start, stop in _bounds(tiles, chunks)]

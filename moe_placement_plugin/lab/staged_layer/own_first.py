@@ -3,8 +3,9 @@
     rank 0:  gate and up of its own | gate and up of the others' | down of the others' | down of its own | add up
     links:   tokens come ........................                                        sums go .......
 
-Two pieces of computation hide both exchanges, where chunks of tokens leave the first chunk's tokens and the last one's sums exposed and
-divide every expert's rows into as many pieces as there are chunks, each with a last tile that is not full.
+Two pieces of computation hide both exchanges, where chunks of tokens leave the first chunk's tokens
+and the last one's sums exposed and divide every expert's rows into as many pieces as there are
+chunks, each with a last tile that is not full.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torch
 from ...core.errors import PlacementError
 from ...core.placement import Placement
 
-_KNUTH = 2654435769  # floor(2**32 / golden ratio), as vLLM's eplb_map_to_physical_and_record multiplies by
+# Floor(2**32 / golden ratio), as vLLM's eplb_map_to_physical_and_record multiplies by
+_KNUTH = 2654435769
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,8 @@ class PlacedExperts:
         replica_counts: int64 ``[experts]``.
         rank_of_slot: int64 ``[slots]``.
         slot_on_rank: int32 ``[slots]``, each slot's number on its own rank.
-        local_slot: int32 ``[slots + 1]``, local slot on this rank or -1; the last entry is for padding.
+        local_slot: int32 ``[slots + 1]``, local slot on this rank or -1; the last entry is for
+            padding.
     """
 
     rank: int
@@ -46,7 +48,8 @@ class PlacedExperts:
         """
         if not 0 <= rank < placement.num_ranks:
             raise PlacementError(
-                f"rank {rank} of a placement for {placement.num_ranks} ranks: plan for as many ranks as the group has"
+                f"rank {rank} of a placement for {placement.num_ranks} ranks: plan for as many "
+                "ranks as the group has"
             )
 
         def table(array, dtype=torch.int64) -> torch.Tensor:
@@ -90,9 +93,10 @@ class PlacedExperts:
 
         Args:
             experts: int64 ``[tokens, top_k]``, logical experts.
-            first_token: index of the first token within this rank's batch, so that a chunk is dealt as the batch is.
-            dealing: ``"hash"`` as vLLM (Knuth's multiplicative hash of the token index, modulo the replicas), ``"turn"`` as
-                SGLang (the token index modulo the replicas).
+            first_token: index of the first token within this rank's batch, so that a chunk is dealt
+                as the batch is.
+            dealing: ``"hash"`` as vLLM (Knuth's multiplicative hash of the token index, modulo the
+                replicas), ``"turn"`` as SGLang (the token index modulo the replicas).
 
         Returns:
             int64 ``[tokens, top_k]``, slots.

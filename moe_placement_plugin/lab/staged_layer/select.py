@@ -1,6 +1,7 @@
 """Which experts a token goes to and with which weight: the routers of the models that both engines serve.
 
-Semantics of vLLM's ``grouped_topk`` / ``fused_topk_bias`` and SGLang's ``biased_grouped_topk_impl`` and their likes.
+Semantics of vLLM's ``grouped_topk`` / ``fused_topk_bias`` and SGLang's ``biased_grouped_topk_impl``
+and their likes.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ class Routing:
         num_groups: expert groups; 1 for none.
         top_groups: groups that a token may choose from.
         scaling_factor: multiplies the weights (``routed_scaling_factor``).
-        correction_bias: float32 ``[experts]``, added to the scores for the choice but not to the weights; None for none. With
-            it a group counts by the sum of its two best scores, without by its best one.
+        correction_bias: float32 ``[experts]``, added to the scores for the choice but not to the
+            weights; None for none. With it a group counts by the sum of its two best scores,
+            without by its best one.
 
     Raises:
         PlacementError: when the numbers do not fit together.
@@ -50,7 +52,8 @@ class Routing:
             or not 1 <= self.top_groups <= self.num_groups
         ):
             raise PlacementError(
-                f"{self.top_groups} of {self.num_groups} groups for {self.num_experts} experts: the groups must divide the experts, "
+                f"{self.top_groups} of {self.num_groups} groups for {self.num_experts} experts: "
+                "the groups must divide the experts, "
                 "and a token chooses from 1 up to all of them"
             )
         reachable = self.num_experts // self.num_groups * self.top_groups
@@ -60,7 +63,8 @@ class Routing:
             )
         if self.correction_bias is not None and self.correction_bias.shape != (self.num_experts,):
             raise PlacementError(
-                f"correction_bias of shape {tuple(self.correction_bias.shape)}: it must be [{self.num_experts}]"
+                f"correction_bias of shape {tuple(self.correction_bias.shape)}: it must be "
+                f"[{self.num_experts}]"
             )
 
 

@@ -1,7 +1,8 @@
 """The four stages: route, gmm_up, gmm_down, unroute.
 
-``route`` is three steps that can be called one by one, which is what chunking does: `select` (no exchange), `plan_dispatch` (who
-sends how much to whom, one small exchange for all chunks) and `dispatch` (the tokens themselves).
+``route`` is three steps that can be called one by one, which is what chunking does: `select` (no
+exchange), `plan_dispatch` (who sends how much to whom, one small exchange for all chunks) and
+`dispatch` (the tokens themselves).
 """
 
 from __future__ import annotations
@@ -95,11 +96,13 @@ def check_inputs(
     """
     if x.dim() != 2 or logits.shape[0] != x.shape[0]:
         raise PlacementError(
-            f"x {tuple(x.shape)} and logits {tuple(logits.shape)}: they must be [tokens, hidden] and [tokens, experts]"
+            f"x {tuple(x.shape)} and logits {tuple(logits.shape)}: they must be [tokens, hidden] "
+            "and [tokens, experts]"
         )
     if placed.num_ranks != group.size or placed.rank != group.rank:
         raise PlacementError(
-            f"a placement's tables for rank {placed.rank} of {placed.num_ranks} on rank {group.rank} of a group of {group.size}: make "
+            f"a placement's tables for rank {placed.rank} of {placed.num_ranks} on rank "
+            f"{group.rank} of a group of {group.size}: make "
             "them for the rank of this process"
         )
 
@@ -125,7 +128,8 @@ def gmm_up(
     """
     if x.shape[0] != output.num_rows or weights.w13.shape[0] != output.num_slots:
         raise PlacementError(
-            f"x of {x.shape[0]} rows and weights of {weights.w13.shape[0]} slots for {output.num_rows} rows and {output.num_slots} "
+            f"x of {x.shape[0]} rows and weights of {weights.w13.shape[0]} slots for "
+            f"{output.num_rows} rows and {output.num_slots} "
             "slots: give what route returned and the weights of this rank's slots"
         )
     start = into.columns if into else 0
@@ -170,7 +174,8 @@ def gmm_down(
     """
     if hidden.columns != weights.hidden_size:
         raise PlacementError(
-            f"{hidden.columns} of {weights.hidden_size} columns have been multiplied: call gmm_up with the others first"
+            f"{hidden.columns} of {weights.hidden_size} columns have been multiplied: call gmm_up "
+            "with the others first"
         )
     return matmuls.down(hidden.values, output, hidden.plan, weights.w2[:, start:stop])
 

@@ -16,7 +16,8 @@ class ExpertWeights:
     """Weights of the experts in a rank's slots (or of all logical experts), as the engines' kernels read them.
 
     Attributes:
-        w13: ``[slots, 2 * intermediate, hidden]``, rows of the gate projection, then those of the up projection.
+        w13: ``[slots, 2 * intermediate, hidden]``, rows of the gate projection, then those of the
+            up projection.
         w2: ``[slots, hidden, intermediate]``, the down projection.
     """
 
@@ -27,7 +28,8 @@ class ExpertWeights:
         slots, double, hidden = self.w13.shape
         if self.w2.shape != (slots, hidden, double // 2) or double % 2:
             raise PlacementError(
-                f"w13 {tuple(self.w13.shape)} and w2 {tuple(self.w2.shape)}: they must be [slots, 2 * intermediate, hidden] and "
+                f"w13 {tuple(self.w13.shape)} and w2 {tuple(self.w2.shape)}: they must be [slots, "
+                "2 * intermediate, hidden] and "
                 "[slots, hidden, intermediate]"
             )
 
@@ -55,9 +57,11 @@ class SharedExperts:
     """Experts that see every token, computed by each rank for its own tokens and never exchanged.
 
     Attributes:
-        w13: ``[2 * intermediate, hidden]``, gate, then up (several shared experts are one of their summed width).
+        w13: ``[2 * intermediate, hidden]``, gate, then up (several shared experts are one of their
+            summed width).
         w2: ``[hidden, intermediate]``.
-        gate: ``[1, hidden]`` for models that scale the result by a sigmoid of it (Qwen2-MoE), or None.
+        gate: ``[1, hidden]`` for models that scale the result by a sigmoid of it (Qwen2-MoE), or
+            None.
     """
 
     w13: torch.Tensor

@@ -38,7 +38,8 @@ def test_agreement_over_a_real_link_is_quick(cluster, hosts):
         ]
         seconds.append(max(r["seconds"] for r in results))
     print(
-        f"agreement of 4 ranks on 2 hosts with R1's plan: {', '.join(f'{s * 1000:.1f}' for s in seconds)} ms"
+        "agreement of 4 ranks on 2 hosts with R1's plan: "
+        f"{', '.join(f'{s * 1000:.1f}' for s in seconds)} ms"
     )
     assert min(seconds) < 0.1
 
@@ -63,7 +64,8 @@ def test_plans_that_know_the_hosts_send_less(cluster, hosts, tmp_path):
     soft, soft_results = crossed(cluster, hosts, "moe", locality="soft", **job)
     again, _ = crossed(cluster, hosts, "moe", locality="none", **job)
     print(
-        f"between hosts: flat {flat:,} bytes (again {again:,}), soft {soft:,} ({soft / flat - 1:+.1%}); balancedness "
+        f"between hosts: flat {flat:,} bytes (again {again:,}), soft {soft:,} "
+        f"({soft / flat - 1:+.1%}); balancedness "
         f"{flat_results[0]['balancedness']:.3f} and {soft_results[0]['balancedness']:.3f}"
     )
     np.testing.assert_allclose(
@@ -79,7 +81,8 @@ def test_exchanges_take_experts_from_their_own_host_first(cluster, hosts):
     anywhere, _ = crossed(cluster, hosts, "exchange", near=False, **job)
     sent = sum(r["sent"] for r in results)
     print(
-        f"exchange of {sent:,} bytes: {near:,} cross hosts when their topology is known, {anywhere:,} when it is not"
+        f"exchange of {sent:,} bytes: {near:,} cross hosts when their topology is known, "
+        f"{anywhere:,} when it is not"
     )
     assert all(r["kind"] == "complete" and all(r["whole"]) for r in results) and sent > 90_000_000
     assert near < 0.01 * sent < 0.2 * sent < anywhere
@@ -118,7 +121,8 @@ def check(results: list[dict], number: int) -> str:
         )
         assert result["kind"] == "complete" or len(result["reason"]) > 40, result
         assert (result["kind"] == "complete") == all(result["committed"])
-    # The store is on the first host: its ranks decide together. Those of the second may stop not knowing, never further on.
+    # The store is on the first host: its ranks decide together. Those of the second may stop not
+    # knowing, never further on.
     assert results[0]["committed"] == results[2]["committed"]
     for rank in (1, 3):
         assert results[rank]["kind"] in ("complete", "ExchangeAborted", "ExchangeLost")
@@ -154,7 +158,8 @@ def test_a_link_that_goes_down_during_an_exchange(cluster, hosts):
     assert len(outcomes) == TRIALS
     stopped = sum(outcome != "complete" for outcome in outcomes)
     print(
-        f"undisturbed {undisturbed:.2f} s; {TRIALS} links down: {outcomes}; longest {longest:.1f} s of {STATED:g} stated"
+        f"undisturbed {undisturbed:.2f} s; {TRIALS} links down: {outcomes}; longest {longest:.1f} "
+        f"s of {STATED:g} stated"
     )
     assert stopped >= TRIALS // 2, (
         "most links must go down within the exchange, else nothing was tried"
@@ -170,14 +175,16 @@ def test_a_link_that_goes_down_while_serving(cluster, hosts):
     hosts.link(1, "down")
     gone = time.monotonic()
     try:
-        # Rank 0 watches for host 0, rank 1 for host 1; an engine ends the others of a host with them.
+        # Rank 0 watches for host 0, rank 1 for host 1; an engine ends the others of a host with
+        # them.
         for rank, other in ((0, 1), (1, 0)):
             cluster.next(rank, "ended", gone + 2 * timeout)
             assert f"host {hosts.name}{other} (10.77.0.{other + 1})" in cluster.wrote(
                 rank, "gave no sign of life for 4 s"
             )
         print(
-            f"both hosts ended {time.monotonic() - gone:.1f} s after the link, with a timeout of {timeout:g} s"
+            f"both hosts ended {time.monotonic() - gone:.1f} s after the link, with a timeout of "
+            f"{timeout:g} s"
         )
     finally:
         hosts.link(1, "up")

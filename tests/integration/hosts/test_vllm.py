@@ -78,11 +78,23 @@ def served(hosts, made):
     soft = {"expert_placement_strategy": "eplb", "expert_placement_locality": "soft"}
     cases = [
         case(hosts, folder, "zigzag", {**model, "expert_placement_strategy": "zigzag"}),
-        case(hosts, folder, "stale", {**model, "expert_placement_file": folder / "plan.json"}, {"expert_placement_file": folder / "stale.json"}),
+        case(
+            hosts,
+            folder,
+            "stale",
+            {**model, "expert_placement_file": folder / "plan.json"},
+            {"expert_placement_file": folder / "stale.json"},
+        ),
         # Both hosts are given the same flags; the second one does not have the file.
-        case(hosts, folder, "eplb", {**model, **soft, "expert_placement_file": folder / "load.safetensors"},
-             {"expert_placement_file": absent / "load.safetensors"}, vanish=hosts.command("link", 1, "down")),
-    ]  # fmt: skip
+        case(
+            hosts,
+            folder,
+            "eplb",
+            {**model, **soft, "expert_placement_file": folder / "load.safetensors"},
+            {"expert_placement_file": absent / "load.safetensors"},
+            vanish=hosts.command("link", 1, "down"),
+        ),
+    ]
     try:
         return run_on_head(hosts, folder / "nnodes", cases, 600)
     finally:
@@ -136,7 +148,8 @@ def test_a_stale_file_on_one_host_stops_both(hosts, made, served):
         name: read_plan(made["folder"] / f"{name}.json").digest[:12] for name in ("plan", "stale")
     }
     message = (
-        f"{hosts.name}1 (10.77.0.2), rank 1 has placement {plans['stale']} from {made['folder'] / 'stale.json'}, "
+        f"{hosts.name}1 (10.77.0.2), rank 1 has placement {plans['stale']} from "
+        f"{made['folder'] / 'stale.json'}, "
         f"the head has placement {plans['plan']} from {made['folder'] / 'plan.json'}"
     )
     for log in (head, there):
@@ -150,7 +163,8 @@ def test_a_host_that_vanishes_while_serving(hosts, served):
     assert vanished["error"], "a request was answered without the other host"
     assert vanished["seconds"] < TIMEOUT * 1.2 + GRACE
     print(
-        f"the head's request failed {vanished['seconds']:.1f} s after the link: {vanished['error'][:100]}"
+        f"the head's request failed {vanished['seconds']:.1f} s after the link: "
+        f"{vanished['error'][:100]}"
     )
     head, _, there = logs["eplb"].partition("=== the other host")
     assert f"host {hosts.name}1 (10.77.0.2), rank 1 gave no sign of life for {TIMEOUT} s" in head
@@ -169,7 +183,8 @@ def ray_nodes(folder, starts: list[tuple[list[str], str]]):
     """Ray on each host: (what runs a command there, its address); all of it is ended afterwards.
 
     Yields:
-        (the head's address, a function that reads what the workers wrote: not all of it need have reached the driver by its end).
+        (the head's address, a function that reads what the workers wrote: not all of it need have
+        reached the driver by its end).
     """
     temporary = Path(
         tempfile.mkdtemp(prefix="ray-")
@@ -192,8 +207,22 @@ def ray_nodes(folder, starts: list[tuple[list[str], str]]):
                 if number == 0
                 else ["--address", head]
             )
-            command = [sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--node-ip-address", address, "--num-cpus", "2",
-                       "--num-gpus", str(2 // len(starts)), "--object-store-memory", "100000000", "--block"]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "ray.scripts.scripts",
+                "start",
+                *where,
+                "--node-ip-address",
+                address,
+                "--num-cpus",
+                "2",
+                "--num-gpus",
+                str(2 // len(starts)),
+                "--object-store-memory",
+                "100000000",
+                "--block",
+            ]
             log = open(folder / f"ray{number}.log", "w")
             processes.append(
                 subprocess.Popen(

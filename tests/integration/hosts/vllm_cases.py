@@ -14,8 +14,19 @@ from .network import ROOT, Hosts
 
 _ports = itertools.count(30_000)
 
-FOLLOWER = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--max-num-batched-tokens", "256", "--max-num-seqs", "8",
-            "--gpu-memory-utilization", "0.2")  # fmt: skip
+FOLLOWER = (
+    "--enforce-eager",
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "256",
+    "--max-num-batched-tokens",
+    "256",
+    "--max-num-seqs",
+    "8",
+    "--gpu-memory-utilization",
+    "0.2",
+)
 """What `vllm_runner` gives its ``LLM`` besides, as flags."""
 
 
@@ -62,12 +73,14 @@ def case(
         "engine": common | {"node_rank": 0},
         "env": {"VLLM_CPU_OMP_THREADS_BIND": "0"},
         "follower": {
-            "on": hosts.on(1, []), "arguments": ["--headless", *flags(theirs), *FOLLOWER], "env": environment,
+            "on": hosts.on(1, []),
+            "arguments": ["--headless", *flags(theirs), *FOLLOWER],
+            "env": environment,
             "log": str(folder / f"{name}.follower.log"),
         },
         "probe": True,
         **extra,
-    }  # fmt: skip
+    }
 
 
 def run_on_head(

@@ -3,12 +3,15 @@
     python -m tests.integration.sglang.dead_ranks_child MODEL RESULTS.json
     python -m tests.integration.sglang.dead_ranks_child MODEL RESULTS.json 8     eight ranks, of which four are killed one after the other
 
-Each step also says how long it took, and how long SGLang's own full reload of the model took afterwards (``update_weights_from_disk``, to which
-it goes for every lost expert of every model but DeepSeek).
+Each step also says how long it took, and how long SGLang's own full reload of the model took
+afterwards (``update_weights_from_disk``, to which it goes for every lost expert of every model but
+DeepSeek).
 
-SGLang's elastic EP needs mooncake's process groups, which no CPU machine has: here the groups are gloo, nobody runs a forward pass after a
-death (its all-reduces would wait for the dead), the recorded load is given, and ``active_ranks`` is set by hand as mooncake's kernels would.
-What follows is SGLang's own: `maybe_rebalance_after_rank_fault`, the manager's rebalance, the updater, the model's ``load_weights``.
+SGLang's elastic EP needs mooncake's process groups, which no CPU machine has: here the groups are
+gloo, nobody runs a forward pass after a death (its all-reduces would wait for the dead), the
+recorded load is given, and ``active_ranks`` is set by hand as mooncake's kernels would. What
+follows is SGLang's own: `maybe_rebalance_after_rank_fault`, the manager's rebalance, the updater,
+the model's ``load_weights``.
 """
 
 from __future__ import annotations
@@ -86,7 +89,8 @@ def _publish(server_args, rank: int) -> None:
 
 def start(server_args, port_args, rank: int):
     """What a scheduler process does up to the loaded model."""
-    import sglang.srt.managers.scheduler  # noqa: F401  (by which a plugin knows a process with a model)
+    # By which a plugin knows a process with a model.
+    import sglang.srt.managers.scheduler  # noqa: F401
     from sglang.srt.plugins import load_plugins
 
     load_plugins()

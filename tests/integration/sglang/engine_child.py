@@ -2,12 +2,14 @@
 
     python -m tests.integration.sglang.engine_child CASES.json RESULTS.json [forked]
 
-A case is {"name", "engine": {arguments of Engine}, "prompts": [[token id, ...], ...], "max_new_tokens", "threads": cores per
-rank, "late_env": {variables set between the launcher's plugins and its workers}, "actions": [asked of SGLang's weight checker in the
-end], "vanish": [a command after which one more answer is asked for, which must fail], "rest": seconds before it is stopped}.
-Its result holds per prompt the greedy ``ids``, their ``logprobs``, the ``prompt_logprobs`` and how often a draft was ``verified``,
-and per action whether it succeeded and what was said. SGLang ends its caller when one of its processes dies: results are
-written after each case. Workers are spawned, as SGLang does it, or forked.
+A case is {"name", "engine": {arguments of Engine}, "prompts": [[token id, ...], ...],
+"max_new_tokens", "threads": cores per rank, "late_env": {variables set between the launcher's
+plugins and its workers}, "actions": [asked of SGLang's weight checker in the end], "vanish": [a
+command after which one more answer is asked for, which must fail], "rest": seconds before it is
+stopped}. Its result holds per prompt the greedy ``ids``, their ``logprobs``, the
+``prompt_logprobs`` and how often a draft was ``verified``, and per action whether it succeeded and
+what was said. SGLang ends its caller when one of its processes dies: results are written after each
+case. Workers are spawned, as SGLang does it, or forked.
 """
 
 from __future__ import annotations
@@ -112,8 +114,8 @@ def row_of(output: dict) -> dict:
 def update_weights(engine, update: dict) -> tuple[bool, str]:
     """Give the server the weights of another checkpoint; what it answers.
 
-    SGLang ends itself when weights come while it believes that requests run, as it does for a moment after the last
-    answer has left it.
+    SGLang ends itself when weights come while it believes that requests run, as it does for a
+    moment after the last answer has left it.
     """
     deadline = time.monotonic() + 60
     while not engine.flush_cache().success and time.monotonic() < deadline:

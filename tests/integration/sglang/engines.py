@@ -120,7 +120,8 @@ def run_cases(
 ) -> dict[str, Outcome]:
     """Run the cases one after another in one child process; the log is cut into cases.
 
-    ``on`` makes the child's command run somewhere else; without ``forked`` SGLang's workers are spawned, as it does itself.
+    ``on`` makes the child's command run somewhere else; without ``forked`` SGLang's workers are
+    spawned, as it does itself.
 
     The caller holds the machine's engine lock (`tests.support.children.engine_lock`).
     """

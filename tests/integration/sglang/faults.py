@@ -1,7 +1,8 @@
 """A plugin for SGLang that spoils expert weights: what the fingerprints must notice. Only tests load it.
 
-`install` makes SGLang find it. Faults of a serving engine are asked for through the weight checker, action ``fault:NAME``, and taken back
-by ``restore``; the variable ``MOE_PLACEMENT_FAULT`` names a fault of the start-up.
+`install` makes SGLang find it. Faults of a serving engine are asked for through the weight checker,
+action ``fault:NAME``, and taken back by ``restore``; the variable ``MOE_PLACEMENT_FAULT`` names a
+fault of the start-up.
 
 Every fault hits layer `LAYER` of EP rank 1, and of its last MoE-TP rank where experts are cut.
 """

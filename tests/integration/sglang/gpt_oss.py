@@ -1,8 +1,9 @@
 """Lend SGLang's CPU engine an attention back end with which it serves gpt-oss. Only tests load it.
 
-SGLang refuses gpt-oss with its only attention back end for CPUs without AMX: ``GptOssForCausalLM requires one of
-['triton', ...] attention backend, but got ... torch_native``, which knows no sinks. `install` puts a torch-native one
-with sinks in the place of ``triton``; what the experts do is the engine's own.
+SGLang refuses gpt-oss with its only attention back end for CPUs without AMX: ``GptOssForCausalLM
+requires one of ['triton', ...] attention backend, but got ... torch_native``, which knows no sinks.
+`install` puts a torch-native one with sinks in the place of ``triton``; what the experts do is the
+engine's own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def register() -> None:
     from sglang.srt.utils import common
 
     attention_registry.ATTENTION_BACKENDS["triton"] = _native_with_sinks
-    # By the back end's name SGLang would write its tables of tokens with Triton kernels, which a CPU cannot run.
+    # By the back end's name SGLang would write its tables of tokens with Triton kernels, which a
+    # CPU cannot run.
     named = common.support_triton
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get("support_triton") is named:

@@ -1,9 +1,10 @@
 """What SGLang's CPU engine lacks for speculative decoding, lent by tests. Only tests load it.
 
-Without AMX, SGLang 0.5.20's CPU engine ends with ``EAGLE is not supported in decode attention backend torch_native``, and
-its kernels for a tree of draft tokens are compiled ones that PyPI has no build of. `register` puts a torch-native back end in
-the place of ``intel_amx`` and gives the kernels for chains (``speculative_eagle_topk`` 1); drafts, experts and what is
-accepted are the engine's own.
+Without AMX, SGLang 0.5.20's CPU engine ends with ``EAGLE is not supported in decode attention
+backend torch_native``, and its kernels for a tree of draft tokens are compiled ones that PyPI has
+no build of. `register` puts a torch-native back end in the place of ``intel_amx`` and gives the
+kernels for chains (``speculative_eagle_topk`` 1); drafts, experts and what is accepted are the
+engine's own.
 """
 
 from __future__ import annotations
@@ -100,7 +101,20 @@ def _draft_extend(self: Any) -> Any:
     return backend
 
 
-def _build_chain(parents, selected, lengths, mask, positions, index, following, sibling, topk, depth, tokens, mode) -> None:  # fmt: skip
+def _build_chain(
+    parents,
+    selected,
+    lengths,
+    mask,
+    positions,
+    index,
+    following,
+    sibling,
+    topk,
+    depth,
+    tokens,
+    mode,
+) -> None:
     import torch
 
     assert topk == 1, "chains only"
@@ -110,7 +124,9 @@ def _build_chain(parents, selected, lengths, mask, positions, index, following, 
     following[:, :-1] = steps[1:]
 
 
-def _verify_chain(predicts, accept_index, accept_token_num, candidates, target_predict, retrive_index, **rest) -> None:  # fmt: skip
+def _verify_chain(
+    predicts, accept_index, accept_token_num, candidates, target_predict, retrive_index, **rest
+) -> None:
     for row, (drafted, right) in enumerate(zip(candidates.tolist(), target_predict.tolist())):
         places, accepted = retrive_index[row].tolist(), 0
         while accepted + 1 < len(drafted) and drafted[accepted + 1] == right[accepted]:

@@ -1,6 +1,7 @@
 """Speculative decoding on real engines: tokens and acceptance are stock's, wherever the draft's experts lie.
 
-What SGLang's CPU engine lacks for it is lent, see `tests.integration.sglang.speculative`; drafts and their experts are the engine's own.
+What SGLang's CPU engine lacks for it is lent, see `tests.integration.sglang.speculative`; drafts
+and their experts are the engine's own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Real SGLang engines on the CPU: every strategy answers as one rank does, and a worker without the plugin dies.
 
-All in float32, where a placement changes nothing but the order in which the ranks' partial sums of an MoE layer are added:
-about 4 layers x a few float32 roundings (6e-8 relative) of hidden states of order 10, amplified by random weights drawn wide
-(see `tiny_models`), up to 3.3e-5 in a log probability as measured. The tolerance is six times that; experts in
-the wrong place change log probabilities by much more than 0.02, which `test_wrong_experts_would_be_noticed` makes sure of.
+All in float32, where a placement changes nothing but the order in which the ranks' partial sums of
+an MoE layer are added: about 4 layers x a few float32 roundings (6e-8 relative) of hidden states of
+order 10, amplified by random weights drawn wide (see `tiny_models`), up to 3.3e-5 in a log
+probability as measured. The tolerance is six times that; experts in the wrong place change log
+probabilities by much more than 0.02, which `test_wrong_experts_would_be_noticed` makes sure of.
 """
 
 from __future__ import annotations
@@ -69,14 +70,35 @@ def outcomes(models, files, stock, served, tmp_path_factory) -> dict[str, Outcom
     """Every case, started once."""
     q32, q30, glm = models["qwen32"], models["qwen30"], models["glm"]
     placed = [
-        case("eplb-redundant", q32, 2, 2, expert_placement_strategy="eplb", expert_placement_file=str(files["load"]),
-             ep_num_redundant_experts=4),
+        case(
+            "eplb-redundant",
+            q32,
+            2,
+            2,
+            expert_placement_strategy="eplb",
+            expert_placement_file=str(files["load"]),
+            ep_num_redundant_experts=4,
+        ),
         case("zigzag-30", q30, 2, 2, expert_placement_strategy="zigzag"),
-        case("load-of-vllm", q30, 2, 2, expert_placement_strategy="eplb", expert_placement_file=str(VLLM_LOAD)),
+        case(
+            "load-of-vllm",
+            q30,
+            2,
+            2,
+            expert_placement_strategy="eplb",
+            expert_placement_file=str(VLLM_LOAD),
+        ),
         case("plan-of-vllm", q30, 4, 4, expert_placement_file=str(files["uneven-four-ranks"])),
         case("glm-zigzag", glm, 2, 2, expert_placement_strategy="zigzag"),
-        case("glm-redundant-tp4-ep2", glm, 4, 2, expert_placement_strategy="zigzag", ep_num_redundant_experts=4),
-    ]  # fmt: skip
+        case(
+            "glm-redundant-tp4-ep2",
+            glm,
+            4,
+            2,
+            expert_placement_strategy="zigzag",
+            ep_num_redundant_experts=4,
+        ),
+    ]
     wrong = case("wrong-experts", swapped_experts(q32, tmp_path_factory.mktemp("wrong") / "model"))
     unloaded = case(
         UNLOADED, q32, 2, 2, {"SGLANG_PLUGINS": "another"}, expert_placement_strategy="zigzag"
@@ -189,9 +211,12 @@ def served(models, tmp_path_factory) -> tuple[Outcome, dict]:
         "--host",
         "127.0.0.1",
     ]
-    command += f"--port {port} --tp-size 2 --ep-size 2 --expert-placement-strategy zigzag --device cpu --dtype float32".split()
-    command += "--attention-backend torch_native --sampling-backend pytorch --grammar-backend none --skip-server-warmup".split()
-    command += "--disable-overlap-schedule --max-total-tokens 4096 --max-running-requests 8 --mem-fraction-static 0.3".split()
+    command += (
+        f"--port {port} --tp-size 2 --ep-size 2 --expert-placement-strategy zigzag --device cpu "
+        "--dtype float32 --attention-backend torch_native --sampling-backend pytorch "
+        "--grammar-backend none --skip-server-warmup --disable-overlap-schedule "
+        "--max-total-tokens 4096 --max-running-requests 8 --mem-fraction-static 0.3"
+    ).split()
     sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True}
     folder = tmp_path_factory.mktemp("served")
     log, record = folder / "server.log", folder / "load"
@@ -246,7 +271,8 @@ def test_the_http_server_takes_the_flag_and_answers(served):
 def test_metrics_are_what_was_recorded(served):
     outcome, more = served
     metrics, usage = more["metrics"], more["completion"]["usage"]
-    # That every token is counted once is tested in tests/unit/recording; the server's own health checks are requests too.
+    # That every token is counted once is tested in tests/unit/recording; the server's own health
+    # checks are requests too.
     asked = (sum(len(prompt) for prompt in PROMPTS) + usage["prompt_tokens"]) * 4 * 4
     assert metrics['moe_expert_tokens_total{phase="prefill"}'] >= asked
     recorded = read_load(more["record"]).counts.sum()

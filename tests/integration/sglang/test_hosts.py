@@ -127,8 +127,12 @@ def test_a_file_that_only_the_head_has_and_a_link_that_goes_down(hosts, models, 
     rng = np.random.default_rng(3)
     load = tmp_path / "load.json"
     load.write_text(json.dumps({"logical_count": rng.zipf(1.5, (2, 4, 32)).tolist()}))
-    arguments = {"expert_placement_strategy": "eplb", "expert_placement_file": str(load), "expert_placement_locality": "soft",
-                 "expert_host_timeout": TIMEOUT}  # fmt: skip
+    arguments = {
+        "expert_placement_strategy": "eplb",
+        "expert_placement_file": str(load),
+        "expert_placement_locality": "soft",
+        "expert_host_timeout": TIMEOUT,
+    }
     there = {"expert_placement_file": str(tmp_path / "not-on-this-host" / "load.json")}
     try:
         outcome, other, ended = on_two_hosts(
@@ -177,7 +181,8 @@ def test_a_stale_file_on_one_host_stops_both(hosts, models, tmp_path):
     )
     assert not outcome.result.get("rows")
     message = (
-        f"{hosts.name}1 (10.77.0.2), rank 1 has placement {plans['stale'].digest[:12]} from {tmp_path / 'stale.json'}, "
+        f"{hosts.name}1 (10.77.0.2), rank 1 has placement {plans['stale'].digest[:12]} from "
+        f"{tmp_path / 'stale.json'}, "
         f"the head has placement {plans['plan'].digest[:12]} from {tmp_path / 'plan.json'}"
     )
     for log in (outcome.log, other):

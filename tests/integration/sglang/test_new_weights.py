@@ -1,6 +1,7 @@
 """gpt-oss, whose checkpoint has all experts in one tensor, and new weights while serving, on real engines.
 
-gpt-oss's attention is lent to the CPU engine, see `tests.integration.sglang.gpt_oss`; its experts are the engine's own.
+gpt-oss's attention is lent to the CPU engine, see `tests.integration.sglang.gpt_oss`; its experts
+are the engine's own.
 """
 
 from __future__ import annotations

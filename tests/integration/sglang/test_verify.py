@@ -64,10 +64,26 @@ def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
     cut = ("fault:one bit of w2 flipped", CHECK, "restore", CHECK)
     cases = [
         case("spoiled", models["qwen32"], 2, 2, actions=(CHECK, *spoiled), **placed),
-        case("cut", models["glm"], 4, 2, actions=(CHECK, *cut), expert_placement_strategy="zigzag", ep_num_redundant_experts=4,
-             expert_placement_verify="checkpoint"),
-        case("alone", models["qwen32"], 2, 2, actions=(CHECK,), ep_num_redundant_experts=4, expert_placement_verify="replicas"),
-    ]  # fmt: skip
+        case(
+            "cut",
+            models["glm"],
+            4,
+            2,
+            actions=(CHECK, *cut),
+            expert_placement_strategy="zigzag",
+            ep_num_redundant_experts=4,
+            expert_placement_verify="checkpoint",
+        ),
+        case(
+            "alone",
+            models["qwen32"],
+            2,
+            2,
+            actions=(CHECK,),
+            ep_num_redundant_experts=4,
+            expert_placement_verify="replicas",
+        ),
+    ]
     faulty = [
         case(
             fault,
@@ -108,14 +124,22 @@ def expected(fault: str, wrong: int, other: int) -> str:
     slot = f"layer {faults.LAYER}, slot {faults.SLOT} of rank 1 should hold expert"
     names = RUN.get(fault, "w13_weight, w2_weight")
     known = {
-        "two slots exchanged": rf"{slot} {wrong}: it differs in {names}, .*slot {faults.OTHER} of rank 1 should hold expert {other}",
-        "all slots of the rank moved on by one": rf"slot 0 of rank 1 should .*slot 1 of rank 1 should .*and {18 - 4} more",
-        "scale lost on one rank": r"layer 2, rank 1: tensors \('quant_method.alphas', 'w13_weight', .*, expected \(.*'w13_scale'",
-        "globally sized tensor indexed locally (PR 8398)": r"EP rank 1: model\.layers\.2\..*w2_global_scale has 32 rows.* this rank has 18 slots",
-        "map changed, weights not moved": rf"{slot} {other}: it differs in .*, which hold expert {wrong}",
+        "two slots exchanged": rf"{slot} {wrong}: it differs in {names}, .*slot {faults.OTHER} of "
+        rf"rank 1 should hold expert {other}",
+        "all slots of the rank moved on by one": r"slot 0 of rank 1 should .*slot 1 of rank 1 "
+        rf"should .*and {18 - 4} more",
+        "scale lost on one rank": r"layer 2, rank 1: tensors \('quant_method.alphas', "
+        r"'w13_weight', .*, expected \(.*'w13_scale'",
+        "globally sized tensor indexed locally (PR 8398)": r"EP rank 1: "
+        r"model\.layers\.2\..*w2_global_scale "
+        r"has 32 rows.* this rank has 18 slots",
+        "map changed, weights not moved": rf"{slot} {other}: it differs in .*, which hold expert "
+        rf"{wrong}",
         "map leaves an expert out": rf"{slot} {other}: it differs in .*, which hold expert {wrong}",
-        "routing table alone changed": rf"layer {faults.LAYER}: tokens of expert 0 go to slot \d+, which holds expert 1 by",
-        "table of slots alone changed": rf"layer {faults.LAYER}: tokens of expert \d+ go to slot \d+, which holds expert \d+ by",
+        "routing table alone changed": rf"layer {faults.LAYER}: tokens of expert 0 go to slot \d+, "
+        r"which holds expert 1 by",
+        "table of slots alone changed": rf"layer {faults.LAYER}: tokens of expert \d+ go to slot "
+        r"\d+, which holds expert \d+ by",
     }
     return known.get(fault, rf"{slot} {wrong}: it differs in {names}, which hold something else")
 
@@ -125,7 +149,8 @@ def test_experts_cut_over_ranks_are_compared_part_by_part(outcomes):
     ok, injected, spoiled, restored, again = cut.result["checks"]
     assert ok[0] and injected[0] and restored[0] and again[0] and not spoiled[0]
     assert spoiled[1].startswith(
-        f"MoE-TP rank 1: expert weights have changed since the model was loaded: layer {faults.LAYER}, slot 3 of rank 1"
+        "MoE-TP rank 1: expert weights have changed since the model was loaded: layer "
+        f"{faults.LAYER}, slot 3 of rank 1"
     )
     assert cut.processes_with("(replicas and checkpoint)") == {
         "TP0 EP0",
@@ -152,12 +177,18 @@ def test_an_engine_that_was_loaded_wrongly_never_serves(outcomes, plan, fault):
         f"slot {faults.REPLICA - 18} of rank 1",
         f"slot {row.index(row[faults.REPLICA])} of rank 0",
     )
-    differ = f"replicas of an expert differ: layer {faults.LAYER}, expert {row[faults.REPLICA]}: {replica} and {first} differ in w13_"
+    differ = (
+        f"replicas of an expert differ: layer {faults.LAYER}, expert {row[faults.REPLICA]}: "
+        f"{replica} and {first} differ in w13_"
+    )
     message = {
-        "replica-left-out": f"nothing filled {replica} with w[123] of expert {row[faults.REPLICA]}: a loader went round",
+        "replica-left-out": f"nothing filled {replica} with w[123] of expert "
+        f"{row[faults.REPLICA]}: a loader went round",
         "replica-of-another": differ,
-        "wrong-everywhere": r"not those of the checkpoint: layer 2, slot \d+ of rank \d should hold expert (6|7): .*, which hold expert (7|6)",
-        "past-the-loader": r"nothing was seen to fill w2_weight of the slots of rank \d: a loader went round",
+        "wrong-everywhere": r"not those of the checkpoint: layer 2, slot \d+ of rank \d should "
+        r"hold expert (6|7): .*, which hold expert (7|6)",
+        "past-the-loader": r"nothing was seen to fill w2_weight of the slots of rank \d: a loader "
+        r"went round",
         "hook-lost": "SGLang did not apply the hooks (remap|loader) in this process",
     }[fault]
     outcome = outcomes[fault]

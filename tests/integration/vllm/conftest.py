@@ -95,16 +95,48 @@ def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
 
     cases = [
         case("qwen linear", "qwen", {}, profile=True),
-        case("qwen zigzag", "qwen", {"expert_placement_strategy": "zigzag"}, profile=True, sabotage=True),
+        case(
+            "qwen zigzag",
+            "qwen",
+            {"expert_placement_strategy": "zigzag"},
+            profile=True,
+            sabotage=True,
+        ),
         case("qwen balanced", "qwen", {"expert_placement_strategy": "balanced"}, faults=FAULTS),
-        case("qwen eplb filter", "qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": files["qwen"],
-                                         "enable_ep_weight_filter": True, **record("eager", expert_load_coactivation=True)}),
-        case("qwen uneven plan filter", "qwen", {"expert_placement_file": files["uneven"], "enable_ep_weight_filter": True}),
-        case("qwen zigzag compiled", "qwen", {"expert_placement_strategy": "zigzag", "enforce_eager": False, **record("compiled")}),
-        case("qwen-bf16 zigzag", "qwen", {"expert_placement_strategy": "zigzag", "dtype": "bfloat16"}),
-        case("glm zigzag filter", "glm", {"expert_placement_strategy": "zigzag", "enable_ep_weight_filter": True}),
-        case("glm balanced", "glm", {"expert_placement_strategy": "balanced", "expert_placement_verify": "checkpoint"}),
-    ]  # fmt: skip
+        case(
+            "qwen eplb filter",
+            "qwen",
+            {
+                "expert_placement_strategy": "eplb",
+                "expert_placement_file": files["qwen"],
+                "enable_ep_weight_filter": True,
+                **record("eager", expert_load_coactivation=True),
+            },
+        ),
+        case(
+            "qwen uneven plan filter",
+            "qwen",
+            {"expert_placement_file": files["uneven"], "enable_ep_weight_filter": True},
+        ),
+        case(
+            "qwen zigzag compiled",
+            "qwen",
+            {"expert_placement_strategy": "zigzag", "enforce_eager": False, **record("compiled")},
+        ),
+        case(
+            "qwen-bf16 zigzag", "qwen", {"expert_placement_strategy": "zigzag", "dtype": "bfloat16"}
+        ),
+        case(
+            "glm zigzag filter",
+            "glm",
+            {"expert_placement_strategy": "zigzag", "enable_ep_weight_filter": True},
+        ),
+        case(
+            "glm balanced",
+            "glm",
+            {"expert_placement_strategy": "balanced", "expert_placement_verify": "checkpoint"},
+        ),
+    ]
     own_core = case("glm round_robin own core", "glm", {"expert_placement_strategy": "round_robin"})
     own_core["env"] = OWN_CORE
     four = case(

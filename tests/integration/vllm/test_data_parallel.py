@@ -56,9 +56,9 @@ def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_p
         answers = list(
             pool.map(lambda prompt: vllm.complete(server.url, "tiny", prompt, MAX_TOKENS), prompts)
         )
-        time.sleep(
-            IDLE + 3
-        )  # idle engines write what they have counted: within two looks, and one of the first rank at the other's part
+        # Idle engines write what they have counted: within two looks, and one of the first rank at
+        # the other's part.
+        time.sleep(IDLE + 3)
     found = moved(server.output(), "vllm")
     assert found["accepted"] and found["exchanges"] and found["moved_bytes"], server.tail(40)
     references = stock["qwen"]["answers"] * ROUNDS

@@ -20,7 +20,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 RNG = np.random.default_rng(2)
 DRAFT = Placement([RNG.permutation(32)], 32, (16, 16), (4,), "draft")
-PLAN = Placement([RNG.permutation(32) for _ in range(3)], 32, (16, 16), (1, 2, 3), "eplb", {}, DRAFT)  # fmt: skip
+PLAN = Placement(
+    [RNG.permutation(32) for _ in range(3)], 32, (16, 16), (1, 2, 3), "eplb", {}, DRAFT
+)
 
 
 @pytest.fixture(scope="module")

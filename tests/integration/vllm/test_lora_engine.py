@@ -1,7 +1,8 @@
 """An adapter of experts in a real vLLM on two ranks: it is loaded and compared slot by slot.
 
-The CPU build has no kernel for it (vLLM takes Triton's, and its stand-in says "module 'triton.language' has no attribute
-'float32'" in the first forward pass), so that no token is asked for here.
+The CPU build has no kernel for it (vLLM takes Triton's, and its stand-in says "module
+'triton.language' has no attribute 'float32'" in the first forward pass), so that no token is asked
+for here.
 """
 
 from __future__ import annotations

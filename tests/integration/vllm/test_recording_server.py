@@ -44,10 +44,29 @@ def test_record_scrape_and_plan(tmp_path, cli):
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "float32", "--max-model-len", "256", "--max-num-batched-tokens", "256", "--max-num-seqs", "8", "--enforce-eager",
-        "--expert-load-record", str(path), "--expert-load-interval", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "256",
+        "--max-num-batched-tokens",
+        "256",
+        "--max-num-seqs",
+        "8",
+        "--enforce-eager",
+        "--expert-load-record",
+        str(path),
+        "--expert-load-interval",
+        "1",
+    ]
     log = open(tmp_path / "server.log", "w+")
     with engine_lock():
         server = subprocess.Popen(
@@ -65,7 +84,8 @@ def test_record_scrape_and_plan(tmp_path, cli):
             log.close()
     sent = json.loads(done.stdout)
     assert sent["sent"]["requests"] == 3 and sent["sent"]["generated_tokens"] == 15
-    # Every prompt token and all generated ones but the last of each answer, 4 experts each, in 4 layers.
+    # Every prompt token and all generated ones but the last of each answer, 4 experts each, in 4
+    # layers.
     routed = (sent["sent"]["prompt_tokens"] + 15 - 3) * 4 * 4
     assert sent["routed_tokens"] == routed == read_load(path).counts.sum()
     # Expert parallelism is off: an operator records before deciding.

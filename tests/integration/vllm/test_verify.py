@@ -15,16 +15,19 @@ LOADING = {
     "filter as upstream": (
         {"expert_placement_file": "uneven", "enable_ep_weight_filter": True},
         "the checkpoint brought w2_weight (w2) for",
-        "was never filled: the checkpoint is incomplete, or a loader left the placement out of account",
+        "was never filled: the checkpoint is incomplete, or a loader left the placement out of "
+        "account",
     ),
     "replica never filled": (
         {"expert_placement_strategy": "zigzag"},
-        "model.layers.2.mlp.experts: the checkpoint brought w2_weight (w2) for 14 of 15 slots of EP rank 1",
+        "model.layers.2.mlp.experts: the checkpoint brought w2_weight (w2) for 14 of 15 slots of "
+        "EP rank 1",
         "slot 4 (expert 9) was never filled",
     ),
     "neighbour's weights": (
         {"expert_placement_strategy": "zigzag", "expert_placement_verify": "checkpoint"},
-        "the weights that were loaded are not those of the checkpoint: layer 1, slot 0 of rank 0 should hold expert 0",
+        "the weights that were loaded are not those of the checkpoint: layer 1, slot 0 of rank 0 "
+        "should hold expert 0",
         "which hold expert 29",
     ),
     "map changed": (

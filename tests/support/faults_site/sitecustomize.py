@@ -14,7 +14,8 @@ def _wrap_loader(change):
         def weight_loader(
             self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs
         ):
-            # The clean load of --expert-placement-verify checkpoint is left alone: only placed layers are watched.
+            # The clean load of --expert-placement-verify checkpoint is left alone: only placed
+            # layers are watched.
             if "_moe_placement_evidence" in self.__dict__:
                 expert_id = change(self, expert_id)
                 if expert_id is None:

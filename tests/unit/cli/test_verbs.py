@@ -48,7 +48,10 @@ def test_help_imports_neither_engine_nor_compiler():
 
 def test_importing_the_command_line_is_quick():
     # Processor time: what else the machine does is no part of it.
-    code = "import time; t = time.process_time(); import moe_placement_plugin.cli; print(time.process_time() - t)"
+    code = (
+        "import time; t = time.process_time(); import moe_placement_plugin.cli; "
+        "print(time.process_time() - t)"
+    )
     times = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
         for _ in range(5)
@@ -200,8 +203,9 @@ IMPORT_SECONDS = 0.7
 def test_r1_plan_and_page_within_two_seconds(cli, tmp_path):
     """Two seconds on that machine, as many more as another one needs more for a process that only imports numba.
 
-    Seven tenths of the loop are imports of this kind, so that a slow or busy machine stretches both alike; what this project
-    adds to them (a kernel compiled again, a module imported needlessly, a slow page) stretches the loop alone.
+    Seven tenths of the loop are imports of this kind, so that a slow or busy machine stretches both
+    alike; what this project adds to them (a kernel compiled again, a module imported needlessly, a
+    slow page) stretches the loop alone.
     """
     trace, plan, page = (
         R1 / "in1k_out8k.safetensors",
@@ -210,7 +214,8 @@ def test_r1_plan_and_page_within_two_seconds(cli, tmp_path):
     )
 
     def seconds(work) -> float:
-        # What a user waits for; processor time where other work on the machine adds to that (it counts helper threads as well).
+        # What a user waits for; processor time where other work on the machine adds to that (it
+        # counts helper threads as well).
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         work()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

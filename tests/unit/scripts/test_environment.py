@@ -158,7 +158,10 @@ def in_script(code):
 
 
 def test_another_kind_of_machine_is_refused():
-    code = "import platform; platform.machine = lambda: 'aarch64'; import machine; machine.check_machine()"
+    code = (
+        "import platform; platform.machine = lambda: 'aarch64'; "
+        "import machine; machine.check_machine()"
+    )
     found = in_script(code)
     assert "this machine is Linux on aarch64" in found.stderr.splitlines()[-1]
 

@@ -58,10 +58,17 @@ def all_cases() -> list[dict[str, Any]]:
 
 
 MISTAKEN = {
-    "name": "mistaken", "recipe": "Qwen3MoeForCausalLM", "placement": "zigzag", "arguments": PLACEMENTS["zigzag"], "examined": "shuffled",
-}  # fmt: skip
+    "name": "mistaken",
+    "recipe": "Qwen3MoeForCausalLM",
+    "placement": "zigzag",
+    "arguments": PLACEMENTS["zigzag"],
+    "examined": "shuffled",
+}
 """Loaded by one map, examined by another: what an engine would look like whose loader heeds no map."""
 
 INCOMPLETE = {
-    "name": "incomplete", "recipe": WITHOUT_BIASES.name, "placement": "zigzag", "arguments": PLACEMENTS["zigzag"],
-}  # fmt: skip
+    "name": "incomplete",
+    "recipe": WITHOUT_BIASES.name,
+    "placement": "zigzag",
+    "arguments": PLACEMENTS["zigzag"],
+}

@@ -27,7 +27,8 @@ class ZooConfig(PretrainedConfig):
 
     def __init__(self, **values):
         for name in list(values):
-            if name.endswith("_config") and name != "quantization_config" and isinstance(values[name], dict):
+            part = name.endswith("_config") and name != "quantization_config"
+            if part and isinstance(values[name], dict):
                 values[name] = PretrainedConfig(**values[name])
         super().__init__(**values)
 """
@@ -40,8 +41,8 @@ def write(recipe: Recipe, folder: Path, tensors: Tensors | None = None) -> Path:
     Args:
         recipe: the model.
         folder: where to.
-        tensors: all of its tensors. None writes those of the MoE layers; what is left out (attention, embeddings, dense layers)
-            the engine leaves uninitialised.
+        tensors: all of its tensors. None writes those of the MoE layers; what is left out
+            (attention, embeddings, dense layers) the engine leaves uninitialised.
     """
     config = {"architectures": [recipe.architecture], **recipe.config}
     if recipe.remote:
@@ -66,8 +67,9 @@ def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
 
     Args:
         recipe: the model.
-        placement: ``linear``, ``zigzag``, ``shuffled`` (another order in each layer), ``replicas`` (shuffled, each rank with a copy
-            of an expert of the other's) or ``rebalanced`` (the same in another order).
+        placement: ``linear``, ``zigzag``, ``shuffled`` (another order in each layer), ``replicas``
+            (shuffled, each rank with a copy of an expert of the other's) or ``rebalanced`` (the
+            same in another order).
     """
     found = {}
     for layer in recipe.moe:

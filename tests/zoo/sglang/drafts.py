@@ -29,9 +29,14 @@ def _behind(architecture: str, recipes: tuple[Recipe, ...]) -> Recipe:
     """A target whose checkpoint has an MTP layer behind its layers, which SGLang calls ``model.decoder``."""
     base = _plain(recipes, architecture)
     layer = Recipe(
-        f"{architecture}NextN", {}, (0,), f"model.layers.{LAYERS}.mlp",
-        (each_expert(), router(bias=BIAS), dense("shared_experts")), numbers=(LAYERS,), offset=OFFSET,
-    )  # fmt: skip
+        f"{architecture}NextN",
+        {},
+        (0,),
+        f"model.layers.{LAYERS}.mlp",
+        (each_expert(), router(bias=BIAS), dense("shared_experts")),
+        numbers=(LAYERS,),
+        offset=OFFSET,
+    )
     return replace(
         base, config=base.config | {"num_nextn_predict_layers": 1}, variant="mtp", draft=layer,
         engine=base.engine | CHAIN,

@@ -2,7 +2,8 @@
 
     python -m tests.zoo.sglang.engines FOLDER [NAME ...]
 
-Takes minutes: two starts for each model. Writes FOLDER/engines.md. Models with images are left out: they want a processor's files.
+Takes minutes: two starts for each model. Writes FOLDER/engines.md. Models with images are left out:
+they want a processor's files.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def compared(recipe: Recipe, one: Outcome, two: Outcome) -> str:
     for what, outcome in (("one rank", one), ("two ranks", two)):
         if "rows" not in outcome.result:
             said = [line for line in outcome.log.splitlines() if "Error" in line]
-            return f"| {recipe.name} | {what} did not answer | {(said or outcome.log.splitlines() or [''])[-1][:160]} |"
+            last = (said or outcome.log.splitlines() or [""])[-1]
+            return f"| {recipe.name} | {what} did not answer | {last[:160]} |"
     if not np.isfinite(one.values).all():
         return f"| {recipe.name} | one rank's own answer is not finite | |"
     difference = np.abs(np.array(one.values) - np.array(two.values)).max()

@@ -2,9 +2,10 @@
 
     python -m tests.zoo.sglang.launcher CASES.json RESULTS.pickle
 
-A case is {"name", "recipe", "placement", "arguments": {of ServerArgs}, "examined": another placement that its slots are
-compared with}. The launcher does what `sglang.launch_server` does until its workers start: plugins, ``ServerArgs``,
-`check_server_args`. A worker that dies or does not answer is an error of its case; the next case gets new workers.
+A case is {"name", "recipe", "placement", "arguments": {of ServerArgs}, "examined": another
+placement that its slots are compared with}. The launcher does what `sglang.launch_server` does
+until its workers start: plugins, ``ServerArgs``, `check_server_args`. A worker that dies or does
+not answer is an error of its case; the next case gets new workers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Quantized checkpoints, of Qwen3-MoE and gpt-oss: the tensors of the experts as the loader gets them.
 
-They are compared as they lie after loading: what SGLang makes of them afterwards (`process_weights_after_loading`) needs kernels that a CPU
-without AMX has not, and works within a slot.
+They are compared as they lie after loading: what SGLang makes of them afterwards
+(`process_weights_after_loading`) needs kernels that a CPU without AMX has not, and works within a
+slot.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Tensor:
         suffix: how the checkpoint names it after the projection.
         parameter: SGLang's name after ``w13_`` or ``w2_``.
         dtype: numpy's; ``uint8`` for 8-bit floats.
-        rows: values of dimension 0 for each row of the matrix (a fraction: one for several rows); 0 for a scalar.
+        rows: values of dimension 0 for each row of the matrix (a fraction: one for several rows); 0
+            for a scalar.
         columns: the same of dimension 1.
         same: whether gate and up have the same, which the engine keeps once.
     """
@@ -69,11 +71,13 @@ class QuantizedRecipe(Recipe):
     def tensors(self) -> Tensors:
         found = super().tensors()
         for layer in self.moe:
+            block = f"{self.block.format(layer=layer)}.experts"
             for e in range(EXPERTS):
                 for projection in PROJECTIONS:
                     for tensor in self.own:
-                        name = f"{self.block.format(layer=layer)}.experts.{e}.{projection}.{tensor.suffix}"
-                        found[name] = tensor.of(layer, e, projection)
+                        found[f"{block}.{e}.{projection}.{tensor.suffix}"] = tensor.of(
+                            layer, e, projection
+                        )
         return found
 
     def slot(self, layer: int, number: int) -> dict[str, np.ndarray]:
@@ -90,9 +94,17 @@ def _recipe(
     variant: str, config: dict[str, Any], *own: Tensor, unbuildable: str = ""
 ) -> QuantizedRecipe:
     return QuantizedRecipe(
-        "Qwen3MoeForCausalLM", BASE | QWEN3 | {"model_type": "qwen3_moe", "head_dim": 32, "quantization_config": config}, ALL, MLP, (router(),),
-        variant=variant, raw=True, engine={"dtype": "bfloat16"}, own=own, unbuildable=unbuildable,
-    )  # fmt: skip
+        "Qwen3MoeForCausalLM",
+        BASE | QWEN3 | {"model_type": "qwen3_moe", "head_dim": 32, "quantization_config": config},
+        ALL,
+        MLP,
+        (router(),),
+        variant=variant,
+        raw=True,
+        engine={"dtype": "bfloat16"},
+        own=own,
+        unbuildable=unbuildable,
+    )
 
 
 def _compressed(kind: str, bits: int, strategy: str, **more: Any) -> dict[str, Any]:
@@ -104,9 +116,15 @@ def _compressed(kind: str, bits: int, strategy: str, **more: Any) -> dict[str, A
         "dynamic": False,
         **more,
     }
-    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
-            "ignore": ["lm_head", "re:.*gate$"], "quant_method": "compressed-tensors", "format": "pack-quantized",
-            "quantization_status": "compressed"}  # fmt: skip
+    return {
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}
+        },
+        "ignore": ["lm_head", "re:.*gate$"],
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+    }
 
 
 _MXFP4 = {
@@ -156,16 +174,41 @@ class Mxfp4Recipe(Recipe):
 
 _FP8 = Tensor("weight", "weight", "uint8", 1, 1)
 QUANTIZED: tuple[Recipe, ...] = (
-    _recipe("fp8-block", {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}, _FP8,
-            Tensor("weight_scale_inv", "weight_scale_inv", "float32", 1 / 32, 1 / 32)),
-    _recipe("fp8-per-tensor", {"quant_method": "fp8", "activation_scheme": "static"}, _FP8,
-            Tensor("weight_scale", "weight_scale", "float32", 0, 0), Tensor("input_scale", "input_scale", "float32", 0, 0, same=True)),
-    _recipe("int8", {"quant_method": "w8a8_int8"}, Tensor("weight", "weight", "int8", 1, 1),
-            Tensor("weight_scale", "weight_scale", "float32", 1, 1 / HIDDEN)),
-    _recipe("int4-packed", _compressed("int", 4, "group", group_size=32, actorder=None),
-            Tensor("weight_packed", "weight_packed", "int32", 1, 1 / 8), Tensor("weight_scale", "weight_scale", "float32", 1, 1 / 32),
-            unbuildable="Torch not compiled with CUDA enabled"),
-    Mxfp4Recipe("GptOssForCausalLM", GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, ALL, MLP,
-                (router("router.weight", "router.bias"),), variant="mxfp4", raw=True, packed=True,
-                engine={"attention_backend": "triton", "dtype": "bfloat16", "moe_runner_backend": "triton"}),
-)  # fmt: skip
+    _recipe(
+        "fp8-block",
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
+        _FP8,
+        Tensor("weight_scale_inv", "weight_scale_inv", "float32", 1 / 32, 1 / 32),
+    ),
+    _recipe(
+        "fp8-per-tensor",
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        _FP8,
+        Tensor("weight_scale", "weight_scale", "float32", 0, 0),
+        Tensor("input_scale", "input_scale", "float32", 0, 0, same=True),
+    ),
+    _recipe(
+        "int8",
+        {"quant_method": "w8a8_int8"},
+        Tensor("weight", "weight", "int8", 1, 1),
+        Tensor("weight_scale", "weight_scale", "float32", 1, 1 / HIDDEN),
+    ),
+    _recipe(
+        "int4-packed",
+        _compressed("int", 4, "group", group_size=32, actorder=None),
+        Tensor("weight_packed", "weight_packed", "int32", 1, 1 / 8),
+        Tensor("weight_scale", "weight_scale", "float32", 1, 1 / 32),
+        unbuildable="Torch not compiled with CUDA enabled",
+    ),
+    Mxfp4Recipe(
+        "GptOssForCausalLM",
+        GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}},
+        ALL,
+        MLP,
+        (router("router.weight", "router.bias"),),
+        variant="mxfp4",
+        raw=True,
+        packed=True,
+        engine={"attention_backend": "triton", "dtype": "bfloat16", "moe_runner_backend": "triton"},
+    ),
+)

@@ -80,18 +80,22 @@ class Recipe:
         parts: tensors of one MoE layer by name: ``parts(block, layer)``.
         width: intermediate size of an expert.
         biases: whether experts have biases.
-        remote: whether the checkpoint brings its config class, as those of models that transformers does not know do.
+        remote: whether the checkpoint brings its config class, as those of models that transformers
+            does not know do.
         engine: further arguments of ``ServerArgs``.
         variant: what sets it apart from another recipe of the same class.
         refused: placement, or ``all``, to what the refusal must say.
         unbuildable: what SGLang itself fails with on a CPU.
-        rest: name and shape of tensors outside MoE layers, for a model that insists on having them all.
+        rest: name and shape of tensors outside MoE layers, for a model that insists on having them
+            all.
         raw: whether to look at the tensors as they were loaded, and not to run the layers.
         without: ends of the names of tensors that are left out of the MoE layers.
         packed: whether bytes in its tensors are packed numbers; they are 8-bit floats otherwise.
-        draft: the MoE layers of a draft of speculative decoding, named by the ids that SGLang gives them.
+        draft: the MoE layers of a draft of speculative decoding, named by the ids that SGLang gives
+            them.
         numbers: of a draft's layers in plans: those of vLLM's module names.
-        offset: added to a layer's number where values are drawn, so that no slot of a draft looks like one of the target's.
+        offset: added to a layer's number where values are drawn, so that no slot of a draft looks
+            like one of the target's.
     """
 
     architecture: str

@@ -1,7 +1,8 @@
 """Which model classes of the installed SGLang build MoE layers, asked of its sources and its registry.
 
-A module counts when it builds ``FusedMoE`` (or what `get_moe_impl_class` gives) or imports a model module that does; so does every class that
-such a module registers. Modules that cannot be imported on a CPU have no classes in the registry, so their sources are read.
+A module counts when it builds ``FusedMoE`` (or what `get_moe_impl_class` gives) or imports a model
+module that does; so does every class that such a module registers. Modules that cannot be imported
+on a CPU have no classes in the registry, so their sources are read.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ def _compare(layer: Any, recipe: Recipe, mine: list[int], found: Loaded) -> list
             if not np.array_equal(here, signatures[wanted]):
                 others = [e for e in range(EXPERTS) if np.array_equal(here, signatures[e])]
                 wrong.append(
-                    f"layer {layer.layer_id} slot {slot}: {tensor} is not expert {wanted}'s but {others or 'no expert'}'s"
+                    f"layer {layer.layer_id} slot {slot}: {tensor} is not expert {wanted}'s but "
+                    f"{others or 'no expert'}'s"
                 )
     return wrong
 
@@ -147,6 +148,7 @@ def _block(block: Any, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
         return None
     try:
         answer = block(_tokens(hidden, dtype))
-    except Exception:  # noqa: BLE001  # a kernel without a CPU build; stock's rank must fail alike, see `test_zoo`
+    # A kernel without a CPU build; stock's rank must fail alike, see `test_zoo`.
+    except Exception:  # noqa: BLE001
         return None
     return answer if isinstance(answer, torch.Tensor) else None

@@ -1,6 +1,7 @@
 """Names of compiled operators that SGLang's models look up when they are imported, and that no CPU build on PyPI has.
 
-Import it before anything of SGLang. Nothing here computes: an operator that is called after all has no kernel and says so.
+Import it before anything of SGLang. Nothing here computes: an operator that is called after all has
+no kernel and says so.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ def _row(recipe: Recipe) -> str:
         return f"| {name} | refused | {recipe.refused['all']} |"
     if recipe.refused:
         return f"| {name} | placed | without redundant experts: {recipe.refused['replicas']} |"
-    return f"| {name} | placed | {'slot by slot, before SGLang packs the tensors for its kernels' if recipe.raw else ''} |"
+    how = "slot by slot, before SGLang packs the tensors for its kernels" if recipe.raw else ""
+    return f"| {name} | placed | {how} |"
 
 
 def _names(names: Iterable[str]) -> str:
@@ -40,9 +41,12 @@ def section() -> str:
         BEGIN,
         "## SGLang 0.5.20",
         "",
-        "Two ranks of SGLang's CPU engine load each tiny checkpoint through SGLang's own loader, under zigzag, under a",
-        "shuffled plan and under EPLB with redundant experts. *Placed* means that each slot then holds the checkpoint's expert",
-        "and that the layer answers as one rank does. `python -m tests.zoo.sglang.table` writes this section.",
+        "Two ranks of SGLang's CPU engine load each tiny checkpoint through SGLang's own loader, "
+        "under zigzag, under a",
+        "shuffled plan and under EPLB with redundant experts. *Placed* means that each slot then "
+        "holds the checkpoint's expert",
+        "and that the layer answers as one rank does. `python -m tests.zoo.sglang.table` writes "
+        "this section.",
         "",
         "| model class | | why |",
         "|---|---|---|",
@@ -56,11 +60,14 @@ def section() -> str:
     ]
     lines += [
         "",
-        "Draft models are placed with the model that they draft for ([sglang.md](sglang.md#drafts-speculative-decoding)). Loaded",
+        "Draft models are placed with the model that they draft for "
+        "([sglang.md](sglang.md#drafts-speculative-decoding)). Loaded",
         f"likewise, after their targets: {_names(loaded)}. The others' layers are of the",
-        f"same classes as their targets' above, or their targets are refused: {_names(DRAFTS - loaded)}.",
+        "same classes as their targets' above, or their targets are refused: "
+        f"{_names(DRAFTS - loaded)}.",
         "",
-        f"The back end for transformers' own code is refused by name: {', '.join(f'`{name}`' for name in sorted(TRANSFORMERS))}.",
+        "The back end for transformers' own code is refused by name: "
+        f"{', '.join(f'`{name}`' for name in sorted(TRANSFORMERS))}.",
         "",
         f"Without experts: {', '.join(f'`{name}`' for name in sorted(DENSE))}.",
         END,

@@ -1,7 +1,8 @@
 """Every MoE architecture of the installed SGLang: placed, slot by slot, or refused by name.
 
-Two ranks load each tiny checkpoint through SGLang's own loader under each placement (`worker`); each slot is compared with the checkpoint's
-expert, and what TopK and experts answer, summed over the ranks, with a single rank's that has no plugin.
+Two ranks load each tiny checkpoint through SGLang's own loader under each placement (`worker`);
+each slot is compared with the checkpoint's expert, and what TopK and experts answer, summed over
+the ranks, with a single rank's that has no plugin.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from tests.integration.sglang.engines import ENV, ROOT, threads  # noqa: E402
 from tests.support.children import engine_lock, python, run_child  # noqa: E402
 
 from . import checkpoints, registered, table  # noqa: E402
-from .cases import INCOMPLETE, MISTAKEN, PLACEMENTS, all_cases, expected_refusal, name_of  # noqa: E402
+from .cases import (  # noqa: E402
+    INCOMPLETE,
+    MISTAKEN,
+    PLACEMENTS,
+    all_cases,
+    expected_refusal,
+    name_of,
+)
 from .drafts import DRAFTED  # noqa: E402
 from .quantized import QUANTIZED  # noqa: E402
 from .recipe import Recipe  # noqa: E402

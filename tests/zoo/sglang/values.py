@@ -1,6 +1,7 @@
 """Weights of which each tells layer, expert and tensor, so that a slot tells which expert it holds.
 
-Nothing here knows the plugin or the engine: what a slot should hold is the checkpoint's own tensor, made again.
+Nothing here knows the plugin or the engine: what a slot should hold is the checkpoint's own tensor,
+made again.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def expert(
     Args:
         layer: index among the model's layers.
         number: logical expert.
-        tensor: ``w1`` (gate) or ``w3`` (up) ``[width, hidden]``, ``w2`` (down) ``[hidden, width]``, or their biases ``b1``, ``b3``
-            ``[width]`` and ``b2`` ``[hidden]``.
+        tensor: ``w1`` (gate) or ``w3`` (up) ``[width, hidden]``, ``w2`` (down) ``[hidden, width]``,
+            or their biases ``b1``, ``b3`` ``[width]`` and ``b2`` ``[hidden]``.
         width: the expert's intermediate size.
         hidden: the model's.
     """

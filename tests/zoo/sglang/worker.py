@@ -1,7 +1,8 @@
 """A process that loads one model after another as a rank of SGLang, and tells what its expert slots hold and what its MoE layers answer.
 
-Each model comes as pickled ``ServerArgs``, as a scheduler process gets them; from there on it is SGLang's own way: plugins, `publish`, a
-whole `ModelRunner` with its loader. The process groups are those of the first model.
+Each model comes as pickled ``ServerArgs``, as a scheduler process gets them; from there on it is
+SGLang's own way: plugins, `publish`, a whole `ModelRunner` with its loader. The process groups are
+those of the first model.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Loaded:
         slots: slots that were compared.
         dtype: of the weights; some models have one that they insist on.
         tensors: names of the tensors that were compared, per slot.
-        outputs: layer -> output of TopK and experts for the same tokens ``[tokens, hidden]``, this rank's part of the sum.
+        outputs: layer -> output of TopK and experts for the same tokens ``[tokens, hidden]``, this
+            rank's part of the sum.
         blocks: layer -> output of the whole MoE block, where it takes hidden states alone.
         patches: the plugin's hooks that this process has used.
         outline: see `skeleton.outline`, where that was asked for.
@@ -61,7 +63,8 @@ def main(rank: int, ranks: int, port: int, pipe: Connection) -> None:
         importlib.import_module(module)
     from transformers.dynamic_module_utils import init_hf_modules
 
-    init_hf_modules()  # where config classes are that checkpoints bring; a spawned process has the launcher's path
+    # Where config classes are that checkpoints bring; a spawned process has the launcher's path
+    init_hf_modules()
 
     while True:
         job = pipe.recv()

@@ -181,7 +181,8 @@ def rounded(values: dict[str, np.ndarray], names: set[str]) -> dict[str, np.ndar
 def fill_rest(model: Any) -> None:
     """Give what is no expert the same values on every rank, however it is cut.
 
-    By name where ranks hold the whole (gates, correction biases) or known rows (embeddings); else a constant.
+    By name where ranks hold the whole (gates, correction biases) or known rows (embeddings); else a
+    constant.
     """
     import torch
     from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -227,10 +228,19 @@ def engine_config(path: Path, ranks: int, engine: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     arguments = dict(
-        model=str(path), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128,
-        max_num_batched_tokens=128, max_num_seqs=4, tensor_parallel_size=ranks, enable_expert_parallel=ranks > 1,
-        distributed_executor_backend="mp" if ranks > 1 else None, disable_log_stats=True, seed=0,
-    )  # fmt: skip
+        model=str(path),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_batched_tokens=128,
+        max_num_seqs=4,
+        tensor_parallel_size=ranks,
+        enable_expert_parallel=ranks > 1,
+        distributed_executor_backend="mp" if ranks > 1 else None,
+        disable_log_stats=True,
+        seed=0,
+    )
     arguments |= engine
     if speculative := arguments.get("speculative_config"):
         arguments["speculative_config"] = {

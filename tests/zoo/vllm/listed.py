@@ -8,7 +8,10 @@ def _same(other: str) -> str:
 
 
 def _wraps(other: str) -> str:
-    return f"no recipe yet; its experts are built and loaded by the code of {other}, which is in the zoo"
+    return (
+        f"no recipe yet; its experts are built and loaded by the code of {other}, "
+        "which is in the zoo"
+    )
 
 
 def _dense(why: str) -> str:
@@ -22,7 +25,8 @@ _NO_RECIPE = "no recipe yet"
 
 NOT_IN_THE_ZOO = {
     "Cosmos3EdgeForConditionalGeneration": _dense(
-        "its class refuses every layer that is neither attention nor MLP; the code is shared with Nemotron-H's"
+        "its class refuses every layer that is neither attention nor MLP; the code is shared with "
+        "Nemotron-H's"
     ),
     "DSparkV41DraftModel": "vLLM has DeepSeek-V4.1 for CUDA and ROCm only",
     "DeepseekV41ForCausalLM": "vLLM has DeepSeek-V4.1 for CUDA and ROCm only",
@@ -39,7 +43,8 @@ NOT_IN_THE_ZOO = {
     "InklingMTPModel": _INKLING,
     "LongCatFlashMTPModel": _dense("the draft of LongCat-Flash has no experts"),
     "MiniCPMV": _dense(
-        "MiniCPM-V 2.0 has MiniCPM's text model without its experts, the others have Llama's or Qwen's"
+        "MiniCPM-V 2.0 has MiniCPM's text model without its experts, the others have Llama's or "
+        "Qwen's"
     ),
     "NemotronH_Nano_Omni_Reasoning_V3": _GPU_ONLY,
     "NemotronH_Nano_VL_V2": _GPU_ONLY,

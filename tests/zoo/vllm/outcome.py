@@ -21,7 +21,8 @@ class Outcome:
     Attributes:
         built: whether vLLM alone could build and load it on one rank.
         reason: why not.
-        status: strategy -> ``placed``, ``refused``, ``none`` (not tried), ``wrong``, ``failed`` or ``crashed``.
+        status: strategy -> ``placed``, ``refused``, ``none`` (not tried), ``wrong``, ``failed`` or
+            ``crashed``.
         reasons: strategy -> what was said.
         silent: why the layers' answers were not compared; empty when they were.
     """

@@ -19,10 +19,17 @@ def clean_environment() -> None:
     Without Kimi K3's own all-reduce, whose module imports what only GPUs' builds have.
     """
     os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
-        VLLM_NO_USAGE_STATS="1", VLLM_PLUGINS="moe_placement", TRANSFORMERS_VERBOSITY="error",
-        GLOO_SOCKET_IFNAME="lo", VLLM_DIST_IDENT=f"zoo{os.getpid()}", VLLM_KIMI_K3_GEMM_AR="0",
-    )  # fmt: skip
+        VLLM_CPU_KVCACHE_SPACE="1",
+        HF_HUB_OFFLINE="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+        OMP_NUM_THREADS="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_PLUGINS="moe_placement",
+        TRANSFORMERS_VERBOSITY="error",
+        GLOO_SOCKET_IFNAME="lo",
+        VLLM_DIST_IDENT=f"zoo{os.getpid()}",
+        VLLM_KIMI_K3_GEMM_AR="0",
+    )
 
 
 def prepare_process() -> None:

@@ -83,7 +83,8 @@ def _build(recipe: Recipe, path: Path, store: str) -> dict[str, Any]:
 def placed(units: list[tuple[Recipe, str]], rank: int, results: Path, store: str) -> None:
     """Load each model on one of two ranks under a strategy, and compare slots and answers.
 
-    Ends itself with `AGAIN` once the ranks do not say the same: one may have left what the other still waits for.
+    Ends itself with `AGAIN` once the ranks do not say the same: one may have left what the other
+    still waits for.
 
     Args:
         units: recipes, each with a strategy.

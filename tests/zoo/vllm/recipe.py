@@ -25,10 +25,14 @@ class Recipe:
         engine: further arguments of the engine.
         owner: only ``RoutedExperts`` whose name holds this are compared.
         draft: architecture of the draft that is loaded instead of the model itself.
-        model_experts: routed experts of a layer of the model that a draft is for, where they are not as many.
-        ranks_differ: why vLLM's own two ranks answer otherwise than one; the reference is then two without a placement.
-        loaded_only: why to compare as the loader left the slots and go no further: what its kernels need.
-        planted: have vLLM's loader take expert 0 for expert 2 and the other way round, which the zoo must see.
+        model_experts: routed experts of a layer of the model that a draft is for, where they are
+            not as many.
+        ranks_differ: why vLLM's own two ranks answer otherwise than one; the reference is then two
+            without a placement.
+        loaded_only: why to compare as the loader left the slots and go no further: what its kernels
+            need.
+        planted: have vLLM's loader take expert 0 for expert 2 and the other way round, which the
+            zoo must see.
         own_kind: its experts are no ``RoutedExperts``, so that the plugin has to refuse.
         unbuildable: why this vLLM cannot build it on a CPU: a part of its error.
         cause: what its error does not say: whose inability it is, and on what hardware.

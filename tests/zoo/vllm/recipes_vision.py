@@ -62,8 +62,9 @@ def _thinker(inner: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_QWEN_EYES = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=HIDDEN,
-                  deepstack_visual_indexes=[0], patch_size=16, num_position_embeddings=16, image_size=32)  # fmt: skip
+_QWEN_EYES = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2,
+                  out_hidden_size=HIDDEN, deepstack_visual_indexes=[0], patch_size=16,
+                  num_position_embeddings=16, image_size=32)  # fmt: skip
 
 _ERNIE = make(
     "Ernie4_5_VLMoeForConditionalGeneration", "ernie4_5_moe_vl", separate(), (1,),
@@ -117,8 +118,8 @@ RECIPES = [
                whole={"projector_patch_to_query_dict": {"4": 4}, "image_token_index": 9},
                moe_num_experts=8, moe_topk=2, moe_num_shared_experts=1, intermediate_size=WIDTH,
                ranks_differ=(
-                   "vLLM sums the shared experts' answers over the ranks twice, in their own MLP and "
-                   "in the MoE layer")),
+                   "vLLM sums the shared experts' answers over the ranks twice, in their own MLP "
+                   "and in the MoE layer")),
     _with_text("InternS1ProForConditionalGeneration", "qwen3_vl_moe", "qwen3_vl_moe_text",
                stacked("model.language_model.layers.{layer}.mlp.experts.", transposed=True),
                vision=_QWEN_EYES, num_experts=8, decoder_sparse_step=1, mlp_only_layers=[],

@@ -17,8 +17,8 @@ _OTHER_HARDWARE = frozenset({"amd", "xpu", "tpu"})
 def moe_architectures() -> dict[str, tuple[str, str]]:
     """Architecture name -> (module, class) of every registered class that reaches routed experts.
 
-    A class reaches them if its body, its bases, or a class or function that these name, calls one of
-    `FACTORIES`. Models that build their language model from the checkpoint's own architecture
+    A class reaches them if its body, its bases, or a class or function that these name, calls one
+    of `FACTORIES`. Models that build their language model from the checkpoint's own architecture
     (``init_vllm_registered_model``) have that architecture's row.
     """
     from vllm.model_executor.models.registry import ModelRegistry
@@ -99,7 +99,8 @@ def _path(module: str) -> Path | None:
     if module in models or not module.startswith(tuple(f"{m}." for m in models)):
         # The layers' own package: only the names of `FACTORIES` count there.
         return None
-    # By hand: to find the spec of a module imports its package, and with it a model of some hardware.
+    # By hand: to find the spec of a module imports its package, and with it a model of some
+    # hardware.
     root = Path(importlib.util.find_spec("vllm").origin).parent
     path = root.joinpath(*module.split(".")[1:])
     for candidate in (path.with_suffix(".py"), path / "__init__.py"):

@@ -1,7 +1,8 @@
 """Run the zoo: ``python -m tests.zoo.vllm.run DIRECTORY NAME...`` (all without names).
 
-vLLM is imported once; three processes are forked from here, one for vLLM alone and two for the ranks of a placement. One
-that dies or hangs is noted as such for the model it had, and started again behind it.
+vLLM is imported once; three processes are forked from here, one for vLLM alone and two for the
+ranks of a placement. One that dies or hangs is noted as such for the model it had, and started
+again behind it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m tests.zoo.vllm.whole RESULTS.json NAME...
 
-Minutes for each ten models, so that no test runs it; what it saw stands in the issue. Workers are forked from this
-process and with it what `process.prepare_process` does: what is no expert has the same values on every rank.
+Minutes for each ten models, so that no test runs it; what it saw stands in the issue. Workers are
+forked from this process and with it what `process.prepare_process` does: what is no expert has the
+same values on every rank.
 """
 
 from __future__ import annotations
@@ -39,10 +40,18 @@ def answers(recipe: Recipe, path: Path, **arguments: Any) -> list[tuple[list[int
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        str(path), skip_tokenizer_init=True, enforce_eager=True, max_model_len=64,
-        max_num_batched_tokens=128, max_num_seqs=4, block_size=32, gpu_memory_utilization=0.1,
-        **{"dtype": "bfloat16" if linear_attention(recipe.config) else "float32"} | dict(recipe.engine) | arguments,
-    )  # fmt: skip
+        str(path),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_batched_tokens=128,
+        max_num_seqs=4,
+        block_size=32,
+        gpu_memory_utilization=0.1,
+        **{"dtype": "bfloat16" if linear_attention(recipe.config) else "float32"}
+        | dict(recipe.engine)
+        | arguments,
+    )
     sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True,
                               detokenize=False)  # fmt: skip
     prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]

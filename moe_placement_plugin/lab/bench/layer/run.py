@@ -1,7 +1,8 @@
 """``moe-placement bench layer``: every EP rank's share of a MoE layer on one device, one rank after the other.
 
-A layer lasts as long as its slowest rank, so one GPU can measure what a placement does to a layer on 64: the time of
-each rank's experts under its share of a recorded load, and the greatest of them. Exchange and attention are not in it.
+A layer lasts as long as its slowest rank, so one GPU can measure what a placement does to a layer
+on 64: the time of each rank's experts under its share of a recorded load, and the greatest of them.
+Exchange and attention are not in it.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def plan_all(
         strategy, plus, redundant = name.partition("+")
         if plus and not redundant.isdigit():
             raise PlacementError(
-                f"strategy {name!r}: write the number of redundant experts after the plus, as in eplb+32"
+                f"strategy {name!r}: write the number of redundant experts after the plus, as in "
+                "eplb+32"
             )
         cluster = Cluster(Topology.even(ranks), int(redundant or 0), groups)
         plans[name] = get_strategy(strategy).place(cluster.request(load))
@@ -106,7 +108,8 @@ def plan_all(
 def rank_share(slots: torch.Tensor, placed: PlacedExperts, use_ring: bool) -> RouteOutput:
     """What `route` would give a rank for the choices ``slots [tokens, top_k]`` of all ranks' tokens.
 
-    With the ring all tokens are rows; with the all-to-all those that have a choice here. Router weights are all equal.
+    With the ring all tokens are rows; with the all-to-all those that have a choice here. Router
+    weights are all equal.
     """
     local = placed.local_slot[slots]
     if not use_ring:
@@ -173,7 +176,8 @@ class LayerBench:
         outcomes = {name: LayerTimes(name, ranks, phase, tokens_per_rank) for name in plans}
         for row in layers:
             report(
-                f"{self.name}, EP {ranks}, {phase} {tokens_per_rank} tokens per rank, layer {load.layer_ids[row]}"
+                f"{self.name}, EP {ranks}, {phase} {tokens_per_rank} tokens per rank, layer "
+                f"{load.layer_ids[row]}"
             )
             share = load.total[row].astype(np.float64)
             experts = draw_step(
@@ -250,8 +254,10 @@ class LayerBench:
         free = SPARE_MEMORY * free_memory(self.device)
         if weights + intermediates > free:
             raise PlacementError(
-                f"{self.name} at EP {ranks} needs {weights / 2**30:.1f} GiB for {slots} experts and {intermediates / 2**30:.1f} GiB for "
-                f"{rows} rows, {free / 2**30:.1f} GiB are free on {self.device}: measure more ranks (--ep) or fewer tokens (--prefill, --decode)"
+                f"{self.name} at EP {ranks} needs {weights / 2**30:.1f} GiB for {slots} experts "
+                f"and {intermediates / 2**30:.1f} GiB for "
+                f"{rows} rows, {free / 2**30:.1f} GiB are free on {self.device}: measure more "
+                "ranks (--ep) or fewer tokens (--prefill, --decode)"
             )
         if slots:
             self._weights = None

@@ -69,7 +69,8 @@ def read_recordings(paths: Sequence[Path], shape: LayerShape, name: str) -> Expe
         load = _token_trace(path, shape.experts) if path.suffix == ".npz" else read_load(path)
         if load.num_experts != shape.experts:
             raise PlacementError(
-                f"{path} has {load.num_experts} experts, {name} has {shape.experts}: give a load of that model"
+                f"{path} has {load.num_experts} experts, {name} has {shape.experts}: give a load "
+                "of that model"
             )
         workloads.append(Workload(str(path), load))
     return ExpertLoad.concatenate([w.load for w in align(workloads)])
@@ -81,7 +82,8 @@ def _token_trace(path: Path, experts: int) -> ExpertLoad:
             ids = data["topk_ids"].astype(np.int64)
     except (OSError, ValueError, KeyError) as error:
         raise PlacementError(
-            f"{path} is no token-level trace ({error}): give an .npz with topk_ids [layers, tokens, top_k]"
+            f"{path} is no token-level trace ({error}): give an .npz with topk_ids [layers, "
+            "tokens, top_k]"
         ) from None
     experts = max(experts, int(ids.max()) + 1)
     return ExpertLoad(np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in ids]))
@@ -101,16 +103,17 @@ def synthetic_load(shape: LayerShape, skew: float, seed: int = 0) -> ExpertLoad:
 def draw_step(share: np.ndarray, tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
     """Expert choices of one step, int64 ``[tokens, top_k]``, distinct within a token.
 
-    Counts per expert are drawn from ``share [experts]`` (recorded shares, choices independent of each other), none above one
-    per token. They are dealt to the tokens in turn, which keeps a token's choices distinct; which experts meet in a token
-    is left to chance.
+    Counts per expert are drawn from ``share [experts]`` (recorded shares, choices independent of
+    each other), none above one per token. They are dealt to the tokens in turn, which keeps a
+    token's choices distinct; which experts meet in a token is left to chance.
 
     Raises:
         PlacementError: when fewer experts than ``top_k`` are ever chosen.
     """
     if np.count_nonzero(share) < top_k:
         raise PlacementError(
-            f"a layer in which {np.count_nonzero(share)} experts were chosen, for top-{top_k}: record more tokens"
+            f"a layer in which {np.count_nonzero(share)} experts were chosen, for top-{top_k}: "
+            "record more tokens"
         )
     counts = rng.multinomial(tokens * top_k, share / share.sum())
     while (spare := int(np.maximum(counts - tokens, 0).sum())) > 0:

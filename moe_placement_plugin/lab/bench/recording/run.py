@@ -2,10 +2,12 @@
 
     python -m moe_placement_plugin.lab.bench.recording.run [--rounds 64] [--model PATH]
 
-Recording and not recording take turns (A B B A ...), so that both sides see the same machine; a ratio is that of two
-rounds each. On a CPU one engine, a tiny model, is switched: two that do the same differ by several percent there, by where their memory
-lies. A CUDA graph cannot be switched: on a GPU two engines serve eight layers of Qwen3-30B-A3B's shape. The file is written
-every ten seconds (a server's every minute). Prints the machine, the versions, both sides and the ratio with its spread.
+Recording and not recording take turns (A B B A ...), so that both sides see the same machine; a
+ratio is that of two rounds each. On a CPU one engine, a tiny model, is switched: two that do the
+same differ by several percent there, by where their memory lies. A CUDA graph cannot be switched:
+on a GPU two engines serve eight layers of Qwen3-30B-A3B's shape. The file is written every ten
+seconds (a server's every minute). Prints the machine, the versions, both sides and the ratio with
+its spread.
 """
 
 from __future__ import annotations
@@ -70,18 +72,33 @@ def scales() -> dict[str, Scale]:
         "enforce_eager": True,
     }
     large = {
-        "dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 128, "max_num_batched_tokens": 8192, "load_format": "dummy",
+        "dtype": "bfloat16",
+        "max_model_len": 1024,
+        "max_num_seqs": 128,
+        "max_num_batched_tokens": 8192,
+        "load_format": "dummy",
         # Two engines share the GPU.
         "gpu_memory_utilization": 0.4,
-    }  # fmt: skip
+    }
     shape = Size(hidden=2048, expert=768, layers=8, heads=32)
     return {
-        "cpu": Scale("tiny Qwen3-MoE, 4 layers x 30 experts, random weights", write_qwen3_moe, small, 16, 48, 64),
+        "cpu": Scale(
+            "tiny Qwen3-MoE, 4 layers x 30 experts, random weights",
+            write_qwen3_moe,
+            small,
+            16,
+            48,
+            64,
+        ),
         "cuda": Scale(
             "Qwen3-30B-A3B's shape, 8 layers x 128 experts, dummy weights, CUDA graphs",
-            partial(write_qwen3_moe, num_experts=128, top_k=8, size=shape, weights=False), large, 128, 512, 128,
+            partial(write_qwen3_moe, num_experts=128, top_k=8, size=shape, weights=False),
+            large,
+            128,
+            512,
+            128,
         ),
-    }  # fmt: skip
+    }
 
 
 class Engine:
@@ -96,9 +113,12 @@ class Engine:
     def __init__(self, model: str, record: str | None, device: str):
         arguments = json.dumps({"model": model, "record": record, "device": device})
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, "--child", arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", __spec__.name, "--child", arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, **_ENVIRONMENT},
-        )  # fmt: skip
+        )
         self._wait()
 
     def _wait(self) -> str:
@@ -241,22 +261,27 @@ def main() -> None:
     ordered = sorted(ratios)
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     print(
-        f"machine: {platform.machine()}, {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}{where}"
+        f"machine: {platform.machine()}, {os.cpu_count()} CPUs, load average "
+        f"{os.getloadavg()[0]:.1f}{where}"
     )
     print(
-        f"versions: vllm {vllm.__version__}, torch {torch.__version__}, moe-placement-plugin {__version__}, Python {platform.python_version()}"
+        f"versions: vllm {vllm.__version__}, torch {torch.__version__}, moe-placement-plugin "
+        f"{__version__}, Python {platform.python_version()}"
     )
     print(
-        f"model: {given.model or scale.name}; {given.rounds} rounds each, in turns, of {scale.requests} requests of {scale.prompt} "
+        f"model: {given.model or scale.name}; {given.rounds} rounds each, in turns, of "
+        f"{scale.requests} requests of {scale.prompt} "
         f"tokens and {scale.answer} generated"
     )
     for name, values in speeds.items():
         print(
-            f"recording {name:>3}: median {statistics.median(values):8.1f} tokens/s (least {min(values):.1f}, most {max(values):.1f})"
+            f"recording {name:>3}: median {statistics.median(values):8.1f} tokens/s (least "
+            f"{min(values):.1f}, most {max(values):.1f})"
         )
     quarter = len(ordered) // 4
     print(
-        f"on / off: median {statistics.median(ratios):.4f}, middle half {ordered[quarter]:.4f} to {ordered[-1 - quarter]:.4f}; "
+        f"on / off: median {statistics.median(ratios):.4f}, middle half {ordered[quarter]:.4f} to "
+        f"{ordered[-1 - quarter]:.4f}; "
         f"{tokens} choices recorded"
     )
 

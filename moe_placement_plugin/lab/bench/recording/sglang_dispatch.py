@@ -2,8 +2,9 @@
 
     python -m moe_placement_plugin.lab.bench.recording.sglang_dispatch
 
-Needs SGLang installed. Prints the machine, the versions, both times and how unevenly the ranks are spread over the replicas
-of an expert (ranks served by the busiest replica / mean over its replicas; 1.0 is even).
+Needs SGLang installed. Prints the machine, the versions, both times and how unevenly the ranks are
+spread over the replicas of an expert (ranks served by the busiest replica / mean over its replicas;
+1.0 is even).
 """
 
 from __future__ import annotations
@@ -118,26 +119,31 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, ",
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy "
+        f"{np.__version__}, ",
         end="",
     )
     print(
-        f"torch {torch.__version__}, SGLang {sglang.__version__}; {LAYERS} layers x {EXPERTS} experts; best of {runs}"
+        f"torch {torch.__version__}, SGLang {sglang.__version__}; {LAYERS} layers x {EXPERTS} "
+        f"experts; best of {runs}"
     )
     print(
-        f"{'ranks':>5} {'slots':>5} {'nodes':>5} | {'SGLang ms':>9} {'here ms':>8} {'times':>6} | imbalance mean (worst): SGLang, here"
+        f"{'ranks':>5} {'slots':>5} {'nodes':>5} | {'SGLang ms':>9} {'here ms':>8} {'times':>6} | "
+        "imbalance mean (worst): SGLang, here"
     )
     for ranks, redundant, nodes in ((32, 32, 4), (64, 64, 8), (64, 64, 1), (128, 128, 16)):
         placement = skewed_placement(ranks, redundant, nodes)
         slots_of = placement.logical_to_physical.astype(np.int64)
         arguments = (slots_of, ranks, placement.num_slots, ranks // nodes)
         before, stock = best_of(max(1, min(runs, 3)), stock_table, *arguments)
-        # Both sides answer what a server asks: the row of one rank (SGLang makes the whole table for it).
+        # Both sides answer what a server asks: the row of one rank (SGLang makes the whole table
+        # for it).
         after, _ = best_of(runs, dispatch_table, *arguments, [ranks // 2])
         ours = dispatch_table(*arguments)
         spread = [replica_imbalance(t, slots_of) for t in (stock, ours)]
         print(
-            f"{ranks:5} {placement.num_slots:5} {nodes:5} | {before * 1e3:9.1f} {after * 1e3:8.2f} {before / after:6.0f} | "
+            f"{ranks:5} {placement.num_slots:5} {nodes:5} | {before * 1e3:9.1f} {after * 1e3:8.2f} "
+            f"{before / after:6.0f} | "
             + ", ".join(f"{s.mean():.3f} ({s.max():.2f})" for s in spread)
         )
 

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 -m moe_placement_plugin.lab.gpu.exchange [--shape SHAPE]
 
-Shapes: ``5-layer``, 5 layers of 64 + 8 experts of 17.3 MB in bfloat16; ``v2-lite``, the same experts
-in the 26 layers of DeepSeek-V2-Lite; ``r1``, 4 layers of 64 + 8 experts of 44 MB, one byte per
-parameter; ``tiny``, which shows on a machine without a GPU that it runs.
+Shapes: ``5-layer``, 5 layers of 64 + 8 experts of 17.3 MB in bfloat16; ``v2-lite``, the same
+experts in the 26 layers of DeepSeek-V2-Lite; ``r1``, 4 layers of 64 + 8 experts of 44 MB, one byte
+per parameter; ``tiny``, which shows on a machine without a GPU that it runs.
 
 What is printed, medians of ``--repeats``:
 

@@ -8,8 +8,8 @@ What is compared: tokens, balancedness, throughput, latency, the longest pause. 
 the same machine; each batch of them has the first contestant and the ideal with it. Checkpoints are
 made here, with routers whose load follows the recorded one (``--load``); what is really served is
 recorded first, and ``eplb`` plans from that. ``ideal`` is the same model with a router that loads
-all experts alike. Without a GPU (``--cpu --model tiny --workload tiny``) it shows that it works, and
-nothing else.
+all experts alike. Without a GPU (``--cpu --model tiny --workload tiny``) it shows that it works,
+and nothing else.
 """
 
 from __future__ import annotations

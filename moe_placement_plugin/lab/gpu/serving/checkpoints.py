@@ -81,7 +81,8 @@ def write(
     """Write a checkpoint, a file per layer and one for all routers; the very same one that is there from before is kept.
 
     Returns:
-        {"shares": wanted, "reached": by the embeddings}, float ``[MoE layers, experts]`` each, as lists.
+        {"shares": wanted, "reached": by the embeddings}, float ``[MoE layers, experts]`` each, as
+        lists.
     """
     path.mkdir(parents=True, exist_ok=True)
     config = model.config() | {

@@ -108,7 +108,8 @@ def batches(
     names = ", ".join(c.name for c in always)
     if others and at_once <= len(always):
         raise PlacementError(
-            f"--at-once {at_once}: {names} are always up and at least one more: give {len(always) + 1}"
+            f"--at-once {at_once}: {names} are always up and at least one more: give "
+            f"{len(always) + 1}"
         )
     made, left = [list(always)], free - sum(map(takes, always))
     for one in others:
@@ -118,7 +119,8 @@ def batches(
         if takes(one) > left:
             needed = sum(map(takes, always)) + takes(one)
             raise PlacementError(
-                f"{names} are always up, and with {one.name} they take {needed / 1e9:.1f} GB of each GPU, of which {free / 1e9:.1f} GB are free: "
+                f"{names} are always up, and with {one.name} they take {needed / 1e9:.1f} GB of "
+                f"each GPU, of which {free / 1e9:.1f} GB are free: "
                 "use more --ranks, fewer --layers, or leave it out"
             )
         made[-1].append(one)
@@ -137,11 +139,13 @@ class Setup:
         cpu: whether it runs without a GPU.
         dtype: of the weights.
         graphs: CUDA graphs.
-        memory: share of a GPU's memory that must be free when a vLLM server starts; all servers are there at once.
+        memory: share of a GPU's memory that must be free when a vLLM server starts; all servers are
+            there at once.
         interval: forward passes between two rebalances.
         length: most tokens of a request, prompt and answer.
         cache: bytes of keys and values on each GPU.
-        one_gpu: None where each rank has a GPU; ``shared``: all have one; ``lone``: only one is started. See ``benchmarks/one_gpu``.
+        one_gpu: None where each rank has a GPU; ``shared``: all have one; ``lone``: only one is
+            started. See ``benchmarks/one_gpu``.
         restless: whether our EPLB moves experts for any gain.
     """
 
@@ -199,7 +203,8 @@ def command(
     line, env = SERVING_ENGINES[setup.engine].command(model, port, placed, settings)
     if setup.layout == "dp":
         line = _data_parallel(line, setup)
-    # Servers that start side by side take memory of the two GPUs at different times, which SGLang would take for a fault.
+    # Servers that start side by side take memory of the two GPUs at different times, which SGLang
+    # would take for a fault.
     own = (
         {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
         if setup.engine == "vllm"
@@ -220,9 +225,18 @@ def _vllm(one: Contestant, setup: Setup) -> list[str]:
     if one.strategy is None:
         words.append("--enable-expert-parallel")
     if not setup.cpu:
-        # The cache's size is given: vLLM would else take other servers' memory for its own while it measures.
-        words += ["--gpu-memory-utilization", str(setup.memory), "--kv-cache-memory-bytes", str(setup.cache), "--max-num-batched-tokens",
-                  str(LARGEST_STEP), "--max-num-seqs", str(MOST_REQUESTS)]  # fmt: skip
+        # The cache's size is given: vLLM would else take other servers' memory for its own while it
+        # measures.
+        words += [
+            "--gpu-memory-utilization",
+            str(setup.memory),
+            "--kv-cache-memory-bytes",
+            str(setup.cache),
+            "--max-num-batched-tokens",
+            str(LARGEST_STEP),
+            "--max-num-seqs",
+            str(MOST_REQUESTS),
+        ]
         if not setup.graphs:
             words.append("--enforce-eager")
     if one.moving:
@@ -252,7 +266,8 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
             "--grammar-backend",
             "none",
         ]
-        # SGLang takes a share of what was free before it loaded, less whatever others took since: the share is large and the tokens are bounded.
+        # SGLang takes a share of what was free before it loaded, less whatever others took since:
+        # the share is large and the tokens are bounded.
         words += [
             "--mem-fraction-static",
             "0.95",
@@ -268,7 +283,8 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
             str(MOST_REQUESTS),
         ]
         words.append("--enforce-disable-flashinfer-allreduce-fusion")
-        # Graphs of decoding only: steps of thousands of tokens gain nothing from one, and capturing those takes a minute and a half.
+        # Graphs of decoding only: steps of thousands of tokens gain nothing from one, and capturing
+        # those takes a minute and a half.
         words.append("--disable-prefill-cuda-graph" if setup.graphs else "--disable-cuda-graph")
     if one.moving:
         words += [

@@ -1,7 +1,7 @@
 """Time per generated token by the engine's own clock, which tells a slow engine from a slow API server, client or host.
 
-A user waits for all of them. But a model of a few layers may generate tokens faster than one API server passes them on, and then what a user
-sees of two placements is how fast that was.
+A user waits for all of them. But a model of a few layers may generate tokens faster than one API
+server passes them on, and then what a user sees of two placements is how fast that was.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BATCH = re.compile(
-    r"\[\d{4}-\d\d-\d\d [\d:]+([^\]]*)\] (Prefill|Decode) batch.*?#running-req: (\d+)(?:.*?gen throughput \(token/s\): ([\d.]+))?"
+    r"\[\d{4}-\d\d-\d\d [\d:]+([^\]]*)\] (Prefill|Decode) batch.*?#running-req: (\d+)(?:.*?gen "
+    r"throughput \(token/s\): ([\d.]+))?"
 )
 """Of SGLang's log, one line for 40 forward passes of decoding and one for each of prefill."""
 LATENCY = re.compile(r"^vllm:inter_token_latency_seconds_(sum|count)\{.*\} (\S+)$", re.MULTILINE)
@@ -71,8 +72,9 @@ def latencies(metrics: str) -> dict[str, float]:
 def decoding(log: str) -> float | None:
     """Mean milliseconds per token of a request, from a part of a SGLang server's log.
 
-    A line counts from the one before it. After prefill it has that in it and the wait for requests, and where requests ended since then it does
-    not say how many the tokens were of, so that both are left out: of a mixed load little or nothing is told.
+    A line counts from the one before it. After prefill it has that in it and the wait for requests,
+    and where requests ended since then it does not say how many the tokens were of, so that both
+    are left out: of a mixed load little or nothing is told.
     """
     times, last = [], {}
     for rank, kind, running, throughput in BATCH.findall(log):

@@ -1,7 +1,8 @@
 """Where a server's time goes on the GPUs: its kernels while it decodes and while it takes in prompts, from the engine's own torch profiler.
 
-Servers of one model and one load run the same number of MoE layers, so time per MoE layer can be compared kernel by kernel: what a placement,
-redundant experts or counting the load add shows as a kernel that others have not, or as more time in one that all have.
+Servers of one model and one load run the same number of MoE layers, so time per MoE layer can be
+compared kernel by kernel: what a placement, redundant experts or counting the load add shows as a
+kernel that others have not, or as more time in one that all have.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def _new_traces(
             return events
         if time.monotonic() > end:
             raise PlacementError(
-                f"{url} wrote {len(events)} whole traces of {ranks} ranks into {folder} within {seconds:g} s"
+                f"{url} wrote {len(events)} whole traces of {ranks} ranks into {folder} within "
+                f"{seconds:g} s"
             )
         time.sleep(0.5)
 
@@ -123,11 +125,13 @@ def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict:
         category: of the events that count.
 
     Returns:
-        Microseconds. ``kernels``: name without template arguments -> [time, launches] in a layer; ``ranks``: of each rank, its
-        `OWN_WORK`, so that ranks of equal work and unequal speed show; ``span``: from layer to layer, with what the GPU waits in between;
-        ``moe``: the MoE kernels of the layer's busiest rank, ``experts``: `EXPERTS` likewise. All are medians of the layers, and means of the ranks
-        but for those: most steps of a load are alike, its first and last are not. ``moe_total`` and ``experts_total``: the sums of all layers,
-        which are of the same tokens in every server, however they came to be cut into steps.
+        Microseconds. ``kernels``: name without template arguments -> [time, launches] in a layer;
+        ``ranks``: of each rank, its `OWN_WORK`, so that ranks of equal work and unequal speed show;
+        ``span``: from layer to layer, with what the GPU waits in between; ``moe``: the MoE kernels
+        of the layer's busiest rank, ``experts``: `EXPERTS` likewise. All are medians of the layers,
+        and means of the ranks but for those: most steps of a load are alike, its first and last are
+        not. ``moe_total`` and ``experts_total``: the sums of all layers, which are of the same
+        tokens in every server, however they came to be cut into steps.
     """
     cut = [_layers([event for event in events if event.get("cat") == category]) for events in ranks]
     sums = [[_by_kernel(events) for events in layers] for layers in cut]

@@ -44,14 +44,16 @@ class Model:
         made = replace(self, size=replace(self.size, layers=layers))
         if not made.moe_layers:
             raise PlacementError(
-                f"--layers {layers}: no MoE layer is left; give at least {self.moe_layers.start + 1}"
+                f"--layers {layers}: no MoE layer is left; give at least "
+                f"{self.moe_layers.start + 1}"
             )
         return made
 
     def cache_bytes(self, tokens: int, ranks: int, itemsize: int) -> int:
         """Keys and values of ``tokens`` tokens on each of ``ranks`` GPUs, in bytes.
 
-        With data-parallel attention a rank has a share of the tokens and all heads of each: as many bytes, while heads divide.
+        With data-parallel attention a rank has a share of the tokens and all heads of each: as many
+        bytes, while heads divide.
         """
         return (
             tokens
@@ -85,7 +87,8 @@ class Model:
 
 
 MODELS = {
-    # DeepSeek-V2-Lite's MoE layer with eight groups of experts, in GLM-4-MoE's architecture, which both engines serve with any attention kernel.
+    # DeepSeek-V2-Lite's MoE layer with eight groups of experts, in GLM-4-MoE's architecture, which
+    # both engines serve with any attention kernel.
     "v2-lite": Model(Size(2048, 1408, 16, 16, 4, 128, 8192), 64, 6, 8),
     "qwen3-30b-a3b": Model(Size(2048, 768, 16, 32, 4, 128, 8192), 128, 8),
     "tiny-grouped": Model(Size(64, 64, 3, 4, 2, 32, 512), 32, 4, 4),
@@ -97,7 +100,8 @@ MODELS = {
 def wanted_shares(load: ExpertLoad | None, model: Model) -> np.ndarray:
     """Share of the choices that each expert shall get, float64 ``[MoE layers, experts]``, from layers and experts of a recorded load in order.
 
-    No expert gets more than nine tenths of what one can: a token chooses it once. None for an even load.
+    No expert gets more than nine tenths of what one can: a token chooses it once. None for an even
+    load.
 
     Raises:
         PlacementError: when the load has fewer layers or experts than the model.
@@ -108,7 +112,8 @@ def wanted_shares(load: ExpertLoad | None, model: Model) -> np.ndarray:
     load = load.moe_layers()
     if load.num_layers < layers or load.num_experts < model.experts:
         raise PlacementError(
-            f"a load of {load.num_layers} layers x {load.num_experts} experts for {layers} x {model.experts}: record a model at least as large"
+            f"a load of {load.num_layers} layers x {load.num_experts} experts for {layers} x "
+            f"{model.experts}: record a model at least as large"
         )
     rows = np.linspace(0, load.num_layers - 1, layers).astype(int)
     shares = load.total[rows, : model.experts] + 1.0

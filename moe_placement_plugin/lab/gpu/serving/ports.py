@@ -16,7 +16,9 @@ BEHIND = 233
 """SGLang with data-parallel attention takes the seven ports from that many behind its own on, too, which is between two servers' own."""
 CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 """What Linux gives connections: a client that looks each second whether each of eight servers is up leaves hundreds of those ports unusable for a
-minute each, and SGLang, which derives ports from its own, gives up after half a minute. Of five servers on two H200 one did."""
+minute each, and SGLang, which derives ports from its own, gives up after half a minute. Of five
+servers on two H200 one did.
+"""
 
 
 def ports() -> Iterator[int]:

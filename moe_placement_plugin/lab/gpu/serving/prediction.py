@@ -1,9 +1,10 @@
 """What `simulate`'s cost model says of each server's MoE layers and throughput, and how far off it is.
 
-The layers are compared with the busiest ranks' kernels for their experts in a profile, which do not depend on what else a server, its client or
-the machine do.
-For throughput, a server's time per token is taken as ``rest + share * layer``, where ``layer`` is the predicted time of its MoE layers. ``rest`` and
-``share`` follow from the two servers that are farthest apart, the first one and the ideal; the others' throughput is then predicted.
+The layers are compared with the busiest ranks' kernels for their experts in a profile, which do not
+depend on what else a server, its client or the machine do. For throughput, a server's time per
+token is taken as ``rest + share * layer``, where ``layer`` is the predicted time of its MoE layers.
+``rest`` and ``share`` follow from the two servers that are farthest apart, the first one and the
+ideal; the others' throughput is then predicted.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def costs(names: Sequence[str]) -> dict[str, LayerCost]:
         phase = calibration.layer.get("phase", "")
         if phase in found:
             raise PlacementError(
-                f"--calibration {name}: a second one for {phase or 'no phase'}: give one for prefill and one for decode"
+                f"--calibration {name}: a second one for {phase or 'no phase'}: give one for "
+                "prefill and one for decode"
             )
         found[phase] = fit(calibration.measurements)
     return found
@@ -72,14 +74,16 @@ def layer_times(
     Args:
         placements: of the servers whose placement stays.
         counts: what was recorded, ``[layers, experts]``.
-        ideal: the placement of the server that is called ``ideal``, whose experts are all loaded alike.
+        ideal: the placement of the server that is called ``ideal``, whose experts are all loaded
+            alike.
         tokens: per forward pass.
         top_k: experts per token.
         cost: the fitted cost model.
     """
 
     def total(placement: Placement, counts: np.ndarray) -> float:
-        # Neither engine sends tokens to ranks as it is started here: all are gathered on every rank.
+        # Neither engine sends tokens to ranks as it is started here: all are gathered on every
+        # rank.
         return float(
             step_time(placement, counts, tokens, top_k, cost, all_gather=True).layer_us.sum()
         )
@@ -100,7 +104,8 @@ def predict(
         first: the server that the others are compared with.
 
     Returns:
-        server -> ``predicted`` tokens per second and its ``error``; empty when the two servers' layers are alike, so that nothing can be told.
+        server -> ``predicted`` tokens per second and its ``error``; empty when the two servers'
+        layers are alike, so that nothing can be told.
     """
     if (
         not {first, "ideal"} <= layers.keys() & measured.keys()
@@ -122,13 +127,15 @@ def predict_layers(
 
     Args:
         layers: of `layer_times`.
-        measured: server -> microseconds of the busiest ranks' kernels for their experts, of all layers.
+        measured: server -> microseconds of the busiest ranks' kernels for their experts, of all
+            layers.
         first: the server that the others are compared with.
 
     Returns:
-        server -> ``predicted`` and ``measured`` microseconds, and ``error`` of the prediction: of the first server's itself, and of how many times as
-        long as the first one's the others' layers take, which is what a placement is chosen by. Servers without a prediction, or without
-        kernels that are known to be the experts', are left out.
+        server -> ``predicted`` and ``measured`` microseconds, and ``error`` of the prediction: of
+        the first server's itself, and of how many times as long as the first one's the others'
+        layers take, which is what a placement is chosen by. Servers without a prediction, or
+        without kernels that are known to be the experts', are left out.
     """
     off = {name: layers[name] / time for name, time in measured.items() if time and name in layers}
     if first not in off:

@@ -16,8 +16,16 @@ from .server_logs import in_words
 SHOWN = 16
 """Kernels in a table."""
 COLUMNS = (
-    "server", "tokens/s", "over {first}", "of the ideal", "TTFT p50/p99, ms", "TPOT p50/p99, ms", "by the engine", "longest gap, ms", "answers",
-)  # fmt: skip
+    "server",
+    "tokens/s",
+    "over {first}",
+    "of the ideal",
+    "TTFT p50/p99, ms",
+    "TPOT p50/p99, ms",
+    "by the engine",
+    "longest gap, ms",
+    "answers",
+)
 
 
 def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Table:
@@ -36,7 +44,8 @@ def kernel_table(load: str, found: Mapping[str, Mapping]) -> Table:
 
     Args:
         load: of `kernels.LOADS`.
-        found: server -> what `kernels.per_layer` returned; the first is what the others are compared with.
+        found: server -> what `kernels.per_layer` returned; the first is what the others are
+            compared with.
     """
     return _table(_kernel_title(load), _kernel_lines(found))
 
@@ -101,7 +110,10 @@ def disturbed_in_words(rounds: Mapping[str, list[dict]]) -> str:
     if not all_rounds:
         return ""
     lag, stolen = (max(row[key] for row in all_rounds) for key in ("client_lag", "stolen"))
-    return f"the client itself was held up for at most {lag:.0f} ms, and other machines took at most {stolen:.1%} of the processors' time in a round"
+    return (
+        f"the client itself was held up for at most {lag:.0f} ms, and other machines took at most "
+        f"{stolen:.1%} of the processors' time in a round"
+    )
 
 
 def _title(workload: str, rounds: Mapping[str, list[dict]]) -> str:
@@ -150,26 +162,38 @@ def answers_in_words(found: dict, asked: int) -> str:
 def prediction_in_words(predicted: dict) -> str:
     """One line of what the cost model predicted."""
     if not predicted["servers"]:
-        return "cost model: no prediction, the first server's MoE layers and the ideal ones take the same time, or one of the two is missing"
+        return (
+            "cost model: no prediction, the first server's MoE layers and the ideal ones take the "
+            "same time, or one of the two is missing"
+        )
     each = (
         f"{name} {p['predicted']:.0f} tokens/s ({p['error']:+.1%})"
         for name, p in predicted["servers"].items()
     )
     return (
-        f"cost model, steps of {predicted['step_tokens']} tokens, between the first server and the ideal one: "
-        + ", ".join(each)
+        f"cost model, steps of {predicted['step_tokens']} tokens, between the first server and the "
+        "ideal one: " + ", ".join(each)
     )
 
 
 def layers_in_words(load: str, found: Mapping[str, Mapping[str, float]]) -> str:
     """One line of what `predict_layers` found under one load."""
     if not found:
-        return f"cost model, MoE layers in {load}: no prediction, no such kernel of the first server's was seen"
+        return (
+            f"cost model, MoE layers in {load}: no prediction, no such kernel of the first "
+            "server's was seen"
+        )
     first, *others = found.items()
-    text = f"cost model, MoE layers in {load}: {first[0]} {first[1]['predicted']:.0f} us predicted, {first[1]['measured']:.0f} measured"
+    text = (
+        f"cost model, MoE layers in {load}: {first[0]} {first[1]['predicted']:.0f} us predicted, "
+        f"{first[1]['measured']:.0f} measured"
+    )
     for name, of in others:
         times = [of[key] / first[1][key] for key in ("predicted", "measured")]
-        text += f"; {name} {times[0]:.3f} times that predicted, {times[1]:.3f} measured ({of['error']:+.1%})"
+        text += (
+            f"; {name} {times[0]:.3f} times that predicted, {times[1]:.3f} measured "
+            f"({of['error']:+.1%})"
+        )
     return text
 
 
@@ -177,7 +201,8 @@ def markdown(result: Mapping) -> str:
     """All tables of a run's ``--json``, for a page: per batch and workload a row for each server.
 
     Args:
-        result: what `Run` saved; a run that was cut off has fewer rounds, and servers without any are left out.
+        result: what `Run` saved; a run that was cut off has fewer rounds, and servers without any
+            are left out.
     """
     facts, parts = result["facts"], []
     parts.append("; ".join(f"{key} {value}" for key, value in facts.items() if key != "command"))
@@ -210,7 +235,8 @@ def markdown(result: Mapping) -> str:
             ]
         if "seen" in batch:
             parts.append(
-                f"Balancedness under what was served: {balance_in_words(batch['seen']['balancedness'])}."
+                "Balancedness under what was served: "
+                f"{balance_in_words(batch['seen']['balancedness'])}."
             )
         said = [
             f"{name}: {words}"

@@ -25,9 +25,11 @@ class Workload:
         prompt: tokens of each.
         answer: tokens generated for each, on average.
         concurrency: requests under way at once.
-        words: how many of the tokens a round's prompts are made of, others in every round: experts that were hot grow cold; 0 for all.
-        spread: how far the answers' lengths lie on both sides of ``answer``, as a share of it. Answers of one length that begin together end
-            together, and the engine stands still until the API server has taken in as many new requests.
+        words: how many of the tokens a round's prompts are made of, others in every round: experts
+            that were hot grow cold; 0 for all.
+        spread: how far the answers' lengths lie on both sides of ``answer``, as a share of it.
+            Answers of one length that begin together end together, and the engine stands still
+            until the API server has taken in as many new requests.
     """
 
     requests: int
@@ -65,9 +67,12 @@ WORKLOADS = {
     "tiny": Workload(16, 24, 8, 4),
 }
 """``tiny`` is for machines without a GPU. Prompts of ``prefill`` are long: an API server takes in a few hundred requests a second, however short,
-which is what a few layers on two GPUs would be measured by. Four fill a step, and so many are under way that the next four wait while others are
-generated for: else every fourth step or so generates only. ``decode`` is one wave of requests: an engine takes a prompt that comes later
-in a forward pass of its own, and while SGLang took those without CUDA graphs that was three quarters of the time that was measured."""
+which is what a few layers on two GPUs would be measured by. Four fill a step, and so many are under
+way that the next four wait while others are generated for: else every fourth step or so generates
+only. ``decode`` is one wave of requests: an engine takes a prompt that comes later in a forward
+pass of its own, and while SGLang took those without CUDA graphs that was three quarters of the time
+that was measured.
+"""
 
 
 HEARTBEAT = 0.005
@@ -83,9 +88,10 @@ class Seen:
         tokens: prompt and generated tokens of all requests.
         first: seconds to each request's first token.
         between: mean seconds between its later tokens.
-        longest: the longest wait between two pieces of one answer, seconds: a rebalance that stops the server shows here. A piece is
-            as many tokens as the server streams at once.
-        lag: the longest that this process kept its own event loop waiting, or the machine did, seconds: no wait of the server's.
+        longest: the longest wait between two pieces of one answer, seconds: a rebalance that stops
+            the server shows here. A piece is as many tokens as the server streams at once.
+        lag: the longest that this process kept its own event loop waiting, or the machine did,
+            seconds: no wait of the server's.
         stolen: share of the processors' time that the host gave to other machines.
     """
 
@@ -232,7 +238,8 @@ async def _request(
                     raise RuntimeError(f"{url}: {piece['error']}")
                 if piece.get("choices"):
                     times.append(time.perf_counter())
-                    # A word is a token. A server may have more than one of them ready by the time that it sends the first.
+                    # A word is a token. A server may have more than one of them ready by the time
+                    # that it sends the first.
                     at_first = at_first or max(1, len(piece["choices"][0]["text"].split()))
     if not times:
         raise RuntimeError(f"{url} answered nothing")

@@ -16,7 +16,8 @@ class Matmuls(ABC):
     """The two grouped matmuls of a rank's experts.
 
     Attributes:
-        name: whose kernels these are, with version and whether they run under the Triton interpreter; reports print it.
+        name: whose kernels these are, with version and whether they run under the Triton
+            interpreter; reports print it.
     """
 
     name: str

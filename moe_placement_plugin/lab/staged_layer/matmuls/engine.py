@@ -27,7 +27,8 @@ class AlignedPlan:
     """Result of the align step, used by both matmuls.
 
     Attributes:
-        sorted_ids: int32, see `align_blocks`; None when every choice is a block of its own (vLLM, tiny batches).
+        sorted_ids: int32, see `align_blocks`; None when every choice is a block of its own (vLLM,
+            tiny batches).
         expert_ids: int32 ``[blocks]``.
         num_padded: int32 ``[1]``.
         config: the kernel's tiles for the up projection.
@@ -109,7 +110,8 @@ class EngineMatmuls(Matmuls):
         if self.interpreted:
             if x.dtype == torch.bfloat16:
                 raise PlacementError(
-                    f"{x.dtype} under the Triton interpreter, whose bfloat16 products are wrong: use float32"
+                    f"{x.dtype} under the Triton interpreter, whose bfloat16 products are wrong: "
+                    "use float32"
                 )
             config = down = INTERPRETER_TILES
             aligned = align_blocks(
@@ -171,7 +173,8 @@ def check_mode(engine: str, device: torch.device) -> bool:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cpu" and not interpreted:
         raise PlacementError(
-            f"{engine}'s Triton kernels on a CPU: set TRITON_INTERPRET=1 before the process starts (they are then interpreted, slowly "
+            f"{engine}'s Triton kernels on a CPU: set TRITON_INTERPRET=1 before the process starts "
+            "(they are then interpreted, slowly "
             "and not in bfloat16), or choose torch"
         )
     if device.type == "cuda" and interpreted:
@@ -192,7 +195,8 @@ def engine_function(module: str, name: str, passed: tuple[str, ...]) -> Callable
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise PlacementError(
-            f"{where} is not in the installed engine ({error}): use a supported version, or choose torch"
+            f"{where} is not in the installed engine ({error}): use a supported version, or choose "
+            "torch"
         ) from None
     return require_parameters(function, where, passed)
 
@@ -217,7 +221,8 @@ def require_parameters(function: Callable, where: str, passed: tuple[str, ...]) 
     if lacking or wants:
         lacks = f"lacks {', '.join(lacking)}" if lacking else f"also needs {', '.join(wants)}"
         raise PlacementError(
-            f"{where} differs from what this package was written for: it {lacks}; use a supported version (`moe-placement doctor` lists "
+            f"{where} differs from what this package was written for: it {lacks}; use a supported "
+            "version (`moe-placement doctor` lists "
             "them), or choose torch"
         )
     return function

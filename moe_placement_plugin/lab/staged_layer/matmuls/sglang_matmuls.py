@@ -78,7 +78,8 @@ class SglangMatmuls(EngineMatmuls):
 
     @cached_property
     def _swiglu(self):
-        # The launcher's module imports the activation from where this version keeps it, on CUDA only.
+        # The launcher's module imports the activation from where this version keeps it, on CUDA
+        # only.
         return importlib.import_module(f"{_UTILS}.fused_moe").silu_and_mul
 
     def choose_tiles(self, x, output, weights):
@@ -90,7 +91,8 @@ class SglangMatmuls(EngineMatmuls):
             M=output.num_rows,
             return_down_config=True,
         )
-        # Tensor descriptors are a choice of the launcher, not a tile; the plain loads are used here.
+        # Tensor descriptors are a choice of the launcher, not a tile; the plain loads are used
+        # here.
         config, down = (
             {k: v for k, v in c.items() if k != "USE_TMA"} for c in (config, down or config)
         )

@@ -1,8 +1,9 @@
 """Matmuls in plain torch: grouped by slot, or dense (every slot computes every row).
 
-On CPU a product is made of tiles of one fixed shape, padded with zeros: a BLAS picks its kernel, and with it the order of
-additions, by the shape, and a token's last bits would depend on how many others go to the same expert. So each token's
-result is the same bits in whatever batch it comes, which is what lets chunked be compared with whole bit for bit.
+On CPU a product is made of tiles of one fixed shape, padded with zeros: a BLAS picks its kernel,
+and with it the order of additions, by the shape, and a token's last bits would depend on how many
+others go to the same expert. So each token's result is the same bits in whatever batch it comes,
+which is what lets chunked be compared with whole bit for bit.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class SortedPlan:
 
     Attributes:
         rows: int64 ``[assignments]``, the row of each.
-        position: int64 ``[rows, top_k]``, where each choice is in the sorted order, the number of assignments where it lies
-            on another rank.
+        position: int64 ``[rows, top_k]``, where each choice is in the sorted order, the number of
+            assignments where it lies on another rank.
         bounds: slot s has the assignments ``bounds[s]:bounds[s + 1]``, ``[slots + 1]``.
     """
 
@@ -113,7 +114,8 @@ class DenseMatmuls(Matmuls):
         """Router weight of each slot for each row, ``[slots, rows]``; 0 where it was not chosen."""
         table = x.new_zeros((output.num_rows, output.num_slots + 1), dtype=_wide(x.dtype))
         slots = output.local_slots.long()
-        # A row's choices are distinct slots, but for those of other ranks, which share the column that is cut off.
+        # A row's choices are distinct slots, but for those of other ranks, which share the column
+        # that is cut off.
         table.scatter_(
             1, torch.where(slots < 0, output.num_slots, slots), output.weights.to(table.dtype)
         )

@@ -90,7 +90,8 @@ class VllmMatmuls(EngineMatmuls):
         rows, top_k = output.local_slots.shape
         expert_map, experts = None, output.num_slots
         if not output.complete:
-            # vLLM's align step takes no -1, but drops what its map sends there: one slot more stands for all others.
+            # vLLM's align step takes no -1, but drops what its map sends there: one slot more
+            # stands for all others.
             expert_map, experts = self._elsewhere_map(experts, output.buckets.device), experts + 1
         return self._assign(
             topk_ids=output.buckets,
@@ -139,8 +140,8 @@ class VllmMatmuls(EngineMatmuls):
 def _import_with_triton() -> None:
     """Import vLLM's kernels as Triton's on a machine without a GPU.
 
-    vLLM puts stand-ins in Triton's place unless exactly one of Triton's back ends has an active driver, and its CPU build
-    unless one is called cpu as well. The interpreter needs neither.
+    vLLM puts stand-ins in Triton's place unless exactly one of Triton's back ends has an active
+    driver, and its CPU build unless one is called cpu as well. The interpreter needs neither.
 
     Raises:
         PlacementError: when the stand-ins are there already.
@@ -162,5 +163,6 @@ def _import_with_triton() -> None:
                 del backends[name]
     if not sys.modules["vllm.triton_utils"].HAS_TRITON:
         raise PlacementError(
-            "vLLM was imported without Triton in this process: find its matmuls (find_matmuls) before anything else imports vLLM"
+            "vLLM was imported without Triton in this process: find its matmuls (find_matmuls) "
+            "before anything else imports vLLM"
         )

@@ -56,7 +56,8 @@ def test_yaml_and_engine_arguments(models, tmp_path):
 
     config = tmp_path / "server.yaml"
     config.write_text(
-        "tp-size: 2\nep-size: 2\nexpert-placement-strategy: zigzag\nexpert-placement-verify: checkpoint\n"
+        "tp-size: 2\nep-size: 2\nexpert-placement-strategy: zigzag\nexpert-placement-verify: "
+        "checkpoint\n"
     )
     assert level(resolve(arguments(models["qwen32"], "--config", str(config)))) == "checkpoint"
     own = {
@@ -134,10 +135,14 @@ def tables(slots: list[int], experts: int) -> types.SimpleNamespace:
         where = [slot for slot, held_expert in enumerate(slots) if held_expert == expert]
         slots_of[0, expert, : len(where)] = torch.tensor(where)
     return types.SimpleNamespace(
-        physical_to_logical_map=held, physical_to_logical_map_cpu=held.clone(), logical_to_all_physical_map=slots_of,
-        logical_to_all_physical_map_cpu=slots_of.clone(), logical_to_rank_dispatch_physical_map=slots_of[..., 0].clone(),
-        num_logical_experts=experts, num_layers=1,
-    )  # fmt: skip
+        physical_to_logical_map=held,
+        physical_to_logical_map_cpu=held.clone(),
+        logical_to_all_physical_map=slots_of,
+        logical_to_all_physical_map_cpu=slots_of.clone(),
+        logical_to_rank_dispatch_physical_map=slots_of[..., 0].clone(),
+        num_logical_experts=experts,
+        num_layers=1,
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,32 @@ def verify_accuracy(
     """
     written = folder / "found.json"
     command = [
-        sys.executable, "-c", "from moe_placement_plugin.cli import main; main()", "verify", "accuracy", "--engine", engine,
-        "--model", str(TINY / "qwen3-moe"), "--tasks", "tiny_moe", "--include-path", str(TASKS), "--limit", str(QUESTIONS),
-        "--strategies", ",".join(strategies), "--expert-placement-file", str(TINY / "loads" / "qwen3-moe.safetensors"),
-        "--max-model-len", "64", "--json", str(written), "--keep", str(folder / "kept"),
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        "from moe_placement_plugin.cli import main; main()",
+        "verify",
+        "accuracy",
+        "--engine",
+        engine,
+        "--model",
+        str(TINY / "qwen3-moe"),
+        "--tasks",
+        "tiny_moe",
+        "--include-path",
+        str(TASKS),
+        "--limit",
+        str(QUESTIONS),
+        "--strategies",
+        ",".join(strategies),
+        "--expert-placement-file",
+        str(TINY / "loads" / "qwen3-moe.safetensors"),
+        "--max-model-len",
+        "64",
+        "--json",
+        str(written),
+        "--keep",
+        str(folder / "kept"),
+    ]
     with engine_lock():
         finished = run_child(
             command, 1400, {"HF_HOME": str(folder / "hub"), "PYTHONPATH": python_path(WARM_SITE)}
@@ -63,7 +84,8 @@ def check_every_strategy(folder: Path, engine: str, *strategies: str) -> None:
             )
             assert (compared["differing_answers"], compared["differing_logprobs"]) == (0, 0)
             assert all(metric["difference"] == 0 for metric in compared["metrics"].values())
-            # Two ranks add in another order than one: equality to the last bit would mean that nothing was placed.
+            # Two ranks add in another order than one: equality to the last bit would mean that
+            # nothing was placed.
             assert 0 < compared["largest_logprob_difference"] < 1e-3 or not task.endswith("_choice")
     print(
         {

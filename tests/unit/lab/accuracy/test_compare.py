@@ -216,7 +216,8 @@ def test_configurations(tmp_path):
     for wrong, message in (
         (
             ["eplb"],
-            "strategy eplb places experts by a recorded load and has none: add --expert-placement-file",
+            "strategy eplb places experts by a recorded load and has none: add "
+            "--expert-placement-file",
         ),
         (["zigzag", "zigzag"], "names zigzag twice"),
         (["zigzag+x"], "a number of redundant experts follows the ."),

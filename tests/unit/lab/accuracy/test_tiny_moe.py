@@ -121,13 +121,14 @@ def test_readme_states_what_was_measured(model):
     measured = json.loads((TINY / model / "measured.json").read_text())
     text = (TINY / "README.md").read_text()
     for domain in DOMAINS:
-        row = f"| {model} | {domain} | {measured['exact_match'][domain]:.1%} | {measured['max_over_mean'][domain]:.1f} |"
+        score, skew = (measured[key][domain] for key in ("exact_match", "max_over_mean"))
+        row = f"| {model} | {domain} | {score:.1%} | {skew:.1f} |"
         assert row in text, row
     assert f"| {model} | all | | {measured['max_over_mean']['all']:.1f} |" in text
     distance = measured["distance"]
     assert (
-        f"{model}: {distance['least']:.2f} to {distance['greatest']:.2f}, mean {distance['mean']:.2f}"
-        in text
+        f"{model}: {distance['least']:.2f} to {distance['greatest']:.2f}, mean "
+        f"{distance['mean']:.2f}" in text
     )
 
 

@@ -110,7 +110,8 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     load = synthetic_load(SHAPES["tiny"], 0.7)
     with pytest.raises(
         PlacementError,
-        match=r"tiny at EP 2 needs .* for 8 experts and .* rows, 0.0 GiB are free on cpu: measure more ranks",
+        match=r"tiny at EP 2 needs .* for 8 experts and .* rows, 0.0 GiB are free on cpu: measure "
+        r"more ranks",
     ):
         bench.measure(plan_all(["linear"], load, 2, 1), load, [0], "prefill", 512, lambda _: None)
 

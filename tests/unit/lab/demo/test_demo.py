@@ -38,7 +38,8 @@ def test_a_server_whose_engine_dies_is_quoted(tmp_path, monkeypatch, name):
     )
     with pytest.raises(
         PlacementError,
-        match=r"stock \w+ on one rank: http.* gave no answer: .*500.*; its log ends:\n[^|]*the engine has died",
+        match=r"stock \w+ on one rank: http.* gave no answer: .*500.*; its log ends:\n[^|]*the "
+        r"engine has died",
     ):
         run(engine, "qwen", tmp_path, "zigzag", tmp_path, lambda *_: None, 30)
     with pytest.raises(PlacementError, match="gave no answer: "):

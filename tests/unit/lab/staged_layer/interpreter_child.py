@@ -111,7 +111,8 @@ def as_on_cuda(engine: str) -> dict[str, float]:
     matmuls = (vllm_without_cuda if engine == "vllm" else sglang_without_cuda)()
     dtype = "float32" if engine == "vllm" else "float16"
     plain, apart = find_matmuls("torch"), {}
-    # One choice in all is a block of its own to vLLM; with top-1 SGLang's call returns uninitialised memory off CUDA.
+    # One choice in all is a block of its own to vLLM; with top-1 SGLang's call returns
+    # uninitialised memory off CUDA.
     few = 1 if engine == "vllm" else 2
     for name, tokens, top_k, slots in (
         ("all", 21, 3, (6,)),

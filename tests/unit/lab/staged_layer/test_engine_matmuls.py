@@ -33,8 +33,8 @@ def test_kernel_under_the_interpreter(engine):
     assert "fused_moe_kernel (Triton interpreter)" in result["name"]
     assert len(result["errors"]) == 8
     assert all(error < 1e-5 for error in result["errors"].values()), result
-    # One rank: 2 for the whole layer, 2 for each of three chunks, 3 + 3 for three chunks of columns; then 2 for each of the
-    # three ranks that have slots.
+    # One rank: 2 for the whole layer, 2 for each of three chunks, 3 + 3 for three chunks of
+    # columns; then 2 for each of the three ranks that have slots.
     assert result["launches"] == 2 + 6 + 6 + 6
     assert result["chunked"] == {"tokens, bit for bit": True}
     assert "use float32" in result["bfloat16"]

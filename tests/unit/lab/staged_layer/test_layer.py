@@ -43,7 +43,8 @@ def reference(case: Case) -> list[torch.Tensor]:
 
 
 def check(case: Case, outputs: list[torch.Tensor]) -> None:
-    # Largest error seen in float32: 3e-6 of the largest value; bfloat16 keeps 8 bits and rounds five times.
+    # Largest error seen in float32: 3e-6 of the largest value; bfloat16 keeps 8 bits and rounds
+    # five times.
     for output, wanted in zip(outputs, reference(case), strict=True):
         assert output.dtype == getattr(torch, case.dtype) and output.shape == wanted.shape
         if wanted.numel():

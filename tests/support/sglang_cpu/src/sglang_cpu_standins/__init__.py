@@ -1,8 +1,8 @@
 """What SGLang's CPU engine needs from torch and torchvision and a CPU-only test machine does not have.
 
-`install` runs at the end of `import torch` (entry point group ``torch.backends``), so in every process, spawned
-ones included, before anything of SGLang is imported. Nothing here computes: it only makes imports succeed and
-gives a name to an operation that has no meaning on a CPU.
+`install` runs at the end of `import torch` (entry point group ``torch.backends``), so in every
+process, spawned ones included, before anything of SGLang is imported. Nothing here computes: it
+only makes imports succeed and gives a name to an operation that has no meaning on a CPU.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def install() -> None:
 def _define_torchvision_operators() -> None:
     """torchvision on PyPI is a CUDA build whose compiled part cannot load beside CPU torch.
 
-    Its Python part registers fake kernels for two operators when it is imported and fails if they do not exist. Beside
-    PyPI's CUDA build of torch its compiled part loads, and ends the process if they exist already.
+    Its Python part registers fake kernels for two operators when it is imported and fails if they
+    do not exist. Beside PyPI's CUDA build of torch its compiled part loads, and ends the process if
+    they exist already.
     """
     global _library
     import torch

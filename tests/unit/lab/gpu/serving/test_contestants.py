@@ -145,6 +145,7 @@ def test_batches_fit_into_the_gpus():
     ]
     with pytest.raises(
         PlacementError,
-        match="with our EPLB they take 50.5 GB of each GPU, of which 48.3 GB are free: use more --ranks",
+        match="with our EPLB they take 50.5 GB of each GPU, of which 48.3 GB are free: use more "
+        "--ranks",
     ):
         batches([CONTESTANTS[name] for name in named], 8, takes, 45 * gib)

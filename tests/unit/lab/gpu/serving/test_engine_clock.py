@@ -12,12 +12,16 @@ from moe_placement_plugin.lab.gpu.serving.engine_clock import EngineClock, decod
 
 def decode(rank: str, running: int, throughput: float) -> str:
     """As SGLang writes it every 40 forward passes."""
-    rest = f"#token: 12288, token usage: 0.16, cuda graph: True, gen throughput (token/s): {throughput:.2f}, #queue-req: 0"
+    rest = (
+        "#token: 12288, token usage: 0.16, cuda graph: True, "
+        f"gen throughput (token/s): {throughput:.2f}, #queue-req: 0"
+    )
     return f"[2026-11-28 07:55:48 {rank}] Decode batch, #running-req: {running}, {rest}\n"
 
 
 BEFORE = (
-    "[2026-11-28 07:55:47 TP0 EP0] Prefill batch, #new-seq: 38, #new-token: 2432, #cached-token: 0, token usage: 0.10, #running-req: 90, "
+    "[2026-11-28 07:55:47 TP0 EP0] Prefill batch, #new-seq: 38, #new-token: 2432, #cached-token: "
+    "0, token usage: 0.10, #running-req: 90, "
     "#queue-req: 0, input throughput (token/s): 1.0, cuda graph: False\n"
     + decode("TP0 EP0", 128, 7719.36)
 )

@@ -151,8 +151,8 @@ def test_what_one_server_has_more_of_comes_first():
         }
     )
     assert (
-        "| kernel | stock | eplb+8 |\n| --- | --- | --- |\n| at::native::remap |  | 3.0 (1) |\n| at::native::norm | 5.0 (1) | 5.5 (1) |"
-        in page
+        "| kernel | stock | eplb+8 |\n| --- | --- | --- |\n| at::native::remap |  | 3.0 (1) |\n| "
+        "at::native::norm | 5.0 (1) | 5.5 (1) |" in page
     )
     assert (
         "kernels in prefill: " in page

@@ -15,7 +15,11 @@ from moe_placement_plugin import PlacementError  # noqa: E402
 from moe_placement_plugin.formats.load_file import read_load, write_load  # noqa: E402
 from moe_placement_plugin.lab.gpu.serving.answers import ANSWERED, ASKED  # noqa: E402
 from moe_placement_plugin.lab.gpu.serving.contestants import CONTESTANTS  # noqa: E402
-from moe_placement_plugin.lab.gpu.serving.kernels import LOADS, ProfiledServer, per_layer  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.kernels import (  # noqa: E402
+    LOADS,
+    ProfiledServer,
+    per_layer,
+)
 from moe_placement_plugin.lab.gpu.serving.models import MODELS, wanted_shares  # noqa: E402
 from moe_placement_plugin.lab.gpu.serving.run import Run  # noqa: E402
 from moe_placement_plugin.lab.gpu.serving.traffic import WORKLOADS  # noqa: E402
@@ -25,7 +29,10 @@ from .stand_ins import GIVEN, skewed  # noqa: E402
 
 def test_a_server_takes_the_longest_prompt_that_it_is_asked(tmp_path):
     """Profiles have prompts of their own, which servers that were started for short workloads refused."""
-    length = lambda **given: Run(SimpleNamespace(**GIVEN | given), tmp_path).setup.length  # noqa: E731
+
+    def length(**given) -> int:
+        return Run(SimpleNamespace(**GIVEN | given), tmp_path).setup.length
+
     assert (
         length(workload=["decode"], cpu=False) == 1024
         and length(workload=["prefill"], cpu=False) > WORKLOADS["prefill"].longest
