@@ -1,4 +1,4 @@
-"""``moe-placement demo``: a tiny model served by a real engine on this machine's CPU."""
+"""Offer ``moe-placement demo``: a tiny model served by a real engine on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 
+HELP = (
+    "Serve a tiny MoE model stock on one rank and placed on two, and show that the answers are "
+    "equal.\n\n"
+    "Everything runs on this machine's CPU. Exit code 1 when an answer differs."
+)
 
-@app.command()
+
+@app.command(help=HELP)
 def demo(
     engine: Annotated[
         str, typer.Option(help="vllm or sglang; default: the one that is installed.")
@@ -36,10 +42,7 @@ def demo(
         Path | None, typer.Option(help="Keep checkpoints, logs and recorded loads in this folder.")
     ] = None,
 ) -> None:
-    """Serve a tiny MoE model stock on one rank and placed on two, and show that the answers are equal.
-
-    Everything runs on this machine's CPU. Exit code 1 when an answer differs.
-    """
+    """Serve a tiny MoE model stock on one rank and placed on two, and compare the answers."""
     from ..engines.common.installed import require_engine  # lazy: heavy
     from ..lab.demo.run import run  # lazy: heavy
     from ..lab.demo.tiny_models import MODELS  # lazy: heavy

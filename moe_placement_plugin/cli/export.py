@@ -1,4 +1,4 @@
-"""``moe-placement export``: files in other programs' forms."""
+"""Offer ``moe-placement export``: files in other programs' forms."""
 
 from __future__ import annotations
 

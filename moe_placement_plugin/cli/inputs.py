@@ -1,4 +1,4 @@
-"""What several verbs read: loads, plans, clusters; and how they print."""
+"""Read what several verbs read (loads, plans, clusters), and print as they print."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..simulation.simulate import Cluster, Workload
 
 
 def read_plan(path: Path, num_ranks: int | None = None) -> Placement:
-    """A plan.
+    """Read a plan.
 
     Raises:
         PlacementError: when the file is none.
@@ -34,7 +34,7 @@ def read_plan(path: Path, num_ranks: int | None = None) -> Placement:
 
 
 def read_loads(paths: Sequence[Path], phase: str | None = None) -> list[Workload]:
-    """Recorded loads, named by their files.
+    """Read recorded loads, named by their files.
 
     Args:
         paths: the files.
@@ -79,7 +79,7 @@ def _name(path: Path, paths: Sequence[Path]) -> str:
 def cluster(
     ranks: int, nodes: int, redundant: int, groups: int, speed: str | None, locality: str = "none"
 ) -> Cluster:
-    """The cluster that the options describe.
+    """Return the cluster that the options describe.
 
     Raises:
         PlacementError: when the numbers do not fit together.
@@ -112,7 +112,7 @@ def check_writable(path: Path) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Data as one JSON document on stdout; numbers that JSON lacks become null."""
+    """Print data as one JSON document on stdout; numbers that JSON lacks become null."""
     typer.echo(json.dumps(_finite(data)))
 
 

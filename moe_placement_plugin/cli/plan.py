@@ -1,4 +1,4 @@
-"""``moe-placement plan``: from recorded loads to a plan file."""
+"""Offer ``moe-placement plan``: from recorded loads to a plan file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``moe-placement record``: prompts to a server that records, and its recording."""
+"""Offer ``moe-placement record``: prompts to a server that records, and its recording."""
 
 from __future__ import annotations
 

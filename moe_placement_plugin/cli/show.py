@@ -1,4 +1,4 @@
-"""``moe-placement show``: loads and plans, in the terminal, as a page, as PNG files."""
+"""Offer ``moe-placement show``: loads and plans, in the terminal, as a page, as PNG files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``moe-placement simulate``: strategies side by side, before anything is deployed."""
+"""Offer ``moe-placement simulate``: strategies side by side, before anything is deployed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``moe-placement verify``: does a placed engine still say what the stock engine says?"""
+"""Offer ``moe-placement verify``: does a placed engine still say what the stock engine says?"""
 
 from __future__ import annotations
 

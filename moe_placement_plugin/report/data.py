@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlacementView:
-    """One strategy or plan on a load.
+    """Hold how one strategy or plan fares on a load.
 
     Attributes:
         name: its name.
@@ -41,7 +41,7 @@ class PlacementView:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is drawn.
+    """Hold everything that is drawn.
 
     Attributes:
         title: heading.
@@ -70,7 +70,7 @@ def make_report(
     placements: Mapping[str, Placement],
     layer: int | None = None,
 ) -> Report:
-    """The report on loads of one model, aligned to the same layers.
+    """Make the report on loads of one model, aligned to the same layers.
 
     Args:
         names: of the loads.

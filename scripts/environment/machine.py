@@ -11,7 +11,10 @@ from messages import Failed, say, show
 PYTHONS = ((3, 11), (3, 12))
 GIB = 1 << 30
 NEEDED = {"cpu": 5 * GIB, "cuda": 9 * GIB}
-"""Bytes an environment takes with what it is unpacked from, by the build of torch: 3.7 and 6.8 GB, and a margin."""
+"""Bytes an environment takes with what it is unpacked from, by the build of torch.
+
+That is 3.7 and 6.8 GB, and a margin.
+"""
 
 
 def check_machine():

@@ -5,7 +5,7 @@ import sys
 
 
 class Failed(Exception):
-    """Ends the script with one line."""
+    """End the script with one line."""
 
 
 PREFIX = []

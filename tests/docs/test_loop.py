@@ -1,4 +1,7 @@
-"""The walk through the loop: its commands are executed, its dashboard asks for metrics that exist."""
+"""Execute the commands of the walk through the loop.
+
+Its dashboard asks for metrics that exist.
+"""
 
 from __future__ import annotations
 

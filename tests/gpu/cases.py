@@ -1,4 +1,7 @@
-"""What is tried on two GPUs: a case per engine start, and the case that must have answered the same."""
+"""List what is tried on two GPUs.
+
+A case per engine start, and the case that must have answered the same.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,7 @@ def _drafts(folder: Path) -> list[Case]:
 
 
 def sglang_cases(folder: Path) -> list[Case]:
-    """Cases of SGLang; models are written to ``folder``."""
+    """Return the cases of SGLang; models are written to ``folder``."""
     from tests.integration.sglang.speculative import write_qwen2_moe
 
     qwen, other = (
@@ -148,7 +151,7 @@ def sglang_cases(folder: Path) -> list[Case]:
 
 
 def case(name: str, engine: dict[str, Any], steps: list, like: str | None = None, **more) -> Case:
-    """A case.
+    """Make a case.
 
     Args:
         name: of the case.

@@ -1,4 +1,4 @@
-"""Child process: one SGLang on two GPUs, asked for answers between the steps of a case.
+"""Run one SGLang on two GPUs in a child process, asked for answers between steps.
 
     python -m tests.gpu.sglang_child CASE.json RESULT.json
 
@@ -40,7 +40,7 @@ def step_of(engine: Any, step: Any) -> None:
 
 
 def main() -> None:
-    """Run the case; the result is written after every step, since an engine can end this process."""
+    """Run the case, and write the result after every step, since an engine can end this process."""
     case, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     import sglang
 

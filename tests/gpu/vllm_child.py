@@ -1,4 +1,4 @@
-"""Child process: one vLLM on two GPUs, asked for answers between the steps of a case.
+"""Run one vLLM on two GPUs in a child process, asked for answers between steps.
 
     python -m tests.gpu.vllm_child CASE.json RESULT.json
 
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ BEHIND = "in the background"
 
 
 def describe(worker: Any) -> dict:
-    """Runs in every worker: maps of the model's and the draft's MoE layers, and the kernel of the first."""
+    """Run in every worker: return the maps of all MoE layers, and the kernel of the first.
+
+    They are those of the model and of the draft.
+    """
     from moe_placement_plugin.engines.vllm.layers import routed_layers
 
     runner = worker.model_runner
@@ -58,8 +62,27 @@ def step_of(llm: Any, step: Any) -> None:
     llm.wake_up(tags=["kv_cache"])
 
 
+def try_step(llm: Any, step: Any, answers: Callable[[], list[dict]]) -> dict[str, Any]:
+    """Carry a step out, again while the engine is behind; return how that went."""
+    row: dict[str, Any] = {"step": step, "error": None, "retries": 0}
+    at = time.monotonic()
+    for _ in range(RETRIES):
+        try:
+            step_of(llm, step)
+            row["error"] = None
+            break
+        except Exception as error:  # noqa: BLE001 - it is the result
+            row["error"] = f"{type(error).__name__}: {error}"
+            if BEHIND not in row["error"]:
+                break
+            row["retries"] += 1
+            answers()
+    row["seconds"] = round(time.monotonic() - at, 2)
+    return row
+
+
 def main() -> None:
-    """Run the case; the result is written after every step, since an engine can end this process."""
+    """Run the case, and write the result after every step, since an engine can end this process."""
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     case, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     import moe_placement_plugin
@@ -89,26 +112,12 @@ def main() -> None:
         return generate(llm, PROMPTS)
 
     for step in case["steps"]:
-        row: dict = {"step": step, "error": None, "retries": 0}
+        row = try_step(llm, step, answers)
         result["steps"].append(row)
-        at = time.monotonic()
-        for _ in range(RETRIES):
-            try:
-                step_of(llm, step)
-                row["error"] = None
-                break
-            except Exception as error:  # noqa: BLE001 - it is the result
-                row["error"] = f"{type(error).__name__}: {error}"
-                if BEHIND not in row["error"]:
-                    break
-                row["retries"] += 1
-                answers()
-        row["seconds"] = round(time.monotonic() - at, 2)
         try:
             row["answers"] = answers()
-            if (
-                row["error"] is None
-            ):  # vLLM leaves other ranks' answers to a refused call in its queue
+            # vLLM leaves other ranks' answers to a refused call in its queue.
+            if row["error"] is None:
                 row["digests"] = llm.collective_rpc(slot_digests)
         except Exception as error:  # noqa: BLE001 - it is the result
             row["ended"] = f"{type(error).__name__}: {error}"

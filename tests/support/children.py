@@ -1,4 +1,4 @@
-"""Run engines in child processes: two at a time on this machine, with timeouts, ended by process group.
+"""Run engines in child processes: two at a time, with timeouts, ended by process group.
 
 Engines kill their caller when they die, so none ever runs inside pytest. Starting one takes a core
 or so and a gigabyte or two: two suites side by side use two cores well, more would only wait for
@@ -56,7 +56,7 @@ def _locked(handle) -> bool:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a child process left behind.
+    """Hold what a child process left behind.
 
     Attributes:
         code: exit code, negative for a signal, None when it ran out of time and was ended.
@@ -112,10 +112,10 @@ def run_child(
 
 
 def python_path(*folders: Path | str) -> str:
-    """``PYTHONPATH`` for a child: some folders, this repository, what this process was given."""
+    """Return ``PYTHONPATH`` for a child: some folders, this repository, what was given."""
     return os.pathsep.join(map(str, filter(None, [*folders, ROOT, os.environ.get("PYTHONPATH")])))
 
 
 def python(*arguments: str) -> list[str]:
-    """A command that runs this interpreter."""
+    """Return a command that runs this interpreter."""
     return [sys.executable, *arguments]

@@ -1,4 +1,4 @@
-"""Child process: vLLM's real quantized CPU kernels on two emulated ranks against one rank.
+"""Compare vLLM's real quantized CPU kernels on two emulated ranks with one rank.
 
     python -m tests.support.cpu_kernels_child int8|fp8
 
@@ -18,14 +18,17 @@ NEEDED = {
     "int8": ("convert_weight_packed", "fused_experts_cpu"),
     "fp8": ("convert_weight_packed", "fused_experts_cpu"),
 }
-"""Operators that each kind calls; vLLM has libraries with and without them, and chooses by processor."""
+"""Operators that each kind calls.
+
+vLLM has libraries with and without them, and chooses by processor.
+"""
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 6, 128, 128, 3, 2
 MAPS = ([0, -1, 1, -1, 2, -1], [-1, 0, -1, 1, -1, 2])
 
 
 def int8_experts(w13: torch.Tensor, w2: torch.Tensor):
-    """(kernel class, its state, weights) for float weights ``[experts, out, in]``."""
+    """Return (kernel class, its state, weights) for float weights ``[experts, out, in]``."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
 
     def quantize(w):
@@ -37,7 +40,7 @@ def int8_experts(w13: torch.Tensor, w2: torch.Tensor):
 
 
 def fp8_experts(w13: torch.Tensor, w2: torch.Tensor):
-    """The same for 128 x 128 blocks of float8."""
+    """Return the same for 128 x 128 blocks of float8."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
         CPUExpertsFp8,
         prepare_fp8_moe_layer_for_cpu,

@@ -1,4 +1,4 @@
-"""Tiny drafts for speculative decoding, beside the tiny models of the demonstration."""
+"""Write tiny drafts for speculative decoding, beside the tiny models of the demonstration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from moe_placement_plugin.lab.demo.tiny_models import Size
 
 
 def write_dense_qwen3(path: Path, seed: int = 7) -> Path:
-    """A Qwen3 without experts, with the vocabulary of the tiny models: a draft model of its own."""
+    """Write a Qwen3 without experts: a draft model of its own.
+
+    It has the vocabulary of the tiny models.
+    """
     rng, size = np.random.default_rng(seed), Size(layers=2)
     config = tiny_models.common_config(size) | {
         "architectures": ["Qwen3ForCausalLM"],
@@ -28,7 +31,7 @@ def write_dense_qwen3(path: Path, seed: int = 7) -> Path:
 
 
 def write_glm4_moe_with_mtp(path: Path, num_experts: int = 32) -> Path:
-    """The tiny GLM-4-MoE with an MTP layer behind the last, which has experts of its own."""
+    """Write the tiny GLM-4-MoE with an MTP layer behind the last, which has its own experts."""
     tiny_models.write_glm4_moe(path, num_experts)
     config = json.loads((path / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     (path / "config.json").write_text(json.dumps(config, indent=2))

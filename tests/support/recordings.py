@@ -1,4 +1,4 @@
-"""Loads and tokens that tests of several folders use."""
+"""Make loads and tokens that tests of several folders use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Child process: vLLM on two ranks with a draft; prints tokens, maps and what was accepted.
+"""Run vLLM on two ranks with a draft; print tokens, maps and what was accepted.
 
     python -m tests.support.vllm_draft_child CASES.json
 
@@ -18,7 +18,7 @@ PROMPTS = ["hello world", "The quick brown fox", "0123456789 abc"]
 
 
 def draft_maps(worker) -> dict:
-    """Runs in every worker: the expert map of each MoE layer of the draft."""
+    """Run in every worker: return the expert map of each MoE layer of the draft."""
     from moe_placement_plugin.engines.vllm.layers import routed_layers
 
     layers = routed_layers(worker.model_runner.drafter.model)
@@ -27,7 +27,7 @@ def draft_maps(worker) -> dict:
 
 
 def answer(engine: dict) -> dict:
-    """What one engine says."""
+    """Return what one engine says."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -52,7 +52,7 @@ def answer(engine: dict) -> dict:
 
 
 def main() -> None:
-    """All cases in turn; a failed one does not keep the others from running."""
+    """Run all cases in turn; a failed one does not keep the others from running."""
     for case in json.loads(Path(sys.argv[1]).read_text()):
         try:
             result = answer(case["engine"])

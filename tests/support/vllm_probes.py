@@ -1,4 +1,4 @@
-"""What tests ask of vLLM's workers: each function is called in every one of them."""
+"""Ask vLLM's workers: each function is called in every one of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def probe(worker) -> dict:
-    """Runs in every worker: what the plugin did there."""
+    """Run in every worker: return what the plugin did there."""
     import numpy as np
 
     try:
@@ -29,7 +29,7 @@ def probe(worker) -> dict:
 
 
 def start_profile(worker) -> None:
-    """Runs in every worker: count operators from now on."""
+    """Run in every worker: count operators from now on."""
     import torch
 
     worker._test_profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
@@ -37,13 +37,16 @@ def start_profile(worker) -> None:
 
 
 def stop_profile(worker) -> dict:
-    """Runs in every worker: operator -> number of calls since `start_profile`."""
+    """Run in every worker: return the number of calls by operator since `start_profile`."""
     worker._test_profile.__exit__(None, None, None)
     return {row.key: row.count for row in worker._test_profile.key_averages()}
 
 
 def sabotage(worker) -> None:
-    """Runs in every worker: point every expert at its neighbour's weights, as a wrong expert map would."""
+    """Run in every worker: point every expert at its neighbour's weights.
+
+    So would a wrong expert map.
+    """
     from moe_placement_plugin.engines.vllm.layers import routed_layers
 
     for layer in routed_layers(worker.model_runner.model).values():
@@ -52,7 +55,7 @@ def sabotage(worker) -> None:
 
 
 def try_fault(worker, name: str) -> dict:
-    """Runs in every worker: corrupt one rank's weights, check, put them back, check again.
+    """Run in every worker: corrupt one rank's weights, check, put them back, check again.
 
     Returns:
         {"message": what the check said, None when it saw nothing; "after": the same once all is put
@@ -115,7 +118,10 @@ def try_fault(worker, name: str) -> dict:
 
 
 def slot_digests(worker) -> dict:
-    """Runs in every worker: layer -> [expert, digests of its weights] of every slot, read where they are; whether they are verified."""
+    """Run in every worker: return [expert, digests of its weights] of every slot, by layer.
+
+    Read where they are; and whether they are verified.
+    """
     from moe_placement_plugin.engines.vllm import verification
 
     model = worker.model_runner.model
@@ -130,7 +136,10 @@ def slot_digests(worker) -> dict:
 
 
 def transfer_from(worker, in_place: bool) -> None:
-    """Runs in every worker: a trainer's engine that reads checkpoints, as vLLM's NCCL engine loads them or, in place, as nobody knows."""
+    """Run in every worker: let a trainer's engine read checkpoints.
+
+    It loads them as vLLM's NCCL engine does or, in place, in a way that nobody knows.
+    """
     from safetensors.torch import load_file
     from vllm.config import WeightTransferConfig
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine

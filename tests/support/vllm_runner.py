@@ -1,4 +1,4 @@
-"""Child process: start vLLM for each case in turn and write down what it answered.
+"""Start vLLM for each case in turn, in a child process, and write down what it answered.
 
     python -m tests.support.vllm_runner CASES.json RESULTS.json
 
@@ -39,18 +39,26 @@ ENVIRONMENT = {
 }
 
 CORE_HERE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""The engine's core in the caller's process. Its workers are forked (`fork_workers`), and one process less has to import vLLM, which takes 10 s,
+"""Variables that put the engine's core into the caller's process.
+
+Its workers are forked (`fork_workers`), and one process less has to import vLLM, which takes 10 s,
 and none has to be killed 5 s after its sigterm; with one rank the worker is here too. Servers have
 it in a process of its own.
 """
 
 
 IMPORTED = ["vllm.v1.executor.multiproc_executor"]
-"""By the process that workers are forked from: no more than a worker has imported when it loads plugins."""
+"""Modules that the process has imported which workers are forked from.
+
+No more than a worker has imported when it loads plugins.
+"""
 
 
 def update(llm, arguments: dict) -> None:
-    """New weights: a trainer's in two parts ("transfer": the checkpoint), or those that ``reload_weights`` reads."""
+    """Give new weights: a trainer's in two parts, or those that ``reload_weights`` reads.
+
+    ``"transfer"`` names the trainer's checkpoint.
+    """
     if "transfer" not in arguments:
         llm.collective_rpc("reload_weights", kwargs=arguments)
         return
@@ -63,7 +71,7 @@ def update(llm, arguments: dict) -> None:
 
 
 def generate(llm, prompts: list[str]) -> list[dict]:
-    """Greedy answers with the log probability of every token."""
+    """Return greedy answers with the log probability of every token."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, logprobs=1, ignore_eos=True)
@@ -77,6 +85,31 @@ def generate(llm, prompts: list[str]) -> list[dict]:
         }
         for o in llm.generate(prompts, sampling, use_tqdm=False)
     ]
+
+
+def reload(llm, case: dict, result: dict) -> None:
+    """Update the weights with each of the case's arguments, with steps between.
+
+    EPLB may rebalance in those steps.
+    """
+    prompts = case.get("prompts", PROMPTS)
+    result["before"], result["reloaded"] = llm.collective_rpc(vllm_probes.slot_digests), []
+    for arguments in case["reload"]:
+        try:
+            update(llm, arguments)
+            error = None
+        except Exception as failed:
+            error = f"{type(failed).__name__}: {failed}"
+        # vLLM leaves the other ranks' answers to a call that failed in their queues: no call
+        # after it.
+        digests = llm.collective_rpc(vllm_probes.slot_digests) if error is None else None
+        result["reloaded"].append({"error": error, "digests": digests, "answers": None})
+        try:
+            result["reloaded"][-1]["answers"] = generate(llm, prompts)
+            generate(llm, prompts)
+        except Exception as ended:
+            result["ended"] = f"{type(ended).__name__}: {ended}"
+            break
 
 
 def run(case: dict) -> dict:
@@ -105,25 +138,7 @@ def run(case: dict) -> dict:
         generate(llm, prompts[:1])
         result["operators"] = llm.collective_rpc(vllm_probes.stop_profile)
     if "reload" in case:
-        # Arguments of reload_weights, again and again, with steps between, in which EPLB may
-        # rebalance.
-        result["before"], result["reloaded"] = llm.collective_rpc(vllm_probes.slot_digests), []
-        for arguments in case["reload"]:
-            try:
-                update(llm, arguments)
-                error = None
-            except Exception as failed:
-                error = f"{type(failed).__name__}: {failed}"
-            # vLLM leaves the other ranks' answers to a call that failed in their queues: no call
-            # after it.
-            digests = llm.collective_rpc(vllm_probes.slot_digests) if error is None else None
-            result["reloaded"].append({"error": error, "digests": digests, "answers": None})
-            try:
-                result["reloaded"][-1]["answers"] = generate(llm, prompts)
-                generate(llm, prompts)
-            except Exception as ended:
-                result["ended"] = f"{type(ended).__name__}: {ended}"
-                break
+        reload(llm, case, result)
     if "faults" in case:
         llm.collective_rpc(vllm_probes.try_fault, args=("prepare",))
         result["faults"] = {
@@ -147,15 +162,20 @@ def run(case: dict) -> dict:
 
 
 def end_workers(llm) -> None:
-    """Send the sigterm that workers get 5 s after they were told to end, since they do not: all that was asked of them is done."""
+    """Send workers the sigterm that they get 5 s after they were told to end.
+
+    They do not end: all that was asked of them is done.
+    """
     executor = getattr(llm.llm_engine, "model_executor", None)  # in this process only
     for worker in getattr(executor, "workers", ()):
         worker.proc.terminate()
 
 
 def fork_workers(cores: bool) -> None:
-    """From now on this process's engines have workers that are forked, and cores in processes of their own if asked. With the CPU build only: CUDA
-    takes no fork."""
+    """Fork this process's engines' workers from now on, and cores if asked.
+
+    Cores are in processes of their own. With the CPU build only: CUDA takes no fork.
+    """
     warm = WarmContext([*IMPORTED, "vllm.v1.engine.core"] if cores else IMPORTED)
     from vllm.v1.engine import utils
     from vllm.v1.executor import multiproc_executor
@@ -166,7 +186,10 @@ def fork_workers(cores: bool) -> None:
 
 
 def forget_environment() -> None:
-    """vLLM keeps what it read of the environment once an engine runs: each case has its own."""
+    """Have vLLM read the environment anew: each case has its own.
+
+    It keeps what it read once an engine runs.
+    """
     from vllm import envs
 
     getattr(envs, "disable_envs_cache", lambda: None)()

@@ -1,4 +1,4 @@
-"""A few placements on the vLLM that this interpreter imports, against its own single rank; prints a table.
+"""Run a few placements on the installed vLLM against its own single rank; print a table.
 
 python -m tests.support.vllm_versions
 """
@@ -99,7 +99,7 @@ def main() -> int:
 
 
 def largest(a: list[dict], b: list[dict]) -> float:
-    """Greatest difference of log probabilities."""
+    """Return the greatest difference of log probabilities."""
     return max(
         float(np.abs(np.subtract(x["logprobs"], y["logprobs"])).max())
         for x, y in zip(a, b, strict=True)

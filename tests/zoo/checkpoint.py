@@ -1,4 +1,7 @@
-"""Random checkpoints whose every expert tensor is unlike any other's, so that a slot tells which expert it holds."""
+"""Write random checkpoints of which every expert tensor is unlike any other's.
+
+So a slot tells which expert it holds.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def finite_float8(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
 
 @dataclass(frozen=True)
 class Part:
-    """One of the tensors that make up an expert, as a checkpoint names it.
+    """Describe one of the tensors that make up an expert, as a checkpoint names it.
 
     Attributes:
         name: of the tensor, with ``{layer}`` and, unless one tensor holds all experts,
@@ -54,7 +57,7 @@ class Part:
     spread: float = 0.15
 
     def of_expert(self, layer: int, expert: int) -> np.ndarray:
-        """This expert's values, the same whenever asked."""
+        """Return this expert's values, the same whenever asked."""
         rng = seeded(f"{self.name}|{layer}|{expert}")
         if self.dtype == "F32":
             values = rng.standard_normal(self.shape) * self.spread
@@ -73,7 +76,7 @@ class Part:
 
     @property
     def positive(self) -> bool:
-        """Whether it holds scales."""
+        """Return whether it holds scales."""
         return "scale" in self.parameter
 
     def tensors(self, layer: int, experts: int) -> dict[str, np.ndarray]:
@@ -99,7 +102,10 @@ def expert_tensors(
 
 
 def expected_slot(parts: Iterable[Part], layer: int, expert: int) -> dict[str, np.ndarray]:
-    """Parameter -> values of the slot that holds this expert, in no particular order: the engine may order as it likes."""
+    """Return the values of the slot that holds this expert, by parameter.
+
+    They come in no particular order: the engine may order as it likes.
+    """
     values: dict[str, list[np.ndarray]] = {}
     for part in parts:
         if not part.parameter:
@@ -109,13 +115,16 @@ def expected_slot(parts: Iterable[Part], layer: int, expert: int) -> dict[str, n
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """A checkpoint's directory with nothing but its config.json."""
+    """Write a checkpoint's directory with nothing but its config.json."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(dict(config)))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str]) -> None:
-    """A safetensors file; ``dtypes`` names the tensors whose bytes are to be read as another type."""
+    """Write a safetensors file.
+
+    ``dtypes`` names the tensors whose bytes are to be read as another type.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at, blobs = 0, []
     names = {"float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8", "int8": "I8"}

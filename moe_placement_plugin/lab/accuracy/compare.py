@@ -1,4 +1,4 @@
-"""Two runs of the same tasks, compared: scores, answers, log probabilities."""
+"""Compare two runs of the same tasks: scores, answers, log probabilities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .results import Score, TaskAnswer, TaskResult
 
 @dataclass(frozen=True)
 class Allowance:
-    """How far a run may be from stock.
+    """Say how far a run may be from stock.
 
     Attributes:
         score: greatest difference of a score; None: twice stock's standard error.
@@ -30,11 +30,14 @@ class Allowance:
 
     @classmethod
     def for_dtype(cls, dtype: str) -> Allowance:
-        """Nothing in float32; elsewhere rounding may flip answers that are nearly tied, within the score's noise."""
+        """Allow nothing in float32, and elsewhere what rounding may do.
+
+        It may flip answers that are nearly tied, within the score's noise.
+        """
         return cls() if dtype == "float32" else cls(score=None, answers=None, logprob=0.5)
 
     def score_difference(self, stock: Score) -> float:
-        """The difference allowed from this score of the stock engine."""
+        """Return the difference allowed from this score of the stock engine."""
         if self.score is not None:
             return self.score
         return 0.0 if math.isnan(stock.stderr) else 2 * stock.stderr
@@ -42,7 +45,7 @@ class Allowance:
 
 @dataclass(frozen=True)
 class MetricComparison:
-    """A metric under stock and under a strategy.
+    """Compare a metric under stock and under a strategy.
 
     Attributes:
         stock: stock's score.
@@ -56,19 +59,19 @@ class MetricComparison:
 
     @property
     def difference(self) -> float:
-        """The strategy's score minus stock's."""
+        """Return the strategy's score minus stock's."""
         return self.score.value - self.stock.value
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is allowed."""
+        """Return whether the difference is allowed."""
         # Scores are quotients of counts: equal counts give equal numbers, up to the order of a sum.
         return abs(self.difference) <= self.allowed + 1e-9
 
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """A task under stock and under a strategy.
+    """Compare a task under stock and under a strategy.
 
     Attributes:
         questions: how many were asked.
@@ -91,7 +94,7 @@ class TaskComparison:
 
     @property
     def passed(self) -> bool:
-        """Whether every score and the number of differing answers are as allowed."""
+        """Return whether every score and the number of differing answers are as allowed."""
         few = (
             self.allowed_answers is None
             or max(self.differing_answers, self.differing_logprobs) <= self.allowed_answers
@@ -99,7 +102,7 @@ class TaskComparison:
         return few and all(metric.passed for metric in self.metrics.values())
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return plain data."""
         return asdict(self) | {
             "passed": self.passed,
             "metrics": {
@@ -168,7 +171,10 @@ def _compare_task(
 
 
 def _gap(a: TaskAnswer, b: TaskAnswer) -> float:
-    """Greatest difference of a choice's log probability; infinite where only one of the two is a number."""
+    """Return the greatest difference of a choice's log probability.
+
+    It is infinite where only one of the two is a number.
+    """
     if len(a.logprobs) != len(b.logprobs):
         return math.inf
     gaps = [abs(x - y) if x != y else 0.0 for x, y in zip(a.logprobs, b.logprobs)]

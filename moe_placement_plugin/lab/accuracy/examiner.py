@@ -1,4 +1,4 @@
-"""Child process that holds lm-eval: started once, it examines one server after the other.
+"""Hold lm-eval in a child process: started once, it examines one server after the other.
 
     python -m moe_placement_plugin.lab.accuracy.examiner
 
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True)
 class Examination:
-    """What lm-eval asks.
+    """Say what lm-eval asks.
 
     Attributes:
         tasks: lm-eval's names of tasks, groups or tags.
@@ -38,7 +38,7 @@ class Examination:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A server to be examined.
+    """Describe a server to be examined.
 
     Attributes:
         url: its base URL.
@@ -59,7 +59,7 @@ class Candidate:
 
 
 def find_tasks(examination: Examination) -> Any:
-    """lm-eval's manager of the tasks asked for.
+    """Return lm-eval's manager of the tasks asked for.
 
     Raises:
         ValueError: when a task is unknown.

@@ -1,4 +1,4 @@
-"""lm-eval, in a child process of its own that is watched."""
+"""Run lm-eval in a child process of its own that is watched."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Progress = Callable[[float, str], None]
 
 
 class Examiner:
-    """lm-eval, loaded once, in a child process that ends with the ``with`` block.
+    """Hold lm-eval, loaded once, in a child process that ends with the ``with`` block.
 
     Args:
         examination: what it asks.
@@ -121,7 +121,10 @@ class Examiner:
             raise PlacementError(problem)
 
     def _last_line(self) -> str:
-        """The newest line of its output, which a progress bar may have rewritten many times."""
+        """Return the newest line of its output.
+
+        A progress bar may have rewritten it many times.
+        """
         return self.log.read_text(errors="replace").rstrip().replace("\r", "\n").rpartition("\n")[2]
 
     def stop(self) -> None:

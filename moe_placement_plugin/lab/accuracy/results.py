@@ -1,4 +1,4 @@
-"""What lm-eval wrote about one run: scores with standard errors, and every answer."""
+"""Read what lm-eval wrote about one run: scores with standard errors, and every answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...formats.atomic import read_json
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of a task.
+    """Hold a metric of a task: its value and its standard error.
 
     Attributes:
         value: what lm-eval reports, between 0 and 1 for accuracies.
@@ -28,7 +28,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskAnswer:
-    """What the model answered to one question.
+    """Hold what the model answered to one question.
 
     Attributes:
         text: the generated text, or for a choice the number of the likeliest one.
@@ -42,7 +42,7 @@ class TaskAnswer:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task of one run.
+    """Hold one task of one run.
 
     Attributes:
         scores: metric (``exact_match,none``) -> score.
@@ -111,7 +111,7 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Score]:
 def _answer(sample: Mapping[str, Any], output_type: str) -> TaskAnswer:
     if output_type == "generate_until":
         return TaskAnswer(str(sample["resps"][0][0]))
-    # Of each choice: its log probability and whether greedy decoding gives it; or for a rolling one
+    # For each choice its log probability and whether greedy decoding gives it; or for a rolling one
     # the number alone.
     values = [response[0] for response in sample["resps"]]
     logprobs = tuple(float(value[0] if isinstance(value, list) else value) for value in values)

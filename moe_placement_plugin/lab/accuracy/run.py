@@ -1,4 +1,4 @@
-"""Stock on one rank, then every strategy on several: one server and one run of lm-eval each."""
+"""Serve stock on one rank, then every strategy on several, and examine each with lm-eval."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Progress = Callable[[str, float, str], None]
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to serve the model.
+    """Describe one way to serve the model.
 
     Attributes:
         name: ``stock``, or the strategy as the user wrote it.
@@ -38,7 +38,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Run:
-    """What one configuration answered.
+    """Hold what one configuration answered.
 
     Attributes:
         tasks: task -> result.
@@ -56,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All runs of a model.
+    """Hold all runs of a model, and compare them.
 
     Attributes:
         runs: configuration -> run, stock first.
@@ -68,14 +68,14 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether every strategy answers as stock does, within what was allowed."""
+        """Return whether every strategy answers as stock does, within what was allowed."""
         return all(task.passed for tasks in self.comparisons.values() for task in tasks.values())
 
 
 def configurations(
     strategies: Sequence[str], ranks: int, redundant: int, file: Path | None
 ) -> list[Configuration]:
-    """Stock and one configuration for each strategy.
+    """Return stock and one configuration for each strategy.
 
     Args:
         strategies: names, each with ``+N`` behind it for N redundant experts in place of

@@ -1,4 +1,4 @@
-"""Timing of short device work: CUDA graphs and events on a GPU, the clock elsewhere, contestants in turn."""
+"""Time short device work: CUDA graphs and events on a GPU, the clock elsewhere."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import torch
 from .planner.run import machine
 
 FLUSH_BYTES = 256 << 20
-"""Written before every timed run on a GPU, so that weights do not lie in the L2 cache, as they do not in a model's forward pass."""
+"""Bytes that are written before every timed run on a GPU.
+
+Weights then do not lie in the L2 cache, as they do not in a model's forward pass.
+"""
 
 
 class Stopwatch:
-    """Times functions on one device.
+    """Time functions on one device.
 
     Args:
         device: where they run.
@@ -40,7 +43,10 @@ class Stopwatch:
         )
 
     def prepare(self, function: Callable[[], Any], warmups: int = 2) -> Callable[[], float]:
-        """Warm up and capture; each call of the answer runs the function once and returns microseconds."""
+        """Warm up and capture; each call of the answer runs the function once.
+
+        It returns microseconds.
+        """
         for _ in range(warmups):
             function()
         if not self._cuda:
@@ -91,7 +97,10 @@ class Stopwatch:
 
 
 def in_turn(runs: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, np.ndarray]:
-    """Every contestant once per round, in alternating order (A B, B A, ...); microseconds ``[rounds]`` of each."""
+    """Run every contestant once per round, in alternating order (A B, B A, ...).
+
+    Returns the microseconds of each, ``[rounds]``.
+    """
     times: dict[Any, list[float]] = {name: [] for name in runs}
     for index in range(rounds):
         for name in runs if index % 2 == 0 else reversed(runs):
@@ -100,12 +109,12 @@ def in_turn(runs: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, n
 
 
 def ratio(times: Mapping[Any, np.ndarray], name: Any, base: Any) -> float:
-    """Median over the rounds of one contestant's time over another's in the same round."""
+    """Return the median over rounds of one contestant's time over another's in the same round."""
     return float(np.median(times[name] / times[base]))
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """Device name, processor and versions, for reports."""
+    """Return device name, processor and versions, for reports."""
     facts: dict[str, Any] = {**machine(), "torch": torch.__version__}
     facts["load_average"] = round(facts["load_average"][0], 1)
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else facts["cpu"]

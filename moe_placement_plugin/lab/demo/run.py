@@ -1,4 +1,4 @@
-"""The demonstration itself: stock on one rank, placed on two, the same answer."""
+"""Serve stock on one rank and placed on two, and show that the answers are the same."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ PROMPTS = (
 TOKENS = 24
 RANKS = 2
 LOGPROB_TOLERANCE = 1e-3
-"""Greatest difference of a float32 log probability between one rank and two. The order of additions differs between
-the two, which was seen to change log probabilities by less than 1e-5; a wrong expert changes them
-by 0.1 and more.
+"""Greatest difference of a float32 log probability between one rank and two.
+
+The order of additions differs between the two, which was seen to change log probabilities by less
+than 1e-5; a wrong expert changes them by 0.1 and more.
 """
 
 Progress = Callable[[str, float, str], None]
@@ -37,7 +38,7 @@ Progress = Callable[[str, float, str], None]
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What the demonstration of one model found.
+    """Hold what the demonstration of one model found.
 
     Attributes:
         model: name of the model.
@@ -61,7 +62,7 @@ class Demonstration:
 
     @property
     def largest_logprob_difference(self) -> float:
-        """Over all tokens of all prompts."""
+        """Return the largest difference over all tokens of all prompts."""
         return max(
             float(np.abs(np.subtract(a.logprobs, b.logprobs)).max())
             if a.token_ids == b.token_ids
@@ -71,7 +72,7 @@ class Demonstration:
 
     @property
     def equal(self) -> bool:
-        """Whether both engines gave the same tokens with the same log probabilities."""
+        """Return whether both engines gave the same tokens with the same log probabilities."""
         return self.largest_logprob_difference <= LOGPROB_TOLERANCE
 
 

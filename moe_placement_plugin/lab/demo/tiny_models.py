@@ -1,4 +1,4 @@
-"""Tiny MoE checkpoints with random weights, in the Hugging Face form that both engines load.
+"""Write tiny MoE checkpoints with random weights, in the form that both engines load.
 
 They are big enough to be real (several MoE layers, grouped-query attention, a tokenizer, per-expert
 tensors) and small enough to load in a second. Expert weights are drawn so wide that a wrong expert
@@ -20,7 +20,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Size:
-    """Width and depth of a tiny model.
+    """Say how wide and how deep a tiny model is.
 
     Attributes:
         hidden: hidden size.
@@ -49,7 +49,7 @@ def write_qwen3_moe(
     size: Size = Size(),
     weights: bool = True,
 ) -> Path:
-    """A Qwen3-MoE checkpoint: softmax router, no groups, every layer an MoE layer.
+    """Write a Qwen3-MoE checkpoint: softmax router, no groups, every layer an MoE layer.
 
     Args:
         path: directory to write to.
@@ -82,7 +82,9 @@ def write_glm4_moe(
     seed: int = 0,
     size: Size = Size(),
 ) -> Path:
-    """A GLM-4-MoE checkpoint: sigmoid router with correction bias, grouped top-k, a shared expert, layer 0 dense.
+    """Write a GLM-4-MoE checkpoint: sigmoid router with bias, grouped top-k, layer 0 dense.
+
+    It has a correction bias and a shared expert.
 
     Args:
         path: directory to write to.
@@ -125,7 +127,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
 
 
 def qwen3_moe_config(size: Size, num_experts: int, top_k: int) -> dict[str, Any]:
-    """config.json of `write_qwen3_moe`."""
+    """Return config.json of `write_qwen3_moe`."""
     return common_config(size) | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -141,7 +143,7 @@ def qwen3_moe_config(size: Size, num_experts: int, top_k: int) -> dict[str, Any]
 
 
 def glm4_moe_config(size: Size, num_experts: int, num_groups: int, top_k: int) -> dict[str, Any]:
-    """config.json of `write_glm4_moe`."""
+    """Return config.json of `write_glm4_moe`."""
     return common_config(size) | {
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
@@ -268,7 +270,7 @@ def write_checkpoint(path: str | Path, config: dict[str, Any], tensors: Tensors 
 
 
 def write_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer: token i is byte i, then three special tokens."""
+    """Write a byte-level tokenizer: token i is byte i, then three special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     # The order of GPT-2's byte alphabet does not matter: ids are given by position in this

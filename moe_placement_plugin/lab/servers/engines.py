@@ -1,4 +1,4 @@
-"""How each engine's server is started on this machine and asked for a completion."""
+"""Start each engine's server on this machine, and ask it for a completion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEVER = 10**9
 
 @dataclass(frozen=True)
 class Completion:
-    """A greedy completion.
+    """Hold a greedy completion.
 
     Attributes:
         token_ids: generated tokens, ``[tokens]``.
@@ -37,7 +37,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Placed:
-    """A placement that a server is started with.
+    """Describe a placement that a server is started with.
 
     Attributes:
         strategy: name of the strategy.
@@ -54,7 +54,7 @@ class Placed:
     record: Path | None = None
 
     def flags(self) -> list[str]:
-        """This package's flags, which are the same in both engines."""
+        """Return this package's flags, which are the same in both engines."""
         flags = ["--expert-placement-strategy", self.strategy]
         if self.file is not None:
             flags += ["--expert-placement-file", str(self.file)]
@@ -65,7 +65,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What all servers of a comparison share.
+    """Hold what all servers of a comparison share.
 
     Attributes:
         cpu: serve on this machine's CPU.
@@ -83,7 +83,10 @@ class ServerSettings:
 
 
 def cores_of_ranks(ranks: int) -> str:
-    """This machine's cores for each rank, as both engines' CPU builds want them: ``0,1`` for one rank, ``0|1`` for two."""
+    """Return this machine's cores for each rank, as both engines' CPU builds want them.
+
+    They are ``0,1`` for one rank, ``0|1`` for two.
+    """
     cores = sorted(os.sched_getaffinity(0))
     each = max(1, len(cores) // ranks)
     return "|".join(
@@ -93,7 +96,7 @@ def cores_of_ranks(ranks: int) -> str:
 
 
 class ServingEngine(ABC):
-    """One engine."""
+    """Say how one engine's server is started and asked."""
 
     name: ClassVar[str]
 
@@ -105,7 +108,7 @@ class ServingEngine(ABC):
         placed: Placed | None,
         settings: ServerSettings = ServerSettings(),
     ) -> tuple[list[str], dict[str, str]]:
-        """Command line and environment of a server.
+        """Return command line and environment of a server.
 
         Args:
             model: the checkpoint.
@@ -121,7 +124,7 @@ class ServingEngine(ABC):
     def complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1
     ) -> Completion:
-        """A greedy completion by the server.
+        """Have the server complete a prompt greedily.
 
         Args:
             url: of the server.
@@ -142,11 +145,11 @@ class ServingEngine(ABC):
     def _complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
     ) -> Completion:
-        """`complete`; raises OSError or HTTPException when there is no answer."""
+        """Do what `complete` does; raises OSError or HTTPException when there is no answer."""
 
 
 class Vllm(ServingEngine):
-    """vLLM's CPU build."""
+    """Start vLLM's CPU build."""
 
     name = "vllm"
 
@@ -223,7 +226,7 @@ class Vllm(ServingEngine):
 
 
 class Sglang(ServingEngine):
-    """SGLang's CPU engine."""
+    """Start SGLang's CPU engine."""
 
     name = "sglang"
 
@@ -306,7 +309,7 @@ def _words(module: str, options: Mapping[str, object]) -> list[str]:
 
 
 def _token_id(word: str) -> int:
-    """The 17 of ``token_id:17``."""
+    """Return the 17 of ``token_id:17``."""
     return int(word.partition(":")[2])
 
 
@@ -315,7 +318,10 @@ SERVING_ENGINES: dict[str, ServingEngine] = {engine.name: engine for engine in (
 
 
 def report_of_workers(log: Path) -> str:
-    """The line of a server's log in which an engine's worker reports the placement in force; empty without one."""
+    """Return the line of a server's log in which a worker reports the placement in force.
+
+    It is empty without one.
+    """
     said = [
         line
         for line in log.read_text(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""A staged MoE layer that one can see through: route, gmm_up, gmm_down, unroute.
+"""Compute a MoE layer in stages that one can see through: route, gmm_up, gmm_down, unroute.
 
 For verification, measurement and overlap of exchange with computation; it needs torch. The stages
 and their typed results follow MaxText PR 3981. ``docs/moe.md`` says what is guaranteed.

@@ -19,7 +19,7 @@ def plan_dispatch(
     use_ring: bool,
     tokens_per_rank: Sequence[Sequence[int]] | None = None,
 ) -> list[RouteMetadata]:
-    """Who sends how much to whom for each chunk, found with one exchange of numbers for all of them.
+    """Plan who sends how much to whom for each chunk, with one exchange of numbers for all.
 
     Args:
         selections: one per chunk, the same number on every rank.
@@ -59,7 +59,7 @@ def plan_dispatch(
 
 
 def _needed_ranks(selection: Selection, placed: PlacedExperts) -> torch.Tensor:
-    """bool ``[tokens, ranks]``: whether the rank holds one of the token's choices."""
+    """Return whether each rank holds one of a token's choices, bool ``[tokens, ranks]``."""
     mask = torch.zeros(
         (selection.slots.shape[0], placed.num_ranks),
         dtype=torch.bool,
@@ -113,7 +113,10 @@ def dispatch(
 def gather_tokens(
     x: torch.Tensor, plan: RouteMetadata, group: EpGroup, others: bool = False
 ) -> torch.Tensor:
-    """Ring: ``[tokens, columns]`` of every rank, or of every other rank, to ``[ranks * max tokens, columns]``."""
+    """Gather every rank's tokens over the ring, or every other rank's.
+
+    Shapes: ``[tokens, columns]`` to ``[ranks * max tokens, columns]``.
+    """
     return (group.gather_others if others else group.all_gather)(
         _padded(x, max(plan.tokens_per_rank), 0)
     )
@@ -126,7 +129,7 @@ def gather_selection(
     group: EpGroup,
     others: bool = False,
 ) -> RouteOutput:
-    """Ring: every rank's choices, or every other rank's, filtered to this rank's slots."""
+    """Gather every rank's choices over the ring, or every other rank's, filtered to this rank."""
     most = max(plan.tokens_per_rank)
     slots = _padded(selection.slots.int(), most, placed.num_slots)
     packed = torch.cat([slots, _padded(selection.weights, most, 0).view(torch.int32)], dim=1)

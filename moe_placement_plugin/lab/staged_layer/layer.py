@@ -1,4 +1,4 @@
-"""A whole staged layer, in one piece or in chunks whose exchange overlaps the computation of others."""
+"""Run a whole staged layer, in one piece or in chunks whose exchange overlaps computation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .weights import ExpertWeights, SharedExperts
 
 
 class ExchangeLane:
-    """Runs exchanges beside the computation: on a stream of its own on CUDA, at once elsewhere."""
+    """Run exchanges beside the computation: on a stream of its own on CUDA, at once elsewhere."""
 
     def __init__(self, device: torch.device):
         # Before the matmuls, whose thousands of blocks would else let an exchange begin only when
@@ -32,7 +32,10 @@ class ExchangeLane:
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Begin ``function(*arguments)`` after what the caller's stream holds now; the result is waited for by calling the answer."""
+        """Begin ``function(*arguments)`` after what the caller's stream holds now.
+
+        The result is waited for by calling the answer.
+        """
         if self._stream is None:
             result = function(*arguments)
             return lambda: result
@@ -66,7 +69,7 @@ def _record(value: Any, stream: torch.cuda.Stream) -> None:
 
 @dataclass(eq=False)
 class StagedMoE:
-    """A MoE layer on one rank of an EP group.
+    """Compute a MoE layer on one rank of an EP group.
 
     Attributes:
         routing: the model's rule.
@@ -103,7 +106,7 @@ class StagedMoE:
         tokens_per_rank: Sequence[int] | None = None,
         own_first: bool = False,
     ) -> torch.Tensor:
-        """The layer's output for this rank's tokens.
+        """Return the layer's output for this rank's tokens.
 
         Args:
             x: ``[tokens, hidden]``.
@@ -190,7 +193,7 @@ class StagedMoE:
         return result if shared is None else result + shared
 
     def _shared(self, xs: list[torch.Tensor]) -> torch.Tensor | None:
-        """Of all tokens at once, while the first chunk is under way."""
+        """Compute the shared experts of all tokens at once, while the first chunk is under way."""
         if self.shared is None:
             return None
         return self.shared(xs[0] if len(xs) == 1 else torch.cat(xs))
@@ -230,7 +233,10 @@ def _bounds(length: int, chunks: int) -> list[tuple[int, int]]:
 
 
 def _column_bounds(width: int, chunks: int) -> list[tuple[int, int]]:
-    """Chunks of whole tiles: a product on CPU is a sum over tiles, and a chunk must not cut one."""
+    """Return chunks of whole tiles.
+
+    A product on CPU is a sum over tiles, and a chunk must not cut one.
+    """
     tiles = -(-width // TILE)
     if chunks > tiles:
         raise PlacementError(

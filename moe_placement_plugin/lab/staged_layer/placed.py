@@ -1,4 +1,4 @@
-"""One layer's placement as the tables that a rank looks tokens up in."""
+"""Turn one layer's placement into the tables that a rank looks tokens up in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KNUTH = 2654435769
 
 @dataclass(frozen=True, eq=False)
 class PlacedExperts:
-    """Where the experts of one layer lie, on one rank's device.
+    """Hold where the experts of one layer lie, on one rank's device.
 
     Attributes:
         rank: this EP rank.
@@ -41,7 +41,7 @@ class PlacedExperts:
     def of(
         cls, placement: Placement, row: int, rank: int, device: torch.device | str = "cpu"
     ) -> PlacedExperts:
-        """The tables of a placement's row for a rank.
+        """Make the tables of a placement's row for a rank.
 
         Raises:
             PlacementError: when the placement has no such rank.
@@ -73,23 +73,23 @@ class PlacedExperts:
 
     @property
     def num_ranks(self) -> int:
-        """EP ranks."""
+        """Return the number of EP ranks."""
         return len(self.slots_per_rank)
 
     @property
     def num_slots(self) -> int:
-        """Physical experts of all ranks."""
+        """Return the number of physical experts of all ranks."""
         return self.rank_of_slot.shape[0]
 
     @property
     def num_local(self) -> int:
-        """Physical experts of this rank."""
+        """Return the number of physical experts of this rank."""
         return self.slots_per_rank[self.rank]
 
     def deal(
         self, experts: torch.Tensor, first_token: int = 0, dealing: Literal["hash", "turn"] = "hash"
     ) -> torch.Tensor:
-        """Physical experts for logical ones, replicas chosen by the token's index and by nothing else.
+        """Choose physical experts for logical ones, replicas by the token's index alone.
 
         Args:
             experts: int64 ``[tokens, top_k]``, logical experts.

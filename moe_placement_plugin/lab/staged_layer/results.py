@@ -1,4 +1,4 @@
-"""What the stages of a MoE layer hand to each other."""
+"""Hold what the stages of a MoE layer hand to each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Where the router sends this rank's tokens, before anything is exchanged.
+    """Hold where the router sends this rank's tokens, before anything is exchanged.
 
     Attributes:
         experts: int64 ``[tokens, top_k]``, logical experts, distinct within a token.
@@ -24,13 +24,13 @@ class Selection:
     weights: torch.Tensor
 
     def rows(self, start: int, stop: int) -> Selection:
-        """The selection of the tokens ``start:stop``."""
+        """Return the selection of the tokens ``start:stop``."""
         return Selection(self.experts[start:stop], self.slots[start:stop], self.weights[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
 class RouteOutput:
-    """What the matmuls of one rank need, the same for both exchanges.
+    """Hold what the matmuls of one rank need, the same for both exchanges.
 
     The rows are the tokens that lie on this rank after the exchange. All fields are filtered to
     this rank's slots together: an entry of ``local_slots`` that is -1 is in no group and has weight
@@ -58,18 +58,18 @@ class RouteOutput:
 
     @property
     def num_rows(self) -> int:
-        """Tokens on this rank after the exchange."""
+        """Return the number of tokens on this rank after the exchange."""
         return self.local_slots.shape[0]
 
     @property
     def num_slots(self) -> int:
-        """Physical experts of this rank."""
+        """Return the number of physical experts of this rank."""
         return self.group_sizes.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
 class RouteMetadata:
-    """What undoes the exchange. Fields of the other exchange are empty.
+    """Hold what undoes the exchange. Fields of the other exchange are empty.
 
     Attributes:
         use_ring: all-gather + reduce-scatter (True) or all-to-all (False).
@@ -99,7 +99,7 @@ class RouteMetadata:
 
 @dataclass(frozen=True, eq=False)
 class ExpertHidden:
-    """Result of `gmm_up`.
+    """Hold the result of `gmm_up`.
 
     Attributes:
         values: what the matmuls of ``gmm_down`` read, in their own order of rows: the engines'

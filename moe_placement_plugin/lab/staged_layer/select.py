@@ -1,4 +1,6 @@
-"""Which experts a token goes to and with which weight: the routers of the models that both engines serve.
+"""Choose which experts a token goes to and with which weight.
+
+It does so as the routers of the models that both engines serve.
 
 Semantics of vLLM's ``grouped_topk`` / ``fused_topk_bias`` and SGLang's ``biased_grouped_topk_impl``
 and their likes.
@@ -16,7 +18,7 @@ from ...core.errors import PlacementError
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """A model's routing rule.
+    """Describe a model's routing rule.
 
     Attributes:
         num_experts: logical experts.
@@ -69,7 +71,7 @@ class Routing:
 
 
 def select_experts(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts and weights of every token.
+    """Choose experts and weights of every token.
 
     Args:
         logits: ``[tokens, experts]``, of any floating type; scored in float32.
@@ -103,7 +105,10 @@ def select_experts(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor
 
 
 def _best_groups_only(choice: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Scores ``[tokens, experts]`` with -inf in the groups that a token may not choose from."""
+    """Return scores ``[tokens, experts]`` with -inf in the groups that are out of reach.
+
+    A token may not choose from those.
+    """
     grouped = choice.view(choice.shape[0], routing.num_groups, -1)
     if routing.correction_bias is None or grouped.shape[-1] == 1:
         group_scores = grouped.amax(dim=-1)

@@ -1,4 +1,4 @@
-"""The four stages: route, gmm_up, gmm_down, unroute.
+"""Compute the four stages: route, gmm_up, gmm_down, unroute.
 
 ``route`` is three steps that can be called one by one, which is what chunking does: `select` (no
 exchange), `plan_dispatch` (who sends how much to whom, one small exchange for all chunks) and
@@ -114,7 +114,7 @@ def gmm_up(
     matmuls: Matmuls,
     into: ExpertHidden | None = None,
 ) -> ExpertHidden:
-    """Gate and up projection of every assignment, and SwiGLU.
+    """Compute gate and up projection of every assignment, and SwiGLU.
 
     Args:
         x: ``[rows, hidden]``, or the next columns of the embedding, ``[rows, columns]``.
@@ -159,7 +159,7 @@ def gmm_down(
     start: int = 0,
     stop: int | None = None,
 ) -> torch.Tensor:
-    """Down projection, times the router weights, summed over the choices that lie on this rank.
+    """Compute the down projection, weighted, summed over the choices that lie on this rank.
 
     Args:
         hidden: from `gmm_up`, all columns multiplied.
@@ -207,7 +207,10 @@ def unroute(
 
 
 def return_all_to_all(returned: torch.Tensor, return_rows: torch.Tensor) -> torch.Tensor:
-    """Each token's rows ``[rows sent, columns]`` added in ascending order of rank, ``[tokens, columns]``."""
+    """Add each token's rows ``[rows sent, columns]`` in ascending order of rank.
+
+    Shape: ``[tokens, columns]``.
+    """
     if not returned.shape[0]:
         return returned.new_zeros((return_rows.shape[0], returned.shape[1]))
     return add_in_order(

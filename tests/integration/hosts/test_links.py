@@ -1,4 +1,4 @@
-"""Real links between hosts: what crosses them, and what happens when one goes down."""
+"""Test real links between hosts: what crosses them, and what happens when one goes down."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.long, pytest.mark.engine, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def cluster(hosts):
-    """Four ranks, ranks 0 and 2 on host 0, ranks 1 and 3 on host 1."""
+    """Start four ranks, ranks 0 and 2 on host 0, ranks 1 and 3 on host 1."""
     made = Cluster(hosts, 4)
     yield made
     made.close()
@@ -45,7 +45,10 @@ def test_agreement_over_a_real_link_is_quick(cluster, hosts):
 
 
 def crossed(cluster, hosts, job: str, **more) -> tuple[int, list]:
-    """(bytes that crossed the interface between the hosts, both ways, during the measured part; the ranks' results)."""
+    """Run a job; return the bytes that crossed between the hosts, and the ranks' results.
+
+    The bytes are those of both ways over the interface, during the measured part.
+    """
     cluster.begin(job, limit=90, **more)
     ready = cluster.each("ready", 90)
     assert all(ready)
@@ -57,7 +60,10 @@ def crossed(cluster, hosts, job: str, **more) -> tuple[int, list]:
 
 
 def test_plans_that_know_the_hosts_send_less(cluster, hosts, tmp_path):
-    """Tokens with topics through the staged layer's all-to-all; planned on the first half of them, run on the second."""
+    """Tokens with topics go through the staged layer's all-to-all.
+
+    They are planned on the first half of the tokens, and run on the second.
+    """
     np.savez(tmp_path / "tokens.npz", topk_ids=routed_tokens(layers=6, tokens=8000))
     job = {"trace": str(tmp_path / "tokens.npz"), "hidden": 512, "tokens": 500}
     flat, flat_results = crossed(cluster, hosts, "moe", locality="none", **job)
@@ -92,7 +98,10 @@ TRIALS = int(os.environ.get("MOE_LINK_TRIALS", "6"))
 """A few with every run of the suite; MOE_LINK_TRIALS=20 for the numbers in docs/hosts.md."""
 
 STATED = 3 * TIMEOUT + 5
-"""Seconds in which an exchange ends: a transfer, a vote and the last answer of the store may each run into the timeout."""
+"""Seconds in which an exchange ends.
+
+A transfer, a vote and the last answer of the store may each run into the timeout.
+"""
 
 
 def trial(cluster, hosts, number: int, moment: float) -> tuple[str, list[dict]]:
@@ -113,7 +122,10 @@ def trial(cluster, hosts, number: int, moment: float) -> tuple[str, list[dict]]:
 
 
 def check(results: list[dict], number: int) -> str:
-    """What became of the exchange; every layer of every rank is whole, and those who can still hear each other agree."""
+    """Return what became of the exchange; every layer of every rank is whole.
+
+    Those who can still hear each other agree.
+    """
     for rank, result in enumerate(results):
         assert all(result["whole"]), f"trial {number}: rank {rank} holds a mixed layer"
         assert result["seconds"] < STATED, (
@@ -167,7 +179,10 @@ def test_a_link_that_goes_down_during_an_exchange(cluster, hosts):
 
 
 def test_a_link_that_goes_down_while_serving(cluster, hosts):
-    """Ranks wait in a collective, which nothing wakes: the watch of each host ends its process within the stated time."""
+    """Ranks wait in a collective, which nothing wakes.
+
+    The watch of each host ends its process within the stated time.
+    """
     timeout = 4.0
     cluster.begin("hold", limit=40, timeout=timeout)
     assert all(cluster.each("ready", 60))

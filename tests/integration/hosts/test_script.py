@@ -1,4 +1,4 @@
-"""The script that makes hosts: what it makes is separate, and it leaves nothing behind."""
+"""Test the script that makes hosts: they are separate, and nothing is left behind."""
 
 from __future__ import annotations
 

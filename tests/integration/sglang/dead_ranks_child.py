@@ -1,7 +1,11 @@
-"""Child process: four ranks of SGLang on the CPU with their real model, loader, EPLBManager and ExpertLocationUpdater, of which two are killed.
+"""Run four ranks of SGLang on the CPU in a child process, of which two are killed.
+
+They have their real model, loader, EPLBManager and ExpertLocationUpdater.
 
     python -m tests.integration.sglang.dead_ranks_child MODEL RESULTS.json
-    python -m tests.integration.sglang.dead_ranks_child MODEL RESULTS.json 8     eight ranks, of which four are killed one after the other
+    python -m tests.integration.sglang.dead_ranks_child MODEL RESULTS.json 8
+
+With 8 there are eight ranks, of which four are killed one after the other.
 
 Each step also says how long it took, and how long SGLang's own full reload of the model took
 afterwards (``update_weights_from_disk``, to which it goes for every lost expert of every model but
@@ -47,7 +51,7 @@ STEPS_OF_EIGHT = (
 
 
 def counts(step: int, layers: int, experts: int):
-    """A load ``[forward passes, layers, experts]``, the same on all ranks."""
+    """Draw a load ``[forward passes, layers, experts]``, the same on all ranks."""
     import numpy as np
 
     rng = np.random.default_rng(step)
@@ -55,7 +59,7 @@ def counts(step: int, layers: int, experts: int):
 
 
 class Recorder:
-    """Stands in for SGLang's, whose dump is an all-reduce over dead ranks too."""
+    """Stand in for SGLang's recorder, whose dump is an all-reduce over dead ranks too."""
 
     recording = True
 
@@ -88,7 +92,7 @@ def _publish(server_args, rank: int) -> None:
 
 
 def start(server_args, port_args, rank: int):
-    """What a scheduler process does up to the loaded model."""
+    """Do what a scheduler process does up to the loaded model."""
     # By which a plugin knows a process with a model.
     import sglang.srt.managers.scheduler  # noqa: F401
     from sglang.srt.plugins import load_plugins
@@ -126,7 +130,10 @@ def start(server_args, port_args, rank: int):
 
 
 def wrong_slots(runner, folder: str) -> list[tuple[int, int]]:
-    """Layer and slot of this rank's slots that do not hold their expert, by the checkpoint's own names."""
+    """Return layer and slot of this rank's slots that do not hold their expert.
+
+    Experts are told by the checkpoint's own names.
+    """
     from sglang.srt.runtime_context import get_parallel
 
     from moe_placement_plugin.exchange.checkpoint import Checkpoint, hugging_face_experts
@@ -162,14 +169,14 @@ def tables(runner) -> dict:
 
 
 def reload(runner, folder: str) -> float | str:
-    """Seconds of SGLang's own full reload; or why it cannot be had."""
+    """Return the seconds of SGLang's own full reload; or why it cannot be had."""
     began = time.perf_counter()
     done, message = runner.weight_updater.update_weights_from_disk(folder, "auto")
     return time.perf_counter() - began if done else message
 
 
 def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pipe) -> None:
-    """One rank: loads, then rebalances whenever it is told who is dead."""
+    """Run one rank: load, then rebalance whenever it is told who is dead."""
     try:
         runner = start(server_args, port_args, rank)
         import torch

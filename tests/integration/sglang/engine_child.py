@@ -1,4 +1,4 @@
-"""Child process: start `sglang.Engine` for each case in turn, generate, write what came out.
+"""Start `sglang.Engine` for each case in turn, generate, write what came out.
 
     python -m tests.integration.sglang.engine_child CASES.json RESULTS.json [forked]
 
@@ -26,7 +26,10 @@ from types import SimpleNamespace
 from tests.support.warm_workers import WarmContext
 
 IMPORTED = ["sglang.srt.managers.scheduler"]
-"""By the process that workers are forked from: what a scheduler has imported when it loads plugins, and more than a detokenizer has."""
+"""Modules that the process has imported which workers are forked from.
+
+What a scheduler has imported when it loads plugins, and more than a detokenizer has.
+"""
 
 
 INFO = (
@@ -36,7 +39,7 @@ INFO = (
     "ep_size",
     "tp_size",
 )
-"""Of the server's information, what tests look at."""
+"""What tests look at of the server's information."""
 
 
 def run(case: dict, keep) -> dict:
@@ -101,7 +104,10 @@ def run(case: dict, keep) -> dict:
 
 
 def row_of(output: dict) -> dict:
-    """One prompt's part of a result, from what SGLang answers with log probabilities from the first token on."""
+    """Return one prompt's part of a result.
+
+    SGLang answers with log probabilities from the first token on.
+    """
     meta = output["meta_info"]
     return {
         "ids": [token for _, token, *_ in meta["output_token_logprobs"]],
@@ -148,7 +154,7 @@ def check_weights(engine, action: str) -> tuple[bool, str]:
 
 
 def fork_workers() -> None:
-    """From now on this process's engines have workers that are forked."""
+    """Have this process's engines fork their workers from now on."""
     warm = WarmContext(IMPORTED)
     from sglang.srt.entrypoints import engine
 

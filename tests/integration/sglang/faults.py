@@ -1,4 +1,4 @@
-"""A plugin for SGLang that spoils expert weights: what the fingerprints must notice. Only tests load it.
+"""Spoil expert weights of SGLang: what the fingerprints must notice. Only tests load it.
 
 `install` makes SGLang find it. Faults of a serving engine are asked for through the weight checker,
 action ``fault:NAME``, and taken back by ``restore``; the variable ``MOE_PLACEMENT_FAULT`` names a
@@ -47,7 +47,10 @@ def register() -> None:
 
 
 def _attach(original: Callable, self: Any, layer: Any) -> None:
-    """What quantization methods attach, in every form in which they do, and a zero and a NaN; the same for all replicas of an expert."""
+    """Attach what quantization methods attach, in every form in which they do.
+
+    Among them are a zero and a NaN; they are the same for all replicas of an expert.
+    """
     import torch
 
     original(self, layer)
@@ -228,7 +231,7 @@ FAULTS: dict[str, Callable[[Any, Any], None]] = {
 
 
 def _new_map(runner: Any, metadata: Any, change: Callable[[Any], None]) -> None:
-    """SGLang's own update of all tables by another map of slots; no weight moves."""
+    """Update all of SGLang's tables by another map of slots, as it does; no weight moves."""
     from moe_placement_plugin.engines.sglang import compat
 
     table = metadata.physical_to_logical_map.clone()

@@ -21,7 +21,7 @@ def install(folder: Path) -> str:
 
 
 def register() -> None:
-    """The entry point."""
+    """Put the back end in its place; SGLang calls this in every process."""
     from sglang.srt.layers.attention import attention_registry
     from sglang.srt.utils import common
 

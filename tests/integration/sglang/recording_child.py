@@ -1,4 +1,4 @@
-"""Child process: one `sglang.Engine` that records; prints what it generated as JSON.
+"""Run one `sglang.Engine` that records in a child process; write what it generated.
 
 python -m tests.integration.sglang.recording_child ENGINE_ARGUMENTS_JSON PROMPTS_JSON RESULT
 [forked]

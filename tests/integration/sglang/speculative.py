@@ -1,4 +1,4 @@
-"""What SGLang's CPU engine lacks for speculative decoding, lent by tests. Only tests load it.
+"""Lend SGLang's CPU engine what it lacks for speculative decoding. Only tests load it.
 
 Without AMX, SGLang 0.5.20's CPU engine ends with ``EAGLE is not supported in decode attention
 backend torch_native``, and its kernels for a tree of draft tokens are compiled ones that PyPI has
@@ -32,7 +32,7 @@ def install(folder: Path) -> str:
 
 
 def register() -> None:
-    """The entry point."""
+    """Put back end and kernels in their places; SGLang calls this in every process."""
     import sgl_kernel
     from sglang.srt.layers.attention import attention_registry
 
@@ -59,7 +59,10 @@ def _chain_attention(runner: Any, step: int = 0) -> Any:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     class ChainAttention(TorchNativeAttnBackend):
-        """Torch-native attention that knows draft tokens: several per request that are verified, or one behind the other drafts."""
+        """Add draft tokens to torch-native attention.
+
+        Several per request that are verified, or one behind the other drafts.
+        """
 
         def forward_extend(
             self, q: Any, k: Any, v: Any, layer: Any, batch: Any, *more: Any, **named: Any
@@ -82,7 +85,7 @@ def _chain_attention(runner: Any, step: int = 0) -> Any:
 
 
 def _seen(batch: Any, lengths: Any) -> SimpleNamespace:
-    """What attention looks at, with other lengths."""
+    """Return what attention looks at, with other lengths."""
     names = ("out_cache_loc", "encoder_out_cache_loc", "req_pool_indices", "encoder_lens")
     return SimpleNamespace(seq_lens=lengths, **{name: getattr(batch, name, None) for name in names})
 
@@ -179,7 +182,9 @@ KERNELS = {
 
 
 def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int = 0) -> Path:
-    """A Qwen2-MoE checkpoint, which SGLang takes for a draft as it is: of Qwen3-MoE it would load an MTP layer.
+    """Write a Qwen2-MoE checkpoint, which SGLang takes for a draft as it is.
+
+    As a draft of Qwen3-MoE it would load an MTP layer.
 
     Args:
         path: directory to write to.

@@ -1,4 +1,4 @@
-"""What goes wrong while SGLang starts, for `tests.integration.sglang.faults`."""
+"""Spoil what SGLang loads while it starts, for `tests.integration.sglang.faults`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fill_with_another(original: Callable, self: Any, layer: Any) -> None:
 
 
 def write_past_the_loader(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
-    """w2 is copied right, but in a way that nobody sees."""
+    """Copy w2 right, but in a way that nobody sees."""
     if kwargs["shard_id"] != "w2":
         original(self, *args, **kwargs)
         return
@@ -35,7 +35,7 @@ def write_past_the_loader(original: Callable, self: Any, *args: Any, **kwargs: A
 
 
 def wrong_names(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The reader takes experts 6 and 7 for each other, but not under SGLang's trivial placement."""
+    """Take experts 6 and 7 for each other, but not under SGLang's trivial placement."""
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
     metadata = get_global_expert_location_metadata()
@@ -54,7 +54,10 @@ def wrong_names(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any
 
 
 def lose_a_hook(registry: Any) -> None:
-    """The registry loses the hook that sends routing through the map (where SGLang needs it), and only logs that."""
+    """Have the registry lose the hook that sends routing through the map, and only log that.
+
+    The loader's where SGLang needs none for routing.
+    """
     apply = registry.apply_hooks
 
     def apply_hooks() -> None:

@@ -1,4 +1,6 @@
-"""Real SGLang engines on the CPU: every strategy answers as one rank does, and a worker without the plugin dies.
+"""Test real SGLang engines on the CPU: every strategy answers as one rank does.
+
+A worker without the plugin dies.
 
 All in float32, where a placement changes nothing but the order in which the ranks' partial sums of
 an MoE layer are added: about 4 layers x a few float32 roundings (6e-8 relative) of hidden states of
@@ -44,7 +46,10 @@ TOLERANCE = 2e-4
 UNLOADED = "without the plugin"
 
 VLLM_LOAD = Path(__file__).parent / "data" / "vllm-qwen3-moe-load.safetensors"
-"""Recorded by vLLM 0.32.0 with --expert-load-record while it served the same tiny model (`moe-placement demo --engine vllm --keep`)."""
+"""A load recorded by vLLM 0.32.0 while it served the same tiny model.
+
+It was written with --expert-load-record, by `moe-placement demo --engine vllm --keep`.
+"""
 
 REFERENCE = {
     "zigzag": "qwen32",
@@ -60,14 +65,17 @@ REFERENCE = {
 
 @pytest.fixture(scope="module", autouse=True)
 def machine():
-    """The machine's engine lock, held until the last test of the module: waiting once, not for every start."""
+    """Hold the machine's engine lock until the last test of the module.
+
+    It is waited for once, not for every start.
+    """
     with engine_lock():
         yield
 
 
 @pytest.fixture(scope="module")
 def outcomes(models, files, stock, served, tmp_path_factory) -> dict[str, Outcome]:
-    """Every case, started once."""
+    """Run every case, started once."""
     q32, q30, glm = models["qwen32"], models["qwen30"], models["glm"]
     placed = [
         case(
@@ -109,7 +117,10 @@ def outcomes(models, files, stock, served, tmp_path_factory) -> dict[str, Outcom
 
 
 def swapped_experts(model: Path, folder: Path) -> Path:
-    """A checkpoint whose experts 0 and 1 of layer 1 have changed places: the least that a wrong placement can do."""
+    """Write a checkpoint whose experts 0 and 1 of layer 1 have changed places.
+
+    It is the least that a wrong placement can do.
+    """
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(model, folder)
@@ -122,7 +133,7 @@ def swapped_experts(model: Path, folder: Path) -> Path:
 
 
 def furthest(one: Outcome, other: Outcome) -> float:
-    """Greatest difference of any log probability."""
+    """Return the greatest difference of any log probability."""
     return float(np.abs(np.array(one.values) - np.array(other.values)).max())
 
 
@@ -190,7 +201,10 @@ def test_redundant_experts_are_the_engines_own(outcomes):
 
 
 def test_a_worker_without_the_plugin_dies(outcomes):
-    """The launcher has the plugin, its workers have not: they must not serve with the default placement."""
+    """The launcher has the plugin, its workers have not.
+
+    They must not serve with the default placement.
+    """
     outcome = outcomes[UNLOADED]
     assert "rows" not in outcome.result
     assert "moe_placement_plugin is not loaded in this process" in outcome.log
@@ -199,7 +213,10 @@ def test_a_worker_without_the_plugin_dies(outcomes):
 
 @pytest.fixture(scope="module")
 def served(models, tmp_path_factory) -> tuple[Outcome, dict]:
-    """`sglang serve` with the flag: what it answered to the prompts, and to a completion, a verification, a scrape of its metrics and the end."""
+    """Run `sglang serve` with the flag, and return what it answered.
+
+    It is asked for the prompts, a completion, a verification, a scrape of its metrics and the end.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -298,7 +315,7 @@ def _ask(port: int, path: str, body: dict | None = None):
 
 
 def _scrape(port: int) -> dict[str, float]:
-    """Our metrics of the server."""
+    """Return our metrics of the server."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
         lines = response.read().decode().splitlines()
     assert any(line.startswith("sglang:") for line in lines), "the engine's own metrics are gone"

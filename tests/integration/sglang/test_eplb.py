@@ -1,4 +1,7 @@
-"""SGLang's EPLB with our placement to begin with and our planner to rebalance, on the CPU engine."""
+"""Test SGLang's EPLB with our placement to begin with and our planner to rebalance.
+
+The engine is that for CPUs.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,15 @@ from tests.support.children import engine_lock
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 TOLERANCE = 1e-4
-"""Of a log probability between two placements, one of them on one rank, float32; what differs is the order in which partial sums are added."""
+"""Largest difference of a log probability between two placements, one on one rank, float32.
+
+What differs is the order in which partial sums are added.
+"""
 
 
 @pytest.fixture(scope="module")
 def moving(models, tmp_path_factory) -> Outcome:
-    """An engine whose experts move all the time."""
+    """Run an engine whose experts move all the time."""
     often = {
         "enable_eplb": True,
         "eplb_rebalance_num_iterations": 2,

@@ -1,4 +1,7 @@
-"""A real SGLang over two hosts (``--nnodes 2``): one placement, tokens of one host; stale files and dead links."""
+"""Test a real SGLang over two hosts (``--nnodes 2``): one placement, tokens of one host.
+
+Stale files and dead links are refused.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,13 @@ _ports = itertools.count(31_000, 10)
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Two hosts, see `tests.integration.hosts.network`."""
+    """Make two hosts, see `tests.integration.hosts.network`."""
     yield from made("sgl")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def machine():
-    """The machine's engine lock, held until the last test of the module."""
+    """Hold the machine's engine lock until the last test of the module."""
     with engine_lock():
         yield
 
@@ -54,7 +57,7 @@ def flags(arguments: dict) -> list[str]:
 def on_two_hosts(
     hosts, folder, name: str, model, arguments: dict, there: dict | None = None, **extra
 ):
-    """(what the head's case left behind, what the other host wrote, when the head had ended)."""
+    """Run a case on two hosts; return what both left behind, and when the head had ended."""
     folder.mkdir(parents=True, exist_ok=True)
     common = {"nnodes": 2, "dist_init_addr": f"{hosts.address(0)}:{next(_ports)}", **arguments}
     head = (
@@ -98,7 +101,7 @@ def on_two_hosts(
 
 @pytest.fixture(scope="module")
 def one_host(models, tmp_path_factory):
-    """SGLang's own answers on one host and one rank."""
+    """Return SGLang's own answers on one host and one rank."""
     return run_cases(
         [case("glm", models["glm"])],
         tmp_path_factory.mktemp("one-host"),

@@ -1,4 +1,4 @@
-"""Recording in a real SGLang, against the routing that Hugging Face's implementation of the model computes."""
+"""Test recording in a real SGLang against the routing that Hugging Face's model computes."""
 
 from __future__ import annotations
 

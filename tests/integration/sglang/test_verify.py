@@ -1,4 +1,6 @@
-"""Fingerprints in real SGLang engines: spoiled weights and maps are noticed, and named.
+"""Test fingerprints in real SGLang engines: spoiled weights and maps are noticed.
+
+They are named. Three engines serve, and five must not.
 
 Three engines serve, and five must not.
 """
@@ -49,13 +51,19 @@ STARTS = {
 
 @pytest.fixture(scope="module")
 def plan(files) -> Placement:
-    """The plan that every engine here is served with: 32 experts in 36 slots on two ranks."""
+    """Read the plan that every engine here is served with.
+
+    It has 32 experts in 36 slots on two ranks.
+    """
     return read_plan(files["redundant"])
 
 
 @pytest.fixture(scope="module")
 def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
-    """Every engine, one after another; those that die take their caller along, so each is the last of its own."""
+    """Run every engine, one after another.
+
+    Those that die take their caller along, so each is the last of its own.
+    """
     env = {"PYTHONPATH": faults.install(tmp_path_factory.mktemp("plugin"))}
     placed = {"expert_placement_file": str(files["redundant"]), "ep_num_redundant_experts": 4}
     spoiled = [
@@ -120,7 +128,7 @@ def test_spoiled_weights_are_named_and_restored_ones_pass(outcomes, plan):
 
 
 def expected(fault: str, wrong: int, other: int) -> str:
-    """What the message must say, a pattern."""
+    """Return what the message must say, a pattern."""
     slot = f"layer {faults.LAYER}, slot {faults.SLOT} of rank 1 should hold expert"
     names = RUN.get(fault, "w13_weight, w2_weight")
     known = {

@@ -1,4 +1,7 @@
-"""Data-parallel ranks that share experts: each has requests of its own, and every MoE layer gathers all ranks' tokens."""
+"""Test data-parallel ranks that share experts: each has requests of its own.
+
+Every MoE layer gathers all ranks' tokens.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,15 @@ from tests.support.warm_workers import WARM_SITE
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROUNDS = 6
-"""Of all prompts, as many as there are under way at once."""
+"""How often all prompts are asked; as many are under way at once as there are prompts."""
 
 
 def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_path):
-    """Planned from a load, two redundant experts, rebalanced while requests run, recorded: answers are one rank's, counts the model's."""
+    """Answers are one rank's, and what is recorded is the model's own routing.
+
+    The placement is planned from a load, has two redundant experts, and is rebalanced while
+    requests run.
+    """
     port, record, prompts = free_port(), tmp_path / "load.safetensors", PROMPTS * ROUNDS
     eplb = {"window_size": 8, "step_interval": 8, "num_redundant_experts": 2}
     moving = (

@@ -1,4 +1,7 @@
-"""Speculative decoding in a real vLLM on two ranks: drafts are placed, and neither tokens nor what is accepted differ from linear."""
+"""Test speculative decoding in a real vLLM on two ranks: drafts are placed.
+
+Neither tokens nor what is accepted differ from linear.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ PLAN = Placement(
 
 @pytest.fixture(scope="module")
 def served(checkpoints, tmp_path_factory) -> tuple[dict[str, dict], Path]:
-    """(case -> what the engine said, folder)."""
+    """Return (case -> what the engine said, folder)."""
     folder = tmp_path_factory.mktemp("drafts")
     glm = str(write_glm4_moe_with_mtp(folder / "glm"))
     dense = str(write_dense_qwen3(folder / "dense"))
@@ -82,7 +85,10 @@ def test_a_dense_draft_of_its_own_is_served(served):
 
 
 def test_a_model_that_drafts_for_itself_is_accepted(served):
-    """Nearly always: passes of other sizes round otherwise. A wrong expert in either would end that."""
+    """Nearly always: passes of other sizes round otherwise.
+
+    A wrong expert in either would end that.
+    """
     result = served[0]["itself zigzag"]
     assert "error" not in result, result
     accepted = result["accepted"]

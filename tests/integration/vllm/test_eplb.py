@@ -1,4 +1,7 @@
-"""vLLM's EPLB with our placement to begin with and our planner to rebalance: live, on the CPU build."""
+"""Test vLLM's EPLB with our placement to begin with and our planner to rebalance.
+
+The engine is the CPU build.
+"""
 
 from __future__ import annotations
 

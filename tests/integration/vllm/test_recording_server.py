@@ -1,4 +1,7 @@
-"""The loop against a real vLLM server: record with the verb, scrape its /metrics, plan from what it wrote."""
+"""Test the loop against a real vLLM server: record with the verb, scrape, plan.
+
+It scrapes /metrics, and plans from what the server wrote.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +34,8 @@ def fetch(url: str) -> str:
 @pytest.mark.engine
 @pytest.mark.timeout(1800)
 def test_record_scrape_and_plan(tmp_path, cli):
-    model, path, prompts = (
-        write_qwen3_moe(tmp_path / "qwen"),
-        tmp_path / "load.safetensors",
-        tmp_path / "prompts.txt",
-    )
+    model = write_qwen3_moe(tmp_path / "qwen")
+    path, prompts = tmp_path / "load.safetensors", tmp_path / "prompts.txt"
     prompts.write_text(
         "hello world\nThe quick brown fox\n" + json.dumps({"prompt": "0123456789"}) + "\n"
     )
@@ -43,29 +43,11 @@ def test_record_scrape_and_plan(tmp_path, cli):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
+    limits = "--max-model-len 256 --max-num-batched-tokens 256 --max-num-seqs 8"
     command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(model),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "256",
-        "--max-num-batched-tokens",
-        "256",
-        "--max-num-seqs",
-        "8",
-        "--enforce-eager",
-        "--expert-load-record",
-        str(path),
-        "--expert-load-interval",
-        "1",
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+        *f"--host 127.0.0.1 --port {port} --dtype float32 {limits} --enforce-eager".split(),
+        *("--expert-load-record", str(path), "--expert-load-interval", "1"),
     ]
     log = open(tmp_path / "server.log", "w+")
     with engine_lock():

@@ -1,4 +1,7 @@
-"""Fingerprints in a real vLLM: what was corrupted is found, and named; what was not is served."""
+"""Test fingerprints in a real vLLM: what was corrupted is found, and named.
+
+What was not is served.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ LOADING = {
 
 @pytest.fixture(scope="module")
 def loading(checkpoints, files, tmp_path_factory):
-    """Fault -> (result, log); each is a start of its own that must not come to an end, one after the other in one process."""
+    """Return (result, log) of each fault.
+
+    Each is a start of its own that must not come to an end, one after the other in one process.
+    """
     cases = []
     for fault, (more, *_) in LOADING.items():
         more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}

@@ -1,4 +1,6 @@
-"""On ``PYTHONPATH``: an engine's server has workers that are forked from a process that imports the engine while the server does.
+"""Fork the workers of an engine's server from a process that imports the engine meanwhile.
+
+It is on ``PYTHONPATH``.
 
 A server of vLLM's CPU build imports vLLM three times in a row, 10 s each: the API server, its
 engine, the workers. Where what is asked of a server is its answers and not how it is started, they

@@ -1,4 +1,7 @@
-"""Every bad input: one line on stderr that names the file, exit code 2, nothing written."""
+"""Test every bad input: one line on stderr that names the file, exit code 2.
+
+Nothing is written.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the verb ``record`` says to bad input."""
+"""Test what the verb ``record`` says to bad input."""
 
 from __future__ import annotations
 

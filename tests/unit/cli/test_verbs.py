@@ -1,4 +1,7 @@
-"""The verbs as a user calls them: what they print, what ``--json`` holds, what ``--help`` costs."""
+"""Test the verbs as a user calls them: what they print, what ``--json`` holds.
+
+They also test what ``--help`` costs.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,10 @@ def test_plan_and_show(cli, load_file, tmp_path):
 
 
 def test_plan_for_nodes(cli, tmp_path):
-    """Experts that are chosen together share a node, and the plan says which nodes it is for; so does a recording of several hosts."""
+    """Experts that are chosen together share a node, and the plan says which nodes it is for.
+
+    So does a recording of several hosts.
+    """
     pairs = np.zeros((1, 8, 8), np.int64)
     pairs[:, ::2, ::2] = pairs[:, 1::2, 1::2] = 10
     pairs[:, range(8), range(8)] = 0
@@ -196,12 +202,17 @@ def test_reads_sglangs_pt(cli, tmp_path):
 
 
 IMPORT_SECONDS = 0.7
-"""Importing numba's compiler on the machine that the two seconds were stated for (two cores of an AMD EPYC, otherwise idle)."""
+"""Seconds that importing numba's compiler took on the machine the two were stated for.
+
+It had two cores of an AMD EPYC, otherwise idle.
+"""
 
 
 @pytest.mark.slow
 def test_r1_plan_and_page_within_two_seconds(cli, tmp_path):
-    """Two seconds on that machine, as many more as another one needs more for a process that only imports numba.
+    """Two seconds on that machine, and more on a slower one.
+
+    They are as many more as a process that only imports numba needs more.
 
     Seven tenths of the loop are imports of this kind, so that a slow or busy machine stretches both
     alike; what this project adds to them (a kernel compiled again, a module imported needlessly, a

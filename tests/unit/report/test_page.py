@@ -1,4 +1,7 @@
-"""The HTML page, in headless Chromium: every figure is painted, nothing is fetched, nothing sticks out."""
+"""Test the HTML page in headless Chromium: every figure is painted, nothing is fetched.
+
+Also, nothing sticks out.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ def chromium(tmp_path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A page with every kind of figure, and hostile names."""
+    """Render a page with every kind of figure, and hostile names."""
     folder = tmp_path_factory.mktemp("page")
     pairs = np.random.default_rng(0).integers(0, 50, (4, 16, 16))
     load = skewed(
@@ -149,7 +152,7 @@ def test_page_in_chromium(page, tmp_path, width, scheme):
 
 
 def contrast(a: str, b: str) -> float:
-    """WCAG contrast ratio of two CSS colours."""
+    """Return the WCAG contrast ratio of two CSS colours."""
 
     def luminance(colour: str) -> float:
         parts = [int(c) / 255 for c in re.findall(r"\d+", colour)[:3]]

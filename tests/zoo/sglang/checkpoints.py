@@ -1,4 +1,4 @@
-"""A recipe's checkpoint and the plans for it, as files."""
+"""Write a recipe's checkpoint and the plans for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ RANKS = 2
 REDUNDANT = 2
 
 ENV = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
-"""For the child processes: ranks look at the machine's free memory one after the other, and others use it meanwhile."""
+"""Variables of the child processes.
+
+Ranks look at the machine's free memory one after the other, and others use it meanwhile.
+"""
 
 
 CONFIG_CLASS = """from transformers import PretrainedConfig
@@ -32,7 +35,7 @@ class ZooConfig(PretrainedConfig):
                 values[name] = PretrainedConfig(**values[name])
         super().__init__(**values)
 """
-"""What a checkpoint brings whose config transformers does not know: a class that takes everything."""
+"""The class of a checkpoint whose config transformers does not know: it takes everything."""
 
 
 def write(recipe: Recipe, folder: Path, tensors: Tensors | None = None) -> Path:
@@ -63,7 +66,7 @@ def write(recipe: Recipe, folder: Path, tensors: Tensors | None = None) -> Path:
 
 
 def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
-    """MoE layer -> logical expert of each physical slot, rank after rank.
+    """Return the logical expert of each physical slot of each MoE layer, rank after rank.
 
     Args:
         recipe: the model.
@@ -88,7 +91,10 @@ def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
 
 
 def write_plan(recipe: Recipe, placement: str, file: Path) -> Path:
-    """The plan file of a placement, a row for each MoE layer; for a draft's too, unless EPLB moves the target's experts."""
+    """Write the plan file of a placement, a row for each MoE layer.
+
+    A draft's layers have rows too, unless EPLB moves the target's experts.
+    """
     from moe_placement_plugin.core.placement import Placement
 
     rows, draft = slots(recipe, placement), None

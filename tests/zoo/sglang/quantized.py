@@ -1,4 +1,6 @@
-"""Quantized checkpoints, of Qwen3-MoE and gpt-oss: the tensors of the experts as the loader gets them.
+"""Describe quantized checkpoints, of Qwen3-MoE and gpt-oss.
+
+The tensors of the experts are as the loader gets them.
 
 They are compared as they lie after loading: what SGLang makes of them afterwards
 (`process_weights_after_loading`) needs kernels that a CPU without AMX has not, and works within a
@@ -23,7 +25,7 @@ PROJECTIONS = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of each of an expert's projections.
+    """Describe one tensor of each of an expert's projections.
 
     Attributes:
         suffix: how the checkpoint names it after the projection.
@@ -43,7 +45,7 @@ class Tensor:
     same: bool = False
 
     def of(self, layer: int, expert: int, projection: str) -> np.ndarray:
-        """The values, the same whenever asked."""
+        """Return the values, the same whenever asked."""
         shape = (HIDDEN, WIDTH) if projection == "down_proj" else (WIDTH, HIDDEN)
         size = (
             tuple(
@@ -64,7 +66,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class QuantizedRecipe(Recipe):
-    """A checkpoint whose experts consist of these tensors."""
+    """Describe a checkpoint whose experts consist of these tensors."""
 
     own: tuple[Tensor, ...] = ()
 
@@ -135,7 +137,7 @@ _MXFP4 = {
     "down_proj_scales": ("w2_weight_scale", (HIDDEN, WIDTH // 32)),
     "down_proj_bias": ("w2_weight_bias", (HIDDEN,)),
 }
-"""Tensor of all experts in gpt-oss's MXFP4 checkpoints -> SGLang's parameter, and shape of one expert's part."""
+"""Tensor of all experts in gpt-oss's MXFP4 checkpoints -> parameter, shape of one's part."""
 
 _SCALE_ONE = 127
 """A scale of 1, an exponent of two with a bias."""
@@ -143,7 +145,10 @@ _SCALE_ONE = 127
 
 @dataclass(frozen=True)
 class Mxfp4Recipe(Recipe):
-    """gpt-oss's own checkpoint: two 4-bit numbers in a byte, a scale for 32 of them, biases as they are."""
+    """Describe gpt-oss's own checkpoint.
+
+    Two 4-bit numbers in a byte, a scale for 32 of them, biases as they are.
+    """
 
     def tensors(self) -> Tensors:
         found = super().tensors()

@@ -1,4 +1,7 @@
-"""Model classes that get no placement: what each is, and configs with which the refusal is asked for."""
+"""List model classes that get no placement, and how the refusal is asked for.
+
+What each is, and configs.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +124,10 @@ TRANSFORMERS = frozenset(
     for kind in ("", "MoE")
     for task in ("ForCausalLM", "EmbeddingModel", "ForSequenceClassification")
 )
-"""The back end that runs transformers' own code: what it is called depends on the model, no checkpoint names it."""
+"""Classes that run transformers' own code.
+
+What the back end is called depends on the model, no checkpoint names it.
+"""
 
 DENSE = {
     "Ernie4_5_ForCausalLM": "registered by the module of Ernie4_5_MoeForCausalLM",
@@ -136,7 +142,10 @@ DENSE = {
     "Qwen3_5ForCausalLM": "the dense models of Qwen3.5",
     "Qwen3_5ForConditionalGeneration": "the dense models of Qwen3.5",
 }
-"""Classes without experts that a module with MoE layers registers, or that import something else from such a module."""
+"""Classes without experts that a module with MoE layers registers.
+
+Others import something else from such a module.
+"""
 
 NOT_ON_A_CPU = {
     "BailingMoeV2_5ForCausalLM": "No module named 'vllm'",
@@ -145,4 +154,7 @@ NOT_ON_A_CPU = {
     "InklingForConditionalGeneration": "No module named 'cutlass'",
     "InklingForConditionalGenerationMTP": "No module named 'cutlass'",
 }
-"""Classes whose module cannot be imported on a CPU, and what it says: none of them is in SGLang's registry here."""
+"""Classes whose module cannot be imported on a CPU, and what it says.
+
+None of them is in SGLang's registry here.
+"""

@@ -1,4 +1,4 @@
-"""SGLang's section of ``docs/zoo.md``: ``python -m tests.zoo.sglang.table`` writes it anew."""
+"""Write SGLang's section of ``docs/zoo.md``: ``python -m tests.zoo.sglang.table``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def section() -> str:
-    """The table, Markdown."""
+    """Return the table, Markdown."""
     lines = [
         BEGIN,
         "## SGLang 0.5.20",
@@ -76,7 +76,7 @@ def section() -> str:
 
 
 def current() -> str:
-    """The section as the page has it; empty where it has none."""
+    """Return the section as the page has it; empty where it has none."""
     text = PAGE.read_text() if PAGE.exists() else ""
     found = re.search(f"{re.escape(BEGIN)}.*{re.escape(END)}", text, re.DOTALL)
     return found[0] if found else ""

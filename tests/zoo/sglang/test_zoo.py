@@ -1,4 +1,6 @@
-"""Every MoE architecture of the installed SGLang: placed, slot by slot, or refused by name.
+"""Test every MoE architecture of the installed SGLang: placed, or refused by name.
+
+They are compared slot by slot.
 
 Two ranks load each tiny checkpoint through SGLang's own loader under each placement (`worker`);
 each slot is compared with the checkpoint's expert, and what TopK and experts answer, summed over
@@ -37,7 +39,11 @@ from .refused import DENSE, DRAFTS, NOT_ON_A_CPU, REFUSED, TRANSFORMERS  # noqa:
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
-"""Of outputs of order 10, whose partial sums are added in another order (float32: measured up to 3e-6); another expert is off by order 1."""
+"""Largest difference of outputs of order 10.
+
+Their partial sums are added in another order (float32: measured up to 3e-6); another expert is off
+by order 1.
+"""
 
 CASES = [
     (recipe, placement) for recipe in (*RECIPES, *QUANTIZED, *DRAFTED) for placement in PLACEMENTS
@@ -46,7 +52,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """Case -> what its ranks said."""
+    """Return what each case's ranks said."""
     folder = tmp_path_factory.mktemp("zoo")
     wanted, given = folder / "cases.json", folder / "results.pickle"
     wanted.write_text(json.dumps(all_cases()))
@@ -98,7 +104,7 @@ def test_placed_or_refused(results, recipe, placement):
 
 
 def _same(one: dict[str, Any], ranks: list[dict[str, Any]], recipe: Recipe) -> None:
-    """Every slot holds its expert, and the layers answer as those of one rank."""
+    """Check that every slot holds its expert, and the layers answer as those of one rank."""
     assert [r["wrong"] for r in ranks] == [[], []]
     assert all(r["slots"] for r in ranks)
     if recipe.raw:

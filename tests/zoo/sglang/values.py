@@ -1,4 +1,6 @@
-"""Weights of which each tells layer, expert and tensor, so that a slot tells which expert it holds.
+"""Draw weights of which each tells layer, expert and tensor.
+
+So a slot tells which expert it holds.
 
 Nothing here knows the plugin or the engine: what a slot should hold is the checkpoint's own tensor,
 made again.
@@ -15,7 +17,7 @@ HIDDEN, WIDTH, EXPERTS, LAYERS = 64, 64, 8, 3
 
 
 def drawn(name: str, *shape: int, gain: float = 1.0) -> np.ndarray:
-    """A float32 tensor that depends on its name and shape alone."""
+    """Draw a float32 tensor that depends on its name and shape alone."""
     return (seeded(f"{name} {shape}").standard_normal(shape) * gain / np.sqrt(shape[-1])).astype(
         np.float32
     )
@@ -24,7 +26,7 @@ def drawn(name: str, *shape: int, gain: float = 1.0) -> np.ndarray:
 def expert(
     layer: int, number: int, tensor: str, width: int = WIDTH, hidden: int = HIDDEN
 ) -> np.ndarray:
-    """One expert's part of a layer.
+    """Draw one expert's part of a layer.
 
     Args:
         layer: index among the model's layers.

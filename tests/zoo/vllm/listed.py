@@ -1,4 +1,7 @@
-"""Registered classes that reach experts and have no recipe, each with the reason; and faults that are known."""
+"""List registered classes that reach experts and have no recipe, and faults that are known.
+
+Each stands with the reason.
+"""
 
 from __future__ import annotations
 
@@ -60,4 +63,7 @@ NOT_IN_THE_ZOO = {
 """Class -> why it has no recipe."""
 
 FAULTS: dict[tuple[str, str], str] = {}
-"""(recipe, strategy) -> a fault that is known and being mended: the test is expected to fail, and fails when it does not."""
+"""(recipe, strategy) -> a fault that is known and being mended.
+
+The test is expected to fail, and fails when it does not.
+"""

@@ -1,4 +1,4 @@
-"""Recipes of language models, L to Z."""
+"""List recipes of language models, L to Z."""
 
 from __future__ import annotations
 
@@ -131,9 +131,9 @@ RECIPES = [
              "layers.{layer}.ffn.experts.{expert}.", _W123), n_routed_experts=8, n_shared_experts=1,
          hc_eps=1e-6, hc_mult=4, hc_sinkhorn_iters=4, index_topk=16, index_n_heads=2,
          index_head_dim=128, head_dim=512, num_hash_layers=0, swiglu_limit=10.0,
-         norm_topk_prob=True, scoring_func="sqrtsoftplus", topk_method="noaux_tc", routed_scaling_factor=1.5,
-         q_lora_rank=32, qk_rope_head_dim=32, o_lora_rank=32, o_groups=2, sliding_window=32,
-         compress_ratios=[0, 4], compress_rope_theta=10000.0),
+         norm_topk_prob=True, scoring_func="sqrtsoftplus", topk_method="noaux_tc",
+         routed_scaling_factor=1.5, q_lora_rank=32, qk_rope_head_dim=32, o_lora_rank=32, o_groups=2,
+         sliding_window=32, compress_ratios=[0, 4], compress_rope_theta=10000.0),
     make("HYV4ForCausalLM", "hy_v4", separate(), (1,), num_experts=8, num_shared_experts=1,
          expert_hidden_dim=WIDTH, mlp_layer_types=["dense", "sparse"], route_norm=True,
          router_scaling_factor=1.5, hc_mult=4, hc_eps=1e-6, index_topk=16,
@@ -149,8 +149,8 @@ RECIPES = [
          loaded_only=NO_KERNEL,
          num_local_experts=8, intermediate_size=WIDTH, dense_intermediate_size=64,
          hidden_act="swigluoai", scoring_func="sigmoid", swiglu_alpha=1.7, swiglu_beta=1.0,
-         swiglu_limit=7.0, use_gemma_norm=True, partial_rotary_factor=0.5, rotary_dim=16, moe_layer_freq=[0, 1],
-         sparse_attention_config=None, use_qk_norm=True),
+         swiglu_limit=7.0, use_gemma_norm=True, partial_rotary_factor=0.5, rotary_dim=16,
+         moe_layer_freq=[0, 1], sparse_attention_config=None, use_qk_norm=True),
     make("Glm5NextForCausalLM", "glm5_next_text", separate(), (1,), engine=NO_PREFIX_CACHING,
          hc_mult=4, hc_eps=1e-6, hc_sinkhorn_iters=4, index_topk=16, index_kpool=4,
          mhc=True, mla_use_nope=True, indexer_rope_interleave=True,

@@ -1,4 +1,4 @@
-"""Recipes of quantized experts: Qwen3-MoE and gpt-oss in each form that a checkpoint may have."""
+"""List recipes of quantized experts: Qwen3-MoE and gpt-oss in each form of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOT = ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]
 
 
 def _each(*kinds: tuple[str, str, Any, str]) -> tuple[Part, ...]:
-    """Parts of the three projections.
+    """Return the parts of the three projections.
 
     Args:
         kinds: (suffix of the name, end of the parameter's name, shape from (outputs, inputs),

@@ -1,4 +1,4 @@
-"""Recipes of language models, A to M."""
+"""List recipes of language models, A to M."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Recipes of models that also see or hear: their language model alone, which holds the experts."""
+"""List recipes of models that also see or hear: their language model alone.
+
+It holds the experts.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ _FOURIER = _MROPE | {"fope_init_factor": 0.1, "fope_sep_head": True, "num_inv_fr
 
 @dataclass(frozen=True)
 class _Vision(Part):
-    """A tensor of the experts for images, numbered behind those for text; the same values of no matter."""
+    """Describe a tensor of the experts for images, numbered behind those for text.
+
+    Its values do not matter.
+    """
 
     def tensors(self, layer: int, experts: int) -> dict[str, np.ndarray]:
         """Name -> tensor of one layer."""
@@ -49,7 +55,7 @@ class _Vision(Part):
 
 
 def _thinker(inner: dict[str, Any]) -> dict[str, Any]:
-    """Qwen3-Omni's config in its config."""
+    """Return Qwen3-Omni's config in its config."""
     del inner["architectures"]
     return {
         "thinker_config": {

@@ -1,4 +1,4 @@
-"""Recipes of classes that see, hear, embed or classify with the experts of another class of the zoo."""
+"""List recipes of classes that see, hear, embed or classify with another class's experts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _moondream(architecture: str) -> Recipe:
 
 
 def _transformers(architecture: str, wrapped: str, prefix: str = "", **own: Any) -> Recipe:
-    """A model that vLLM builds from transformers' own code for the class ``wrapped``."""
+    """Make a model that vLLM builds from transformers' own code for the class ``wrapped``."""
     return make(
         architecture, "qwen3_moe", separate(f"{prefix}layers.{{layer}}.mlp.experts.{{expert}}."),
         architectures=[wrapped], num_experts=8, decoder_sparse_step=1, mlp_only_layers=[],

@@ -1,4 +1,7 @@
-"""What fingerprints cost: the digest of a model's experts against one read (CPU) or one copy (GPU) of the same bytes."""
+"""Measure what fingerprints cost.
+
+The digest of a model's experts is compared with one read (CPU) or one copy (GPU) of the same bytes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text tables of ``moe-placement bench layer``."""
+"""Print the text tables of ``moe-placement bench layer``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def print_report(
     facts: Mapping[str, Any],
     console: Console,
 ) -> None:
-    """Strategies side by side for each number of ranks and batch, then the fitted cost model."""
+    """Print strategies side by side for each batch and rank number, then the fitted cost model."""
     console.print("; ".join(f"{k} {v}" for k, v in facts.items()), highlight=False)
     for (ranks, phase, tokens), group in groupby(
         outcomes, key=lambda o: (o.ranks, o.phase, o.tokens_per_rank)
@@ -48,7 +48,7 @@ def print_report(
 
 
 def as_json(outcomes: Sequence[LayerTimes]) -> list[dict[str, Any]]:
-    """Every figure of every rank."""
+    """Return every figure of every rank."""
     return [
         {
             "strategy": o.strategy,

@@ -1,4 +1,4 @@
-"""What ``--expert-load-record`` costs in tokens per second, on a real vLLM of this machine.
+"""Measure what ``--expert-load-record`` costs in tokens per second, on a real vLLM.
 
     python -m moe_placement_plugin.lab.bench.recording.run [--rounds 64] [--model PATH]
 
@@ -41,7 +41,7 @@ _INTERVAL = 10
 
 @dataclass(frozen=True)
 class Scale:
-    """What is served, and how it is asked.
+    """Say what is served, and how it is asked.
 
     Attributes:
         name: of the model, for the report.
@@ -61,7 +61,7 @@ class Scale:
 
 
 def scales() -> dict[str, Scale]:
-    """By device."""
+    """Return the scale of each device."""
     from ...demo.tiny_models import Size, write_qwen3_moe  # lazy: heavy
 
     small = {
@@ -102,7 +102,7 @@ def scales() -> dict[str, Scale]:
 
 
 class Engine:
-    """An engine in a child process that runs a round when told to.
+    """Run an engine in a child process that generates a round when told to.
 
     Args:
         model: the model.
@@ -129,7 +129,10 @@ class Engine:
         raise SystemExit(f"the engine ended with {self.process.wait()}; its messages are above")
 
     def round(self, side: str) -> float:
-        """Tokens per second of one round; ``side`` ("off", "on") is what an engine on a CPU switches to."""
+        """Return the tokens per second of one round.
+
+        ``side`` ("off", "on") is what an engine on a CPU switches to.
+        """
         # OpenMP's threads of another engine spin for a while after its last round.
         time.sleep(0.3)
         assert self.process.stdin is not None
@@ -145,7 +148,9 @@ class Engine:
 
 
 class Switch:
-    """Takes the recording of a vLLM worker away, as if ``--expert-load-record`` had not been given, and back.
+    """Take the recording of a vLLM worker away, and give it back.
+
+    Without it the worker is as if ``--expert-load-record`` had not been given.
 
     Args:
         worker: of vLLM; without CUDA graphs.
@@ -182,7 +187,7 @@ def switch(worker: Any, on: bool) -> None:
 
 
 def child(arguments: str) -> None:
-    """An engine that generates a round's tokens for each line on stdin and reports tokens per second."""
+    """Generate a round's tokens for each line on stdin, and report tokens per second."""
     given = json.loads(arguments)
     extra = (
         {}
@@ -217,9 +222,42 @@ def child(arguments: str) -> None:
 
 
 def _ratios(on: list[float], off: list[float]) -> list[float]:
-    """Of tokens per second, one for each A B B A."""
+    """Return the ratios of tokens per second, one for each A B B A."""
     times = ([1 / a + 1 / b for a, b in zip(side[::2], side[1::2])] for side in (off, on))
     return [a / b for a, b in zip(*times)]
+
+
+def measure(model: str, record: str, device: str, rounds: int) -> dict[str, list[float]]:
+    """Measure tokens per second of ``rounds`` rounds with recording and without, in turns."""
+    if device == "cpu":
+        engine = Engine(model, record, device)
+        engines = {"off": engine, "on": engine}
+    else:  # One after the other: both look at how much memory of a GPU is free.
+        engines = {
+            name: Engine(model, path, device) for name, path in (("off", None), ("on", record))
+        }
+    speeds: dict[str, list[float]] = {name: [] for name in engines}
+    for number in range(rounds):
+        for name in ("off", "on") if number % 2 == 0 else ("on", "off"):
+            speeds[name].append(engines[name].round(name))
+    for engine in set(engines.values()):
+        engine.stop()
+    return speeds
+
+
+def print_speeds(speeds: dict[str, list[float]], tokens: int) -> None:
+    """Print medians, spread and the ratio; ``tokens`` are the choices that were recorded."""
+    for name, values in speeds.items():
+        print(
+            f"recording {name:>3}: median {statistics.median(values):8.1f} tokens/s (least "
+            f"{min(values):.1f}, most {max(values):.1f})"
+        )
+    ratios = sorted(_ratios(speeds["on"], speeds["off"]))
+    quarter = len(ratios) // 4
+    print(
+        f"on / off: median {statistics.median(ratios):.4f}, middle half {ratios[quarter]:.4f} to "
+        f"{ratios[-1 - quarter]:.4f}; {tokens} choices recorded"
+    )
 
 
 def main() -> None:
@@ -243,22 +281,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or str(scale.write(Path(folder) / "model"))
         record = str(Path(folder) / "load")
-        if device == "cpu":
-            engine = Engine(model, record, device)
-            engines = {"off": engine, "on": engine}
-        else:  # One after the other: both look at how much memory of a GPU is free.
-            engines = {
-                name: Engine(model, path, device) for name, path in (("off", None), ("on", record))
-            }
-        speeds: dict[str, list[float]] = {name: [] for name in engines}
-        for number in range(given.rounds):
-            for name in ("off", "on") if number % 2 == 0 else ("on", "off"):
-                speeds[name].append(engines[name].round(name))
-        for engine in set(engines.values()):
-            engine.stop()
+        speeds = measure(model, record, device, given.rounds)
         tokens = int(read_load(record).counts.sum())
-    ratios = _ratios(speeds["on"], speeds["off"])
-    ordered = sorted(ratios)
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     print(
         f"machine: {platform.machine()}, {os.cpu_count()} CPUs, load average "
@@ -273,17 +297,7 @@ def main() -> None:
         f"{scale.requests} requests of {scale.prompt} "
         f"tokens and {scale.answer} generated"
     )
-    for name, values in speeds.items():
-        print(
-            f"recording {name:>3}: median {statistics.median(values):8.1f} tokens/s (least "
-            f"{min(values):.1f}, most {max(values):.1f})"
-        )
-    quarter = len(ordered) // 4
-    print(
-        f"on / off: median {statistics.median(ratios):.4f}, middle half {ordered[quarter]:.4f} to "
-        f"{ordered[-1 - quarter]:.4f}; "
-        f"{tokens} choices recorded"
-    )
+    print_speeds(speeds, tokens)
 
 
 if __name__ == "__main__":

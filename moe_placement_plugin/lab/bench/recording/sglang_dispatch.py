@@ -1,4 +1,4 @@
-"""SGLang's static dispatch table: its own Python loops against ours, in one run.
+"""Compare SGLang's static dispatch table, made by its own Python loops, with ours.
 
     python -m moe_placement_plugin.lab.bench.recording.sglang_dispatch
 
@@ -33,7 +33,7 @@ LAYERS, EXPERTS = 58, 256
 def stock_table(
     slots_of: np.ndarray, num_ranks: int, num_slots: int, ranks_per_node: int | None
 ) -> np.ndarray:
-    """SGLang's own table for all ranks: ``[ranks, layers, experts]``.
+    """Return SGLang's own table for all ranks: ``[ranks, layers, experts]``.
 
     Args:
         slots_of: ``[layers, experts, most replicas]``, slots of each expert, -1 as padding.
@@ -72,7 +72,9 @@ def stock_table(
 
 
 def replica_imbalance(table: np.ndarray, slots_of: np.ndarray) -> np.ndarray:
-    """Ranks served by an expert's busiest replica / mean over its replicas, ``[replicated experts of all layers]``.
+    """Return the ranks served by an expert's busiest replica / mean over its replicas.
+
+    Shape: ``[replicated experts of all layers]``.
 
     Args:
         table: ``[ranks, layers, experts]``, the slot that each rank uses.
@@ -86,7 +88,7 @@ def replica_imbalance(table: np.ndarray, slots_of: np.ndarray) -> np.ndarray:
 def skewed_placement(
     num_ranks: int, num_redundant: int, num_nodes: int, seed: int = 0
 ) -> Placement:
-    """`eplb`'s placement of R1's layers for a zipf-skewed load."""
+    """Return `eplb`'s placement of R1's layers for a zipf-skewed load."""
     rng = np.random.default_rng(seed)
     popularity = 1.0 / np.arange(1, EXPERTS + 1) ** 0.8
     counts = np.stack([rng.permutation(popularity) for _ in range(LAYERS)]) * 1e6
@@ -101,7 +103,7 @@ def skewed_placement(
 
 
 def best_of(runs: int, function: Any, *args: Any) -> tuple[float, np.ndarray]:
-    """Seconds of the fastest of ``runs`` calls, and the result."""
+    """Return the seconds of the fastest of ``runs`` calls, and the result."""
     seconds = float("inf")
     for _ in range(runs):
         start = time.perf_counter()

@@ -119,7 +119,7 @@ def windows(model: MovedModel, repeats: int) -> list[np.ndarray]:
 
 
 def pause_ours(model: MovedModel, repeats: int) -> dict[str, float]:
-    """Rebalance with our planner and exchange after each window."""
+    """Time a rebalance with our planner and exchange after each window."""
     sizes = list(model.exchanger.expert_bytes.values())
     rebalancer = Rebalancer(
         RebalancePolicy(min_gain=0.0, hysteresis=0.0),
@@ -152,7 +152,7 @@ def pause_ours(model: MovedModel, repeats: int) -> dict[str, float]:
 
 
 def pause_vllm(model: MovedModel, repeats: int, kind: str) -> dict[str, float]:
-    """Rebalance after the same windows with vLLM's default policy and its own exchange.
+    """Time a rebalance after the same windows with vLLM's default policy and its own exchange.
 
     Args:
         model: what is moved.

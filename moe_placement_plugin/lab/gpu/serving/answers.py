@@ -1,4 +1,4 @@
-"""How one server's greedy answers differ from another's.
+"""Say how one server's greedy answers differ from another's.
 
 Adding the same numbers in another order changes the last bits of a logit, so two correct servers
 may part where two tokens are about as probable. That is what tells such a place from a wrong
@@ -20,7 +20,9 @@ ALTERNATIVES = 5
 
 
 def difference(found: Sequence[Completion], reference: Sequence[Completion]) -> dict:
-    """Compare answers up to and with the first other token: behind it the two continue different texts.
+    """Compare answers up to and with the first other token.
+
+    Behind it the two continue different texts.
 
     Args:
         found: of the server, one per prompt.

@@ -30,7 +30,7 @@ CONSTANT = 2.0
 def fit_bias(
     noise: torch.Tensor, shares: torch.Tensor, routing: Routing, steps: int = 150
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A bias per expert that makes the choices follow ``shares``.
+    """Fit a bias per expert that makes the choices follow ``shares``.
 
     Args:
         noise: logits without bias, ``[tokens, experts]``.
@@ -61,10 +61,13 @@ def fit_bias(
 
 GATE = ".mlp.gate.weight"
 GATES = "gates.safetensors"
-"""The routers are in a file of their own, the only one in which a model and its even twin differ."""
+"""The routers' file, the only one in which a model and its even twin differ."""
 
 WRITERS = 4
-"""Layers that are written at once: a layer takes longer to copy from the GPU and to write than to draw."""
+"""Layers that are written at once.
+
+A layer takes longer to copy from the GPU and to write than to draw.
+"""
 
 MADE = "made.json"
 """What a checkpoint was made of."""
@@ -78,7 +81,9 @@ def write(
     device: str,
     seed: int = 0,
 ) -> dict:
-    """Write a checkpoint, a file per layer and one for all routers; the very same one that is there from before is kept.
+    """Write a checkpoint, a file per layer and one for all routers.
+
+    The very same one that is there from before is kept.
 
     Returns:
         {"shares": wanted, "reached": by the embeddings}, float ``[MoE layers, experts]`` each, as
@@ -165,14 +170,17 @@ def _save(tensors: Tensors, dtype: torch.dtype, path: Path) -> None:
 
 
 def _normal(embedding: torch.Tensor) -> torch.Tensor:
-    """What RMSNorm makes of the embeddings."""
+    """Return what RMSNorm makes of the embeddings."""
     return embedding / embedding.square().mean(dim=1, keepdim=True).sqrt()
 
 
 def _fitted(
     gate: torch.Tensor, normal: torch.Tensor, shares: torch.Tensor, routing: Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the gate ``[experts, hidden]`` with a bias in column 0, which was zero; the share of each expert)."""
+    """Return the gate ``[experts, hidden]`` with a bias in column 0, and each expert's share.
+
+    The column was zero.
+    """
     bias, found = fit_bias(normal @ gate.T, shares, routing)
     gate[:, 0] = bias.to(gate) / float(normal[:, 0].mean())
     return gate, found
@@ -280,7 +288,10 @@ SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
 
 
 def _write_tokenizer(path: Path, vocab: int) -> None:
-    """A word is a token: ``w17`` is token 17. The first four are special ones, which must not be the beginning of a word."""
+    """Write a tokenizer to which a word is a token: ``w17`` is token 17.
+
+    The first four are special ones, which must not be the beginning of a word.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), vocab))]

@@ -1,4 +1,4 @@
-"""The servers that are compared: one engine, one model, a placement each."""
+"""Describe the servers that are compared: one engine, one model, a placement each."""
 
 from __future__ import annotations
 
@@ -17,21 +17,33 @@ RESTLESS = {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5, "small_batche
 MOST_REQUESTS = 128
 """Under way in a server at once, and the largest batch that CUDA graphs are captured for."""
 LARGEST_STEP = 16384
-"""Tokens that a server takes in one forward pass at most. A layer of 8192 of Qwen3-30B-A3B's was 1.8 ms of kernels for two H200 and took 2.3 ms or
-more: the GPUs waited for the host."""
+"""Tokens that a server takes in one forward pass at most.
+
+A layer of 8192 of Qwen3-30B-A3B's was 1.8 ms of kernels for two H200 and took 2.3 ms or more: the
+GPUs waited for the host.
+"""
 CACHE_TOKENS = 90_112
-"""Of keys and values in each server: more than any workload has under way at once, and little, since all servers share the GPUs."""
+"""Tokens whose keys and values each server holds.
+
+More than any workload has under way at once, and little, since all servers share the GPUs.
+"""
 BESIDES, BESIDES_EPLB = 5 << 30, 8 << 30
-"""Bytes of each GPU that a server takes besides weights and cache: CUDA's context, NCCL, work space, graphs; EPLB has buffers and
-communicators of its own. 3.4 and 6.2 GiB were seen on an H100 with steps of half as many tokens."""
+"""Bytes of each GPU that a server takes besides weights and cache; the second with EPLB.
+
+CUDA's context, NCCL, work space, graphs; EPLB has buffers and communicators of its own. 3.4 and 6.2
+GiB were seen on an H100 with steps of half as many tokens.
+"""
 
 STREAMED = 8
-"""Tokens that a server sends at once after the first: a hundred streams of single tokens take more of its processors than the model of the GPUs."""
+"""Tokens that a server sends at once after the first.
+
+A hundred streams of single tokens take more of its processors than the model of the GPUs.
+"""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One server.
+    """Describe one server.
 
     Attributes:
         name: as in the tables.
@@ -54,14 +66,17 @@ class Contestant:
     engines: tuple[str, ...] = ("vllm", "sglang")
 
     def exists(self, engine: str, layout: str) -> bool:
-        """Whether an engine has it; SGLang with data-parallel attention cannot record without an all-to-all back end."""
+        """Return whether an engine has it.
+
+        SGLang with data-parallel attention cannot record without an all-to-all back end.
+        """
         return engine in self.engines and not (
             self.recording and (engine, layout) == ("sglang", "dp")
         )
 
     @property
     def file(self) -> str:
-        """The name as part of a file's: of its log, its recording, its traces."""
+        """Return the name as part of a file's: of its log, its recording, its traces."""
         return self.name.replace(" ", "-")
 
 
@@ -92,7 +107,9 @@ def batches(
     takes: Callable[[Contestant], float] = lambda one: 0,
     free: float = 0,
 ) -> list[list[Contestant]]:
-    """The contestants in groups, each with the first one and the ideal, so that every ratio is of servers that took turns.
+    """Group the contestants, each group with the first one and the ideal.
+
+    So every ratio is of servers that took turns.
 
     Args:
         contestants: in their order.
@@ -130,7 +147,7 @@ def batches(
 
 @dataclass(frozen=True)
 class Setup:
-    """What all servers of a run share.
+    """Hold what all servers of a run share.
 
     Attributes:
         engine: ``vllm`` or ``sglang``.
@@ -164,12 +181,12 @@ class Setup:
 
     @property
     def gpus(self) -> int:
-        """That are used."""
+        """Return the number of GPUs that are used."""
         return 1 if self.one_gpu else self.ranks
 
     @property
     def started(self) -> int:
-        """Ranks that run."""
+        """Return the number of ranks that run."""
         return 1 if self.one_gpu == "lone" else self.ranks
 
 
@@ -181,7 +198,7 @@ def command(
     port: int,
     record: Path | None = None,
 ) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a contestant's server.
+    """Return command line and environment of a contestant's server.
 
     Raises:
         PlacementError: when it needs a recorded load and there is none.
@@ -298,7 +315,7 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
 
 
 def _data_parallel(line: list[str], setup: Setup) -> list[str]:
-    """The same server with data-parallel attention in place of tensor-parallel."""
+    """Return the command of the same server with data-parallel attention."""
     if setup.engine == "sglang":
         return [*line, "--dp-size", str(setup.ranks), "--enable-dp-attention"]
     at = line.index("--tensor-parallel-size")

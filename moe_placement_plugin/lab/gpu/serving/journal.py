@@ -9,7 +9,9 @@ from rich.console import Console
 
 
 class Journal:
-    """Hold a run's result, which is saved after each step: a time limit loses no more than the last.
+    """Hold a run's result, which is saved after each step.
+
+    So a time limit loses no more than the last.
 
     Args:
         file: where it is written, None for nowhere.

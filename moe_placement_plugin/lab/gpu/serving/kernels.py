@@ -1,4 +1,6 @@
-"""Where a server's time goes on the GPUs: its kernels while it decodes and while it takes in prompts, from the engine's own torch profiler.
+"""Profile a server's kernels, while it decodes and while it takes in prompts.
+
+The engine's own torch profiler does it.
 
 Servers of one model and one load run the same number of MoE layers, so time per MoE layer can be
 compared kernel by kernel: what a placement, redundant experts or counting the load add shows as a
@@ -24,11 +26,14 @@ from .traffic import WORKLOADS, Workload, drive, post
 LOADS = {"decode": Workload(128, 64, 24, 128), "prefill": Workload(16, 4096, 1, 16)}
 """Short: a trace has an event for each kernel that was launched."""
 MOE_KERNEL = "fused_moe"
-"""Of both engines' Triton kernel's name, which is launched twice in a layer."""
+"""Part of the name of both engines' Triton kernel, which is launched twice in a layer."""
 EXPERTS = re.compile(
     r"fused_moe|act_and_mul|moe_align_block_size|count_and_sort_expert_tokens|moe_sum"
 )
-"""All that runs for the experts of a rank, which is what `moe-placement bench layer` times: not the choice of them, nor the exchange."""
+"""All that runs for the experts of a rank.
+
+It is what `moe-placement bench layer` times: not the choice of them, nor the exchange.
+"""
 OWN_WORK = re.compile(
     r"^(?!.*(nccl|all_?reduce|all_?gather|reduce_?scatter|cross_device))", re.IGNORECASE
 )
@@ -36,7 +41,7 @@ OWN_WORK = re.compile(
 
 
 def vllm_arguments(folder: Path) -> list[str]:
-    """What a vLLM server needs to be profiled when it is asked to; SGLang needs nothing."""
+    """Return what a vLLM server needs to be profiled when asked to; SGLang needs nothing."""
     settings = {
         "profiler": "torch",
         "torch_profiler_dir": str(folder),
@@ -99,7 +104,10 @@ def profile(server: ProfiledServer, load: str, vocab: int, seconds: float = 60) 
 def _new_traces(
     folder: Path, before: set[Path], url: str, ranks: int, seconds: float
 ) -> list[list[dict]]:
-    """The events of each trace that is in a folder now and was not before, once there is one of each rank and all are whole."""
+    """Return the events of each trace that is in a folder now and was not before.
+
+    It waits until there is one of each rank and all are whole.
+    """
     end = time.monotonic() + seconds
     while True:
         found = sorted(set(_traces(folder)) - before)
@@ -118,7 +126,7 @@ def _new_traces(
 
 
 def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict:
-    """What a MoE layer takes: from the end of one layer's MoE kernels to the end of the next one's.
+    """Return what a MoE layer takes, from the end of one's MoE kernels to the end of the next's.
 
     Args:
         ranks: the events of each rank's trace.
@@ -178,7 +186,10 @@ def _by_kernel(events: Sequence[Mapping]) -> dict[str, list[float]]:
 
 
 def _layers(events: list[Mapping]) -> list[list[Mapping]]:
-    """One rank's events, layer by layer, each from behind the MoE kernels of the one before; all as one when there is no such kernel."""
+    """Cut one rank's events into layers, each from behind the MoE kernels of the one before.
+
+    All are one when there is no such kernel.
+    """
     events = sorted(events, key=lambda event: event.get("ts", 0))
     ends = [number + 1 for number, event in enumerate(events) if MOE_KERNEL in event["name"]][1::2]
     return [events[start:end] for start, end in pairwise(ends)] or [events]
@@ -193,7 +204,7 @@ def _end(events: Sequence[Mapping]) -> float:
 
 
 def short(name: str) -> str:
-    """A kernel's name without return type, template arguments and parameters."""
+    """Return a kernel's name without return type, template arguments and parameters."""
     name = re.sub(r"^void ", "", name.replace("(anonymous namespace)", ""))
     return re.split(r"[<(]", name, maxsplit=1)[0][:70] or name[:70]
 

@@ -154,7 +154,10 @@ class Measuring:
         return {name: found[name] for name in left}
 
     def _round(self, workload: str, server: Server, number: int) -> dict[str, float | None]:
-        """Measure one server in one round; -1 warms up, with as many under way and short answers."""
+        """Measure one server in one round; -1 warms up.
+
+        It has as many under way and short answers.
+        """
         full, vocab = WORKLOADS[workload], self.model.size.vocab
         if number < 0:
             full = replace(

@@ -14,7 +14,7 @@ from ...staged_layer import Routing
 
 @dataclass(frozen=True)
 class Model:
-    """A model's shape.
+    """Describe a model's shape.
 
     Attributes:
         size: widths and number of layers; for grouped models layer 0 is dense.
@@ -30,11 +30,11 @@ class Model:
 
     @property
     def moe_layers(self) -> range:
-        """Ids of the MoE layers."""
+        """Return the ids of the MoE layers."""
         return range(1 if self.groups else 0, self.size.layers)
 
     def cut(self, layers: int | None) -> Model:
-        """The same model with fewer layers.
+        """Return the same model with fewer layers.
 
         Raises:
             PlacementError: when it has no MoE layer then.
@@ -50,7 +50,7 @@ class Model:
         return made
 
     def cache_bytes(self, tokens: int, ranks: int, itemsize: int) -> int:
-        """Keys and values of ``tokens`` tokens on each of ``ranks`` GPUs, in bytes.
+        """Return the bytes of ``tokens`` tokens' keys and values on each of ``ranks`` GPUs.
 
         With data-parallel attention a rank has a share of the tokens and all heads of each: as many
         bytes, while heads divide.
@@ -65,7 +65,7 @@ class Model:
         )
 
     def routing(self, device: str = "cpu") -> Routing:
-        """The model's rule, without a correction bias: the gate has one."""
+        """Return the model's rule, without a correction bias: the gate has one."""
         if self.groups:
             zero = torch.zeros(self.experts, device=device)
             return Routing(
@@ -80,7 +80,7 @@ class Model:
         return Routing(self.experts, self.top_k)
 
     def config(self) -> dict:
-        """config.json."""
+        """Return config.json."""
         if self.groups:
             return glm4_moe_config(self.size, self.experts, self.groups, self.top_k)
         return qwen3_moe_config(self.size, self.experts, self.top_k)
@@ -98,7 +98,9 @@ MODELS = {
 
 
 def wanted_shares(load: ExpertLoad | None, model: Model) -> np.ndarray:
-    """Share of the choices that each expert shall get, float64 ``[MoE layers, experts]``, from layers and experts of a recorded load in order.
+    """Return the share of the choices that each expert shall get, float64.
+
+    Shape: ``[MoE layers, experts]``, from layers and experts of a recorded load in order.
 
     No expert gets more than nine tenths of what one can: a token chooses it once. None for an even
     load.

@@ -1,4 +1,6 @@
-"""What `simulate`'s cost model says of each server's MoE layers and throughput, and how far off it is.
+"""Predict each server's MoE layers and throughput by `simulate`'s cost model.
+
+It is also said how far off that is.
 
 The layers are compared with the busiest ranks' kernels for their experts in a profile, which do not
 depend on what else a server, its client or the machine do. For throughput, a server's time per
@@ -24,11 +26,11 @@ from .models import Model
 from .traffic import WORKLOADS, Workload
 
 MIN_APART = 0.01
-"""Relative difference of the two servers' predicted layers below which nothing can be told from them."""
+"""Relative difference of two servers' predicted layers below which nothing can be told."""
 
 
 def costs(names: Sequence[str]) -> dict[str, LayerCost]:
-    """The cost models of calibrations, by the phase that each was measured for.
+    """Fit the cost models of calibrations, by the phase that each was measured for.
 
     Args:
         names: files, or calibrations that come with the package.
@@ -50,12 +52,15 @@ def costs(names: Sequence[str]) -> dict[str, LayerCost]:
 
 
 def cost_of(workload: str, known: Mapping[str, LayerCost]) -> LayerCost:
-    """That of the workload's phase; all but decode are mostly prefill. With one calibration only, that one."""
+    """Return the cost model of the workload's phase; all but decode are mostly prefill.
+
+    With one calibration only, it is that one's.
+    """
     return known.get("decode" if workload == "decode" else "prefill", next(iter(known.values())))
 
 
 def step_tokens(name: str, workload: Workload) -> int:
-    """Tokens of a typical forward pass: of prompts, or one of each request under way."""
+    """Return the tokens of a typical forward pass: of prompts, or one of each request under way."""
     if name == "decode":
         return workload.concurrency
     return min(LARGEST_STEP, workload.concurrency * workload.prompt)
@@ -69,7 +74,7 @@ def layer_times(
     top_k: int,
     cost: LayerCost,
 ) -> dict[str, float]:
-    """Microseconds of all MoE layers in one forward pass, by server.
+    """Return the microseconds of all MoE layers in one forward pass, by server.
 
     Args:
         placements: of the servers whose placement stays.
@@ -96,7 +101,9 @@ def layer_times(
 def predict(
     layers: Mapping[str, float], measured: Mapping[str, float], first: str
 ) -> dict[str, dict[str, float]]:
-    """Tokens per second of the servers between the first and the ideal one, and the prediction's relative error.
+    """Predict the tokens per second of the servers between the first and the ideal one.
+
+    The prediction's relative error is added.
 
     Args:
         layers: of `layer_times`.
@@ -123,7 +130,7 @@ def predict(
 def predict_layers(
     layers: Mapping[str, float], measured: Mapping[str, float], first: str
 ) -> dict[str, dict[str, float]]:
-    """Predicted MoE layers beside profiled ones.
+    """Put predicted MoE layers beside profiled ones.
 
     Args:
         layers: of `layer_times`.
@@ -149,7 +156,7 @@ def predict_layers(
 
 @dataclass(frozen=True)
 class Predictor:
-    """The predictions for one run.
+    """Make the predictions for one run.
 
     Attributes:
         costs: of `costs`.
@@ -168,7 +175,10 @@ class Predictor:
     first: str
 
     def throughput(self, workload: str, rounds: Mapping[str, Sequence[Mapping]]) -> dict:
-        """Of the servers between the first and the ideal one: ``servers`` of `predict`, ``layer_us`` of `layer_times`, and ``step_tokens``."""
+        """Predict the throughput of the servers between the first and the ideal one.
+
+        It takes ``servers`` of `predict`, ``layer_us`` of `layer_times`, and ``step_tokens``.
+        """
         tokens = step_tokens(workload, WORKLOADS[workload])
         layers = self._layer_times(workload, tokens, rounds)
         measured = {
@@ -182,7 +192,7 @@ class Predictor:
         }
 
     def layers(self, load: str, profiles: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
-        """`predict_layers` of what was profiled under one of `kernels.LOADS`."""
+        """Return `predict_layers` of what was profiled under one of `kernels.LOADS`."""
         asked = LOADS[load]
         tokens = step_tokens(load, asked)
         if load == "decode":  # all steps alike, however many

@@ -1,4 +1,8 @@
-"""What was measured, as tables; ``python -m moe_placement_plugin.lab.gpu.serving.report FILE...`` prints those of runs' ``--json`` for a page."""
+"""Show what was measured as tables.
+
+``python -m moe_placement_plugin.lab.gpu.serving.report FILE...`` prints those of runs' ``--json``
+for a page.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ COLUMNS = (
 
 
 def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Table:
-    """One workload, a row per server; the first is what the others are compared with.
+    """Make one workload's table, a row per server; the others are compared with the first.
 
     Args:
         workload: its name.
@@ -40,7 +44,7 @@ def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str,
 
 
 def kernel_table(load: str, found: Mapping[str, Mapping]) -> Table:
-    """What a MoE layer takes under one load, a column per server.
+    """Make a table of what a MoE layer takes under one load, a column per server.
 
     Args:
         load: of `kernels.LOADS`.
@@ -51,7 +55,7 @@ def kernel_table(load: str, found: Mapping[str, Mapping]) -> Table:
 
 
 def _table(title: str, lines: Iterable[list[str]]) -> Table:
-    """The first line is of heads, the first column of names."""
+    """Make a table; the first line is of heads, the first column of names."""
     heads, *rows = lines
     made = Table(title=title, title_justify="left", box=None)
     for number, column in enumerate(heads):
@@ -66,7 +70,7 @@ def _kernel_title(load: str) -> str:
 
 
 def _kernel_lines(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
-    """Heads, the kernels in which servers differ most, and what a layer takes."""
+    """Yield heads, the kernels in which servers differ most, and what a layer takes."""
     yield ["kernel", *found]
     kernels = [of["kernels"] for of in found.values()]
     gap = {
@@ -99,13 +103,16 @@ def _kernel_lines(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
 
 
 def by_load(kernels: Mapping[str, Mapping[str, Mapping]]) -> dict[str, dict[str, Mapping]]:
-    """What was profiled, load -> server, of server -> load."""
+    """Turn what was profiled, server -> load, into load -> server."""
     loads = dict.fromkeys(load for of in kernels.values() for load in of)
     return {load: {name: of[load] for name, of in kernels.items() if load in of} for load in loads}
 
 
 def disturbed_in_words(rounds: Mapping[str, list[dict]]) -> str:
-    """What the machine did to the measuring, most of all rounds: what is as long as a wait of a server's is none of that server's."""
+    """Describe what the machine did to the measuring, most of all rounds.
+
+    What is as long as a wait of a server's is none of that server's.
+    """
     all_rounds = [row for rows in rounds.values() for row in rows if "client_lag" in row]
     if not all_rounds:
         return ""
@@ -123,7 +130,7 @@ def _title(workload: str, rounds: Mapping[str, list[dict]]) -> str:
 
 
 def _lines(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Iterator[list[str]]:
-    """Heads, and the cells of each server."""
+    """Yield heads, and the cells of each server."""
     first = next(iter(rounds))
     yield [column.format(first=first) for column in COLUMNS]
     speed = {name: np.array([r["tokens_per_s"] for r in rows]) for name, rows in rounds.items()}
@@ -147,7 +154,7 @@ def _lines(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Ite
 
 
 def answers_in_words(found: dict, asked: int) -> str:
-    """How a server's answers differ from the first one's, of `difference`."""
+    """Describe how a server's answers differ from the first one's, as `difference` found."""
     same = (
         "equal"
         if not found["different"]
@@ -160,7 +167,7 @@ def answers_in_words(found: dict, asked: int) -> str:
 
 
 def prediction_in_words(predicted: dict) -> str:
-    """One line of what the cost model predicted."""
+    """Describe in one line what the cost model predicted."""
     if not predicted["servers"]:
         return (
             "cost model: no prediction, the first server's MoE layers and the ideal ones take the "
@@ -177,7 +184,7 @@ def prediction_in_words(predicted: dict) -> str:
 
 
 def layers_in_words(load: str, found: Mapping[str, Mapping[str, float]]) -> str:
-    """One line of what `predict_layers` found under one load."""
+    """Describe in one line what `predict_layers` found under one load."""
     if not found:
         return (
             f"cost model, MoE layers in {load}: no prediction, no such kernel of the first "
@@ -198,7 +205,9 @@ def layers_in_words(load: str, found: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def markdown(result: Mapping) -> str:
-    """All tables of a run's ``--json``, for a page: per batch and workload a row for each server.
+    """Return all tables of a run's ``--json`` for a page: a row for each server.
+
+    There is one per batch and workload.
 
     Args:
         result: what `Run` saved; a run that was cut off has fewer rounds, and servers without any
@@ -253,12 +262,12 @@ def _sentence(words: str) -> str:
 
 
 def balance_in_words(balance: Mapping[str, float]) -> str:
-    """Balancedness of each placement."""
+    """Describe the balancedness of each placement."""
     return ", ".join(f"{name} {value:.3f}" for name, value in balance.items())
 
 
 def _markdown_table(title: str, lines: Iterable[list[str]]) -> str:
-    """The first line is of heads."""
+    """Return a table as Markdown; the first line is of heads."""
     heads, *rows = lines
     return f"{title}\n\n" + "\n".join(
         f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows]

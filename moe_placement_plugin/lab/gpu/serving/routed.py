@@ -49,7 +49,10 @@ def check_recorded(load: ExpertLoad, model: Model, path: Path | None) -> None:
 def place_static(
     contestants: Sequence[Contestant], load: ExpertLoad, model: Model, ranks: int
 ) -> dict[str, Placement]:
-    """Place the experts of the contestants whose placement stays; without a strategy it is linear."""
+    """Place the experts of the contestants whose placement stays.
+
+    Without a strategy it is linear.
+    """
     placed = {}
     for one in contestants:
         if not one.moving and not one.even:

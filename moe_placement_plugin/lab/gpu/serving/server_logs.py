@@ -1,4 +1,4 @@
-"""What a server's log says of experts that moved, of fingerprints that were compared, and of ports.
+"""Read what a server's log says of experts that moved, of fingerprints and of ports.
 
 The engines' own rebalancing reports how often and how long, ours also how much: what vLLM and
 SGLang move by themselves they do not say.
@@ -24,11 +24,15 @@ PORT_TAKEN = re.compile(
     r"EADDRINUSE|address already in use|next\(rendezvous_iterator\)|_port at \d+ is not available",
     re.IGNORECASE,
 )
-"""Engines look for free ports and use them seconds later: another server that starts at the same time can take one in between."""
+"""What an engine says whose port is taken.
+
+Engines look for free ports and use them seconds later: another server that starts at the same time
+can take one in between.
+"""
 
 
 def moved(text: str, engine: str, ready: int = 0) -> dict[str, float]:
-    """Counts and times of one server, of all ranks that wrote to its log.
+    """Count and time what moved in one server, over all ranks that wrote to its log.
 
     Args:
         text: the log.
@@ -61,7 +65,7 @@ def moved(text: str, engine: str, ready: int = 0) -> dict[str, float]:
 
 
 def in_words(found: dict[str, float]) -> str:
-    """One line; empty when nothing moved and nothing was compared."""
+    """Describe it in one line; empty when nothing moved and nothing was compared."""
     parts = []
     if found["accepted"] or found["declined"]:
         parts.append(f"rebalances {found['accepted']} accepted, {found['declined']} declined")

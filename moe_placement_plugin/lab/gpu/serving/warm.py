@@ -1,4 +1,6 @@
-"""Requests whose forward passes have every size that a kernel is compiled anew for, before anything is measured.
+"""Have every kernel compiled before anything is measured.
+
+Requests are sent whose forward passes have every size that a kernel is compiled anew for.
 
 Triton compiles a kernel when a server first needs it, about a second each time on the hosts of two
 H200: vLLM's MoE kernel has other tiles for up to 32, 64, 96, 128 and 512 tokens and for more than
@@ -20,7 +22,9 @@ from .traffic import Seen, complete
 
 
 def unlike(top_k: int, experts: int) -> set[int]:
-    """How many tokens less than a multiple of 16 a step must have for each way that the MoE kernel is compiled in.
+    """Return how many tokens less than a multiple of 16 steps must have.
+
+    One for each way that the MoE kernel is compiled in.
 
     Triton compiles anew according to which of a kernel's integers are multiples of 16. Two of the
     MoE kernel's change with the tokens: choices, and rows with the padding of each expert to a
@@ -38,7 +42,7 @@ def unlike(top_k: int, experts: int) -> set[int]:
 
 
 def steps(longest: int, largest: int, ways: Collection[int]) -> list[list[int]]:
-    """Lengths of the prompts that are asked at once, of one step after the other.
+    """Return the lengths of the prompts that are asked at once, step after step.
 
     Args:
         longest: tokens of a prompt at most.

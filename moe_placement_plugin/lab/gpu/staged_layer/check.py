@@ -111,7 +111,10 @@ def _check_align(process: Process) -> bool:
 
 
 def _shuffled_placement(sizes: list[int], experts: int) -> Placement:
-    """Deal experts in no order to ranks of the given sizes, none twice on a rank, each at least once."""
+    """Deal experts in no order to ranks of the given sizes, none twice on a rank.
+
+    Each lies on a rank at least once.
+    """
     generator = np.random.default_rng(0)
     left = np.concatenate([generator.permutation(experts) for _ in range(3)]).tolist()
     slots: list[int] = []

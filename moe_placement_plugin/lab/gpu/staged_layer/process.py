@@ -53,7 +53,7 @@ class Process:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this is a process on a GPU."""
+        """Return whether this is a process on a GPU."""
         return self.device.type == "cuda"
 
     def say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Who multiplies: the installed engine's Triton kernels, or torch."""
+"""Find who multiplies: the installed engine's Triton kernels, or torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = ("auto", "vllm", "sglang", "torch", "dense")
 
 
 def find_matmuls(name: str = "auto", device: torch.device | str = "cpu") -> Matmuls:
-    """Matmuls by name; their ``name`` says what was found.
+    """Return matmuls by name; their ``name`` says what was found.
 
     Args:
         name: ``vllm`` or ``sglang``: the engine's kernels, on CPU under the Triton interpreter

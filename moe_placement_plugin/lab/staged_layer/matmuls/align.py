@@ -1,4 +1,6 @@
-"""The engines' align step in torch, for CPU: rows sorted by expert, each expert's padded to whole blocks.
+"""Do the engines' align step in torch, for CPU.
+
+Rows are sorted by expert, each expert's padded to whole blocks.
 
 On CUDA the engines' own kernels do this. Their CPU builds have none, and the Triton interpreter
 needs the same three tensors.
@@ -12,7 +14,7 @@ import torch
 def align_blocks(
     slots: torch.Tensor, block_size: int, num_slots: int, keep_elsewhere: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``moe_align_block_size`` of vLLM and SGLang. Waits for the device.
+    """Do what ``moe_align_block_size`` of vLLM and SGLang does. Waits for the device.
 
     Args:
         slots: int ``[rows, top_k]``, local slot of each choice, -1 elsewhere.

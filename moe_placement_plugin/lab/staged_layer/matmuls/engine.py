@@ -1,4 +1,7 @@
-"""What vLLM's and SGLang's Triton kernels have in common: block-aligned rows, ``[rows * top_k]`` intermediates."""
+"""Hold what vLLM's and SGLang's Triton kernels have in common.
+
+They take block-aligned rows and ``[rows * top_k]`` intermediates.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ INTERPRETER_TILES = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64,
 
 @dataclass(frozen=True, eq=False)
 class AlignedPlan:
-    """Result of the align step, used by both matmuls.
+    """Hold the result of the align step, used by both matmuls.
 
     Attributes:
         sorted_ids: int32, see `align_blocks`; None when every choice is a block of its own (vLLM,
@@ -57,7 +60,7 @@ class Product(NamedTuple):
 
 
 class EngineMatmuls(Matmuls):
-    """Matmuls by an engine's own kernel, launched by the engine's own launcher.
+    """Multiply by an engine's own kernel, launched by the engine's own launcher.
 
     Args:
         interpreted: whether Triton interprets its kernels on CPU (``TRITON_INTERPRET=1``).
@@ -73,13 +76,13 @@ class EngineMatmuls(Matmuls):
     def choose_tiles(
         self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The engine's own tiles for the up and the down projection."""
+        """Choose tiles for the up and the down projection as the engine does."""
 
     @abstractmethod
     def align(
         self, output: RouteOutput, config: dict[str, Any]
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """The engine's own align step on CUDA."""
+        """Run the engine's own align step on CUDA."""
 
     @abstractmethod
     def launch(
@@ -91,20 +94,23 @@ class EngineMatmuls(Matmuls):
         plan: AlignedPlan,
         product: Product,
     ) -> None:
-        """Set ``c[i] = a[i // top_k] @ b[slot of choice i].T``, times its router weight if asked."""
+        """Set ``c[i] = a[i // top_k] @ b[slot of choice i].T``, weighted by the router if asked."""
 
     @abstractmethod
     def engine_swiglu(self, values: torch.Tensor) -> torch.Tensor:
-        """The engine's activation kernel on CUDA."""
+        """Run the engine's activation kernel on CUDA."""
 
     @abstractmethod
     def engine_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The engine's sum over the choices on CUDA, ``[rows, top_k, columns]`` to ``[rows, columns]``."""
+        """Sum the choices of each row as the engine does on CUDA.
+
+        Shapes: ``[rows, top_k, columns]`` to ``[rows, columns]``.
+        """
 
     def plan(
         self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights
     ) -> AlignedPlan | None:
-        """None when there is nothing to multiply: no rows, or a rank without slots."""
+        """Align rows; None when there is nothing to multiply: no rows, or a rank without slots."""
         if not output.num_rows or not output.num_slots:
             return None
         if self.interpreted:
@@ -165,7 +171,7 @@ class EngineMatmuls(Matmuls):
 
 
 def check_mode(engine: str, device: torch.device) -> bool:
-    """Whether kernels are interpreted: on CPU they must be, on CUDA they must not.
+    """Return whether kernels are interpreted: on CPU they must be, on CUDA they must not.
 
     Raises:
         PlacementError: when device and environment do not fit.
@@ -185,7 +191,7 @@ def check_mode(engine: str, device: torch.device) -> bool:
 
 
 def engine_function(module: str, name: str, passed: tuple[str, ...]) -> Callable:
-    """A function of the installed engine that takes the parameters ``passed`` and needs no others.
+    """Return a function of the installed engine that takes ``passed`` and needs no others.
 
     Raises:
         PlacementError: naming what differs.
@@ -202,7 +208,7 @@ def engine_function(module: str, name: str, passed: tuple[str, ...]) -> Callable
 
 
 def require_parameters(function: Callable, where: str, passed: tuple[str, ...]) -> Callable:
-    """``function``, if it can be called with the parameters ``passed``.
+    """Return ``function``, if it can be called with the parameters ``passed``.
 
     Raises:
         PlacementError: naming what differs.

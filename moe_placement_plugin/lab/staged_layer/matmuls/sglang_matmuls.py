@@ -1,4 +1,6 @@
-"""SGLang's ``fused_moe_kernel`` and its align step, activation and sum, as ``_fused_moe_kernel_sequence`` calls them.
+"""Call SGLang's ``fused_moe_kernel``, align step, activation and sum.
+
+They are called as ``_fused_moe_kernel_sequence`` calls them.
 
 Read in SGLang 0.5.16, 0.5.20 and 0.5.23; what is called is probed by signature.
 """
@@ -40,7 +42,7 @@ _TILES = ("w1_shape", "w2_shape", "top_k", "dtype", "M", "return_down_config")
 
 
 class SglangMatmuls(EngineMatmuls):
-    """Matmuls by the installed SGLang."""
+    """Multiply by the installed SGLang."""
 
     zeroes_elsewhere = True
 

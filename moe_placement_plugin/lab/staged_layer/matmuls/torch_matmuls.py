@@ -1,4 +1,4 @@
-"""Matmuls in plain torch: grouped by slot, or dense (every slot computes every row).
+"""Multiply in plain torch: grouped by slot, or dense (every slot computes every row).
 
 On CPU a product is made of tiles of one fixed shape, padded with zeros: a BLAS picks its kernel,
 and with it the order of additions, by the shape, and a token's last bits would depend on how many
@@ -22,7 +22,7 @@ TILE = 64
 
 
 def accumulate(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``sums [m, n] += a [m, k] @ b [n, k].T`` in the type of ``sums``."""
+    """Add ``a [m, k] @ b [n, k].T`` to ``sums [m, n]``, in the type of ``sums``."""
     a, b = a.to(sums.dtype), b.to(sums.dtype)
     if sums.device.type != "cpu":
         sums.addmm_(a, b.T)
@@ -54,7 +54,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class SortedPlan:
-    """Assignments sorted by slot.
+    """Hold assignments sorted by slot.
 
     Attributes:
         rows: int64 ``[assignments]``, the row of each.
@@ -69,7 +69,10 @@ class SortedPlan:
 
 
 class TorchMatmuls(Matmuls):
-    """One matmul per slot that has rows. Waits for the device once, to learn the group sizes."""
+    """Multiply once per slot that has rows.
+
+    It waits for the device once, to learn the group sizes.
+    """
 
     name = f"torch {torch.__version__}"
 
@@ -106,12 +109,18 @@ class TorchMatmuls(Matmuls):
 
 
 class DenseMatmuls(Matmuls):
-    """Every slot computes every row, and the router weights of slots that were not chosen are 0. Never waits for the device."""
+    """Have every slot compute every row; router weights of slots not chosen are 0.
+
+    It never waits for the device.
+    """
 
     name = f"dense torch {torch.__version__}"
 
     def plan(self, x, output, weights):
-        """Router weight of each slot for each row, ``[slots, rows]``; 0 where it was not chosen."""
+        """Return the router's weight of each slot for each row, ``[slots, rows]``.
+
+        It is 0 where a slot was not chosen.
+        """
         table = x.new_zeros((output.num_rows, output.num_slots + 1), dtype=_wide(x.dtype))
         slots = output.local_slots.long()
         # A row's choices are distinct slots, but for those of other ranks, which share the column

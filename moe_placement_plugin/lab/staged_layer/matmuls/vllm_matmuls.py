@@ -1,4 +1,6 @@
-"""vLLM's ``fused_moe_kernel`` and its align step, activation and sum, as ``fused_experts_impl`` calls them.
+"""Call vLLM's ``fused_moe_kernel``, align step, activation and sum.
+
+They are called as ``fused_experts_impl`` calls them.
 
 Read in vLLM 0.25.1, 0.32.0 and 0.33.0; what is called is probed by signature.
 """
@@ -47,7 +49,7 @@ _TILES = ("w1_shape", "w2_shape", "top_k", "dtype", "M")
 
 
 class VllmMatmuls(EngineMatmuls):
-    """Matmuls by the installed vLLM."""
+    """Multiply by the installed vLLM."""
 
     zeroes_elsewhere = False
 

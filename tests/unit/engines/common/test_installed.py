@@ -1,4 +1,4 @@
-"""Which engines are installed."""
+"""Test which engines are installed."""
 
 from __future__ import annotations
 

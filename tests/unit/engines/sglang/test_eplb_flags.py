@@ -1,4 +1,7 @@
-"""How our placement and planner reach SGLang's EPLB, from flags to windows of its load."""
+"""Test how our placement and planner reach SGLang's EPLB.
+
+They go from flags to windows of its load.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a rebalance of SGLang's EPLB is planned, exchanged and verified."""
+"""Test how a rebalance of SGLang's EPLB is planned, exchanged and verified."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS, EXPERTS, RANKS = 3, 8, 2
 
 
 class Metadata(types.SimpleNamespace):
-    """The tables of SGLang's metadata, and its `update`."""
+    """Hold the tables of SGLang's metadata, and its `update`."""
 
     def update(self, other, update_layer_ids):
         for name in vars(self):
@@ -44,7 +44,7 @@ def metadata(table, usable=None) -> Metadata:
 
 @pytest.fixture
 def serving(monkeypatch):
-    """Layers 0 (dense), 1 and 2 of 8 experts in 10 slots on 2 ranks, as SGLang begins."""
+    """Make layers 0 (dense), 1 and 2 of 8 experts in 10 slots on 2 ranks, as SGLang begins."""
     from sglang.srt.eplb import expert_location
 
     in_force = metadata(np.tile(np.arange(10) % EXPERTS, (LAYERS, 1)))
@@ -107,7 +107,7 @@ def test_without_strategy_eplb_the_algorithm_is_sglangs(monkeypatch):
 
 
 class Recorded(Exchanger):
-    """Plans, and moves nothing."""
+    """Plan, and move nothing."""
 
     def __init__(self):
         self.num_experts, self.num_slots, self.ranks, self.topology = EXPERTS, 5, 2, None
@@ -163,7 +163,7 @@ def test_maps_alone_change_where_a_dead_rank_held_replicas_only(serving, monkeyp
 
 
 class Manager:
-    """What `eplb.rebalance` asks of SGLang's manager."""
+    """Give what `eplb.rebalance` asks of SGLang's manager."""
 
     def _get_model(self):
         return types.SimpleNamespace(
@@ -173,7 +173,7 @@ class Manager:
 
 @pytest.fixture
 def rebalancing(serving, monkeypatch):
-    """Layers that were checked, for a rebalance in two chunks."""
+    """Return the layers that were checked, for a rebalance in two chunks."""
     checked = []
     monkeypatch.setattr(
         eplb, "recheck", lambda model, what, only, alone: checked.append(list(only))

@@ -1,4 +1,4 @@
-"""What the flags of a recording are refused for."""
+"""Test what the flags of a recording are refused for."""
 
 from __future__ import annotations
 

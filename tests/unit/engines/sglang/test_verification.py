@@ -1,4 +1,4 @@
-"""How the level of verification reaches the workers, and what the check of the tables sees."""
+"""Test how the level of verification reaches the workers, and what the check of the tables sees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .test_flags import TWO, arguments, refused, resolve
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    """What one test asks for is not left to the next."""
+    """Forget what one test asks for before the next."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -127,7 +127,7 @@ def test_random_replicas_are_not_verified_by_default(models):
 
 
 def tables(slots: list[int], experts: int) -> types.SimpleNamespace:
-    """SGLang's metadata of one layer, in as many tensors of its own as on a GPU."""
+    """Make SGLang's metadata of one layer, in as many tensors of its own as on a GPU."""
     held = torch.tensor([slots])
     width = max(slots.count(expert) for expert in range(experts))
     slots_of = torch.full((1, experts, width), -1)

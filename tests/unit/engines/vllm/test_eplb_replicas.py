@@ -1,4 +1,7 @@
-"""Replicas under vLLM's EPLB: which one a token takes on a CPU, and what is loaded into redundant slots."""
+"""Test replicas under vLLM's EPLB: which one a token takes on a CPU.
+
+They also test what is loaded into redundant slots.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ torch = pytest.importorskip("torch")
 
 
 def test_routing_in_torch_is_the_kernels():
-    """Replica of token t and expert e: (t * 2654435769 mod 2^32) mod replicas, as in vLLM's Triton kernel."""
+    """The replica is (t * 2654435769 mod 2^32) mod replicas, as in vLLM's Triton kernel.
+
+    That is the replica of token t.
+    """
     from moe_placement_plugin.engines.vllm.eplb_cpu import map_and_record
 
     table = torch.tensor([[0, 3, 5], [1, -1, -1], [2, 4, -1]])
@@ -47,7 +53,10 @@ def test_a_fused_tensor_gets_rows_for_redundant_experts():
 
 
 def test_models_that_name_no_redundant_experts_load_them_all_the_same():
-    """vLLM 0.25's GLM-4-MoE, and MTP heads of all versions: no weight was ever offered to their redundant slots."""
+    """No weight was ever offered to redundant slots of some models.
+
+    So it is in vLLM 0.25's GLM-4-MoE, and in MTP heads of all versions.
+    """
     import inspect
     from types import SimpleNamespace
 
@@ -72,7 +81,7 @@ def test_models_that_name_no_redundant_experts_load_them_all_the_same():
         return torch.nn.ModuleList([layer])
 
     def slots(physical, **more):
-        """Physical experts that the down projection of expert 1 is offered to."""
+        """Return the physical experts that the down projection of expert 1 is offered to."""
         mapping = fused_moe_make_expert_params_mapping(
             model(physical), "gate_proj", "down_proj", "up_proj", 8, **more
         )

@@ -1,4 +1,4 @@
-"""What the tests of the accuracy check share: the tiny models' folder, and the check run as a user does."""
+"""Run the accuracy check as a user does, on the tiny models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ QUESTIONS = 8
 def verify_accuracy(
     folder: Path, engine: str, strategies: tuple[str, ...]
 ) -> tuple[int | None, dict, str]:
-    """``moe-placement verify accuracy`` of the tiny Qwen3-MoE on two ranks with real servers, holding the machine's engine lock.
+    """Run ``moe-placement verify accuracy`` of the tiny Qwen3-MoE on two ranks.
+
+    The servers are real; the machine's engine lock is held.
 
     Returns:
         Exit code, the JSON that it wrote (empty without one), and its output.
@@ -65,7 +67,10 @@ def verify_accuracy(
 
 
 def check_every_strategy(folder: Path, engine: str, *strategies: str) -> None:
-    """Every strategy is in force on two ranks and gives stock's scores with no differing answer; stock can do what it was trained for."""
+    """Check that every strategy is in force and gives stock's scores with no other answer.
+
+    There are two ranks, and stock can do what it was trained for.
+    """
     code, data, output = verify_accuracy(folder, engine, strategies)
     assert code == 0, output[-4000:]
     assert data["comparisons"].keys() == set(strategies)

@@ -1,4 +1,4 @@
-"""Results of lm-eval, made up and compared."""
+"""Test results of lm-eval, made up and compared."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHOICES = [[-0.1, -5.0, -6.0], [-7.0, -0.2, -4.0]]
 def write(
     folder: Path, texts=TEXTS, choices=CHOICES, score=0.75, prompt="p", stderr: object = 0.25
 ) -> Path:
-    """Results and samples in the form of lm-eval 0.4.13."""
+    """Write results and samples in the form of lm-eval 0.4.13."""
     place = folder / "tiny"
     place.mkdir(parents=True)
     results = {

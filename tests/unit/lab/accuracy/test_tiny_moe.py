@@ -1,4 +1,4 @@
-"""The trained tiny MoE: its data, its size, what it can do and how it routes."""
+"""Test the trained tiny MoE: its data, its size, what it can do and how it routes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODELS = ("qwen3-moe", "glm4-moe")
 
 
 def right_answer(domain: str, prompt: str) -> str:
-    """Found out in another way than `problems` does."""
+    """Find the answer out in another way than `problems` does."""
     text = prompt[:-1]
     if domain == "sum":
         a, b = text.split("+")
@@ -134,7 +134,7 @@ def test_readme_states_what_was_measured(model):
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Model name -> the model in float32 and its encoder."""
+    """Return the model in float32 and its encoder, by model name."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -169,7 +169,7 @@ def test_answers_and_routing_are_as_stated(loaded, model):
 
 @pytest.fixture
 def broken(loaded):
-    """Puts the weights of other experts where some experts' weights belong, until the test ends."""
+    """Put other experts' weights where some experts' belong, until the test ends."""
     kept = []
 
     def break_(model: str, layers: slice, experts: list[int], by: list[int]) -> None:
@@ -185,7 +185,10 @@ def broken(loaded):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_map_without_its_weights_costs_answers(loaded, broken, model):
-    """Experts numbered as zigzag numbers them on two ranks, weights where the checkpoint has them."""
+    """Experts are numbered as zigzag numbers them, weights lie where the checkpoint has them.
+
+    There are two ranks.
+    """
     from train import exact_match
 
     network, encode = loaded[model]
@@ -195,7 +198,10 @@ def test_a_map_without_its_weights_costs_answers(loaded, broken, model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_two_exchanged_experts_move_log_probabilities(loaded, broken, model):
-    """Too little to cost many answers, but the log probabilities of the choices move by more than the tolerance (0.001)."""
+    """It is too little to cost many answers, but log probabilities of the choices move.
+
+    They move by more than the tolerance (0.001).
+    """
     import torch
     from train import routing
 
@@ -208,7 +214,7 @@ def test_two_exchanged_experts_move_log_probabilities(loaded, broken, model):
 
     @torch.no_grad()
     def logprobs():
-        """``[questions, choices]``"""
+        """Return log probabilities, ``[questions, choices]``."""
         every = network(input_ids=ids, use_cache=False).logits.log_softmax(-1)
         return (
             every.gather(-1, targets.clamp(min=0)[..., None])[..., 0]

@@ -1,4 +1,7 @@
-"""``moe-placement bench exchange``: real processes, small experts; what the figures must add up to."""
+"""Test ``moe-placement bench exchange`` with real processes and small experts.
+
+What the figures must add up to.
+"""
 
 from __future__ import annotations
 

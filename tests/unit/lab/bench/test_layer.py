@@ -1,4 +1,7 @@
-"""``moe-placement bench layer`` and the staged benchmark, on CPU: that they measure what they say, not how fast."""
+"""Test ``moe-placement bench layer`` and the staged benchmark, on CPU.
+
+They test that they measure what they say, not how fast.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,10 @@ def test_draw_step_refuses_too_few_experts():
 
 
 def test_times_follow_a_known_law(monkeypatch):
-    """With a clock that obeys the cost model, the fit gives the law back and a layer lasts as long as its slowest rank."""
+    """With a clock that obeys the cost model, the fit gives the law back.
+
+    A layer lasts as long as its slowest rank.
+    """
     shape = SHAPES["tiny"]
     bench = LayerBench("tiny", shape, CPU, find_matmuls("torch"), 3, use_ring=False)
 

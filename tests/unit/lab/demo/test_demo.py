@@ -1,4 +1,7 @@
-"""The demonstration without engines: a server that fails is quoted, and its checkpoints are complete."""
+"""Test the demonstration without engines: a server that fails is quoted.
+
+Its checkpoints are complete.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers in child processes: started, watched, ended."""
+"""Test servers in child processes: started, watched, ended."""
 
 from __future__ import annotations
 

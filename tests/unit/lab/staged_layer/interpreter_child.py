@@ -1,4 +1,6 @@
-"""Run under TRITON_INTERPRET=1: an engine's own kernel on CPU, compared with torch. Prints one JSON object.
+"""Compare an engine's own kernel on CPU with torch, under TRITON_INTERPRET=1.
+
+Prints one JSON object.
 
 python -m tests.unit.lab.staged_layer.interpreter_child vllm|sglang
 """
@@ -105,8 +107,10 @@ def on_four_ranks(matmuls: Matmuls, result: dict) -> None:
 
 
 def as_on_cuda(engine: str) -> dict[str, float]:
-    """The branch for CUDA, the engine's kernels that CPU builds lack replaced by torch: its own tiles and align step, and its
-    own fused call, which must give the same bits. SGLang's knows no float32: float16.
+    """Run the branch for CUDA, with torch for the engine's kernels that CPU builds lack.
+
+    Its own tiles and align step, and its own fused call, which must give the same bits. SGLang's
+    knows no float32: float16.
     """
     matmuls = (vllm_without_cuda if engine == "vllm" else sglang_without_cuda)()
     dtype = "float32" if engine == "vllm" else "float16"
@@ -185,7 +189,7 @@ def vllm_fused(x, weights, chosen, expert_map) -> torch.Tensor:
 def fill_aligned(
     topk_ids, block_size, num_slots, keep_elsewhere, sorted_ids, expert_ids, num_padded
 ) -> None:
-    """What the engines' align kernels write into their caller's tensors."""
+    """Write what the engines' align kernels write into their caller's tensors."""
     ids, experts, padded = align_blocks(topk_ids, block_size, num_slots, keep_elsewhere)
     sorted_ids.fill_(topk_ids.numel())
     sorted_ids[: ids.numel()], expert_ids[: experts.numel()] = ids, experts

@@ -1,4 +1,7 @@
-"""The installed engine's own Triton kernel under the interpreter, and what is asked of the engine before it is called."""
+"""Test the installed engine's own Triton kernel under the interpreter.
+
+They also test what is asked of the engine before it is called.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every combination of exchange, matmuls, placement and chunking against the float64 reference."""
+"""Test every combination of exchange, matmuls, placement and chunking.
+
+Each is compared with the float64 reference.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the stages promise each other, and their refusals."""
+"""Test what the stages promise each other, and their refusals."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def test_route_filters_everything_together(ranks, use_ring):
 
 @pytest.mark.parametrize("use_ring", [True, False], ids=["ring", "all-to-all"])
 def test_engines_kernels_can_read_what_route_returns_by_address(use_ring):
-    """vLLM's align step takes a pointer: on a GPU the two halves of what the all-to-all brings made it read weights as slots."""
+    """vLLM's align step takes a pointer.
+
+    On a GPU the two halves of what the all-to-all brings made it read weights as slots.
+    """
     made = make(Case(ep=1, tokens=(23,)))
     placed = layer(Case(ep=1), made, EpGroup.single()).placed
     _, output, _ = route(

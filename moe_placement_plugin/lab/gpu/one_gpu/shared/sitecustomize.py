@@ -1,4 +1,4 @@
-"""All ranks of an engine on one GPU: on PYTHONPATH of its processes.
+"""Run all ranks of an engine on one GPU: on PYTHONPATH of its processes.
 
 NCCL refuses two ranks on one device, so they talk over gloo, which takes CUDA tensors; what it
 cannot do with them is in `over_gloo`. Kernels, loaders, expert maps and EPLB are the real ones, and

@@ -1,4 +1,4 @@
-"""Import-only stand-in for SGLang's compiled kernels, which have no CPU build on PyPI.
+"""Stand in for SGLang's compiled kernels, which have no CPU build on PyPI; import-only.
 
 SGLang's CPU engine imports names from here at module level (speculative decoding, cache copies) and
 calls none of them in a plain run with the torch-native back ends. A name that is called after all

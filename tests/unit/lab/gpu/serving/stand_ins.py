@@ -1,4 +1,7 @@
-"""Stand in for what the tests of the serving benchmark do without: engines, servers, a command line."""
+"""Stand in for what the tests of the serving benchmark do without.
+
+Those are engines, servers and a command line.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,10 @@ def skewed(layers: int, experts: int) -> ExpertLoad:
 
 
 class Slow(BaseHTTPRequestHandler):
-    """Streams as an engine does: the first token after 50 ms, the others 10 ms apart, one of them after 200 ms."""
+    """Stream as an engine does: the first token after 50 ms, the others 10 ms apart.
+
+    One of them comes after 200 ms.
+    """
 
     asked: list[dict] = []
 
@@ -67,7 +73,7 @@ class Slow(BaseHTTPRequestHandler):
 
 
 class Stub(Server):
-    """A server that is there already, and logs nothing but the errors that its starts end with."""
+    """Stand in for a server: it logs nothing but the errors that its starts end with."""
 
     def __init__(self, name: str, log: Path, errors: Sequence[str] = ()):
         super().__init__([], 0, {}, log)

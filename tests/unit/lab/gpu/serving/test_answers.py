@@ -1,4 +1,4 @@
-"""How answers that differ are told."""
+"""Test how answers that differ are told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose routers follow a load, and the shapes that they are made of."""
+"""Test checkpoints whose routers follow a load, and the shapes that they are made of."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ def test_the_same_checkpoint_is_kept_and_any_other_made_anew(tmp_path):
 
 
 def shares_in_a_forward_pass(path, model) -> np.ndarray:
-    """What the routers choose when prompts run through all layers, ``[MoE layers, experts]``."""
+    """Return what routers choose when prompts run through all layers.
+
+    Shape: ``[MoE layers, experts]``.
+    """
     net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     seen: dict[int, list] = {}
     for layer in model.moe_layers:

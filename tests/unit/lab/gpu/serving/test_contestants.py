@@ -1,4 +1,4 @@
-"""The servers that are compared: their command lines, and which of them are up together."""
+"""Test the servers that are compared: their command lines, and which of them are up together."""
 
 from __future__ import annotations
 

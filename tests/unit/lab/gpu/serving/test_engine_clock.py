@@ -11,7 +11,7 @@ from moe_placement_plugin.lab.gpu.serving.engine_clock import EngineClock, decod
 
 
 def decode(rank: str, running: int, throughput: float) -> str:
-    """As SGLang writes it every 40 forward passes."""
+    """Return a line as SGLang writes it every 40 forward passes."""
     rest = (
         "#token: 12288, token usage: 0.16, cuda graph: True, "
         f"gen throughput (token/s): {throughput:.2f}, #queue-req: 0"
@@ -37,13 +37,18 @@ LOG = (
 
 
 def test_sglangs_log():
-    """What was behind a prefill of the same rank, or may have been, is left out, and so is that in which 127 requests ended: 4, 6 and 5
-    milliseconds remain."""
+    """What was behind a prefill of the same rank, or may have been, is left out.
+
+    So is that in which 127 requests ended: 4, 6 and 5 milliseconds remain.
+    """
     assert decoding(LOG) == pytest.approx(5.0) and decoding(BEFORE) is None
 
 
 class Metrics(BaseHTTPRequestHandler):
-    """Two engines behind one server; what was generated grows from look to look."""
+    """Serve the metrics of two engines behind one server.
+
+    What was generated grows from look to look.
+    """
 
     looks = 0
 

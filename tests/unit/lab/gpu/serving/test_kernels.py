@@ -28,8 +28,11 @@ from moe_placement_plugin.lab.gpu.serving.report import kernel_table, markdown  
 
 
 def trace(steps: int, moe: float = 10.0, **kernels: float) -> list[dict]:
-    """Two launches of the MoE kernel and one of each other kernel per layer, one microsecond apart, two layers per step; the first step is of
-    prompts and takes twice as long. What the host did counts for nothing."""
+    """Make a trace: two launches of the MoE kernel and one of each other kernel per layer.
+
+    One microsecond apart, two layers per step; the first step is of prompts and takes twice as
+    long. What the host did counts for nothing.
+    """
     layer = [
         (f"void at::native::{name}<float, {us}>(int*)", us) for name, us in kernels.items()
     ] + [("void fused_moe_kernel<128>(int)", moe)] * 2
@@ -172,7 +175,10 @@ def test_names():
 
 
 class Engine(BaseHTTPRequestHandler):
-    """Answers as an engine does, and writes a trace for each of two ranks once it is asked to stop; the second's comes late and bit by bit."""
+    """Answer as an engine does, and write a trace for each of two ranks when asked to stop.
+
+    The second's comes late and bit by bit.
+    """
 
     folder: Path | None = None
     asked: list[tuple[str, dict]] = []

@@ -1,4 +1,4 @@
-"""What a run decides and records before and while it measures."""
+"""Test what a run decides and records before and while it measures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from .stand_ins import GIVEN, skewed  # noqa: E402
 
 
 def test_a_server_takes_the_longest_prompt_that_it_is_asked(tmp_path):
-    """Profiles have prompts of their own, which servers that were started for short workloads refused."""
+    """Profiles have prompts of their own.
+
+    Servers that were started for short workloads refused them.
+    """
 
     def length(**given) -> int:
         return Run(SimpleNamespace(**GIVEN | given), tmp_path).setup.length
@@ -44,7 +47,10 @@ def test_a_server_takes_the_longest_prompt_that_it_is_asked(tmp_path):
 
 
 def test_what_is_recorded_first_is_recorded_with_tensor_parallel_attention(tmp_path):
-    """SGLang refuses to record with data-parallel attention, where ranks route each other's tokens."""
+    """SGLang refuses to record with data-parallel attention.
+
+    There ranks route each other's tokens.
+    """
     run = Run(
         SimpleNamespace(
             **GIVEN | {"engine": "sglang", "layout": "dp", "cpu": False, "contestant": None}
@@ -90,7 +96,10 @@ def test_experts_move_while_answers_are_compared(tmp_path):
 
 
 def test_a_log_that_looks_like_markup_is_printed_as_it_is(capsys, tmp_path):
-    """gloo begins its errors with the file that they are from, and a run ended when it was to tell of a server that did not start."""
+    """gloo begins its errors with the file that they are from.
+
+    A run ended when it was to tell of a server that did not start.
+    """
     said = "stock did not start: [/pytorch/gloo/pair.cc:547] Connection closed, [red]"
     Run(SimpleNamespace(**GIVEN), tmp_path).journal.fail(said)
     assert said in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A whole run without engines, from the checkpoint to the table."""
+"""Test a whole run without engines, from the checkpoint to the table."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Bench:
 
     @property
     def result(self) -> dict:
-        """What the run has written."""
+        """Return what the run has written."""
         return json.loads((self.folder / "out.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""The script for GPU hosts, on a host without one."""
+"""Test the script for GPU hosts, on a host without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server's log says of experts that moved."""
+"""Test what is read from a server's log of experts that moved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from moe_placement_plugin.lab.gpu.serving.server_logs import in_words, moved
 
 
 def test_sglangs_own_rebalances_are_counted_on_one_rank():
-    """Whole or in chunks of layers; what our planner and exchange log is read from servers, in the engines' tests."""
+    """They come whole or in chunks of layers.
+
+    What our planner and exchange log is read from servers, in the engines' tests.
+    """
     whole = "".join(
         f"[2026-11-24 22:19:58 TP{rank} EP{rank}] [EPLBManager] rebalance end time={t}s\n"
         for t in (0.12, 0.3)

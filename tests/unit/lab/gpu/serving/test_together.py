@@ -1,4 +1,4 @@
-"""Servers and runs that share a host: starts, ports, and whose turn it is to measure."""
+"""Test servers and runs that share a host: starts, ports, whose turn it is to measure."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def test_servers_ports_are_no_connections_and_leave_room_for_what_an_engine_deri
 
 
 def test_runs_that_share_a_host_measure_one_at_a_time_and_start_together(tmp_path):
-    """A run that has measured lets the one that waits go first, and starts its next servers when that has measured too."""
+    """A run that has measured lets the one that waits go first.
+
+    It starts its next servers when that has measured too.
+    """
     order, file = [], tmp_path / "quiet"
     both_started = threading.Barrier(2, timeout=20)
 

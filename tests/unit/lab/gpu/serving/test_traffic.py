@@ -1,4 +1,4 @@
-"""Prompts and answers of a workload, and what a user sees of them."""
+"""Test prompts and answers of a workload, and what a user sees of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from .stand_ins import Slow  # noqa: E402
 
 
 def test_prompts():
-    """Others in every round, of all tokens but the special ones, or of a few that are others in every round too.
+    """Prompts are others in every round, of all tokens but the special ones, or of a few.
+
+    The few are others in every round too.
 
     2,000 draws of 296 tokens miss 296 (1 - 1 / 296) ** 2000 = 0.34 of them on average.
     """

@@ -1,4 +1,4 @@
-"""Requests that have every kernel compiled before anything is measured."""
+"""Test that every kernel is compiled before anything is measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from .stand_ins import Slow  # noqa: E402
 
 
 def test_every_size_of_a_step_is_asked_for_before_anything_is_measured():
-    """Below and at each power of two and halfway between, and several prompts at once up to the largest step."""
+    """Steps lie below and at each power of two and halfway between.
+
+    Several prompts at once make steps up to the largest.
+    """
     asked = steps(4096, 16384, {0, 1})
     sizes = [sum(step) for step in asked]
     assert {
@@ -75,7 +78,10 @@ def test_every_size_of_a_step_is_asked_for_before_anything_is_measured():
 
 @pytest.mark.parametrize("top_k, experts", [(8, 128), (8, 136), (6, 64), (6, 72), (4, 32), (1, 60)])
 def test_steps_of_every_way_that_a_kernel_is_compiled_in(top_k, experts):
-    """What Triton asks of the MoE kernel's numbers of choices and of padded rows, for any number of tokens and any block."""
+    """Triton asks about the MoE kernel's numbers of choices and of padded rows.
+
+    It asks for any number of tokens and any block.
+    """
 
     def way(tokens: int, block: int) -> tuple[bool, bool]:
         return tokens * top_k % 16 == 0, (tokens * top_k + experts * (block - 1)) % 16 == 0
