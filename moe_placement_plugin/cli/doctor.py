@@ -1,4 +1,4 @@
-"""``moe-placement doctor``: will it work with the engine that is installed here?"""
+"""Offer ``moe-placement doctor``: will it work with the engine that is installed here?"""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 ENGINES = ("vllm", "sglang")
 
+HELP = (
+    "Show each engine found, its version, every patch with its target and whether the engine "
+    "still fits it, and the\n"
+    "back ends that a placement would be refused for.\n\n"
+    "Exits with 1 when an engine is there but a patch does not fit it or its version is not "
+    "supported. Nothing is patched.\n\n"
+    "Example: moe-placement doctor --engine vllm"
+)
 
-@app.command()
+
+@app.command(help=HELP)
 def doctor(
     engine: Annotated[
         str | None, typer.Option("--engine", help="Look at this engine only: vllm or sglang.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show each engine found, its version, every patch with its target and whether the engine still fits it, and the
-    back ends that a placement would be refused for.
-
-    Exits with 1 when an engine is there but a patch does not fit it or its version is not supported. Nothing is patched.
-
-    Example: moe-placement doctor --engine vllm
-    """
+    """Show the engines found, and whether each patch fits them."""
     from ..core.errors import PlacementError  # lazy: heavy
     from .inputs import print_json  # lazy: heavy
 
@@ -44,7 +47,7 @@ def doctor(
 
 
 def _examine(name: str) -> dict[str, Any]:
-    """Facts on one engine, gathered in this process without applying a patch."""
+    """Gather facts on one engine in this process, without applying a patch."""
     if importlib.util.find_spec(name) is None:
         return {"engine": name, "installed": False, "fits": False}
     result: dict[str, Any] = {

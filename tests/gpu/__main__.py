@@ -1,9 +1,12 @@
-"""Runs an engine's cases on two GPUs, several at a time, and prints a table.
+"""Run an engine's cases on two GPUs, several at a time, and print a table.
 
-    python -m tests.gpu vllm|sglang OUT [NAME ...]      all cases, or those named and what they are compared with
+    python -m tests.gpu vllm|sglang OUT [NAME ...]
 
-Exits with 1 when a case differs from the one that it is like. Tolerances: tokens may part where float32 kernels add in
-another order, which the table shows as the tokens that agree; log probabilities are compared up to there.
+All cases are run, or those named and what they are compared with.
+
+Exits with 1 when a case differs from the one that it is like. Tolerances: tokens may part where
+float32 kernels add in another order, which the table shows as the tokens that agree; log
+probabilities are compared up to there.
 """
 
 from __future__ import annotations
@@ -63,9 +66,14 @@ def main() -> None:
         results = dict(zip((c["name"] for c in cases), pool.map(run, enumerate(cases))))
     (out / f"{engine}-all.json").write_text(json.dumps(results))
     versions = subprocess.run(
-        [sys.executable, "-c", f"import torch, {engine}; print({engine}.__version__, torch.__version__)"],
-        capture_output=True, text=True,
-    ).stdout.split("\n")[-2:-1]  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            f"import torch, {engine}; print({engine}.__version__, torch.__version__)",
+        ],
+        capture_output=True,
+        text=True,
+    ).stdout.split("\n")[-2:-1]
     print(f"\n{engine} {versions}; {len(cases)} engines on two GPUs")
     good = all([report(case, results) for case in cases])
     sys.exit(0 if good else 1)
@@ -106,7 +114,7 @@ def report(case: dict[str, Any], results: dict[str, Any]) -> bool:
 
 
 def by_weights(steps: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """(the weights that were in force, step) of each step."""
+    """Return (the weights that were in force, step) of each step."""
     found, weights = [], "first"
     for step in steps:
         if isinstance(step["step"], dict) and not step["error"]:
@@ -116,7 +124,7 @@ def by_weights(steps: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def compare(step: dict[str, Any], expected: dict[str, Any], dtype: str) -> tuple[str, bool]:
-    """How a step's answers and weights differ from the expected ones."""
+    """Compare a step's answers and weights with the expected ones."""
     total = agree = 0
     worst = 0.0
     for mine, theirs in zip(step["answers"], expected["answers"]):
@@ -139,7 +147,7 @@ def compare(step: dict[str, Any], expected: dict[str, Any], dtype: str) -> tuple
 
 
 def by_expert(ranks: list[dict[str, Any]]) -> dict[tuple[str, int], set]:
-    """(layer, expert) -> digests of its weights in all of its slots."""
+    """Return the digests of each expert's weights in all of its slots, by (layer, expert)."""
     found: dict[tuple[str, int], set] = {}
     for rank in ranks:
         for layer, slots in rank["layers"].items():

@@ -98,7 +98,6 @@ def vllm_cases(folder: Path) -> list[Case]:
 
 def sglang_cases(folder: Path) -> list[Case]:
     """Cases of SGLang; models are written to ``folder``."""
-    from tests.integration.sglang.gpt_oss import write_gpt_oss as write_gpt_oss_of_sglang
     from tests.integration.sglang.speculative import write_qwen2_moe
 
     qwen, other = (
@@ -115,7 +114,7 @@ def sglang_cases(folder: Path) -> list[Case]:
         "ep_num_redundant_experts": 4,
     }
     rl = ["answer", "sleep", {"disk": other}, "answer"]
-    gpt_oss = {"model_path": str(write_gpt_oss_of_sglang(oss)), "dtype": "bfloat16"}
+    gpt_oss = {"model_path": str(write_gpt_oss(oss, size=SIZE, yarn=False)), "dtype": "bfloat16"}
     speculation = {
         "speculative_num_steps": 3,
         "speculative_eagle_topk": 1,

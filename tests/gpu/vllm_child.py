@@ -49,7 +49,7 @@ def step_of(llm: Any, step: Any) -> None:
         llm.collective_rpc("reload_weights", kwargs=step["reload"])
         return
     if step == "sabotage":
-        from tests.support.vllm_runner import sabotage
+        from tests.support.vllm_probes import sabotage
 
         llm.collective_rpc(sabotage)
         return
@@ -72,7 +72,8 @@ def main() -> None:
     moe_placement_plugin.enable()
     from vllm import LLM
 
-    from tests.support.vllm_runner import PROMPTS, generate, slot_digests
+    from tests.support.vllm_probes import slot_digests
+    from tests.support.vllm_runner import PROMPTS, generate
 
     began = time.monotonic()
     llm = LLM(

@@ -1,4 +1,4 @@
-"""A server in a child process: started, watched, ended."""
+"""Start, watch and end a server in a child process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...core.errors import PlacementError
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """Return a port of the loopback interface that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -29,7 +29,7 @@ REFUSED = re.compile(r"\b(?:PlacementError|moe_placement_plugin\.(?:\w+\.)*[A-Z]
 
 
 class Server:
-    """An engine's OpenAI server, in a process group of its own that ends with the ``with`` block.
+    """Run an engine's OpenAI server, in a process group that ends with the ``with`` block.
 
     Args:
         command: the server's command line.
@@ -37,7 +37,8 @@ class Server:
         env: variables added to this process's environment.
         log: file for its output.
         start_timeout: seconds until it must answer.
-        progress: called about once a second while it starts, with seconds waited and the last line of output.
+        progress: called about once a second while it starts, with seconds waited and the last line
+            of output.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Base URL of the server."""
+        """Return the server's base URL."""
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Server:
@@ -88,7 +89,8 @@ class Server:
         while (waited := time.monotonic() - began) < self.start_timeout:
             if process.poll() is not None:
                 raise PlacementError(
-                    f"the server ended with code {process.returncode} before it was ready{self._why()}"
+                    f"the server ended with code {process.returncode} before it was "
+                    f"ready{self._why()}"
                 )
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
@@ -103,20 +105,23 @@ class Server:
         )
 
     def _why(self) -> str:
-        """What its output says of a start that failed."""
+        """Return what its output says of a start that failed."""
         reason = REFUSED.search(self.output())
         return (f": {reason.group(1).strip()}\n" if reason else ":\n") + self.tail(25)
 
     def output(self) -> str:
-        """All that it wrote so far."""
+        """Return all that it wrote so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def tail(self, lines: int) -> str:
-        """The last lines of its output."""
+        """Return the last lines of its output."""
         return "\n".join(self.output().rstrip().splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End the server and everything it started; also from another thread than the one that waits for it to start."""
+        """End the server and everything it started.
+
+        It may be called from another thread than the one that waits for it to start.
+        """
         process, self.process = self.process, None
         if process is None:
             return
@@ -135,7 +140,7 @@ class Server:
 
 
 def _signal_group(group: int, how: int) -> bool:
-    """Whether the group still existed."""
+    """Signal a process group; return whether it still existed."""
     try:
         os.killpg(group, how)
         return True

@@ -1,5 +1,6 @@
-"""New weights for a real vLLM that serves: what lies in every slot afterwards is what the engine's
-own placement would have there.
+"""Test new weights for a real vLLM that serves.
+
+What lies in every slot afterwards is what the engine's own placement would have there.
 
 The CPU build's own ``reload_weights`` changes what it answers, so that a server with vLLM's linear
 placement and the same reloads is compared with, not one that was never told to reload.
@@ -38,8 +39,10 @@ KERNEL_FORMAT = {"weights_iterator": [], "is_checkpoint_format": False}
 
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory):
-    """Case -> result: the same checkpoint again, then another one, then the first through a trainer's
-    engine; the last case has vLLM's own loading under EPLB.
+    """Return the result of each case.
+
+    The same checkpoint again, then another one, then the first through a trainer's engine; the last
+    case has vLLM's own loading under EPLB.
     """
     folder = tmp_path_factory.mktemp("reloaded")
     writers = {"qwen": write_qwen3_moe, "oss": write_gpt_oss}
@@ -79,7 +82,7 @@ def reloaded(tmp_path_factory):
 
 
 def by_expert(ranks):
-    """(layer, expert) -> digests, and the experts whose replicas differ."""
+    """Return the digests by (layer, expert), and the experts whose replicas differ."""
     found, differ = {}, set()
     for rank in ranks:
         for layer, slots in rank["layers"].items():

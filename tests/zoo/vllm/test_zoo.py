@@ -1,4 +1,7 @@
-"""Every MoE architecture of the installed vLLM ends as placed, or as refused by name; see docs/zoo.md."""
+"""Test that every MoE architecture of the installed vLLM is placed, or refused by name.
+
+See docs/zoo.md.
+"""
 
 from __future__ import annotations
 
