@@ -58,7 +58,7 @@ def plan(
     from ..core.load import ExpertLoad  # lazy: heavy
     from ..core.placement import Placement  # lazy: heavy
     from ..formats.plan_or_load import write  # lazy: heavy
-    from ..simulation.simulate import align  # lazy: heavy
+    from ..simulation.cluster import align  # lazy: heavy
     from ..strategies import get_strategy  # lazy: heavy
     from .inputs import check_writable, cluster, print_json, read_loads  # lazy: heavy
 

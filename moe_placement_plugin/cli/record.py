@@ -90,7 +90,7 @@ def record(
         )
         return
     from ..report.tables import console, load_table  # lazy: heavy
-    from ..simulation.simulate import Workload  # lazy: heavy
+    from ..simulation.cluster import Workload  # lazy: heavy
 
     out = console()
     if sent is not None:

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from ..core.load import ExpertLoad
     from ..core.placement import Placement
-    from ..simulation.simulate import Workload
+    from ..simulation.cluster import Workload
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -76,7 +76,7 @@ def show(
     from ..core.placement import Placement  # lazy: heavy
     from ..formats.plan_or_load import read  # lazy: heavy
     from ..report.tables import console, load_table, plan_table  # lazy: heavy
-    from ..simulation.simulate import align, rows_for  # lazy: heavy
+    from ..simulation.cluster import align, rows_for  # lazy: heavy
     from .inputs import check_writable, print_json, read_loads  # lazy: heavy
 
     if page is not None:

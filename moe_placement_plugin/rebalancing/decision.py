@@ -18,8 +18,9 @@ from ..core.events import count_event
 from ..core.load import ExpertLoad
 from ..core.placement import Placement
 from ..exchange.plan import Chunk, ExchangePlan
+from ..simulation.cluster import rows_for
 from ..simulation.costmodel import LayerCost
-from ..simulation.simulate import dead_zone, rows_for, step_time
+from ..simulation.step_time import dead_zone, step_time
 
 logger = logging.getLogger("moe_placement_plugin")
 

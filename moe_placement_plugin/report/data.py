@@ -10,7 +10,7 @@ import numpy as np
 from ..core.errors import PlacementError
 from ..core.load import ExpertLoad
 from ..core.placement import Placement
-from ..simulation.simulate import rows_for
+from ..simulation.cluster import rows_for
 
 
 @dataclass(frozen=True)

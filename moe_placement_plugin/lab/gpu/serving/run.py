@@ -21,7 +21,7 @@ from .... import ExpertLoad, Placement, PlacementError, __version__, get_strateg
 from ....core.topology import Topology
 from ....formats.load_file import read_load, write_load
 from ....recording.recorder import IDLE
-from ....simulation.simulate import Cluster
+from ....simulation.cluster import Cluster
 from ...bench.planner.run import machine
 from ...servers.engines import DEMO_ENGINES, Answer
 from ...servers.server import Server
