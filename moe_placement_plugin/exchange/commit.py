@@ -1,14 +1,17 @@
 """How ranks agree, through a key-value store, that a chunk is staged everywhere, and who survived when it is not.
 
-A chunk's fate is one key that is written once (`compare_set`): ``commit`` by whoever sees that every rank has voted, or ``abort`` by
-whoever fails or waits too long. Whatever is written first holds for all. A rank votes only when all that the chunk brings it lies in
-its staging memory, so after ``commit`` every survivor can finish by itself, whoever dies; before it, no rank has touched a weight.
+A chunk's fate is one key that is written once (`compare_set`): ``commit`` by whoever sees that
+every rank has voted, or ``abort`` by whoever fails or waits too long. Whatever is written first
+holds for all. A rank votes only when all that the chunk brings it lies in its staging memory, so
+after ``commit`` every survivor can finish by itself, whoever dies; before it, no rank has touched a
+weight.
 
-Every answer of the store is waited for only so long: when its host vanishes (a link down, power lost) no connection closes and torch's
-client would wait for ever.
+Every answer of the store is waited for only so long: when its host vanishes (a link down, power
+lost) no connection closes and torch's client would wait for ever.
 
-The store must outlive the ranks: torchrun's and both engines' stores live in one process, and when that process is the one that dies no
-decision can be read any more; then every rank stops with `ExchangeLost`. One that ends, without dying, stays until all have read (`departure`).
+The store must outlive the ranks: torchrun's and both engines' stores live in one process, and when
+that process is the one that dies no decision can be read any more; then every rank stops with
+`ExchangeLost`. One that ends, without dying, stays until all have read (`departure`).
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from .roll import Roll
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from .plan import CommitMetadata
+    from .commit_metadata import CommitMetadata
 
 MEETING = -1
 """Voted on like a chunk: that all have come (`Agreement.meet`)."""
@@ -47,8 +50,9 @@ class ExchangeAborted(RuntimeError):
     def __init__(self, reason: str, metadata: CommitMetadata):
         done, total = int(metadata.committed.sum()), metadata.committed.size
         super().__init__(
-            f"expert exchange aborted with {done} of {total} layers on the new map, the others on the old: {reason}. "
-            "Make a group of the survivors and exchange from the placement in force (metadata.in_force())"
+            f"expert exchange aborted with {done} of {total} layers on the new map, the others on "
+            f"the old: {reason}. Make a group of the survivors and exchange from the placement in "
+            "force (metadata.in_force())"
         )
         self.reason = reason
         self.metadata = metadata
@@ -130,7 +134,8 @@ class Agreement:
         """Say that the chunk is staged here, and wait for its fate.
 
         Args:
-            last: whether the exchange ends with this chunk, so that this rank asks nothing more once it knows the fate.
+            last: whether the exchange ends with this chunk, so that this rank asks nothing more
+                once it knows the fate.
 
         Returns:
             None when the chunk is to be committed, else why not.
@@ -182,7 +187,8 @@ class Agreement:
         """Register as alive and learn who else is, the same answer for all; for after an abort.
 
         Args:
-            grace: seconds in which ranks must have registered, counted from the first that asks. A rank that comes later is told.
+            grace: seconds in which ranks must have registered, counted from the first that asks. A
+                rank that comes later is told.
 
         Raises:
             ExchangeLost: when the store is gone, or the others have gone on without this rank.
@@ -197,7 +203,8 @@ class Agreement:
         self._part_with(live)
         if self._rank not in live:
             raise ExchangeLost(
-                f"ranks {list(live)} went on without rank {self._rank}, which answered too late: stop this rank"
+                f"ranks {list(live)} went on without rank {self._rank}, which answered too late: "
+                "stop this rank"
             )
         return live
 
@@ -253,6 +260,7 @@ class Agreement:
 
 def _lost(error: Exception) -> ExchangeLost:
     return ExchangeLost(
-        f"the store that exchanges are agreed on does not answer ({str(error).splitlines()[0]}): what the other ranks have committed cannot be "
-        "known; stop this rank and load its weights anew"
+        f"the store that exchanges are agreed on does not answer ({str(error).splitlines()[0]}): "
+        "what the other ranks have committed cannot be known; stop this rank and load its "
+        "weights anew"
     )

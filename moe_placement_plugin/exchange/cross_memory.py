@@ -1,7 +1,8 @@
 """Memory of another process of the same host, read by cross-memory attach (``process_vm_readv``), as MPI libraries do between ranks of a node.
 
-One copy by the system, where a message over loopback takes four. Linux allows it to processes of the same user, unless the Yama module restricts
-tracing (``kernel.yama.ptrace_scope``) or a container's rules forbid it; then experts are sent.
+One copy by the system, where a message over loopback takes four. Linux allows it to processes of
+the same user, unless the Yama module restricts tracing (``kernel.yama.ptrace_scope``) or a
+container's rules forbid it; then experts are sent.
 """
 
 from __future__ import annotations

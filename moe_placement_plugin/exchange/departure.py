@@ -1,11 +1,13 @@
 """The process that holds an exchange's store stays until the other ranks know how the exchange has ended.
 
-Most stores live in the process of a rank. When that rank casts the last vote it knows the fate first: were its process to end then, the others
-would find the store closed and could never know that a chunk is committed. So every rank says that it knows the end, and the one with the
-store waits for that, at most for the exchange's timeout, since a rank that has died will never say it.
+Most stores live in the process of a rank. When that rank casts the last vote it knows the fate
+first: were its process to end then, the others would find the store closed and could never know
+that a chunk is committed. So every rank says that it knows the end, and the one with the store
+waits for that, at most for the exchange's timeout, since a rank that has died will never say it.
 
-It waits where `Exchange.run` ends, so that the process may be ended in any way afterwards. After an abort it does not, because the dead are not worth
-waiting for then and `survivors` must not come too late: it waits at the end of that, or else where the process ends by itself.
+It waits where `Exchange.run` ends, so that the process may be ended in any way afterwards. After an
+abort it does not, because the dead are not worth waiting for then and `survivors` must not come too
+late: it waits at the end of that, or else where the process ends by itself.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Departure:
 
     Args:
         store: of the exchange.
-        held: whether it ends with this process (`stores.held_here`); only then is anybody waited for.
+        held: whether it ends with this process (`stores.held_here`); only then is anybody waited
+            for.
         rank: this one.
         ranks: all that read; one that is not among them only waits.
         timeout: seconds that the others are waited for.
@@ -98,7 +101,8 @@ class Departure:
             while not self._store.ask(self._all_know):
                 if interrupted() or time.monotonic() > self._until:
                     logger.warning(
-                        "moe_placement_plugin: ranks %s have not said within %g s that they know %s; rank %d, whose process holds the store, "
+                        "moe_placement_plugin: ranks %s have not said within %g s that they know "
+                        "%s; rank %d, whose process holds the store, "
                         "waits for them no longer", self._store.ask(self._know.missing), self._timeout, self._what, self._rank,
                     )  # fmt: skip
                     break

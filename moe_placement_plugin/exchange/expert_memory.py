@@ -76,7 +76,8 @@ def view_parameter(tensor: torch.Tensor, name: str) -> Parameter:
         )
     tensor = tensor.detach()
     shape = tuple(tensor.shape[1:])
-    # A dimension of one element may have any stride: ranks whose tensors are alike must not differ by it.
+    # A dimension of one element may have any stride: ranks whose tensors are alike must not differ
+    # by it.
     stride = tuple(step if extent > 1 else 1 for extent, step in zip(shape, tensor.stride()[1:]))
     size = 1
     for extent in shape:
@@ -85,13 +86,15 @@ def view_parameter(tensor: torch.Tensor, name: str) -> Parameter:
     for extent, step in sorted(zip(shape, stride), key=lambda p: (p[1], p[0])):
         if extent > 1 and step != dense:
             raise PlacementError(
-                f"{name} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}: the elements of one expert must be one "
-                "block of memory; make the tensor contiguous before it is registered"
+                f"{name} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}: "
+                "the elements of one expert must be one block of memory; make the tensor "
+                "contiguous before it is registered"
             )
         dense *= extent
     if tensor.shape[0] > 1 and tensor.stride(0) < size:
         raise PlacementError(
-            f"{name} has strides {tuple(tensor.stride())}: its slots overlap in memory; give each its own"
+            f"{name} has strides {tuple(tensor.stride())}: its slots overlap in memory; give each "
+            "its own"
         )
     flat = tensor.as_strided((tensor.shape[0], size), (max(tensor.stride(0), 1), 1))
     return Parameter(
@@ -109,26 +112,30 @@ def view_weights(
     """All parameters of all layers, rows in the placement's order.
 
     Args:
-        weights: this rank's tensors ``[slots, ...]`` of each layer: by index of the layer within the model (SGLang), or a list in the
-            order of the placement's rows (vLLM). Parameters are taken as they are: viewing costs some 10 us for each tensor.
+        weights: this rank's tensors ``[slots, ...]`` of each layer: by index of the layer within
+            the model (SGLang), or a list in the order of the placement's rows (vLLM). Parameters
+            are taken as they are: viewing costs some 10 us for each tensor.
         old, new: the placements of the exchange.
         rank: this EP rank.
 
     Raises:
-        PlacementError: when layers or slots do not fit the placements, or a tensor cannot be seen as rows.
+        PlacementError: when layers or slots do not fit the placements, or a tensor cannot be seen
+            as rows.
     """
     if isinstance(weights, Mapping):
         missing = [layer for layer in new.layer_ids if layer not in weights]
         if missing:
             raise PlacementError(
-                f"weights of layer {missing[0]} are not given: give those of all {new.num_layers} layers of the placement"
+                f"weights of layer {missing[0]} are not given: give those of all {new.num_layers} "
+                "layers of the placement"
             )
         rows = [weights[layer] for layer in new.layer_ids]
     else:
         rows = list(weights)
         if len(rows) != new.num_layers:
             raise PlacementError(
-                f"weights of {len(rows)} layers for a placement of {new.num_layers}: give one list of tensors per layer"
+                f"weights of {len(rows)} layers for a placement of {new.num_layers}: give one "
+                "list of tensors per layer"
             )
     slots = max(old.slots_per_rank[rank], new.slots_per_rank[rank])
     result = []
@@ -140,14 +147,16 @@ def view_weights(
         for k, parameter in enumerate(parameters):
             if parameter.rows.shape[0] < slots:
                 raise PlacementError(
-                    f"layer {layer}, tensor {k} has {parameter.rows.shape[0]} slots, the placement gives rank {rank} {slots}: "
-                    "the first dimension must be the rank's slots"
+                    f"layer {layer}, tensor {k} has {parameter.rows.shape[0]} slots, the "
+                    f"placement gives rank {rank} {slots}: the first dimension must be the rank's "
+                    "slots"
                 )
         result.append(parameters)
     devices = {p.rows.device for parameters in result for p in parameters}
     if len(devices) > 1:
         raise PlacementError(
-            f"weights lie on {sorted(map(str, devices))}: the experts of a rank must be on one device"
+            f"weights lie on {sorted(map(str, devices))}: the experts of a rank must be on one "
+            "device"
         )
     return result
 
@@ -166,6 +175,62 @@ def widest_unit(layers: Sequence[Sequence[Parameter]]) -> torch.dtype:
         ):
             return unit
     return torch.uint8
+
+
+class LocalExperts:
+    """One rank's experts of an exchange's layers, as rows of bytes.
+
+    Args:
+        layers: parameters of each row's layer.
+        rank: the EP rank.
+        also: parameters of other ranks that lie in this process's address space too.
+
+    Attributes:
+        device: where they lie.
+        unit: the type that rows are copied as.
+        bytes, padded: of one expert of each row's layer, and as it is staged.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Parameter]],
+        rank: int,
+        also: Sequence[Sequence[Parameter]] = (),
+    ):
+        import torch
+
+        self.layers, self.rank = layers, rank
+        devices = (p.rows.device for parameters in layers for p in parameters)
+        self.device = next(devices, torch.device("cpu"))
+        self.unit = widest_unit([*layers, *also])
+        self.bytes = [sum(p.bytes for p in parameters) for parameters in layers]
+        self.padded = padded_bytes(layers)
+
+    def slot(self, row: int, slot: int) -> list[torch.Tensor]:
+        """Return one expert's bytes, parameter by parameter, in units."""
+        return [p.units(self.unit)[slot] for p in self.layers[row] if p.bytes]
+
+    def in_units(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return rows of bytes, one for each parameter of an expert, as `slot` does."""
+        return [row.view(self.unit) for row in rows if row.numel()]
+
+    def parts(self, row: int) -> list[tuple[int, bool]]:
+        """Return an expert as it is staged: (length in units, whether it is no padding)."""
+        width, found = self.unit.itemsize, []
+        for parameter in self.layers[row]:
+            if parameter.bytes:
+                found.append((parameter.bytes // width, True))
+            if parameter.padded > parameter.bytes:
+                found.append(((parameter.padded - parameter.bytes) // width, False))
+        return found
+
+
+def copy_rows(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source to its target, all in a few launches; no target may be a source."""
+    import torch
+
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 def padded_bytes(layers: Sequence[Sequence[Parameter]]) -> list[int]:

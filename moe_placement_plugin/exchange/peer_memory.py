@@ -1,10 +1,11 @@
 """Weights of other ranks of the same host, read where they lie.
 
-CUDA lets a process see another one's memory (inter-process handles, the way of NCCL's own peer-to-peer transport and of vLLM's custom
-all-reduce); a copy from it goes over NVLink as fast as the link carries, without a message, without memory to pack it in and without a
-processor that answers. That a rank's weights stand still while others read them is what the exchange's agreement is for: nobody overwrites a
-layer before all have voted that they hold what they need of it. On CPUs the same goes for weights in shared memory, and for all others by
-cross-memory attach (`attached`).
+CUDA lets a process see another one's memory (inter-process handles, the way of NCCL's own
+peer-to-peer transport and of vLLM's custom all-reduce); a copy from it goes over NVLink as fast as
+the link carries, without a message, without memory to pack it in and without a processor that
+answers. That a rank's weights stand still while others read them is what the exchange's agreement
+is for: nobody overwrites a layer before all have voted that they hold what they need of it. On CPUs
+the same goes for weights in shared memory, and for all others by cross-memory attach (`attached`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 from ..core.topology import Topology
 from .cross_memory import AttachedRows, Process
 from .expert_memory import Parameter
+from .transfer_table import TransferTable
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +39,8 @@ class PeerMemory:
     """Who reads whose weights, and this rank's view of those that it reads.
 
     Attributes:
-        reads: bool ``[ranks, ranks]``, the same on all ranks: whether the first reads the second's weights by itself.
+        reads: bool ``[ranks, ranks]``, the same on all ranks: whether the first reads the second's
+            weights by itself.
         parameters: rank -> layer -> its parameters, of the ranks that this one reads.
     """
 
@@ -106,6 +109,10 @@ class SeenPeers:
             {rank: [seen[layer] for layer in layer_ids] for rank, seen in peers.parameters.items()},
         )
 
+    def are_read(self, transfers: TransferTable) -> np.ndarray:
+        """Return which transfers their receivers carry out by themselves, bool ``[transfers]``."""
+        return self.reads[transfers.to_rank, transfers.from_rank]
+
     @property
     def mapped(self) -> list[Sequence[Parameter]]:
         """Parameters that lie in this process's own address space as well."""
@@ -141,7 +148,8 @@ def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes
         return buffer.getvalue()
     except Exception as error:  # noqa: BLE001 - whatever it is, messages are left
         log.info(
-            "moe_placement_plugin: experts' memory cannot be shared with other ranks, they are sent: %s",
+            "moe_placement_plugin: experts' memory cannot be shared with other ranks, they are "
+            "sent: %s",
             _in_a_line(error),
         )
         return None
@@ -164,8 +172,9 @@ def _take(
                 seen[layer].append(rows)
                 continue
             if device is not None and device.type == "cuda":
-                # Seen from this rank's own device, which reads the peer's memory: no context on the peer's is needed. Nor is there an event
-                # to wait for: the owner has waited for its device.
+                # Seen from this rank's own device, which reads the peer's memory: no context on the
+                # peer's is needed. Nor is there an event to wait for: the owner has waited for its
+                # device.
                 named = dict(zip(inspect.signature(rebuild).parameters, arguments))
                 rows = rebuild(
                     **(named | {"storage_device": device.index, "event_sync_required": False})

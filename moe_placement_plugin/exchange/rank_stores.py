@@ -27,7 +27,8 @@ def held_here(store: dist.Store) -> bool:
     """Whether a store ends with this process, to the harm of others; a clone of it, which is a connection, does not say so."""
     from torch.distributed import TCPStore
 
-    # torch says it nowhere else: a connection to another process's store is shown with server=<nullptr>.
+    # torch says it nowhere else: a connection to another process's store is shown with
+    # server=<nullptr>.
     bare = _unwrapped(store)
     return isinstance(bare, TCPStore) and "server=<nullptr>" not in repr(bare)
 

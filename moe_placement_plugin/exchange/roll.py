@@ -12,7 +12,8 @@ RANKS_PER_WORD = 60
 class Roll:
     """One thing that each of some ranks says once.
 
-    The store is given to each call, since several calls may be one job of a store's thread (`hosts.bounded_store`).
+    The store is given to each call, since several calls may be one job of a store's thread
+    (`hosts.bounded_store`).
 
     Args:
         name: of the thing, which the names of the counters begin with.

@@ -20,10 +20,12 @@ class WaitingFor:
     """What a rank is doing.
 
     Attributes:
-        step: ``enter``, ``receive``, ``read peers``, ``read`` (the checkpoint), ``agree``, ``commit`` or ``end``.
+        step: ``enter``, ``receive``, ``read peers``, ``read`` (the checkpoint), ``agree``,
+            ``commit`` or ``end``.
         layers: indices of the chunk's layers within the model.
         round: of the chunk, None outside of transfers.
-        peers: EP ranks that have to act: the sender and the receiver of the round, or those that have not voted.
+        peers: EP ranks that have to act: the sender and the receiver of the round, or those that
+            have not voted.
         bytes: of the transfers or reads in question.
     """
 
@@ -52,14 +54,16 @@ class WaitingFor:
 class Watchdog:
     """Times an exchange; a context manager around it (or around each of its steps, when a server serves between them).
 
-    One thread for all watchdogs of the process wakes only when a limit passes; to enter and to leave costs microseconds. The first limit logs a
-    warning with what is waited for, again at each further multiple.
+    One thread for all watchdogs of the process wakes only when a limit passes; to enter and to
+    leave costs microseconds. The first limit logs a warning with what is waited for, again at each
+    further multiple.
 
     Args:
         limit: seconds after which it warns.
         give_up: seconds after which it acts; None never.
-        action: what it does then: ``raise`` interrupts the exchange, which ends with an error on this rank and, through the agreement, on all;
-            ``abort`` ends the process (for communications that nothing interrupts).
+        action: what it does then: ``raise`` interrupts the exchange, which ends with an error on
+            this rank and, through the agreement, on all; ``abort`` ends the process (for
+            communications that nothing interrupts).
         report: takes each warning; logs when left out.
 
     Raises:
@@ -75,7 +79,8 @@ class Watchdog:
     ):
         if limit <= 0 or (give_up is not None and give_up < limit):
             raise PlacementError(
-                f"watchdog limits {limit} and {give_up} s: give a positive limit, and a give_up that is not below it"
+                f"watchdog limits {limit} and {give_up} s: give a positive limit, and a give_up "
+                "that is not below it"
             )
         if action not in ("raise", "abort"):
             raise PlacementError(f"watchdog action {action!r}: choose raise or abort")
@@ -121,7 +126,8 @@ class Watchdog:
             self.expired = waiting
             what = "ending this process" if self.action == "abort" else "interrupting it"
             self._report(
-                f"expert exchange not finished after {now - self._begin:.1f} s, {what}; waiting for: {waiting}"
+                f"expert exchange not finished after {now - self._begin:.1f} s, {what}; waiting "
+                f"for: {waiting}"
             )
             if self.action == "abort":
                 os.abort()
@@ -135,6 +141,38 @@ class Watchdog:
         )
         self._warn_at += self.limit
         return False
+
+
+class ForwardingWatchdog(Watchdog):
+    """Forwards progress to an outer watchdog that times more than the exchange.
+
+    Args:
+        outer: runs already.
+    """
+
+    def __init__(self, outer: Watchdog):
+        self._outer = outer
+        super().__init__(outer.limit, outer.give_up, outer.action)
+
+    @property
+    def expired(self) -> str | None:
+        """What was waited for when the outer one gave up; None while it has not."""
+        return self._outer.expired
+
+    @expired.setter
+    def expired(self, value: str | None) -> None:
+        pass  # the outer one knows
+
+    def waits_for(self, waiting: WaitingFor) -> None:
+        """Note what is waited for from now on."""
+        super().waits_for(waiting)
+        self._outer.waits_for(waiting)
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
 
 
 class _Monitor:

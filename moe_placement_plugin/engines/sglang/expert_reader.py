@@ -1,7 +1,9 @@
-"""Reading single experts anew, for any model: through SGLang's own loader, which names them and puts them together.
+"""Reading single experts anew, for any model, through SGLang's own loader.
 
-While the model loads it is noted which tensors of the checkpoint ended in which expert. To read an expert, just those tensors are read and
-given to the model's ``load_weights``; what its ``FusedMoE`` layers would write into slots goes into staging memory instead.
+The loader names them and puts them together. While the model loads it is noted which tensors of the
+checkpoint ended in which expert. To read an expert, just those tensors are read and given to the
+model's ``load_weights``; what its ``FusedMoE`` layers would write into slots goes into staging
+memory instead.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import PlacementError
 from ...exchange.checkpoint import Checkpoint, Source
+from .hook_registry import Hook
+from .state import worker
 
 if TYPE_CHECKING:
     import torch
@@ -78,47 +82,44 @@ class Names:
                 self.of[layer, ALL if expert is None else int(expert)][name] = None
                 self.parts[layer].add((weight_name, shard))
 
-    def settle(self) -> None:
-        """Loading has ended."""
+    def forget_places(self) -> None:
+        """Forget where tensors lie in memory: loading has ended."""
         self._starts.clear()
         self._ranges.clear()
         self._last = None
 
 
-_learning: Names | None = None
-_known: Names | None = None
-_into: _Staging | None = None
-
-
 @contextmanager
 def learning(wanted: bool) -> Iterator[None]:
-    """Note names while a model loads."""
-    global _learning, _known
+    """Note names while a model loads.
+
+    Args:
+        wanted: whether lost experts may have to be read one day.
+    """
     if not wanted:
         yield
         return
-    _learning = Names()
+    names = worker.names.learning = Names()
     try:
         yield
-        _learning.settle()
-        _known = _learning
+        names.forget_places()
+        worker.names.known = names
     finally:
-        _learning = None
+        worker.names.learning = None
 
 
 def forget() -> None:
-    """The model has weights that are in no checkpoint: lost experts cannot be read any more."""
-    global _known
-    _known = None
+    """Note that the weights are in no checkpoint: lost experts cannot be read any more."""
+    worker.names.known = None
 
 
 def weights(original: Callable, self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
     """`DefaultModelLoader._get_weights_iterator`, noting what comes."""
-    found = original(self, source, *args, **kwargs)
-    return found if _learning is None else _watched(found, self, source, _learning)
+    found, names = original(self, source, *args, **kwargs), worker.names.learning
+    return found if names is None else _noted(found, self, source, names)
 
 
-def _watched(
+def _noted(
     found: Iterator[tuple[str, torch.Tensor]], loader: Any, source: Any, names: Names
 ) -> Iterator[tuple[str, torch.Tensor]]:
     if names.folder is None:
@@ -150,19 +151,21 @@ def intercepted(
     """Note, or take, what a `FusedMoE` is to load; True when it must not go on.
 
     Args:
-        layer: the ``FusedMoE``; the others are arguments of its ``weight_loader`` or ``weight_loader_fused``.
+        layer: the ``FusedMoE``; the others are arguments of its ``weight_loader`` or
+            ``weight_loader_fused``.
         fused: the original of the latter, for a tensor of all experts; ``expert_id`` is None then.
     """
-    if _learning is not None:
-        _learning.goes(layer.layer_id, expert_id, weight_name, shard_id, loaded_weight)
-    if _into is None:
+    names = worker.names
+    if names.learning is not None:
+        names.learning.goes(layer.layer_id, expert_id, weight_name, shard_id, loaded_weight)
+    if names.wanted is None:
         return False
-    _into.take(layer, param, loaded_weight, weight_name, shard_id, expert_id, fused)
+    names.wanted.take(layer, param, loaded_weight, weight_name, shard_id, expert_id, fused)
     return True
 
 
 @dataclass
-class _Staging:
+class Wanted:
     """Experts that are being read.
 
     Attributes:
@@ -244,21 +247,22 @@ class EngineReader:
         self, experts: Iterable[tuple[int, int]]
     ) -> tuple[Names, Checkpoint, dict[str, None]]:
         """What is known, the checkpoint, and its tensors that hold the experts."""
-        if _known is None or _known.folder is None:
+        known = worker.names.known
+        if known is None or known.folder is None:
             raise PlacementError(
                 "lost experts cannot be read: its weights did not come from a safetensors checkpoint; restart the server with one"
             )
         chosen: dict[str, None] = {}
         for layer, expert in experts:
-            found = {**_known.of.get((layer, expert), {}), **_known.of.get((layer, ALL), {})}
+            found = {**known.of.get((layer, expert), {}), **known.of.get((layer, ALL), {})}
             if not found:
                 raise PlacementError(
                     f"layer {layer}, expert {expert}: no tensor of the checkpoint was seen to hold it; restart the server"
                 )
             chosen |= found
         if self._checkpoint is None:
-            self._checkpoint = Checkpoint(Path(_known.folder))
-        return _known, self._checkpoint, chosen
+            self._checkpoint = Checkpoint(Path(known.folder))
+        return known, self._checkpoint, chosen
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
         """One expert; see `read_all`."""
@@ -273,7 +277,6 @@ class EngineReader:
         Raises:
             PlacementError: when the checkpoint or the model's loader does not bring them whole.
         """
-        global _into
         from . import evidence  # lazy: heavy
 
         # One expert may be wanted for several slots: it is read once.
@@ -286,13 +289,13 @@ class EngineReader:
                 first[layer, expert] = out
         known, checkpoint, chosen = self._names(first)
         before = checkpoint.bytes_read
-        _into = _Staging(first, self._tensors)
+        into = worker.names.wanted = Wanted(first, self._tensors)
         try:
             self._load(
                 (name, checkpoint.read(Source(name.removeprefix(known.prefix)))) for name in chosen
             )
         finally:
-            into, _into = _into, None
+            worker.names.wanted = None
             evidence.forget()
         for (layer, expert), _ in first.items():
             missing = known.parts[layer] - into.filled[layer, expert]
@@ -316,3 +319,19 @@ class EngineReader:
             self._model.load_weights(found)
         if listed is not None:
             vars(self._model)["routed_experts_weights_of_layer"] = listed
+
+
+def name_hooks() -> list[Hook]:
+    """Return the hook that sees the checkpoint's tensors come."""
+    return [
+        Hook(
+            name="eplb-names",
+            target="sglang.srt.model_loader.loader:DefaultModelLoader._get_weights_iterator",
+            hook=weights,
+            relies_on=("source",),
+            why="which tensors hold an expert is known to the model's loader only",
+            upstream="SGLang #12068",
+            removable_when="every model can name the tensors of an expert "
+            "(generate_weight_name_filter)",
+        )
+    ]

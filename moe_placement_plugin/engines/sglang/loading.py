@@ -144,7 +144,7 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
 
         if asked.moves:
             eplb.list_weights(self.model)
-            eplb_exchange.meet(asked, self.model)
+            eplb_exchange.gather_rank_facts(asked, self.model)
             eplb.warm_up(asked)
 
         logger.info(

@@ -35,11 +35,12 @@ import torch
 import torch.distributed as dist
 
 from ... import ExpertLoad
-from ...exchange import transfers
-from ...rebalancing.decision import RebalancePolicy
-from ...rebalancing.exchanger import Exchanger, Meeting, connect
+from ...exchange import peer_reads
+from ...exchange.plan import ExchangePlan
+from ...rebalancing.exchanger import Exchanger, RankFacts, connect
+from ...rebalancing.policy import RebalancePolicy
 from ...rebalancing.rebalancer import Rebalancer
-from ...rebalancing.tables import warm_up
+from ...rebalancing.tables import EngineRanks, warm_up
 from ...verification.verify import Pass
 from ..bench.timing import device_facts
 
@@ -125,7 +126,7 @@ class Bench:
             dict(enumerate(self.weights)),
             shape.experts,
             self.group,
-            Meeting.of(self.cpu_group),
+            RankFacts.gather(self.cpu_group),
             "bench",
             logger,
         )
@@ -228,26 +229,29 @@ class Bench:
     def ways(self) -> Iterator[str]:
         """How experts come from another rank: ``sent``, then, where memory can be seen, ``read``; the last one is what engines get.
 
-        GPUs are read by a kernel as well, for comparison (`transfers.READ_SINGLY`).
+        GPUs are read by a kernel as well, for comparison (`peer_reads.READ_SINGLY`).
         """
         yield "sent"
-        self.exchanger.look_at_peers(self.cpu_group)
-        if not self.exchanger.reads_peers:
+        if not self.exchanger.look_at_peers(self.cpu_group).reads.any():
             return
         if self.device.type == "cuda":
-            size, transfers.READ_SINGLY = transfers.READ_SINGLY, sys.maxsize
+            size, peer_reads.READ_SINGLY = peer_reads.READ_SINGLY, sys.maxsize
             yield "read by a kernel"
-            transfers.READ_SINGLY = size
+            peer_reads.READ_SINGLY = size
         yield "read"
 
-    def move(self, table: np.ndarray) -> None:
-        """Exchange to another table."""
+    def move(self, table: np.ndarray, weighed: ExchangePlan | None = None) -> None:
+        """Exchange to another table.
+
+        Args:
+            table: int ``[layers, physical experts]``.
+            weighed: the exchange that it was decided by, if any.
+        """
         rows = np.flatnonzero((self.table != table).any(axis=1)).tolist()
         if rows:
             ours = self.exchanger
-            ours.exchange(
-                ours.plan(ours.placement(self.table[rows], rows), ours.placement(table[rows], rows))
-            )
+            old, new = (ours.placement(t[rows], rows) for t in (self.table, table))
+            ours.exchange(ours.plan(old, new, weighed=weighed))
             self.table = table
 
     def everything(self, scattered: bool = False) -> dict[str, float]:
@@ -305,17 +309,20 @@ class Bench:
 
             def rebalance(load=load, spent=spent) -> None:
                 began = time.perf_counter()
-                table, _ = rebalancer.propose(ExpertLoad(load[None]), self.table, self.ranks)
+                proposal = rebalancer.propose(
+                    ExpertLoad(load[None]), self.table, EngineRanks(self.ranks)
+                )
                 spent["plan"] = time.perf_counter() - began
                 old = self.table
-                self.move(np.asarray(table, dtype=np.int64))
+                self.move(np.asarray(proposal.table, dtype=np.int64), proposal.exchange)
+                spent["bytes"] = proposal.decision.bytes
                 spent["exchange"] = time.perf_counter() - began - spent["plan"]
                 self.verify(np.flatnonzero((old != self.table).any(axis=1)).tolist())
                 spent["verify"] = time.perf_counter() - began - spent["plan"] - spent["exchange"]
 
             times.append(self.timed(rebalance))
             parts.append(spent)
-            moved.append(rebalancer.last.bytes)
+            moved.append(spent["bytes"])
         kept = slice(2, None)
         return {
             "seconds": statistics.median(times[kept]),

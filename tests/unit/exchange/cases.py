@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.core.topology import Topology
-from moe_placement_plugin.exchange.plan import SCRATCH, Chunk, ExchangePlan, plan_exchange
+from moe_placement_plugin.exchange.chunks import Chunk
+from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
+from moe_placement_plugin.exchange.transfer_table import SCRATCH
 
 
 def random_placement(
@@ -119,15 +121,15 @@ class SimulatedRanks:
         """Stage and commit chunk by chunk."""
         for chunk in chunks:
             staged = {}
-            for row, _expert, source, slot, rank, to in chunk.transfers.tolist():
+            for row, _, source, slot, rank, to in chunk.transfers:
                 assert plan.live[source] and plan.live[rank]
                 staged[row, rank, to] = [t[slot].copy() for t in self.weights[source][row]]
-            for row, expert, rank, to in chunk.reads.tolist():
+            for row, expert, rank, to in chunk.reads:
                 staged[row, rank, to] = [
                     expert_content(row, expert, p) for p in range(len(self.weights[rank][row]))
                 ]
             scratch: dict[int, list[np.ndarray]] = {}
-            for row, rank, source, to in chunk.copies.tolist():
+            for row, rank, source, to in chunk.copies:
                 tensors = self.weights[rank][row]
                 read = scratch[rank] if source == SCRATCH else [t[source].copy() for t in tensors]
                 if to == SCRATCH:

@@ -78,15 +78,16 @@ def test_read_and_sent_end_alike(ranks, sent, nodes, cut, attached):
     )
     packed = [result[2].packing_bytes for result in read]
     node_of = np.array(nodes)
-    between = node_of[plan.transfers[:, 2]] != node_of[plan.transfers[:, 4]]
+    between = node_of[plan.transfers.from_rank] != node_of[plan.transfers.to_rank]
     assert [size > 0 for size in packed] == [
-        bool((plan.transfers[between, 2] == rank).any()) for rank in range(4)
+        bool((plan.transfers.from_rank[between] == rank).any()) for rank in range(4)
     ]
 
 
 def repeatedly(rank, world, store, plan, back, number, attached):
     """There and back again, rank 1 slow to overwrite its slots; whether all bytes are right each time."""
-    from moe_placement_plugin.exchange import executor
+    from moe_placement_plugin.exchange import transfers
+    from moe_placement_plugin.exchange.communication import Communication
     from moe_placement_plugin.exchange.executor import Exchange
 
     from .ranks import as_bytes, peer_memory, shared, weights_of
@@ -94,11 +95,12 @@ def repeatedly(rank, world, store, plan, back, number, attached):
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     peers = peer_memory(weights if attached else shared(weights), (0,) * world)
     if rank == 1:
-        copy_rows = executor.copy_rows
-        executor.copy_rows = lambda *rows: (time.sleep(0.02), copy_rows(*rows))
+        copy_rows = transfers.copy_rows
+        transfers.copy_rows = lambda *rows: (time.sleep(0.02), copy_rows(*rows))
     for turn in range(number):
         going = plan if turn % 2 == 0 else back
-        Exchange(going, weights, epoch=turn, store=store, peers=peers, timeout=20).run()
+        how = Communication(turn, store=store, timeout=20)
+        Exchange(going, weights, how, peers=peers).run()
         check_weights(as_bytes(weights), going.new, rank)
     return True
 
@@ -115,6 +117,7 @@ def test_nobody_reads_what_is_being_overwritten(ranks, attached):
 
 def without_a_rank(rank, world, store, plan, dead, attached):
     """Rank ``dead`` leaves before the exchange."""
+    from moe_placement_plugin.exchange.communication import Communication
     from moe_placement_plugin.exchange.executor import Exchange
 
     from .ranks import Reader, as_bytes, peer_memory, shared, together, weights_of
@@ -124,9 +127,8 @@ def without_a_rank(rank, world, store, plan, dead, attached):
     together(store, "looked", world)  # memory goes with its owner
     if rank == dead:
         return None
-    report = Exchange(
-        plan, weights, epoch=1, store=store, peers=peers, reader=Reader(), timeout=20
-    ).run()
+    how = Communication(1, store=store, timeout=20)
+    report = Exchange(plan, weights, how, reader=Reader(), peers=peers).run()
     check_weights(as_bytes(weights), plan.new, rank)
     return report.bytes_sent
 
@@ -232,14 +234,14 @@ def test_what_cannot_be_seen_is_left_to_messages(ranks, what, attached):
 def drops_out(rank, world, store, plan):
     """Rank 1 never enters."""
     from moe_placement_plugin.exchange.commit import ExchangeAborted
+    from moe_placement_plugin.exchange.communication import Communication
     from moe_placement_plugin.exchange.executor import Exchange
 
     from .ranks import as_bytes, peer_memory, shared, together, weights_of
 
     weights = shared(weights_of(plan.old, rank, plan.old.slots_per_rank[rank]))
-    found = Exchange(
-        plan, weights, epoch=1, store=store, peers=peer_memory(weights, (0,) * world), timeout=0.5
-    )
+    how = Communication(1, store=store, timeout=0.5)
+    found = Exchange(plan, weights, how, peers=peer_memory(weights, (0,) * world))
     together(store, "looked", world)  # memory goes with its owner
     if rank == 1:
         return None

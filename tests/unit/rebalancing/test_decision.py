@@ -12,7 +12,8 @@ from moe_placement_plugin.core.events import event_counts
 from moe_placement_plugin.core.load import ExpertLoad
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.exchange.plan import plan_exchange
-from moe_placement_plugin.rebalancing.decision import REASONS, RebalancePolicy, announce, decide
+from moe_placement_plugin.rebalancing.decision import REASONS, announce, decide
+from moe_placement_plugin.rebalancing.policy import RebalancePolicy
 from moe_placement_plugin.simulation.costmodel import LayerCost
 
 OLD = Placement(np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), 4, (2, 2))

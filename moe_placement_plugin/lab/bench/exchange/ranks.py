@@ -23,10 +23,12 @@ import torch.distributed as dist
 from ....core.placement import Placement
 from ....core.topology import Topology
 from ....exchange.checkpoint import Checkpoint, CheckpointReader, hugging_face_experts
+from ....exchange.communication import Communication
 from ....exchange.executor import Exchange
 from ....exchange.expert_memory import view_parameter
 from ....exchange.peer_memory import PeerMemory
 from ....exchange.plan import ExchangePlan
+from ....exchange.staging import Memory
 
 torch.set_num_threads(1)
 
@@ -174,25 +176,16 @@ def measure(
         staging_bytes
     )  # loads the compiled kernels, as a server has while its model loads: seconds in a fresh process
     reports = []
-    staging = torch.full(
-        (staging_bytes,), 1, dtype=torch.uint8
-    )  # kept from one exchange to the next
+    # Kept from one exchange to the next.
+    kept = torch.full((staging_bytes,), 1, dtype=torch.uint8)
+    memory = Memory(staging_bytes, kept=kept)
 
     def exchange() -> None:
         checkpoint = Checkpoint(folder) if len(plan.reads) else None
         reader = (
             CheckpointReader(checkpoint, hugging_face_experts(checkpoint)) if checkpoint else None
         )
-        made = Exchange(
-            plan,
-            own,
-            epoch=1,
-            store=store,
-            staging_bytes=staging_bytes,
-            staging=staging,
-            reader=reader,
-            peers=peers,
-        )
+        made = Exchange(plan, own, Communication(1, store=store), memory, reader, peers=peers)
         reports.append(made.run())
 
     seconds = {

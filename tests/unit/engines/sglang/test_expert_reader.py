@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.sglang import expert_reader
+from moe_placement_plugin.engines.sglang.state import worker
 
 LAYERS, EXPERTS, WIDTH, HIDDEN = (1, 2), 6, 4, 8
 
@@ -135,7 +136,7 @@ def tensors(fused: bool) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    monkeypatch.setattr(expert_reader, "_known", None)
+    monkeypatch.setattr(worker.names, "known", None)
 
 
 def loaded(kind, folder, prefix: str = ""):
@@ -194,7 +195,7 @@ def test_experts_are_read_through_the_models_loader(kind, tmp_path):
 def test_names_with_a_prefix(tmp_path):
     model, content = loaded(Model, tmp_path, prefix="target.")
     out = [torch.empty(2 * WIDTH, HIDDEN), torch.empty(HIDDEN, WIDTH)]
-    names = expert_reader._known
+    names = worker.names.known
     for key in list(names.of):
         assert all(name.startswith("target.") for name in names.of[key])
     load = model.load_weights
