@@ -1,4 +1,4 @@
-"""Reading single experts from a safetensors checkpoint: what no live rank holds any more, and nothing else.
+"""Read single experts from a safetensors checkpoint: what no live rank holds any more.
 
 Where an expert lies in the checkpoint and how its tensors become the engine's is the caller's to
 say (each engine has its own mapping); `hugging_face_experts` and `fill_gate_up_down` do it for the
@@ -99,11 +99,11 @@ class Checkpoint:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return tuple(self._file_of)
 
     def read(self, source: Source) -> torch.Tensor:
-        """One tensor, or one expert's part of it.
+        """Return one tensor, or one expert's part of it.
 
         Raises:
             PlacementError: when the checkpoint has no such tensor or part.
@@ -164,7 +164,7 @@ class Checkpoint:
                         )
 
     def _header(self, file: Path, opened: BinaryIO) -> tuple[dict[str, Any], int]:
-        """Of a safetensors file: what its header says of each tensor, and where the data begin."""
+        """Return what a file's header says of each tensor, and where the data begin."""
         if file not in self._headers:
             size = int.from_bytes(opened.read(8), "little")
             self._headers[file] = json.loads(opened.read(size)), 8 + size
@@ -175,12 +175,17 @@ class ExpertReader(Protocol):
     """What reads an expert that no live rank holds; `CheckpointReader` is one.
 
     One that is quicker with several at once has also ``read_all(wanted)``, which takes a list of
-    `read`'s arguments; one that can have the disk begin early has ``prefetch(experts)``, which takes
-    all pairs (layer, expert) of an exchange as it begins.
+    `read`'s arguments; one that can have the disk begin early has ``prefetch(experts)``, which
+    takes all pairs (layer, expert) of an exchange as it begins.
     """
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
-        """Fill ``out``, a tensor of one slot's shape for each of the layer's; return the bytes read."""
+        """Fill the memory of one slot; return the bytes read.
+
+        Args:
+            layer, expert: what is wanted.
+            out: one tensor for each tensor of the layer, of the shape of one slot.
+        """
         ...
 
 
@@ -202,13 +207,13 @@ class CheckpointReader:
         self._checkpoint, self._locate, self._fill = checkpoint, locate, fill or fill_gate_up_down
 
     def prefetch(self, experts: Iterable[tuple[int, int]]) -> None:
-        """(layer, expert) that `read` will be asked for soon."""
+        """Have the disk begin with (layer, expert) that `read` will be asked for soon."""
         self._checkpoint.prefetch(
             source for layer, expert in experts for source in self._locate(layer, expert).values()
         )
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
-        """Fill ``out`` with expert ``expert`` of the model's layer ``layer``; returns the bytes read.
+        """Fill ``out`` with an expert of the model's layer ``layer``; return the bytes read.
 
         Raises:
             PlacementError: when the checkpoint lacks it, or it does not fit.
@@ -228,7 +233,7 @@ class CheckpointReader:
 
 
 def hugging_face_experts(checkpoint: Checkpoint) -> Callable[[int, int], Mapping[str, Source]]:
-    """How experts are named in a Hugging Face checkpoint, found out from its names.
+    """Find out from its names how experts are named in a Hugging Face checkpoint.
 
     Known are one tensor per expert and projection (``...layers.3.mlp.experts.7.gate_proj.weight``,
     Mixtral's ``w1``, ``w3``, ``w2``) and one tensor per layer for all experts
@@ -270,9 +275,10 @@ def _fused(before: str, between: str, suffix: str, layer: int, expert: int) -> M
 
 
 def fill_gate_up_down(found: Mapping[str, torch.Tensor], out: Sequence[torch.Tensor]) -> None:
-    """Fill the two tensors that both engines keep of an unquantized expert: gate above up ``[2 * width, hidden]``, and down ``[hidden, width]``.
+    """Fill the two tensors that both engines keep of an unquantized expert.
 
-    A fused tensor may be stored transposed; which it is follows from the shapes.
+    They are gate above up ``[2 * width, hidden]``, and down ``[hidden, width]``. A fused tensor may
+    be stored transposed; which it is follows from the shapes.
 
     Raises:
         PlacementError: when types or shapes do not fit, or a square tensor leaves open whether it

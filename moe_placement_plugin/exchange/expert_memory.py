@@ -1,4 +1,4 @@
-"""The weights of an engine's experts as rows of bytes, whatever their types and strides."""
+"""See the weights of an engine's experts as rows of bytes, whatever their types and strides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 64
-"""Each parameter of a staged expert begins at a multiple of this many bytes, so that any dtype can view it."""
+"""Staged parameters begin at a multiple of so many bytes: any dtype can view them."""
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,31 @@ class Parameter:
 
     @property
     def bytes(self) -> int:
-        """Of one expert."""
+        """Return the bytes of one expert."""
         return self.rows.shape[1]
 
     @property
     def padded(self) -> int:
-        """`bytes` up to the next multiple of `ALIGNMENT`."""
+        """Return `bytes` up to the next multiple of `ALIGNMENT`."""
         return -(-self.bytes // ALIGNMENT) * ALIGNMENT
 
     def units(self, unit: torch.dtype) -> list[torch.Tensor]:
-        """Each expert's bytes, read as numbers of this type (`widest_unit`), one tensor per slot."""
+        """Return each slot's bytes, read as numbers of a type (`widest_unit`)."""
         if unit not in self._views:
             self._views[unit] = list(self.rows.view(unit).unbind(0))
         return self._views[unit]
 
     def block(self, unit: torch.dtype, first: int, number: int) -> torch.Tensor:
-        """The bytes of experts that lie one behind the other, ``[number, units]``, or ``[units]`` of a single one, which has its view already."""
+        """Return the bytes of experts that lie one behind the other, ``[number, units]``.
+
+        ``[units]`` of a single one, which has its view already.
+        """
         return (
             self.units(unit)[first] if number == 1 else self.rows[first : first + number].view(unit)
         )
 
     def typed(self, row: torch.Tensor) -> torch.Tensor:
-        """One expert's bytes as a tensor of the parameter's own type, shape and strides."""
+        """Return one expert's bytes as a tensor of the parameter's type, shape and strides."""
         return row.view(self.dtype).as_strided(self.shape, self.stride)
 
 
@@ -109,7 +112,7 @@ def view_weights(
     new: Placement,
     rank: int,
 ) -> list[list[Parameter]]:
-    """All parameters of all layers, rows in the placement's order.
+    """Return all parameters of all layers, rows in the placement's order.
 
     Args:
         weights: this rank's tensors ``[slots, ...]`` of each layer: by index of the layer within
@@ -162,7 +165,10 @@ def view_weights(
 
 
 def widest_unit(layers: Sequence[Sequence[Parameter]]) -> torch.dtype:
-    """The widest type that the bytes of all parameters can be read as: copies of many rows at once go as fast as their type is wide."""
+    """Return the widest type that the bytes of all parameters can be read as.
+
+    Copies of many rows at once go as fast as their type is wide.
+    """
     import torch
 
     for unit in (torch.int64, torch.int32, torch.int16):
@@ -234,12 +240,15 @@ def copy_rows(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
 
 
 def padded_bytes(layers: Sequence[Sequence[Parameter]]) -> list[int]:
-    """Staging bytes of one expert of each layer."""
+    """Return the staging bytes of one expert of each layer."""
     return [sum(p.padded for p in parameters) for parameters in layers]
 
 
 def layout_digest(layers: Sequence[Sequence[Parameter]]) -> str:
-    """Hex SHA-256 of types, shapes and strides: ranks whose digests differ cannot send each other bytes."""
+    """Return a hex SHA-256 of types, shapes and strides.
+
+    Ranks whose digests differ cannot send each other bytes.
+    """
     facts: list[Any] = [
         [[str(p.dtype), p.shape, p.stride] for p in parameters] for parameters in layers
     ]

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 PROBE = 64
-"""Bytes of each parameter that a rank says it has and the others must find there: memory that is seen wrongly must not be read."""
+"""Bytes of each parameter that a rank says it has and the others must find there.
+
+Memory that is seen wrongly must not be read.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class PeerMemory:
         cpu_group: dist.ProcessGroup,
         log: logging.Logger,
     ) -> PeerMemory:
-        """See what can be seen; a collective call. What cannot be seen (another host, no peer access, memory of an allocator that does not
+        """See what can be seen; a collective call.
+
+        What cannot be seen (another host, no peer access, memory of an allocator that does not
         share) is left to messages.
 
         Args:
@@ -103,7 +108,7 @@ class SeenPeers:
 
     @classmethod
     def of(cls, peers: PeerMemory, layer_ids: Sequence[int]) -> SeenPeers:
-        """Of an exchange of these layers."""
+        """Return what is seen by the rows of an exchange of these layers."""
         return cls(
             peers.reads,
             {rank: [seen[layer] for layer in layer_ids] for rank, seen in peers.parameters.items()},
@@ -115,14 +120,17 @@ class SeenPeers:
 
     @property
     def mapped(self) -> list[Sequence[Parameter]]:
-        """Parameters that lie in this process's own address space as well."""
+        """Return the parameters that lie in this process's own address space as well."""
         found = (parameters for of_rank in self.layers.values() for parameters in of_rank)
         own = (([p for p in ps if not isinstance(p, AttachedRows)], len(ps)) for ps in found)
         return [mine for mine, number in own if len(mine) == number]
 
 
 def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes | None:
-    """What others need to see this rank's parameters, and how each begins; None when they cannot be shared."""
+    """Return what others need to see this rank's parameters, and how each begins.
+
+    None when they cannot be shared.
+    """
     import torch
     from torch.multiprocessing.reductions import reduce_tensor
 
@@ -158,11 +166,12 @@ def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes
 def _take(
     offer: bytes, own: Mapping[int, Sequence[Parameter]], peer: int, log: logging.Logger
 ) -> dict[int, list[Parameter | AttachedRows]] | None:
-    """The parameters of another rank; None when they cannot be seen, or are not what it says."""
+    """Return the parameters of another rank; None when they are not seen as it says."""
     device = next((p.rows.device for parameters in own.values() for p in parameters), None)
     seen: dict[int, list[Parameter | AttachedRows]] = {layer: [] for layer in own}
     try:
-        for layer, (rebuild, arguments), beginning in pickle.loads(offer):  # noqa: S301 - of a rank of this very server
+        # The offer is of a rank of this very server.
+        for layer, (rebuild, arguments), beginning in pickle.loads(offer):  # noqa: S301
             if rebuild is AttachedRows:
                 rows = AttachedRows(*arguments)
                 if not any(seen.values()):

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 READ_SINGLY = 1 << 20
 """Pieces of this many bytes are read in another GPU's memory one by one, smaller ones together.
 
-One by one they are read by the copy engines, which leave the multiprocessors to the engine; together
-by a kernel, since a copy costs the host some 5 us. A piece is a tensor of as many experts as lie one
-behind the other in both places.
+One by one they are read by the copy engines, which leave the multiprocessors to the engine;
+together by a kernel, since a copy costs the host some 5 us. A piece is a tensor of as many experts
+as lie one behind the other in both places.
 """
 
 

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 def own_address() -> str:
-    """An address of this machine that the other ranks reach: that which leads to the default group's store."""
+    """Return an address of this machine that the other ranks reach.
+
+    That which leads to the default group's store.
+    """
     from torch.distributed.distributed_c10d import _get_default_store
 
     store = _unwrapped(_get_default_store())
@@ -24,7 +27,10 @@ def own_address() -> str:
 
 
 def held_here(store: dist.Store) -> bool:
-    """Whether a store ends with this process, to the harm of others; a clone of it, which is a connection, does not say so."""
+    """Whether a store ends with this process, to the harm of others.
+
+    A clone of it, which is a connection, does not say so.
+    """
     from torch.distributed import TCPStore
 
     # torch says it nowhere else: a connection to another process's store is shown with
@@ -65,7 +71,7 @@ class Stores:
         self._stores: dict[int, dist.Store] = {self._rank: own}
 
     def of(self, rank: int) -> dist.Store:
-        """The store in the process of a rank that is alive.
+        """Return the store in the process of a rank that is alive.
 
         Raises:
             DistStoreError: when it does not answer.

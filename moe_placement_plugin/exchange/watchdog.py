@@ -1,4 +1,4 @@
-"""An exchange that takes too long says what it waits for, and is ended if told so; it never hangs in silence."""
+"""Have an exchange that takes too long say what it waits for, and end it if told so."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WaitingFor:
 
 
 class Watchdog:
-    """Times an exchange; a context manager around it (or around each of its steps, when a server serves between them).
+    """Times an exchange; a context manager around it, or around each of its steps.
 
     One thread for all watchdogs of the process wakes only when a limit passes; to enter and to
     leave costs microseconds. The first limit logs a warning with what is waited for, again at each
@@ -97,7 +97,11 @@ class Watchdog:
         self.waiting = waiting
 
     def watch(self, interrupt: Callable[[], None]) -> Watchdog:
-        """Call ``interrupt``, from the watchdog's thread, when it gives up; returns itself, for ``with``."""
+        """Call ``interrupt``, from the watchdog's thread, when it gives up.
+
+        Returns:
+            The watchdog itself, for ``with``.
+        """
         self._interrupt = interrupt
         return self
 
@@ -120,7 +124,7 @@ class Watchdog:
         )
 
     def _passed(self, now: float) -> bool:
-        """A limit has passed: say so, and act; whether the watchdog has done all that it will."""
+        """Say that a limit has passed, and act; return whether that was the last."""
         waiting = str(self.waiting)
         if self.give_up is not None and now >= self._begin + self.give_up:
             self.expired = waiting

@@ -13,7 +13,7 @@ from ..core.placement import Placement
 def place_lost(
     old: Placement, live_ranks: Sequence[int], load: np.ndarray | None = None
 ) -> Placement:
-    """``old`` with every expert that only dead ranks hold put on a live one, in place of a replica that can be spared.
+    """Put every expert that only dead ranks hold on a live one, in place of a spare replica.
 
     Nothing else moves: it is the quickest way back to serving, and what the next rebalance starts
     from. What has to be read is dealt out evenly over the live ranks, which read at the same time,

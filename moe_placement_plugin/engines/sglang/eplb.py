@@ -50,28 +50,33 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
     if asked.rebalance is not None:
         if not ours:
             raise PlacementError(
-                f"{REBALANCE_FLAG} without --enable-eplb and --expert-placement-strategy eplb: nothing of ours rebalances; add both, or leave it out"
+                f"{REBALANCE_FLAG} without --enable-eplb and --expert-placement-strategy eplb: "
+                "nothing of ours rebalances; add both, or leave it out"
             )
         policy_from(asked.rebalance, REBALANCE_FLAG)
     if asked.planner and not asked.moves:
         raise PlacementError(
-            "--eplb-algorithm expert_placement without --enable-eplb: nothing rebalances; add it, or leave the algorithm out"
+            "--eplb-algorithm expert_placement without --enable-eplb: nothing rebalances; add it, "
+            "or leave the algorithm out"
         )
     if not asked.moves:
         return
     flag = "--enable-eplb with an expert placement"
     if int(cfg.tp_size) != int(cfg.ep_size):
         raise PlacementError(
-            f"{flag}, --tp-size {cfg.tp_size} and --ep-size {cfg.ep_size}: SGLang's updater takes the TP rank for the EP rank and would move the "
-            "wrong experts; make them equal, or leave --enable-eplb out"
+            f"{flag}, --tp-size {cfg.tp_size} and --ep-size {cfg.ep_size}: SGLang's updater takes "
+            "the TP rank for the EP rank and would move the wrong experts; make them equal, or "
+            "leave --enable-eplb out"
         )
     if int(cfg.pp_size) > 1:
         raise PlacementError(
-            f"{flag} and --pp-size {cfg.pp_size}: SGLang's updater sends to ranks of the first pipeline stage; leave one of the two out"
+            f"{flag} and --pp-size {cfg.pp_size}: SGLang's updater sends to ranks of the first "
+            "pipeline stage; leave one of the two out"
         )
     if str(getattr(cfg.load_format, "value", cfg.load_format)) == "dummy":
         raise PlacementError(
-            f"{flag} and --load-format dummy: most models list the weights to move only while they load a checkpoint; leave --enable-eplb out"
+            f"{flag} and --load-format dummy: most models list the weights to move only while "
+            "they load a checkpoint; leave --enable-eplb out"
         )
     algorithm = str(getattr(cfg, "eplb_algorithm", "auto"))
     asked.elastic = bool(getattr(cfg, "elastic_ep_backend", None))
@@ -79,17 +84,21 @@ def settle(asked: settings.Settings, cfg: Any) -> None:
         ours and algorithm != "auto" and not (asked.elastic and algorithm == "elasticity_aware")
     ):  # SGLang's own choice then
         raise PlacementError(
-            f"--eplb-algorithm {algorithm} together with --expert-placement-strategy eplb: both decide how to rebalance; leave one of the two out"
+            f"--eplb-algorithm {algorithm} together with --expert-placement-strategy eplb: both "
+            "decide how to rebalance; leave one of the two out"
         )
 
 
 def list_weights(model: Any) -> None:
-    """Tell SGLang's EPLB what to move in a model that does not list it, which stock SGLang serves until the first rebalance.
+    """Tell SGLang's EPLB what to move in a model that does not list it.
+
+    Stock SGLang serves such a model until the first rebalance.
 
     Raises:
         PlacementError: for a model with other experts in the same tensors.
     """
-    # Whoever looks into a list before the first rebalance fixes its tensors, so it is only asked for.
+    # Whoever looks into a list before the first rebalance fixes its tensors, so it is only asked
+    # for.
     if getattr(model, "routed_experts_weights_of_layer", None) is not None:
         return
     from sglang.srt.utils import LazyValue
@@ -97,8 +106,9 @@ def list_weights(model: Any) -> None:
     experts = list(expert_layers(model).values())
     if any(layer.num_fused_shared_experts for layer in experts):
         raise PlacementError(
-            f"--enable-eplb: {type(model).__name__} keeps shared experts among the routed ones, which EPLB cannot move: add "
-            "--disable-shared-experts-fusion, or leave --enable-eplb out"
+            f"--enable-eplb: {type(model).__name__} keeps shared experts among the routed ones, "
+            "which EPLB cannot move: add --disable-shared-experts-fusion, or leave --enable-eplb "
+            "out"
         )
     model.routed_experts_weights_of_layer = LazyValue(
         lambda: {layer.layer_id: eplb_exchange.slot_tensors(layer) for layer in experts}

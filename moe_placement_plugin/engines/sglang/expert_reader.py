@@ -1,4 +1,4 @@
-"""Reading single experts anew, for any model, through SGLang's own loader.
+"""Read single experts anew, for any model, through SGLang's own loader.
 
 The loader names them and puts them together. While the model loads it is noted which tensors of the
 checkpoint ended in which expert. To read an expert, just those tensors are read and given to the
@@ -50,7 +50,7 @@ class Names:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def comes(self, name: str, tensor: torch.Tensor) -> None:
-        """The checkpoint brings a tensor."""
+        """Note that the checkpoint brings a tensor."""
         with self._lock:
             self._comes(name, tensor.data_ptr(), tensor.nbytes)
 
@@ -61,9 +61,8 @@ class Names:
             at -= 1
         until = at
         while until < len(self._starts) and self._starts[until] < end:
-            self._ranges.pop(
-                self._starts[until]
-            )  # of a tensor that is gone: its memory was used again
+            # Of a tensor that is gone: its memory was used again.
+            self._ranges.pop(self._starts[until])
             until += 1
         self._starts[at:until] = [begin]
         self._ranges[begin] = (end, name)
@@ -72,7 +71,10 @@ class Names:
     def goes(
         self, layer: int, expert: int | None, weight_name: str, shard: str, tensor: torch.Tensor
     ) -> None:
-        """A tensor, or a part of one, goes to an expert: found by where it lies in memory, since loaders may work in threads."""
+        """Note that a tensor, or a part of one, goes to an expert.
+
+        It is known by where it lies in memory, since loaders may work in threads.
+        """
         with self._lock:
             at = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
             name = self._last
@@ -190,7 +192,7 @@ class Wanted:
         expert: int | None,
         fused: Callable | None,
     ) -> None:
-        """Put what goes to an expert that is wanted where it is wanted, in the way in which SGLang fills a slot."""
+        """Put what goes to a wanted expert where it is wanted, as SGLang fills a slot."""
         number = layer.layer_id
         for at in [e for n, e in self.out if n == number] if expert is None else [int(expert)]:
             out = self.out.get((number, at))
@@ -211,7 +213,10 @@ class Wanted:
             self.filled[number, at].add((weight_name, shard))
 
     def _proxy(self, layer: int, param: Any, out: Sequence[torch.Tensor]) -> Any:
-        """``param`` as if it had one slot, which lies in staging memory; None for what an exchange does not move."""
+        """Return ``param`` as if it had one slot, which lies in staging memory.
+
+        None for what an exchange does not move.
+        """
         import torch
 
         for tensor, memory in zip(self.tensors[layer], out):
@@ -223,7 +228,7 @@ class Wanted:
 
 
 class EngineReader:
-    """Reads lost experts as `executor.ExpertReader` asks, through the model's own loader.
+    """Reads lost experts as `checkpoint.ExpertReader` asks, through the model's own loader.
 
     Args:
         model: the model that is served.
@@ -246,18 +251,20 @@ class EngineReader:
     def _names(
         self, experts: Iterable[tuple[int, int]]
     ) -> tuple[Names, Checkpoint, dict[str, None]]:
-        """What is known, the checkpoint, and its tensors that hold the experts."""
+        """Return what is known, the checkpoint, and its tensors that hold the experts."""
         known = worker.names.known
         if known is None or known.folder is None:
             raise PlacementError(
-                "lost experts cannot be read: its weights did not come from a safetensors checkpoint; restart the server with one"
+                "lost experts cannot be read: its weights did not come from a safetensors "
+                "checkpoint; restart the server with one"
             )
         chosen: dict[str, None] = {}
         for layer, expert in experts:
             found = {**known.of.get((layer, expert), {}), **known.of.get((layer, ALL), {})}
             if not found:
                 raise PlacementError(
-                    f"layer {layer}, expert {expert}: no tensor of the checkpoint was seen to hold it; restart the server"
+                    f"layer {layer}, expert {expert}: no tensor of the checkpoint was seen to "
+                    "hold it; restart the server"
                 )
             chosen |= found
         if self._checkpoint is None:
@@ -265,14 +272,15 @@ class EngineReader:
         return known, self._checkpoint, chosen
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
-        """One expert; see `read_all`."""
+        """Fill the memory of one expert; see `read_all`."""
         return self.read_all([(layer, expert, out)])
 
     def read_all(self, wanted: Sequence[tuple[int, int, Sequence[torch.Tensor]]]) -> int:
         """Fill the memory of several experts; returns the bytes read.
 
         Args:
-            wanted: layer, expert, and memory for each of the layer's tensors, of the shape of one slot.
+            wanted: layer, expert, and memory for each of the layer's tensors, of the shape of one
+                slot.
 
         Raises:
             PlacementError: when the checkpoint or the model's loader does not bring them whole.
@@ -301,7 +309,8 @@ class EngineReader:
             missing = known.parts[layer] - into.filled[layer, expert]
             if missing:
                 raise PlacementError(
-                    f"layer {layer}, expert {expert}: {type(self._model).__name__}'s loader did not bring {sorted(missing)}; restart the server"
+                    f"layer {layer}, expert {expert}: {type(self._model).__name__}'s loader did "
+                    f"not bring {sorted(missing)}; restart the server"
                 )
         for source, out in again:
             for a, b in zip(source, out):
@@ -312,7 +321,8 @@ class EngineReader:
         import torch
         from sglang.srt.model_loader.utils import set_default_torch_dtype
 
-        # Models list their experts' weights when they have loaded: the list that there is must stay.
+        # Models list their experts' weights when they have loaded: the list that there is must
+        # stay.
         listed = vars(self._model).get("routed_experts_weights_of_layer")
         dtype = next(self._model.parameters()).dtype
         with torch.no_grad(), set_default_torch_dtype(dtype):

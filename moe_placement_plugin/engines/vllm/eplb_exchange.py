@@ -26,7 +26,7 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 _numbers = itertools.count()
 
 _OWN_TRANSPORT = "nixl"
-"""The communicator that reads other ranks' memory by itself, into buffers that it has registered."""
+"""A communicator that reads other ranks' memory by itself, into buffers of its own."""
 
 
 def adopt(eplb: Eplb, state: Any) -> EplbModel:
