@@ -1,4 +1,7 @@
-"""SGLang's EPLB with our placement to begin with and our planner to rebalance: live, on the CPU engine, and its parts without one."""
+"""SGLang's EPLB with our placement to begin with and our planner to rebalance.
+
+Live, on the CPU engine, and its parts without one.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,21 @@ from moe_placement_plugin.rebalancing.rebalancer import Rebalancer
 from moe_placement_plugin.rebalancing.tables import inverse_maps
 from tests.integration.sglang.engines import LONG, Outcome, case, run_cases
 from tests.support.children import engine_lock
-from tests.unit.engines.sglang.test_flags import TWO, arguments, plugins, refused, resolve  # noqa: F401
+from tests.unit.engines.sglang.test_flags import (  # noqa: F401
+    TWO,
+    arguments,
+    plugins,
+    refused,
+    resolve,
+)
 
 EPLB = ("--enable-eplb", "--expert-placement-strategy", "eplb")
 LAYERS, EXPERTS, RANKS = 3, 8, 2
 TOLERANCE = 1e-4
-"""Of a log probability between two placements, one of them on one rank, float32; what differs is the order in which partial sums are added."""
+"""Of a log probability between two placements, one of them on one rank, float32.
+
+What differs is the order in which partial sums are added.
+"""
 
 
 def test_strategy_eplb_begins_where_eplb_does(models):

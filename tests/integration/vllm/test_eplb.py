@@ -1,4 +1,7 @@
-"""vLLM's EPLB with our placement to begin with and our planner to rebalance: live, on the CPU build."""
+"""vLLM's EPLB with our placement to begin with and our planner to rebalance.
+
+Live, on the CPU build.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,10 @@ def test_the_first_placement_is_the_strategys(moving):
 
 
 def test_routing_in_torch_is_the_kernels():
-    """Replica of token t and expert e: (t * 2654435769 mod 2^32) mod replicas, as in vLLM's Triton kernel."""
+    """Replica of token t and expert e.
+
+    (t * 2654435769 mod 2^32) mod replicas, as in vLLM's Triton kernel.
+    """
     from moe_placement_plugin.engines.vllm.eplb_cpu import map_and_record
 
     table = torch.tensor([[0, 3, 5], [1, -1, -1], [2, 4, -1]])
@@ -104,7 +110,10 @@ def test_a_fused_tensor_gets_rows_for_redundant_experts():
 
 
 def test_models_that_name_no_redundant_experts_load_them_all_the_same():
-    """vLLM 0.25's GLM-4-MoE, and MTP heads of all versions: no weight was ever offered to their redundant slots."""
+    """vLLM 0.25's GLM-4-MoE, and MTP heads of all versions.
+
+    No weight was ever offered to their redundant slots.
+    """
     import inspect
     from types import SimpleNamespace
 

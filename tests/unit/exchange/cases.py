@@ -32,7 +32,10 @@ def random_placement(
 
 
 def drifted(rng: np.random.Generator, old: Placement, live=None, share: float = 0.3) -> Placement:
-    """A placement near ``old``: a few layers unchanged, slots of a rank shuffled, experts swapped between ranks."""
+    """A placement near ``old``.
+
+    A few layers unchanged, slots of a rank shuffled, experts swapped between ranks.
+    """
     table = old.physical_to_logical.copy()
     rank_of = old.rank_of_slot
     for row in table:
@@ -52,7 +55,10 @@ def drifted(rng: np.random.Generator, old: Placement, live=None, share: float = 
 
 @st.composite
 def exchanges(draw, most_ranks: int = 7) -> ExchangePlan:
-    """Plans between random placements: uneven slots, other numbers of slots, dead ranks, several nodes."""
+    """Plans between random placements.
+
+    Uneven slots, other numbers of slots, dead ranks, several nodes.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     ranks = draw(st.integers(1, most_ranks))
     experts = draw(st.integers(1, 12))

@@ -1,4 +1,7 @@
-"""What the processes of the tests do: hold weights whose bytes name their expert, carry out an exchange, say what they hold then."""
+"""What the processes of the tests do.
+
+Hold weights whose bytes name their expert, carry out an exchange, say what they hold then.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ SHAPES = (
     ((2, 4), torch.bfloat16),
     ((1,), torch.float8_e4m3fn),
 )
-"""One slot of each tensor of a layer. Their bytes are random, so NaNs of all kinds are among them."""
+"""One slot of each tensor of a layer.
+
+Their bytes are random, so NaNs of all kinds are among them.
+"""
 
 
 def expert_tensor(row: int, expert: int, parameter: int) -> torch.Tensor:
@@ -65,7 +71,10 @@ def weights_of(placement, rank: int, slots: int) -> list[list[torch.Tensor]]:
 
 
 def shared(weights: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """The same in memory that other processes can map, as a GPU's; other memory of this process they can attach to."""
+    """The same in memory that other processes can map, as a GPU's.
+
+    Other memory of this process they can attach to.
+    """
     torch.multiprocessing.set_sharing_strategy("file_system")
     for tensors in weights:
         for tensor in tensors:
@@ -100,14 +109,20 @@ class Reader:
 
 
 def together(store, name: str, count: int) -> None:
-    """Go on when as many ranks have come here. The store is the parent's: no rank that ends takes it along."""
+    """Go on when as many ranks have come here.
+
+    The store is the parent's: no rank that ends takes it along.
+    """
     if store.add(name, 1) == count:
         store.set(f"all {name}", "")
     store.wait([f"all {name}"], timedelta(seconds=30))
 
 
 def survivors(found: Exchange, store, expected: int) -> tuple[int, ...]:
-    """`Exchange.survivors` of as many ranks, however late one of them comes: nobody waits for the dead."""
+    """`Exchange.survivors` of as many ranks, however late one of them comes.
+
+    Nobody waits for the dead.
+    """
     if store.add("noticed", 1) < expected:
         return found.survivors(30)
     while len(found._agreement._ask(found._agreement._alive.present)) < expected - 1:
@@ -116,9 +131,15 @@ def survivors(found: Exchange, store, expected: int) -> tuple[int, ...]:
 
 
 def exchange(
-    rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_layer: bool = False, nodes: tuple[int, ...] | None = None,
+    rank: int,
+    world: int,
+    store,
+    plan: ExchangePlan,
+    limits: dict,
+    by_layer: bool = False,
+    nodes: tuple[int, ...] | None = None,
     attached: bool = False,
-):  # fmt: skip
+):
     """Carry the plan out; (bytes of all weights, what was read from the checkpoint, report).
 
     Args:
@@ -151,18 +172,29 @@ def exchange(
 
 
 def exchange_with_a_death(
-    rank: int, world: int, store, plan: ExchangePlan, victim: int, moment: float | None, limits: dict, nodes: tuple[int, ...] | None = None,
+    rank: int,
+    world: int,
+    store,
+    plan: ExchangePlan,
+    victim: int,
+    moment: float | None,
+    limits: dict,
+    nodes: tuple[int, ...] | None = None,
     attached: bool = False,
-):  # fmt: skip
-    """Carry the plan out while ``victim`` dies at ``moment``: the share of its pieces of work done by then (None: somebody else kills it).
+):
+    """Carry the plan out while ``victim`` dies at ``moment``.
 
-    The same exchange goes before, undisturbed. It tells how much work there is and how long it takes, which the store then says as
-    ``microseconds``: a death after the end would prove nothing. The survivors have that much more time to notice, since it tells as well
-    how busy the machine is.
+    The share of its pieces of work done by then (None: somebody else kills it).
+
+    The same exchange goes before, undisturbed. It tells how much work there is and how long it
+    takes, which the store then says as ``microseconds``: a death after the end would prove nothing.
+    The survivors have that much more time to notice, since it tells as well how busy the machine
+    is.
 
     Returns:
-        (bytes of all weights, committed layers, survivors (None when nothing was noticed, empty for a rank that came too late to be
-        one), reason); no weights and no layers where the rank has to load its weights anew.
+        (bytes of all weights, committed layers, survivors (None when nothing was noticed, empty for
+        a rank that came too late to be one), reason); no weights and no layers where the rank has
+        to load its weights anew.
     """
     work = Pieces()
 
@@ -189,7 +221,8 @@ def exchange_with_a_death(
     try:
         found.run()
     except ExchangeAborted as aborted:
-        # The others are known only after their time to notice. On a busy machine one may come too late: it stops then, and is told why.
+        # The others are known only after their time to notice. On a busy machine one may come too
+        # late: it stops then, and is told why.
         try:
             live, reason = found.survivors(0.5 + 5 * took), aborted.reason
         except ExchangeLost as lost:
@@ -287,7 +320,10 @@ def after_the_store_is_gone(rank: int, world: int, store, plan: ExchangePlan):
 
 
 def with_a_late_reader(rank: int, world: int, store, plan: ExchangePlan):
-    """Rank 0 holds the store of the agreement, votes last and ends as soon as its exchange has; the others read the fates late."""
+    """Rank 0 holds the store of the agreement, votes last and ends as soon as its exchange has.
+
+    The others read the fates late.
+    """
     if rank == 0:
         own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         store.set("port", str(own.port))
@@ -319,7 +355,10 @@ def with_a_late_reader(rank: int, world: int, store, plan: ExchangePlan):
 
 
 def recovering(rank: int, world: int, store, plan: ExchangePlan, victim: int):
-    """A death after the second chunk; the survivors go on by themselves, to a placement without the dead rank."""
+    """A death after the second chunk.
+
+    The survivors go on by themselves, to a placement without the dead rank.
+    """
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     found = start(store, plan, weights)
     try:
@@ -340,7 +379,11 @@ def recovering(rank: int, world: int, store, plan: ExchangePlan, victim: int):
 
 
 def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
-    """Exchanges one after the other as an engine has them, of which ``dies`` leaves after the second; keys of the agreement in the store."""
+    """Exchanges one after the other as an engine has them; ``dies`` leaves after the second.
+
+    Returns:
+        (bytes of all weights, keys of agreements in the store, staging buffers).
+    """
     import logging
 
     from moe_placement_plugin.rebalancing.exchanger import (
@@ -366,7 +409,8 @@ def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
     before = store.num_keys()
     for number, (old, new) in enumerate(zip(placements, placements[1:])):
         if number == 2 and dies is not None:
-            # Between two exchanges: who still asks the store of a rank that dies stops, which is tested elsewhere.
+            # Between two exchanges: who still asks the store of a rank that dies stops, which is
+            # tested elsewhere.
             together(store, "two", world)
             if rank == dies:
                 os._exit(0)

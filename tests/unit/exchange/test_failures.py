@@ -98,7 +98,10 @@ def test_the_watchdog_ends_the_wait_for_a_rank_that_hangs(ranks):
     for rank in (0, 2):
         reason, said, seconds = results[rank][2:]
         assert seconds < 20  # transfers alone would wait for forty
-        waits = r"not finished after \d+\.\d s; waiting for: receive, layer 0, round \d, ranks \[.*\], [\d,]+ bytes"
+        waits = (
+            r"not finished after \d+\.\d s; waiting for: receive, layer 0, round \d, "
+            r"ranks \[.*\], [\d,]+ bytes"
+        )
         assert any(re.search(waits, line) for line in said), (
             said
         )  # the first on a busy machine: for its start

@@ -1,4 +1,8 @@
-"""Experts read in the memory of other ranks: real processes whose weights lie in shared memory, as GPUs' do under CUDA's handles, or in their own."""
+"""Experts read in the memory of other ranks.
+
+Real processes whose weights lie in shared memory, as GPUs' do under CUDA's handles, or in their
+own.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,10 @@ def placements(seed: int, slots, experts: int = 12):
 
 @pytest.fixture(scope="module")
 def sent(ranks):
-    """What each rank has when all experts are sent, by plan and limits: the same for each way of reading."""
+    """What each rank has when all experts are sent, by plan and limits.
+
+    The same for each way of reading.
+    """
     from .ranks import exchange
 
     found: dict = {}
@@ -85,7 +92,10 @@ def test_read_and_sent_end_alike(ranks, sent, nodes, cut, attached):
 
 
 def repeatedly(rank, world, store, plan, back, number, attached):
-    """There and back again, rank 1 slow to overwrite its slots; whether all bytes are right each time."""
+    """There and back again, rank 1 slow to overwrite its slots.
+
+    Whether all bytes are right each time.
+    """
     from moe_placement_plugin.exchange import transfers
     from moe_placement_plugin.exchange.communication import Communication
     from moe_placement_plugin.exchange.executor import Exchange
@@ -107,7 +117,10 @@ def repeatedly(rank, world, store, plan, back, number, attached):
 
 @pytest.mark.parametrize("attached", [False, True], ids=["mapped", "attached"])
 def test_nobody_reads_what_is_being_overwritten(ranks, attached):
-    """Ranks that have ended an exchange would read in the next one what a slow rank has yet to overwrite, if nothing held them."""
+    """The fault: a rank that has ended an exchange reads on while a slow one has yet to overwrite.
+
+    In the next exchange, if nothing held it.
+    """
     old, new = placements(2, [6, 6, 6])
     assert (
         ranks.run(repeatedly, 3, plan_exchange(old, new), plan_exchange(new, old), 6, attached)
@@ -200,9 +213,17 @@ def contents(parameter):
 
 @pytest.mark.parametrize(
     "what, attached",
-    [("all", False), ("one attached", False), ("wrong", False), ("all", True), ("wrong", True), ("another process", True),
-     ("no longer there", True), ("not allowed", True)],
-)  # fmt: skip
+    [
+        ("all", False),
+        ("one attached", False),
+        ("wrong", False),
+        ("all", True),
+        ("wrong", True),
+        ("another process", True),
+        ("no longer there", True),
+        ("not allowed", True),
+    ],
+)
 def test_what_cannot_be_seen_is_left_to_messages(ranks, what, attached):
     """Memory that does not hold what its owner says, or that the system does not let be read."""
     results = ranks.run(looks, 3, what, attached)
@@ -261,7 +282,10 @@ def test_reading_begins_when_all_have_come(ranks):
 
 
 def test_torch_names_what_is_changed_of_a_cuda_tensor():
-    """A CUDA tensor is seen from the reader's device: what says so must be known by these names in the installed torch."""
+    """A CUDA tensor is seen from the reader's device.
+
+    What says so must be known by these names in the installed torch.
+    """
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     assert {"storage_device", "event_sync_required"} <= set(

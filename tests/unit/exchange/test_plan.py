@@ -1,4 +1,7 @@
-"""The plan as a pure function: carried out on numpy arrays, it gives every slot its expert, within its own promises."""
+"""The plan as a pure function.
+
+Carried out on numpy arrays, it gives every slot its expert, within its own promises.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,10 @@ def test_rounds_have_no_contention_and_are_as_few_as_can_be(plan):
 @RUNS
 @given(exchanges())
 def test_sources(plan):
-    """Live experts come from live ranks, from the receiver's node where it has one, and no holder sends two more than another could."""
+    """Live experts come from live ranks, from the receiver's node where it has one.
+
+    No holder sends two more than another could.
+    """
     node = plan.topology.node_of_rank
     held = [
         [set(plan.old.local_experts(row, r).tolist()) for r in range(plan.old.num_ranks)]
@@ -153,7 +159,10 @@ def test_every_rank_computes_the_same(plan):
 
 
 def test_a_live_replica_wins_over_the_checkpoint():
-    """The chosen source of SGLang's updater may be dead while another holder lives: here the live one sends."""
+    """The chosen source of SGLang's updater may be dead while another holder lives.
+
+    Here the live one sends.
+    """
     old = Placement(np.array([[0, 1, 2, 0, 1, 3, 2, 3]]), 4, (2, 2, 2, 2))
     new = Placement(np.array([[0, 1, 2, 0, 1, 3, 0, 2]]), 4, (2, 2, 2, 2))
     plan = plan_exchange(old, new, live_ranks=[1, 2, 3])
@@ -267,7 +276,10 @@ def test_quick_at_the_size_of_r1(ranks):
 
 
 def test_what_was_lost_is_read_by_all_live_ranks_alike():
-    """60 experts on 6 ranks, the first 4 ranks hold 15 each, the last two replicas of all that rank 0 and 1 hold: ranks 2 and 3 die."""
+    """60 experts on 6 ranks, of which ranks 2 and 3 die.
+
+    The first four ranks hold 15 each, the last two replicas of all that ranks 0 and 1 hold.
+    """
     from moe_placement_plugin.rebalancing.lost_experts import place_lost
 
     table = np.tile(np.concatenate([np.arange(60), np.arange(15), np.arange(15, 30)]), (3, 1))

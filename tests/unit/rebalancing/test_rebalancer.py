@@ -1,4 +1,7 @@
-"""What is proposed to an engine: few moves, within the ranks that are alive, and what was lost first."""
+"""What is proposed to an engine.
+
+Few moves, within the ranks that are alive, and what was lost first.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ def rebalancer(**rules) -> Rebalancer:
 
 
 def in_force() -> np.ndarray:
-    """Experts 0 to 11 twice; the last rank alone holds 11, once, and the third replica of 0 in its place."""
+    """Experts 0 to 11 twice.
+
+    The last rank alone holds 11, once, and the third replica of 0 in its place.
+    """
     row = np.concatenate([np.arange(12), np.arange(12)])
     row[11] = 0
     return np.tile(row, (LAYERS, 1))

@@ -114,7 +114,7 @@ def test_nodes_are_what_the_ranks_said_where_the_engine_counts_as_many():
     ],
 )
 def test_what_engines_ask_of_an_eplb_algorithm(weight, replicas, ranks, counts):
-    """Shapes, all experts there, as many replicas as slots, most where the load is, groups whole."""
+    """All experts are there, the replicas where the load is, groups whole."""
     loads = np.array(weight, dtype=np.float64)
     table = rebalance_table(loads, replicas, ranks)
     assert table.shape == (len(weight), replicas)

@@ -1,4 +1,7 @@
-"""Reading single experts through a model's own loader: models of several habits, and a real checkpoint."""
+"""Reading single experts through a model's own loader.
+
+Models of several habits, and a real checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ LAYERS, EXPERTS, WIDTH, HIDDEN = (1, 2), 6, 4, 8
 
 
 class Layer(torch.nn.Module):
-    """As much of SGLang's ``FusedMoE`` as loading needs: which slot holds what is ``held``, logical expert by slot."""
+    """As much of SGLang's ``FusedMoE`` as loading needs.
+
+    Which slot holds what is ``held``, logical expert by slot.
+    """
 
     def __init__(self, layer_id: int, held: list[int]):
         super().__init__()
@@ -140,7 +146,7 @@ def forgotten(monkeypatch):
 
 
 def loaded(kind, folder, prefix: str = ""):
-    """A model that was loaded from a checkpoint while names were noted, holding experts 0, 2 and 4."""
+    """A model of experts 0, 2 and 4, loaded from a checkpoint while names were noted."""
     content = tensors(kind is Fused)
     save_file(content, folder / "model.safetensors")
     model = kind([0, 2, 4])
@@ -176,8 +182,14 @@ def test_experts_are_read_through_the_models_loader(kind, tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters()}
     listed = model.routed_experts_weights_of_layer
     reader = expert_reader.EngineReader(model, listed)
-    wanted = [(layer, expert, [torch.full((2 * WIDTH, HIDDEN), torch.nan), torch.full((HIDDEN, WIDTH), torch.nan)])
-              for layer, expert in ((1, 3), (2, 5), (1, 0), (1, 3))]  # fmt: skip
+    wanted = [
+        (
+            layer,
+            expert,
+            [torch.full((2 * WIDTH, HIDDEN), torch.nan), torch.full((HIDDEN, WIDTH), torch.nan)],
+        )
+        for layer, expert in ((1, 3), (2, 5), (1, 0), (1, 3))
+    ]
     amount = reader.read_all(wanted)
     for layer, expert, out in wanted:
         for tensor, right in zip(out, expected(content, layer, expert)):

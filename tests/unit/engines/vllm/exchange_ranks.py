@@ -1,4 +1,7 @@
-"""What processes do in test_eplb_exchange: vLLM's tables, buffers and communicator, with our exchange in sync and in async mode."""
+"""What processes do in test_eplb_exchange.
+
+vLLM's tables, buffers and communicator, with our exchange in sync and in async mode.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ EXPERTS, SLOTS, LAYERS = 10, 5, 3
 
 
 def tables(number: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Old and new table, int64 ``[layers, physical experts]``; as vLLM's policy does, a rank may hold an expert twice."""
+    """Old and new table, int64 ``[layers, physical experts]``.
+
+    As vLLM's policy does, a rank may hold an expert twice.
+    """
     rng = np.random.default_rng(number)
 
     def one() -> np.ndarray:
@@ -49,9 +55,13 @@ def state_of(table: np.ndarray, weights) -> SimpleNamespace:
     model = SimpleNamespace(expert_weights=weights, num_moe_layers=LAYERS)
     held = torch.from_numpy(table.copy())
     return SimpleNamespace(
-        physical_to_logical_map=held, physical_to_logical_map_buffer=held, logical_to_physical_map=wide, logical_replica_count=count, model=model,
+        physical_to_logical_map=held,
+        physical_to_logical_map_buffer=held,
+        logical_to_physical_map=wide,
+        logical_replica_count=count,
+        model=model,
         communicator=None,
-    )  # fmt: skip
+    )
 
 
 def adopted(state, name: str):
@@ -111,9 +121,15 @@ def both_modes(rank: int, world: int, store, numbers) -> dict:
         for layer in range(LAYERS):
             before = len(sent)
             metadata = transfer(
-                old_layer_indices=torch.from_numpy(old[layer]), new_layer_indices=torch.from_numpy(new[layer]), expert_weights=weights[layer],
-                expert_weights_buffer=buffer, communicator=communicator, ep_group=dist.group.WORLD, is_profile=False, layer_idx=layer,
-            )  # fmt: skip
+                old_layer_indices=torch.from_numpy(old[layer]),
+                new_layer_indices=torch.from_numpy(new[layer]),
+                expert_weights=weights[layer],
+                expert_weights_buffer=buffer,
+                communicator=communicator,
+                ep_group=dist.group.WORLD,
+                is_profile=False,
+                layer_idx=layer,
+            )
             if (old[layer] == new[layer]).all():
                 result["unchanged layers sent"] += len(sent) - before
             rebalance_execute.move_from_buffer(weights[layer], buffer, metadata, new[layer], rank)
@@ -165,7 +181,10 @@ def weighed(rank: int, world: int, store, numbers) -> dict:
 def with_a_rank_that_fails(
     rank: int, world: int, store, number: int
 ) -> tuple[str, bool, bool, int]:
-    """Rank 1 cannot finish its second chunk: what every rank is told, and whether maps and weights agree, layer by layer."""
+    """Rank 1 cannot finish its second chunk.
+
+    What every rank is told, and whether maps and weights agree, layer by layer.
+    """
     from moe_placement_plugin.engines.vllm import eplb_exchange
     from moe_placement_plugin.exchange.commit import ExchangeAborted
     from moe_placement_plugin.exchange.transfers import Transfers
@@ -199,6 +218,9 @@ def with_a_rank_that_fails(
 
 
 def all_of_it(rank: int, world: int, store, numbers) -> tuple[dict, tuple]:
-    """All in one start, as importing vLLM takes longer; the failure, which breaks the group, last."""
+    """All in one start, as importing vLLM takes longer.
+
+    The failure, which breaks the group, last.
+    """
     done = both_modes(rank, world, store, numbers) | weighed(rank, world, store, numbers)
     return done, with_a_rank_that_fails(rank, world, store, 1)

@@ -1,4 +1,7 @@
-"""Our exchange in vLLM's sync and async mode, between real processes over vLLM's own communicator; and which steps were prompts."""
+"""Our exchange in vLLM's sync and async mode, between real processes over vLLM's own communicator.
+
+And which steps were prompts.
+"""
 
 from __future__ import annotations
 

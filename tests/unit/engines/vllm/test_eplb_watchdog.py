@@ -43,7 +43,8 @@ def test_an_async_rebalance_without_progress_is_reported_again_and_again(
         step(server)
         step(server)
         assert [r.getMessage() for r in caplog.records] == [
-            "moe_placement_plugin: async rebalance without progress for 0 s; waiting for: the background transfer of this rank's next layer"
+            "moe_placement_plugin: async rebalance without progress for 0 s; waiting for: the "
+            "background transfer of this rank's next layer"
         ]
         of_vllm.pending_result = SimpleNamespace(layer_idx=3)  # progress, and then none
         step(server)

@@ -1,4 +1,7 @@
-"""``moe-placement bench exchange``: real processes, small experts; what the figures must add up to."""
+"""``moe-placement bench exchange``: real processes, small experts.
+
+What the figures must add up to.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,23 @@ SIZES = Sizes(2, 16, 32, 32)
 
 def bench(path: Path, **given) -> dict:
     forkserver.context()  # before the bench starts one that loads less
-    exchange(**({"traces": None, "suite": ["dead"], "layers": 1, "hidden": 32, "width": 32, "sent": False, "folder": path.parent, "vllm_python": None,
-                 "repeats": 1, "json_path": path} | given))  # fmt: skip
+    exchange(
+        **(
+            {
+                "traces": None,
+                "suite": ["dead"],
+                "layers": 1,
+                "hidden": 32,
+                "width": 32,
+                "sent": False,
+                "folder": path.parent,
+                "vllm_python": None,
+                "repeats": 1,
+                "json_path": path,
+            }
+            | given
+        )
+    )
     return json.loads(path.read_text())
 
 
