@@ -32,7 +32,7 @@ _READ_AHEAD = 128 * 1024
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of an expert lies.
+    """Say where a tensor of an expert lies.
 
     Attributes:
         name: of the tensor in the checkpoint.
@@ -45,7 +45,7 @@ class Source:
 
 
 class Checkpoint:
-    """The tensors of a local safetensors checkpoint, read one by one.
+    """Read the tensors of a local safetensors checkpoint one by one.
 
     Args:
         path: directory of a model (one file, or several with their ``*.safetensors.index.json``),
@@ -172,7 +172,7 @@ class Checkpoint:
 
 
 class ExpertReader(Protocol):
-    """What reads an expert that no live rank holds; `CheckpointReader` is one.
+    """Reads an expert that no live rank holds; `CheckpointReader` is one.
 
     One that is quicker with several at once has also ``read_all(wanted)``, which takes a list of
     `read`'s arguments; one that can have the disk begin early has ``prefetch(experts)``, which

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Layers that are staged, agreed on and committed together.
+    """Hold layers that are staged, agreed on and committed together.
 
     Attributes:
         rows: rows of the layers.

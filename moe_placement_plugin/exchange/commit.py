@@ -1,4 +1,4 @@
-"""How ranks agree, through a key-value store, that a chunk is staged everywhere.
+"""Have ranks agree, through a key-value store, that a chunk is staged everywhere.
 
 A chunk's fate is one key that is written once (`compare_set`): ``commit`` by whoever sees that
 every rank has voted, or ``abort`` by whoever fails or waits too long. Whatever is written first
@@ -43,7 +43,7 @@ A busy machine is no silent one.
 
 
 class ExchangeAborted(RuntimeError):
-    """The exchange stopped, on every survivor at the same layer.
+    """Says that the exchange stopped, on every survivor at the same layer.
 
     Layers are on the old or the new map, none is mixed.
 
@@ -64,14 +64,14 @@ class ExchangeAborted(RuntimeError):
 
 
 class ExchangeLost(RuntimeError):
-    """The fate of a chunk cannot be known because the store is gone.
+    """Says that the fate of a chunk cannot be known because the store is gone.
 
     This rank must stop and load its weights anew.
     """
 
 
 class Agreement:
-    """One exchange as seen from one rank.
+    """Votes for one rank in one exchange.
 
     Args:
         store: shared by all ranks of the exchange and no smaller set.
@@ -130,7 +130,7 @@ class Agreement:
         )
 
     def meet(self, digest: str) -> str | None:
-        """`enter`, and wait until all ranks have done so.
+        """Enter (`enter`), and wait until all ranks have done so.
 
         Returns:
             None, or why not all will.

@@ -1,4 +1,4 @@
-"""Which layers are on their new map: what it takes to serve after an interrupted exchange."""
+"""Tell which layers are on their new map, to serve after an interrupted exchange."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.placement import EngineTable, Placement
 
 @dataclass
 class CommitMetadata:
-    """How far an exchange has come.
+    """Tell how far an exchange has come.
 
     Attributes:
         old, new: the maps before and after.

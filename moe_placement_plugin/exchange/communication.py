@@ -1,4 +1,4 @@
-"""How the ranks of an exchange reach each other, and which they are."""
+"""Say how the ranks of an exchange reach each other, and which they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Communication:
-    """How the ranks of an exchange reach each other.
+    """Say how the ranks of an exchange reach each other.
 
     Attributes:
         epoch: number of the exchange, equal on all ranks and never used twice with the store.
@@ -47,7 +47,7 @@ class Communication:
 
 
 class Members(NamedTuple):
-    """The process group of an exchange.
+    """Hold the process group of an exchange.
 
     Attributes:
         group: of all EP ranks, or of the live ones.

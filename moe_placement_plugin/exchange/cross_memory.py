@@ -27,14 +27,14 @@ A process's number may be another's in another container.
 
 
 class _Piece(ctypes.Structure):
-    """The system's ``struct iovec``."""
+    """Stands for the system's ``struct iovec``."""
 
     _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process whose memory can be read.
+    """Name a process whose memory can be read.
 
     Attributes:
         number: its process id.
@@ -121,7 +121,7 @@ def _readv() -> Any:
 
 @dataclass(frozen=True)
 class AttachedRows:
-    """A parameter of a layer's experts in another process.
+    """Show a parameter of a layer's experts in another process.
 
     `expert_memory.Parameter.rows`, as far as reading takes it.
 

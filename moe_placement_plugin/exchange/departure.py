@@ -36,7 +36,7 @@ _open: list[Departure] = []
 
 
 class Departure:
-    """How one rank leaves the store, once it has read the last that it needs.
+    """Has one rank leave the store, once it has read the last that it needs.
 
     Args:
         store: of the exchange.
@@ -91,7 +91,7 @@ class Departure:
             self.over()
 
     def stay(self, interrupted: Callable[[], str | None] = lambda: None) -> None:
-        """Where this process holds the store, wait until all ranks have read it.
+        """Wait until all ranks have read it, where this process holds the store.
 
         Args:
             interrupted: asked while waiting; a reason ends the wait.

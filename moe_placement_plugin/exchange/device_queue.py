@@ -1,4 +1,4 @@
-"""Work on the device of a rank's weights, queued beside the engine's and waited for in slices."""
+"""Queue work on the device of a rank's weights beside the engine's, and wait in slices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class DeviceQueue:
-    """One device during one exchange.
+    """Queues the work of one exchange on one device.
 
     Args:
         device: where weights and staging memory lie.

@@ -1,4 +1,4 @@
-"""Carrying a plan out on one rank, in place, over torch.distributed (gloo or NCCL).
+"""Carry a plan out on one rank, in place, over torch.distributed (gloo or NCCL).
 
 Per chunk: everything that comes in is received or read into staging memory, all ranks agree
 (`commit`), and only then are weights overwritten: copies within the rank, then the staged experts.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ExchangeReport:
-    """What an exchange did on this rank.
+    """Tell what an exchange did on this rank.
 
     Attributes:
         seconds: of all chunks, without what the caller did between them.
@@ -59,7 +59,7 @@ class ExchangeReport:
 
 
 class Exchange:
-    """One exchange on one rank.
+    """Carries out one exchange on one rank.
 
     Args:
         plan: the same on all ranks.

@@ -20,7 +20,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a layer's experts.
+    """See one parameter of a layer's experts.
 
     Attributes:
         rows: uint8 ``[slots, bytes of one expert]``, a view of the engine's own memory.
@@ -184,7 +184,7 @@ def widest_unit(layers: Sequence[Sequence[Parameter]]) -> torch.dtype:
 
 
 class LocalExperts:
-    """One rank's experts of an exchange's layers, as rows of bytes.
+    """Holds one rank's experts of an exchange's layers, as rows of bytes.
 
     Args:
         layers: parameters of each row's layer.

@@ -1,4 +1,4 @@
-"""Experts that ranks send each other: batches of rounds, one message to each rank in a batch.
+"""Send experts between ranks: batches of rounds, one message to each rank in a batch.
 
 A message is packed first: one for each tensor would take the host longer than the network.
 """
@@ -32,7 +32,7 @@ _connected: set[str] = set()
 
 
 class _Batch(NamedTuple):
-    """Rounds that are queued together, as far as this rank takes part.
+    """Hold rounds that are queued together, as far as this rank takes part.
 
     Attributes:
         first_round: its first round.
@@ -46,7 +46,7 @@ class _Batch(NamedTuple):
 
 @dataclass
 class _Outgoing:
-    """Memory to pack messages in: a batch's, and the one's before, which may be under way still."""
+    """Hold memory to pack messages in: a batch's, and the one's before, maybe under way still."""
 
     halves: tuple[torch.Tensor, torch.Tensor]
     sending: list[list[dist.Work]] = field(default_factory=lambda: [[], []])
@@ -54,7 +54,7 @@ class _Outgoing:
 
 
 class Messages:
-    """The messages of one exchange on one rank.
+    """Sends and receives the messages of one exchange on one rank.
 
     Args:
         experts: this rank's.

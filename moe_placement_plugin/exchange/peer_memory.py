@@ -1,4 +1,4 @@
-"""Weights of other ranks of the same host, read where they lie.
+"""See weights of other ranks of the same host where they lie.
 
 CUDA lets a process see another one's memory (inter-process handles, the way of NCCL's own
 peer-to-peer transport and of vLLM's custom all-reduce); a copy from it goes over NVLink as fast as
@@ -39,7 +39,7 @@ Memory that is seen wrongly must not be read.
 
 @dataclass(frozen=True)
 class PeerMemory:
-    """Who reads whose weights, and this rank's view of those that it reads.
+    """Hold who reads whose weights, and this rank's view of those that it reads.
 
     Attributes:
         reads: bool ``[ranks, ranks]``, the same on all ranks: whether the first reads the second's
@@ -96,7 +96,7 @@ class PeerMemory:
 
 @dataclass(frozen=True)
 class SeenPeers:
-    """`PeerMemory` by the rows of one exchange.
+    """Hold `PeerMemory` by the rows of one exchange.
 
     Attributes:
         reads: as `PeerMemory.reads`.

@@ -1,4 +1,4 @@
-"""Experts that this rank copies from the memory of other ranks of its host."""
+"""Copy experts from the memory of other ranks of this rank's host."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ as lie one behind the other in both places.
 
 
 class _Run(NamedTuple):
-    """Experts that lie one behind the other both where they are read and where they go."""
+    """Hold experts one behind the other both where they are read and where they go."""
 
     row: int
     rank: int
@@ -38,7 +38,7 @@ class _Run(NamedTuple):
 
 
 class PeerReads:
-    """What one rank reads in others' memory during one exchange.
+    """Reads in others' memory for one rank during one exchange.
 
     Args:
         experts: this rank's.

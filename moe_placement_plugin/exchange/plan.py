@@ -1,4 +1,4 @@
-"""What has to move from one placement to another, on which ranks, in which order: pure.
+"""Plan what has to move between two placements, on which ranks, in which order: pure.
 
 Every slot of the new placement that does not hold its expert yet is filled in one of three ways:
 copied from another slot of its rank, received from a live rank that holds the expert, or, only
@@ -30,7 +30,7 @@ from .transfer_table import SCRATCH, CopyTable, ReadTable, TransferTable
 
 @dataclass(frozen=True, eq=False)
 class ExchangePlan:
-    """The moves between two placements of one model on the same ranks.
+    """Hold the moves between two placements of one model on the same ranks.
 
     Attributes:
         old, new: the placements.

@@ -1,4 +1,4 @@
-"""Compiled inner loops of `plan`: who sends what, and in which order slots are copied.
+"""Find, compiled, who sends what and in which order slots are copied, for `plan`.
 
 Arrays that belong together travel as one tuple. Slots are local to their rank.
 
@@ -14,7 +14,7 @@ from .transfer_table import SCRATCH
 
 
 class Tables(NamedTuple):
-    """Two placements.
+    """Hold two placements.
 
     Attributes:
         old: int32 [layers, old slots].
@@ -29,7 +29,7 @@ class Tables(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Where `route` writes what it finds.
+    """Take what `route` finds.
 
     Attributes:
         transfers: int32 [layers * new slots, 6], as `transfer_table.Transfer`.
@@ -44,7 +44,7 @@ class Work(NamedTuple):
 
 
 class Holders(NamedTuple):
-    """Live ranks that hold the experts of one layer before the exchange.
+    """Hold the live ranks that have the experts of one layer before the exchange.
 
     Attributes:
         slot_of: int32 [ranks, experts], the first slot that holds the expert; -1 for none.
@@ -60,7 +60,7 @@ class Holders(NamedTuple):
 
 
 class LocalCopies(NamedTuple):
-    """Copies within one rank of one layer.
+    """Hold copies within one rank of one layer.
 
     Attributes:
         source: int64 [slots], the slot that a slot is copied from; -1 for none.

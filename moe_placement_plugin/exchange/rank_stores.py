@@ -1,4 +1,4 @@
-"""A key-value store on every rank: an exchange can be agreed on whoever has died."""
+"""Keep a key-value store on every rank: an exchange can be agreed on whoever has died."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _unwrapped(store: Any) -> Any:
 
 
 class Stores:
-    """One store per rank of a group; a collective to make.
+    """Holds one store per rank of a group; a collective to make.
 
     Any one of them will do for an exchange in which its rank takes part: all must choose the same.
 

@@ -10,7 +10,7 @@ RANKS_PER_WORD = 60
 
 
 class Roll:
-    """One thing that each of some ranks says once.
+    """Notes one thing that each of some ranks says once.
 
     The store is given to each call, since several calls may be one job of a store's thread
     (`hosts.bounded_store`).

@@ -1,4 +1,4 @@
-"""Compiled inner loop of `chunks`: which transfers run at the same time."""
+"""Find, compiled, which transfers run at the same time, for `chunks`."""
 
 import numpy as np
 

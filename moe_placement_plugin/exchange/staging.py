@@ -1,4 +1,4 @@
-"""Memory that experts wait in until all ranks agree, and what is on its way into it."""
+"""Keep memory that experts wait in until all ranks agree, and what is on its way there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH_BYTES = 64 << 20
 
 @dataclass
 class Memory:
-    """What an exchange may take of a rank's memory, and how it is cut to fit.
+    """Say what an exchange may take of a rank's memory, and how it is cut to fit.
 
     Attributes:
         staging_bytes: bound on the memory that experts are received in; None receives all layers at
@@ -61,7 +61,7 @@ class Memory:
 
 @dataclass
 class Staged:
-    """What a chunk brings to this rank: experts in staging memory and transfers under way.
+    """Hold what a chunk brings to this rank: staged experts and transfers under way.
 
     Attributes:
         buffer: uint8, staging memory.
@@ -91,7 +91,7 @@ class Staged:
 
 @dataclass
 class Traffic:
-    """Bytes of experts, without padding, that have moved so far.
+    """Count the bytes of experts, without padding, that have moved so far.
 
     Attributes:
         sent, received: to and from other ranks, whoever copied them.

@@ -1,4 +1,4 @@
-"""What an exchange does to experts, in tables with named columns: transfers, reads, copies.
+"""Keep what an exchange does in tables with named columns: transfers, reads, copies.
 
 Each table is one int32 array, which the compiled kernels fill, in ascending order of its layers'
 rows unless said otherwise. Slots are local to their rank.
@@ -17,7 +17,7 @@ SCRATCH = -1
 
 
 class Transfer(NamedTuple):
-    """One expert of a layer that a rank gets from another."""
+    """Bring one expert of a layer from one rank to another."""
 
     row: int
     expert: int
@@ -28,7 +28,7 @@ class Transfer(NamedTuple):
 
 
 class Read(NamedTuple):
-    """One expert of a layer that a rank reads from the checkpoint into a slot."""
+    """Read one expert of a layer from the checkpoint into a slot of a rank."""
 
     row: int
     expert: int
@@ -37,7 +37,7 @@ class Read(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """One expert of a layer that a rank copies from slot to slot; `SCRATCH` is no slot."""
+    """Copy one expert of a layer within a rank, from slot to slot or scratch row."""
 
     row: int
     rank: int
@@ -50,7 +50,7 @@ Table = TypeVar("Table", bound="_Table[Any]")
 
 
 class _Column:
-    """One column of a table, int32 ``[n]``."""
+    """Gives one column of a table, int32 ``[n]``."""
 
     def __init__(self, number: int):
         self._number = number
@@ -61,7 +61,7 @@ class _Column:
 
 @dataclass(frozen=True, eq=False)
 class _Table(Generic[Entry]):
-    """Rows of one kind.
+    """Hold rows of one kind.
 
     Attributes:
         array: int32 ``[n, columns]``.
@@ -102,7 +102,7 @@ class _Table(Generic[Entry]):
 
 
 class TransferTable(_Table[Transfer]):
-    """Experts that cross between ranks."""
+    """Hold the experts that cross between ranks."""
 
     entry = Transfer
     expert = _Column(1)
@@ -113,7 +113,7 @@ class TransferTable(_Table[Transfer]):
 
 
 class ReadTable(_Table[Read]):
-    """Experts that come from the checkpoint."""
+    """Hold the experts that come from the checkpoint."""
 
     entry = Read
     expert = _Column(1)
@@ -122,7 +122,7 @@ class ReadTable(_Table[Read]):
 
 
 class CopyTable(_Table[Copy]):
-    """Copies within ranks, each rank's in the order in which they have to be done."""
+    """Hold copies within ranks, each rank's in the order in which they have to be done."""
 
     entry = Copy
     rank = _Column(1)

@@ -1,4 +1,4 @@
-"""The bytes of an exchange on one rank: into staging memory, and from there into the slots.
+"""Move the bytes of an exchange on one rank: into staging memory, then into the slots.
 
 All of an expert's tensors travel together, as bytes: no type is converted, NaNs keep their bits.
 Nothing here waits for the device between two transfers; the host waits once, when all of the chunk
@@ -37,7 +37,7 @@ The rest is left to the engine, which may have to allocate for the next forward 
 
 
 class Transfers:
-    """All that one exchange moves on one rank.
+    """Moves all that one exchange moves on one rank.
 
     Args:
         plan: the same on all ranks.
@@ -213,7 +213,7 @@ class Transfers:
 
 @dataclass
 class _Copies:
-    """Copies within a rank: those between which no slot is written are done together."""
+    """Copy within a rank, together what no slot is written between."""
 
     read: set[tuple[int, int]] = field(default_factory=set)
     written: set[tuple[int, int]] = field(default_factory=set)

@@ -17,7 +17,7 @@ logger = logging.getLogger("moe_placement_plugin")
 
 @dataclass(frozen=True)
 class WaitingFor:
-    """What a rank is doing.
+    """Say what a rank is doing.
 
     Attributes:
         step: ``enter``, ``receive``, ``read peers``, ``read`` (the checkpoint), ``agree``,
@@ -160,7 +160,7 @@ class ForwardingWatchdog(Watchdog):
 
     @property
     def expired(self) -> str | None:
-        """What was waited for when the outer one gave up; None while it has not."""
+        """Return what was waited for when the outer one gave up; None while it has not."""
         return self._outer.expired
 
     @expired.setter
@@ -180,7 +180,7 @@ class ForwardingWatchdog(Watchdog):
 
 
 class _Monitor:
-    """The thread that looks after all watchdogs of this process."""
+    """Looks after all watchdogs of this process in one thread."""
 
     _of: tuple[int, _Monitor] | None = None
 

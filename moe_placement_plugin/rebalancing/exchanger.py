@@ -1,4 +1,4 @@
-"""`exchange.executor` under an engine: what stays from one exchange to the next on one rank.
+"""Keep what stays from one exchange under an engine to the next, on one rank.
 
 Views of the weights, staging memory and connections are made once, so that a rebalance pays for its
 transfers only.
@@ -41,7 +41,7 @@ The engines' own exchanges take all.
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What the EP ranks tell each other while all of them are alive.
+    """Hold what the EP ranks tell each other while all of them are alive.
 
     Attributes:
         topology: which ranks share a machine.
@@ -81,7 +81,7 @@ class RankFacts:
 
 @dataclass(frozen=True)
 class ExchangeLimits:
-    """What the exchanges of a server may take.
+    """Say what the exchanges of a server may take.
 
     Attributes:
         staging_bytes: bound on the memory that experts are received in; half of the slots of the

@@ -1,4 +1,4 @@
-"""A placement for the ranks that are left, as near to the one in force as can be."""
+"""Find a placement for the ranks that are left, as near to the one in force as can be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules by which a rebalance is weighed."""
+"""Hold the rules by which a rebalance is weighed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..core.load import DECODE, MIXED, PREFILL
 
 @dataclass(frozen=True)
 class RebalancePolicy:
-    """When to rebalance.
+    """Say when to rebalance.
 
     Attributes:
         min_gain: least predicted gain, as a share of the MoE layers' time (of the greatest rank

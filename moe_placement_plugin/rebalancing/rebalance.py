@@ -1,4 +1,4 @@
-"""One rebalance as one object, which goes through an engine's EPLB from the load to the check."""
+"""Keep one rebalance in one object, through an engine's EPLB from the load to the check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tables import EngineRanks
 
 @dataclass
 class Rebalance:
-    """One rebalance of one model, on one rank.
+    """Hold one rebalance of one model, on one rank.
 
     Attributes:
         watchdog: times all of it, and is told what is waited for.

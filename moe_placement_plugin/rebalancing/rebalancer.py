@@ -1,4 +1,4 @@
-"""Between an engine's EPLB and the planner: propose a placement, and say whether it pays."""
+"""Propose a placement to an engine's EPLB, and say whether it pays to go there."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _cost_model(policy: RebalancePolicy) -> LayerCost | None:
 
 
 class Proposal(NamedTuple):
-    """What is proposed to an engine.
+    """Hold what is proposed to an engine.
 
     Attributes:
         table: int32 ``[layers, slots]``, the placement to serve with from now on: the one in force

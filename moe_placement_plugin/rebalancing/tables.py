@@ -1,4 +1,4 @@
-"""The planner over the tables of both engines' EPLB: equally many slots on every rank.
+"""Plan over the tables of both engines' EPLB, with as many slots on every rank.
 
 A table has one row for each layer. Importing this loads no numba, which must not happen before a
 worker of vLLM's CPU build has begun; planning does.
@@ -23,7 +23,7 @@ Almost every slot has to be fetched then.
 
 
 class EngineRanks(NamedTuple):
-    """The ranks that an engine's EPLB places experts on, as it describes them.
+    """Describe the ranks that an engine's EPLB places experts on, as it does.
 
     Attributes:
         number: of EP ranks, each with as many slots.

@@ -1,4 +1,4 @@
-"""What is to be placed, and where: recorded loads by name, the ranks, and plans fitted to both."""
+"""Say what is to be placed, and where: loads by name, the ranks, plans fitted to both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..strategies import PlacementRequest
 
 @dataclass(frozen=True)
 class Workload:
-    """A recorded load and what to call it."""
+    """Hold a recorded load and what to call it."""
 
     name: str
     load: ExpertLoad
@@ -22,7 +22,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where experts are to be placed.
+    """Say where experts are to be placed.
 
     Attributes:
         topology: the EP ranks.

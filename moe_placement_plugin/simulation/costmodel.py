@@ -1,11 +1,11 @@
-"""Time of a rank's MoE layer by its tokens and active experts, fitted from measurements.
+"""Predict the time of a rank's MoE layer by a model that is fitted to measurements.
 
-A grouped expert GEMM reads the weights of every expert that has a token (which dominates small
-decode batches) and computes for every token (which dominates prefill); what is done once for each
-row that arrives at the rank, sorting and adding up its experts' results, depends on the exchange:
-``fixed + per_expert * active + per_token * tokens + per_row * rows``. At small batches a rank with
-few tokens on many experts can be the slow one, which is why token balance alone can buy nothing
-there (METRO; PB-OEPLB).
+The model goes by tokens and active experts. A grouped expert GEMM reads the weights of every expert
+that has a token (which dominates small decode batches) and computes for every token (which
+dominates prefill); what is done once for each row that arrives at the rank, sorting and adding up
+its experts' results, depends on the exchange: ``fixed + per_expert * active + per_token * tokens +
+per_row * rows``. At small batches a rank with few tokens on many experts can be the slow one, which
+is why token balance alone can buy nothing there (METRO; PB-OEPLB).
 
 Nothing here is measured by the package itself: a calibration file holds measurements of one kernel
 on one device, made by ``moe-placement bench layer``, and what they were measured on.
@@ -33,7 +33,7 @@ ROWS = 3
 
 
 class Measurement(BaseModel):
-    """One timed MoE layer of one rank.
+    """Hold one timed MoE layer of one rank.
 
     Attributes:
         tokens: tokens times chosen experts that the rank computed (rows of the grouped GEMM).
@@ -54,7 +54,7 @@ class Measurement(BaseModel):
 
 
 class Calibration(BaseModel):
-    """Content of a calibration file: measurements of one layer shape and kernel on one device.
+    """Hold a calibration file: measurements of one layer shape and kernel on one device.
 
     Attributes:
         device: the device's name, such as ``NVIDIA H200``.
@@ -75,7 +75,7 @@ class Calibration(BaseModel):
 
     @property
     def summary(self) -> str:
-        """What was measured, in one line."""
+        """Say what was measured, in one line."""
         known = (
             ("shape", "shape {}"),
             ("hidden_size", "hidden size {}"),
@@ -163,7 +163,7 @@ def find_calibration(name: str) -> Calibration:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A cost model, fitted; times in microseconds.
+    """Predict times of a layer by a fitted model; in microseconds.
 
     Attributes:
         fixed: of an empty layer.
@@ -199,7 +199,7 @@ class LayerCost:
 
     @property
     def formula(self) -> str:
-        """The model in words."""
+        """Say the model in words."""
         rows = f" + {self.per_row:.5f} per row" if self.per_row else ""
         return (
             f"{self.fixed:.2f} us + {self.per_expert:.3f} per active expert + "
@@ -208,7 +208,7 @@ class LayerCost:
 
     @property
     def accuracy(self) -> str:
-        """The error in words."""
+        """Say the error in words."""
         if self.error is None:
             return "error unknown: the calibration holds no measurement back"
         return (

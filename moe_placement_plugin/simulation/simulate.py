@@ -72,7 +72,7 @@ class Simulation:
 
     @property
     def best(self) -> Outcome:
-        """Return the outcome with the greatest balancedness, or with a cost model the least time."""
+        """Return the outcome of the greatest balancedness, or with a cost model the least time."""
         return min(self.outcomes, key=lambda o: o.step.total_us if o.step else -o.overall)
 
     def verdict(self) -> list[str]:

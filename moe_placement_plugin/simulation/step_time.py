@@ -1,4 +1,4 @@
-"""How long the MoE layers of a step take under a placement, and where balance buys nothing."""
+"""Predict how long a step's MoE layers take, and where balance buys nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dead_zone(num_ranks: int) -> float:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Time of the MoE layers in a step of ``tokens`` tokens, over sampled steps.
+    """Hold the time of the MoE layers in a step of ``tokens`` tokens, over sampled steps.
 
     Attributes:
         tokens: tokens per step over all ranks.

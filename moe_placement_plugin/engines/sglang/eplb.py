@@ -1,4 +1,4 @@
-"""Under SGLang's EPLB (``--enable-eplb``): our placement first, our planner, exchange and check.
+"""Watch and check SGLang's EPLB (``--enable-eplb``), with our planner and exchange under it.
 
 SGLang's manager and recorder do what they do; they are told less often to move experts, and
 watched.

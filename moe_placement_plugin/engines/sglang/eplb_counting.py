@@ -21,7 +21,7 @@ AMD's GPUs are called so too.
 
 
 def select_experts(original: Callable, self: Any, layer_idx: int, topk_ids: Any) -> None:
-    """`_SelectExpertsSinglePassGatherer.on_select_experts`, in one kernel.
+    """Count a layer's choices in one kernel: the gatherer's `on_select_experts`.
 
     It adds one to the layer's count of each slot for each choice that is not -1.
 

@@ -1,4 +1,4 @@
-"""`ExpertLocationUpdater.update` by our exchange: from live ranks, lost experts from disk."""
+"""Carry out `ExpertLocationUpdater.update`: from live ranks, lost experts from disk."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which forward passes in SGLang's recorder were prompts and which generation.
+"""Note which forward passes in SGLang's recorder were prompts and which generation.
 
-So that a rebalance is weighed for both. The recorder keeps the load of each pass in a buffer; what
+A rebalance is weighed for both. The recorder keeps the load of each pass in a buffer; what
 each was is kept beside it, on the host.
 """
 

@@ -1,4 +1,4 @@
-"""Our planner as an algorithm of SGLang's EPLB."""
+"""Put our planner behind SGLang's EPLB as an algorithm."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plan(
     num_nodes: int,
     algorithm: Any,
 ) -> Any:
-    """`eplb_algorithms.rebalance_experts`; with strategy eplb, few moves, if they pay.
+    """Answer `eplb_algorithms.rebalance_experts`: with strategy eplb few moves, if they pay.
 
     Args:
         original: SGLang's.

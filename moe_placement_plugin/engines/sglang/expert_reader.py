@@ -31,7 +31,7 @@ ALL = -1
 
 @dataclass
 class Names:
-    """Which tensors of the checkpoint hold which expert.
+    """Hold which tensors of the checkpoint hold which expert.
 
     Attributes:
         of: (layer, expert or `ALL`) -> names, in the order in which they came.
@@ -116,7 +116,7 @@ def forget() -> None:
 
 
 def weights(original: Callable, self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-    """`DefaultModelLoader._get_weights_iterator`, noting what comes."""
+    """Note what comes from `DefaultModelLoader._get_weights_iterator`."""
     found, names = original(self, source, *args, **kwargs), worker.names.learning
     return found if names is None else _noted(found, self, source, names)
 
@@ -168,7 +168,7 @@ def intercepted(
 
 @dataclass
 class Wanted:
-    """Experts that are being read.
+    """Take experts that are being read.
 
     Attributes:
         out: (layer, expert) -> memory for each of the layer's tensors, of the shape of one slot.

@@ -1,4 +1,4 @@
-"""Worker: what this process knows while it serves, in one object.
+"""Worker: keep what this process knows while it serves, in one object.
 
 Each concern has a part of its own.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Eplb:
-    """SGLang's EPLB in a server with our settings, from the moment that its model is loaded.
+    """Hold what we know of SGLang's EPLB, from the moment that the model is loaded.
 
     Attributes:
         facts: what the EP ranks have told each other.
@@ -43,7 +43,7 @@ class Eplb:
 
 @dataclass
 class ForwardPasses:
-    """What the forward passes in SGLang's recorder were.
+    """Hold what the forward passes in SGLang's recorder were.
 
     Attributes:
         phase: of the one that runs.
@@ -56,7 +56,7 @@ class ForwardPasses:
 
 @dataclass
 class CheckpointNames:
-    """Which tensors of the checkpoint hold which expert.
+    """Hold which tensors of the checkpoint hold which expert.
 
     Attributes:
         learning: what is noted while a model loads; None otherwise.
@@ -71,7 +71,7 @@ class CheckpointNames:
 
 @dataclass
 class WorkerState:
-    """All parts.
+    """Hold all parts.
 
     Attributes:
         eplb: None in a server whose experts stay, and before the model is loaded.

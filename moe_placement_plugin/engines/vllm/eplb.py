@@ -1,4 +1,4 @@
-"""Under vLLM's EPLB (``--enable-eplb``): our placement first, our planner, exchange and check.
+"""Begin with our placement under vLLM's EPLB (``--enable-eplb``), and watch and check it.
 
 vLLM numbers physical experts in contiguous blocks per rank and keeps a table from physical to
 logical ones, which begins with the same row in every layer. A placement therefore changes no expert

@@ -1,4 +1,4 @@
-"""Our choice of senders in the async mode of vLLM's EPLB.
+"""Choose who sends in the async mode of vLLM's EPLB.
 
 A thread fills vLLM's buffer layer by layer over vLLM's communicator, which must not be NCCL there,
 and all ranks agree in vLLM's own way before a layer is put into force; only who sends to whom is
@@ -26,7 +26,7 @@ def _transfer_layer(original):
 
 
 class LayerTransfer(NamedTuple):
-    """One layer of an async rebalance.
+    """Hold one layer of an async rebalance.
 
     Attributes:
         model: of the layer.

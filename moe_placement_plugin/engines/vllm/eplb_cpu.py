@@ -1,4 +1,4 @@
-"""EPLB on vLLM's CPU build, which refuses it: what its CUDA parts do, in torch.
+"""Let EPLB run on vLLM's CPU build, which refuses it: what its CUDA parts do, in torch.
 
 For machines without a GPU: to try a rebalancing server, and to test one. The exchange is vLLM's
 own, over gloo.
@@ -46,7 +46,7 @@ class _WithEvents:
 
 
 class Event:
-    """``torch.Event`` for work that is finished when its call returns."""
+    """Stands for ``torch.Event`` where work is finished when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.at = 0.0

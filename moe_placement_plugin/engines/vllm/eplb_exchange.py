@@ -1,4 +1,4 @@
-"""Our exchange under vLLM's EPLB, instead of its own in sync mode, where the server waits.
+"""Exchange experts under vLLM's EPLB in sync mode, where the server waits.
 
 Changed layers only, live sources spread evenly, a two-phase commit, staging memory of half a layer
 instead of vLLM's whole one.

@@ -1,4 +1,4 @@
-"""Which steps of EPLB's window were prompts and which generation, to weigh a rebalance for both.
+"""Note which steps of EPLB's window were prompts, to weigh a rebalance for both phases.
 
 vLLM keeps the last steps' loads and adds them up; what each step was is kept beside it, on the
 host, and costs the forward pass nothing.

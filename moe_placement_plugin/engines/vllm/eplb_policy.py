@@ -1,4 +1,4 @@
-"""Our planner as a policy of vLLM's EPLB, for its sync and its async mode."""
+"""Put our planner behind vLLM's EPLB as a policy, for its sync and its async mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def planner_policy(eplb: Eplb) -> type:
     from vllm.distributed.eplb.policy import AbstractEplbPolicy
 
     class PlannerPolicy(AbstractEplbPolicy):
-        """Few moves from the placement in force to a balanced one, if they pay."""
+        """Moves few experts from the placement in force to a balanced one, if that pays."""
 
         @classmethod
         def rebalance_experts(

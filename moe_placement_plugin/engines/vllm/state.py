@@ -1,4 +1,4 @@
-"""Worker: what this process knows while it serves, in one object.
+"""Worker: keep what this process knows while it serves, in one object.
 
 Each concern has a part of its own, made when the engine begins with it.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """How far an async rebalance has come.
+    """Tell how far an async rebalance has come.
 
     Attributes:
         since: monotonic time of the last step forward.
@@ -33,7 +33,7 @@ class Progress:
 
 @dataclass
 class EplbModel:
-    """One model whose experts EPLB moves.
+    """Hold one model whose experts EPLB moves.
 
     Attributes:
         state: vLLM's ``EplbModelState``.
@@ -60,7 +60,7 @@ class EplbModel:
 
 @dataclass
 class Eplb:
-    """vLLM's EPLB in a server with our settings.
+    """Hold what we know of vLLM's EPLB in a server with our settings.
 
     Attributes:
         owner: vLLM's ``EplbState``.
@@ -103,7 +103,7 @@ class Eplb:
 
 @dataclass
 class WorkerState:
-    """All parts.
+    """Hold all parts.
 
     Attributes:
         eplb: of the EPLB that was begun last; None in a server without.

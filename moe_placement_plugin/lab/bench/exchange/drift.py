@@ -1,4 +1,4 @@
-"""How much there is to move: bytes of rebalances under loads that drift."""
+"""Count how much there is to move: bytes of rebalances under loads that drift."""
 
 from __future__ import annotations
 

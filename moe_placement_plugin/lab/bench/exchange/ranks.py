@@ -1,4 +1,4 @@
-"""What each process of ``moe-placement bench exchange`` does: hold weights, exchange, reload.
+"""Hold weights, exchange and reload: each process of ``moe-placement bench exchange``.
 
 Two ways to reload are measured. `reload_all` is what engines do: every rank goes through all
 tensors of the checkpoint and its loader keeps those of its own slots (SGLang's
@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the made-up model: bfloat16 experts of ``hidden`` x ``width``."""
+    """Say the sizes of the made-up model: bfloat16 experts of ``hidden`` x ``width``."""
 
     layers: int
     experts: int
@@ -128,7 +128,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to measure.
+    """Say what a process is to measure.
 
     Attributes:
         port: of the parent's store.

@@ -1,4 +1,4 @@
-"""Text tables of ``moe-placement bench exchange``."""
+"""Print the tables of ``moe-placement bench exchange``."""
 
 from __future__ import annotations
 

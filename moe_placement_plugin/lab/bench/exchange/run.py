@@ -1,4 +1,4 @@
-"""``moe-placement bench exchange``: what moving experts between real processes takes."""
+"""Run ``moe-placement bench exchange``: what moving experts between processes takes."""
 
 from __future__ import annotations
 
