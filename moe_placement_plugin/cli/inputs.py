@@ -15,7 +15,7 @@ from ..core.load import ExpertLoad
 from ..core.placement import Placement
 from ..core.topology import Topology
 from ..formats.plan_or_load import read
-from ..simulation.simulate import Cluster, Workload
+from ..simulation.cluster import Cluster, Workload
 
 
 def read_plan(path: Path, num_ranks: int | None = None) -> Placement:

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from ..core.load import ExpertLoad
     from ..core.placement import Placement
-    from ..simulation.simulate import Workload
+    from ..simulation.cluster import Workload
     from ..strategies import PlacementRequest
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -127,7 +127,7 @@ def _make(
     from dataclasses import replace
 
     from ..core.load import ExpertLoad  # lazy: heavy
-    from ..simulation.simulate import align  # lazy: heavy
+    from ..simulation.cluster import align  # lazy: heavy
     from ..strategies import get_strategy  # lazy: heavy
     from .inputs import cluster, read_loads  # lazy: heavy
 

@@ -101,7 +101,7 @@ def record(
         print_json(recording_facts(str(path), load, sent))
         return
     from ..report.tables import console, load_table  # lazy: heavy
-    from ..simulation.simulate import Workload  # lazy: heavy
+    from ..simulation.cluster import Workload  # lazy: heavy
 
     out = console()
     if sent is not None:

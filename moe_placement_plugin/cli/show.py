@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from ..core.load import ExpertLoad
     from ..core.placement import Placement
-    from ..simulation.simulate import Workload
+    from ..simulation.cluster import Workload
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -153,7 +153,7 @@ def _read(options: ShowOptions) -> tuple[dict[str, Placement], list[Workload]]:
     """Return the files' plans by name, and their loads aligned to the same layers."""
     from ..core.placement import Placement  # lazy: heavy
     from ..formats.plan_or_load import read  # lazy: heavy
-    from ..simulation.simulate import align  # lazy: heavy
+    from ..simulation.cluster import align  # lazy: heavy
     from .inputs import read_loads  # lazy: heavy
 
     plans: dict[str, Placement] = {}
@@ -193,7 +193,7 @@ def _show_plans(plans: dict[str, Placement], options: ShowOptions) -> None:
 def _place(plans: dict[str, Placement], workloads: list[Workload], options: ShowOptions) -> Shown:
     """Add the strategies that are shown beside the plans."""
     from ..core.load import ExpertLoad  # lazy: heavy
-    from ..simulation.simulate import rows_for  # lazy: heavy
+    from ..simulation.cluster import rows_for  # lazy: heavy
 
     together = ExpertLoad.concatenate([w.load for w in workloads])
     plans = {name: rows_for(plan, together, name) for name, plan in plans.items()}

@@ -1,4 +1,4 @@
-"""What has happened to the placement in this process: a rebalance, bytes moved, a check."""
+"""Count what has happened to the placement in this process: a rebalance, bytes moved, a check."""
 
 from __future__ import annotations
 

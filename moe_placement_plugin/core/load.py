@@ -10,6 +10,9 @@ import numpy as np
 
 from .errors import PlacementError
 
+PREFILL, DECODE, MIXED = PHASES = ("prefill", "decode", "mixed")
+"""What a forward pass, or a window of them, is: prompts only, generation only, or both."""
+
 
 @dataclass(frozen=True, eq=False)
 class ExpertLoad:
@@ -54,8 +57,8 @@ class ExpertLoad:
                 f"{len(ids)} layer_ids for {layers} layers: give one distinct id per layer"
             )
         object.__setattr__(self, "layer_ids", ids)
-        phases = tuple(self.phases) or ("mixed",) * windows
-        if len(phases) != windows or not set(phases) <= {"prefill", "decode", "mixed"}:
+        phases = tuple(self.phases) or (MIXED,) * windows
+        if len(phases) != windows or not set(phases) <= set(PHASES):
             raise PlacementError(
                 f"phases {phases} for {windows} windows: give prefill, decode or mixed for each "
                 "window"

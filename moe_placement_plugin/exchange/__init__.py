@@ -1,1 +1,1 @@
-"""Moving experts between ranks while the server runs: see docs/exchange.md."""
+"""Move experts between ranks while the server runs: see docs/exchange.md."""

@@ -1,7 +1,8 @@
-"""Reading single experts from a safetensors checkpoint: what no live rank holds any more, and nothing else.
+"""Read single experts from a safetensors checkpoint: what no live rank holds any more.
 
-Where an expert lies in the checkpoint and how its tensors become the engine's is the caller's to say (each engine has its own mapping);
-`hugging_face_experts` and `fill_gate_up_down` do it for the usual layouts of unquantized models.
+Where an expert lies in the checkpoint and how its tensors become the engine's is the caller's to
+say (each engine has its own mapping); `hugging_face_experts` and `fill_gate_up_down` do it for the
+usual layouts of unquantized models.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from ..core.errors import PlacementError
 from ..formats.atomic import read_json
@@ -31,11 +32,12 @@ _READ_AHEAD = 128 * 1024
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of an expert lies.
+    """Say where a tensor of an expert lies.
 
     Attributes:
         name: of the tensor in the checkpoint.
-        index: along its first dimension, for tensors that hold all experts of a layer; None for the whole tensor.
+        index: along its first dimension, for tensors that hold all experts of a layer; None for the
+            whole tensor.
     """
 
     name: str
@@ -43,10 +45,11 @@ class Source:
 
 
 class Checkpoint:
-    """The tensors of a local safetensors checkpoint, read one by one.
+    """Read the tensors of a local safetensors checkpoint one by one.
 
     Args:
-        path: directory of a model (one file, or several with their ``*.safetensors.index.json``), or one safetensors file.
+        path: directory of a model (one file, or several with their ``*.safetensors.index.json``),
+            or one safetensors file.
 
     Attributes:
         bytes_read: of all tensors read so far.
@@ -77,7 +80,8 @@ class Checkpoint:
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             raise PlacementError(
-                f"{self.path} holds no safetensors files: give the local directory of the model that is served"
+                f"{self.path} holds no safetensors files: give the local directory of the model "
+                "that is served"
             )
         return {name: file for file in files for name in self._file(file).keys()}
 
@@ -95,11 +99,11 @@ class Checkpoint:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return tuple(self._file_of)
 
     def read(self, source: Source) -> torch.Tensor:
-        """One tensor, or one expert's part of it.
+        """Return one tensor, or one expert's part of it.
 
         Raises:
             PlacementError: when the checkpoint has no such tensor or part.
@@ -117,13 +121,15 @@ class Checkpoint:
                 count = part.get_shape()[0]
                 if not 0 <= source.index < count:
                     raise PlacementError(
-                        f"{source.name} in {self.path} holds {count} experts, expert {source.index} is asked for: give the checkpoint of the "
-                        "model that is served"
+                        f"{source.name} in {self.path} holds {count} experts, expert "
+                        f"{source.index} is asked for: give the checkpoint of the model that is "
+                        "served"
                     )
                 tensor = part[source.index : source.index + 1][0]
         except (KeyError, SafetensorError):
             raise PlacementError(
-                f"{self.path} has no tensor {source.name}: give the checkpoint of the model that is served, or a mapping of its names"
+                f"{self.path} has no tensor {source.name}: give the checkpoint of the model that "
+                "is served, or a mapping of its names"
             ) from None
         self.bytes_read += tensor.nbytes
         return tensor
@@ -131,8 +137,8 @@ class Checkpoint:
     def prefetch(self, sources: Iterable[Source]) -> None:
         """Have the system read what is needed soon, without waiting for it.
 
-        Tensors are mapped: a disk that is asked for one page after the other gives a tenth of its bandwidth. What cannot be found is left
-        to `read`, which says so.
+        Tensors are mapped: a disk that is asked for one page after the other gives a tenth of its
+        bandwidth. What cannot be found is left to `read`, which says so.
         """
         if not hasattr(os, "posix_fadvise"):
             return
@@ -158,15 +164,33 @@ class Checkpoint:
                         )
 
     def _header(self, file: Path, opened: BinaryIO) -> tuple[dict[str, Any], int]:
-        """Of a safetensors file: what its header says of each tensor, and where the data begin."""
+        """Return what a file's header says of each tensor, and where the data begin."""
         if file not in self._headers:
             size = int.from_bytes(opened.read(8), "little")
             self._headers[file] = json.loads(opened.read(size)), 8 + size
         return self._headers[file]
 
 
+class ExpertReader(Protocol):
+    """Reads an expert that no live rank holds; `CheckpointReader` is one.
+
+    One that is quicker with several at once has also ``read_all(wanted)``, which takes a list of
+    `read`'s arguments; one that can have the disk begin early has ``prefetch(experts)``, which
+    takes all pairs (layer, expert) of an exchange as it begins.
+    """
+
+    def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
+        """Fill the memory of one slot; return the bytes read.
+
+        Args:
+            layer, expert: what is wanted.
+            out: one tensor for each tensor of the layer, of the shape of one slot.
+        """
+        ...
+
+
 class CheckpointReader:
-    """Reads whole experts, as `executor.ExpertReader` asks.
+    """Reads whole experts, as `ExpertReader` asks.
 
     Args:
         checkpoint: where from.
@@ -183,13 +207,13 @@ class CheckpointReader:
         self._checkpoint, self._locate, self._fill = checkpoint, locate, fill or fill_gate_up_down
 
     def prefetch(self, experts: Iterable[tuple[int, int]]) -> None:
-        """(layer, expert) that `read` will be asked for soon."""
+        """Have the disk begin with (layer, expert) that `read` will be asked for soon."""
         self._checkpoint.prefetch(
             source for layer, expert in experts for source in self._locate(layer, expert).values()
         )
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
-        """Fill ``out`` with expert ``expert`` of the model's layer ``layer``; returns the bytes read.
+        """Fill ``out`` with an expert of the model's layer ``layer``; return the bytes read.
 
         Raises:
             PlacementError: when the checkpoint lacks it, or it does not fit.
@@ -209,10 +233,11 @@ class CheckpointReader:
 
 
 def hugging_face_experts(checkpoint: Checkpoint) -> Callable[[int, int], Mapping[str, Source]]:
-    """How experts are named in a Hugging Face checkpoint, found out from its names.
+    """Find out from its names how experts are named in a Hugging Face checkpoint.
 
-    Known are one tensor per expert and projection (``...layers.3.mlp.experts.7.gate_proj.weight``, Mixtral's ``w1``, ``w3``, ``w2``) and
-    one tensor per layer for all experts (``...layers.3.mlp.experts.gate_up_proj``, ``.down_proj``).
+    Known are one tensor per expert and projection (``...layers.3.mlp.experts.7.gate_proj.weight``,
+    Mixtral's ``w1``, ``w3``, ``w2``) and one tensor per layer for all experts
+    (``...layers.3.mlp.experts.gate_up_proj``, ``.down_proj``).
 
     Returns:
         (layer, expert) -> sources of ``gate``, ``up`` and ``down``, or of ``gate_up`` and ``down``.
@@ -229,8 +254,9 @@ def hugging_face_experts(checkpoint: Checkpoint) -> Callable[[int, int], Mapping
         if found := fused.match(name):
             return partial(_fused, found.group(1), found.group(2), found.group(3) or "")
     raise PlacementError(
-        f"{checkpoint.path} names no experts in a known way (layers.N.*.experts.E.gate_proj.weight, .w1.weight or experts.gate_up_proj): "
-        "give a mapping of its names"
+        f"{checkpoint.path} names no experts in a known way "
+        "(layers.N.*.experts.E.gate_proj.weight, .w1.weight or experts.gate_up_proj): give a "
+        "mapping of its names"
     )
 
 
@@ -249,16 +275,19 @@ def _fused(before: str, between: str, suffix: str, layer: int, expert: int) -> M
 
 
 def fill_gate_up_down(found: Mapping[str, torch.Tensor], out: Sequence[torch.Tensor]) -> None:
-    """Fill the two tensors that both engines keep of an unquantized expert: gate above up ``[2 * width, hidden]``, and down ``[hidden, width]``.
+    """Fill the two tensors that both engines keep of an unquantized expert.
 
-    A fused tensor may be stored transposed; which it is follows from the shapes.
+    They are gate above up ``[2 * width, hidden]``, and down ``[hidden, width]``. A fused tensor may
+    be stored transposed; which it is follows from the shapes.
 
     Raises:
-        PlacementError: when types or shapes do not fit, or a square tensor leaves open whether it is transposed.
+        PlacementError: when types or shapes do not fit, or a square tensor leaves open whether it
+            is transposed.
     """
     if len(out) != 2:
         raise PlacementError(
-            f"{len(out)} tensors per expert: gate, up and down fill two; give a mapping of your own (quantized experts have scales)"
+            f"{len(out)} tensors per expert: gate, up and down fill two; give a mapping of your "
+            "own (quantized experts have scales)"
         )
     first, down = out
     if "gate_up" in found:
@@ -268,7 +297,8 @@ def fill_gate_up_down(found: Mapping[str, torch.Tensor], out: Sequence[torch.Ten
     width = found["gate"].shape[0]
     if first.shape[0] != 2 * width:
         raise PlacementError(
-            f"gate has shape {tuple(found['gate'].shape)}, the engine keeps gate and up as {tuple(first.shape)}: they do not fit"
+            f"gate has shape {tuple(found['gate'].shape)}, the engine keeps gate and up as "
+            f"{tuple(first.shape)}: they do not fit"
         )
     _fill(first[:width], found["gate"], "gate")
     _fill(first[width:], found["up"], "up")
@@ -281,7 +311,8 @@ def _fill(target: torch.Tensor, tensor: torch.Tensor, role: str, fused: bool = F
     plain = (torch.float32, torch.bfloat16, torch.float16)
     if tensor.dtype != target.dtype and not (tensor.dtype in plain and target.dtype in plain):
         raise PlacementError(
-            f"{role} is {tensor.dtype}, the engine keeps {target.dtype}: give a mapping that converts them as the engine does"
+            f"{role} is {tensor.dtype}, the engine keeps {target.dtype}: give a mapping that "
+            "converts them as the engine does"
         )
     if (
         fused
@@ -290,12 +321,14 @@ def _fill(target: torch.Tensor, tensor: torch.Tensor, role: str, fused: bool = F
         and tuple(target.shape) == tuple(tensor.shape)
     ):
         raise PlacementError(
-            f"{role} is square ({tensor.shape[0]} x {tensor.shape[1]}): whether it is stored transposed cannot be told; give a mapping"
+            f"{role} is square ({tensor.shape[0]} x {tensor.shape[1]}): whether it is stored "
+            "transposed cannot be told; give a mapping"
         )
     if fused and tuple(tensor.shape) != tuple(target.shape):
         tensor = tensor.mT
     if tuple(tensor.shape) != tuple(target.shape):
         raise PlacementError(
-            f"{role} has shape {tuple(tensor.shape)}, the engine keeps {tuple(target.shape)}: the checkpoint is of another model"
+            f"{role} has shape {tuple(tensor.shape)}, the engine keeps {tuple(target.shape)}: the "
+            "checkpoint is of another model"
         )
     target.copy_(tensor)

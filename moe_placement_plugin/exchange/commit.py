@@ -1,14 +1,17 @@
-"""How ranks agree, through a key-value store, that a chunk is staged everywhere, and who survived when it is not.
+"""Have ranks agree, through a key-value store, that a chunk is staged everywhere.
 
-A chunk's fate is one key that is written once (`compare_set`): ``commit`` by whoever sees that every rank has voted, or ``abort`` by
-whoever fails or waits too long. Whatever is written first holds for all. A rank votes only when all that the chunk brings it lies in
-its staging memory, so after ``commit`` every survivor can finish by itself, whoever dies; before it, no rank has touched a weight.
+A chunk's fate is one key that is written once (`compare_set`): ``commit`` by whoever sees that
+every rank has voted, or ``abort`` by whoever fails or waits too long. Whatever is written first
+holds for all. A rank votes only when all that the chunk brings it lies in its staging memory, so
+after ``commit`` every survivor can finish by itself, whoever dies; before it, no rank has touched a
+weight.
 
-Every answer of the store is waited for only so long: when its host vanishes (a link down, power lost) no connection closes and torch's
-client would wait for ever.
+Every answer of the store is waited for only so long: when its host vanishes (a link down, power
+lost) no connection closes and torch's client would wait for ever.
 
-The store must outlive the ranks: torchrun's and both engines' stores live in one process, and when that process is the one that dies no
-decision can be read any more; then every rank stops with `ExchangeLost`. One that ends, without dying, stays until all have read (`departure`).
+The store must outlive the ranks: torchrun's and both engines' stores live in one process, and when
+that process is the one that dies no decision can be read any more; then every rank stops with
+`ExchangeLost`. One that ends, without dying, stays until all have read (`departure`).
 """
 
 from __future__ import annotations
@@ -27,17 +30,22 @@ from .roll import Roll
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from .plan import CommitMetadata
+    from .commit_metadata import CommitMetadata
 
 MEETING = -1
 """Voted on like a chunk: that all have come (`Agreement.meet`)."""
 
 LEAST_ANSWER = 5.0
-"""Seconds that an answer of the store is waited for at least, however short the timeout: a busy machine is no silent one."""
+"""Seconds that an answer of the store is waited for at least, however short the timeout.
+
+A busy machine is no silent one.
+"""
 
 
 class ExchangeAborted(RuntimeError):
-    """The exchange stopped, and every survivor stopped at the same layer: layers are on the old or the new map, none is mixed.
+    """Says that the exchange stopped, on every survivor at the same layer.
+
+    Layers are on the old or the new map, none is mixed.
 
     Attributes:
         reason: what went wrong, on the rank that noticed first.
@@ -47,19 +55,23 @@ class ExchangeAborted(RuntimeError):
     def __init__(self, reason: str, metadata: CommitMetadata):
         done, total = int(metadata.committed.sum()), metadata.committed.size
         super().__init__(
-            f"expert exchange aborted with {done} of {total} layers on the new map, the others on the old: {reason}. "
-            "Make a group of the survivors and exchange from the placement in force (metadata.in_force())"
+            f"expert exchange aborted with {done} of {total} layers on the new map, the others on "
+            f"the old: {reason}. Make a group of the survivors and exchange from the placement in "
+            "force (metadata.in_force())"
         )
         self.reason = reason
         self.metadata = metadata
 
 
 class ExchangeLost(RuntimeError):
-    """The fate of a chunk cannot be known because the store is gone: this rank must stop and load its weights anew."""
+    """Says that the fate of a chunk cannot be known because the store is gone.
+
+    This rank must stop and load its weights anew.
+    """
 
 
 class Agreement:
-    """One exchange as seen from one rank.
+    """Votes for one rank in one exchange.
 
     Args:
         store: shared by all ranks of the exchange and no smaller set.
@@ -112,10 +124,13 @@ class Agreement:
         self._departure.begin()
         if first == digest:
             return None
-        return f"rank {self._rank} has another plan, or tensors of another layout, than the rank that came first"
+        return (
+            f"rank {self._rank} has another plan, or tensors of another layout, than the rank that "
+            "came first"
+        )
 
     def meet(self, digest: str) -> str | None:
-        """`enter`, and wait until all ranks have done so.
+        """Enter (`enter`), and wait until all ranks have done so.
 
         Returns:
             None, or why not all will.
@@ -130,7 +145,8 @@ class Agreement:
         """Say that the chunk is staged here, and wait for its fate.
 
         Args:
-            last: whether the exchange ends with this chunk, so that this rank asks nothing more once it knows the fate.
+            last: whether the exchange ends with this chunk, so that this rank asks nothing more
+                once it knows the fate.
 
         Returns:
             None when the chunk is to be committed, else why not.
@@ -150,7 +166,10 @@ class Agreement:
         while fate is None:
             reason = self._interrupted()
             if reason is None and time.monotonic() > deadline:
-                reason = f"rank {self._rank} waited {self._timeout:g} s for ranks {self.missing(chunk)} to stage"
+                missing = self.missing(chunk)
+                reason = (
+                    f"rank {self._rank} waited {self._timeout:g} s for ranks {missing} to stage"
+                )
             if reason is not None:
                 return self._fate(self._propose(chunk, f"abort: {reason}"))
             fate = self._ask(lambda s: self._await_fate(s, chunk))
@@ -170,19 +189,23 @@ class Agreement:
         return found
 
     def stay(self) -> None:
-        """After the last chunk: where this process holds the store, wait until all ranks know its fate, so that the process may end."""
+        """Wait, where this process holds the store, until all ranks know the last chunk's fate.
+
+        The process may end then.
+        """
         self._departure.leave()
         self._departure.stay(self._interrupted)
 
     def missing(self, chunk: int) -> list[int]:
-        """Ranks that have not voted for the chunk."""
+        """Return the ranks that have not voted for the chunk."""
         return self._ask(self._votes(chunk).missing)
 
     def survivors(self, grace: float) -> tuple[int, ...]:
         """Register as alive and learn who else is, the same answer for all; for after an abort.
 
         Args:
-            grace: seconds in which ranks must have registered, counted from the first that asks. A rank that comes later is told.
+            grace: seconds in which ranks must have registered, counted from the first that asks. A
+                rank that comes later is told.
 
         Raises:
             ExchangeLost: when the store is gone, or the others have gone on without this rank.
@@ -197,17 +220,21 @@ class Agreement:
         self._part_with(live)
         if self._rank not in live:
             raise ExchangeLost(
-                f"ranks {list(live)} went on without rank {self._rank}, which answered too late: stop this rank"
+                f"ranks {list(live)} went on without rank {self._rank}, which answered too late: "
+                "stop this rank"
             )
         return live
 
     def _live(self, alive: list[int]) -> tuple[int, ...]:
-        """Who is alive, as the first has seen it that asks."""
+        """Return who is alive, as the first has seen it that asks."""
         said = self._ask(lambda s: s.compare_set("live", "", json.dumps(alive)))
         return tuple(json.loads(said.decode()))
 
     def _part_with(self, live: tuple[int, ...]) -> None:
-        """Where this process holds the store, wait until all who are alive know who is, though this rank be none of them."""
+        """Wait, where this process holds the store, until all who are alive know who is.
+
+        Though this rank be none of them.
+        """
         self._departure.over()
         known = Departure(self._store, self._held, self._rank, live, self._timeout, "who is alive")
         known.begin()
@@ -215,7 +242,13 @@ class Agreement:
         known.stay()
 
     def forget(self, chunks: int) -> None:
-        """Delete this rank's keys of an exchange of so many chunks, which every rank has ended; the lowest rank deletes those of all."""
+        """Delete this rank's keys of an exchange that every rank has ended.
+
+        The lowest rank deletes those of all.
+
+        Args:
+            chunks: how many the exchange had.
+        """
         keys = [f"entered/{self._rank}"]
         if self._rank == min(self._ranks):
             keys += ["plan", *self._departure.keys()]
@@ -227,13 +260,16 @@ class Agreement:
         return Roll(f"vote/{chunk}", self._ranks)
 
     def _cast(self, store: Any, chunk: int) -> str | None:
-        """Vote and wait a while for the chunk's fate. All of it is one job of the store's thread: each hand-over takes as long as the answer."""
+        """Vote and wait a while for the chunk's fate.
+
+        All of it is one job of the store's thread: each hand-over takes as long as the answer.
+        """
         if self._votes(chunk).add(store, self._rank):
             return self._await_fate(store, chunk)
         return store.compare_set(f"fate/{chunk}", "", "commit").decode()
 
     def _await_fate(self, store: Any, chunk: int) -> str | None:
-        """The chunk's fate; None when it is not decided within a slice of time."""
+        """Return the chunk's fate; None when it is not decided within a slice of time."""
         key = f"fate/{chunk}"
         return store.get(key).decode() if appears(store, key, self._timeout) else None
 
@@ -253,6 +289,7 @@ class Agreement:
 
 def _lost(error: Exception) -> ExchangeLost:
     return ExchangeLost(
-        f"the store that exchanges are agreed on does not answer ({str(error).splitlines()[0]}): what the other ranks have committed cannot be "
-        "known; stop this rank and load its weights anew"
+        f"the store that exchanges are agreed on does not answer ({str(error).splitlines()[0]}): "
+        "what the other ranks have committed cannot be known; stop this rank and load its "
+        "weights anew"
     )

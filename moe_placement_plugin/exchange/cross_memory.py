@@ -1,7 +1,8 @@
-"""Memory of another process of the same host, read by cross-memory attach (``process_vm_readv``), as MPI libraries do between ranks of a node.
+"""Read memory of another process of the same host by cross-memory attach.
 
-One copy by the system, where a message over loopback takes four. Linux allows it to processes of the same user, unless the Yama module restricts
-tracing (``kernel.yama.ptrace_scope``) or a container's rules forbid it; then experts are sent.
+One copy by the system, where a message over loopback takes four. Linux allows it to processes of
+the same user, unless the Yama module restricts tracing (``kernel.yama.ptrace_scope``) or a
+container's rules forbid it; then experts are sent.
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ _AT_ONCE = 1024
 """Pieces in one call: the system's IOV_MAX."""
 
 _mark = ctypes.create_string_buffer(16)
-"""By which another process knows that it reads this one: a process's number may be another's in another container."""
+"""By which another process knows that it reads this one.
+
+A process's number may be another's in another container.
+"""
 
 
 class _Piece(ctypes.Structure):
-    """The system's ``struct iovec``."""
+    """Stands for the system's ``struct iovec``."""
 
     _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process whose memory can be read.
+    """Name a process whose memory can be read.
 
     Attributes:
         number: its process id.
@@ -44,7 +48,7 @@ class Process:
 
     @classmethod
     def own(cls) -> Process:
-        """This process, for others, who must check it before it is called again."""
+        """Return this process, for others, who must check it before it is called again."""
         _mark.raw = secrets.token_bytes(len(_mark))
         return cls(os.getpid(), ctypes.addressof(_mark), _mark.raw)
 
@@ -88,7 +92,7 @@ class Process:
 
 
 def _after(pieces: Sequence[tuple[int, int, int]], done: int) -> list[tuple[int, int, int]]:
-    """What is left of the pieces when the first ``done`` bytes have been copied."""
+    """Return what is left of the pieces when the first ``done`` bytes have been copied."""
     left = []
     for here, there, size in pieces:
         skip = min(done, size)
@@ -117,7 +121,9 @@ def _readv() -> Any:
 
 @dataclass(frozen=True)
 class AttachedRows:
-    """A parameter of a layer's experts in another process: `weights.Parameter.rows`, as far as reading takes it.
+    """Show a parameter of a layer's experts in another process.
+
+    `expert_memory.Parameter.rows`, as far as reading takes it.
 
     Attributes:
         process: whose memory it is.
@@ -132,11 +138,11 @@ class AttachedRows:
     bytes: int
 
     def row(self, slot: int) -> int:
-        """Address of a slot's expert."""
+        """Return the address of a slot's expert."""
         return self.at + slot * self.stride
 
     def beginning(self, size: int) -> builtins.bytes:
-        """The first ``size`` bytes.
+        """Return the first ``size`` bytes.
 
         Raises:
             OSError: as `Process.read`.

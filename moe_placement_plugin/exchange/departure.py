@@ -1,11 +1,13 @@
-"""The process that holds an exchange's store stays until the other ranks know how the exchange has ended.
+"""Keep the process that holds an exchange's store until the others know how the exchange ended.
 
-Most stores live in the process of a rank. When that rank casts the last vote it knows the fate first: were its process to end then, the others
-would find the store closed and could never know that a chunk is committed. So every rank says that it knows the end, and the one with the
-store waits for that, at most for the exchange's timeout, since a rank that has died will never say it.
+Most stores live in the process of a rank. When that rank casts the last vote it knows the fate
+first: were its process to end then, the others would find the store closed and could never know
+that a chunk is committed. So every rank says that it knows the end, and the one with the store
+waits for that, at most for the exchange's timeout, since a rank that has died will never say it.
 
-It waits where `Exchange.run` ends, so that the process may be ended in any way afterwards. After an abort it does not, because the dead are not worth
-waiting for then and `survivors` must not come too late: it waits at the end of that, or else where the process ends by itself.
+It waits where `Exchange.run` ends, so that the process may be ended in any way afterwards. After an
+abort it does not, because the dead are not worth waiting for then and `survivors` must not come too
+late: it waits at the end of that, or else where the process ends by itself.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ _open: list[Departure] = []
 
 
 class Departure:
-    """How one rank leaves the store, once it has read the last that it needs.
+    """Has one rank leave the store, once it has read the last that it needs.
 
     Args:
         store: of the exchange.
-        held: whether it ends with this process (`stores.held_here`); only then is anybody waited for.
+        held: whether it ends with this process (`stores.held_here`); only then is anybody waited
+            for.
         rank: this one.
         ranks: all that read; one that is not among them only waits.
         timeout: seconds that the others are waited for.
@@ -56,8 +59,9 @@ class Departure:
         self._at_exit: util.Finalize | None = None
 
     def begin(self) -> None:
-        """The ranks need the store from now on: should this process end, it says that it is gone, and with the store waits for the others.
+        """Note that the ranks need the store from now on.
 
+        Should this process end, it says that it is gone, and with the store waits for the others.
         Nothing but the store is kept for that, and not for longer than it may be needed.
         """
         for departure in [d for d in _open if d._until < time.monotonic()]:
@@ -69,11 +73,11 @@ class Departure:
             _open.append(self)
 
     def needed(self) -> None:
-        """The others may ask the store until the timeout has passed from now."""
+        """Note that the others may ask the store until the timeout has passed from now."""
         self._until = time.monotonic() + self._timeout
 
     def leave(self, limit: float | None = None) -> None:
-        """Say that this rank has read it. Should the store be gone already, that does no harm any more.
+        """Say that this rank has read it; should the store be gone already, that does no harm.
 
         Args:
             limit: seconds to wait for the store's answer; as for any other when left out.
@@ -87,7 +91,7 @@ class Departure:
             self.over()
 
     def stay(self, interrupted: Callable[[], str | None] = lambda: None) -> None:
-        """Where this process holds the store, wait until all ranks have read it.
+        """Wait until all ranks have read it, where this process holds the store.
 
         Args:
             interrupted: asked while waiting; a reason ends the wait.
@@ -98,14 +102,18 @@ class Departure:
             while not self._store.ask(self._all_know):
                 if interrupted() or time.monotonic() > self._until:
                     logger.warning(
-                        "moe_placement_plugin: ranks %s have not said within %g s that they know %s; rank %d, whose process holds the store, "
-                        "waits for them no longer", self._store.ask(self._know.missing), self._timeout, self._what, self._rank,
-                    )  # fmt: skip
+                        "moe_placement_plugin: ranks %s have not said within %g s that they know "
+                        "%s; rank %d, whose process holds the store, waits for them no longer",
+                        self._store.ask(self._know.missing),
+                        self._timeout,
+                        self._what,
+                        self._rank,
+                    )
                     break
         self.over()
 
     def over(self) -> None:
-        """Nobody need be waited for any more."""
+        """Wait for nobody any more."""
         at_exit, self._at_exit = self._at_exit, None
         if at_exit is not None:
             at_exit.cancel()
@@ -113,7 +121,7 @@ class Departure:
                 _open.remove(self)
 
     def keys(self) -> list[str]:
-        """What this leaves in the store."""
+        """Return the keys that this leaves in the store."""
         return [*self._know.keys, f"all know {self._what}"]
 
     def _end_of_process(self) -> None:
@@ -131,7 +139,7 @@ class Departure:
 
 
 def appears(store: Any, key: str, timeout: float) -> bool:
-    """Wait for a key, a slice of time or the timeout at most; whether it is there.
+    """Wait for a key, a slice of time or the timeout at most; return whether it is there.
 
     Raises:
         RuntimeError: when the store is gone.

@@ -1,4 +1,4 @@
-"""The weights of an engine's experts as rows of bytes, whatever their types and strides."""
+"""See the weights of an engine's experts as rows of bytes, whatever their types and strides."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 64
-"""Each parameter of a staged expert begins at a multiple of this many bytes, so that any dtype can view it."""
+"""Staged parameters begin at a multiple of so many bytes: any dtype can view them."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a layer's experts.
+    """See one parameter of a layer's experts.
 
     Attributes:
         rows: uint8 ``[slots, bytes of one expert]``, a view of the engine's own memory.
@@ -37,28 +37,31 @@ class Parameter:
 
     @property
     def bytes(self) -> int:
-        """Of one expert."""
+        """Return the bytes of one expert."""
         return self.rows.shape[1]
 
     @property
     def padded(self) -> int:
-        """`bytes` up to the next multiple of `ALIGNMENT`."""
+        """Return `bytes` up to the next multiple of `ALIGNMENT`."""
         return -(-self.bytes // ALIGNMENT) * ALIGNMENT
 
     def units(self, unit: torch.dtype) -> list[torch.Tensor]:
-        """Each expert's bytes, read as numbers of this type (`widest_unit`), one tensor per slot."""
+        """Return each slot's bytes, read as numbers of a type (`widest_unit`)."""
         if unit not in self._views:
             self._views[unit] = list(self.rows.view(unit).unbind(0))
         return self._views[unit]
 
     def block(self, unit: torch.dtype, first: int, number: int) -> torch.Tensor:
-        """The bytes of experts that lie one behind the other, ``[number, units]``, or ``[units]`` of a single one, which has its view already."""
+        """Return the bytes of experts that lie one behind the other, ``[number, units]``.
+
+        ``[units]`` of a single one, which has its view already.
+        """
         return (
             self.units(unit)[first] if number == 1 else self.rows[first : first + number].view(unit)
         )
 
     def typed(self, row: torch.Tensor) -> torch.Tensor:
-        """One expert's bytes as a tensor of the parameter's own type, shape and strides."""
+        """Return one expert's bytes as a tensor of the parameter's type, shape and strides."""
         return row.view(self.dtype).as_strided(self.shape, self.stride)
 
 
@@ -76,7 +79,8 @@ def view_parameter(tensor: torch.Tensor, name: str) -> Parameter:
         )
     tensor = tensor.detach()
     shape = tuple(tensor.shape[1:])
-    # A dimension of one element may have any stride: ranks whose tensors are alike must not differ by it.
+    # A dimension of one element may have any stride: ranks whose tensors are alike must not differ
+    # by it.
     stride = tuple(step if extent > 1 else 1 for extent, step in zip(shape, tensor.stride()[1:]))
     size = 1
     for extent in shape:
@@ -85,13 +89,15 @@ def view_parameter(tensor: torch.Tensor, name: str) -> Parameter:
     for extent, step in sorted(zip(shape, stride), key=lambda p: (p[1], p[0])):
         if extent > 1 and step != dense:
             raise PlacementError(
-                f"{name} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}: the elements of one expert must be one "
-                "block of memory; make the tensor contiguous before it is registered"
+                f"{name} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}: "
+                "the elements of one expert must be one block of memory; make the tensor "
+                "contiguous before it is registered"
             )
         dense *= extent
     if tensor.shape[0] > 1 and tensor.stride(0) < size:
         raise PlacementError(
-            f"{name} has strides {tuple(tensor.stride())}: its slots overlap in memory; give each its own"
+            f"{name} has strides {tuple(tensor.stride())}: its slots overlap in memory; give each "
+            "its own"
         )
     flat = tensor.as_strided((tensor.shape[0], size), (max(tensor.stride(0), 1), 1))
     return Parameter(
@@ -106,29 +112,33 @@ def view_weights(
     new: Placement,
     rank: int,
 ) -> list[list[Parameter]]:
-    """All parameters of all layers, rows in the placement's order.
+    """Return all parameters of all layers, rows in the placement's order.
 
     Args:
-        weights: this rank's tensors ``[slots, ...]`` of each layer: by index of the layer within the model (SGLang), or a list in the
-            order of the placement's rows (vLLM). Parameters are taken as they are: viewing costs some 10 us for each tensor.
+        weights: this rank's tensors ``[slots, ...]`` of each layer: by index of the layer within
+            the model (SGLang), or a list in the order of the placement's rows (vLLM). Parameters
+            are taken as they are: viewing costs some 10 us for each tensor.
         old, new: the placements of the exchange.
         rank: this EP rank.
 
     Raises:
-        PlacementError: when layers or slots do not fit the placements, or a tensor cannot be seen as rows.
+        PlacementError: when layers or slots do not fit the placements, or a tensor cannot be seen
+            as rows.
     """
     if isinstance(weights, Mapping):
         missing = [layer for layer in new.layer_ids if layer not in weights]
         if missing:
             raise PlacementError(
-                f"weights of layer {missing[0]} are not given: give those of all {new.num_layers} layers of the placement"
+                f"weights of layer {missing[0]} are not given: give those of all {new.num_layers} "
+                "layers of the placement"
             )
         rows = [weights[layer] for layer in new.layer_ids]
     else:
         rows = list(weights)
         if len(rows) != new.num_layers:
             raise PlacementError(
-                f"weights of {len(rows)} layers for a placement of {new.num_layers}: give one list of tensors per layer"
+                f"weights of {len(rows)} layers for a placement of {new.num_layers}: give one "
+                "list of tensors per layer"
             )
     slots = max(old.slots_per_rank[rank], new.slots_per_rank[rank])
     result = []
@@ -140,20 +150,25 @@ def view_weights(
         for k, parameter in enumerate(parameters):
             if parameter.rows.shape[0] < slots:
                 raise PlacementError(
-                    f"layer {layer}, tensor {k} has {parameter.rows.shape[0]} slots, the placement gives rank {rank} {slots}: "
-                    "the first dimension must be the rank's slots"
+                    f"layer {layer}, tensor {k} has {parameter.rows.shape[0]} slots, the "
+                    f"placement gives rank {rank} {slots}: the first dimension must be the rank's "
+                    "slots"
                 )
         result.append(parameters)
     devices = {p.rows.device for parameters in result for p in parameters}
     if len(devices) > 1:
         raise PlacementError(
-            f"weights lie on {sorted(map(str, devices))}: the experts of a rank must be on one device"
+            f"weights lie on {sorted(map(str, devices))}: the experts of a rank must be on one "
+            "device"
         )
     return result
 
 
 def widest_unit(layers: Sequence[Sequence[Parameter]]) -> torch.dtype:
-    """The widest type that the bytes of all parameters can be read as: copies of many rows at once go as fast as their type is wide."""
+    """Return the widest type that the bytes of all parameters can be read as.
+
+    Copies of many rows at once go as fast as their type is wide.
+    """
     import torch
 
     for unit in (torch.int64, torch.int32, torch.int16):
@@ -168,13 +183,72 @@ def widest_unit(layers: Sequence[Sequence[Parameter]]) -> torch.dtype:
     return torch.uint8
 
 
+class LocalExperts:
+    """Holds one rank's experts of an exchange's layers, as rows of bytes.
+
+    Args:
+        layers: parameters of each row's layer.
+        rank: the EP rank.
+        also: parameters of other ranks that lie in this process's address space too.
+
+    Attributes:
+        device: where they lie.
+        unit: the type that rows are copied as.
+        bytes, padded: of one expert of each row's layer, and as it is staged.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Parameter]],
+        rank: int,
+        also: Sequence[Sequence[Parameter]] = (),
+    ):
+        import torch
+
+        self.layers, self.rank = layers, rank
+        devices = (p.rows.device for parameters in layers for p in parameters)
+        self.device = next(devices, torch.device("cpu"))
+        self.unit = widest_unit([*layers, *also])
+        self.bytes = [sum(p.bytes for p in parameters) for parameters in layers]
+        self.padded = padded_bytes(layers)
+
+    def slot(self, row: int, slot: int) -> list[torch.Tensor]:
+        """Return one expert's bytes, parameter by parameter, in units."""
+        return [p.units(self.unit)[slot] for p in self.layers[row] if p.bytes]
+
+    def in_units(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return rows of bytes, one for each parameter of an expert, as `slot` does."""
+        return [row.view(self.unit) for row in rows if row.numel()]
+
+    def parts(self, row: int) -> list[tuple[int, bool]]:
+        """Return an expert as it is staged: (length in units, whether it is no padding)."""
+        width, found = self.unit.itemsize, []
+        for parameter in self.layers[row]:
+            if parameter.bytes:
+                found.append((parameter.bytes // width, True))
+            if parameter.padded > parameter.bytes:
+                found.append(((parameter.padded - parameter.bytes) // width, False))
+        return found
+
+
+def copy_rows(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source to its target, all in a few launches; no target may be a source."""
+    import torch
+
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
 def padded_bytes(layers: Sequence[Sequence[Parameter]]) -> list[int]:
-    """Staging bytes of one expert of each layer."""
+    """Return the staging bytes of one expert of each layer."""
     return [sum(p.padded for p in parameters) for parameters in layers]
 
 
 def layout_digest(layers: Sequence[Sequence[Parameter]]) -> str:
-    """Hex SHA-256 of types, shapes and strides: ranks whose digests differ cannot send each other bytes."""
+    """Return a hex SHA-256 of types, shapes and strides.
+
+    Ranks whose digests differ cannot send each other bytes.
+    """
     facts: list[Any] = [
         [[str(p.dtype), p.shape, p.stride] for p in parameters] for parameters in layers
     ]

@@ -1,10 +1,11 @@
-"""Weights of other ranks of the same host, read where they lie.
+"""See weights of other ranks of the same host where they lie.
 
-CUDA lets a process see another one's memory (inter-process handles, the way of NCCL's own peer-to-peer transport and of vLLM's custom
-all-reduce); a copy from it goes over NVLink as fast as the link carries, without a message, without memory to pack it in and without a
-processor that answers. That a rank's weights stand still while others read them is what the exchange's agreement is for: nobody overwrites a
-layer before all have voted that they hold what they need of it. On CPUs the same goes for weights in shared memory, and for all others by
-cross-memory attach (`attached`).
+CUDA lets a process see another one's memory (inter-process handles, the way of NCCL's own
+peer-to-peer transport and of vLLM's custom all-reduce); a copy from it goes over NVLink as fast as
+the link carries, without a message, without memory to pack it in and without a processor that
+answers. That a rank's weights stand still while others read them is what the exchange's agreement
+is for: nobody overwrites a layer before all have voted that they hold what they need of it. On CPUs
+the same goes for weights in shared memory, and for all others by cross-memory attach (`attached`).
 """
 
 from __future__ import annotations
@@ -23,21 +24,26 @@ import numpy as np
 from ..core.topology import Topology
 from .cross_memory import AttachedRows, Process
 from .expert_memory import Parameter
+from .transfer_table import TransferTable
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
 PROBE = 64
-"""Bytes of each parameter that a rank says it has and the others must find there: memory that is seen wrongly must not be read."""
+"""Bytes of each parameter that a rank says it has and the others must find there.
+
+Memory that is seen wrongly must not be read.
+"""
 
 
 @dataclass(frozen=True)
 class PeerMemory:
-    """Who reads whose weights, and this rank's view of those that it reads.
+    """Hold who reads whose weights, and this rank's view of those that it reads.
 
     Attributes:
-        reads: bool ``[ranks, ranks]``, the same on all ranks: whether the first reads the second's weights by itself.
+        reads: bool ``[ranks, ranks]``, the same on all ranks: whether the first reads the second's
+            weights by itself.
         parameters: rank -> layer -> its parameters, of the ranks that this one reads.
     """
 
@@ -52,7 +58,9 @@ class PeerMemory:
         cpu_group: dist.ProcessGroup,
         log: logging.Logger,
     ) -> PeerMemory:
-        """See what can be seen; a collective call. What cannot be seen (another host, no peer access, memory of an allocator that does not
+        """See what can be seen; a collective call.
+
+        What cannot be seen (another host, no peer access, memory of an allocator that does not
         share) is left to messages.
 
         Args:
@@ -88,7 +96,7 @@ class PeerMemory:
 
 @dataclass(frozen=True)
 class SeenPeers:
-    """`PeerMemory` by the rows of one exchange.
+    """Hold `PeerMemory` by the rows of one exchange.
 
     Attributes:
         reads: as `PeerMemory.reads`.
@@ -100,22 +108,29 @@ class SeenPeers:
 
     @classmethod
     def of(cls, peers: PeerMemory, layer_ids: Sequence[int]) -> SeenPeers:
-        """Of an exchange of these layers."""
+        """Return what is seen by the rows of an exchange of these layers."""
         return cls(
             peers.reads,
             {rank: [seen[layer] for layer in layer_ids] for rank, seen in peers.parameters.items()},
         )
 
+    def are_read(self, transfers: TransferTable) -> np.ndarray:
+        """Return which transfers their receivers carry out by themselves, bool ``[transfers]``."""
+        return self.reads[transfers.to_rank, transfers.from_rank]
+
     @property
     def mapped(self) -> list[Sequence[Parameter]]:
-        """Parameters that lie in this process's own address space as well."""
+        """Return the parameters that lie in this process's own address space as well."""
         found = (parameters for of_rank in self.layers.values() for parameters in of_rank)
         own = (([p for p in ps if not isinstance(p, AttachedRows)], len(ps)) for ps in found)
         return [mine for mine, number in own if len(mine) == number]
 
 
 def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes | None:
-    """What others need to see this rank's parameters, and how each begins; None when they cannot be shared."""
+    """Return what others need to see this rank's parameters, and how each begins.
+
+    None when they cannot be shared.
+    """
     import torch
     from torch.multiprocessing.reductions import reduce_tensor
 
@@ -141,7 +156,8 @@ def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes
         return buffer.getvalue()
     except Exception as error:  # noqa: BLE001 - whatever it is, messages are left
         log.info(
-            "moe_placement_plugin: experts' memory cannot be shared with other ranks, they are sent: %s",
+            "moe_placement_plugin: experts' memory cannot be shared with other ranks, they are "
+            "sent: %s",
             _in_a_line(error),
         )
         return None
@@ -150,11 +166,12 @@ def _offer(own: Mapping[int, Sequence[Parameter]], log: logging.Logger) -> bytes
 def _take(
     offer: bytes, own: Mapping[int, Sequence[Parameter]], peer: int, log: logging.Logger
 ) -> dict[int, list[Parameter | AttachedRows]] | None:
-    """The parameters of another rank; None when they cannot be seen, or are not what it says."""
+    """Return the parameters of another rank; None when they are not seen as it says."""
     device = next((p.rows.device for parameters in own.values() for p in parameters), None)
     seen: dict[int, list[Parameter | AttachedRows]] = {layer: [] for layer in own}
     try:
-        for layer, (rebuild, arguments), beginning in pickle.loads(offer):  # noqa: S301 - of a rank of this very server
+        # The offer is of a rank of this very server.
+        for layer, (rebuild, arguments), beginning in pickle.loads(offer):  # noqa: S301
             if rebuild is AttachedRows:
                 rows = AttachedRows(*arguments)
                 if not any(seen.values()):
@@ -164,8 +181,9 @@ def _take(
                 seen[layer].append(rows)
                 continue
             if device is not None and device.type == "cuda":
-                # Seen from this rank's own device, which reads the peer's memory: no context on the peer's is needed. Nor is there an event
-                # to wait for: the owner has waited for its device.
+                # Seen from this rank's own device, which reads the peer's memory: no context on the
+                # peer's is needed. Nor is there an event to wait for: the owner has waited for its
+                # device.
                 named = dict(zip(inspect.signature(rebuild).parameters, arguments))
                 rows = rebuild(
                     **(named | {"storage_device": device.index, "event_sync_required": False})

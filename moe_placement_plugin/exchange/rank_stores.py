@@ -1,4 +1,4 @@
-"""A key-value store on every rank: an exchange can be agreed on whoever has died."""
+"""Keep a key-value store on every rank: an exchange can be agreed on whoever has died."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 def own_address() -> str:
-    """An address of this machine that the other ranks reach: that which leads to the default group's store."""
+    """Return an address of this machine that the other ranks reach.
+
+    That which leads to the default group's store.
+    """
     from torch.distributed.distributed_c10d import _get_default_store
 
     store = _unwrapped(_get_default_store())
@@ -24,10 +27,14 @@ def own_address() -> str:
 
 
 def held_here(store: dist.Store) -> bool:
-    """Whether a store ends with this process, to the harm of others; a clone of it, which is a connection, does not say so."""
+    """Whether a store ends with this process, to the harm of others.
+
+    A clone of it, which is a connection, does not say so.
+    """
     from torch.distributed import TCPStore
 
-    # torch says it nowhere else: a connection to another process's store is shown with server=<nullptr>.
+    # torch says it nowhere else: a connection to another process's store is shown with
+    # server=<nullptr>.
     bare = _unwrapped(store)
     return isinstance(bare, TCPStore) and "server=<nullptr>" not in repr(bare)
 
@@ -39,7 +46,7 @@ def _unwrapped(store: Any) -> Any:
 
 
 class Stores:
-    """One store per rank of a group; a collective to make.
+    """Holds one store per rank of a group; a collective to make.
 
     Any one of them will do for an exchange in which its rank takes part: all must choose the same.
 
@@ -64,7 +71,7 @@ class Stores:
         self._stores: dict[int, dist.Store] = {self._rank: own}
 
     def of(self, rank: int) -> dist.Store:
-        """The store in the process of a rank that is alive.
+        """Return the store in the process of a rank that is alive.
 
         Raises:
             DistStoreError: when it does not answer.

@@ -1,4 +1,4 @@
-"""Which ranks have said something: a bit for each, in counters of a store that all of them share."""
+"""Note which ranks have said something: a bit for each, in counters of a store they share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ RANKS_PER_WORD = 60
 
 
 class Roll:
-    """One thing that each of some ranks says once.
+    """Notes one thing that each of some ranks says once.
 
-    The store is given to each call, since several calls may be one job of a store's thread (`hosts.bounded_store`).
+    The store is given to each call, since several calls may be one job of a store's thread
+    (`hosts.bounded_store`).
 
     Args:
         name: of the thing, which the names of the counters begin with.
@@ -24,11 +25,11 @@ class Roll:
 
     @property
     def keys(self) -> list[str]:
-        """Names of all counters."""
+        """Return the names of all counters."""
         return [self._key(word) for word in self._words()]
 
     def add(self, store: Any, rank: int) -> bool:
-        """Add a rank's bit; True while others are missing. Whoever adds the last bit sees all of them."""
+        """Add a rank's bit; True while others are missing: whoever adds the last sees all."""
         word = rank // RANKS_PER_WORD
         bits = store.add(self._key(word), 1 << rank % RANKS_PER_WORD)
         return bits != self._all_bits(word) or self.incomplete(store, word)
@@ -42,12 +43,12 @@ class Roll:
         )
 
     def present(self, store: Any) -> list[int]:
-        """Ranks whose bit is there."""
+        """Return the ranks whose bit is there."""
         bits = {word: store.add(self._key(word), 0) for word in self._words()}
         return [r for r in self._ranks if bits[r // RANKS_PER_WORD] >> (r % RANKS_PER_WORD) & 1]
 
     def missing(self, store: Any) -> list[int]:
-        """Ranks whose bit is not there."""
+        """Return the ranks whose bit is not there."""
         present = set(self.present(store))
         return [rank for rank in self._ranks if rank not in present]
 

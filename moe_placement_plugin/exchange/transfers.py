@@ -1,374 +1,154 @@
-"""Experts on their way between ranks: from weights into staging memory, as bytes, all of an expert's tensors together.
+"""Move the bytes of an exchange on one rank: into staging memory, then into the slots.
 
-No type is converted, NaNs keep their bits. Transfers of a chunk are queued in batches of rounds; in a batch, all that one rank sends
-another is one message: it is packed first, since a message for each tensor would take the host longer than the network (10 us, in
-which NVLink moves 3 MB). Nothing here waits for the device between two of them; the host waits once, when all of the chunk must be there.
+All of an expert's tensors travel together, as bytes: no type is converted, NaNs keep their bits.
+Nothing here waits for the device between two transfers; the host waits once, when all of the chunk
+must be there.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .cross_memory import AttachedRows, Process
-from .expert_memory import Parameter, widest_unit
+from .checkpoint import ExpertReader
+from .chunks import Chunk
+from .communication import Members
+from .device_queue import DeviceQueue
+from .expert_memory import LocalExperts, copy_rows
+from .messages import Messages
 from .peer_memory import SeenPeers
-from .plan import Chunk
-from .watchdog import WaitingFor, Watchdog
+from .peer_reads import PeerReads
+from .plan import ExchangePlan
+from .staging import Memory, Staged, Traffic
+from .transfer_table import SCRATCH
+from .watchdog import WaitingFor
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 
-BATCH_BYTES = 64 << 20
-"""A batch costs a launch and a handshake, some 20 us on NVLink: rounds, in each of which every rank sends one expert, are put together until a
-rank sends this much in them, 0.2 ms or more."""
+DOUBLE_LEAVES = 4
+"""Staging memory is doubled where the device has this many times the added part free.
 
-READ_SINGLY = 1 << 20
-"""Pieces of this many bytes are read in another GPU's memory one by one, by the copy engines, which leave the multiprocessors to the engine;
-smaller ones together, by a kernel, since a copy costs the host some 5 us. A piece is a tensor of as many experts as lie one behind the other in
-both places: over NVLink pieces of 6 to 12 MB take a tenth longer than one of all (325 against 367 GB/s on H100s)."""
-
-_TAG = 0x6D6F65
-"""Of the receive that is never answered (`Transfers.give_up`)."""
-
-_connected: set[str] = set()
-
-
-@dataclass
-class Staged:
-    """What a chunk brings to this rank: experts in staging memory and transfers under way.
-
-    Attributes:
-        buffer: uint8, staging memory.
-        used: bytes of it that are taken.
-        sources, targets: what was staged and the slots it goes to, tensor by tensor, in `Transfers.unit`.
-        pending: transfers under way, by what is waited for.
-        read: on a GPU, the end of what is read in other ranks' memory.
-    """
-
-    buffer: torch.Tensor
-    used: int = 0
-    sources: list[torch.Tensor] = field(default_factory=list)
-    targets: list[torch.Tensor] = field(default_factory=list)
-    pending: list[tuple[WaitingFor, list[dist.Work]]] = field(default_factory=list)
-    read: torch.Event | None = None
-
-    def take(self, size: int) -> torch.Tensor:
-        """The next ``size`` bytes of staging memory."""
-        self.used += size
-        return self.buffer[self.used - size : self.used]
-
-    def take_expert(self, parameters: Sequence[Parameter]) -> list[torch.Tensor]:
-        """Memory for one expert, a row of bytes for each parameter."""
-        return [self.take(parameter.padded)[: parameter.bytes] for parameter in parameters]
-
-
-@dataclass
-class _Outgoing:
-    """Memory that messages are packed in: a batch's, and the one's before, which may be under way still."""
-
-    halves: tuple[torch.Tensor, torch.Tensor]
-    sending: list[list[dist.Work]] = field(default_factory=lambda: [[], []])
-    turn: int = 0
+The rest is left to the engine, which may have to allocate for the next forward pass.
+"""
 
 
 class Transfers:
-    """The transfers of one exchange on one rank.
+    """Moves all that one exchange moves on one rank.
 
     Args:
-        layers: parameters of each row's layer.
-        rank: this EP rank.
-        peers: EP rank -> global rank, of the live ones.
-        group: process group.
-        device: where weights and staging memory lie.
-        timeout: seconds.
-        batch_bytes: of a rank's sends in a batch of rounds.
-        watchdog: is told what is waited for; ends the wait when it has given up.
-        seen: the weights that ranks read in each other's memory.
+        plan: the same on all ranks.
+        experts: this rank's.
+        members: whom it sends to.
+        queue: its device.
+        memory: what it may take.
+        seen: the weights that ranks read in each other's memory; None sends all.
+        reader: for experts that no live rank holds.
 
     Attributes:
-        unit: the type that rows are copied as.
-        blocks: whether `begin` may wait for other ranks: on CPU, where memory to pack in becomes free when a message has gone.
-        sent, received: bytes of experts so far.
+        traffic: what has moved.
+        num_read: transfers of the plan that their receivers read in the sender's memory.
+        staging_bytes: memory that experts are received in.
+        packing_bytes: memory that messages are packed in.
     """
 
     def __init__(
         self,
-        layers: Sequence[Sequence[Parameter]],
-        rank: int,
-        peers: Mapping[int, int],
-        group: dist.ProcessGroup,
-        device: torch.device,
-        timeout: float,
-        batch_bytes: int,
-        watchdog: Watchdog,
+        plan: ExchangePlan,
+        experts: LocalExperts,
+        members: Members,
+        queue: DeviceQueue,
+        memory: Memory,
         seen: SeenPeers | None = None,
+        reader: ExpertReader | None = None,
     ):
-        self._layers, self._rank, self._peers, self._group = layers, rank, peers, group
-        self._device, self._timeout, self._batch_bytes, self._watchdog = (
-            device,
-            timeout,
-            batch_bytes,
-            watchdog,
-        )
-        self._bytes = [sum(p.bytes for p in parameters) for parameters in layers]
-        self._padded = [sum(p.padded for p in parameters) for parameters in layers]
-        self._seen = seen
-        self.blocks = device.type == "cpu"
-        self.unit = widest_unit([*layers, *(seen.mapped if seen else ())])
-        self._parts = [_parts(parameters, self.unit.itemsize) for parameters in layers]
-        self._outgoing: _Outgoing | None = None
-        # Packing and reading go beside what the engine has queued, beside the commit of the chunk before, and beside each other.
-        self._lane: Any = None
-        self._reading: Any = None
-        if device.type != "cpu":
-            self._lane, self._reading = (_device_module(device).Stream() for _ in range(2))
-        self.sent = self.received = 0
+        self._plan, self._experts, self._queue = plan, experts, queue
+        self._memory, self._seen, self._reader = memory, seen, reader
+        self.traffic = Traffic()
+        self.staging_bytes = self.packing_bytes = 0
+        self._messages = Messages(experts, members, queue, memory.batch_size, self.traffic)
+        self._reads = None if seen is None else PeerReads(experts, seen, queue, self.traffic)
+        transfers = plan.transfers
+        self.num_read = 0 if seen is None else int(seen.are_read(transfers).sum())
+        self._sends = self.num_read < len(transfers)
 
-    def allocate(self, size: int) -> torch.Tensor:
-        """Staging memory, uint8 ``[size]``."""
-        import torch
+    def reserve(self, chunks: Sequence[Chunk], ahead: bool, double: bool) -> list[torch.Tensor]:
+        """Take memory for the chunks: one part to stage in, or two that take turns.
 
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
+        Args:
+            chunks: all of the exchange.
+            ahead: two, on all ranks.
+            double: two where this rank has the memory. That is its own affair, since the order of
+                its transfers stays the same, but only where it never waits for another rank as it
+                begins a chunk: who is not ahead would in turn wait for this rank's vote.
+        """
+        need = max((int(c.staging_bytes[self._experts.rank]) for c in chunks), default=0)
+        packed = self._messages.outgoing_bytes([(chunk, self._are_sent(chunk)) for chunk in chunks])
+        size = packed + (2 if ahead else 1) * need
+        kept = self._memory.kept
+        if kept is None or kept.numel() < size:
+            kept = self._memory.kept = self._queue.allocate(size)
+        self._messages.use_outgoing(kept[:packed])
+        parts = list(kept[packed:size].split(need)) if need else [kept[:0]]
+        # On a CPU memory to pack in becomes free only when a message has gone.
+        waits = self._queue.is_cpu and self._sends
+        if double and not waits and need and self._queue.free_memory() >= DOUBLE_LEAVES * need:
+            parts.append(self._queue.allocate(need))
+        self.staging_bytes, self.packing_bytes = sum(part.numel() for part in parts), packed
+        return parts
 
-    def free_memory(self) -> int:
-        """Bytes of the device's memory that nobody has taken; on CPU, where the system overcommits, none."""
-        return (
-            0
-            if self._device.type == "cpu"
-            else _device_module(self._device).mem_get_info(self._device)[0]
-        )
+    def prepare(self) -> None:
+        """Tell the reader of all experts that this rank will read, if it cares, and connect."""
+        prefetch = getattr(self._reader, "prefetch", None)
+        if prefetch is not None:
+            reads, layer_ids = self._plan.reads, self._plan.new.layer_ids
+            mine = reads.where(reads.rank == self._experts.rank)
+            prefetch([(layer_ids[read.row], read.expert) for read in mine])
+        if self._sends:
+            self._messages.connect()
 
-    def connect(self) -> None:
-        """NCCL makes its communicator at the first call on a group, which all members must take part in: not when some are dead."""
-        if (
-            self._device.type == "cpu"
-            or self._group.group_name in _connected
-            or len(self._peers) < self._group.size()
-        ):
-            return
-        import torch
-        import torch.distributed as dist
-
-        dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)
-        _connected.add(self._group.group_name)
-
-    def outgoing_bytes(self, chunks: Sequence[Chunk]) -> int:
-        """Memory that this rank's messages are packed in while it sends these chunks (`use_outgoing`)."""
-        largest = 0
-        for chunk in chunks:
-            sent = (chunk.transfers[:, 2] == self._rank) & ~self._is_read(chunk.transfers)
-            numbers = chunk.round_of[sent] // self._rounds_per_batch(chunk)
-            sizes = np.asarray(self._padded, dtype=np.int64)[chunk.transfers[sent, 0]]
-            largest = max(largest, int(np.bincount(numbers, sizes).max(initial=0)))
-        return 2 * largest
-
-    def use_outgoing(self, memory: torch.Tensor) -> None:
-        """Pack messages in this memory, uint8 ``[outgoing_bytes]``, which nothing queued on the device uses."""
-        half = memory.numel() // 2
-        self._outgoing = _Outgoing((memory[:half], memory[half:]))
-
-    def begin(
-        self, chunk: Chunk, buffer: torch.Tensor, named: Callable[[Chunk], tuple[int, ...]]
-    ) -> Staged:
+    def begin(self, chunk: Chunk, buffer: torch.Tensor) -> Staged:
         """Start to receive what the chunk brings to this rank, and to send what others need.
 
         Args:
             chunk: of the plan.
             buffer: staging memory, not in use any more by what was queued on the device so far.
-            named: indices of a chunk's layers within the model, for messages.
 
         Raises:
             RuntimeError, TimeoutError: as `finish`, when an earlier batch does not get away.
             OSError: when the memory of a rank cannot be read any more.
         """
-        import torch.distributed as dist
-
-        staged = Staged(buffer)
-        with self._beside(self._reading):
-            self._read_peers(chunk, staged, named)
-        with self._beside(self._lane):
-            for number, sends, receives in self._batches(chunk):
-                size = sum(
-                    self._bytes[t[0]]
-                    for transfers in (*sends.values(), *receives.values())
-                    for t in transfers
-                )
-                waiting = WaitingFor(
-                    "receive",
-                    named(chunk),
-                    number,
-                    tuple(sorted(sends.keys() | receives.keys())),
-                    size,
-                )
-                self._watchdog.waits_for(waiting)
-                operations = [(dist.isend, peer, message) for peer, message in self._pack(sends)]
-                operations += [
-                    (dist.irecv, peer, self._unpack(transfers, staged))
-                    for peer, transfers in receives.items()
-                ]
-                made = [
-                    dist.P2POp(call, message, self._peers[peer], self._group)
-                    for call, peer, message in operations
-                    if message.numel()
-                ]
-                works = dist.batch_isend_irecv(made) if made else []
-                staged.pending.append((waiting, works))
-                if sends:
-                    assert self._outgoing is not None, "messages were packed in it"
-                    self._outgoing.sending[self._outgoing.turn] = works
+        staged, layers = Staged(buffer), self.layers_of(chunk)
+        sent = self._are_sent(chunk)
+        if self._reads is not None:
+            self._reads.begin(chunk.transfers.where(~sent), staged, layers)
+        self._messages.begin(chunk, sent, staged, layers)
         return staged
 
-    def _is_read(self, transfers: np.ndarray) -> np.ndarray:
-        """bool ``[n]``: which transfers ``[n, 6]`` the receiver carries out by itself."""
-        if self._seen is None:
-            return np.zeros(len(transfers), dtype=bool)
-        return self._seen.reads[transfers[:, 4], transfers[:, 2]]
-
-    def _read_peers(
-        self, chunk: Chunk, staged: Staged, named: Callable[[Chunk], tuple[int, ...]]
-    ) -> None:
-        """Copy experts from the memory of other ranks."""
-        read = chunk.transfers[self._is_read(chunk.transfers)]
-        self.sent += sum(self._bytes[row] for row in read[read[:, 2] == self._rank, 0].tolist())
-        mine = read[read[:, 4] == self._rank]
-        if not len(mine):
+    def read(self, chunk: Chunk, staged: Staged) -> None:
+        """Read what this rank needs from the checkpoint, while the network is busy."""
+        experts, wanted = self._experts, []
+        for read in chunk.reads.where(chunk.reads.rank == experts.rank):
+            parameters = experts.layers[read.row]
+            rows = staged.take_expert(parameters)
+            layer = self._plan.new.layer_ids[read.row]
+            wanted.append((layer, read.expert, [p.typed(r) for p, r in zip(parameters, rows)]))
+            staged.sources += experts.in_units(rows)
+            staged.targets += experts.slot(read.row, read.slot)
+        if not wanted:
             return
-        size = sum(self._bytes[row] for row in mine[:, 0].tolist())
-        self.received += size
-        waiting = WaitingFor(
-            "read peers", named(chunk), None, tuple(np.unique(mine[:, 2]).tolist()), size
-        )
-        self._watchdog.waits_for(waiting)
-        assert self._seen is not None, "a transfer is read only where peers' memory is seen"
-        together: list[tuple[torch.Tensor, torch.Tensor]] = []
-        attached: dict[Process, list[tuple[int, int, int]]] = {}
-        runs, width = list(_runs(mine)), self.unit.itemsize
-        # All views of the staging memory at once: slice by slice they take as long as the link does for the bytes.
-        sizes = [
-            number * own.padded // width
-            for row, _, _, _, number in runs
-            for own in self._layers[row]
-            if own.bytes
-        ]
-        pieces = iter(staged.take(sum(sizes) * width).view(self.unit).split(sizes))
-        for row, rank, slot, to, number in runs:
-            for own, theirs in zip(self._layers[row], self._seen.layers[rank][row]):
-                if not own.bytes:
-                    continue
-                target = next(pieces)
-                if isinstance(theirs, AttachedRows):
-                    at, step = target.data_ptr(), own.padded
-                    attached.setdefault(theirs.process, []).extend(
-                        (at + k * step, theirs.row(slot + k), own.bytes) for k in range(number)
-                    )
-                if number > 1:
-                    target = target.view(number, -1)
-                if own.padded > own.bytes:
-                    target = target[..., : own.bytes // width]
-                staged.sources.append(target)
-                staged.targets.append(own.block(self.unit, to, number))
-                if isinstance(theirs, AttachedRows):
-                    continue
-                if number * own.bytes < READ_SINGLY:
-                    together.append((target, theirs.block(self.unit, slot, number)))
-                else:
-                    target.copy_(theirs.block(self.unit, slot, number), non_blocking=True)
-        copy_rows([target for target, _ in together], [source for _, source in together])
-        for process, pieces in attached.items():
-            process.read(pieces)
-        if self._reading is not None:
-            staged.read = self._reading.record_event()
-        staged.pending.append((waiting, []))
-
-    def _batches(
-        self, chunk: Chunk
-    ) -> Iterator[tuple[int, dict[int, list[list[int]]], dict[int, list[list[int]]]]]:
-        """(first round, transfers to each rank, transfers from each rank) of the batches that this rank takes part in."""
-        per_batch = self._rounds_per_batch(chunk)
-        mine = (
-            (chunk.transfers[:, 2] == self._rank) | (chunk.transfers[:, 4] == self._rank)
-        ) & ~self._is_read(chunk.transfers)
-        batches: dict[int, tuple[dict[int, list[list[int]]], dict[int, list[list[int]]]]] = {}
-        for number, transfer in zip(
-            (chunk.round_of[mine] // per_batch).tolist(), chunk.transfers[mine].tolist()
-        ):
-            sends, receives = batches.setdefault(number, ({}, {}))
-            if transfer[2] == self._rank:
-                sends.setdefault(transfer[4], []).append(transfer)
-            else:
-                receives.setdefault(transfer[2], []).append(transfer)
-        for number, (sends, receives) in batches.items():
-            yield number * per_batch, sends, receives
-
-    def _pack(self, sends: Mapping[int, list[list[int]]]) -> list[tuple[int, torch.Tensor]]:
-        """(rank, message to it) of a batch."""
-        if not sends:
-            return []
-        outgoing = self._outgoing
-        assert outgoing is not None, "use_outgoing comes before what sends"
-        outgoing.turn = 1 - outgoing.turn
-        self._wait(outgoing.sending[outgoing.turn])
-        memory, used, messages = outgoing.halves[outgoing.turn], 0, []
-        targets: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        for peer, transfers in sends.items():
-            message = memory[used : used + sum(self._padded[t[0]] for t in transfers)]
-            used += message.numel()
-            messages.append((peer, message))
-            targets += self._split(message, [t[0] for t in transfers])
-            for row, _expert, _source, slot, _rank, _to in transfers:
-                sources += [p.units(self.unit)[slot] for p in self._layers[row] if p.bytes]
-                self.sent += self._bytes[row]
-        copy_rows(targets, sources)
-        return messages
-
-    def _unpack(self, transfers: Sequence[list[int]], staged: Staged) -> torch.Tensor:
-        """Where a rank's message goes; its parts are noted as staged."""
-        message = staged.take(sum(self._padded[t[0]] for t in transfers))
-        staged.sources += self._split(message, [t[0] for t in transfers])
-        for row, _expert, _source, _slot, _rank, to in transfers:
-            staged.targets += [p.units(self.unit)[to] for p in self._layers[row] if p.bytes]
-            self.received += self._bytes[row]
-        return message
-
-    def _split(self, message: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
-        """The parameters of experts of these rows' layers that lie one behind the other, without the padding between them."""
-        parts = [part for row in rows for part in self._parts[row]]
-        pieces = message.view(self.unit).split([length for length, _ in parts])
-        return [piece for piece, (_, is_weight) in zip(pieces, parts) if is_weight]
-
-    def _rounds_per_batch(self, chunk: Chunk) -> int:
-        """The same on all ranks: both ends of a transfer must queue it in the same batch."""
-        if not chunk.transfers.size:
-            return 1
-        size = int(np.asarray(self._padded, dtype=np.int64)[chunk.transfers[:, 0]].max())
-        return max(1, -(-self._batch_bytes // max(size, 1)))
-
-    def _beside(self, stream: torch.Stream | None) -> AbstractContextManager[Any]:
-        """What is queued within goes beside what the engine queues from now on, and behind what it has queued."""
-        if stream is None:
-            return nullcontext()
-        module = _device_module(self._device)
-        stream.wait_stream(module.current_stream())
-        return module.stream(stream)
-
-    def _wait(self, works: list[dist.Work]) -> None:
-        """On CPU until they are done; on a GPU what is queued from now on waits, and the host does not."""
-        if self._device.type != "cpu":
-            for work in works:
-                work.wait()
+        size = sum(tensor.nbytes for _, _, typed in wanted for tensor in typed)
+        self._queue.waits_for(WaitingFor("read", self.layers_of(chunk), None, (), size))
+        read_all = getattr(self._reader, "read_all", None)
+        if read_all is not None:
+            self.traffic.read += read_all(wanted)
             return
-        while works:  # gloo's can be waited for once only
-            works.pop(0).wait(timedelta(seconds=self._timeout))
+        assert self._reader is not None, "a plan that reads experts is refused without a reader"
+        for layer, expert, typed in wanted:
+            self.traffic.read += self._reader.read(layer, expert, typed)
 
     def finish(self, staged: Staged) -> None:
         """Wait until all of it is there, without blocking where no interruption would be noticed.
@@ -378,12 +158,30 @@ class Transfers:
             TimeoutError: when it takes too long or the watchdog gave up.
         """
         for waiting, works in staged.pending:
-            self._watchdog.waits_for(waiting)
-            self._wait(works)
+            self._queue.waits_for(waiting)
+            self._queue.wait(works)
         staged.pending.clear()
         if staged.read is not None:
-            _device_module(self._device).current_stream().wait_event(staged.read)
-        self.settle()
+            self._queue.wait_for_event(staged.read)
+        self._queue.settle()
+
+    def commit(self, chunk: Chunk, staged: Staged) -> None:
+        """Overwrite the chunk's slots; nothing here can fail or needs another rank."""
+        experts = self._experts
+        scratch: list[torch.Tensor] = []
+        together = _Copies()
+        for copy in chunk.copies.where(chunk.copies.rank == experts.rank):
+            if copy.to_slot == SCRATCH:
+                used = staged.used
+                scratch = experts.in_units(staged.take_expert(experts.layers[copy.row]))
+                staged.used = used  # one scratch expert serves all cycles, one after the other
+            sources, targets = (
+                scratch if slot == SCRATCH else experts.slot(copy.row, slot)
+                for slot in (copy.from_slot, copy.to_slot)
+            )
+            together.add((copy.row, copy.from_slot), (copy.row, copy.to_slot), sources, targets)
+        together.flush()
+        copy_rows(staged.targets, staged.sources)
 
     def settle(self) -> None:
         """Wait until the device has done what is queued.
@@ -391,85 +189,61 @@ class Transfers:
         Raises:
             TimeoutError: as `finish`.
         """
-        if self._device.type == "cpu":
-            return
-        done = _device_module(self._device).Event()
-        done.record()
-        deadline = time.monotonic() + self._timeout
-        while not done.query():
-            if self._watchdog.expired:
-                raise TimeoutError("interrupted by the watchdog")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"transfers not finished after {self._timeout:g} s")
-            time.sleep(20e-6)
+        self._queue.settle()
 
     def give_up(self) -> None:
         """Break the group's connections, so that no rank goes on waiting for this one."""
-        import torch
-        import torch.distributed as dist
+        self._messages.give_up()
 
-        _connected.discard(self._group.group_name)
-        if dist.get_backend(self._group) != "gloo":
-            with suppress(
-                RuntimeError, NotImplementedError
-            ):  # back ends that notice dead ranks by themselves have no abort
-                self._group.abort()
-            return
-        # gloo has no abort: a receive that runs out of its time closes all connections of the group. Its tag is not that of any
-        # transfer: gloo ends the process when a message is longer than the buffer it meets.
-        nothing = torch.empty(1, dtype=torch.uint8)
-        for rank, peer in self._peers.items():
-            if rank != self._rank:
-                try:
-                    dist.irecv(nothing, peer, self._group, tag=_TAG).wait(timedelta(milliseconds=1))
-                except (RuntimeError, ValueError):
-                    continue
+    def leave(self) -> None:
+        """Give up where experts are sent: who only reads waits for nobody."""
+        if self._sends:
+            self.give_up()
+
+    def layers_of(self, chunk: Chunk) -> tuple[int, ...]:
+        """Return the indices of a chunk's layers within the model."""
+        return tuple(self._plan.new.layer_ids[row] for row in chunk.rows)
+
+    def _are_sent(self, chunk: Chunk) -> np.ndarray:
+        """Return which of a chunk's transfers are messages, bool ``[transfers]``."""
+        if self._seen is None:
+            return np.ones(len(chunk.transfers), dtype=bool)
+        return ~self._seen.are_read(chunk.transfers)
 
 
-def batch_size(batch_bytes: int, staging_bytes: int | None) -> int:
-    """What a batch must hold at least when experts are received in so much memory: little memory, small messages."""
-    return batch_bytes if staging_bytes is None else min(batch_bytes, max(1, staging_bytes // 2))
+@dataclass
+class _Copies:
+    """Copy within a rank, together what no slot is written between."""
 
+    read: set[tuple[int, int]] = field(default_factory=set)
+    written: set[tuple[int, int]] = field(default_factory=set)
+    sources: list[torch.Tensor] = field(default_factory=list)
+    targets: list[torch.Tensor] = field(default_factory=list)
 
-def packing_bytes(
-    expert_bytes: int, staging_bytes: int | None, batch_bytes: int = BATCH_BYTES
-) -> int:
-    """The most memory that a rank's messages are packed in: two batches, the last expert of each over its measure."""
-    return 2 * (batch_size(batch_bytes, staging_bytes) + expert_bytes)
+    def add(
+        self,
+        source: tuple[int, int],
+        to: tuple[int, int],
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+    ) -> None:
+        """Add one expert, from slot to slot.
 
+        Args:
+            source, to: row and slot.
+            sources, targets: their tensors.
+        """
+        # Scratch is one expert's memory whatever the row.
+        source, to = ((-1, SCRATCH) if slot[1] == SCRATCH else slot for slot in (source, to))
+        if source in self.written or to in self.read or to in self.written:
+            self.flush()
+        self.read.add(source)
+        self.written.add(to)
+        self.sources += sources
+        self.targets += targets
 
-def copy_rows(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each source to its target, all in a few launches; none of the targets may be a source."""
-    import torch
-
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
-
-
-def _runs(transfers: np.ndarray) -> Iterator[tuple[int, int, int, int, int]]:
-    """Transfers ``[n, 6]`` to one rank as (row, source rank, source slot, slot, how many): one where slots follow each other at both ends."""
-    ordered = transfers[np.lexsort((transfers[:, 3], transfers[:, 2], transfers[:, 0]))][
-        :, [0, 2, 3, 5]
-    ]
-    follows = (np.diff(ordered, axis=0) == (0, 0, 1, 1)).all(axis=1)
-    begins = np.flatnonzero(np.concatenate(([True], ~follows)))
-    for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(ordered)]):
-        row, rank, slot, to = ordered[begin].tolist()
-        yield row, rank, slot, to, end - begin
-
-
-def _parts(parameters: Sequence[Parameter], width: int) -> list[tuple[int, bool]]:
-    """An expert as it is staged: (length in units of ``width`` bytes, whether it is a parameter and not padding)."""
-    found = []
-    for parameter in parameters:
-        if parameter.bytes:
-            found.append((parameter.bytes // width, True))
-        if parameter.padded > parameter.bytes:
-            found.append(((parameter.padded - parameter.bytes) // width, False))
-    return found
-
-
-def _device_module(device: torch.device) -> ModuleType:
-    import torch
-
-    return torch.get_device_module(device)
+    def flush(self) -> None:
+        """Do what was added."""
+        copy_rows(self.targets, self.sources)
+        for of_group in (self.read, self.written, self.sources, self.targets):
+            of_group.clear()

@@ -1,4 +1,4 @@
-"""An exchange that takes too long says what it waits for, and is ended if told so; it never hangs in silence."""
+"""Have an exchange that takes too long say what it waits for, and end it if told so."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ logger = logging.getLogger("moe_placement_plugin")
 
 @dataclass(frozen=True)
 class WaitingFor:
-    """What a rank is doing.
+    """Say what a rank is doing.
 
     Attributes:
-        step: ``enter``, ``receive``, ``read peers``, ``read`` (the checkpoint), ``agree``, ``commit`` or ``end``.
+        step: ``enter``, ``receive``, ``read peers``, ``read`` (the checkpoint), ``agree``,
+            ``commit`` or ``end``.
         layers: indices of the chunk's layers within the model.
         round: of the chunk, None outside of transfers.
-        peers: EP ranks that have to act: the sender and the receiver of the round, or those that have not voted.
+        peers: EP ranks that have to act: the sender and the receiver of the round, or those that
+            have not voted.
         bytes: of the transfers or reads in question.
     """
 
@@ -50,16 +52,18 @@ class WaitingFor:
 
 
 class Watchdog:
-    """Times an exchange; a context manager around it (or around each of its steps, when a server serves between them).
+    """Times an exchange; a context manager around it, or around each of its steps.
 
-    One thread for all watchdogs of the process wakes only when a limit passes; to enter and to leave costs microseconds. The first limit logs a
-    warning with what is waited for, again at each further multiple.
+    One thread for all watchdogs of the process wakes only when a limit passes; to enter and to
+    leave costs microseconds. The first limit logs a warning with what is waited for, again at each
+    further multiple.
 
     Args:
         limit: seconds after which it warns.
         give_up: seconds after which it acts; None never.
-        action: what it does then: ``raise`` interrupts the exchange, which ends with an error on this rank and, through the agreement, on all;
-            ``abort`` ends the process (for communications that nothing interrupts).
+        action: what it does then: ``raise`` interrupts the exchange, which ends with an error on
+            this rank and, through the agreement, on all; ``abort`` ends the process (for
+            communications that nothing interrupts).
         report: takes each warning; logs when left out.
 
     Raises:
@@ -75,7 +79,8 @@ class Watchdog:
     ):
         if limit <= 0 or (give_up is not None and give_up < limit):
             raise PlacementError(
-                f"watchdog limits {limit} and {give_up} s: give a positive limit, and a give_up that is not below it"
+                f"watchdog limits {limit} and {give_up} s: give a positive limit, and a give_up "
+                "that is not below it"
             )
         if action not in ("raise", "abort"):
             raise PlacementError(f"watchdog action {action!r}: choose raise or abort")
@@ -92,7 +97,11 @@ class Watchdog:
         self.waiting = waiting
 
     def watch(self, interrupt: Callable[[], None]) -> Watchdog:
-        """Call ``interrupt``, from the watchdog's thread, when it gives up; returns itself, for ``with``."""
+        """Call ``interrupt``, from the watchdog's thread, when it gives up.
+
+        Returns:
+            The watchdog itself, for ``with``.
+        """
         self._interrupt = interrupt
         return self
 
@@ -115,13 +124,14 @@ class Watchdog:
         )
 
     def _passed(self, now: float) -> bool:
-        """A limit has passed: say so, and act; whether the watchdog has done all that it will."""
+        """Say that a limit has passed, and act; return whether that was the last."""
         waiting = str(self.waiting)
         if self.give_up is not None and now >= self._begin + self.give_up:
             self.expired = waiting
             what = "ending this process" if self.action == "abort" else "interrupting it"
             self._report(
-                f"expert exchange not finished after {now - self._begin:.1f} s, {what}; waiting for: {waiting}"
+                f"expert exchange not finished after {now - self._begin:.1f} s, {what}; waiting "
+                f"for: {waiting}"
             )
             if self.action == "abort":
                 os.abort()
@@ -137,8 +147,40 @@ class Watchdog:
         return False
 
 
+class ForwardingWatchdog(Watchdog):
+    """Forwards progress to an outer watchdog that times more than the exchange.
+
+    Args:
+        outer: runs already.
+    """
+
+    def __init__(self, outer: Watchdog):
+        self._outer = outer
+        super().__init__(outer.limit, outer.give_up, outer.action)
+
+    @property
+    def expired(self) -> str | None:
+        """Return what was waited for when the outer one gave up; None while it has not."""
+        return self._outer.expired
+
+    @expired.setter
+    def expired(self, value: str | None) -> None:
+        pass  # the outer one knows
+
+    def waits_for(self, waiting: WaitingFor) -> None:
+        """Note what is waited for from now on."""
+        super().waits_for(waiting)
+        self._outer.waits_for(waiting)
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
 class _Monitor:
-    """The thread that looks after all watchdogs of this process."""
+    """Looks after all watchdogs of this process in one thread."""
 
     _of: tuple[int, _Monitor] | None = None
 

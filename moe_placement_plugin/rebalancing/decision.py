@@ -1,25 +1,31 @@
-"""Whether a rebalance pays: predicted gain against bytes and pause. Pure; every decision is one line of log and a count.
+"""Decide whether a rebalance pays: predicted gain against bytes and pause.
 
-The gain is predicted on the recorded load, each phase by itself, because a plan must hold for prefill and decode together. With a cost
-model (`costmodel`) it is time; without one it is the greatest rank load, which is what a layer bound by tokens would gain at most.
+Pure; every decision is one line of log and a count.
+
+The gain is predicted on the recorded load, each phase by itself, because a plan must hold for
+prefill and decode together. With a cost model (`costmodel`) it is time; without one it is the
+greatest rank load, which is what a layer bound by tokens would gain at most.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..core.errors import PlacementError
 from ..core.events import count_event
-from ..core.load import ExpertLoad
+from ..core.load import DECODE, ExpertLoad
 from ..core.placement import Placement
-from ..exchange.plan import Chunk, ExchangePlan
+from ..exchange.chunks import Chunk
+from ..exchange.plan import ExchangePlan
+from ..simulation.cluster import rows_for
 from ..simulation.costmodel import LayerCost
-from ..simulation.simulate import dead_zone, rows_for, step_time
+from ..simulation.step_time import dead_zone, step_time
+from .policy import RebalancePolicy
 
 logger = logging.getLogger("moe_placement_plugin")
 
@@ -32,96 +38,12 @@ REASONS = {
     "min_gain": "the gain is below the minimum",
     "phase_loss": "a phase would lose",
     "max_bytes": "it moves more bytes than the budget; plan with fewer moves",
-    "staging": "a layer takes in more than the bound on staging memory; plan with fewer moves, or give more",
+    "staging": "a layer takes in more than the bound on staging memory; plan with fewer moves, or "
+    "give more",
     "max_pause": "it would pause longer than allowed; plan with fewer moves, or in smaller chunks",
     "payback": "the time saved does not make up for the exchange",
 }
 """Reason -> what it says in the log."""
-
-
-@dataclass(frozen=True)
-class RebalancePolicy:
-    """When to rebalance.
-
-    Attributes:
-        min_gain: least predicted gain, as a share of the MoE layers' time (of the greatest rank load without a cost model).
-        max_phase_loss: share that a phase may lose while the whole gains.
-        hysteresis: balancedness that must have been lost since the last rebalance.
-        max_bytes: most bytes between ranks and from the checkpoint.
-        max_pause: seconds that one chunk may take.
-        staging_bytes: most staging memory of a rank; half of the slots of the largest layer when left out, and more where a layer takes it.
-        bandwidth, disk_bandwidth: bytes per second that a rank receives, and reads from the checkpoint.
-        horizon: for how many times the recorded load the new placement is expected to serve, for the payback.
-        small_batches: whether decode steps are small, a few tokens per expert: without a cost model the dead zone then holds.
-        tokens_per_step: tokens of a step over all ranks, of each phase, for a cost model.
-        top_k: experts per token, for a cost model.
-        calibration: cost model of this device: the name of one that comes with the package, or a file of ``moe-placement bench layer``. With
-            it the gain is in time; without it, in the greatest rank load.
-        watchdog: seconds after which an exchange that has not finished is reported, again and again, with what it waits for.
-        peer_memory: whether ranks of one host read experts in each other's memory where they can, rather than send them.
-
-    Raises:
-        PlacementError: when a number makes no sense.
-    """
-
-    min_gain: float = 0.02
-    max_phase_loss: float = 0.01
-    hysteresis: float = 0.01
-    max_bytes: int | None = None
-    max_pause: float | None = None
-    staging_bytes: int | None = None
-    bandwidth: float = 25e9
-    disk_bandwidth: float = 1e9
-    horizon: float = 1.0
-    small_batches: bool = True
-    tokens_per_step: Mapping[str, int] = field(
-        default_factory=lambda: {"prefill": 8192, "decode": 1024, "mixed": 4096}
-    )
-    top_k: int = 8
-    calibration: str | None = None
-    watchdog: float = 30.0
-    peer_memory: bool = True
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name == "tokens_per_step":
-                if not isinstance(value, Mapping) or not all(
-                    isinstance(n, int) and n > 0 for n in value.values()
-                ):
-                    raise PlacementError(
-                        f'tokens_per_step {value!r}: give tokens by phase, such as {{"prefill": 8192, "decode": 1024}}'
-                    )
-            elif f.name == "calibration":
-                if value is not None and not isinstance(value, str):
-                    raise PlacementError(
-                        f"calibration {value!r}: give the name of a calibration that comes with the package, or a path"
-                    )
-            elif f.name in ("small_batches", "peer_memory"):
-                if not isinstance(value, bool):
-                    raise PlacementError(f"{f.name} {value!r}: give true or false")
-            elif value is not None and (
-                isinstance(value, bool) or not isinstance(value, (int, float))
-            ):
-                raise PlacementError(f"{f.name} {value!r}: give a number")
-        for name in ("min_gain", "max_phase_loss", "hysteresis"):
-            if not 0 <= getattr(self, name) < 1:
-                raise PlacementError(
-                    f"{name} {getattr(self, name)}: give a share of at least 0 and below 1, 0.02 for 2%"
-                )
-        for name in (
-            "max_bytes",
-            "max_pause",
-            "staging_bytes",
-            "bandwidth",
-            "disk_bandwidth",
-            "horizon",
-            "top_k",
-            "watchdog",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise PlacementError(f"{name} {value}: give a positive number")
 
 
 @dataclass(frozen=True)
@@ -135,7 +57,8 @@ class Decision:
         before, after: balancedness over all windows.
         phases: phase -> gain of that phase.
         bytes: between ranks and from the checkpoint.
-        seconds: of the whole exchange; pause: of its longest chunk; saved: by the gain over the horizon, None without a cost model.
+        seconds: of the whole exchange; pause: of its longest chunk; saved: by the gain over the
+            horizon, None without a cost model.
         chunks: into how many it is cut.
     """
 
@@ -153,13 +76,14 @@ class Decision:
 
     @property
     def events(self) -> dict[str, float]:
-        """Event -> amount, for `core.events.count_event`."""
+        """Return event -> amount, for `core.events.count_event`."""
         kind = "rebalance_accepted" if self.rebalance else "rebalance_declined"
         return {kind: 1, f"{kind}_{self.reason}": 1}
 
     def __str__(self) -> str:
         by_phase = ", ".join(f"{phase} {gain:+.1%}" for phase, gain in self.phases.items())
-        text = f"expert rebalance {'accepted' if self.rebalance else 'declined'}, {REASONS[self.reason]}: gain {self.gain:+.1%}"
+        answer = "accepted" if self.rebalance else "declined"
+        text = f"expert rebalance {answer}, {REASONS[self.reason]}: gain {self.gain:+.1%}"
         text += f" ({by_phase})" if len(self.phases) > 1 else ""
         text += f", balancedness {self.before:.4f} -> {self.after:.4f}, {self.bytes / 1e6:.1f} MB"
         text += (
@@ -200,9 +124,11 @@ def decide(
         load: recent windows, by phase, of the plan's layers.
         policy: the defaults when left out.
         cost: a fitted cost model of this device.
-        achieved: `Decision.after` of the last rebalance that was carried out; None before the first.
+        achieved: `Decision.after` of the last rebalance that was carried out; None before the
+            first.
         chunks: as they would be carried out; all in one when left out.
-        all_gather: whether every rank gets all tokens in a step, rather than those with a choice there, for a cost model.
+        all_gather: whether every rank gets all tokens in a step, rather than those with a choice
+            there, for a cost model.
 
     Raises:
         PlacementError: when load and plan are of different models.
@@ -252,8 +178,9 @@ def _refusal(
     achieved: float | None,
     staging: int,
 ) -> str | None:
-    # The dead zone is a rule of thumb that stands in for a cost model, which knows what active experts cost.
-    small = policy.small_batches and set(load.phases) == {"decode"}
+    # The dead zone is a rule of thumb that stands in for a cost model, which knows what active
+    # experts cost.
+    small = policy.small_batches and set(load.phases) == {DECODE}
     rules = {
         "dead_zone": cost is None and small and 1 / facts["before"] < dead_zone(old.num_ranks),
         "hysteresis": achieved is not None and facts["before"] > achieved - policy.hysteresis,
@@ -280,7 +207,10 @@ def _spent(
     cost: LayerCost | None,
     all_gather: bool,
 ) -> tuple[float, float]:
-    """What the phase's windows take before and after: seconds with a cost model, else the sum of the greatest rank loads."""
+    """Return what the phase's windows take before and after.
+
+    Seconds with a cost model, else the sum of the greatest rank loads.
+    """
     counts = load.counts[[i for i, p in enumerate(load.phases) if p == phase]]
     if cost is None:
         before, after = (float(p.rank_load(counts).max(axis=-1).sum()) for p in (old, new))
@@ -298,11 +228,15 @@ def _spent(
 
 
 def _seconds(chunk: Chunk, plan: ExchangePlan, policy: RebalancePolicy) -> float:
-    """Rounds follow each other, each as long as its largest expert; the rank that reads most reads meanwhile."""
+    """Return how long a chunk takes.
+
+    Rounds follow each other, each as long as its largest expert; the rank that reads most reads
+    meanwhile.
+    """
     size = plan.expert_bytes
     rounds = np.zeros(chunk.num_rounds, dtype=np.int64)
-    np.maximum.at(rounds, chunk.round_of, size[chunk.transfers[:, 0]])
-    reads = np.bincount(chunk.reads[:, 2], weights=size[chunk.reads[:, 0]], minlength=1)
+    np.maximum.at(rounds, chunk.round_of, size[chunk.transfers.row])
+    reads = np.bincount(chunk.reads.rank, weights=size[chunk.reads.row], minlength=1)
     return max(float(rounds.sum()) / policy.bandwidth, float(reads.max()) / policy.disk_bandwidth)
 
 
@@ -315,7 +249,7 @@ def _lost(plan: ExchangePlan) -> bool:
 
 
 def _live_part(placement: Placement, live: np.ndarray) -> Placement:
-    """The placement of the live ranks alone.
+    """Return the placement of the live ranks alone.
 
     Raises:
         PlacementError: when they do not hold every expert.

@@ -1,13 +1,14 @@
-"""`exchange.executor` under an engine: what stays from one exchange to the next on one rank.
+"""Keep what stays from one exchange under an engine to the next, on one rank.
 
-Views of the weights, staging memory and connections are made once, so that a rebalance pays for its transfers only.
+Views of the weights, staging memory and connections are made once, so that a rebalance pays for its
+transfers only.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,31 +16,39 @@ import numpy as np
 from ..core.events import count_event
 from ..core.placement import EngineTable, Placement
 from ..core.topology import Topology
-from ..exchange.executor import Exchange, ExchangeReport, ExpertReader
+from ..exchange.checkpoint import ExpertReader
+from ..exchange.communication import Communication
+from ..exchange.executor import Exchange, ExchangeReport
 from ..exchange.expert_memory import padded_bytes, view_parameter
 from ..exchange.peer_memory import PeerMemory
 from ..exchange.plan import ExchangePlan, plan_exchange
 from ..exchange.rank_stores import Stores
-from ..exchange.transfers import packing_bytes
-from ..exchange.watchdog import Watchdog
+from ..exchange.staging import Memory
+from ..exchange.watchdog import ForwardingWatchdog, Watchdog
 from ..hosts.identity import host_key, number_hosts
+from .policy import RebalancePolicy
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
 STAGING_SHARE = 0.5
-"""Staging memory when nothing else is asked for, as a share of the rank's slots in the largest layer: the engines' own exchanges take all."""
+"""Staging memory when nothing else is asked for, as a share of a rank's slots in the largest layer.
+
+The engines' own exchanges take all.
+"""
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """What the EP ranks tell each other while all of them are alive.
+class RankFacts:
+    """Hold what the EP ranks tell each other while all of them are alive.
 
     Attributes:
         topology: which ranks share a machine.
-        stores: one per rank, where exchanges must go on after a death, be it of the rank with the default store; None where not.
-        first: global rank of EP rank 0, which tells this group from others that share the default store.
+        stores: one per rank, where exchanges must go on after a death, be it of the rank with the
+            default store; None where not.
+        first: global rank of EP rank 0, which tells this group from others that share the default
+            store.
     """
 
     topology: Topology
@@ -47,8 +56,8 @@ class Meeting:
     first: int
 
     @classmethod
-    def of(cls, cpu_group: dist.ProcessGroup, outlive: bool = False) -> Meeting:
-        """A collective call.
+    def gather(cls, cpu_group: dist.ProcessGroup, outlive: bool = False) -> RankFacts:
+        """Gather what all ranks say; a collective call.
 
         Args:
             cpu_group: of the EP ranks, for CPU tensors.
@@ -64,14 +73,35 @@ class Meeting:
         )
 
     def store(self, live_ranks: Sequence[int]) -> dist.Store:
-        """The store of an exchange between these ranks, the same on all of them."""
+        """Return the store of an exchange between these ranks, the same on all of them."""
         from torch.distributed.distributed_c10d import _get_default_store
 
         return _get_default_store() if self.stores is None else self.stores.of(live_ranks[0])
 
 
+@dataclass(frozen=True)
+class ExchangeLimits:
+    """Say what the exchanges of a server may take.
+
+    Attributes:
+        staging_bytes: bound on the memory that experts are received in; half of the slots of the
+            largest layer when left out, and more where a layer takes it.
+        timeout: seconds that a transfer or a vote may take.
+        peer_memory: whether ranks of a host read experts in each other's memory where they can.
+    """
+
+    staging_bytes: int | None = None
+    timeout: float = 60.0
+    peer_memory: bool = True
+
+    @classmethod
+    def of(cls, policy: RebalancePolicy) -> ExchangeLimits:
+        """Return what the user's rules allow."""
+        return cls(policy.staging_bytes, max(60.0, 2 * policy.watchdog), policy.peer_memory)
+
+
 def connect(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Send a byte from every rank to every other: the first transfer between two GPUs takes a tenth of a second by itself."""
+    """Send a byte from every rank to every other, since the first transfer takes long by itself."""
     import torch
     import torch.distributed as dist
 
@@ -101,14 +131,14 @@ class Exchanger:
     """Carries out the exchanges of one model on one rank.
 
     Args:
-        weights: ``{layer: [tensor, ...]}``, tensors ``[slots, ...]``; engines keep them at one place in memory for as long as they serve.
+        weights: ``{layer: [tensor, ...]}``, tensors ``[slots, ...]``; engines keep them at one
+            place in memory for as long as they serve.
         num_experts: logical experts of a layer.
         group: of all EP ranks, for the transfers.
-        meeting: of the same ranks.
+        facts: of the same ranks.
         name: tells this model's exchanges from those of others that share the store.
-        staging_bytes: bound on the memory that experts are received in; half of the slots of the largest layer when left out, and more where a
-            layer takes it.
-        timeout: seconds that a transfer or a vote may take.
+        log: the engine's logger.
+        limits: the defaults when left out.
 
     Raises:
         PlacementError: when the weights cannot be moved by slot.
@@ -119,11 +149,10 @@ class Exchanger:
         weights: Mapping[int, Sequence[torch.Tensor]],
         num_experts: int,
         group: dist.ProcessGroup,
-        meeting: Meeting,
+        facts: RankFacts,
         name: str,
         log: logging.Logger,
-        staging_bytes: int | None = None,
-        timeout: float = 60.0,
+        limits: ExchangeLimits | None = None,
     ):
         self.layer_ids = tuple(sorted(weights))
         self._parameters = {
@@ -140,64 +169,76 @@ class Exchanger:
         self.num_experts, self.num_slots = num_experts, first.rows.shape[0]
         self.device = first.rows.device
         self.group, self.rank, self.ranks = group, group.rank(), group.size()
-        self.topology, self._meeting = meeting.topology, meeting
-        self.log, self._timeout = log, timeout
-        self._bound = staging_bytes
+        self.topology, self._facts = facts.topology, facts
+        self.log = log
+        self._limits = ExchangeLimits() if limits is None else limits
         self._share = int(STAGING_SHARE * self.num_slots * max(sizes))
-        self._staging: torch.Tensor | None = None
-        # Of the exchange before this one some rank may still read the outcome; of the one before that none does: all took part since.
+        self._memory = Memory(double=self._limits.staging_bytes is None)
+        # Keys of the last two exchanges: a slow rank may still be reading how the last one ended.
         self._ended: list[Callable[[], None]] = []
         self._epoch = 0
         self._peers: PeerMemory | None = None
-        self._prefix = f"{name}/{meeting.first}"
+        self._prefix = f"{name}/{facts.first}"
         self.last: ExchangeReport | None = None
 
-    def look_at_peers(self, cpu_group: dist.ProcessGroup) -> None:
-        """See which ranks' experts this one can read where they lie, and let all know; a collective call, in which nobody may be dead.
+    def look_at_peers(self, cpu_group: dist.ProcessGroup) -> PeerMemory:
+        """See which ranks' experts this one can read where they lie, and let all know.
+
+        A collective call, in which nobody may be dead.
 
         Args:
             cpu_group: of the EP ranks, for CPU tensors.
         """
         self._peers = PeerMemory.of(self._parameters, self.topology, cpu_group, self.log)
         self.log.info("moe_placement_plugin: %s", self._peers)
-
-    @property
-    def reads_peers(self) -> bool:
-        """Whether any rank reads experts in another one's memory."""
-        return self._peers is not None and bool(self._peers.reads.any())
+        return self._peers
 
     def reserve(self) -> None:
         """Take the staging memory now, before the engine gives the rest of the device's away."""
         import torch
 
-        bound = self._share if self._bound is None else min(self._bound, 2 * self._share)
+        bound = self._limits.staging_bytes
+        bound = self._share if bound is None else min(bound, 2 * self._share)
         sends = (
             self._peers is None or not (self._peers.reads | np.eye(self.ranks, dtype=bool)).all()
         )
-        size = bound + (packing_bytes(max(self.expert_bytes.values()), bound) if sends else 0)
-        self._staging = torch.empty(size, dtype=torch.uint8, device=self.device)
+        packed = 0
+        if sends:
+            largest = max(self.expert_bytes.values())
+            packed = replace(self._memory, staging_bytes=bound).packing_bytes(largest)
+        self._memory.kept = torch.empty(bound + packed, dtype=torch.uint8, device=self.device)
 
     def release(self) -> None:
         """Give the staging memory back until the next exchange."""
-        self._staging = None
+        self._memory.kept = None
 
     def placement(self, table: np.ndarray, layer_ids: Sequence[int]) -> Placement:
-        """An engine's table, int ``[layers, physical experts]``, with as many slots on every rank."""
+        """Return an engine's table, int ``[layers, physical experts]``, as a placement."""
         return EngineTable(
             np.asarray(table), self.num_experts, (self.num_slots,) * self.ranks, tuple(layer_ids)
         )
 
     def plan(
-        self, old: Placement, new: Placement, live_ranks: Sequence[int] | None = None
+        self,
+        old: Placement,
+        new: Placement,
+        live_ranks: Sequence[int] | None = None,
+        weighed: ExchangePlan | None = None,
     ) -> ExchangePlan:
-        """What has to move."""
-        return plan_exchange(
-            old,
-            new,
-            self.topology,
-            live_ranks,
-            [self.expert_bytes[layer] for layer in new.layer_ids],
-        )
+        """Return what has to move.
+
+        Args:
+            old, new: placements of some or all layers, as the engine asks for them.
+            live_ranks: ranks that take part; all when left out.
+            weighed: the exchange that a rebalance was decided by. What of it leads from ``old`` to
+                ``new`` is carried out; where it leads elsewhere, the exchange is planned anew.
+        """
+        sizes = [self.expert_bytes[layer] for layer in new.layer_ids]
+        if weighed is not None and weighed.topology == self.topology:
+            part = weighed.part(old, new, live_ranks, sizes)
+            if part is not None:
+                return part
+        return plan_exchange(old, new, self.topology, live_ranks, sizes)
 
     def exchange(
         self,
@@ -220,64 +261,47 @@ class Exchanger:
         from torch.distributed import PrefixStore
 
         self._epoch += 1
-        # A rebalance that takes more is declined before it comes here; the first move and the loss of a rank must go through.
-        bound = max(self._share if self._bound is None else self._bound, plan.min_staging_bytes)
+        bound = self._limits.staging_bytes
+        # A rebalance that takes more is declined before it comes here; the first move and the loss
+        # of a rank must go through.
+        bound = max(self._share if bound is None else bound, plan.min_staging_bytes)
+        memory = replace(self._memory, staging_bytes=bound)
         found = Exchange(
             plan,
             self._parameters,
-            self.group,
-            epoch=self._epoch,
-            store=PrefixStore(self._prefix, self._meeting.store(plan.live_ranks)),
-            staging_bytes=bound,
-            reader=reader,
-            timeout=self._timeout,
-            watchdog=_Told(watchdog) if watchdog is not None else None,
-            staging=self._staging,
-            double=self._bound is None,
-            peers=self._peers,
-            meanwhile=self._ended.pop(0) if len(self._ended) > 1 else None,
+            Communication(
+                self._epoch,
+                self.group,
+                PrefixStore(self._prefix, self._facts.store(plan.live_ranks)),
+                self._limits.timeout,
+            ),
+            memory,
+            reader,
+            None if watchdog is None else ForwardingWatchdog(watchdog),
+            self._peers,
         )
-        self.last = found.run(on_commit)
-        self._staging = found.staging
+        self.last = report = found.run(
+            on_commit, self._ended.pop(0) if len(self._ended) > 1 else None
+        )
+        self._memory.kept = memory.kept
         self._ended.append(found.forget)
-        report = self.last
         count_event("exchanges")
         count_event("exchange_seconds", report.seconds)
         self.log.info(
-            "moe_placement_plugin: exchanged experts of %d layers in %.4f s (%d chunks of at most %.4f s): %.1f MB in, %.1f MB out, %.1f MB read, "
-            "%.1f MB of staging memory",
-            len(plan.changed_rows), report.seconds, report.chunks, report.longest, report.bytes_received / 1e6, report.bytes_sent / 1e6,
-            report.bytes_read / 1e6, report.staging_bytes / 1e6,
-        )  # fmt: skip
+            "moe_placement_plugin: exchanged experts of %d layers in %.4f s (%d chunks of at most "
+            "%.4f s): %.1f MB in, %.1f MB out, %.1f MB read, %.1f MB of staging memory",
+            len(plan.changed_rows),
+            report.seconds,
+            report.chunks,
+            report.longest,
+            report.bytes_received / 1e6,
+            report.bytes_sent / 1e6,
+            report.bytes_read / 1e6,
+            report.staging_bytes / 1e6,
+        )
         return report
 
 
-class _Told(Watchdog):
-    """Tells a watchdog that runs already, around more than the exchange, what is waited for."""
-
-    def __init__(self, outer: Watchdog):
-        self._outer = outer
-        super().__init__(outer.limit, outer.give_up, outer.action)
-
-    @property
-    def expired(self) -> str | None:
-        return self._outer.expired
-
-    @expired.setter
-    def expired(self, value: str | None) -> None:
-        pass  # the outer one knows
-
-    def waits_for(self, waiting) -> None:
-        super().waits_for(waiting)
-        self._outer.waits_for(waiting)
-
-    def __enter__(self) -> Watchdog:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-
-def whole(table: np.ndarray) -> bool:
-    """Whether every slot of an engine's table holds an expert: while ranks come or go some are -1."""
+def is_whole(table: np.ndarray) -> bool:
+    """Whether every slot of an engine's table holds an expert: some are -1 while ranks change."""
     return bool((np.asarray(table) >= 0).all())

@@ -1,4 +1,4 @@
-"""A placement for the ranks that are left, as near to the one in force as can be."""
+"""Find a placement for the ranks that are left, as near to the one in force as can be."""
 
 from __future__ import annotations
 
@@ -13,33 +13,38 @@ from ..core.placement import Placement
 def place_lost(
     old: Placement, live_ranks: Sequence[int], load: np.ndarray | None = None
 ) -> Placement:
-    """``old`` with every expert that only dead ranks hold put on a live one, in place of a replica that can be spared.
+    """Put every expert that only dead ranks hold on a live one, in place of a spare replica.
 
-    Nothing else moves: it is the quickest way back to serving, and what the next rebalance starts from. What has to be read is dealt out evenly
-    over the live ranks, which read at the same time, as far as they have replicas to spare. Dead ranks' slots stay as they are, for engines that
-    keep the size of their maps.
+    Nothing else moves: it is the quickest way back to serving, and what the next rebalance starts
+    from. What has to be read is dealt out evenly over the live ranks, which read at the same time,
+    as far as they have replicas to spare. Dead ranks' slots stay as they are, for engines that keep
+    the size of their maps.
 
     Args:
         old: the placement in force.
         live_ranks: ranks that are left.
-        load: tokens per expert, ``[layers, experts]``; of a rank's replicas the one goes whose loss adds least to another's load. Even when left out.
+        load: tokens per expert, ``[layers, experts]``; of a rank's replicas the one goes whose loss
+            adds least to another's load. Even when left out.
 
     Raises:
-        PlacementError: when the live ranks have fewer slots than there are experts, or the load is of another model.
+        PlacementError: when the live ranks have fewer slots than there are experts, or the load is
+            of another model.
     """
     experts = old.num_logical_experts
     slots = np.flatnonzero(np.isin(old.rank_of_slot, list(live_ranks)))
     if slots.size < experts:
         raise PlacementError(
-            f"live ranks {list(live_ranks)} have {slots.size} slots for {experts} experts: that many cannot be served; restart with fewer "
-            "ranks, or plan for a loss with more redundant experts"
+            f"live ranks {list(live_ranks)} have {slots.size} slots for {experts} experts: that "
+            "many cannot be served; restart with fewer ranks, or plan for a loss with more "
+            "redundant experts"
         )
     load = (
         np.ones((old.num_layers, experts)) if load is None else np.asarray(load, dtype=np.float64)
     )
     if load.shape != (old.num_layers, experts):
         raise PlacementError(
-            f"load of shape {load.shape} for {old.num_layers} layers of {experts} experts: give that of the model served"
+            f"load of shape {load.shape} for {old.num_layers} layers of {experts} experts: give "
+            "that of the model served"
         )
     table = old.physical_to_logical.copy()
     rank_of = np.searchsorted(np.unique(old.rank_of_slot[slots]), old.rank_of_slot[slots])

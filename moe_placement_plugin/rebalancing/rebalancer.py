@@ -1,4 +1,4 @@
-"""Between an engine's EPLB and the planner: propose a placement, weigh it, and keep the one in force where it does not pay."""
+"""Propose a placement to an engine's EPLB, and say whether it pays to go there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from ..core.placement import EngineTable, Placement
 from ..core.topology import Topology
 from ..exchange.plan import ExchangePlan, plan_exchange
 from ..simulation.costmodel import LayerCost, find_calibration, fit
-from .decision import Decision, RebalancePolicy, announce, decide
+from .decision import Decision, announce, decide
 from .lost_experts import place_lost
+from .policy import RebalancePolicy
+from .tables import EngineRanks, rebalance_table
 
 REBALANCE_FLAG = "--expert-rebalance"
 
@@ -31,8 +33,9 @@ def add_argument(group: Any) -> None:
         default=None,
         type=_json_object,
         metavar="JSON",
-        help="When strategy eplb rebalances under --enable-eplb: an object with some of min_gain, max_phase_loss, hysteresis, "
-        "max_bytes, max_pause, staging_bytes, calibration, bandwidth, peer_memory (docs/exchange.md).",
+        help="When strategy eplb rebalances under --enable-eplb: an object with some of min_gain, "
+        "max_phase_loss, hysteresis, max_bytes, max_pause, staging_bytes, calibration, bandwidth, "
+        "peer_memory (docs/exchange.md).",
     )
 
 
@@ -49,7 +52,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:
-    """The rules that the user gave, over the defaults.
+    """Return the rules that the user gave, over the defaults.
 
     Args:
         values: names of `RebalancePolicy` -> values; None for the defaults.
@@ -68,7 +71,7 @@ def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:
             raise PlacementError(f"{flag}: {name!r} is not one of {', '.join(known)}")
     try:
         policy = RebalancePolicy(**(values or {}))
-        _cost(policy)  # read where the server starts, not at its first rebalance
+        _cost_model(policy)  # read where the server starts, not at its first rebalance
         return policy
     except PlacementError as error:
         raise PlacementError(f"{flag}: {error}") from error
@@ -76,16 +79,29 @@ def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:
         raise PlacementError(f"{flag} {dict(values or {})}: {error}") from error
 
 
-def _cost(policy: RebalancePolicy) -> LayerCost | None:
-    return (
-        None
-        if policy.calibration is None
-        else fit(find_calibration(policy.calibration).measurements)
-    )
+def _cost_model(policy: RebalancePolicy) -> LayerCost | None:
+    if policy.calibration is None:
+        return None
+    return fit(find_calibration(policy.calibration).measurements)
+
+
+class Proposal(NamedTuple):
+    """Hold what is proposed to an engine.
+
+    Attributes:
+        table: int32 ``[layers, slots]``, the placement to serve with from now on: the one in force
+            where a rebalance does not pay.
+        decision: whether it pays.
+        exchange: what leads there, as it was weighed; None where a rebalance does not pay.
+    """
+
+    table: np.ndarray
+    decision: Decision
+    exchange: ExchangePlan | None
 
 
 class Rebalancer:
-    """Plans with few moves and decides whether they pay; the same on every rank, given the same load.
+    """Plans with few moves and decides whether they pay; the same on every rank, for one load.
 
     Args:
         policy: when to rebalance.
@@ -93,7 +109,8 @@ class Rebalancer:
         expert_bytes: bytes of one expert with all its parameters, of each layer or of all alike.
         log: the engine's logger.
         topology: the ranks' nodes.
-        all_gather: whether every rank gets all tokens in a step, rather than those with a choice there.
+        all_gather: whether every rank gets all tokens in a step, rather than those with a choice
+            there.
     """
 
     def __init__(
@@ -113,104 +130,75 @@ class Rebalancer:
         )
         self.topology = topology
         self.all_gather = all_gather
-        self._cost = _cost(policy)
-        self.last: Decision | None = None
-        self.counted_by = 1
-        """Ranks that count the same token, so that the engine's sum over ranks holds it as often."""
-        self.phases: np.ndarray | None = None
-        """Load by phase, int64 ``[phases, layers, experts]``, where the engine adds it up before it asks; for the next `propose` only."""
+        self._cost = _cost_model(policy)
         self._achieved: float | None = None
 
     def propose(
         self,
         load: ExpertLoad,
-        old: np.ndarray,
-        num_ranks: int,
-        groups: int = 1,
-        nodes: int = 1,
+        in_force: np.ndarray,
+        ranks: EngineRanks,
         live_ranks: Sequence[int] | None = None,
-    ) -> tuple[np.ndarray, ExchangePlan]:
-        """The placement to serve with from now on, and the exchange that leads there.
-
-        The decision is logged, counted and kept as `last`.
+    ) -> Proposal:
+        """Plan, weigh the exchange that leads there, and log and count the decision.
 
         Args:
-            load: recent windows, by phase where the engine tells them apart; each token once, which a cost model needs.
-            old: int ``[layers, slots]``, the placement in force.
-            num_ranks: EP ranks, with equally many slots.
-            groups, nodes: expert groups and nodes; groups that divide over the nodes stay whole.
-            live_ranks: ranks that are up; None for all. The others get nothing, and their slots stay as they are. If experts lie on none of
-                these, they are placed and nothing else moves: a server without an expert waits.
-
-        Returns:
-            (int32 ``[layers, slots]``, equal to ``old`` where a rebalance does not pay; the plan, empty then).
+            load: recent windows, by phase where the engine tells them apart; each token once, which
+                a cost model needs.
+            in_force: int ``[layers, slots]``, the placement in force.
+            ranks: as the engine describes them.
+            live_ranks: ranks that are up; None for all. The others get nothing, and their slots
+                stay as they are. If experts lie on none of these, they are placed and nothing else
+                moves: a server without an expert waits.
         """
         began = time.perf_counter()
-        slots = (old.shape[1] // num_ranks,) * num_ranks
-        before = EngineTable(old, load.num_experts, slots, load.layer_ids, "in force")
-        budget = (
-            None
-            if self.policy.max_bytes is None
-            else int(self.policy.max_bytes // max(int(self.expert_bytes.max()), 1))
-        )
-        table = self._table(load.counts.sum(axis=0), before, groups, nodes, live_ranks, budget)
-        after = EngineTable(table, load.num_experts, slots, load.layer_ids, "eplb")
-        exchange = plan_exchange(before, after, self.topology, live_ranks, self.expert_bytes)
-        fits = (
-            self.policy.staging_bytes is None
-            or exchange.min_staging_bytes <= self.policy.staging_bytes
-        )
-        chunks = exchange.chunks(self.policy.staging_bytes) if fits else None
-        self.last = decision = decide(
-            exchange, load, self.policy, self._cost, self._achieved, chunks, self.all_gather
+        slots = (in_force.shape[1] // ranks.number,) * ranks.number
+        old = EngineTable(in_force, load.num_experts, slots, load.layer_ids, "in force")
+        table = self._plan(load.counts.sum(axis=0), old, ranks, live_ranks)
+        new = EngineTable(table, load.num_experts, slots, load.layer_ids, "eplb")
+        exchange = plan_exchange(old, new, self.topology, live_ranks, self.expert_bytes)
+        bound = self.policy.staging_bytes
+        fits = bound is None or exchange.min_staging_bytes <= bound
+        decision = decide(
+            exchange,
+            load,
+            self.policy,
+            self._cost,
+            self._achieved,
+            exchange.chunks(bound) if fits else None,
+            self.all_gather,
         )
         announce(decision, log=self.log)
         if not decision.rebalance:
-            return before.physical_to_logical, plan_exchange(
-                before, before, self.topology, live_ranks, self.expert_bytes
-            )
+            return Proposal(old.physical_to_logical, decision, None)
         self._achieved = decision.after
         count_event("rebalances")
         count_event("moved_bytes", decision.bytes)
         count_event("planning_seconds", time.perf_counter() - began)
-        return table, exchange
+        return Proposal(table, decision, exchange)
 
-    def _table(
+    def _plan(
         self,
         load: np.ndarray,
-        before: Placement,
-        groups: int,
-        nodes: int,
+        old: Placement,
+        ranks: EngineRanks,
         live_ranks: Sequence[int] | None,
-        budget: int | None,
     ) -> np.ndarray:
-        from .tables import rebalance_table  # lazy: numba
-
-        table, ranks = before.physical_to_logical, before.num_ranks
-        if live_ranks is None or len(live_ranks) == ranks:
-            where = None if self.topology is None else self.topology.node_of_rank
-            return rebalance_table(
-                load,
-                table.shape[1],
-                groups,
-                nodes,
-                ranks,
-                table,
-                max_moves=budget,
-                node_of_rank=where,
-            )
-        kept = place_lost(before, live_ranks, load).physical_to_logical
+        """Return a table, int32 ``[layers, slots]``, within the budget of moves."""
+        most = self.policy.max_bytes
+        budget = None if most is None else int(most // max(int(self.expert_bytes.max()), 1))
+        table = old.physical_to_logical
+        if live_ranks is None or len(live_ranks) == ranks.number:
+            if self.topology is not None:
+                ranks = ranks._replace(node_of_rank=self.topology.node_of_rank)
+            return rebalance_table(load, table.shape[1], ranks, table, budget)
+        kept = place_lost(old, live_ranks, load).physical_to_logical
         if (kept != table).any():
             return kept
-        slots = np.flatnonzero(np.isin(before.rank_of_slot, list(live_ranks)))
+        slots = np.flatnonzero(np.isin(old.rank_of_slot, list(live_ranks)))
+        held = np.ascontiguousarray(kept[:, slots])
         result = kept.copy()
         result[:, slots] = rebalance_table(
-            load,
-            slots.size,
-            1,
-            1,
-            len(live_ranks),
-            np.ascontiguousarray(kept[:, slots]),
-            max_moves=budget,
+            load, slots.size, EngineRanks(len(live_ranks)), held, budget
         )
         return result

@@ -11,7 +11,8 @@ import numpy as np
 from ..core.errors import PlacementError
 from ..core.load import ExpertLoad
 from ..core.placement import Placement
-from ..simulation.simulate import Outcome, Simulation, Workload, rows_for
+from ..simulation.cluster import Workload, rows_for
+from ..simulation.simulate import Outcome, Simulation
 
 if TYPE_CHECKING:
     from ..recording.send_prompts import Sent

@@ -13,7 +13,8 @@ from rich.text import Text
 from ..core.diff import Moves
 from ..core.load import ExpertLoad
 from ..core.placement import Placement
-from ..simulation.simulate import Simulation, Workload
+from ..simulation.cluster import Workload
+from ..simulation.simulate import Simulation
 
 _BARS = " ▁▂▃▄▅▆▇█"
 

@@ -1,13 +1,14 @@
-"""Time of a rank's MoE layer as a function of its tokens and active experts, fitted from measurements.
+"""Predict the time of a rank's MoE layer by a model that is fitted to measurements.
 
-A grouped expert GEMM reads the weights of every expert that has a token (which dominates small decode batches)
-and computes for every token (which dominates prefill); what is done once for each row that arrives at the rank, sorting and adding up its
-experts' results, depends on the exchange: ``fixed + per_expert * active + per_token * tokens + per_row * rows``.
-At small batches a rank with few tokens on many experts can be the slow one, which is why token balance alone
-can buy nothing there (METRO; PB-OEPLB).
+The model goes by tokens and active experts. A grouped expert GEMM reads the weights of every expert
+that has a token (which dominates small decode batches) and computes for every token (which
+dominates prefill); what is done once for each row that arrives at the rank, sorting and adding up
+its experts' results, depends on the exchange: ``fixed + per_expert * active + per_token * tokens +
+per_row * rows``. At small batches a rank with few tokens on many experts can be the slow one, which
+is why token balance alone can buy nothing there (METRO; PB-OEPLB).
 
-Nothing here is measured by the package itself: a calibration file holds measurements of one kernel on one
-device, made by ``moe-placement bench layer``, and what they were measured on.
+Nothing here is measured by the package itself: a calibration file holds measurements of one kernel
+on one device, made by ``moe-placement bench layer``, and what they were measured on.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ from ..core.errors import PlacementError
 FORMAT = "moe-layer-calibration"
 FORMAT_VERSION = 1
 ROWS = 3
-"""The fit's column of rows, which are left out of the model when those of some measurement are not known, or all are alike."""
+"""The fit's column of rows: left out where some measurement's are not known, or all are alike."""
 
 
 class Measurement(BaseModel):
-    """One timed MoE layer of one rank.
+    """Hold one timed MoE layer of one rank.
 
     Attributes:
         tokens: tokens times chosen experts that the rank computed (rows of the grouped GEMM).
         active_experts: local experts with at least one of them.
-        rows: tokens that arrived at the rank: those with a choice there, or all after an all-gather. None where that was not kept.
+        rows: tokens that arrived at the rank: those with a choice there, or all after an
+            all-gather. None where that was not kept.
         microseconds: time of the layer's expert computation.
         held_out: not used by the fit; the error is stated on these.
     """
@@ -52,11 +54,12 @@ class Measurement(BaseModel):
 
 
 class Calibration(BaseModel):
-    """Content of a calibration file: measurements of one layer shape and kernel on one device.
+    """Hold a calibration file: measurements of one layer shape and kernel on one device.
 
     Attributes:
         device: the device's name, such as ``NVIDIA H200``.
-        layer: what was measured: ``hidden_size``, ``intermediate_size``, ``local_experts``, ``dtype``, ``kernel``.
+        layer: what was measured: ``hidden_size``, ``intermediate_size``, ``local_experts``,
+            ``dtype``, ``kernel``.
         provenance: versions, date and command.
         measurements: at least four that are not held out.
     """
@@ -72,9 +75,15 @@ class Calibration(BaseModel):
 
     @property
     def summary(self) -> str:
-        """What was measured, in one line."""
-        known = (("shape", "shape {}"), ("hidden_size", "hidden size {}"), ("intermediate_size", "experts of {}"), ("dtype", "{}"), ("kernel", "{}"),
-                 ("phase", "{}"))  # fmt: skip
+        """Say what was measured, in one line."""
+        known = (
+            ("shape", "shape {}"),
+            ("hidden_size", "hidden size {}"),
+            ("intermediate_size", "experts of {}"),
+            ("dtype", "{}"),
+            ("kernel", "{}"),
+            ("phase", "{}"),
+        )
         return ", ".join(
             [
                 self.device,
@@ -97,11 +106,13 @@ class Calibration(BaseModel):
     def _parse(cls, data: Any, source: str) -> Calibration:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlacementError(
-                f'{source} is no calibration file: it lacks "format": "{FORMAT}"; make one with `moe-placement bench layer`'
+                f'{source} is no calibration file: it lacks "format": "{FORMAT}"; make one with '
+                "`moe-placement bench layer`"
             )
         if data.get("version") != FORMAT_VERSION:
             raise PlacementError(
-                f"{source} has calibration version {data.get('version')!r}, this release reads version {FORMAT_VERSION}: measure again"
+                f"{source} has calibration version {data.get('version')!r}, this release reads "
+                f"version {FORMAT_VERSION}: measure again"
             )
         try:
             return cls.model_validate(data)
@@ -124,7 +135,7 @@ class Calibration(BaseModel):
 
 
 def shipped() -> dict[str, Calibration]:
-    """Name -> calibration that comes with the package, from ``simulation/calibrations/*.json``."""
+    """Return name -> calibration of those in ``simulation/calibrations/*.json``."""
     folder = resources.files(__package__) / "calibrations"
     if not folder.is_dir():
         return {}
@@ -133,7 +144,7 @@ def shipped() -> dict[str, Calibration]:
 
 
 def find_calibration(name: str) -> Calibration:
-    """A calibration by the name of a shipped one or by path.
+    """Return a calibration by the name of a shipped one or by path.
 
     Raises:
         PlacementError: when there is neither.
@@ -144,21 +155,22 @@ def find_calibration(name: str) -> Calibration:
     if not Path(name).exists():
         names = ", ".join(known) or "none"
         raise PlacementError(
-            f"calibration {name!r} is neither a file nor one that comes with this package ({names}): measure one with "
-            "`moe-placement bench layer`"
+            f"calibration {name!r} is neither a file nor one that comes with this package "
+            f"({names}): measure one with `moe-placement bench layer`"
         )
     return Calibration.read(name)
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A fitted cost model; times in microseconds.
+    """Predict times of a layer by a fitted model; in microseconds.
 
     Attributes:
         fixed: of an empty layer.
         per_expert: for each local expert with at least one token.
         per_token: for each token routed to the rank (a token on two local experts counts twice).
-        per_row: for each token that arrives at the rank (a token on two local experts counts once); 0 when the measurements cannot tell it.
+        per_row: for each token that arrives at the rank (a token on two local experts counts once);
+            0 when the measurements cannot tell it.
         error: mean relative error on the held-out measurements, None when none were held out.
         worst_error: greatest relative error on them.
         held_out: how many were held out.
@@ -173,7 +185,11 @@ class LayerCost:
     held_out: int = 0
 
     def time(self, tokens: np.ndarray, active: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Microseconds for ``tokens``, ``active`` experts and ``rows`` per rank, any shapes that broadcast."""
+        """Return the microseconds of ranks with so many tokens, active experts and rows.
+
+        Args:
+            tokens, active, rows: of each rank, any shapes that broadcast.
+        """
         return (
             self.fixed
             + self.per_expert * np.asarray(active)
@@ -183,20 +199,28 @@ class LayerCost:
 
     @property
     def formula(self) -> str:
-        """The model in words."""
+        """Say the model in words."""
         rows = f" + {self.per_row:.5f} per row" if self.per_row else ""
-        return f"{self.fixed:.2f} us + {self.per_expert:.3f} per active expert + {self.per_token:.5f} per token{rows}"
+        return (
+            f"{self.fixed:.2f} us + {self.per_expert:.3f} per active expert + "
+            f"{self.per_token:.5f} per token{rows}"
+        )
 
     @property
     def accuracy(self) -> str:
-        """The error in words."""
+        """Say the error in words."""
         if self.error is None:
             return "error unknown: the calibration holds no measurement back"
-        return f"mean error {self.error:.1%}, worst {self.worst_error:.1%} on {self.held_out} held-out measurements"
+        return (
+            f"mean error {self.error:.1%}, worst {self.worst_error:.1%} on {self.held_out} "
+            "held-out measurements"
+        )
 
 
 def fit(measurements: Sequence[Measurement]) -> LayerCost:
-    """Least squares in relative error, coefficients not negative, from the measurements that are not held out.
+    """Fit the model to the measurements that are not held out.
+
+    Least squares in relative error; no coefficient is negative.
 
     Raises:
         PlacementError: when there are too few, or they do not tell tokens and experts apart.
@@ -204,13 +228,14 @@ def fit(measurements: Sequence[Measurement]) -> LayerCost:
     used = [m for m in measurements if not m.held_out]
     if len(used) < 4:
         raise PlacementError(
-            f"{len(used)} measurements to fit a cost model from: give 4 or more that are not held out"
+            f"{len(used)} measurements to fit a cost model from: give 4 or more that are not held "
+            "out"
         )
     features, times = _arrays(used)
     if np.linalg.matrix_rank(features[:, :ROWS]) < ROWS:
         raise PlacementError(
-            "the measurements vary tokens and active experts together or not at all, so that their costs cannot be told apart: "
-            "measure at several numbers of both"
+            "the measurements vary tokens and active experts together or not at all, so that "
+            "their costs cannot be told apart: measure at several numbers of both"
         )
     if any(m.rows is None for m in measurements) or np.linalg.matrix_rank(features) <= ROWS:
         features = features[:, :ROWS]
@@ -232,7 +257,7 @@ def fit(measurements: Sequence[Measurement]) -> LayerCost:
 
 
 def _arrays(measurements: Sequence[Measurement]) -> tuple[np.ndarray, np.ndarray]:
-    """Columns 1, active experts, tokens, rows (NaN where not kept), and the times."""
+    """Return the columns 1, active experts, tokens, rows (NaN where not kept), and the times."""
     features = [
         [1.0, m.active_experts, m.tokens, np.nan if m.rows is None else m.rows]
         for m in measurements
@@ -241,7 +266,10 @@ def _arrays(measurements: Sequence[Measurement]) -> tuple[np.ndarray, np.ndarray
 
 
 def _non_negative(weighted: np.ndarray) -> np.ndarray:
-    """The non-negative coefficients of the columns whose sums are nearest to one: with so few, all faces of the quadrant can be tried."""
+    """Return the non-negative coefficients of the columns whose sums are nearest to one.
+
+    With so few columns all faces of the quadrant can be tried.
+    """
     columns = weighted.shape[1]
     best, least = np.zeros(columns), np.inf
     for size in range(columns, 0, -1):

@@ -152,7 +152,7 @@ INDEXED: tuple[Indexed, ...] = (
         "EPLB's counters of load",
         "a count per physical expert; vLLM adds them up by logical expert before it plans",
         "kept logical",
-        "vllm/eplb.py:_by_phase",
+        "vllm/eplb_policy.py:load_by_phase",
     ),
     Indexed(
         "vllm",

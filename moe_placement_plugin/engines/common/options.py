@@ -202,7 +202,7 @@ def policy_table() -> str:
     """Return the second table of ``docs/flags.md``: the rules of ``--expert-rebalance``."""
     from dataclasses import MISSING, fields
 
-    from ...rebalancing.decision import RebalancePolicy  # lazy: numba
+    from ...rebalancing.policy import RebalancePolicy  # lazy: heavy
 
     said = attributes_of(RebalancePolicy)
     rows = []

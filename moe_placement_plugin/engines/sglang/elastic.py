@@ -1,4 +1,4 @@
-"""Ranks that have died under SGLang's elastic EP: who is left."""
+"""Find out who is left of the ranks under SGLang's elastic EP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from .state import plan_here
 
 
 def live_ranks() -> tuple[int, ...] | None:
-    """EP ranks that SGLang counts as alive; None while all are, or without elastic EP.
+    """Return the EP ranks that SGLang counts as alive; None while all are.
+
+    None also without elastic EP.
 
     Raises:
         PlacementError: when this rank is not among them.
@@ -23,13 +25,14 @@ def live_ranks() -> tuple[int, ...] | None:
         return None
     if own_rank() not in alive:
         raise PlacementError(
-            f"EP rank {own_rank()} counts as dead on itself, alive are {list(alive)}: stop this rank"
+            f"EP rank {own_rank()} counts as dead on itself, alive are {list(alive)}: stop this "
+            "rank"
         )
     return alive
 
 
 def own_rank() -> int:
-    """This process's EP rank."""
+    """Return this process's EP rank."""
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
     return get_moe_ep_group().rank_in_group

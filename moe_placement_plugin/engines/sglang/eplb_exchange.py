@@ -1,69 +1,53 @@
-"""`ExpertLocationUpdater.update` by our exchange: from live ranks, and what none of them holds from the checkpoint."""
+"""Carry out `ExpertLocationUpdater.update`: from live ranks, lost experts from disk."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ...core.errors import PlacementError
-from ...exchange.watchdog import WaitingFor, Watchdog
-from ...rebalancing.exchanger import Exchanger, Meeting, connect
-from ...rebalancing.rebalancer import REBALANCE_FLAG, Rebalancer, policy_from
+from ...rebalancing.exchanger import ExchangeLimits, Exchanger, RankFacts, connect
+from ...rebalancing.rebalancer import REBALANCE_FLAG, policy_from
 from ..common.settings import Settings
 from . import elastic, expert_reader
+from .hook_registry import Hook
 from .layers import expert_layers
-from .state import STATE, placing
+from .state import STATE, Eplb, placing
 
 logger = logging.getLogger(__name__)
 
-_EXCHANGER = "_moe_placement_exchanger"  # attribute of the ExpertLocationUpdater
 
-_VIEWED = "_moe_placement_viewed"
-"""Attribute of the ExpertLocationUpdater: the generation of weights that its exchanger has views of."""
+def gather_rank_facts(settings: Settings, model: Any) -> None:
+    """Learn of the other ranks what an exchange needs; a collective call.
 
+    All ranks are there while the model has just been loaded.
 
-@dataclass
-class Rebalance:
-    """One rebalance of this rank, from the dump of the load to the last chunk of layers.
-
-    Attributes:
-        watchdog: around everything but the forward passes between two chunks.
-        planner: ours, None where SGLang's own algorithm rebalances.
-        moved: layers whose slots changed since they were last checked.
+    Args:
+        settings: the engine's.
+        model: that was loaded.
     """
-
-    watchdog: Watchdog
-    planner: Rebalancer | None
-    moved: list[int] = field(default_factory=list)
-
-
-under_way: Rebalance | None = None
-
-
-@dataclass
-class _Met:
-    """What was learned while the model was loaded: of the other ranks, and which model is served."""
-
-    meeting: Meeting
-    model: Any
-    reader: expert_reader.EngineReader | None = None
-
-
-def meet(settings: Settings, model: Any) -> None:
-    """Learn of the other ranks what an exchange needs, while all of them are there; a collective call."""
-    global _met
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
     group = get_moe_ep_group()
-    _met = _Met(Meeting.of(group.cpu_group, settings.rebalancing.elastic), model)
+    STATE.eplb = Eplb(RankFacts.gather(group.cpu_group, settings.rebalancing.elastic), model)
     connect(group.device_group, next(model.parameters()).device)
 
 
-_met: _Met | None = None
+def loaded() -> Eplb:
+    """Return what is known since the model was loaded.
+
+    Raises:
+        PlacementError: when it was not.
+    """
+    if STATE.eplb is None or placing() is None:
+        raise PlacementError(
+            "experts are to move before the model has been loaded: this start of SGLang is not "
+            "understood"
+        )
+    return STATE.eplb
 
 
 def update(
@@ -75,7 +59,9 @@ def update(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`ExpertLocationUpdater.update` by our exchange: the layers that change, from live ranks, what none of them holds from the checkpoint.
+    """Carry `ExpertLocationUpdater.update` out by our exchange.
+
+    The layers that change, from live ranks; what none of them holds, from the checkpoint.
 
     Returns:
         SGLang's experts that are missing by layer: none.
@@ -91,18 +77,21 @@ def update(
     changed = [layer for layer in update_layer_ids if _differs(in_force, goal, layer)]
     if not changed:
         return {}
-    exchanger = _exchanger(self, routed_experts_weights_of_layer, in_force)
+    eplb = loaded()
+    exchanger = exchanger_of(eplb, routed_experts_weights_of_layer, in_force)
     old, new = (
         exchanger.placement(m.physical_to_logical_map_cpu.numpy()[changed], changed)
         for m in (in_force, goal)
     )
-    exchange = exchanger.plan(old, new, elastic.live_ranks())
+    rebalance = eplb.rebalance
+    weighed = None if rebalance is None else rebalance.exchange
+    exchange = exchanger.plan(old, new, elastic.live_ranks(), weighed)
     watchdog = None
-    if under_way is not None:
-        under_way.moved += [exchange.new.layer_ids[row] for row in exchange.changed_rows]
-        watchdog = under_way.watchdog
-        watchdog.waits_for(WaitingFor("transfers", tuple(changed), peers=others()))
-    reader = _reader(routed_experts_weights_of_layer) if len(exchange.reads) else None
+    if rebalance is not None:
+        rebalance.moved += [exchange.new.layer_ids[row] for row in exchange.changed_rows]
+        rebalance.waits_for("transfers", changed)
+        watchdog = rebalance.watchdog
+    reader = _reader(eplb, routed_experts_weights_of_layer) if len(exchange.reads) else None
     left = set(changed)
 
     def commit(rows: tuple[int, ...]) -> None:
@@ -127,41 +116,45 @@ def _differs(old: Any, new: Any, layer: int) -> bool:
     return not np.array_equal(np.sort(a, axis=-1), np.sort(b, axis=-1))
 
 
-def _exchanger(updater: Any, weights: Any, in_force: Any) -> Exchanger:
-    made = STATE.generation
-    found = getattr(updater, _EXCHANGER, None)
-    if found is None or getattr(updater, _VIEWED, made) != made:
-        from sglang.srt.distributed.parallel_state import get_moe_ep_group
+def exchanger_of(eplb: Eplb, weights: Any, in_force: Any) -> Exchanger:
+    """Return this rank's exchanger, made anew where an update may have replaced weights.
 
-        settings = placing()
-        if _met is None or settings is None:
-            raise PlacementError(
-                "experts are to move before the model has been loaded: this start of SGLang is not understood"
-            )
-        policy = policy_from(settings.rebalancing.rules, REBALANCE_FLAG)
-        tensors = current_tensors(weights, _met.model)
-        first = next(iter(tensors.values()))[0]
-        group = get_moe_ep_group()
-        found = Exchanger(
-            tensors,
-            in_force.num_logical_experts,
-            group.cpu_group if first.device.type == "cpu" else group.device_group,
-            _met.meeting,
-            f"sglang/{made}",  # its epochs begin anew: no key of the one before may be taken for its own
-            logger,
-            policy.staging_bytes,
-            max(60.0, 2 * policy.watchdog),
-        )
-        if policy.peer_memory and _met.meeting.stores is None:  # where ranks may die some may have
-            found.look_at_peers(group.cpu_group)
-        setattr(updater, _EXCHANGER, found)
-        setattr(updater, _VIEWED, made)
-        _met.reader = None
+    Args:
+        eplb: of this process.
+        weights: SGLang's list, layer -> tensors.
+        in_force: SGLang's metadata.
+    """
+    generation = STATE.generation
+    if eplb.exchanger is not None and eplb.viewed == generation:
+        return eplb.exchanger
+    from sglang.srt.distributed.parallel_state import get_moe_ep_group
+
+    settings = placing()
+    assert settings is not None, "checked in `loaded`"
+    limits = ExchangeLimits.of(policy_from(settings.rebalancing.rules, REBALANCE_FLAG))
+    tensors = current_tensors(weights, eplb.model)
+    first = next(iter(tensors.values()))[0]
+    group = get_moe_ep_group()
+    found = Exchanger(
+        tensors,
+        in_force.num_logical_experts,
+        group.cpu_group if first.device.type == "cpu" else group.device_group,
+        eplb.facts,
+        # Its epochs begin anew: no key of the one before may be taken for its own.
+        f"sglang/{generation}",
+        logger,
+        limits,
+    )
+    if limits.peer_memory and eplb.facts.stores is None:  # where ranks may die some may have
+        found.look_at_peers(group.cpu_group)
+    eplb.exchanger, eplb.viewed, eplb.reader = found, generation, None
     return found
 
 
 def current_tensors(weights: Any, model: Any) -> dict[int, list[Any]]:
-    """The tensors to move, by layer, as they are now: SGLang's list keeps those of the start, which an update may have replaced.
+    """Return the tensors to move, by layer, as they are now.
+
+    SGLang's list keeps those of the start, which an update may have replaced.
 
     Args:
         weights: SGLang's list, layer -> tensors.
@@ -182,15 +175,16 @@ def current_tensors(weights: Any, model: Any) -> dict[int, list[Any]]:
         now = slot_tensors(experts[number])
         if [(t.shape, t.dtype) for t in now] != [(t.shape, t.dtype) for t in listed]:
             raise PlacementError(
-                f"layer {number}: an update has replaced weights by others of another shape, which cannot be moved: serve "
-                "without --enable-eplb, or restart the server with the new weights"
+                f"layer {number}: an update has replaced weights by others of another shape, which "
+                "cannot be moved: serve without --enable-eplb, or restart the server with the new "
+                "weights"
             )
         found[number] = now
     return found
 
 
 def slot_tensors(layer: Any) -> list[Any]:
-    """The parameters of a ``FusedMoE`` that have a row for each slot, as SGLang's models list them."""
+    """Return the parameters of a ``FusedMoE`` with a row for each slot, as SGLang's models do."""
     from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
 
     slots = layer.num_local_experts
@@ -201,16 +195,29 @@ def slot_tensors(layer: Any) -> list[Any]:
     ]
 
 
-def _reader(weights: Any) -> expert_reader.EngineReader:
-    assert _met is not None, "an exchanger was made of it"
-    if _met.reader is None:
-        _met.reader = expert_reader.EngineReader(_met.model, current_tensors(weights, _met.model))
-    return _met.reader
+def _reader(eplb: Eplb, weights: Any) -> expert_reader.EngineReader:
+    if eplb.reader is None:
+        tensors = current_tensors(weights, eplb.model)
+        eplb.reader = expert_reader.EngineReader(eplb.model, tensors)
+    return eplb.reader
 
 
-def others() -> tuple[int, ...]:
-    """The other EP ranks of this group."""
-    from sglang.srt.distributed.parallel_state import get_moe_ep_group
-
-    group = get_moe_ep_group()
-    return tuple(rank for rank in range(group.world_size) if rank != group.rank_in_group)
+def exchange_hooks() -> list[Hook]:
+    """Return the hook that puts our exchange under SGLang's updater."""
+    return [
+        Hook(
+            name="eplb-update",
+            target="sglang.srt.eplb.expert_location_updater:ExpertLocationUpdater.update",
+            hook=update,
+            relies_on=(
+                "routed_experts_weights_of_layer",
+                "new_expert_location_metadata",
+                "update_layer_ids",
+            ),
+            why="layers that stay are worked through, all is staged in a buffer of a whole layer, "
+            "a rank that dies leaves a mix, and an expert whose chosen sender is dead goes to disk "
+            "though a live rank holds it, with a full reload for all models but DeepSeek",
+            upstream="SGLang #12068, #8345",
+            removable_when="the updater takes executors from plugins",
+        )
+    ]

@@ -1,6 +1,7 @@
-"""Which forward passes of SGLang's load recorder were prompts and which were generation, so that a rebalance is weighed for both.
+"""Note which forward passes in SGLang's recorder were prompts and which generation.
 
-The recorder keeps the load of each pass in a buffer; what each was is kept beside it, on the host.
+A rebalance is weighed for both. The recorder keeps the load of each pass in a buffer; what
+each was is kept beside it, on the host.
 """
 
 from __future__ import annotations
@@ -8,26 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...core.load import DECODE, MIXED, PREFILL
 from .hook_registry import Hook
-
-_phase = "mixed"
-_of: dict[int, str] = {}  # place in the recorder's buffer -> phase
+from .state import STATE
 
 _RECORDER = "sglang.srt.eplb.expert_distribution"
 
 
-def phase_of(mode: Any) -> str:
-    """What a batch is, by its ``ForwardMode``."""
+def phase_of_mode(mode: Any) -> str:
+    """Return what a batch is, by its ``ForwardMode``."""
     if mode.is_decode():
-        return "decode"
-    return "prefill" if mode.is_extend() and not mode.is_mixed() else "mixed"
+        return DECODE
+    return PREFILL if mode.is_extend() and not mode.is_mixed() else MIXED
 
 
-def ranks_that_count_alike() -> int:
-    """Over how many ranks the recorder's sum counts each token again: those that route the same token.
+def ranks_that_count_a_token() -> int:
+    """Return over how many ranks the recorder's sum counts each token: those that route it.
 
-    Without an all-to-all back end every EP rank routes every token, also where attention is data-parallel and the ranks
-    gather each other's; with one, each rank routes its own share.
+    Without an all-to-all back end every EP rank routes every token, also where attention is
+    data-parallel and the ranks gather each other's; with one, each rank routes its own share.
     """
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
@@ -36,7 +36,10 @@ def ranks_that_count_alike() -> int:
 
 
 def _one_batch() -> bool:
-    """Whether all ranks run the same batch: with attention data parallelism they do not, and would not agree on what a pass was."""
+    """Whether all ranks run the same batch, so that they agree on what a pass was.
+
+    With attention data parallelism they do not.
+    """
     try:
         from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 
@@ -45,16 +48,21 @@ def _one_batch() -> bool:
         return False
 
 
-def of_passes(number: int) -> list[str]:
-    """Phases of the recorder's forward passes, in the order of its buffer; all mixed where ranks could disagree."""
+def phases_of_passes(number: int) -> list[str]:
+    """Return the phases of the recorder's forward passes, in the order of its buffer.
+
+    All are mixed where ranks could disagree.
+
+    Args:
+        number: of passes.
+    """
     if not _one_batch():
-        return ["mixed"] * number
-    return [_of.get(place, "mixed") for place in range(number)]
+        return [MIXED] * number
+    return [STATE.passes.in_buffer.get(place, MIXED) for place in range(number)]
 
 
 def _start(original: Callable, self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    global _phase
-    _phase = phase_of(forward_batch.forward_mode)
+    STATE.passes.phase = phase_of_mode(forward_batch.forward_mode)
     return original(self, forward_batch, *args, **kwargs)
 
 
@@ -62,17 +70,34 @@ def _append(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     buffer = self._global_physical_count_of_buffered_step
     place = buffer._curr_index if hasattr(buffer, "_curr_index") else buffer._size
     result = original(self, *args, **kwargs)
-    _of[place] = _phase
+    STATE.passes.in_buffer[place] = STATE.passes.phase
     return result
 
 
 def phase_hooks() -> list[Hook]:
-    """The hooks that tell prompts from generation; without them all passes count as mixed."""
-    why = "a rebalance must pay for prompts and for generation, and the recorder does not say which pass was what"
+    """Return the hooks that tell prompts from generation; without them all passes are mixed."""
+    why = (
+        "a rebalance must pay for prompts and for generation, and the recorder does not say which "
+        "pass was what"
+    )
     until = "the recorder keeps the forward mode"
     return [
-        Hook(name="eplb-phase", target=f"{_RECORDER}:_ExpertDistributionRecorderReal._on_forward_pass_start", hook=_start,
-             relies_on=("forward_batch",), why=why, removable_when=until, optional=True),
-        Hook(name="eplb-phase-window", target=f"{_RECORDER}:_StatAccumulator.append", hook=_append,
-             relies_on=("forward_pass_id",), why=why, removable_when=until, optional=True),
-    ]  # fmt: skip
+        Hook(
+            name="eplb-phase",
+            target=f"{_RECORDER}:_ExpertDistributionRecorderReal._on_forward_pass_start",
+            hook=_start,
+            relies_on=("forward_batch",),
+            why=why,
+            removable_when=until,
+            optional=True,
+        ),
+        Hook(
+            name="eplb-phase-window",
+            target=f"{_RECORDER}:_StatAccumulator.append",
+            hook=_append,
+            relies_on=("forward_pass_id",),
+            why=why,
+            removable_when=until,
+            optional=True,
+        ),
+    ]

@@ -1,7 +1,9 @@
-"""Reading single experts anew, for any model: through SGLang's own loader, which names them and puts them together.
+"""Read single experts anew, for any model, through SGLang's own loader.
 
-While the model loads it is noted which tensors of the checkpoint ended in which expert. To read an expert, just those tensors are read and
-given to the model's ``load_weights``; what its ``FusedMoE`` layers would write into slots goes into staging memory instead.
+The loader names them and puts them together. While the model loads it is noted which tensors of the
+checkpoint ended in which expert. To read an expert, just those tensors are read and given to the
+model's ``load_weights``; what its ``FusedMoE`` layers would write into slots goes into staging
+memory instead.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import PlacementError
 from ...exchange.checkpoint import Checkpoint, Source
+from .hook_registry import Hook
+from .state import STATE
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +31,7 @@ ALL = -1
 
 @dataclass
 class Names:
-    """Which tensors of the checkpoint hold which expert.
+    """Hold which tensors of the checkpoint hold which expert.
 
     Attributes:
         of: (layer, expert or `ALL`) -> names, in the order in which they came.
@@ -46,7 +50,7 @@ class Names:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def comes(self, name: str, tensor: torch.Tensor) -> None:
-        """The checkpoint brings a tensor."""
+        """Note that the checkpoint brings a tensor."""
         with self._lock:
             self._comes(name, tensor.data_ptr(), tensor.nbytes)
 
@@ -57,9 +61,8 @@ class Names:
             at -= 1
         until = at
         while until < len(self._starts) and self._starts[until] < end:
-            self._ranges.pop(
-                self._starts[until]
-            )  # of a tensor that is gone: its memory was used again
+            # Of a tensor that is gone: its memory was used again.
+            self._ranges.pop(self._starts[until])
             until += 1
         self._starts[at:until] = [begin]
         self._ranges[begin] = (end, name)
@@ -68,7 +71,10 @@ class Names:
     def goes(
         self, layer: int, expert: int | None, weight_name: str, shard: str, tensor: torch.Tensor
     ) -> None:
-        """A tensor, or a part of one, goes to an expert: found by where it lies in memory, since loaders may work in threads."""
+        """Note that a tensor, or a part of one, goes to an expert.
+
+        It is known by where it lies in memory, since loaders may work in threads.
+        """
         with self._lock:
             at = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
             name = self._last
@@ -78,47 +84,44 @@ class Names:
                 self.of[layer, ALL if expert is None else int(expert)][name] = None
                 self.parts[layer].add((weight_name, shard))
 
-    def settle(self) -> None:
-        """Loading has ended."""
+    def forget_places(self) -> None:
+        """Forget where tensors lie in memory: loading has ended."""
         self._starts.clear()
         self._ranges.clear()
         self._last = None
 
 
-_learning: Names | None = None
-_known: Names | None = None
-_into: _Staging | None = None
-
-
 @contextmanager
 def learning(wanted: bool) -> Iterator[None]:
-    """Note names while a model loads."""
-    global _learning, _known
+    """Note names while a model loads.
+
+    Args:
+        wanted: whether lost experts may have to be read one day.
+    """
     if not wanted:
         yield
         return
-    _learning = Names()
+    names = STATE.names.learning = Names()
     try:
         yield
-        _learning.settle()
-        _known = _learning
+        names.forget_places()
+        STATE.names.known = names
     finally:
-        _learning = None
+        STATE.names.learning = None
 
 
 def forget() -> None:
-    """The model has weights that are in no checkpoint: lost experts cannot be read any more."""
-    global _known
-    _known = None
+    """Note that the weights are in no checkpoint: lost experts cannot be read any more."""
+    STATE.names.known = None
 
 
 def weights(original: Callable, self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-    """`DefaultModelLoader._get_weights_iterator`, noting what comes."""
-    found = original(self, source, *args, **kwargs)
-    return found if _learning is None else _watched(found, self, source, _learning)
+    """Note what comes from `DefaultModelLoader._get_weights_iterator`."""
+    found, names = original(self, source, *args, **kwargs), STATE.names.learning
+    return found if names is None else _noted(found, self, source, names)
 
 
-def _watched(
+def _noted(
     found: Iterator[tuple[str, torch.Tensor]], loader: Any, source: Any, names: Names
 ) -> Iterator[tuple[str, torch.Tensor]]:
     if names.folder is None:
@@ -150,20 +153,22 @@ def intercepted(
     """Note, or take, what a `FusedMoE` is to load; True when it must not go on.
 
     Args:
-        layer: the ``FusedMoE``; the others are arguments of its ``weight_loader`` or ``weight_loader_fused``.
+        layer: the ``FusedMoE``; the others are arguments of its ``weight_loader`` or
+            ``weight_loader_fused``.
         fused: the original of the latter, for a tensor of all experts; ``expert_id`` is None then.
     """
-    if _learning is not None:
-        _learning.goes(layer.layer_id, expert_id, weight_name, shard_id, loaded_weight)
-    if _into is None:
+    names = STATE.names
+    if names.learning is not None:
+        names.learning.goes(layer.layer_id, expert_id, weight_name, shard_id, loaded_weight)
+    if names.wanted is None:
         return False
-    _into.take(layer, param, loaded_weight, weight_name, shard_id, expert_id, fused)
+    names.wanted.take(layer, param, loaded_weight, weight_name, shard_id, expert_id, fused)
     return True
 
 
 @dataclass
-class _Staging:
-    """Experts that are being read.
+class Wanted:
+    """Take experts that are being read.
 
     Attributes:
         out: (layer, expert) -> memory for each of the layer's tensors, of the shape of one slot.
@@ -187,7 +192,7 @@ class _Staging:
         expert: int | None,
         fused: Callable | None,
     ) -> None:
-        """Put what goes to an expert that is wanted where it is wanted, in the way in which SGLang fills a slot."""
+        """Put what goes to a wanted expert where it is wanted, as SGLang fills a slot."""
         number = layer.layer_id
         for at in [e for n, e in self.out if n == number] if expert is None else [int(expert)]:
             out = self.out.get((number, at))
@@ -208,7 +213,10 @@ class _Staging:
             self.filled[number, at].add((weight_name, shard))
 
     def _proxy(self, layer: int, param: Any, out: Sequence[torch.Tensor]) -> Any:
-        """``param`` as if it had one slot, which lies in staging memory; None for what an exchange does not move."""
+        """Return ``param`` as if it had one slot, which lies in staging memory.
+
+        None for what an exchange does not move.
+        """
         import torch
 
         for tensor, memory in zip(self.tensors[layer], out):
@@ -220,7 +228,7 @@ class _Staging:
 
 
 class EngineReader:
-    """Reads lost experts as `executor.ExpertReader` asks, through the model's own loader.
+    """Reads lost experts as `checkpoint.ExpertReader` asks, through the model's own loader.
 
     Args:
         model: the model that is served.
@@ -243,37 +251,40 @@ class EngineReader:
     def _names(
         self, experts: Iterable[tuple[int, int]]
     ) -> tuple[Names, Checkpoint, dict[str, None]]:
-        """What is known, the checkpoint, and its tensors that hold the experts."""
-        if _known is None or _known.folder is None:
+        """Return what is known, the checkpoint, and its tensors that hold the experts."""
+        known = STATE.names.known
+        if known is None or known.folder is None:
             raise PlacementError(
-                "lost experts cannot be read: its weights did not come from a safetensors checkpoint; restart the server with one"
+                "lost experts cannot be read: its weights did not come from a safetensors "
+                "checkpoint; restart the server with one"
             )
         chosen: dict[str, None] = {}
         for layer, expert in experts:
-            found = {**_known.of.get((layer, expert), {}), **_known.of.get((layer, ALL), {})}
+            found = {**known.of.get((layer, expert), {}), **known.of.get((layer, ALL), {})}
             if not found:
                 raise PlacementError(
-                    f"layer {layer}, expert {expert}: no tensor of the checkpoint was seen to hold it; restart the server"
+                    f"layer {layer}, expert {expert}: no tensor of the checkpoint was seen to "
+                    "hold it; restart the server"
                 )
             chosen |= found
         if self._checkpoint is None:
-            self._checkpoint = Checkpoint(Path(_known.folder))
-        return _known, self._checkpoint, chosen
+            self._checkpoint = Checkpoint(Path(known.folder))
+        return known, self._checkpoint, chosen
 
     def read(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
-        """One expert; see `read_all`."""
+        """Fill the memory of one expert; see `read_all`."""
         return self.read_all([(layer, expert, out)])
 
     def read_all(self, wanted: Sequence[tuple[int, int, Sequence[torch.Tensor]]]) -> int:
         """Fill the memory of several experts; returns the bytes read.
 
         Args:
-            wanted: layer, expert, and memory for each of the layer's tensors, of the shape of one slot.
+            wanted: layer, expert, and memory for each of the layer's tensors, of the shape of one
+                slot.
 
         Raises:
             PlacementError: when the checkpoint or the model's loader does not bring them whole.
         """
-        global _into
         from . import evidence  # lazy: heavy
 
         # One expert may be wanted for several slots: it is read once.
@@ -286,19 +297,20 @@ class EngineReader:
                 first[layer, expert] = out
         known, checkpoint, chosen = self._names(first)
         before = checkpoint.bytes_read
-        _into = _Staging(first, self._tensors)
+        into = STATE.names.wanted = Wanted(first, self._tensors)
         try:
             self._load(
                 (name, checkpoint.read(Source(name.removeprefix(known.prefix)))) for name in chosen
             )
         finally:
-            into, _into = _into, None
+            STATE.names.wanted = None
             evidence.forget()
         for (layer, expert), _ in first.items():
             missing = known.parts[layer] - into.filled[layer, expert]
             if missing:
                 raise PlacementError(
-                    f"layer {layer}, expert {expert}: {type(self._model).__name__}'s loader did not bring {sorted(missing)}; restart the server"
+                    f"layer {layer}, expert {expert}: {type(self._model).__name__}'s loader did "
+                    f"not bring {sorted(missing)}; restart the server"
                 )
         for source, out in again:
             for a, b in zip(source, out):
@@ -309,10 +321,27 @@ class EngineReader:
         import torch
         from sglang.srt.model_loader.utils import set_default_torch_dtype
 
-        # Models list their experts' weights when they have loaded: the list that there is must stay.
+        # Models list their experts' weights when they have loaded: the list that there is must
+        # stay.
         listed = vars(self._model).get("routed_experts_weights_of_layer")
         dtype = next(self._model.parameters()).dtype
         with torch.no_grad(), set_default_torch_dtype(dtype):
             self._model.load_weights(found)
         if listed is not None:
             vars(self._model)["routed_experts_weights_of_layer"] = listed
+
+
+def name_hooks() -> list[Hook]:
+    """Return the hook that sees the checkpoint's tensors come."""
+    return [
+        Hook(
+            name="eplb-names",
+            target="sglang.srt.model_loader.loader:DefaultModelLoader._get_weights_iterator",
+            hook=weights,
+            relies_on=("source",),
+            why="which tensors hold an expert is known to the model's loader only",
+            upstream="SGLang #12068",
+            removable_when="every model can name the tensors of an expert "
+            "(generate_weight_name_filter)",
+        )
+    ]

@@ -137,7 +137,7 @@ def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
             from . import eplb, eplb_exchange  # lazy: numba
 
             eplb.list_weights(self.model)
-            eplb_exchange.meet(settings, self.model)
+            eplb_exchange.gather_rank_facts(settings, self.model)
             eplb.warm_up(settings)
         logger.info(
             "moe_placement_plugin: EP rank %s: expert placement %s is in force in %d layers (plan %s), routed by one look-up in %d; "

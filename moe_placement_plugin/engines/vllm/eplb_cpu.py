@@ -1,6 +1,7 @@
-"""EPLB on vLLM's CPU build, which refuses it: what its CUDA parts do, in torch.
+"""Let EPLB run on vLLM's CPU build, which refuses it: what its CUDA parts do, in torch.
 
-For machines without a GPU: to try a rebalancing server, and to test one. The exchange is vLLM's own, over gloo.
+For machines without a GPU: to try a rebalancing server, and to test one. The exchange is vLLM's
+own, over gloo.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 
 _KNUTH = 2654435769  # of vLLM's kernel: floor(2^32 / golden ratio)
 
+_ROUTER = "vllm.model_executor.layers.fused_moe.router.base_router"
+
 
 class _CudaAlike:
-    """vLLM's platform, but one on which EPLB may run."""
+    """Stand in for vLLM's platform, but as one on which EPLB may run."""
 
     def __init__(self, platform: Any):
         self._platform = platform
@@ -32,7 +35,7 @@ class _CudaAlike:
 
 
 class _WithEvents:
-    """torch, but with events that take their time from the clock: the CPU has none of its own."""
+    """Stand in for torch, with events that take their time from the clock, as a CPU has none."""
 
     def __init__(self, torch: Any):
         self._torch = torch
@@ -43,7 +46,7 @@ class _WithEvents:
 
 
 class Event:
-    """``torch.Event`` for work that is finished when its call returns."""
+    """Stands for ``torch.Event`` where work is finished when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.at = 0.0
@@ -53,10 +56,10 @@ class Event:
         self.at = time.perf_counter()
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Wait for nothing."""
 
     def elapsed_time(self, other: Event) -> float:
-        """Milliseconds from this event to ``other``."""
+        """Return the milliseconds from this event to ``other``."""
         return (other.at - self.at) * 1e3
 
 
@@ -68,12 +71,14 @@ def map_and_record(
     record_enabled: Any,
     num_unpadded_tokens: Any = None,
 ) -> Any:
-    """Physical experts of the chosen logical ones, counted: vLLM's ``eplb_map_to_physical_and_record`` in torch.
+    """Return the physical experts of the chosen logical ones, and count them.
 
-    Replicas are dealt by a hash of the token's row, as vLLM's kernel does, so that every rank chooses alike.
+    vLLM's ``eplb_map_to_physical_and_record`` in torch. Replicas are dealt by a hash of the token's
+    row, as vLLM's kernel does, so that every rank chooses alike.
 
     Args:
-        topk_ids: logical experts, ``[tokens, top_k]``; -1 for none, which stays -1 and is not counted.
+        topk_ids: logical experts, ``[tokens, top_k]``; -1 for none, which stays -1 and is not
+            counted.
         expert_load_view: int32 ``[physical experts]``, increased by the tokens of each.
         logical_to_physical_map: ``[logical experts, slots]``, -1 behind the last replica.
         logical_replica_count: ``[logical experts]``.
@@ -126,16 +131,18 @@ PLATFORM = Patch(
 
 
 def allow_eplb_on_cpu(engine_args: Any) -> None:
-    """Let vLLM's own checks pass on a machine without a GPU, and choose the one mode that runs there.
+    """Let vLLM's own checks pass on a machine without a GPU, and choose the mode that runs there.
 
     Args:
-        engine_args: an ``EngineArgs`` with ``enable_eplb``; its ``eplb_config`` becomes synchronous, over gloo.
+        engine_args: an ``EngineArgs`` with ``enable_eplb``; its ``eplb_config`` becomes
+            synchronous, over gloo.
     """
     PLATFORM.apply()
     config = copy.copy(engine_args.eplb_config)
     if config.use_async:
         logger.warning(
-            "moe_placement_plugin: EPLB rebalances synchronously on a CPU: its async mode needs a GPU's streams"
+            "moe_placement_plugin: EPLB rebalances synchronously on a CPU: its async mode needs a "
+            "GPU's streams"
         )
     # With CPU tensors this communicator sends over the group's own back end, which is gloo.
     config.use_async, config.communicator = False, "torch_nccl"
@@ -143,15 +150,22 @@ def allow_eplb_on_cpu(engine_args: Any) -> None:
 
 
 def cpu_eplb_patches() -> list[Patch]:
-    """The patches that let a worker of the CPU build run EPLB."""
+    """Return the patches that let a worker of the CPU build run EPLB."""
     return [
         Patch(
             "cpu-eplb-routing",
-            "vllm.model_executor.layers.fused_moe.router.base_router:eplb_map_to_physical_and_record",
+            f"{_ROUTER}:eplb_map_to_physical_and_record",
             lambda original: map_and_record,
-            relies_on=("topk_ids", "expert_load_view", "logical_to_physical_map", "logical_replica_count", "record_enabled",
-                       "num_unpadded_tokens"),
-            why="without CUDA vLLM routes to logical ids as if they were physical ones, and counts nothing",
+            relies_on=(
+                "topk_ids",
+                "expert_load_view",
+                "logical_to_physical_map",
+                "logical_replica_count",
+                "record_enabled",
+                "num_unpadded_tokens",
+            ),
+            why="without CUDA vLLM routes to logical ids as if they were physical ones, and counts "
+            "nothing",
             removable_when="vLLM's CPU build supports EPLB",
         ),
         Patch(
@@ -168,4 +182,4 @@ def cpu_eplb_patches() -> list[Patch]:
             why="torch has no events for the CPU",
             removable_when="vLLM's CPU build supports EPLB",
         ),
-    ]  # fmt: skip
+    ]

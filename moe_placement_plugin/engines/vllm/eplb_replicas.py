@@ -1,4 +1,7 @@
-"""While loading: vLLM's EPLB fills redundant experts too. What nothing was loaded into is served all the same."""
+"""Have all loaders of vLLM fill redundant experts too, which EPLB needs.
+
+What nothing was loaded into is served all the same.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ def _make_expert_params_mapping(original):
         *args,
         **kwargs,
     ):
-        # The loop over this mapping goes on where a slot is not here, so that rows of other ranks do no harm. A draft model may have no such slots.
+        # The loop over this mapping goes on where a slot is not here, so that rows of other ranks
+        # do no harm. A draft model may have no such slots.
         num_redundant_experts = num_redundant_experts or max(
             map(_redundant, routed_layers(model).values()), default=0
         )
@@ -49,12 +53,12 @@ def _load_weights(original):
 
 
 def _redundant(layer: Any) -> int:
-    """Redundant experts of a ``RoutedExperts``."""
+    """Return the number of redundant experts of a ``RoutedExperts``."""
     return layer.moe_config.num_experts - layer.moe_config.num_logical_experts
 
 
 def with_replicas(layer: Any, name: str, tensor: Any, experts: int, redundant: int) -> Any:
-    """A tensor of all experts with rows for the redundant ones, in vLLM's first table's order.
+    """Return a tensor of all experts with rows for the redundant ones, as vLLM's first table.
 
     Args:
         layer: a ``RoutedExperts``.
@@ -72,7 +76,7 @@ def with_replicas(layer: Any, name: str, tensor: Any, experts: int, redundant: i
 
 
 def weight_patches() -> list[Patch]:
-    """The patches of a server with redundant experts."""
+    """Return the patches of a server with redundant experts."""
     return [
         Patch(
             "replica-mapping",
@@ -85,7 +89,8 @@ def weight_patches() -> list[Patch]:
                 "num_experts",
                 "num_redundant_experts",
             ),
-            why="some models (GLM-4-MoE in vLLM 0.25, MTP heads) name no redundant experts to their loader, whose slots stay empty: wrong output",
+            why="some models (GLM-4-MoE in vLLM 0.25, MTP heads) name no redundant experts to "
+            "their loader, whose slots stay empty: wrong output",
             upstream="vLLM issue 55228",
             removable_when="no model asks for a mapping without its redundant experts",
         ),
@@ -94,8 +99,10 @@ def weight_patches() -> list[Patch]:
             f"{_LAYER}.load_weights",
             _load_weights,
             relies_on=("weights",),
-            why="a checkpoint with all experts in one tensor leaves redundant slots without weights: wrong output",
+            why="a checkpoint with all experts in one tensor leaves redundant slots without "
+            "weights: wrong output",
             upstream="vLLM issue 55228",
-            removable_when="RoutedExperts.load_weights fills redundant experts of fused checkpoints",
+            removable_when="RoutedExperts.load_weights fills redundant experts of fused "
+            "checkpoints",
         ),
     ]

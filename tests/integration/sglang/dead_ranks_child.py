@@ -176,6 +176,11 @@ def reload(runner, folder: str) -> float | str:
     return time.perf_counter() - began if done else message
 
 
+def last_report(eplb):
+    """What this rank's last exchange did; None before the first."""
+    return None if eplb.exchanger is None else eplb.exchanger.last
+
+
 def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pipe) -> None:
     """Run one rank: load, then rebalance whenever it is told who is dead."""
     try:
@@ -188,8 +193,16 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
         from sglang.srt.eplb import eplb_manager
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
-        from moe_placement_plugin.engines.sglang import eplb, eplb_exchange
+        from moe_placement_plugin.engines.sglang.state import STATE
+        from moe_placement_plugin.rebalancing.rebalancer import Rebalancer
 
+        proposals, propose = [], Rebalancer.propose
+
+        def noted(*args):
+            proposals.append(propose(*args))
+            return proposals[-1]
+
+        Rebalancer.propose = noted
         state = ElasticEPStateManager._build_state(ep_size=ranks, device=torch.device("cpu"))
         ElasticEPStateManager._instance = state
         at = get_global_expert_location_metadata()
@@ -199,11 +212,7 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
         while True:
             step, dead = pipe.recv()
             recorder.step = step
-            before = getattr(
-                getattr(runner.expert_location_updater, eplb_exchange._EXCHANGER, None),
-                "last",
-                None,
-            )
+            before = last_report(STATE.eplb)
             began = time.perf_counter()
             for gone in dead:
                 state.active_ranks[gone] = 0
@@ -212,11 +221,8 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
             else:
                 list(runner.eplb_manager.rebalance())
             taken = time.perf_counter() - began
-            exchanger = getattr(runner.expert_location_updater, eplb_exchange._EXCHANGER, None)
-            planner = getattr(runner.eplb_manager, eplb._PLANNER)
-            report = (
-                exchanger.last if exchanger is not None and exchanger.last is not before else None
-            )  # of this step
+            report = last_report(STATE.eplb)
+            report = None if report is before else report  # of this step
             wrong = wrong_slots(runner, folder)
             again = reload(runner, folder)
             seen = {
@@ -226,7 +232,8 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
                 "reload": again,
                 **tables(runner),
             }
-            seen |= {"decision": planner.last.reason, "accepted": planner.last.rebalance}
+            decision = proposals[-1].decision
+            seen |= {"decision": decision.reason, "accepted": decision.rebalance}
             if report is not None:
                 seen |= {
                     "received": report.bytes_received,

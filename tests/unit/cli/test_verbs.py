@@ -140,7 +140,7 @@ def test_simulate(cli, load_file, tmp_path):
 def test_simulate_with_a_calibration(cli, load_file, tmp_path):
     from moe_placement_plugin.simulation.costmodel import Calibration
 
-    from ..simulation.test_cost_and_simulate import measurements
+    from ..simulation.test_costmodel import measurements
 
     path = tmp_path / "calibration.json"
     Calibration(device="made up for this test", layer={}, measurements=measurements(0.02)).write(

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.core.topology import Topology
-from moe_placement_plugin.exchange.plan import SCRATCH, Chunk, ExchangePlan, plan_exchange
+from moe_placement_plugin.exchange.chunks import Chunk
+from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
+from moe_placement_plugin.exchange.transfer_table import SCRATCH
 
 
 def random_placement(
@@ -30,7 +32,10 @@ def random_placement(
 
 
 def drifted(rng: np.random.Generator, old: Placement, live=None, share: float = 0.3) -> Placement:
-    """A placement near ``old``: a few layers unchanged, slots of a rank shuffled, experts swapped between ranks."""
+    """A placement near ``old``.
+
+    A few layers unchanged, slots of a rank shuffled, experts swapped between ranks.
+    """
     table = old.physical_to_logical.copy()
     rank_of = old.rank_of_slot
     for row in table:
@@ -50,7 +55,10 @@ def drifted(rng: np.random.Generator, old: Placement, live=None, share: float = 
 
 @st.composite
 def exchanges(draw, most_ranks: int = 7) -> ExchangePlan:
-    """Plans between random placements: uneven slots, other numbers of slots, dead ranks, several nodes."""
+    """Plans between random placements.
+
+    Uneven slots, other numbers of slots, dead ranks, several nodes.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     ranks = draw(st.integers(1, most_ranks))
     experts = draw(st.integers(1, 12))
@@ -119,15 +127,15 @@ class SimulatedRanks:
         """Stage and commit chunk by chunk."""
         for chunk in chunks:
             staged = {}
-            for row, _expert, source, slot, rank, to in chunk.transfers.tolist():
+            for row, _, source, slot, rank, to in chunk.transfers:
                 assert plan.live[source] and plan.live[rank]
                 staged[row, rank, to] = [t[slot].copy() for t in self.weights[source][row]]
-            for row, expert, rank, to in chunk.reads.tolist():
+            for row, expert, rank, to in chunk.reads:
                 staged[row, rank, to] = [
                     expert_content(row, expert, p) for p in range(len(self.weights[rank][row]))
                 ]
             scratch: dict[int, list[np.ndarray]] = {}
-            for row, rank, source, to in chunk.copies.tolist():
+            for row, rank, source, to in chunk.copies:
                 tensors = self.weights[rank][row]
                 read = scratch[rank] if source == SCRATCH else [t[source].copy() for t in tensors]
                 if to == SCRATCH:

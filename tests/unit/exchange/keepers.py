@@ -1,4 +1,4 @@
-"""Processes that hold the store of an agreement between ranks 0 and 1, and end as soon as they may."""
+"""Processes that hold the store of an agreement of two ranks, and end as soon as they may."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import torch.distributed as dist
 from moe_placement_plugin.exchange.commit import Agreement
 
 LATE = 0.5
-"""Seconds after which the other rank reads: without help the process with the store has ended by then."""
+"""Seconds after which the other rank reads.
+
+Without help the process with the store has ended by then.
+"""
 
 
 def killed() -> None:

@@ -1,4 +1,7 @@
-"""Something that happens at a chosen moment of an exchange, told by how much of its work is done and not by a clock."""
+"""Have something happen at a chosen moment of an exchange.
+
+The moment is told by how much of the exchange's work is done, and not by a clock.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ Result = TypeVar("Result")
 
 
 class Pieces:
-    """Counts this process's pieces of work in exchanges: a store call, a batch, the copy of tensors. One in each process."""
+    """Counts this process's pieces of work in exchanges.
+
+    A store call, a batch, the copy of tensors. One in each process.
+    """
 
     def __init__(self) -> None:
         self._seen = self._all = self._event = 0
@@ -27,14 +33,17 @@ class Pieces:
         Process.read = self._counted(Process.read)
 
     def count(self, run: Callable[[], Result]) -> Result:
-        """Run an undisturbed exchange, which tells how much work the next one like it has; what it returns."""
+        """Run an undisturbed exchange, which tells how much work the next one like it has.
+
+        What it returns.
+        """
         self._seen = 0
         result = run()
         self._all = self._seen
         return result
 
     def at(self, moment: float, act: Callable[[], object]) -> None:
-        """Call ``act`` when the share ``moment`` (0 to below 1) of the counted work has been done from now on."""
+        """Call ``act`` when a share of the counted work, 0 to below 1, is done from now on."""
         self._seen, self._event, self._act = 0, 1 + int(moment * self._all), act
 
     def _counted(self, call):

@@ -1,4 +1,4 @@
-"""Real processes over gloo, forked from a server that has torch and the compiled kernels loaded already."""
+"""Start real processes over gloo, forked from a server that has torch and kernels loaded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Ranks:
             meanwhile: called with the processes and their store while they run.
 
         Returns:
-            What each returned; None for one that was killed, or crashed: who may be missing is the caller's to check.
+            What each returned; None for one that was killed, or crashed: who may be missing is the
+            caller's to check.
 
         Raises:
             AssertionError: when one raised, or did not end in time.
@@ -71,14 +72,16 @@ class Ranks:
                 if not pipe.poll(max(0.0, deadline - time.monotonic())):
                     stuck = _stacks(processes, stacks.name)
                     raise AssertionError(
-                        f"rank {rank} did not end within {timeout} s; where it and the others wait:\n{stuck}"
+                        f"rank {rank} did not end within {timeout} s; where it and the others "
+                        f"wait:\n{stuck}"
                     )
                 try:
                     kind, value = pipe.recv()
                 except EOFError:
                     kind, value = "killed", None
                 assert kind != "error", (
-                    f"rank {rank}:\n{value}\nwhere the others are:\n{_stacks(processes, stacks.name)}"
+                    f"rank {rank}:\n{value}\nwhere the others "
+                    f"are:\n{_stacks(processes, stacks.name)}"
                 )
                 results.append(value)
             return results
@@ -107,7 +110,8 @@ def _stacks(processes: list[Any], folder: str) -> str:
 def _child(function, rank, world, port, name, pipe, stacks, args) -> None:
     import torch.distributed as dist
 
-    faulthandler.register(signal.SIGUSR1, open(f"{stacks}/rank-{rank}", "w"))  # noqa: SIM115 - for as long as the process lives
+    # Open for as long as the process lives.
+    faulthandler.register(signal.SIGUSR1, open(f"{stacks}/rank-{rank}", "w"))  # noqa: SIM115
     try:
         client = dist.TCPStore(
             "127.0.0.1",
@@ -124,7 +128,8 @@ def _child(function, rank, world, port, name, pipe, stacks, args) -> None:
             world_size=world,
             timeout=timedelta(seconds=30),
         )
-        # Nobody's connections are complete because this rank's are, and one that ends early would leave the others waiting for it.
+        # Nobody's connections are complete because this rank's are, and one that ends early would
+        # leave the others waiting for it.
         if store.add("connected", 1) == world:
             store.set("all connected", "")
         store.wait(["all connected"], timedelta(seconds=30))

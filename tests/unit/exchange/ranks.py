@@ -1,4 +1,7 @@
-"""What the processes of the tests do: hold weights whose bytes name their expert, carry out an exchange, say what they hold then."""
+"""What the processes of the tests do.
+
+Hold weights whose bytes name their expert, carry out an exchange, say what they hold then.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,15 @@ import torch.distributed as dist
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.topology import Topology
-from moe_placement_plugin.exchange import transfers
+from moe_placement_plugin.exchange import peer_reads
 from moe_placement_plugin.exchange.commit import Agreement, ExchangeAborted, ExchangeLost
+from moe_placement_plugin.exchange.communication import Communication
+from moe_placement_plugin.exchange.device_queue import DeviceQueue
 from moe_placement_plugin.exchange.executor import Exchange
 from moe_placement_plugin.exchange.expert_memory import view_parameter
 from moe_placement_plugin.exchange.peer_memory import PeerMemory
 from moe_placement_plugin.exchange.plan import ExchangePlan, plan_exchange
-from moe_placement_plugin.exchange.transfers import Transfers
+from moe_placement_plugin.exchange.staging import Memory
 from moe_placement_plugin.exchange.watchdog import Watchdog
 from moe_placement_plugin.rebalancing.lost_experts import place_lost
 
@@ -34,7 +39,10 @@ SHAPES = (
     ((2, 4), torch.bfloat16),
     ((1,), torch.float8_e4m3fn),
 )
-"""One slot of each tensor of a layer. Their bytes are random, so NaNs of all kinds are among them."""
+"""One slot of each tensor of a layer.
+
+Their bytes are random, so NaNs of all kinds are among them.
+"""
 
 
 def expert_tensor(row: int, expert: int, parameter: int) -> torch.Tensor:
@@ -63,7 +71,10 @@ def weights_of(placement, rank: int, slots: int) -> list[list[torch.Tensor]]:
 
 
 def shared(weights: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """The same in memory that other processes can map, as a GPU's; other memory of this process they can attach to."""
+    """The same in memory that other processes can map, as a GPU's.
+
+    Other memory of this process they can attach to.
+    """
     torch.multiprocessing.set_sharing_strategy("file_system")
     for tensors in weights:
         for tensor in tensors:
@@ -98,14 +109,20 @@ class Reader:
 
 
 def together(store, name: str, count: int) -> None:
-    """Go on when as many ranks have come here. The store is the parent's: no rank that ends takes it along."""
+    """Go on when as many ranks have come here.
+
+    The store is the parent's: no rank that ends takes it along.
+    """
     if store.add(name, 1) == count:
         store.set(f"all {name}", "")
     store.wait([f"all {name}"], timedelta(seconds=30))
 
 
 def survivors(found: Exchange, store, expected: int) -> tuple[int, ...]:
-    """`Exchange.survivors` of as many ranks, however late one of them comes: nobody waits for the dead."""
+    """`Exchange.survivors` of as many ranks, however late one of them comes.
+
+    Nobody waits for the dead.
+    """
     if store.add("noticed", 1) < expected:
         return found.survivors(30)
     while len(found._agreement._ask(found._agreement._alive.present)) < expected - 1:
@@ -114,70 +131,80 @@ def survivors(found: Exchange, store, expected: int) -> tuple[int, ...]:
 
 
 def exchange(
-    rank: int, world: int, store, plan: ExchangePlan, limits: dict, by_layer: bool = False, nodes: tuple[int, ...] | None = None,
+    rank: int,
+    world: int,
+    store,
+    plan: ExchangePlan,
+    limits: dict,
+    by_layer: bool = False,
+    nodes: tuple[int, ...] | None = None,
     attached: bool = False,
-):  # fmt: skip
+):
     """Carry the plan out; (bytes of all weights, what was read from the checkpoint, report).
 
     Args:
-        limits: of `Exchange`; ``free``: memory that a GPU would have free; ``singly``: `transfers.READ_SINGLY`.
+        limits: of `Memory`; ``free``: memory that a GPU would have free; ``singly``:
+            `peer_reads.READ_SINGLY`.
         nodes: of the ranks, when those of a node are to read each other's memory.
         attached: in which they do not map it.
     """
     slots = max(plan.old.slots_per_rank[rank], plan.new.slots_per_rank[rank])
     weights = weights_of(plan.old, rank, slots)
     reader = Reader()
+    peers = None
     if nodes is not None:
-        limits = limits | {"peers": peer_memory(weights if attached else shared(weights), nodes)}
+        peers = peer_memory(weights if attached else shared(weights), nodes)
     limits = dict(limits)
-    transfers.READ_SINGLY = limits.pop("singly", transfers.READ_SINGLY)
+    peer_reads.READ_SINGLY = limits.pop("singly", peer_reads.READ_SINGLY)
     if "free" in limits:
         free = limits.pop("free")
-        Transfers.free_memory = lambda self: free
+        DeviceQueue.free_memory = lambda self: free
     alive = rank in plan.live_ranks
     group = dist.new_group(list(plan.live_ranks)) if len(plan.live_ranks) < world else None
     if not alive:
         return None
     given = dict(zip(plan.new.layer_ids, weights)) if by_layer else weights
-    found = Exchange(plan, given, group, epoch=1, store=store, reader=reader, timeout=20, **limits)
+    how = Communication(1, group, store, timeout=20)
+    found = Exchange(plan, given, how, Memory(**limits), reader, peers=peers)
     report = found.run()
     assert found.metadata.complete
     return as_bytes(weights), reader.asked, report
 
 
 def exchange_with_a_death(
-    rank: int, world: int, store, plan: ExchangePlan, victim: int, moment: float | None, limits: dict, nodes: tuple[int, ...] | None = None,
+    rank: int,
+    world: int,
+    store,
+    plan: ExchangePlan,
+    victim: int,
+    moment: float | None,
+    limits: dict,
+    nodes: tuple[int, ...] | None = None,
     attached: bool = False,
-):  # fmt: skip
-    """Carry the plan out while ``victim`` dies at ``moment``: the share of its pieces of work done by then (None: somebody else kills it).
+):
+    """Carry the plan out while ``victim`` dies at ``moment``.
 
-    The same exchange goes before, undisturbed. It tells how much work there is and how long it takes, which the store then says as
-    ``microseconds``: a death after the end would prove nothing. The survivors have that much more time to notice, since it tells as well
-    how busy the machine is.
+    The share of its pieces of work done by then (None: somebody else kills it).
+
+    The same exchange goes before, undisturbed. It tells how much work there is and how long it
+    takes, which the store then says as ``microseconds``: a death after the end would prove nothing.
+    The survivors have that much more time to notice, since it tells as well how busy the machine
+    is.
 
     Returns:
-        (bytes of all weights, committed layers, survivors (None when nothing was noticed, empty for a rank that came too late to be
-        one), reason); no weights and no layers where the rank has to load its weights anew.
+        (bytes of all weights, committed layers, survivors (None when nothing was noticed, empty for
+        a rank that came too late to be one), reason); no weights and no layers where the rank has
+        to load its weights anew.
     """
     work = Pieces()
 
     def prepared(epoch: int, timeout: float) -> tuple[list[list[torch.Tensor]], Exchange]:
         weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
-        peers = (
-            {}
-            if nodes is None
-            else {"peers": peer_memory(weights if attached else shared(weights), nodes)}
-        )
-        return weights, Exchange(
-            plan,
-            weights,
-            epoch=epoch,
-            store=store,
-            reader=Reader(),
-            timeout=timeout,
-            **limits,
-            **peers,
-        )
+        peers = None
+        if nodes is not None:
+            peers = peer_memory(weights if attached else shared(weights), nodes)
+        how = Communication(epoch, store=store, timeout=timeout)
+        return weights, Exchange(plan, weights, how, Memory(**limits), Reader(), peers=peers)
 
     _, calm = prepared(1, 30.0)
     dist.barrier()
@@ -194,7 +221,8 @@ def exchange_with_a_death(
     try:
         found.run()
     except ExchangeAborted as aborted:
-        # The others are known only after their time to notice. On a busy machine one may come too late: it stops then, and is told why.
+        # The others are known only after their time to notice. On a busy machine one may come too
+        # late: it stops then, and is told why.
         try:
             live, reason = found.survivors(0.5 + 5 * took), aborted.reason
         except ExchangeLost as lost:
@@ -205,12 +233,15 @@ def exchange_with_a_death(
     return as_bytes(weights), found.metadata.committed, None, ""
 
 
-def start(rank: int, store, plan: ExchangePlan, weights, **more) -> Exchange:
+def start(store, plan: ExchangePlan, weights, reader=None, watchdog=None, **how) -> Exchange:
+    """An exchange of a layer a chunk; ``how``: other fields of `Communication`."""
     return Exchange(
         plan,
         weights,
-        store=store,
-        **({"epoch": 1, "reader": Reader(), "timeout": 10, "max_layers": 1} | more),
+        Communication(**({"epoch": 1, "store": store, "timeout": 10.0} | how)),
+        Memory(max_layers=1),
+        Reader() if reader is None else reader,
+        watchdog,
     )
 
 
@@ -225,7 +256,7 @@ def outcome(found: Exchange, weights):
 
 def with_another_plan(rank: int, world: int, store, plan: ExchangePlan, other: ExchangePlan):
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
-    return outcome(start(rank, store, other if rank == 1 else plan, weights), weights)
+    return outcome(start(store, other if rank == 1 else plan, weights), weights)
 
 
 class FailingReader(Reader):
@@ -240,17 +271,17 @@ def with_a_failing_reader(rank: int, world: int, store, plan: ExchangePlan):
     if rank not in plan.live_ranks:
         return None
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
-    return outcome(start(rank, store, plan, weights, group=group, reader=FailingReader()), weights)
+    return outcome(start(store, plan, weights, group=group, reader=FailingReader()), weights)
 
 
 def twice_with_one_epoch(rank: int, world: int, store, plan: ExchangePlan, back: ExchangePlan):
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
-    start(rank, store, plan, weights).run()
+    start(store, plan, weights).run()
     try:
-        start(rank, store, back, weights).run()
+        start(store, back, weights).run()
     except PlacementError as error:
         refused = str(error)
-    start(rank, store, back, weights, epoch=2).run()
+    start(store, back, weights, epoch=2).run()
     return as_bytes(weights), refused
 
 
@@ -258,7 +289,7 @@ def with_a_rank_that_hangs(rank: int, world: int, store, plan: ExchangePlan, han
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     said: list[str] = []
     watchdog = Watchdog(0.3, 1.2, report=said.append)
-    found = start(rank, store, plan, weights, watchdog=watchdog, timeout=40)
+    found = start(store, plan, weights, watchdog=watchdog, timeout=40)
     if rank == hangs:
         together(store, "gave up", world)
     began = time.monotonic()
@@ -280,7 +311,7 @@ def after_the_store_is_gone(rank: int, world: int, store, plan: ExchangePlan):
         )
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     try:
-        for _ in start(rank, own, plan, weights).steps():
+        for _ in start(own, plan, weights).steps():
             if rank == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
     except ExchangeLost as error:
@@ -289,7 +320,10 @@ def after_the_store_is_gone(rank: int, world: int, store, plan: ExchangePlan):
 
 
 def with_a_late_reader(rank: int, world: int, store, plan: ExchangePlan):
-    """Rank 0 holds the store of the agreement, votes last and ends as soon as its exchange has; the others read the fates late."""
+    """Rank 0 holds the store of the agreement, votes last and ends as soon as its exchange has.
+
+    The others read the fates late.
+    """
     if rank == 0:
         own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         store.set("port", str(own.port))
@@ -314,16 +348,19 @@ def with_a_late_reader(rank: int, world: int, store, plan: ExchangePlan):
         Agreement._await_fate = read_late
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     try:
-        start(rank, own, plan, weights, max_layers=None).run()
+        Exchange(plan, weights, Communication(1, store=own, timeout=10)).run()
     except ExchangeLost as lost:
         return str(lost)
     return as_bytes(weights)
 
 
 def recovering(rank: int, world: int, store, plan: ExchangePlan, victim: int):
-    """A death after the second chunk; the survivors go on by themselves, to a placement without the dead rank."""
+    """A death after the second chunk.
+
+    The survivors go on by themselves, to a placement without the dead rank.
+    """
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
-    found = start(rank, store, plan, weights)
+    found = start(store, plan, weights)
     try:
         for number, _ in enumerate(found.steps()):
             if rank == victim and number == 1:
@@ -337,26 +374,34 @@ def recovering(rank: int, world: int, store, plan: ExchangePlan, victim: int):
     )
     reader = Reader()
     after = plan_exchange(in_force, place_lost(in_force, live), live_ranks=live)
-    start(rank, store, after, weights, epoch=2, reader=reader).run()
+    start(store, after, weights, epoch=2, reader=reader).run()
     return as_bytes(weights), in_force, live, reader.asked
 
 
 def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
-    """Exchanges one after the other as an engine has them, of which ``dies`` leaves after the second; keys of the agreement in the store."""
+    """Exchanges one after the other as an engine has them; ``dies`` leaves after the second.
+
+    Returns:
+        (bytes of all weights, keys of agreements in the store, staging buffers).
+    """
     import logging
 
-    from moe_placement_plugin.rebalancing.exchanger import Exchanger, Meeting
+    from moe_placement_plugin.rebalancing.exchanger import (
+        ExchangeLimits,
+        Exchanger,
+        RankFacts,
+    )
 
     weights = weights_of(placements[0], rank, placements[0].slots_per_rank[rank])
-    meeting = Meeting.of(dist.group.WORLD, outlive=dies is not None)
+    facts = RankFacts.gather(dist.group.WORLD, outlive=dies is not None)
     exchanger = Exchanger(
         dict(enumerate(weights)),
         placements[0].num_logical_experts,
         dist.group.WORLD,
-        meeting,
+        facts,
         "test",
         logging.getLogger(),
-        timeout=20,
+        ExchangeLimits(timeout=20),
     )
     exchanger.reserve()
     live = None
@@ -364,7 +409,8 @@ def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
     before = store.num_keys()
     for number, (old, new) in enumerate(zip(placements, placements[1:])):
         if number == 2 and dies is not None:
-            # Between two exchanges: who still asks the store of a rank that dies stops, which is tested elsewhere.
+            # Between two exchanges: who still asks the store of a rank that dies stops, which is
+            # tested elsewhere.
             together(store, "two", world)
             if rank == dies:
                 os._exit(0)
@@ -376,5 +422,5 @@ def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
             Reader(),
         )
         assert committed == exchanger.plan(old, new, live).changed_rows.tolist()
-        staging.add(exchanger._staging.data_ptr())
+        staging.add(exchanger._memory.kept.data_ptr())
     return as_bytes(weights), store.num_keys() - before, len(staging)

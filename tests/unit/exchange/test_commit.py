@@ -116,7 +116,8 @@ def test_meeting():
     assert all_at_once(agreements, lambda a: a.meet("digest")) == [None] * len(RANKS)
     with pytest.raises(PlacementError, match="epoch 1 was used before"):
         agreements[0].meet("digest")
-    # One whose plan differs must keep the others from reading weights that it is about to overwrite otherwise.
+    # One whose plan differs must keep the others from reading weights that it is about to overwrite
+    # otherwise.
     agreements = members(ranks=[0, 1, 2], timeout=30.0)
     agreements[0].enter("one")
     found = all_at_once(agreements[1:], lambda a: a.meet("one" if a is agreements[1] else "two"))

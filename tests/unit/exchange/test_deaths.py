@@ -1,7 +1,8 @@
 """Ranks that die in the middle: real processes, ended by SIGKILL at random points.
 
-Whatever the moment, every survivor must hold, layer by layer, the old map or the new one as a whole, the same layers on all survivors; or,
-when it stops with an error, the error must say so. 240 trials in all: 24 here, the others with the mark `engine`.
+Whatever the moment, every survivor must hold, layer by layer, the old map or the new one as a
+whole, the same layers on all survivors; or, when it stops with an error, the error must say so. 240
+trials in all: 24 here, the others with the mark `engine`.
 """
 
 from __future__ import annotations
@@ -35,10 +36,16 @@ def make_plan(rng):
 
 
 def check_survivors(plan, results, victim: int | None) -> tuple[str, bool]:
-    """(what became of the exchange: the number of layers on the new map, or ``complete``; whether a rank came too late to go on)."""
+    """Check what all survivors hold and say.
+
+    Returns:
+        (what became of the exchange: the number of layers on the new map, or ``complete``; whether
+        a rank came too late to go on).
+    """
     survivors = [rank for rank in range(WORLD) if results[rank] is not None]
     assert set(range(WORLD)) - set(survivors) <= {victim}
-    # The store is in this process: on a machine that stands still for seconds it gives no answer in time, and who asked must stop.
+    # The store is in this process: on a machine that stands still for seconds it gives no answer in
+    # time, and who asked must stop.
     stopped = {rank for rank in survivors if results[rank][1] is None}
     for rank in stopped:
         assert "stop this rank and load its weights anew" in results[rank][3]
@@ -60,7 +67,10 @@ def check_survivors(plan, results, victim: int | None) -> tuple[str, bool]:
 
 
 def trial(ranks, number: int) -> tuple[str, bool, bool]:
-    """One exchange with a death; (what became of it, whether a rank came too late, whether the victim died in it)."""
+    """One exchange with a death.
+
+    (what became of it, whether a rank came too late, whether the victim died in it).
+    """
     from .ranks import exchange_with_a_death
 
     rng = np.random.default_rng([7, number])
@@ -72,7 +82,8 @@ def trial(ranks, number: int) -> tuple[str, bool, bool]:
     nodes = [None, (0,) * WORLD, (0, 0, 0, 1, 1)][
         number // 3 % 3
     ]  # all is sent, all is read in the others' memory (mapped or not), some
-    # Half of the victims are killed from outside at a random time, half kill themselves at a random piece of work.
+    # Half of the victims are killed from outside at a random time, half kill themselves at a random
+    # piece of work.
     share = float(rng.uniform())
 
     def kill(processes, store):
@@ -107,12 +118,15 @@ def run_trials(ranks, numbers) -> None:
     late = sum(late for _, late, _ in outcomes)
     kinds = {kind for kind, _, dead in outcomes if dead}
     print(
-        f"{died} of {len(outcomes)} victims died in the exchange; {late} times a rank came too late; {sorted(kinds)}"
+        f"{died} of {len(outcomes)} victims died in the exchange; {late} times a rank came too "
+        f"late; {sorted(kinds)}"
     )
-    # Deaths must be spread over the exchange: before its beginning or after its end they would prove nothing.
+    # Deaths must be spread over the exchange: before its beginning or after its end they would
+    # prove nothing.
     assert died >= 0.6 * len(outcomes)
     assert len(kinds) >= 3
-    # Stopping in time is right, and stopping too often would be no survival: the time to notice is short on a machine that suddenly gets busy only.
+    # Stopping in time is right, and stopping too often would be no survival: the time to notice is
+    # short on a machine that suddenly gets busy only.
     assert late <= 0.25 * len(outcomes)
 
 

@@ -1,4 +1,4 @@
-"""The rank whose process holds the store ends as soon as it may, while another has not read yet what was decided."""
+"""The rank with the store ends as soon as it may, before another has read what was decided."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from .test_executor import check_weights  # noqa: E402
 
 @contextmanager
 def keeper(then, timeout: float = 20) -> Iterator[tuple]:
-    """A process with the store and rank 0 of an agreement, which does ``then``; (the process, rank 1's agreement)."""
+    """A process with the store and rank 0 of an agreement, which does ``then``.
+
+    (the process, rank 1's agreement).
+    """
     context = forkserver.context()
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=keepers.hold, args=(there, then, timeout), daemon=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.exchange.plan import plan_exchange
+from moe_placement_plugin.exchange.transfer_table import TransferTable
 from moe_placement_plugin.exchange.watchdog import WaitingFor, Watchdog
 from moe_placement_plugin.rebalancing.lost_experts import place_lost
 
@@ -46,11 +49,26 @@ def test_ranks_with_different_plans_move_nothing(ranks):
     assert all("another plan" in result[2] for result in results)
 
 
+def test_ranks_with_other_senders_between_the_same_tables_move_nothing(ranks):
+    """The fault: a rank whose plan was made otherwise waits for what nobody sends."""
+    from .ranks import with_another_plan
+
+    old = Placement(np.array([[0, 1, 0, 1, 2, 3]] * 2), 4, (2, 2, 2))
+    plan = plan_exchange(old, Placement(np.array([[0, 3, 0, 1, 2, 1]] * 2), 4, (2, 2, 2)))
+    moves = plan.transfers.array.copy()
+    of_1 = plan.transfers.expert == 1
+    moves[of_1, 2] = 1 - moves[of_1, 2]  # both ranks hold it, in the same slot
+    results = ranks.run(with_another_plan, 3, plan, replace(plan, transfers=TransferTable(moves)))
+    check_all(plan, results)
+    assert not results[0][1].any()
+    assert all("another plan" in result[2] for result in results)
+
+
 def test_a_reader_that_fails_on_one_rank_stops_all(ranks):
     from .ranks import with_a_failing_reader
 
     plan = a_plan(1, ranks=4, experts=9, live=[1, 2, 3])
-    assert plan.reads[:, 0].tolist().count(1) == 1
+    assert plan.reads.row.tolist().count(1) == 1
     results = ranks.run(with_a_failing_reader, 4, plan)
     check_all(plan, results)
     assert results[1][1].tolist() == [True, False, False]
@@ -61,9 +79,7 @@ def test_an_epoch_is_used_once(ranks):
     from .ranks import twice_with_one_epoch
 
     plan = a_plan()
-    done = plan.metadata()
-    done.committed[:] = True
-    results = ranks.run(twice_with_one_epoch, 3, plan, done.undo())
+    results = ranks.run(twice_with_one_epoch, 3, plan, plan_exchange(plan.new, plan.old))
     for rank, (weights, refused) in enumerate(results):
         check_weights(weights, plan.old, rank)
         assert "epoch 1 was used before" in refused
@@ -82,7 +98,10 @@ def test_the_watchdog_ends_the_wait_for_a_rank_that_hangs(ranks):
     for rank in (0, 2):
         reason, said, seconds = results[rank][2:]
         assert seconds < 20  # transfers alone would wait for forty
-        waits = r"not finished after \d+\.\d s; waiting for: receive, layer 0, round \d, ranks \[.*\], [\d,]+ bytes"
+        waits = (
+            r"not finished after \d+\.\d s; waiting for: receive, layer 0, round \d, "
+            r"ranks \[.*\], [\d,]+ bytes"
+        )
         assert any(re.search(waits, line) for line in said), (
             said
         )  # the first on a busy machine: for its start
@@ -134,7 +153,7 @@ def test_place_lost_moves_nothing_else():
         for e in range(10)
         if not any(e in old.local_experts(row, r) for r in (0, 1, 3))
     ]
-    assert sorted(map(tuple, plan.reads[:, :2].tolist())) == lost and lost
+    assert sorted((read.row, read.expert) for read in plan.reads) == lost and lost
     assert (new.physical_to_logical[:, 10:15] == old.physical_to_logical[:, 10:15]).all()
     with pytest.raises(PlacementError, match="5 slots for 10 experts"):
         place_lost(old, [0])

@@ -1,4 +1,8 @@
-"""Experts read in the memory of other ranks: real processes whose weights lie in shared memory, as GPUs' do under CUDA's handles, or in their own."""
+"""Experts read in the memory of other ranks.
+
+Real processes whose weights lie in shared memory, as GPUs' do under CUDA's handles, or in their
+own.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,10 @@ def placements(seed: int, slots, experts: int = 12):
 
 @pytest.fixture(scope="module")
 def sent(ranks):
-    """What each rank has when all experts are sent, by plan and limits: the same for each way of reading."""
+    """What each rank has when all experts are sent, by plan and limits.
+
+    The same for each way of reading.
+    """
     from .ranks import exchange
 
     found: dict = {}
@@ -78,15 +85,19 @@ def test_read_and_sent_end_alike(ranks, sent, nodes, cut, attached):
     )
     packed = [result[2].packing_bytes for result in read]
     node_of = np.array(nodes)
-    between = node_of[plan.transfers[:, 2]] != node_of[plan.transfers[:, 4]]
+    between = node_of[plan.transfers.from_rank] != node_of[plan.transfers.to_rank]
     assert [size > 0 for size in packed] == [
-        bool((plan.transfers[between, 2] == rank).any()) for rank in range(4)
+        bool((plan.transfers.from_rank[between] == rank).any()) for rank in range(4)
     ]
 
 
 def repeatedly(rank, world, store, plan, back, number, attached):
-    """There and back again, rank 1 slow to overwrite its slots; whether all bytes are right each time."""
-    from moe_placement_plugin.exchange import executor
+    """There and back again, rank 1 slow to overwrite its slots.
+
+    Whether all bytes are right each time.
+    """
+    from moe_placement_plugin.exchange import transfers
+    from moe_placement_plugin.exchange.communication import Communication
     from moe_placement_plugin.exchange.executor import Exchange
 
     from .ranks import as_bytes, peer_memory, shared, weights_of
@@ -94,18 +105,22 @@ def repeatedly(rank, world, store, plan, back, number, attached):
     weights = weights_of(plan.old, rank, plan.old.slots_per_rank[rank])
     peers = peer_memory(weights if attached else shared(weights), (0,) * world)
     if rank == 1:
-        copy_rows = executor.copy_rows
-        executor.copy_rows = lambda *rows: (time.sleep(0.02), copy_rows(*rows))
+        copy_rows = transfers.copy_rows
+        transfers.copy_rows = lambda *rows: (time.sleep(0.02), copy_rows(*rows))
     for turn in range(number):
         going = plan if turn % 2 == 0 else back
-        Exchange(going, weights, epoch=turn, store=store, peers=peers, timeout=20).run()
+        how = Communication(turn, store=store, timeout=20)
+        Exchange(going, weights, how, peers=peers).run()
         check_weights(as_bytes(weights), going.new, rank)
     return True
 
 
 @pytest.mark.parametrize("attached", [False, True], ids=["mapped", "attached"])
 def test_nobody_reads_what_is_being_overwritten(ranks, attached):
-    """Ranks that have ended an exchange would read in the next one what a slow rank has yet to overwrite, if nothing held them."""
+    """The fault: a rank that has ended an exchange reads on while a slow one has yet to overwrite.
+
+    In the next exchange, if nothing held it.
+    """
     old, new = placements(2, [6, 6, 6])
     assert (
         ranks.run(repeatedly, 3, plan_exchange(old, new), plan_exchange(new, old), 6, attached)
@@ -115,6 +130,7 @@ def test_nobody_reads_what_is_being_overwritten(ranks, attached):
 
 def without_a_rank(rank, world, store, plan, dead, attached):
     """Rank ``dead`` leaves before the exchange."""
+    from moe_placement_plugin.exchange.communication import Communication
     from moe_placement_plugin.exchange.executor import Exchange
 
     from .ranks import Reader, as_bytes, peer_memory, shared, together, weights_of
@@ -124,9 +140,8 @@ def without_a_rank(rank, world, store, plan, dead, attached):
     together(store, "looked", world)  # memory goes with its owner
     if rank == dead:
         return None
-    report = Exchange(
-        plan, weights, epoch=1, store=store, peers=peers, reader=Reader(), timeout=20
-    ).run()
+    how = Communication(1, store=store, timeout=20)
+    report = Exchange(plan, weights, how, reader=Reader(), peers=peers).run()
     check_weights(as_bytes(weights), plan.new, rank)
     return report.bytes_sent
 
@@ -198,9 +213,17 @@ def contents(parameter):
 
 @pytest.mark.parametrize(
     "what, attached",
-    [("all", False), ("one attached", False), ("wrong", False), ("all", True), ("wrong", True), ("another process", True),
-     ("no longer there", True), ("not allowed", True)],
-)  # fmt: skip
+    [
+        ("all", False),
+        ("one attached", False),
+        ("wrong", False),
+        ("all", True),
+        ("wrong", True),
+        ("another process", True),
+        ("no longer there", True),
+        ("not allowed", True),
+    ],
+)
 def test_what_cannot_be_seen_is_left_to_messages(ranks, what, attached):
     """Memory that does not hold what its owner says, or that the system does not let be read."""
     results = ranks.run(looks, 3, what, attached)
@@ -232,14 +255,14 @@ def test_what_cannot_be_seen_is_left_to_messages(ranks, what, attached):
 def drops_out(rank, world, store, plan):
     """Rank 1 never enters."""
     from moe_placement_plugin.exchange.commit import ExchangeAborted
+    from moe_placement_plugin.exchange.communication import Communication
     from moe_placement_plugin.exchange.executor import Exchange
 
     from .ranks import as_bytes, peer_memory, shared, together, weights_of
 
     weights = shared(weights_of(plan.old, rank, plan.old.slots_per_rank[rank]))
-    found = Exchange(
-        plan, weights, epoch=1, store=store, peers=peer_memory(weights, (0,) * world), timeout=0.5
-    )
+    how = Communication(1, store=store, timeout=0.5)
+    found = Exchange(plan, weights, how, peers=peer_memory(weights, (0,) * world))
     together(store, "looked", world)  # memory goes with its owner
     if rank == 1:
         return None
@@ -259,7 +282,10 @@ def test_reading_begins_when_all_have_come(ranks):
 
 
 def test_torch_names_what_is_changed_of_a_cuda_tensor():
-    """A CUDA tensor is seen from the reader's device: what says so must be known by these names in the installed torch."""
+    """A CUDA tensor is seen from the reader's device.
+
+    What says so must be known by these names in the installed torch.
+    """
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     assert {"storage_device", "event_sync_required"} <= set(

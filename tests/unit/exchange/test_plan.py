@@ -1,8 +1,12 @@
-"""The plan as a pure function: carried out on numpy arrays, it gives every slot its expert, within its own promises."""
+"""The plan as a pure function.
+
+Carried out on numpy arrays, it gives every slot its expert, within its own promises.
+"""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.placement import EngineTable, Placement
 from moe_placement_plugin.core.topology import Topology
 from moe_placement_plugin.exchange.plan import plan_exchange
+from moe_placement_plugin.exchange.transfer_table import TransferTable
 
 from .cases import SimulatedRanks, exchanges, random_placement
 
@@ -82,11 +87,11 @@ def test_an_engines_table_may_hold_an_expert_twice_on_a_rank(seed, ranks, slots)
 def test_rounds_have_no_contention_and_are_as_few_as_can_be(plan):
     for chunk in plan.chunks(max_layers=2):
         busiest = 0
-        for column in (2, 4):
+        for ranks in (chunk.transfers.from_rank, chunk.transfers.to_rank):
             for part in range(chunk.num_rounds):
-                peers = chunk.transfers[chunk.round_of == part, column]
+                peers = ranks[chunk.round_of == part]
                 assert np.unique(peers).size == peers.size
-            busiest = max(busiest, np.bincount(chunk.transfers[:, column], minlength=1).max())
+            busiest = max(busiest, np.bincount(ranks, minlength=1).max())
         assert chunk.num_rounds == busiest
         assert (np.diff(chunk.round_of) >= 0).all()
 
@@ -94,16 +99,19 @@ def test_rounds_have_no_contention_and_are_as_few_as_can_be(plan):
 @RUNS
 @given(exchanges())
 def test_sources(plan):
-    """Live experts come from live ranks, from the receiver's node where it has one, and no holder sends two more than another could."""
+    """Live experts come from live ranks, from the receiver's node where it has one.
+
+    No holder sends two more than another could.
+    """
     node = plan.topology.node_of_rank
     held = [
         [set(plan.old.local_experts(row, r).tolist()) for r in range(plan.old.num_ranks)]
         for row in range(plan.old.num_layers)
     ]
     for row in range(plan.new.num_layers):
-        of_layer = plan.transfers[plan.transfers[:, 0] == row]
-        sends = np.bincount(of_layer[:, 2], minlength=plan.new.num_ranks)
-        for _, expert, source, slot, rank, _to in of_layer.tolist():
+        of_layer = plan.transfers.within(row, row)
+        sends = np.bincount(of_layer.from_rank, minlength=plan.new.num_ranks)
+        for _, expert, source, slot, rank, _to in of_layer:
             assert plan.old.local_experts(row, source)[slot] == expert
             assert expert not in held[row][rank]
             holders = [r for r in plan.live_ranks if expert in held[row][r]]
@@ -111,14 +119,14 @@ def test_sources(plan):
             if near:
                 assert source in near
             assert sends[source] <= min(sends[r] for r in (near or holders)) + 1
-        for _, expert, rank, _to in plan.reads[plan.reads[:, 0] == row].tolist():
+        for _, expert, rank, _to in plan.reads.within(row, row):
             assert not any(expert in held[row][r] for r in plan.live_ranks)
             assert plan.live[rank]
 
 
 @settings(RUNS, suppress_health_check=[HealthCheck.filter_too_much])
 @given(exchanges(), st.integers(0, 2**32 - 1))
-def test_undo_restores(plan, seed):
+def test_an_exchange_can_be_undone(plan, seed):
     assume(plan.old.slots_per_rank == plan.new.slots_per_rank and plan.live.all())
     ranks = simulated(plan)
     done = plan.metadata()
@@ -128,7 +136,7 @@ def test_undo_restores(plan, seed):
         ranks.carry_out(plan, (chunk,))
         done.committed[list(chunk.rows)] = True
     ranks.check(done.in_force(), plan.live_ranks)
-    back = done.undo(plan.topology)
+    back = plan_exchange(done.in_force(), done.old, plan.topology)
     ranks.carry_out(back, back.chunks())
     ranks.check(plan.old, plan.live_ranks)
 
@@ -147,17 +155,20 @@ def test_every_rank_computes_the_same(plan):
     again = plan_exchange(plan.old, plan.new, plan.topology, plan.live_ranks, plan.expert_bytes)
     assert again.digest == plan.digest
     for name in ("transfers", "reads", "copies"):
-        assert (getattr(again, name) == getattr(plan, name)).all()
+        assert (getattr(again, name).array == getattr(plan, name).array).all()
 
 
 def test_a_live_replica_wins_over_the_checkpoint():
-    """The chosen source of SGLang's updater may be dead while another holder lives: here the live one sends."""
+    """The chosen source of SGLang's updater may be dead while another holder lives.
+
+    Here the live one sends.
+    """
     old = Placement(np.array([[0, 1, 2, 0, 1, 3, 2, 3]]), 4, (2, 2, 2, 2))
     new = Placement(np.array([[0, 1, 2, 0, 1, 3, 0, 2]]), 4, (2, 2, 2, 2))
     plan = plan_exchange(old, new, live_ranks=[1, 2, 3])
     assert not len(plan.reads)
-    assert plan.transfers.tolist() == [[0, 0, 1, 1, 3, 0]]
-    assert plan.copies.tolist() == [[0, 3, 0, 1]]
+    assert list(plan.transfers) == [(0, 0, 1, 1, 3, 0)]
+    assert list(plan.copies) == [(0, 3, 0, 1)]
     lost = plan_exchange(
         old, Placement(np.array([[0, 1, 2, 0, 1, 3, 2, 3]]), 4, (2, 2, 2, 2)), live_ranks=[1, 2, 3]
     )
@@ -165,7 +176,7 @@ def test_a_live_replica_wins_over_the_checkpoint():
     lost = plan_exchange(
         old, Placement(np.array([[0, 1, 2, 0, 1, 3, 1, 3]]), 4, (2, 2, 2, 2)), live_ranks=[1, 3]
     )
-    assert lost.reads.tolist() == [[0, 1, 3, 0]]
+    assert list(lost.reads) == [(0, 1, 3, 0)]
 
 
 def test_cycles_and_fans_within_a_rank():
@@ -193,7 +204,8 @@ def test_even_sources():
     table[0, 8::2] = 0
     plan = plan_exchange(old, Placement(table, 5, (2,) * 8))
     assert (
-        sorted(plan.transfers[:, 2].tolist()) == [0, 1, 2, 3] and plan.chunks()[0].num_rounds == 1
+        sorted(plan.transfers.from_rank.tolist()) == [0, 1, 2, 3]
+        and plan.chunks()[0].num_rounds == 1
     )
 
 
@@ -264,7 +276,10 @@ def test_quick_at_the_size_of_r1(ranks):
 
 
 def test_what_was_lost_is_read_by_all_live_ranks_alike():
-    """60 experts on 6 ranks, the first 4 ranks hold 15 each, the last two replicas of all that rank 0 and 1 hold: ranks 2 and 3 die."""
+    """60 experts on 6 ranks, of which ranks 2 and 3 die.
+
+    The first four ranks hold 15 each, the last two replicas of all that ranks 0 and 1 hold.
+    """
     from moe_placement_plugin.rebalancing.lost_experts import place_lost
 
     table = np.tile(np.concatenate([np.arange(60), np.arange(15), np.arange(15, 30)]), (3, 1))
@@ -274,6 +289,64 @@ def test_what_was_lost_is_read_by_all_live_ranks_alike():
     plan = plan_exchange(old, place_lost(old, live, load), live_ranks=live)
     assert not len(plan.transfers) and len(plan.reads) == 3 * 30
     for row in range(3):
-        per_rank = np.bincount(plan.reads[plan.reads[:, 0] == row, 2], minlength=6)
+        per_rank = np.bincount(plan.reads.within(row, row).rank, minlength=6)
         assert per_rank[live].max() - per_rank[live].min() <= 1, per_rank
-    assert np.bincount(plan.reads[:, 2], minlength=6)[live].max() <= 23
+    assert np.bincount(plan.reads.rank, minlength=6)[live].max() <= 23
+
+
+@RUNS
+@given(exchanges(), st.data())
+def test_a_part_is_what_leads_from_one_table_to_the_other(plan, data):
+    """As an engine asks for it: some layers at a time, in which the same has to move."""
+    kept = data.draw(st.sets(st.sampled_from(plan.new.layer_ids), min_size=1))
+    layers = sorted(kept)
+    old, new = plan.old.select_layers(layers), plan.new.select_layers(layers)
+    part = plan.part(old, new, plan.live_ranks, [7] * len(layers))
+    assert part.expert_bytes.tolist() == [7] * len(layers)
+    capacity = np.maximum(old.slots_per_rank, new.slots_per_rank).tolist()
+    alone = SimulatedRanks.holding(old, capacity, dead=np.flatnonzero(~plan.live))
+    alone.carry_out(part, part.chunks(max_layers=1))
+    alone.check(new, plan.live_ranks)
+    whole = plan.part(plan.old, plan.new, plan.live_ranks, plan.expert_bytes)
+    assert whole.digest == plan.digest
+
+
+def test_what_leads_elsewhere_is_no_part():
+    """The fault: an engine that asks for another table, rank or layer than was weighed."""
+    rng = np.random.default_rng(0)
+    old, new, other = (random_placement(rng, 3, 8, [4, 4, 4]) for _ in range(3))
+    plan = plan_exchange(old, new)
+    sizes = [1, 1, 1]
+    assert plan.part(old, new, None, sizes) is not None
+    assert plan.part(old, other, None, sizes) is None
+    assert plan.part(other, new, None, sizes) is None
+    assert plan.part(new, old, None, sizes) is None
+    assert plan.part(old, new, [0, 1], sizes) is None
+    backwards = [p.select_layers([2, 0]) for p in (old, new)]
+    assert plan.part(*backwards, None, [1, 1]) is None
+    elsewhere = [
+        Placement(p.physical_to_logical, 8, (4, 4, 4), layer_ids=(0, 1, 9)) for p in (old, new)
+    ]
+    assert plan.part(*elsewhere, None, sizes) is None
+    wider = random_placement(rng, 3, 8, [5, 4, 4])
+    assert plan.part(old, wider, None, sizes) is None
+
+
+def test_a_digest_is_of_the_moves_too():
+    """The fault: another sender, which would leave a rank waiting for a message."""
+    old = Placement(np.array([[0, 1, 0, 1, 2, 3]]), 4, (2, 2, 2))
+    plan = plan_exchange(old, Placement(np.array([[0, 3, 0, 1, 2, 1]]), 4, (2, 2, 2)))
+    moves = plan.transfers.array.copy()
+    of_1 = plan.transfers.expert == 1
+    moves[of_1, 2] = 1 - moves[of_1, 2]  # both ranks hold it, in the same slot
+    assert replace(plan, transfers=TransferTable(moves)).digest != plan.digest
+
+
+def test_tables_have_columns_by_name():
+    table = TransferTable(np.arange(18, dtype=np.int32).reshape(3, 6))
+    assert table.row.tolist() == [0, 6, 12] and table.to_slot.tolist() == [5, 11, 17]
+    first = next(iter(table))
+    assert first == (0, 1, 2, 3, 4, 5) and (first.expert, first.from_rank) == (1, 2)
+    assert [move.row for move in table.where(np.array([2, 0]))] == [12, 0]
+    assert [move.row for move in table.within(6, 12)] == [6, 12]
+    assert list(table.among(np.array([6, 7]))) == [(0, *range(7, 12))]

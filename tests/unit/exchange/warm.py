@@ -1,4 +1,7 @@
-"""Imported once by the server that ranks are forked from: what every rank would otherwise load for itself."""
+"""Imported once by the server that ranks are forked from.
+
+What every rank would otherwise load for itself.
+"""
 
 import numpy as np
 import torch

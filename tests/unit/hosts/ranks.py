@@ -222,8 +222,10 @@ class Moved:
     """Hold an exchange of ``layers`` layers, all of whose bytes are known."""
 
     def __init__(self, job: dict, rank: int, store, placements, topology, epoch: int = 1):
+        from moe_placement_plugin.exchange.communication import Communication
         from moe_placement_plugin.exchange.executor import Exchange
         from moe_placement_plugin.exchange.plan import plan_exchange
+        from moe_placement_plugin.exchange.staging import Memory
 
         self._rank, (self._old, self._new) = rank, placements
         layers, _, self._slots = job["exchanged"]
@@ -233,10 +235,8 @@ class Moved:
         self._exchange = Exchange(
             plan,
             self._weights,
-            epoch=epoch,
-            store=store,
-            timeout=TIMEOUT,
-            max_layers=job.get("max_layers"),
+            Communication(epoch, store=store, timeout=TIMEOUT),
+            Memory(max_layers=job.get("max_layers")),
         )
 
     def run(self) -> dict:

@@ -12,14 +12,18 @@ from moe_placement_plugin.core.events import event_counts
 from moe_placement_plugin.core.load import ExpertLoad
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.exchange.plan import plan_exchange
-from moe_placement_plugin.rebalancing.decision import REASONS, RebalancePolicy, announce, decide
+from moe_placement_plugin.rebalancing.decision import REASONS, announce, decide
+from moe_placement_plugin.rebalancing.policy import RebalancePolicy
 from moe_placement_plugin.simulation.costmodel import LayerCost
 
 OLD = Placement(np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), 4, (2, 2))
 NEW = Placement(np.array([[0, 2, 1, 3], [0, 1, 2, 3]]), 4, (2, 2))
 PLAN = plan_exchange(OLD, NEW, expert_bytes=1_000_000)
 HOT = [30, 30, 10, 10]
-"""Tokens per expert: 60 and 20 on the ranks of OLD, 40 and 40 on those of NEW (in the first layer)."""
+"""Tokens per expert.
+
+60 and 20 on the ranks of OLD, 40 and 40 on those of NEW (in the first layer).
+"""
 
 
 def load(*windows, phases=()) -> ExpertLoad:
@@ -97,7 +101,8 @@ def test_with_a_cost_model_gain_is_time_and_must_pay_back():
     gained = decide(PLAN, busy, policy, by_tokens)
     assert gained.rebalance and 0.1 < gained.gain < 0.3 and gained.saved > gained.seconds
     assert "saves" in str(gained)
-    # Every expert is active on either placement: where weights are all that counts nothing is gained.
+    # Every expert is active on either placement: where weights are all that counts nothing is
+    # gained.
     assert decide(PLAN, busy, policy, by_experts).reason == "min_gain"
     slow = RebalancePolicy(tokens_per_step={"mixed": 1000}, top_k=2, bandwidth=1e5)
     assert decide(PLAN, busy, slow, by_tokens).reason == "payback"

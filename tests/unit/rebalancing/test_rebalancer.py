@@ -1,4 +1,7 @@
-"""What is proposed to an engine: few moves, within the ranks that are alive, and what was lost first."""
+"""What is proposed to an engine.
+
+Few moves, within the ranks that are alive, and what was lost first.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import pytest
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.load import ExpertLoad
-from moe_placement_plugin.rebalancing.rebalancer import Rebalancer, policy_from
+from moe_placement_plugin.rebalancing.rebalancer import Proposal, Rebalancer, policy_from
+from moe_placement_plugin.rebalancing.tables import EngineRanks
 from moe_placement_plugin.simulation.costmodel import Calibration, Measurement
 
 LAYERS, EXPERTS, RANKS, SLOTS = 3, 12, 4, 6
@@ -21,7 +25,10 @@ def rebalancer(**rules) -> Rebalancer:
 
 
 def in_force() -> np.ndarray:
-    """Experts 0 to 11 twice; the last rank alone holds 11, once, and the third replica of 0 in its place."""
+    """Experts 0 to 11 twice.
+
+    The last rank alone holds 11, once, and the third replica of 0 in its place.
+    """
     row = np.concatenate([np.arange(12), np.arange(12)])
     row[11] = 0
     return np.tile(row, (LAYERS, 1))
@@ -34,6 +41,10 @@ def load() -> ExpertLoad:
     )
 
 
+def propose(planner: Rebalancer, old: np.ndarray, live_ranks=None) -> Proposal:
+    return planner.propose(load(), old, EngineRanks(RANKS), live_ranks)
+
+
 def on(table: np.ndarray, ranks) -> np.ndarray:
     return table[:, np.isin(np.arange(table.shape[1]) // SLOTS, ranks)]
 
@@ -41,36 +52,32 @@ def on(table: np.ndarray, ranks) -> np.ndarray:
 def test_what_was_lost_comes_first_and_nothing_else_moves():
     planner = rebalancer(min_gain=0.9)  # which an ordinary rebalance would not reach
     old = in_force()
-    table, exchange = planner.propose(load(), old, RANKS, live_ranks=[0, 1, 2])
-    assert planner.last.rebalance and planner.last.reason == "lost_experts"
-    assert not len(exchange.transfers) and sorted(map(tuple, exchange.reads[:, :2].tolist())) == [
+    table, decision, exchange = propose(planner, old, [0, 1, 2])
+    assert decision.rebalance and decision.reason == "lost_experts"
+    assert not len(exchange.transfers)
+    assert [(read.row, read.expert) for read in exchange.reads] == [
         (row, 11) for row in range(LAYERS)
     ]
     assert (table != old).sum() == LAYERS and (on(table, [3]) == on(old, [3])).all()
     # Then, with all of them there, balance decides, and a dead rank is neither source nor goal.
     planner = rebalancer()
-    after, exchange = planner.propose(load(), table, RANKS, live_ranks=[0, 1, 2])
-    assert planner.last.reason == "pays" and not len(exchange.reads) and len(exchange.transfers)
-    assert (
-        not (exchange.transfers[:, [2, 4]] == 3).any() and (on(after, [3]) == on(table, [3])).all()
-    )
+    after, decision, exchange = propose(planner, table, [0, 1, 2])
+    assert decision.reason == "pays" and not len(exchange.reads) and len(exchange.transfers)
+    assert not any(3 in (move.from_rank, move.to_rank) for move in exchange.transfers)
+    assert (on(after, [3]) == on(table, [3])).all()
     for row in range(LAYERS):
         assert set(on(after, [0, 1, 2])[row]) == set(range(EXPERTS))
 
 
 def test_too_few_slots_are_refused():
     with pytest.raises(PlacementError, match="6 slots for 12 experts"):
-        rebalancer().propose(load(), in_force(), RANKS, live_ranks=[1])
+        propose(rebalancer(), in_force(), [1])
 
 
 def test_more_staging_memory_than_is_allowed():
     planner = rebalancer(staging_bytes=1)
-    table, exchange = planner.propose(load(), in_force(), RANKS)
-    assert (
-        planner.last.reason == "staging"
-        and (table == in_force()).all()
-        and not len(exchange.changed_rows)
-    )
+    table, decision, exchange = propose(planner, in_force())
+    assert decision.reason == "staging" and (table == in_force()).all() and exchange is None
 
 
 def test_with_a_calibration_the_gain_is_a_time(tmp_path):
@@ -81,8 +88,8 @@ def test_with_a_calibration_the_gain_is_a_time(tmp_path):
     ]
     Calibration(device="a GPU", layer={}, measurements=times).write(tmp_path / "gpu.json")
     planner = rebalancer(calibration=str(tmp_path / "gpu.json"), top_k=2)
-    planner.propose(load(), in_force(), RANKS)
-    assert planner.last.saved is not None and "saves" in str(planner.last)
+    decision = propose(planner, in_force()).decision
+    assert decision.saved is not None and "saves" in str(decision)
     rows = [
         m.model_copy(update={"rows": r, "microseconds": m.microseconds + r})
         for m in times
@@ -93,8 +100,7 @@ def test_with_a_calibration_the_gain_is_a_time(tmp_path):
     for gathers in (False, True):
         planner = rebalancer(calibration=str(tmp_path / "gpu.json"), top_k=2)
         planner.all_gather = gathers
-        planner.propose(load(), in_force(), RANKS)
-        gains.append(planner.last.gain)
+        gains.append(propose(planner, in_force()).decision.gain)
     assert gains[0] > gains[1] > 0, "what every rank does for all tokens no placement saves"
     with pytest.raises(PlacementError, match="--flag: calibration '/no/such' is neither a file"):
         policy_from({"calibration": "/no/such"}, "--flag")

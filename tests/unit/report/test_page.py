@@ -83,7 +83,7 @@ def page(tmp_path_factory):
     from moe_placement_plugin.core.topology import Topology
     from moe_placement_plugin.report.data import make_report
     from moe_placement_plugin.report.page import render
-    from moe_placement_plugin.simulation.simulate import Cluster
+    from moe_placement_plugin.simulation.cluster import Cluster
     from moe_placement_plugin.strategies import get_strategy
 
     request = Cluster(Topology(4), 4).request(load)

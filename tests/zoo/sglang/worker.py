@@ -197,7 +197,7 @@ def _rebalance(runner: Any, recipe: Any, rank: int) -> None:
     )
     weights = runner.model.routed_experts_weights_of_layer
     # A process of SGLang has one model for life; here the next model's exchanges are numbered on.
-    exchanger = eplb_exchange._exchanger(runner.expert_location_updater, weights, in_force)
+    exchanger = eplb_exchange.exchanger_of(eplb_exchange.loaded(), weights, in_force)
     exchanger._epoch = next(_exchanges)
     runner.expert_location_updater.update(weights, goal, list(weights.keys()), nnodes=1, rank=rank)
 

@@ -1,8 +1,9 @@
-"""What each process of ``moe-placement bench exchange`` does: hold weights, lose peers, exchange, reload, compare.
+"""Hold weights, exchange and reload: each process of ``moe-placement bench exchange``.
 
-Two ways to reload are measured. `reload_all` is what engines do: every rank goes through all tensors of the checkpoint and its loader keeps
-those of its own slots (SGLang's ``update_weights_from_disk``, to which a lost expert sends all models but DeepSeek). `reload_own` reads a
-rank's slots and nothing else, which no engine does.
+Two ways to reload are measured. `reload_all` is what engines do: every rank goes through all
+tensors of the checkpoint and its loader keeps those of its own slots (SGLang's
+``update_weights_from_disk``, to which a lost expert sends all models but DeepSeek). `reload_own`
+reads a rank's slots and nothing else, which no engine does.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ import torch.distributed as dist
 from ....core.placement import Placement
 from ....core.topology import Topology
 from ....exchange.checkpoint import Checkpoint, CheckpointReader, hugging_face_experts
+from ....exchange.communication import Communication
 from ....exchange.executor import Exchange
 from ....exchange.expert_memory import view_parameter
 from ....exchange.peer_memory import PeerMemory
 from ....exchange.plan import ExchangePlan
+from ....exchange.staging import Memory
 
 torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the made-up model: bfloat16 experts of ``hidden`` x ``width``."""
+    """Say the sizes of the made-up model: bfloat16 experts of ``hidden`` x ``width``."""
 
     layers: int
     experts: int
@@ -42,12 +45,12 @@ class Sizes:
 
     @property
     def expert_bytes(self) -> int:
-        """Gate, up and down."""
+        """Return the bytes of gate, up and down."""
         return 3 * self.hidden * self.width * 2
 
 
 def write_checkpoint(folder: Path, sizes: Sizes) -> None:
-    """A Hugging Face checkpoint of random experts, one file per layer."""
+    """Write a Hugging Face checkpoint of random experts, one file per layer."""
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +70,10 @@ def write_checkpoint(folder: Path, sizes: Sizes) -> None:
 
 
 def _empty(sizes: Sizes, slots: int) -> list[list[torch.Tensor]]:
-    """Weights that are there, as a server's are: the system finds memory when it is first written, not when it is asked for."""
+    """Return weights that are there, as a server's are.
+
+    The system finds memory when it is first written, not when it is asked for.
+    """
     shapes = ((slots, 2 * sizes.width, sizes.hidden), (slots, sizes.hidden, sizes.width))
     return [
         [torch.full(shape, 1, dtype=torch.bfloat16) for shape in shapes]
@@ -88,7 +94,10 @@ _NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_p
 
 
 def reload_all(folder: Path, placement: Placement, rank: int, weights) -> None:
-    """Go through all tensors of the checkpoint as an engine's loader does, and copy each into the slots of this rank that hold its expert."""
+    """Go through all tensors of the checkpoint as an engine's loader does.
+
+    Each is copied into the slots of this rank that hold its expert.
+    """
     from safetensors import safe_open
 
     slots: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -110,115 +119,134 @@ def reload_all(folder: Path, placement: Placement, rank: int, weights) -> None:
 
 
 def _timed(call: Callable[[], object]) -> float:
-    """Seconds that this rank takes when all begin together."""
+    """Return the seconds that this rank takes when all begin together."""
     dist.barrier()
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
 
 
-def measure(
-    rank: int,
-    port: int,
-    name: str,
-    pipe,
-    folder: Path,
-    sizes: Sizes,
-    plan: ExchangePlan,
-    staging_bytes: int,
-    read_peers: bool,
-) -> None:
-    """One process: exchange by ``plan`` (whose dead ranks end here), then both reloads of the same placement, and compare.
+@dataclass(frozen=True)
+class Job:
+    """Say what a process is to measure.
 
-    The parent says when each begins: it may have dropped the checkpoint from the page cache. Experts are sent, or read in the memory of their
-    ranks (``read_peers``), as between the ranks of a host.
+    Attributes:
+        port: of the parent's store.
+        name: tells this measurement from others that share the store.
+        folder: of the checkpoint.
+        sizes: of the model.
+        plan: the exchange, whose dead ranks end before it.
+        staging_bytes: bound on its staging memory.
+        read_peers: whether experts are read in the memory of their ranks, as between the ranks of a
+            host, rather than sent.
     """
-    store = dist.PrefixStore(
-        name, dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    )
-    weights = _empty(sizes, plan.old.slots_per_rank[rank])
-    reload_own(folder, plan.old, rank, weights)
+
+    port: int
+    name: str
+    folder: Path
+    sizes: Sizes
+    plan: ExchangePlan
+    staging_bytes: int
+    read_peers: bool
+
+
+def measure(rank: int, job: Job, pipe) -> None:
+    """Exchange by the job's plan, then reload the same placement in both ways, and compare.
+
+    The parent says when each begins: it may have dropped the checkpoint from the page cache. The
+    plan's dead ranks end here.
+
+    Args:
+        rank: this process's.
+        job: the same in all processes.
+        pipe: to the parent.
+    """
+    plan, live = job.plan, job.plan.live_ranks
+    server = dist.TCPStore("127.0.0.1", job.port, is_master=False, wait_for_workers=False)
+    store = dist.PrefixStore(job.name, server)
+    weights = _empty(job.sizes, plan.old.slots_per_rank[rank])
+    reload_own(job.folder, plan.old, rank, weights)
     own = {
         layer: [view_parameter(t, f"layer {layer}") for t in tensors]
         for layer, tensors in zip(plan.old.layer_ids, weights)
     }
-    peers = None
-    if read_peers:
-        dist.init_process_group(
-            "gloo", store=dist.PrefixStore("all", store), rank=rank, world_size=plan.old.num_ranks
-        )
-        peers = PeerMemory.of(
-            own, Topology(plan.old.num_ranks), dist.group.WORLD, logging.getLogger(__name__)
-        )
-        dist.destroy_process_group()
+    peers = _see_peers(rank, plan, own, store) if job.read_peers else None
     sees = peers is not None and int(peers.reads[rank].sum()) == plan.old.num_ranks - 1
     pipe.send("loaded")
-    if not plan.live[rank]:
-        pipe.recv()  # the parent kills this process here
-        return
-    pipe.recv()
-    live = plan.live_ranks
-    dist.init_process_group(
-        "gloo",
-        store=dist.PrefixStore("survivors", store),
-        rank=live.index(rank),
-        world_size=len(live),
-        timeout=timedelta(seconds=120),
-    )
-    connect = torch.zeros(1)
-    for peer in range(len(live)):  # as in a server that has run for a while
-        dist.broadcast(connect, peer)
+    pipe.recv()  # the parent kills a dead rank's process here
+    _join(live.index(rank), len(live), store)
     pipe.send("connected")
     pipe.recv()
-    plan.chunks(
-        staging_bytes
-    )  # loads the compiled kernels, as a server has while its model loads: seconds in a fresh process
+    # Loads the compiled kernels, as a server has while its model loads: seconds in a fresh process.
+    plan.chunks(job.staging_bytes)
+    # Kept from one exchange to the next.
+    kept = torch.full((job.staging_bytes,), 1, dtype=torch.uint8)
+    memory = Memory(job.staging_bytes, kept=kept)
     reports = []
-    staging = torch.full(
-        (staging_bytes,), 1, dtype=torch.uint8
-    )  # kept from one exchange to the next
 
     def exchange() -> None:
-        checkpoint = Checkpoint(folder) if len(plan.reads) else None
-        reader = (
-            CheckpointReader(checkpoint, hugging_face_experts(checkpoint)) if checkpoint else None
-        )
-        made = Exchange(
-            plan,
-            own,
-            epoch=1,
-            store=store,
-            staging_bytes=staging_bytes,
-            staging=staging,
-            reader=reader,
-            peers=peers,
-        )
-        reports.append(made.run())
+        # No file stays open: what is mapped stays in the page cache.
+        reader = None
+        if len(plan.reads):
+            checkpoint = Checkpoint(job.folder)
+            reader = CheckpointReader(checkpoint, hugging_face_experts(checkpoint))
+        how = Communication(1, store=store)
+        reports.append(Exchange(plan, own, how, memory, reader, peers=peers).run())
 
-    seconds = {
-        "exchange": _timed(exchange)
-    }  # no file stays open: what is mapped stays in the page cache
+    seconds = {"exchange": _timed(exchange)}
     equal = True
     for kind, reload in (("reload all", reload_all), ("reload own", reload_own)):
-        fresh = _empty(sizes, plan.new.slots_per_rank[rank])
+        fresh = _empty(job.sizes, plan.new.slots_per_rank[rank])
         pipe.send(kind)
         pipe.recv()
-        seconds[kind] = _timed(partial(reload, folder, plan.new, rank, fresh))
-        equal &= all(
-            torch.equal(a.view(torch.int16), b.view(torch.int16))
-            for x, y in zip(weights, fresh)
-            for a, b in zip(x, y)
-        )
+        seconds[kind] = _timed(partial(reload, job.folder, plan.new, rank, fresh))
+        equal &= _are_equal(weights, fresh)
         del fresh
-    raw = _ring(len(live), live.index(rank), reports[0].bytes_received)
     report = reports[0]
+    raw = _ring(len(live), live.index(rank), report.bytes_received)
     found = {"longest": report.longest, "staging": report.staging_bytes, "chunks": report.chunks}
     pipe.send({"seconds": seconds, "raw": raw, "equal": equal, "sees": sees, **found})
     pipe.recv()
 
 
+def _see_peers(rank: int, plan: ExchangePlan, own, store: dist.Store) -> PeerMemory:
+    """Return what this rank sees of the others' weights; all of them are there."""
+    ranks = plan.old.num_ranks
+    every = dist.PrefixStore("all", store)
+    dist.init_process_group("gloo", store=every, rank=rank, world_size=ranks)
+    peers = PeerMemory.of(own, Topology(ranks), dist.group.WORLD, logging.getLogger(__name__))
+    dist.destroy_process_group()
+    return peers
+
+
+def _join(rank: int, size: int, store: dist.Store) -> None:
+    """Make the default group of the live ranks, connected as in a server that runs for a while."""
+    dist.init_process_group(
+        "gloo",
+        store=dist.PrefixStore("survivors", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=120),
+    )
+    connect = torch.zeros(1)
+    for peer in range(size):
+        dist.broadcast(connect, peer)
+
+
+def _are_equal(weights, fresh) -> bool:
+    """Whether all tensors are, to the bit."""
+    return all(
+        torch.equal(a.view(torch.int16), b.view(torch.int16))
+        for x, y in zip(weights, fresh)
+        for a, b in zip(x, y)
+    )
+
+
 def _ring(size: int, rank: int, amount: int) -> float:
-    """Seconds that plain copies take: as many bytes as the busiest rank received, from the left neighbour and to the right one."""
+    """Return the seconds that plain copies take, from the left neighbour and to the right one.
+
+    They are of as many bytes as the busiest rank received.
+    """
     most = torch.tensor([amount], dtype=torch.int64)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     if size == 1 or not most.item():
@@ -239,14 +267,15 @@ def _ring(size: int, rank: int, amount: int) -> float:
 def uniform_replicas(
     sizes: Sizes, ranks: int, replicas: int, rng: np.random.Generator
 ) -> Placement:
-    """Every expert ``replicas`` times, on ranks drawn at random."""
+    """Return every expert ``replicas`` times, on ranks drawn at random."""
     slots = sizes.experts * replicas // ranks
     table = np.empty((sizes.layers, ranks * slots), np.int64)
     for row in table:
         room = np.full(ranks, slots)
         held: list[list[int]] = [[] for _ in range(ranks)]
         for expert in rng.permutation(sizes.experts).tolist():
-            # The emptiest ranks take it, ties at random: so no rank is left that holds an expert twice.
+            # The emptiest ranks take it, ties at random: so no rank is left that holds an expert
+            # twice.
             for rank in np.lexsort((rng.random(ranks), -room))[:replicas].tolist():
                 held[rank].append(expert)
                 room[rank] -= 1

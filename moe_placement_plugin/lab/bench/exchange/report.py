@@ -1,4 +1,4 @@
-"""Text tables of ``moe-placement bench exchange``."""
+"""Print the tables of ``moe-placement bench exchange``."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ def _dead(rows: list[dict], sizes: dict, console: Console) -> None:
     disk = rows[0]["disk"]
     way = "read in each other's memory" if rows[0]["sees"] else "sent over gloo"
     title = (
-        f"8 processes, experts {way}, {sizes['layers']} layers of {sizes['experts']} experts of {sizes['expert_bytes'] / 1e6:.2f} MB; "
-        f"cold: the checkpoint was dropped from the page cache before each measurement (at most {max(r['cold']['cached'] for r in rows):.0%} left)"
-        + (f", the disk reads {disk / 1e9:.2f} GB/s" if disk else "")
+        f"8 processes, experts {way}, {sizes['layers']} layers of {sizes['experts']} experts of "
+        f"{sizes['expert_bytes'] / 1e6:.2f} MB; cold: the checkpoint was dropped from the page "
+        f"cache before each measurement (at most {max(r['cold']['cached'] for r in rows):.0%} "
+        "left)" + (f", the disk reads {disk / 1e9:.2f} GB/s" if disk else "")
     )
     columns = ["case", "goal", "live slots", "from peers", "from disk"]
     for kind in ("cold", "cached"):

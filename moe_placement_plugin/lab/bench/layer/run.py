@@ -19,8 +19,8 @@ from ....core.errors import PlacementError
 from ....core.load import ExpertLoad
 from ....core.placement import Placement
 from ....core.topology import Topology
+from ....simulation.cluster import Cluster
 from ....simulation.costmodel import Calibration, LayerCost, Measurement, fit
-from ....simulation.simulate import Cluster
 from ....strategies import get_strategy
 from ...staged_layer import ExpertWeights, PlacedExperts, RouteOutput, gmm_down, gmm_up
 from ...staged_layer.dispatching import keep_local

@@ -11,7 +11,7 @@ import numpy as np
 from ....core.errors import PlacementError
 from ....core.load import ExpertLoad
 from ....formats.load_file import read_load
-from ....simulation.simulate import Workload, align
+from ....simulation.cluster import Workload, align
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from .... import ExpertLoad
-from ....exchange import transfers
-from ....rebalancing.decision import RebalancePolicy
+from ....exchange import peer_reads
+from ....rebalancing.policy import RebalancePolicy
 from ....rebalancing.rebalancer import Rebalancer
+from ....rebalancing.tables import EngineRanks
 from .model import MovedModel, logger
 
 
@@ -22,16 +23,15 @@ def ways(model: MovedModel) -> Iterator[str]:
     """Switch to each way that experts come from another rank in: sent, then read if it can be seen.
 
     The last one is what engines get. GPUs are read by a kernel as well, for comparison
-    (`transfers.READ_SINGLY`).
+    (`peer_reads.READ_SINGLY`).
     """
     yield "sent"
-    model.exchanger.look_at_peers(model.cpu_group)
-    if not model.exchanger.reads_peers:
+    if not model.exchanger.look_at_peers(model.cpu_group).reads.any():
         return
     if model.device.type == "cuda":
-        size, transfers.READ_SINGLY = transfers.READ_SINGLY, sys.maxsize
+        size, peer_reads.READ_SINGLY = peer_reads.READ_SINGLY, sys.maxsize
         yield "read by a kernel"
-        transfers.READ_SINGLY = size
+        peer_reads.READ_SINGLY = size
     yield "read"
 
 
@@ -134,17 +134,19 @@ def pause_ours(model: MovedModel, repeats: int) -> dict[str, float]:
 
         def rebalance(load=load, spent=spent) -> None:
             began = time.perf_counter()
-            table, _ = rebalancer.propose(ExpertLoad(load[None]), model.table, model.ranks)
+            ranks = EngineRanks(model.ranks)
+            proposal = rebalancer.propose(ExpertLoad(load[None]), model.table, ranks)
             spent["plan"] = time.perf_counter() - began
             old = model.table
-            model.move(np.asarray(table, dtype=np.int64))
+            model.move(np.asarray(proposal.table, dtype=np.int64), proposal.exchange)
+            spent["bytes"] = proposal.decision.bytes
             spent["exchange"] = time.perf_counter() - began - spent["plan"]
             model.verify(np.flatnonzero((old != model.table).any(axis=1)).tolist())
             spent["verify"] = time.perf_counter() - began - spent["plan"] - spent["exchange"]
 
         times.append(model.timed(rebalance))
         parts.append(spent)
-        moved.append(rebalancer.last.bytes)
+        moved.append(spent["bytes"])
     return _figures(times, moved) | {
         name: statistics.median(p[name] for p in parts[2:])
         for name in ("plan", "exchange", "verify")

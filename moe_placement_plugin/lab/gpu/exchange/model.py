@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ....rebalancing.exchanger import Exchanger, Meeting, connect
+from ....exchange.plan import ExchangePlan
+from ....rebalancing.exchanger import Exchanger, RankFacts, connect
 from ....rebalancing.tables import warm_up
 from ....verification.verify import Pass
 
@@ -92,7 +93,7 @@ class MovedModel:
             dict(enumerate(self.weights)),
             shape.experts,
             self.group,
-            Meeting.of(self.cpu_group),
+            RankFacts.gather(self.cpu_group),
             "bench",
             logger,
         )
@@ -180,12 +181,16 @@ class MovedModel:
         dist.all_reduce(taken, dist.ReduceOp.MAX, group=self.cpu_group)
         return float(taken)
 
-    def move(self, table: np.ndarray) -> None:
-        """Exchange to another table."""
+    def move(self, table: np.ndarray, weighed: ExchangePlan | None = None) -> None:
+        """Exchange to another table.
+
+        Args:
+            table: int ``[layers, physical experts]``.
+            weighed: the exchange that it was decided by, if any.
+        """
         rows = np.flatnonzero((self.table != table).any(axis=1)).tolist()
         if rows:
             ours = self.exchanger
-            ours.exchange(
-                ours.plan(ours.placement(self.table[rows], rows), ours.placement(table[rows], rows))
-            )
+            old, new = (ours.placement(t[rows], rows) for t in (self.table, table))
+            ours.exchange(ours.plan(old, new, weighed=weighed))
             self.table = table

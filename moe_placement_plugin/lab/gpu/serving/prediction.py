@@ -18,8 +18,9 @@ import numpy as np
 
 from .... import ExpertLoad, Placement, PlacementError, get_strategy
 from ....core.topology import Topology
+from ....simulation.cluster import Cluster
 from ....simulation.costmodel import LayerCost, find_calibration, fit
-from ....simulation.simulate import Cluster, step_time
+from ....simulation.step_time import step_time
 from .contestants import LARGEST_STEP
 from .kernels import LOADS
 from .models import Model

@@ -9,7 +9,7 @@ import numpy as np
 
 from .... import ExpertLoad, Placement, PlacementError, get_strategy
 from ....core.topology import Topology
-from ....simulation.simulate import Cluster
+from ....simulation.cluster import Cluster
 from .contestants import Contestant
 from .models import Model
 from .report import balance_in_words

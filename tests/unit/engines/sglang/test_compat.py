@@ -76,7 +76,7 @@ def test_over_how_many_ranks_a_token_is_counted_again(a2a, expected, attention_d
     group = types.SimpleNamespace(world_size=4)
     monkeypatch.setattr(parallel_state, "get_moe_ep_group", lambda: group)
     monkeypatch.setattr(eplb_phases, "_one_batch", lambda: not attention_dp)
-    assert eplb_phases.ranks_that_count_alike() == expected
+    assert eplb_phases.ranks_that_count_a_token() == expected
 
 
 @pytest.mark.parametrize(

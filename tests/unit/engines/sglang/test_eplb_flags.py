@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from moe_placement_plugin.core.errors import PlacementError
-from moe_placement_plugin.engines.sglang import eplb
-from moe_placement_plugin.engines.sglang.state import settings_of
+from moe_placement_plugin.engines.sglang import eplb, eplb_policy
+from moe_placement_plugin.engines.sglang.state import STATE, settings_of
 
 from .test_flags import TWO, arguments, plugins, refused, resolve  # noqa: F401
 
@@ -159,17 +159,17 @@ def test_a_model_that_does_not_list_its_experts(monkeypatch):
 def test_forward_passes_are_put_together_into_windows_of_their_phase():
     counts = np.zeros((40, 1, 2), dtype=np.int32)
     counts[:34, 0, 0] = 1
-    found, of = eplb.windows(counts, ["decode"] * 40, 16)
+    found, of = eplb_policy.windows(counts, ["decode"] * 40, 16)
     assert (
         found.shape == (16, 1, 2)
         and found.sum() == 34
         and set(found[:, 0, 0]) == {2, 3}
         and set(of) == {"decode"}
     )
-    assert eplb.windows(counts[:3], ["mixed"] * 3)[0][:, 0, 0].tolist() == [1, 1, 1]
-    none, _ = eplb.windows(counts[34:], ["decode"] * 6)
+    assert eplb_policy.windows(counts[:3], ["mixed"] * 3)[0][:, 0, 0].tolist() == [1, 1, 1]
+    none, _ = eplb_policy.windows(counts[34:], ["decode"] * 6)
     assert not none.any() and len(none) == 1
-    found, of = eplb.windows(counts, ["prefill", "decode"] * 20, 4)
+    found, of = eplb_policy.windows(counts, ["prefill", "decode"] * 20, 4)
     assert found[:, 0, 0].sum() == 34 and of == ("prefill",) * 4 + ("decode",) * 4
 
 
@@ -178,7 +178,7 @@ def test_a_pass_is_what_its_batch_was_where_the_recorder_keeps_it(monkeypatch):
 
     from moe_placement_plugin.engines.sglang import eplb_phases
 
-    monkeypatch.setattr(eplb_phases, "_of", {})
+    monkeypatch.setattr(STATE, "passes", state.ForwardPasses())
     monkeypatch.setattr(eplb_phases, "_one_batch", lambda: True)
     accumulator = types.SimpleNamespace(
         _global_physical_count_of_buffered_step=types.SimpleNamespace(_curr_index=2)
@@ -192,6 +192,6 @@ def test_a_pass_is_what_its_batch_was_where_the_recorder_keeps_it(monkeypatch):
     for mode in (ForwardMode.EXTEND, ForwardMode.DECODE, ForwardMode.MIXED):
         eplb_phases._start(lambda *args: None, None, types.SimpleNamespace(forward_mode=mode))
         eplb_phases._append(append, accumulator, 0, "", {}, {})
-    assert eplb_phases.of_passes(4) == ["mixed", "mixed", "prefill", "decode"]
+    assert eplb_phases.phases_of_passes(4) == ["mixed", "mixed", "prefill", "decode"]
     monkeypatch.setattr(eplb_phases, "_one_batch", lambda: False)
-    assert eplb_phases.of_passes(4) == ["mixed"] * 4
+    assert eplb_phases.phases_of_passes(4) == ["mixed"] * 4

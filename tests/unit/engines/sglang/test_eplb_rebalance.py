@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from moe_placement_plugin.core.errors import PlacementError
-from moe_placement_plugin.engines.sglang import eplb, eplb_exchange
+from moe_placement_plugin.core.topology import Topology
+from moe_placement_plugin.engines.sglang import eplb, eplb_exchange, eplb_policy, state
 from moe_placement_plugin.engines.sglang.state import STATE
 from moe_placement_plugin.exchange.watchdog import Watchdog
-from moe_placement_plugin.rebalancing.decision import RebalancePolicy
+from moe_placement_plugin.rebalancing import exchanger
 from moe_placement_plugin.rebalancing.exchanger import Exchanger
+from moe_placement_plugin.rebalancing.policy import RebalancePolicy
+from moe_placement_plugin.rebalancing.rebalance import Rebalance
 from moe_placement_plugin.rebalancing.rebalancer import Rebalancer
 from moe_placement_plugin.rebalancing.tables import inverse_maps
 from tests.support.sglang_settings import make_settings
@@ -46,22 +49,27 @@ def metadata(table, usable=None) -> Metadata:
 
 @pytest.fixture
 def serving(monkeypatch):
-    """Make layers 0 (dense), 1 and 2 of 8 experts in 10 slots on 2 ranks, as SGLang begins."""
+    """Layers 0 (dense), 1 and 2 of 8 experts in 10 slots on 2 ranks, as SGLang begins."""
+    from sglang.srt.distributed import parallel_state
     from sglang.srt.eplb import expert_location
 
     in_force = metadata(np.tile(np.arange(10) % EXPERTS, (LAYERS, 1)))
     monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: in_force)
-    monkeypatch.setattr(eplb_exchange, "others", lambda: (1,))
+    group = types.SimpleNamespace(world_size=2, rank_in_group=0)
+    monkeypatch.setattr(parallel_state, "get_moe_ep_group", lambda: group)
     monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: None)
-    monkeypatch.setattr(eplb.eplb_phases, "ranks_that_count_alike", lambda: 1)
-    return in_force
+    monkeypatch.setattr(eplb.eplb_phases, "ranks_that_count_a_token", lambda: 1)
+    facts = types.SimpleNamespace(topology=Topology(RANKS))
+    monkeypatch.setattr(STATE, "eplb", state.Eplb(facts, None))
+    STATE.settings = make_settings("eplb")
+    yield in_force
+    STATE.settings = None
 
 
-def under_way(monkeypatch, **policy):
-    here = eplb_exchange.Rebalance(
-        Watchdog(), Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger())
-    )
-    monkeypatch.setattr(eplb_exchange, "under_way", here)
+def under_way(**policy) -> Rebalance:
+    """A rebalance that we plan, which has begun."""
+    planner = Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger())
+    here = STATE.eplb.rebalance = Rebalance(Watchdog(), (1,), planner)
     return here
 
 
@@ -69,7 +77,7 @@ def planned(counts):
     def theirs(*args):
         raise AssertionError("SGLang's own algorithm was asked")
 
-    return eplb.plan(theirs, torch.tensor(counts), 10, 5, None, 1, None)
+    return eplb_policy.plan(theirs, torch.tensor(counts), 10, 5, None, 1, None)
 
 
 def hot(expert: int) -> np.ndarray:
@@ -79,10 +87,10 @@ def hot(expert: int) -> np.ndarray:
     return counts
 
 
-def test_our_plan_moves_little_and_leaves_what_is_no_moe_layer(serving, monkeypatch):
-    here = under_way(monkeypatch)
+def test_our_plan_moves_little_and_leaves_what_is_no_moe_layer(serving):
+    here = under_way()
     table, to_physical, count = planned(hot(3))
-    assert here.planner.last.rebalance
+    assert here.decision.rebalance and len(here.exchange.transfers)
     old = serving.physical_to_logical_map_cpu
     assert table[0].equal(old[0]) and table[2].equal(old[2])  # nothing recorded, nothing to gain
     assert int(count[1, 3]) >= 2, "the hot expert has no replica"
@@ -96,23 +104,24 @@ def test_our_plan_moves_little_and_leaves_what_is_no_moe_layer(serving, monkeypa
 
 
 @pytest.mark.parametrize("counts", [hot(3), np.zeros((4, LAYERS, EXPERTS), dtype=int)])
-def test_declined_keeps_the_placement(serving, monkeypatch, counts):
-    here = under_way(monkeypatch, min_gain=0.99)
+def test_declined_keeps_the_placement(serving, counts):
+    here = under_way(min_gain=0.99)
     table, _, _ = planned(counts)
     assert table.equal(serving.physical_to_logical_map_cpu)
-    assert here.planner.last is None or not here.planner.last.rebalance
+    assert here.decision is None or not here.decision.rebalance
 
 
-def test_without_strategy_eplb_the_algorithm_is_sglangs(monkeypatch):
-    monkeypatch.setattr(eplb_exchange, "under_way", eplb_exchange.Rebalance(Watchdog(), None))
-    assert eplb.plan(lambda *args: args, 1, 2, 3, 4, 5, 6) == (1, 2, 3, 4, 5, 6)
+def test_without_strategy_eplb_the_algorithm_is_sglangs(serving):
+    STATE.eplb.rebalance = Rebalance(Watchdog())
+    assert eplb_policy.plan(lambda *args: args, 1, 2, 3, 4, 5, 6) == (1, 2, 3, 4, 5, 6)
 
 
 class Recorded(Exchanger):
-    """Plan, and move nothing."""
+    """Plans, and moves nothing."""
 
     def __init__(self):
-        self.num_experts, self.num_slots, self.ranks, self.topology = EXPERTS, 5, 2, None
+        self.num_experts, self.num_slots, self.ranks = EXPERTS, 5, RANKS
+        self.topology = Topology(RANKS)
         self.expert_bytes, self.plans = {1: 100, 2: 100}, []
 
     def exchange(self, plan, on_commit=None, reader=None, watchdog=None):
@@ -121,17 +130,18 @@ class Recorded(Exchanger):
 
 
 def updated(new, layers=(1, 2)):
-    updater = types.SimpleNamespace(**{eplb_exchange._EXCHANGER: Recorded()})
+    recorded = STATE.eplb.exchanger = Recorded()
+    STATE.eplb.viewed = eplb_exchange.reload.generation()
 
     def theirs(*args, **kwargs):
         raise AssertionError("SGLang's own exchange was asked")
 
-    assert eplb_exchange.update(theirs, updater, {}, new, list(layers), nnodes=1, rank=0) == {}
-    return getattr(updater, eplb_exchange._EXCHANGER).plans
+    assert eplb_exchange.update(theirs, None, {}, new, list(layers), nnodes=1, rank=0) == {}
+    return recorded.plans
 
 
-def test_layers_that_stay_are_passed_over(serving, monkeypatch):
-    here = under_way(monkeypatch)
+def test_layers_that_stay_are_passed_over(serving):
+    here = under_way()
     table = serving.physical_to_logical_map_cpu.numpy()
     assert not updated(metadata(table)) and not here.moved
     goal = table.copy()
@@ -141,8 +151,41 @@ def test_layers_that_stay_are_passed_over(serving, monkeypatch):
     assert serving.physical_to_logical_map_cpu.tolist() == goal.tolist()
 
 
+def test_the_exchange_that_was_weighed_is_carried_out_chunk_by_chunk(serving, monkeypatch):
+    here = under_way()
+    counts = np.full((4, LAYERS, EXPERTS), 10)
+    counts[:, 1:, 3] = 100
+    table, *_ = planned(counts)
+    weighed = here.exchange
+    assert weighed.new.layer_ids == (1, 2) and len(weighed.transfers)
+
+    def planned_anew(*args):
+        raise AssertionError("the exchange was planned once more")
+
+    monkeypatch.setattr(exchanger, "plan_exchange", planned_anew)
+    goal = metadata(table.numpy())
+    moves = []
+    for number, layer in enumerate((1, 2)):
+        ((plan, _),) = updated(goal, [layer])
+        moves += [move._replace(row=number) for move in plan.transfers]
+    assert moves == list(weighed.transfers) and here.moved == [1, 2]
+    assert serving.physical_to_logical_map_cpu.tolist() == table.tolist()
+
+
+def test_a_table_that_sglang_has_changed_since_is_what_is_exchanged_to(serving):
+    """The fault: an exchange that was weighed leads to a table that nobody asks for any more."""
+    here = under_way()
+    table, *_ = planned(hot(3))
+    assert here.exchange is not None
+    goal = table.numpy().copy()
+    goal[1] = goal[1][::-1]
+    ((plan, _),) = updated(metadata(goal), [1])
+    assert plan.new.physical_to_logical.tolist() == [goal[1].tolist()]
+    assert serving.physical_to_logical_map_cpu[1].tolist() == goal[1].tolist()
+
+
 def test_a_dead_rank_gets_no_expert_and_no_token(serving, monkeypatch):
-    here = under_way(monkeypatch)
+    here = under_way()
     monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: (0,))
     with pytest.raises(PlacementError, match="5 slots for 8 experts"):
         planned(hot(3))
@@ -150,13 +193,13 @@ def test_a_dead_rank_gets_no_expert_and_no_token(serving, monkeypatch):
         [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7], (LAYERS, 1)
     )  # both ranks hold all
     serving.__dict__.update(vars(metadata(table)))
-    kept, to_physical, count = eplb.plan(None, torch.tensor(hot(3)), 16, 8, None, 1, None)
-    assert kept.tolist() == table.tolist() and not here.planner.last.rebalance
+    kept, to_physical, count = eplb_policy.plan(None, torch.tensor(hot(3)), 16, 8, None, 1, None)
+    assert kept.tolist() == table.tolist() and not here.decision.rebalance
     assert to_physical.shape[2] == 1 and int(to_physical.max()) == 7 and (count == 1).all()
 
 
-def test_maps_alone_change_where_a_dead_rank_held_replicas_only(serving, monkeypatch):
-    here = under_way(monkeypatch)
+def test_maps_alone_change_where_a_dead_rank_held_replicas_only(serving):
+    here = under_way()
     table = serving.physical_to_logical_map_cpu.numpy()
     goal = metadata(table, usable=np.arange(10) != 8)
     assert not updated(goal) and not here.moved  # nothing moves
@@ -165,7 +208,7 @@ def test_maps_alone_change_where_a_dead_rank_held_replicas_only(serving, monkeyp
 
 
 class Manager:
-    """Give what `eplb.rebalance` asks of SGLang's manager."""
+    """What `eplb.rebalance` asks of SGLang's manager."""
 
     def _get_model(self):
         return types.SimpleNamespace(
@@ -175,7 +218,7 @@ class Manager:
 
 @pytest.fixture
 def rebalancing(serving, monkeypatch):
-    """Return the layers that were checked, for a rebalance in two chunks."""
+    """Layers that were checked, for a rebalance in two chunks."""
     checked = []
     monkeypatch.setattr(
         eplb, "recheck", lambda model, what, only, alone: checked.append(list(only))
@@ -191,7 +234,7 @@ def rebalancing(serving, monkeypatch):
 def chunks(self):
     for layer in (1, 2):
         yield
-        eplb_exchange.under_way.moved.append(layer)
+        STATE.eplb.rebalance.moved.append(layer)
 
 
 def test_what_moved_is_verified_before_the_next_forward_pass(rebalancing):
@@ -199,7 +242,7 @@ def test_what_moved_is_verified_before_the_next_forward_pass(rebalancing):
     seen = []
     for _ in steps:
         seen.append(list(rebalancing))
-        assert eplb_exchange.under_way is None, "a forward pass is no part of a rebalance"
+        assert STATE.eplb.rebalance is None, "a forward pass is no part of a rebalance"
     assert seen == [[], [[1]]] and rebalancing == [[1], [2]]
 
 
@@ -210,12 +253,12 @@ def test_a_damaged_exchange_ends_the_server(rebalancing, monkeypatch):
     monkeypatch.setattr(eplb, "recheck", damaged)
     with pytest.raises(PlacementError, match="damaged by an exchange"):
         list(eplb.rebalance(chunks, Manager()))
-    assert eplb_exchange.under_way is None
+    assert STATE.eplb.rebalance is None
 
 
 def test_an_exchange_that_does_not_finish_says_what_it_waits_for(rebalancing, caplog):
     def slow(self):
-        eplb_exchange.under_way.watchdog.waits_for(eplb.WaitingFor("transfers", (1, 2), peers=(1,)))
+        STATE.eplb.rebalance.waits_for("transfers", (1, 2))
         time.sleep(0.08)
         yield
 

@@ -1,4 +1,7 @@
-"""Reading single experts through a model's own loader: models of several habits, and a real checkpoint."""
+"""Reading single experts through a model's own loader.
+
+Models of several habits, and a real checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,16 @@ from safetensors.torch import save_file
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.sglang import expert_reader
+from moe_placement_plugin.engines.sglang.state import STATE
 
 LAYERS, EXPERTS, WIDTH, HIDDEN = (1, 2), 6, 4, 8
 
 
 class Layer(torch.nn.Module):
-    """As much of SGLang's ``FusedMoE`` as loading needs: which slot holds what is ``held``, logical expert by slot."""
+    """As much of SGLang's ``FusedMoE`` as loading needs.
+
+    Which slot holds what is ``held``, logical expert by slot.
+    """
 
     def __init__(self, layer_id: int, held: list[int]):
         super().__init__()
@@ -135,11 +142,11 @@ def tensors(fused: bool) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    monkeypatch.setattr(expert_reader, "_known", None)
+    monkeypatch.setattr(STATE.names, "known", None)
 
 
 def loaded(kind, folder, prefix: str = ""):
-    """A model that was loaded from a checkpoint while names were noted, holding experts 0, 2 and 4."""
+    """A model of experts 0, 2 and 4, loaded from a checkpoint while names were noted."""
     content = tensors(kind is Fused)
     save_file(content, folder / "model.safetensors")
     model = kind([0, 2, 4])
@@ -175,8 +182,14 @@ def test_experts_are_read_through_the_models_loader(kind, tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters()}
     listed = model.routed_experts_weights_of_layer
     reader = expert_reader.EngineReader(model, listed)
-    wanted = [(layer, expert, [torch.full((2 * WIDTH, HIDDEN), torch.nan), torch.full((HIDDEN, WIDTH), torch.nan)])
-              for layer, expert in ((1, 3), (2, 5), (1, 0), (1, 3))]  # fmt: skip
+    wanted = [
+        (
+            layer,
+            expert,
+            [torch.full((2 * WIDTH, HIDDEN), torch.nan), torch.full((HIDDEN, WIDTH), torch.nan)],
+        )
+        for layer, expert in ((1, 3), (2, 5), (1, 0), (1, 3))
+    ]
     amount = reader.read_all(wanted)
     for layer, expert, out in wanted:
         for tensor, right in zip(out, expected(content, layer, expert)):
@@ -194,7 +207,7 @@ def test_experts_are_read_through_the_models_loader(kind, tmp_path):
 def test_names_with_a_prefix(tmp_path):
     model, content = loaded(Model, tmp_path, prefix="target.")
     out = [torch.empty(2 * WIDTH, HIDDEN), torch.empty(HIDDEN, WIDTH)]
-    names = expert_reader._known
+    names = STATE.names.known
     for key in list(names.of):
         assert all(name.startswith("target.") for name in names.of[key])
     load = model.load_weights

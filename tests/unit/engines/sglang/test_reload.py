@@ -19,7 +19,7 @@ from moe_placement_plugin.engines.sglang import (
     reload,
     slot_digests,
 )
-from moe_placement_plugin.engines.sglang.state import STATE
+from moe_placement_plugin.engines.sglang.state import STATE, Eplb
 from tests.support.sglang_settings import make_settings
 
 
@@ -189,20 +189,20 @@ def test_before_a_rebalance_digests_are_taken_anew(runner, monkeypatch):
     monkeypatch.setattr(eplb, "verifies", lambda: True)
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
     from_tensor(runner, [])
-    assert eplb._known(runner.model)
+    assert eplb._can_verify(runner.model)
     assert getattr(runner.model, slot_digests._EXPECTED) == {1: "anew"}
     from_tensor(runner, [], does=lambda: (False, "out of memory"))
-    assert not eplb._known(runner.model), "what moves is not verified, and the server goes on"
+    assert not eplb._can_verify(runner.model), "what moves is not verified, and the server goes on"
     monkeypatch.setattr(eplb, "verifies", lambda: False)
-    assert not eplb._known(runner.model)
+    assert not eplb._can_verify(runner.model)
 
 
 def test_where_ranks_may_be_dead_updated_weights_are_not_waited_for(runner, monkeypatch):
     monkeypatch.setattr(eplb, "verifies", lambda: True)
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: True)
-    assert eplb._known(runner.model)
+    assert eplb._can_verify(runner.model)
     from_tensor(runner, [])
-    assert not eplb._known(runner.model)
+    assert not eplb._can_verify(runner.model)
     with pytest.raises(PlacementError, match="updated while serving: with --elastic-ep-backend"):
         slot_digests.recheck(runner.model, alone=True)
 
@@ -211,7 +211,7 @@ def test_lost_experts_are_not_read_from_a_checkpoint_that_is_not_served_any_more
     runner, monkeypatch
 ):
     STATE.settings = make_settings("custom", STATE.settings.plan, elastic=True)
-    monkeypatch.setattr(expert_reader, "_known", expert_reader.Names(folder="the old one"))
+    monkeypatch.setattr(STATE.names, "known", expert_reader.Names(folder="the old one"))
     from_tensor(runner, [])
     with pytest.raises(PlacementError, match="did not come from a safetensors checkpoint"):
         expert_reader.EngineReader(runner.model, {}).read(1, 0, [])
@@ -234,19 +234,17 @@ def test_an_exchanger_with_views_of_old_weights_is_made_anew(runner, monkeypatch
     made = []
 
     class Made:
-        def __init__(self, tensors, experts, group, meeting, name, *rest):
+        def __init__(self, tensors, experts, group, facts, name, *rest):
             made.append((name, [t.data_ptr() for t in tensors[1]]))
 
     monkeypatch.setattr(eplb_exchange, "Exchanger", Made)
-    meeting = types.SimpleNamespace(stores=object())
-    monkeypatch.setattr(eplb_exchange, "_met", eplb_exchange._Met(meeting, runner.model))
+    known = Eplb(types.SimpleNamespace(stores=object()), runner.model)
     experts, in_force = runner.model.experts, types.SimpleNamespace(num_logical_experts=2)
-    host = types.SimpleNamespace()
     listed = {1: eplb_exchange.slot_tensors(experts)}
-    first = eplb_exchange._exchanger(host, listed, in_force)
-    assert eplb_exchange._exchanger(host, listed, in_force) is first
+    first = eplb_exchange.exchanger_of(known, listed, in_force)
+    assert eplb_exchange.exchanger_of(known, listed, in_force) is first
     experts.w13_weight = torch.nn.Parameter(torch.ones(2, 3, 4), requires_grad=False)
     from_tensor(runner, [])
-    assert eplb_exchange._exchanger(host, listed, in_force) is not first
+    assert eplb_exchange.exchanger_of(known, listed, in_force) is not first
     assert made[1][1][0] == experts.w13_weight.data_ptr() != made[0][1][0]
     assert made[0][0] != made[1][0], "the keys of the one before must not be taken for its own"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -15,9 +16,18 @@ from moe_placement_plugin import Placement, PlacementError  # noqa: E402
 from moe_placement_plugin.engines.common.patching import PatchSet  # noqa: E402
 from moe_placement_plugin.engines.common.request import Request  # noqa: E402
 from moe_placement_plugin.engines.vllm import eplb, kernel_configs, layers, resolve  # noqa: E402
+from moe_placement_plugin.engines.vllm.combination import Combination  # noqa: E402
 from moe_placement_plugin.engines.vllm.eplb import REBALANCE_FLAG, logger  # noqa: E402
-from moe_placement_plugin.engines.vllm.state import STATE  # noqa: E402
-from moe_placement_plugin.engines.vllm.support import VERIFICATION_RULES, Combination, check  # noqa: E402
+from moe_placement_plugin.engines.vllm.eplb_policy import planner_policy  # noqa: E402
+from moe_placement_plugin.engines.vllm.state import (  # noqa: E402
+    STATE,  # noqa: E402
+    Eplb,
+    EplbModel,
+)
+from moe_placement_plugin.engines.vllm.support import VERIFICATION_RULES, check  # noqa: E402
+from moe_placement_plugin.exchange.watchdog import Watchdog  # noqa: E402
+from moe_placement_plugin.rebalancing.exchanger import ExchangeLimits  # noqa: E402
+from moe_placement_plugin.rebalancing.rebalance import Rebalance  # noqa: E402
 from moe_placement_plugin.rebalancing.rebalancer import Rebalancer, policy_from  # noqa: E402
 from tests.support.vllm_settings import make_settings  # noqa: E402
 
@@ -25,12 +35,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def policy(*shapes, **rules):
-    return eplb.planner_policy(
-        {
-            s: Rebalancer(policy_from(rules, REBALANCE_FLAG), range(s[0]), 1000, logger)
-            for s in shapes
-        }
-    )
+    """Our policy for models of these (layers, experts), whose rebalance has begun."""
+    models = []
+    for layers_and_experts in shapes:
+        of_vllm = SimpleNamespace(logical_replica_count=torch.ones(layers_and_experts))
+        rows = range(layers_and_experts[0])
+        planner = Rebalancer(policy_from(rules, REBALANCE_FLAG), rows, 1000, logger)
+        rebalance = Rebalance(Watchdog(), rebalancer=planner)
+        models.append(EplbModel(of_vllm, rebalancer=planner, rebalance=rebalance))
+    return planner_policy(Eplb(None, 30.0, ExchangeLimits(), models))
 
 
 def tables(rows, experts, slots):
@@ -55,6 +68,27 @@ def test_a_model_that_is_not_planned_stays_where_it_is_and_so_does_one_without_l
     assert ours.rebalance_experts(torch.zeros(3, 8), 10, 1, 1, 2, tables(3, 8, 10)).equal(
         tables(3, 8, 10)
     )
+
+
+def test_our_policy_has_the_signature_of_vllms():
+    from vllm.distributed.eplb.policy.abstract import AbstractEplbPolicy
+
+    ours, theirs = (
+        list(inspect.signature(p.rebalance_experts).parameters)
+        for p in (policy(), AbstractEplbPolicy)
+    )
+    assert ours == theirs
+
+
+def test_where_ranks_come_or_go_all_is_planned_whether_it_pays_or_not():
+    ours, load = policy((3, 8), min_gain=0.99), torch.full((3, 8), 100.0)
+    new = ours.rebalance_experts(load, 12, 1, 1, 3, tables(3, 8, 8))  # a rank more
+    assert new.shape == (3, 12) and new.dtype == torch.int64
+    coming = tables(3, 8, 12)
+    coming[:, 8:] = -1
+    new = ours.rebalance_experts(load, 12, 1, 1, 3, coming)
+    assert all(set(row) == set(range(8)) for row in new.tolist())
+    assert ours.rebalance_experts(load, 12, 1, 1, 3).shape == (3, 12)
 
 
 def test_what_does_not_pay_is_declined():

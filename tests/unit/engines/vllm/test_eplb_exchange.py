@@ -1,4 +1,7 @@
-"""Our exchange in vLLM's sync and async mode, between real processes over vLLM's own communicator; and which steps were prompts."""
+"""Our exchange in vLLM's sync and async mode, between real processes over vLLM's own communicator.
+
+And which steps were prompts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
-from moe_placement_plugin.engines.vllm import eplb, eplb_phases  # noqa: E402
+from moe_placement_plugin.engines.vllm import eplb, eplb_phases, eplb_policy, state  # noqa: E402
+from moe_placement_plugin.exchange.watchdog import Watchdog  # noqa: E402
+from moe_placement_plugin.rebalancing.exchanger import ExchangeLimits  # noqa: E402
+from moe_placement_plugin.rebalancing.rebalance import Rebalance  # noqa: E402
 from moe_placement_plugin.rebalancing.rebalancer import Rebalancer, policy_from  # noqa: E402
 from tests.unit.exchange.conftest import ranks  # noqa: E402, F401
 
@@ -30,6 +36,12 @@ def test_sync_and_async_mode_end_where_vllms_own_do(outcomes):
         assert result["unchanged layers sent"] == 0
 
 
+def test_what_was_weighed_is_carried_out_where_vllm_asks_for_it_and_nothing_else(outcomes):
+    for result, _ in outcomes:
+        assert all(result["weighed"]) and all(result["another table than was weighed"])
+        assert result["planned anew"] == {"weighed": 0, "another table than was weighed": 6}
+
+
 def test_a_rank_that_fails_leaves_every_layers_map_and_weights_in_agreement(outcomes):
     results = [failure for _, failure in outcomes]
     assert all("the link is down" in reason for reason, *_ in results)
@@ -38,10 +50,10 @@ def test_a_rank_that_fails_leaves_every_layers_map_and_weights_in_agreement(outc
 
 
 def test_what_a_step_is():
-    assert eplb_phases.phase_of(np.array([True, True])) == "prefill"
-    assert eplb_phases.phase_of(np.array([False, True])) == "mixed"
-    assert eplb_phases.phase_of(np.array([False])) == "decode"
-    assert eplb_phases.phase_of(np.array([], dtype=bool)) == "mixed"
+    assert eplb_phases.phase_of_requests(np.array([True, True])) == "prefill"
+    assert eplb_phases.phase_of_requests(np.array([False, True])) == "mixed"
+    assert eplb_phases.phase_of_requests(np.array([False])) == "decode"
+    assert eplb_phases.phase_of_requests(np.array([], dtype=bool)) == "mixed"
 
 
 class Eplb(SimpleNamespace):
@@ -51,7 +63,26 @@ class Eplb(SimpleNamespace):
         return self.recording
 
 
-def test_the_window_is_told_apart_by_phase(monkeypatch):
+@pytest.fixture
+def begun(monkeypatch):
+    """Begins with EPLB on a server: what the process knows of it."""
+
+    def begin(owner, *models) -> state.Eplb:
+        found = state.Eplb(owner, 30.0, ExchangeLimits(), list(models))
+        monkeypatch.setattr(state.worker, "eplb", found)
+        return found
+
+    return begin
+
+
+def planned_model(of_vllm=None) -> state.EplbModel:
+    """A model of two layers that we plan for, whose rebalance has begun."""
+    planner = Rebalancer(policy_from({}, eplb.REBALANCE_FLAG), range(2), 1000, eplb.logger)
+    rebalance = Rebalance(Watchdog(), rebalancer=planner)
+    return state.EplbModel(of_vllm, rebalancer=planner, rebalance=rebalance)
+
+
+def test_the_window_is_told_apart_by_phase(monkeypatch, begun):
     from vllm.distributed import parallel_state
 
     monkeypatch.setattr(parallel_state, "get_ep_group", lambda: SimpleNamespace(device_group=None))
@@ -61,25 +92,28 @@ def test_the_window_is_told_apart_by_phase(monkeypatch):
     )
     table = torch.tensor([[0, 1, 2, 0], [2, 1, 0, 1]])
     window = torch.arange(4 * 2 * 4, dtype=torch.int32).view(4, 2, 4)
-    state = SimpleNamespace(
+    of_vllm = SimpleNamespace(
         expert_load_window=window,
         physical_to_logical_map=table,
         logical_replica_count=torch.ones(2, 3, dtype=torch.long),
+        model=SimpleNamespace(num_moe_layers=2),
     )
     server = Eplb(
         expert_load_window_size=4,
         expert_load_window_step=0,
         recording=True,
-        model_states={"m": state},
+        model_states={"m": of_vllm},
     )
+    model = planned_model(of_vllm)
+    known = begun(server, model)
     runner = SimpleNamespace(eplb_state=server)
     for step, (prompts, dummy) in enumerate(
         [([True], False), ([False, False], False), ([False, True], True), ([False], False)]
     ):
-        eplb_phases.note(runner, np.array(prompts))
+        eplb_phases.note_step(runner, np.array(prompts))
         server.expert_load_window_step = step
-        eplb_phases.recorded(server, dummy, False)
-    (load,) = eplb_phases.loads(server, [state])
+        eplb_phases.note_recorded(known, dummy, False)
+    (load,) = eplb_phases.loads_by_phase(known)
     logical = np.zeros((4, 2, 3), dtype=np.int64)
     for layer in range(2):
         for slot, expert in enumerate(table[layer].tolist()):
@@ -90,13 +124,18 @@ def test_the_window_is_told_apart_by_phase(monkeypatch):
         (2 * logical[2]).tolist(),
     ]
 
-    rebalancer = Rebalancer(policy_from({}, eplb.REBALANCE_FLAG), range(2), 1000, eplb.logger)
-    server.__dict__[eplb._REBALANCERS] = {(2, 3): rebalancer}
-    eplb._note_phases(server)
-    told = eplb._by_phase(rebalancer, load.sum(axis=0).astype(float))
-    assert told.phases == ("prefill", "decode", "mixed") and rebalancer.phases is None
-    rebalancer.phases = load + 1  # of another window than that which vLLM has added up
-    assert eplb._by_phase(rebalancer, load.sum(axis=0).astype(float)).phases == ("mixed",)
+    group = SimpleNamespace(device_group=None, world_size=2, rank_in_group=0)
+    monkeypatch.setattr(parallel_state, "get_ep_group", lambda: group)
+    eplb._begin_rebalance(known, Watchdog(), is_profile=False)
+    assert model.rebalance.peers == (1,) and model.rebalance.rebalancer is model.rebalancer
+    told = eplb_policy.load_by_phase(model, load.sum(axis=0).astype(float))
+    assert told.phases == ("prefill", "decode", "mixed")
+    # Those of another window than that which vLLM has added up.
+    model.rebalance.phases = load + 1
+    told = eplb_policy.load_by_phase(model, load.sum(axis=0).astype(float))
+    assert told.phases == ("mixed",)
+    eplb._begin_rebalance(known, Watchdog(), is_profile=True)
+    assert model.rebalance is None
 
 
 @pytest.mark.parametrize(
@@ -127,18 +166,19 @@ def test_a_token_counts_once_however_many_ranks_have_counted_it(how, expected):
     )
     method = SimpleNamespace(supports_internal_mk=has.get("supports_internal_mk", True))
     runner.__dict__["routed_experts"] = SimpleNamespace(quant_method=method)
-    assert eplb.counted_by(torch.nn.Sequential(runner)) == expected
-    assert eplb.counted_by(torch.nn.Sequential()) == 1
+    counted = eplb_policy.ranks_that_count_a_token
+    assert counted(torch.nn.Sequential(runner)) == expected
+    assert counted(torch.nn.Sequential()) == 1
 
 
 def test_the_load_is_divided_by_the_ranks_that_counted_it():
-    rebalancer = Rebalancer(policy_from({}, eplb.REBALANCE_FLAG), range(2), 1000, eplb.logger)
+    model = planned_model()
     counts = np.array([[8.0, 4, 0], [4, 4, 4]])
-    assert eplb._by_phase(rebalancer, counts).total.tolist() == counts.tolist()
-    rebalancer.counted_by = 4
-    assert eplb._by_phase(rebalancer, counts).total.tolist() == (counts / 4).tolist()
-    rebalancer.phases = np.stack([counts, 0 * counts, 0 * counts])
-    assert eplb._by_phase(rebalancer, counts).total.tolist() == (counts / 4).tolist()
+    assert eplb_policy.load_by_phase(model, counts).total.tolist() == counts.tolist()
+    model.counted_by = 4
+    assert eplb_policy.load_by_phase(model, counts).total.tolist() == (counts / 4).tolist()
+    model.rebalance.phases = np.stack([counts, 0 * counts, 0 * counts])
+    assert eplb_policy.load_by_phase(model, counts).total.tolist() == (counts / 4).tolist()
 
 
 def test_maps_are_vllms():

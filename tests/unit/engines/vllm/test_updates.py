@@ -203,22 +203,23 @@ def test_views_of_parameters_that_were_made_anew_are_never_moved(monkeypatch):
     import torch.distributed as dist
 
     from moe_placement_plugin.engines.vllm import eplb_exchange
+    from moe_placement_plugin.engines.vllm.state import STATE, Eplb, EplbModel
 
     layer = layer_of([0, 1, 2])
     model = Model(layer)
     model.expert_weights = [list(layer.get_expert_weights())]
-    state, adopted = SimpleNamespace(model=model), []
-    setattr(state, eplb_exchange.EXCHANGER, object())
-    setattr(state, eplb_exchange._ADOPTED, (1, 2.0, True))
+    server, state, first, second = object(), SimpleNamespace(model=model), object(), object()
+    known = EplbModel(state, exchanger=first)
+    monkeypatch.setattr(STATE, "eplb", Eplb(server, 30.0, None, [known]))
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, op, group: None)
-    monkeypatch.setattr(eplb_exchange, "adopt", lambda eplb, state, *more: adopted.append(more))
-    monkeypatch.setattr(eplb_exchange, "settle", lambda eplb, state: None)
-    eplb_exchange.look_again(None, state, None)
-    assert adopted == []
+    monkeypatch.setattr(eplb_exchange, "_exchanger_of", lambda eplb, state: second)
+    monkeypatch.setattr(eplb_exchange, "reserve_staging", lambda eplb, model: None)
+    eplb_exchange.look_again(server, state, None)
+    assert known.exchanger is first
     layer.w2_weight = torch.nn.Parameter(torch.randn(3, WIDTH, WIDTH), False)
     listed = model.expert_weights
-    eplb_exchange.look_again(None, state, None)
-    assert adopted == [(1, 2.0, True)] and model.expert_weights is listed
+    eplb_exchange.look_again(server, state, None)
+    assert known.exchanger is second and model.expert_weights is listed
     places = {t.data_ptr() for t in listed[0]}
     assert layer.w2_weight.data_ptr() in places
 

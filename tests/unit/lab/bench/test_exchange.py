@@ -15,14 +15,13 @@ pytest.importorskip("torch", reason="the bench moves tensors")
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
 from moe_placement_plugin.cli.bench.exchange import bench_exchange  # noqa: E402
-from moe_placement_plugin.lab.bench.exchange.ranks import Sizes, uniform_replicas  # noqa: E402
-from moe_placement_plugin.lab.bench.exchange.run import (  # noqa: E402
-    RANKS,
+from moe_placement_plugin.lab.bench.exchange.drift import (  # noqa: E402
     drift_suite,
     drifting,
     received,
-    survivors_placements,
 )
+from moe_placement_plugin.lab.bench.exchange.ranks import Sizes, uniform_replicas  # noqa: E402
+from moe_placement_plugin.lab.bench.exchange.run import RANKS, survivors_placements  # noqa: E402
 from tests.support import forkserver  # noqa: E402
 
 SIZES = Sizes(2, 16, 32, 32)

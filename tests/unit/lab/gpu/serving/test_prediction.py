@@ -25,8 +25,8 @@ from moe_placement_plugin.lab.gpu.serving.prediction import (  # noqa: E402
 )
 from moe_placement_plugin.lab.gpu.serving.report import layers_in_words  # noqa: E402
 from moe_placement_plugin.lab.gpu.serving.traffic import WORKLOADS  # noqa: E402
+from moe_placement_plugin.simulation.cluster import Cluster  # noqa: E402
 from moe_placement_plugin.simulation.costmodel import LayerCost  # noqa: E402
-from moe_placement_plugin.simulation.simulate import Cluster  # noqa: E402
 
 COST = LayerCost(fixed=10.0, per_expert=0.5, per_token=0.01)
 
