@@ -5,9 +5,6 @@ Nothing is copied to the host but the digests.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -48,11 +45,6 @@ def _blocks(words, keys, parts, size, stride, num_parts):  # type: ignore[no-unt
     tl.store(parts + slot * num_parts + part, tl.sum(total.to(tl.int64, bitcast=True), axis=0))
 
 
-@lru_cache(maxsize=8)
-def _keys_on(device: torch.device) -> Any:
-    return torch.from_numpy(KEYS.view("int32").copy()).to(device)
-
-
 def digests(data: torch.Tensor) -> torch.Tensor:
     """Compute the digest of every slot.
 
@@ -68,9 +60,11 @@ def digests(data: torch.Tensor) -> torch.Tensor:
         padded[:, :size] = data
         data = padded
     words = data.view(torch.int32)
+    # Uploaded for each call: what stays on the device is discarded while an engine sleeps (vLLM's
+    # level 2), and with keys of zeros all weights would have the same digest.
+    keys = torch.from_numpy(KEYS.view("int32").copy()).to(data.device)
     num_parts = -(-words.shape[1] // (BLOCK * _ROWS.value))
     parts = torch.zeros((slots, num_parts), dtype=torch.int64, device=data.device)
     if words.numel():
-        keys = _keys_on(data.device)
         _blocks[(num_parts, slots)](words, keys, parts, words.shape[1], words.stride(0), num_parts)
     return parts.sum(1)

@@ -21,8 +21,8 @@ from tests.support.children import run_child
 from tests.support.paths import ROOT
 
 AT_ONCE = 4
-LIMIT_S = 240
-TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
+LIMIT_S = 200
+TOLERANCE = {"float32": 1e-2, "bfloat16": 0.15}
 """Between log probabilities of the same token."""
 
 
@@ -86,7 +86,10 @@ def report(case: dict[str, Any], results: dict[str, Any]) -> bool:
             said, good = f"{said} ENDED {step.get('ended', '')[:300]}", False
         elif weights in expected:
             dtype = case["engine"].get("dtype", "float32")
-            text, same = compare(step, expected[weights], dtype)
+            control = step["step"] == "sabotage"  # what wrong experts do must show in the answers
+            seen = {k: v for k, v in step.items() if not (control and k == "digests")}
+            text, same = compare(seen, expected[weights], dtype)
+            same = same != control
             said, good = f"{said} {text}", good and same
         if step.get("retries"):
             said += f" after {step['retries']} refusals while experts moved"

@@ -41,7 +41,7 @@ def vllm_cases(folder: Path) -> list[Case]:
 
     cases = [
         case("linear", {**sleeping}, rl),
-        case("zigzag", {**sleeping, **ZIGZAG}, rl, like="linear"),
+        case("zigzag", {**sleeping, **ZIGZAG}, [*rl, "sabotage"], like="linear"),
         case(
             "eplb sync",
             {**sleeping, **eplb(False)},
@@ -66,24 +66,31 @@ def vllm_cases(folder: Path) -> list[Case]:
                 like=f"{name} linear",
             )
         )
-    draft = {"model": mtp, "speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
+    mtp_draft = {
+        "model": mtp,
+        "speculative_config": {"method": "mtp", "num_speculative_tokens": 2},
+    }
+    # A draft that is the target itself: all that a right one drafts is accepted.
+    own = {"method": "draft_model", "model": qwen, "num_speculative_tokens": 3}
+    own_draft = {"model": qwen, "speculative_config": own}
     recorded = {
         "additional_config": {
             "expert_load_record": str(folder / "load.safetensors"),
             "expert_load_interval": 0.5,
         }
     }
+    answers = ["answer"] * 3
     cases += [
-        case("mtp linear", draft, ["answer"] * 3),
+        case("mtp linear", mtp_draft, answers),
+        case("mtp zigzag", {**mtp_draft, **ZIGZAG, **recorded}, answers, like="mtp linear", rest=2),
+        case("mtp eplb async", {**mtp_draft, **eplb(True)}, answers, like="mtp linear"),
+        case("draft linear", own_draft, answers),
+        case("draft zigzag", {**own_draft, **ZIGZAG}, answers, like="draft linear"),
         case(
-            "mtp zigzag", {**draft, **ZIGZAG, **recorded}, ["answer"] * 3, like="mtp linear", rest=2
-        ),
-        case("mtp eplb async", {**draft, **eplb(True)}, ["answer"] * 3, like="mtp linear"),
-        case(
-            "mtp zigzag graphs",
-            {**draft, **ZIGZAG, "enforce_eager": False},
-            ["answer"] * 3,
-            like="mtp linear",
+            "draft zigzag graphs",
+            {**own_draft, **ZIGZAG, "enforce_eager": False},
+            answers,
+            like="draft linear",
         ),
     ]
     return cases

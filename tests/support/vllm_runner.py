@@ -255,8 +255,9 @@ def run(case: dict) -> dict:
                 error = None
             except Exception as failed:
                 error = f"{type(failed).__name__}: {failed}"
-            # vLLM leaves the other ranks' answers to a call that failed in their queues: no call after it.
-            digests = llm.collective_rpc(slot_digests) if error is None else None
+            # A call that failed half-way leaves other ranks' answers in their queues; a refusal, nothing.
+            whole = error is None or "no weight was changed" in error
+            digests = llm.collective_rpc(slot_digests) if whole else None
             result["reloaded"].append({"error": error, "digests": digests, "answers": None})
             try:
                 result["reloaded"][-1]["answers"] = generate(llm, prompts)

@@ -20,6 +20,7 @@ from .hosts import check_adoption
 from .kernels import check_experts
 from .layers import layer_id_of, num_logical, routed_layers
 from .reload import serve, updates_of
+from .reload_core import core_patches
 from .reload_worker import reload_patches
 from .stacked import follow
 from .state import settings_of
@@ -214,5 +215,6 @@ def load_patches() -> list[Patch]:
             why="a loader with a load_model of its own (out-of-tree ones) goes past the check of what was loaded",
             removable_when="never: it is this plugin's own check",
         ),
+        *core_patches(),
         *reload_patches(),
     ]

@@ -15,6 +15,7 @@ from moe_placement_plugin.engines.vllm import (  # noqa: E402
     evidence,
     layers,
     reload,
+    reload_core,
     reload_worker,
     support,
     weight_transfer,
@@ -239,6 +240,57 @@ def test_a_sleep_that_forgets_eplbs_tables_is_refused(level, eplb, refused):
     else:
         sleep(worker, level)
     assert slept == ([] if refused else [level])
+
+
+class Core:
+    """An engine core with two workers, of which the second has experts on their way."""
+
+    def __init__(self, moving: bool):
+        config = SimpleNamespace(
+            additional_config={KEY: Carried(make_settings("eplb", None, 2, eplb=True))}
+        )
+        self.vllm_config, self.model_executor = config, self
+        self.paused, self.called, self.workers = False, [], []
+        for on_their_way in (False, moving):
+            layer = layer_of([1, 3, 5])
+            state = SimpleNamespace(rebalanced=on_their_way, pending_result=None)
+            state.physical_to_logical_map = torch.tensor([[0, 1, 2, 3, 4, 5]])
+            object.__setattr__(layer, layers.EPLB_ROW, (state, 0))
+            runner = SimpleNamespace(model=served(layer))
+            self.workers.append(SimpleNamespace(vllm_config=config, model_runner=runner))
+
+    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        if not callable(method):
+            self.called.append(method)
+            return None
+        return [method(worker, *args, **(kwargs or {})) for worker in self.workers]
+
+    def sleep(self, level):
+        """As vLLM's: it pauses first, and does not resume when a worker refuses."""
+        self.paused = True
+
+
+@pytest.mark.parametrize("method", ["reload_weights", "start_weight_update", "sleep"])
+@pytest.mark.parametrize("moving", [True, False])
+def test_what_a_worker_would_refuse_is_refused_before_anything_begins(method, moving):
+    """The fault: a server whose scheduler stays paused, and answers of other workers in queues."""
+    core = Core(moving)
+
+    def call():
+        if method == "sleep":
+            reload_core._sleep(Core.sleep)(core, 1)
+        else:
+            reload_core._collective_rpc(Core.collective_rpc)(core, method)
+
+    if not moving:
+        call()
+        assert core.paused or core.called == [method]
+        return
+    with pytest.raises(PlacementError, match="in the background"):
+        call()
+    assert not core.paused and core.called == []
+    reload_core._sleep(Core.sleep)(core, 0)
+    assert core.paused, "pausing alone needs no worker"
 
 
 @pytest.mark.parametrize("backend", ["nccl", "ipc", "nccl_m2n", "modelexpress", "sparse_nccl"])
