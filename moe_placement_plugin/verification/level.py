@@ -9,13 +9,6 @@ LEVELS = ("off", "replicas", "checkpoint")
 somewhere; checkpoint, every slot also holds what the engine's own loader makes of its expert in a
 clean load."""
 
-HELP = (
-    "Verify expert weights after loading and after every exchange by fingerprints: off, replicas "
-    "(all replicas of an expert hold the same bits; the default with a placement) or checkpoint "
-    "(every slot also holds what a clean load of its expert gives; the model is loaded twice). A "
-    "mismatch stops the server."
-)
-
 
 def check_level(value: str | None, placed: bool) -> str:
     """Return the level in force.
