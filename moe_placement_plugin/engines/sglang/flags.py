@@ -65,6 +65,7 @@ def read_request(values: dict[str, Any]) -> Request | None:
     check_version(sglang.__version__)
     if request.record is not None:
         check_path(request.record)
+        check_interval(request.interval or DEFAULT_INTERVAL)
     if places:
         _check_location(request, values.get("init_expert_location") or "trivial")
         values["init_expert_location"] = SENTINEL

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from moe_placement_plugin.core.errors import PlacementError
-from moe_placement_plugin.engines.sglang import eplb, eplb_policy
+from moe_placement_plugin.engines.sglang import eplb, eplb_policy, state
 from moe_placement_plugin.engines.sglang.state import STATE, settings_of
 
 from .test_flags import TWO, arguments, plugins, refused, resolve  # noqa: F401

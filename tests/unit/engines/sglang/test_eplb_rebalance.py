@@ -131,7 +131,7 @@ class Recorded(Exchanger):
 
 def updated(new, layers=(1, 2)):
     recorded = STATE.eplb.exchanger = Recorded()
-    STATE.eplb.viewed = eplb_exchange.reload.generation()
+    STATE.eplb.viewed = STATE.generation
 
     def theirs(*args, **kwargs):
         raise AssertionError("SGLang's own exchange was asked")
