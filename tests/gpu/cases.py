@@ -114,7 +114,12 @@ def sglang_cases(folder: Path) -> list[Case]:
         "ep_num_redundant_experts": 4,
     }
     rl = ["answer", "sleep", {"disk": other}, "answer"]
-    gpt_oss = {"model_path": str(write_gpt_oss(oss, size=SIZE, yarn=False)), "dtype": "bfloat16"}
+    gpt_oss = {
+        "model_path": str(write_gpt_oss(oss, size=SIZE, yarn=False)),
+        "disable_hybrid_swa_memory": True,  # no layer of this one has a window
+    }
+    # SGLang 0.5.23 alone cannot load a bfloat16 gpt-oss over two ranks: it cuts no bias.
+    one_rank = {"tp_size": 1, "ep_size": 1}
     speculation = {
         "speculative_num_steps": 3,
         "speculative_eagle_topk": 1,
@@ -132,7 +137,7 @@ def sglang_cases(folder: Path) -> list[Case]:
         case("linear", saver, rl),
         case("zigzag", {**saver, **ZIGZAG}, rl, like="linear", check=True),
         case("eplb", {**saver, **eplb}, [*rl, "answer"], like="linear", check=True),
-        case("oss linear", gpt_oss, ["answer"]),
+        case("oss linear", {**gpt_oss, **one_rank}, ["answer"]),
         case("oss zigzag", {**gpt_oss, **ZIGZAG}, ["answer"], like="oss linear", check=True),
         case("nextn linear", nextn, ["answer"] * 2),
         case(

@@ -54,7 +54,7 @@ def main() -> None:
             "sampling_backend": "pytorch",
             "grammar_backend": "none",
             "enforce_disable_flashinfer_allreduce_fusion": True,
-            "dtype": "float32",
+            "dtype": "bfloat16",
             "tp_size": 2,
             "ep_size": 2,
             "skip_tokenizer_init": True,
