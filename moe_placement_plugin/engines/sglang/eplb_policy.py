@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ...core.load import MIXED, ExpertLoad
+from ...core.tables import inverse_maps
 from ...rebalancing.policy import RebalancePolicy
 from ...rebalancing.rebalancer import Rebalancer
-from ...rebalancing.tables import EngineRanks, inverse_maps
+from ...rebalancing.tables import EngineRanks
 from . import elastic, eplb_phases
 from .state import STATE, Eplb
 

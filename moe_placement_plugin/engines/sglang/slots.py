@@ -9,6 +9,7 @@ import numpy as np
 from ...core.errors import PlacementError
 from ...core.model_shape import ModelShape
 from ...core.placement import Placement
+from ...core.tables import least_copied
 from ...core.topology import Topology
 from ...formats.plan_or_load import read
 from ...strategies.resolve import check_plan, resolve_placement
@@ -103,10 +104,7 @@ def fill_up(plan: Placement, slots: int) -> Placement:
         copies = plan.replica_counts[row].copy()
         for local in held:
             while len(local) < slots:
-                expert = min(
-                    (e for e in range(plan.num_logical_experts) if e not in local),
-                    key=lambda e: (copies[e], e),
-                )
+                expert = least_copied(copies, local)
                 copies[expert] += 1
                 local.append(expert)
         table[row] = np.concatenate(held)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ...core.tables import inverse_maps
 from ...exchange.commit import ExchangeAborted
 from ...exchange.plan import ExchangePlan
 from ...rebalancing.exchanger import Exchanger, RankFacts, connect
-from ...rebalancing.tables import inverse_maps
 from ..common.patching import Patch
 from .layers import routed_layers
 from .state import STATE, Eplb, EplbModel

@@ -7,6 +7,8 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +28,16 @@ def free_port() -> int:
 
 REFUSED = re.compile(r"\b(?:PlacementError|moe_placement_plugin\.(?:\w+\.)*[A-Z]\w*): (.+)")
 """An error of ours and why, which an engine prints far above its own last words."""
+
+
+def _exit_on_sigterm() -> None:
+    """Leave this process's ``with`` blocks when it is terminated, where nobody else decided that.
+
+    Python's default ends it at once, and its servers would go on without it.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class Server:
@@ -60,6 +72,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Server:
+        _exit_on_sigterm()
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 self.command,

@@ -14,7 +14,6 @@ and nothing else.
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -27,8 +26,6 @@ from .run import Run
 def main() -> int:
     """Run what the command line asks for; 1 when a server failed, 2 when nothing could be run."""
     given = parse(__doc__)
-    # The servers end with this process, also when a time limit ends it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as folder:
         try:
             run = Run(given, given.folder or Path(folder))

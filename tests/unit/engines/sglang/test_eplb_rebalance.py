@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.core.tables import inverse_maps
 from moe_placement_plugin.core.topology import Topology
 from moe_placement_plugin.engines.sglang import eplb, eplb_exchange, eplb_policy, state
 from moe_placement_plugin.engines.sglang.state import STATE
@@ -20,7 +21,6 @@ from moe_placement_plugin.rebalancing.exchanger import Exchanger
 from moe_placement_plugin.rebalancing.policy import RebalancePolicy
 from moe_placement_plugin.rebalancing.rebalance import Rebalance
 from moe_placement_plugin.rebalancing.rebalancer import Rebalancer
-from moe_placement_plugin.rebalancing.tables import inverse_maps
 from tests.support.sglang_settings import make_settings
 
 from .test_flags import plugins  # noqa: F401

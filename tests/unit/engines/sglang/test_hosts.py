@@ -49,7 +49,6 @@ def scheduler(rank: int, port: int, cases: list[Settings], pipe) -> None:
             "gloo", store=dist.PrefixStore(f"world {number}", store), rank=rank, world_size=2
         )
         STATE.settings = asked
-        hosts.session._agreed = None  # as in a process that has just begun
         try:
             hosts.agree(asked)
             # A second model runner of the process asks again: nothing happens.

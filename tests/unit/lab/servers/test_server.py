@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 import urllib.request
@@ -35,6 +36,27 @@ def test_a_server_and_its_children_end_with_the_block(tmp_path):
     with pytest.raises(OSError):
         urllib.request.urlopen(f"{server.url}/health", timeout=2)
     # Ended; at most a zombie that waits for init is left.
+    state = f"/proc/{child}/stat"
+    assert not os.path.exists(state) or open(state).read().split()[2] == "Z"
+
+
+def test_a_server_ends_when_the_process_that_started_it_is_terminated(tmp_path):
+    """What `timeout` and a cluster's scheduler send must not leave an engine behind."""
+    port = free_port()
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from moe_placement_plugin.lab.servers.server import Server\n"
+        f"with Server([sys.executable, '-c', {HEALTHY!r}, '{port}'], {port}, {{}},"
+        f" Path({str(tmp_path / 'log')!r}), 30):\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as starter:
+        assert starter.stdout.readline() == b"ready\n"
+        starter.send_signal(signal.SIGTERM)
+        assert starter.wait(timeout=40) == 128 + signal.SIGTERM
+    child = int((tmp_path / "log").read_text().split()[1])
     state = f"/proc/{child}/stat"
     assert not os.path.exists(state) or open(state).read().split()[2] == "Z"
 
