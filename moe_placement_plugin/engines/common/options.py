@@ -1,4 +1,6 @@
-"""Every flag of this plugin, once: both engines' parsers, ``--help`` and ``docs/flags.md`` come from these rows.
+"""List every flag of this plugin once.
+
+Both engines' parsers, ``--help`` and ``docs/flags.md`` come from these rows.
 
     python -m moe_placement_plugin.engines.common.options      prints the tables of the page
 
@@ -20,7 +22,8 @@ class Option:
     """Describe one flag.
 
     Attributes:
-        name: keyword of ``LLM(...)`` and ``sglang.Engine(...)``; the flag has dashes for underscores.
+        name: keyword of ``LLM(...)`` and ``sglang.Engine(...)``; the flag has dashes for
+            underscores.
         value: what it takes, as ``--help`` and the page show it; empty for a switch.
         default: what holds without it, in words.
         help: one or two sentences for ``--help`` and the page.
@@ -97,9 +100,9 @@ STRATEGY = Option(
     "expert_placement_strategy",
     "NAME",
     "linear",
-    "Which expert parallel rank holds which expert: linear (contiguous blocks), balanced (the same, "
-    "for counts that do not divide over the ranks), zigzag (expert e on rank e mod ranks) or eplb "
-    "(from a recorded load).",
+    "Which expert parallel rank holds which expert: linear (contiguous blocks), balanced (the "
+    "same, for counts that do not divide over the ranks), zigzag (expert e on rank e mod ranks) "
+    "or eplb (from a recorded load).",
     choices=_strategies,
     engines=("sglang",),  # vLLM has this flag, and is taught our values
 )
@@ -107,16 +110,16 @@ FILE = Option(
     "expert_placement_file",
     "PATH",
     "none",
-    "A placement plan, which decides alone, or a recorded expert load that strategy eplb plans from; "
-    "told apart by content.",
+    "A placement plan, which decides alone, or a recorded expert load that strategy eplb plans "
+    "from; told apart by content.",
 )
 LOCALITY = Option(
     "expert_placement_locality",
     "RULE",
     "none",
-    "How a plan from a recorded load treats nodes: none; node (the experts of a group on one node); "
-    "soft (load leaves its node at a price; without groups, experts that are chosen together share a "
-    "node, for which the load must have co-activation).",
+    "How a plan from a recorded load treats nodes: none; node (the experts of a group on one "
+    "node); soft (load leaves its node at a price; without groups, experts that are chosen "
+    "together share a node, for which the load must have co-activation).",
     choices=_localities,
 )
 VERIFY = Option(
@@ -124,8 +127,8 @@ VERIFY = Option(
     "LEVEL",
     "replicas with a placement, else off",
     "Verify expert weights after loading and after every exchange by fingerprints: off, replicas "
-    "(all replicas of an expert hold the same bits) or checkpoint (every slot also holds what a clean "
-    "load of its expert gives; the model is loaded twice). A mismatch stops the server.",
+    "(all replicas of an expert hold the same bits) or checkpoint (every slot also holds what a "
+    "clean load of its expert gives; the model is loaded twice). A mismatch stops the server.",
     choices=_levels,
 )
 REBALANCE = Option(
@@ -155,7 +158,8 @@ INTERVAL = Option(
     "expert_load_interval",
     "SECONDS",
     "60",
-    "Seconds between two writes of the recording, which is also the length of a window (default 60).",
+    "Seconds between two writes of the recording, which is also the length of a window (default "
+    "60).",
 )
 COACTIVATION = Option(
     "expert_load_coactivation",

@@ -1,4 +1,4 @@
-"""What the user asked of this plugin, as both engines understand it."""
+"""Hold what the user asked of this plugin, as both engines understand it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Request:
     """Hold the flags of one server.
 
     Attributes:
-        strategy: value of ``--expert-placement-strategy``, an alias resolved; ``linear`` without it.
+        strategy: value of ``--expert-placement-strategy``, an alias resolved; ``linear`` without
+            it.
         named: the value as it was typed.
         places: whether a placement was asked for.
         file: value of ``--expert-placement-file``.
@@ -56,8 +57,10 @@ class Request:
 
     @property
     def plans(self) -> bool:
-        """Whether our planner rebalances under EPLB: if chosen, or by strategy eplb, which linear,
-        the default, means where a file decides.
+        """Tell whether our planner rebalances under EPLB.
+
+        It does if chosen, or by strategy eplb, which linear, the default, means where a file
+        decides.
         """
         decides = self.strategy == "linear" and self.file is not None
         return self.planner or self.strategy == "eplb" or decides
@@ -68,11 +71,11 @@ class Request:
 
     @property
     def needs_file(self) -> bool:
-        """Whether the placement depends on what only a host with the right file can read."""
+        """Tell whether the placement depends on what only a host with the right file can read."""
         return self.file is not None or get_strategy(self.strategy).needs_load
 
     def waits_for_head(self, eplb: bool) -> bool:
-        """Whether this host, which is not the head, lacks the file that the placement comes from.
+        """Tell whether this host, not being the head, lacks the placement's file.
 
         Args:
             eplb: whether the engine's EPLB moves the experts, which may begin without a load.

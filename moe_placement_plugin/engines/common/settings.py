@@ -1,4 +1,7 @@
-"""What every process of an engine must know, made once by its launcher: frozen, the same for both engines."""
+"""Hold what every process of an engine must know.
+
+The launcher makes it once; it is frozen, and the same for both engines.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class VerificationSettings:
 
     @property
     def on(self) -> bool:
-        """Whether anything is verified."""
+        """Tell whether anything is verified."""
         return self.level != "off"
 
 
@@ -153,7 +156,7 @@ class Settings:
 
     @property
     def static(self) -> Placement | None:
-        """Return the placement that holds as long as the server runs; None where EPLB moves experts."""
+        """Return the placement that holds while the server runs; None where EPLB moves experts."""
         return None if self.rebalancing.moves else self.plan
 
     @property
@@ -163,12 +166,12 @@ class Settings:
 
     @property
     def adopts(self) -> bool:
-        """Whether the head's placement is still to come."""
+        """Tell whether the head's placement is still to come."""
         return self.hosts is not None and self.hosts.adopts
 
     @property
     def places(self) -> bool:
-        """Whether experts lie, or will lie, where the engine's own placement has others."""
+        """Tell whether experts lie, or will lie, where the engine's own placement has others."""
         return self.plan is not None or self.rebalancing.moves
 
     def adopting(self, plan: Placement | None, exact: bool) -> Settings:

@@ -1,4 +1,7 @@
-"""What an engine adapter refuses, as data: one rule a refusal, from which messages and the docs' tables come."""
+"""Say as data what an engine adapter refuses.
+
+Each refusal is one rule, from which messages and the docs' tables come.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How settings reach every process of SGLang: as a plain attribute of ``ServerArgs``.
+"""Carry settings to every process of SGLang as a plain attribute of ``ServerArgs``.
 
 A new *field* would have to exist in a child process before the child has loaded its plugins.
 Unpickling the attribute is also how a child learns that something is wanted, before its plugins

@@ -1,4 +1,7 @@
-"""What an SGLang is started with, as far as this plugin cares: what the rules of `support` look at."""
+"""Say what an SGLang is started with, as far as this plugin cares.
+
+The rules of `support` look at it.
+"""
 
 from __future__ import annotations
 
@@ -138,8 +141,9 @@ def location_shape(model_config: Any) -> Any:
 
 
 def _architecture(model_config: Any) -> str:
-    """Return the class that SGLang will build, which is another than ``config.json`` names with
-    ``--model-impl transformers``.
+    """Return the class that SGLang will build.
+
+    It is another than ``config.json`` names with ``--model-impl transformers``.
     """
     from sglang.srt.model_loader import get_model_architecture
 

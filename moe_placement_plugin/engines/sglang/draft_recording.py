@@ -1,7 +1,9 @@
-"""The load of a draft of speculative decoding, recorded apart from the target's: ``load.draft.safetensors`` beside ``load.safetensors``.
+"""Record the load of a draft of speculative decoding apart from the target's.
 
-A draft runs several passes a step: one over the tokens of a prompt or over those that were verified, and one for each further
-draft token. On a GPU SGLang replays them as graphs, past `ModelRunner.forward`: the graphs' runners are told here.
+It goes to ``load.draft.safetensors`` beside ``load.safetensors``. A draft runs several passes a
+step: one over the tokens of a prompt or over those that were verified, and one for each further
+draft token. On a GPU SGLang replays them as graphs, past `ModelRunner.forward`: the graphs' runners
+are told here.
 """
 
 from __future__ import annotations
@@ -28,14 +30,20 @@ from .load_recording import RECORDING, LoadRecording, routers_of
 logger = logging.getLogger(__name__)
 
 RECORDED = ("EAGLE", "EAGLE3", "STANDALONE")
-"""Values of ``--speculative-algorithm`` whose drafts are recorded; others have graphs of their own."""
+"""Values of ``--speculative-algorithm`` whose drafts are recorded.
+
+Others have graphs of their own.
+"""
 
 
 class DraftRecording(LoadRecording):
-    """The counters of a draft's model runner."""
+    """Hold the counters of a draft's model runner."""
 
     def batch(self, forward_batch: Any) -> None:
-        """One pass of the draft, or a graph of several with as many tokens each, is about to run."""
+        """Note that a pass of the draft is about to run.
+
+        It may be a graph of several passes with as many tokens each.
+        """
         mode, size = forward_batch.forward_mode, forward_batch.batch_size
         if self.recorder is None:
             return
@@ -66,7 +74,8 @@ def bind(asked: RecordingSettings, runner: Any, first: int, experts: int) -> Non
     why = _unknown(runner, experts)
     if why:
         logger.warning(
-            "moe_placement_plugin: the load of the draft's %d MoE layers is not recorded, %s holds the target's: %s",
+            "moe_placement_plugin: the load of the draft's %d MoE layers is not recorded, %s "
+            "holds the target's: %s",
             len(layers),
             asked.path,
             why,
@@ -85,7 +94,7 @@ def bind(asked: RecordingSettings, runner: Any, first: int, experts: int) -> Non
 
 
 def _unknown(runner: Any, experts: int) -> str:
-    """Why a draft is not recorded; empty where it is."""
+    """Say why a draft is not recorded; empty where it is."""
     args = resolved(runner.server_args)
     algorithm = str(args.speculative_algorithm or "").upper()
     if algorithm not in RECORDED or getattr(runner, "draft_model_idx", None) is not None:
@@ -114,7 +123,8 @@ def draft_recording_hooks() -> list[Hook]:
     package = "sglang.srt.speculative"
     graphs = {
         "steps": f"{package}.eagle_draft_cuda_graph_runner:EAGLEDraftCudaGraphRunner.execute",
-        "extend": f"{package}.eagle_draft_extend_cuda_graph_runner:EAGLEDraftExtendCudaGraphRunner.execute",
+        "extend": f"{package}.eagle_draft_extend_cuda_graph_runner:"
+        "EAGLEDraftExtendCudaGraphRunner.execute",
     }
     return [
         Hook(
@@ -130,9 +140,12 @@ def draft_recording_hooks() -> list[Hook]:
 
 
 def before(runner: Any) -> tuple[int, int]:
-    """(number of the first layer without one in its name, logical experts) of a draft whose model is not built yet.
+    """Return what is known of a draft whose model is not built yet.
 
     Some models change their config while they are built.
+
+    Returns:
+        The number of the first layer without one in its name, and the logical experts.
     """
     config = runner.model_config.hf_text_config
     return drafts.first_number(runner), num_experts_of(config)

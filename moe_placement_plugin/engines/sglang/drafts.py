@@ -1,9 +1,11 @@
-"""The draft of speculative decoding: a model of its own, or MTP layers of the target's checkpoint, loaded after it.
+"""Place the experts of the draft of speculative decoding.
 
-SGLang has one map of experts, the target's. Up to 0.5.22 it loads and routes a draft's layer by the row of the target's layer with
-the same number, from 0.5.23 on by contiguous blocks. Here each MoE layer of a draft has a row of its own, by which its weights come
-in and its tokens go out: a plan's under ``draft``, else the strategy's. Which model is being loaded is known to SGLang's
-``ModelRunner``; layers are numbered when the model has been built, before its weights come.
+A draft is a model of its own, or MTP layers of the target's checkpoint, loaded after it. SGLang has
+one map of experts, the target's. Up to 0.5.22 it loads and routes a draft's layer by the row of the
+target's layer with the same number, from 0.5.23 on by contiguous blocks. Here each MoE layer of a
+draft has a row of its own, by which its weights come in and its tokens go out: a plan's under
+``draft``, else the strategy's. Which model is being loaded is known to SGLang's ``ModelRunner``;
+layers are numbered when the model has been built, before its weights come.
 """
 
 from __future__ import annotations
@@ -33,14 +35,16 @@ _WITHOUT_MODEL = ("", "NONE", "NGRAM", "UNO")
 """Values of ``--speculative-algorithm`` that load no draft."""
 
 LEAVE = (
-    "give the placement as a plan without rows for the draft (--expert-placement-file), which leaves the draft in SGLang's own "
-    "order, or leave the placement flags out"
+    "give the placement as a plan without rows for the draft (--expert-placement-file), which "
+    "leaves the draft in SGLang's own order, or leave the placement flags out"
 )
 """What to do about a draft that cannot be placed."""
 
 
 def first_number(runner: Any) -> int:
-    """Number of a draft's first layer without one in its name: MTP layers follow the target's layers, as vLLM calls them.
+    """Return the number of a draft's first layer without one in its name.
+
+    MTP layers follow the target's layers, as vLLM calls them.
 
     Args:
         runner: SGLang's ``ModelRunner`` of the draft, whose model is not built yet.
@@ -50,7 +54,7 @@ def first_number(runner: Any) -> int:
 
 
 def numbers_of(names: Iterable[str], first: int) -> dict[str, int | None]:
-    """Name of each MoE layer of a draft -> its number; None where the name has several.
+    """Map the name of each MoE layer of a draft to its number; None where the name has several.
 
     Args:
         names: in the order of the model.
@@ -67,7 +71,7 @@ def numbers_of(names: Iterable[str], first: int) -> dict[str, int | None]:
 
 
 class DraftLoading:
-    """A draft that is being built and loaded.
+    """Follow a draft that is being built and loaded.
 
     Args:
         runner: SGLang's ``ModelRunner``.
@@ -86,7 +90,7 @@ class DraftLoading:
         self.strategy = self._strategy(settings)
 
     def _strategy(self, settings: Settings) -> Placement | None:
-        """The row of every layer that the plan has none for; None for SGLang's own order."""
+        """Return the row of every layer that the plan has none for; None for SGLang's own order."""
         strategy = get_strategy(settings.strategy)
         own_order = settings.rebalancing.moves or strategy.needs_load or strategy.name == "linear"
         if own_order or self.rows is not None or not self.experts:
@@ -101,15 +105,18 @@ class DraftLoading:
         )
 
     def slots(self, routed: int) -> int:
-        """How many slots a layer is built with that asks for ``routed``: as many as every rank needs for its experts.
+        """Return how many slots a layer is built with that asks for ``routed``.
+
+        It is as many as every rank needs for its experts.
 
         Raises:
             PlacementError: when the model counts its experts otherwise than its config.
         """
         if routed not in (self.experts, self.experts + self.redundant):
             raise PlacementError(
-                f"the draft model builds a layer with {routed} experts, its config names {self.experts}: this draft is not "
-                "understood; serve it without the placement flags"
+                f"the draft model builds a layer with {routed} experts, its config names "
+                f"{self.experts}: this draft is not understood; serve it without the placement "
+                "flags"
             )
         most = -(-routed // self.ranks)
         if self.rows is not None:
@@ -120,7 +127,8 @@ class DraftLoading:
         """Give each MoE layer of the model that was just built its number and its row.
 
         Raises:
-            PlacementError: when the plan's rows are another draft's, or SGLang cannot load or route a layer by them.
+            PlacementError: when the plan's rows are another draft's, or SGLang cannot load or route
+                a layer by them.
         """
         if self.part in (None, 0):
             STATE.draft_layers.clear()
@@ -137,19 +145,20 @@ class DraftLoading:
             missing = sorted(set(self.rows.layer_ids) - set(STATE.draft_layers))
             if missing:
                 raise PlacementError(
-                    f"the plan has a row for layer {missing[0]} of the draft, whose MoE layers are {sorted(STATE.draft_layers)}: plan for "
-                    "this draft, or leave its rows out"
+                    f"the plan has a row for layer {missing[0]} of the draft, whose MoE layers "
+                    f"are {sorted(STATE.draft_layers)}: plan for this draft, or leave its rows out"
                 )
 
     def _is_last(self) -> bool:
-        """Whether this is the whole draft, or the last of the parts that SGLang loads one by one."""
+        """Tell whether this is the whole draft, or the last of parts that are loaded one by one."""
         return self.part is None or self.part + 1 >= self.parts
 
     def _row(self, name: str, number: int | None, layer: Any) -> draft_layers.DraftLayer:
         slots, ranks = layer._num_global_routed, layer.moe_ep_size
         if ranks != self.ranks:
             raise PlacementError(
-                f"{name} of the draft runs on {ranks} EP ranks, the placement is for {self.ranks}: leave the placement flags out"
+                f"{name} of the draft runs on {ranks} EP ranks, the placement is for "
+                f"{self.ranks}: leave the placement flags out"
             )
         if self.rows is None:
             if self.strategy is None:
@@ -157,13 +166,15 @@ class DraftLoading:
             return draft_layers.lay_out(self.strategy, 0, number, slots)
         if number not in self.rows.layer_ids:
             raise PlacementError(
-                f"{name}, layer {number} of the draft, is not among the plan's rows for the draft (layers "
-                f"{list(self.rows.layer_ids)}): number them as docs/loop.md says, or leave the draft's rows out"
+                f"{name}, layer {number} of the draft, is not among the plan's rows for the draft "
+                f"(layers {list(self.rows.layer_ids)}): number them as docs/loop.md says, or "
+                "leave the draft's rows out"
             )
         if self.rows.num_logical_experts != self.experts:
             raise PlacementError(
-                f"{name} of the draft has {self.experts} experts, the plan's rows for the draft are for "
-                f"{self.rows.num_logical_experts}: plan for this draft, or leave its rows out"
+                f"{name} of the draft has {self.experts} experts, the plan's rows for the draft "
+                f"are for {self.rows.num_logical_experts}: plan for this draft, or leave its rows "
+                "out"
             )
         return draft_layers.lay_out(self.rows, self.rows.row(number), number, slots)
 
@@ -176,13 +187,14 @@ def _check_layer(name: str, layer: Any, own: draft_layers.DraftLayer) -> None:
         method = type(layer.quant_method).__name__
         if method in unmapped_quantizations(compat.OLDEST).values():
             raise PlacementError(
-                f"{name} of the draft is quantized by {method}, which puts zero points or scales where the trivial map has "
-                f"them: {LEAVE}"
+                f"{name} of the draft is quantized by {method}, which puts zero points or scales "
+                f"where the trivial map has them: {LEAVE}"
             )
         for parameter, tensor in layer.named_parameters(recurse=False):
             if getattr(tensor, "_sglang_require_global_experts", False):
                 raise PlacementError(
-                    f"{name} of the draft keeps {parameter} for all experts, by the trivial map: {LEAVE}"
+                    f"{name} of the draft keeps {parameter} for all experts, by the trivial map: "
+                    f"{LEAVE}"
                 )
     metadata = evidence.in_force()
     if (
@@ -191,14 +203,15 @@ def _check_layer(name: str, layer: Any, own: draft_layers.DraftLayer) -> None:
         and layer.layer_id >= metadata.num_layers
     ):
         raise PlacementError(
-            f"{name} is layer {layer.layer_id} of the draft, the target has {metadata.num_layers}: SGLang before 0.5.23 looks it "
-            "up among the target's while it routes; use 0.5.23, or leave --speculative-algorithm out"
+            f"{name} is layer {layer.layer_id} of the draft, the target has "
+            f"{metadata.num_layers}: SGLang before 0.5.23 looks it up among the target's while it "
+            "routes; use 0.5.23, or leave --speculative-algorithm out"
         )
 
 
 @contextmanager
 def loading(runner: Any | None) -> Iterator[None]:
-    """While a draft is built and its weights come in; None for any other model."""
+    """Mark that a draft is built and its weights come in; None for any other model."""
     before, STATE.draft = STATE.draft, None
     settings = placing()
     if runner is not None and settings is not None and settings.plan is not None:
@@ -210,7 +223,7 @@ def loading(runner: Any | None) -> Iterator[None]:
 
 
 def initialize(original: Callable, *args: Any, **kwargs: Any) -> Any:
-    """`_initialize_model`, which builds every model, then numbers of a draft's layers."""
+    """Number a draft's layers after `_initialize_model`, which builds every model."""
     model = original(*args, **kwargs)
     if STATE.draft is not None:
         STATE.draft.number(model)
@@ -232,8 +245,9 @@ def settle(runner: Any, settings: Settings) -> None:
         own = draft_layers.of_layer(layer)
         if own is None:
             raise PlacementError(
-                f"draft model: {name} was built past SGLang's _initialize_model, so that its layers have no numbers: use "
-                "--load-format auto for the draft, or leave the placement flags out"
+                f"draft model: {name} was built past SGLang's _initialize_model, so that its "
+                "layers have no numbers: use --load-format auto for the draft, or leave the "
+                "placement flags out"
             )
         if reads:
             evidence.check(f"draft model: {name}", layer)
@@ -273,14 +287,19 @@ def _route(layer: Any, router: Any, own: draft_layers.DraftLayer) -> None:
 
 
 def _reads(runner: Any, settings: Settings) -> bool:
-    """Whether a draft's weights come from a checkpoint: its load format may be another than the target's."""
+    """Tell whether a draft's weights come from a checkpoint.
+
+    Its load format may be another than the target's.
+    """
     args = compat.resolved(runner.server_args)
     own = getattr(args, "speculative_draft_load_format", None)
     return settings.loading.reads if own is None else str(getattr(own, "value", own)) != "dummy"
 
 
 def check_rows(plan: Placement, request: Request, cfg: Any, target: ModelShape) -> None:
-    """Refuse a plan whose rows for a draft fit no draft of this server; in the launcher, before anything is loaded.
+    """Refuse a plan whose rows for a draft fit no draft of this server.
+
+    The launcher does so before anything is loaded.
 
     Args:
         plan: the target's placement, with the rows.
@@ -296,22 +315,24 @@ def check_rows(plan: Placement, request: Request, cfg: Any, target: ModelShape) 
         return
     if getattr(cfg, "enable_eplb", False):
         raise PlacementError(
-            f"{request.file} has rows for a draft (layers {list(rows.layer_ids)}), which stays in SGLang's own order with "
-            "--enable-eplb: leave the draft's rows out"
+            f"{request.file} has rows for a draft (layers {list(rows.layer_ids)}), which stays in "
+            "SGLang's own order with --enable-eplb: leave the draft's rows out"
         )
     check_draft_rows(plan, draft_shape(cfg, target), Topology(plan.num_ranks), str(request.file))
     a2a = str(cfg.moe_a2a_backend or "none")
     if a2a != "none" and not rows.is_even:
         raise PlacementError(
-            f"{request.file} gives the ranks {list(rows.slots_per_rank)} experts of a draft, --moe-a2a-backend {a2a} needs the same "
-            "number on every rank: plan the draft with equal ranks"
+            f"{request.file} gives the ranks {list(rows.slots_per_rank)} experts of a draft, "
+            f"--moe-a2a-backend {a2a} needs the same number on every rank: plan the draft with "
+            "equal ranks"
         )
 
 
 def draft_shape(cfg: Any, target: ModelShape) -> ModelShape | None:
-    """The experts of the draft that the server is started with; None without a draft that has some.
+    """Return the experts of the draft that the server is started with; None without any.
 
-    Which of its layers are MoE layers is known once it was built, and checked then.
+    It is None without a draft, and for a draft without experts. Which of its layers are MoE layers
+    is known once it was built, and checked then.
 
     Args:
         cfg: SGLang's resolved arguments.
@@ -342,7 +363,8 @@ def draft_hooks() -> list[Hook]:
             hook=initialize,
             relies_on=("model_config", "load_config"),
             counted=False,
-            why="a draft's layers are placed by rows of their own, which its weights come in by, and known by name once it was built",
+            why="a draft's layers are placed by rows of their own, which its weights come in by, "
+            "and known by name once it was built",
             removable_when="SGLang has a map of experts for drafts too",
         ),
     ]

@@ -39,7 +39,10 @@ def own_rank() -> int:
 
 
 def may_lose_ranks() -> bool:
-    """Whether this server is to go on when ranks die: no check may then wait for all of them."""
+    """Tell whether this server is to go on when ranks die.
+
+    No check may then wait for all of them.
+    """
     from sglang.srt.elastic_ep.elastic_ep import ElasticEPStateManager
 
     return ElasticEPStateManager.instance() is not None

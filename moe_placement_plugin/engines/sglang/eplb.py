@@ -73,7 +73,7 @@ def warm_up(settings: Settings) -> None:
 
 
 def _can_verify(model: Any) -> bool:
-    """Whether what moves can be verified.
+    """Tell whether what moves can be verified.
 
     Digests of weights that were updated while serving are taken first.
 
@@ -137,7 +137,7 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
 
 
 def is_needed(original: Callable, self: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether `EPLBManager._check_rebalance_needed` is true; always after a rank has died."""
+    """Answer `EPLBManager._check_rebalance_needed`: always yes after a rank has died."""
     return elastic.live_ranks() is not None or original(self, *args, **kwargs)
 
 

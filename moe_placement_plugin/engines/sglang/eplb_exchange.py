@@ -107,7 +107,7 @@ def update(
 
 
 def _differs(old: Any, new: Any, layer: int) -> bool:
-    """Whether slots or replicas to use differ; a table of fewer replicas may be narrower."""
+    """Tell whether slots or replicas to use differ; a table of fewer replicas may be narrower."""
     if not old.physical_to_logical_map_cpu[layer].equal(new.physical_to_logical_map_cpu[layer]):
         return True
     a, b = (m.logical_to_all_physical_map_cpu[layer].numpy() for m in (old, new))

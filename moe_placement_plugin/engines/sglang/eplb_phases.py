@@ -36,7 +36,7 @@ def ranks_that_count_a_token() -> int:
 
 
 def _one_batch() -> bool:
-    """Whether all ranks run the same batch, so that they agree on what a pass was.
+    """Tell whether all ranks run the same batch, so that they agree on what a pass was.
 
     With attention data parallelism they do not.
     """

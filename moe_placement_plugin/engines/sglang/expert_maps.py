@@ -1,4 +1,4 @@
-"""The placement as SGLang's own ``ExpertLocationMetadata``, in a worker."""
+"""Give SGLang the placement as its own ``ExpertLocationMetadata``, in a worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOCATION = "sglang.srt.eplb.expert_location"
 
 
 def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
-    """`compute_initial_expert_location_metadata` with the placement instead of the trivial one."""
+    """Answer `compute_initial_expert_location_metadata` with the placement, not the trivial one."""
     settings = placing()
     if settings is None:
         return original(*args, **kwargs)
@@ -40,7 +40,8 @@ def initial_metadata(original: Callable, *args: Any, **kwargs: Any) -> Any:
     if shape is None or shape.num_logical_experts != plan.num_logical_experts:
         raise PlacementError(
             f"the placement is for {plan.num_logical_experts} experts, this worker's model has "
-            f"{getattr(shape, 'num_logical_experts', 'no map of experts')}: it was made for another model; plan again"
+            f"{getattr(shape, 'num_logical_experts', 'no map of experts')}: it was made for "
+            "another model; plan again"
         )
     # A draft's layers have rows of their own, see `drafts`.
     own = replace(plan, draft=None)
@@ -71,9 +72,10 @@ def _require_patches(settings: Settings) -> None:
 
 
 def keep_all_replicas(original: Callable, *args: Any, **kwargs: Any) -> Any:
-    """`_compute_logical_to_all_physical_map` without the pruning to the rank's own replica.
+    """Run `_compute_logical_to_all_physical_map` without pruning to the rank's own replica.
 
-    Without an all-to-all back end every rank runs the layer over the same tokens, so all must pick the same replica.
+    Without an all-to-all back end every rank runs the layer over the same tokens, so all must pick
+    the same replica.
     """
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 
@@ -84,7 +86,7 @@ def keep_all_replicas(original: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def static_dispatch(original: Callable, *args: Any, **kwargs: Any) -> Any:
-    """`compute_logical_to_rank_dispatch_physical_map`, vectorized and evenly spread."""
+    """Answer `compute_logical_to_rank_dispatch_physical_map`, vectorized and evenly spread."""
     import torch
     from sglang.srt.eplb import expert_location
 
@@ -119,7 +121,8 @@ def map_hooks() -> list[Hook]:
             target=f"{_LOCATION}:compute_initial_expert_location_metadata",
             hook=initial_metadata,
             relies_on=("model_config", "moe_ep_rank"),
-            why="--init-expert-location knows neither strategies nor other engines' plans, and checks neither shape nor coverage",
+            why="--init-expert-location knows neither strategies nor other engines' plans, and "
+            "checks neither shape nor coverage",
             upstream="SGLang #37923, #32962",
             removable_when="SGLang reads placement plans and validates them",
         ),
@@ -128,7 +131,8 @@ def map_hooks() -> list[Hook]:
             target=f"{_LOCATION}:compute_logical_to_rank_dispatch_physical_map",
             hook=static_dispatch,
             relies_on=("logical_to_all_physical_map", "ep_size", "num_physical_experts", "ep_rank"),
-            why="Python loops over layers, experts and ranks, and all ranks of a node share one replica",
+            why="Python loops over layers, experts and ranks, and all ranks of a node share one "
+            "replica",
             removable_when="SGLang vectorizes it and spreads the ranks over the replicas",
         ),
     ]
@@ -139,7 +143,8 @@ def map_hooks() -> list[Hook]:
                 target=f"{_LOCATION}:_compute_logical_to_all_physical_map",
                 hook=keep_all_replicas,
                 relies_on=("moe_ep_rank",),
-                why="each rank keeps only its own replica, and a replicated expert then counts several times",
+                why="each rank keeps only its own replica, and a replicated expert then counts "
+                "several times",
                 upstream="mended in SGLang 0.5.17",
                 removable_when="0.5.16 is no longer supported",
             ),

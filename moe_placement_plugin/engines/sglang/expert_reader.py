@@ -228,7 +228,7 @@ class Wanted:
 
 
 class EngineReader:
-    """Reads lost experts as `checkpoint.ExpertReader` asks, through the model's own loader.
+    """Read lost experts as `checkpoint.ExpertReader` asks, through the model's own loader.
 
     Args:
         model: the model that is served.
@@ -276,7 +276,7 @@ class EngineReader:
         return self.read_all([(layer, expert, out)])
 
     def read_all(self, wanted: Sequence[tuple[int, int, Sequence[torch.Tensor]]]) -> int:
-        """Fill the memory of several experts; returns the bytes read.
+        """Fill the memory of several experts, and return the bytes read.
 
         Args:
             wanted: layer, expert, and memory for each of the layer's tensors, of the shape of one

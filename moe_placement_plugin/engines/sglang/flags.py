@@ -1,4 +1,4 @@
-"""Launcher: the flags in SGLang's parser and in ``sglang.Engine(...)``."""
+"""Put the flags into SGLang's parser and into ``sglang.Engine(...)``, in the launcher."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAMES = tuple(option.name for option in options_of("sglang"))
 
 
 def read_request(values: dict[str, Any]) -> Request | None:
-    """Take our flags out of ``values`` (arguments of ``ServerArgs``), and check what can be checked.
+    """Take our flags out of ``values``, arguments of ``ServerArgs``, and check what can be checked.
 
     With a placement asked for, ``init_expert_location`` becomes `state.SENTINEL`.
 
@@ -143,10 +143,10 @@ def _from_cli_args(original: Callable, cls: type, args: argparse.Namespace) -> A
 
 
 class ServerArgsFactory:
-    """Stand in for the class in ``Engine.server_args_class``, which `sglang.Engine` calls with the
-    user's arguments.
+    """Stand in for the class in ``Engine.server_args_class``.
 
-    An instance, not a function: a function in its place would be bound to the engine.
+    `sglang.Engine` calls it with the user's arguments. It is an instance, not a function: a
+    function in its place would be bound to the engine.
     """
 
     def __init__(self, original: Any):

@@ -1,4 +1,7 @@
-"""SGLang over several hosts: what the schedulers agree on before weights load, and what topology they lie on."""
+"""Let the schedulers of several hosts agree before weights load, and find their topology.
+
+The topology is the one that they lie on.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def agree(settings: Settings) -> Settings:
-    """Agree with the schedulers of all hosts, and take the head's placement where this host has none.
+    """Agree with the schedulers of all hosts.
+
+    The head's placement is taken where this host has none.
 
     Returns:
         The settings from now on, which are this process's.
@@ -63,7 +68,7 @@ def agree(settings: Settings) -> Settings:
 
 
 def real_topology() -> Topology | None:
-    """EP ranks and the nodes that they said they lie on; None on one host."""
+    """Return the EP ranks and the nodes that they said they lie on; None on one host."""
     if session.agreed() is None:
         return None
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
@@ -87,7 +92,7 @@ def _end(message: str) -> None:
 
 
 def join(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`ModelRunner.init_torch_distributed`, with an end to the wait for hosts that do not come."""
+    """Run `ModelRunner.init_torch_distributed`, and end the wait for hosts that do not come."""
     settings = placing()
     hosts = None if settings is None else settings.hosts
     if hosts is None or session.agreed() is not None:

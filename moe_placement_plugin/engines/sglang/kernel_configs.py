@@ -1,5 +1,6 @@
-"""The MoE kernel's tuned configuration where ranks hold redundant experts; see
-`engines.common.kernel_configs`.
+"""Find the MoE kernel's tuned configuration where ranks hold redundant experts.
+
+See `engines.common.kernel_configs`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ def tuned_hooks() -> list[Hook]:
     return [
         Hook(
             name="tuned-with-redundant-experts",
-            target="sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
+            target="sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:"
+            "get_moe_configs",
             hook=ConfigsOfFewer(redundant_per_rank),
             relies_on=("E", "N"),
-            why="the kernel's tuned configuration is looked up by experts per rank, and no file has the number with redundant ones: slow",
+            why="the kernel's tuned configuration is looked up by experts per rank, and no file "
+            "has the number with redundant ones: slow",
             removable_when="the look-up takes the nearest number of experts",
             optional=True,
         ),

@@ -1,4 +1,7 @@
-"""All patches of an SGLang with our settings, and which of them the settings call for in a worker."""
+"""List all patches of an SGLang with our settings, and choose which a worker needs.
+
+The settings say which.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,10 @@ def recording_set() -> HookSet:
 
 @lru_cache(maxsize=1)
 def draft_recording_set() -> HookSet:
-    """Return the hooks that record a draft's load, which come into force when a draft has experts."""
+    """Return the hooks that record a draft's load.
+
+    They come into force when a draft has experts.
+    """
     return HookSet(draft_recording.draft_recording_hooks(), DRAFT_RECORDING)
 
 

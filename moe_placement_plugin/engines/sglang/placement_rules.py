@@ -1,4 +1,4 @@
-"""Models, checkpoints and back ends of SGLang with which no placement goes, and why."""
+"""List models, checkpoints and back ends of SGLang with which no placement goes, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def _any_of(names: str) -> Callable[[str], bool]:
     return lambda value: value in allowed
 
 
-# Quantization -> class of its MoE method, by which it is also known where it is chosen while the model is built.
+# Quantization -> class of its MoE method, by which it is also known where it is chosen while the
+# model is built.
 _OWN_LOADERS = {
     "moe_wna16": "MoeWNA16Method",
     "quark_int4fp8_moe": "QuarkInt4Fp8MoEMethod",
@@ -24,21 +25,23 @@ _OWN_LOADERS = {
 
 
 def unmapped_quantizations(version: str) -> dict[str, str]:
-    """Quantizations whose loaders go round the map of experts -> class of the MoE method."""
+    """Map quantizations whose loaders go round the map of experts to their MoE method's class."""
     mended = {"moe_wna16"} if Version(version).release >= (0, 5, 23) else set()
     return {name: method for name, method in _OWN_LOADERS.items() if name not in mended}
 
 
 _no_redundancy = _any_of(
-    "BailingMoEForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM "
-    "BailingMoeV3VLForConditionalGeneration LLaDA2MoeModelLM SarvamMoEForCausalLM"
+    "BailingMoEForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM "
+    "BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM BailingMoeV3VLForConditionalGeneration "
+    "LLaDA2MoeModelLM SarvamMoEForCausalLM"
 )
 _own_refusal = _any_of("XllmForCausalLM K2HorizonForCausalLM")
 _zero_experts = _any_of("LongcatFlashForCausalLM")
 _own_routing = _any_of(
-    "TransformersMoEForCausalLM TransformersMoEEmbeddingModel TransformersMoEForSequenceClassification "
-    "TransformersMultiModalMoEForCausalLM TransformersMultiModalMoEEmbeddingModel "
-    "TransformersMultiModalMoEForSequenceClassification MindSporeForCausalLM DeepseekV4ForCausalLM"
+    "TransformersMoEForCausalLM TransformersMoEEmbeddingModel "
+    "TransformersMoEForSequenceClassification TransformersMultiModalMoEForCausalLM "
+    "TransformersMultiModalMoEEmbeddingModel TransformersMultiModalMoEForSequenceClassification "
+    "MindSporeForCausalLM DeepseekV4ForCausalLM"
 )
 _kernel_routes = _any_of("triton_kernel flashinfer_trtllm flashinfer_mxfp4 experimental_sgl_trtllm")
 _mapped_a2a = _any_of("none deepep mooncake nixl mori flashinfer")
@@ -50,7 +53,8 @@ _by_position = _any_of("sharded_state presharded remote remote_instance rdma ipc
 PLACEMENT_RULES: tuple[Rule[Combination], ...] = (
     Rule(
         "model",
-        "no `get_model_config_for_expert_location` (Mixtral, OLMoE, Llama 4, Grok, DBRX, Hunyuan, ...)",
+        "no `get_model_config_for_expert_location` (Mixtral, OLMoE, Llama 4, Grok, DBRX, Hunyuan, "
+        "...)",
         "SGLang keeps no map of experts for it",
         "serve it without the placement flags",
         lambda c: not c.has_location,
@@ -112,7 +116,8 @@ PLACEMENT_RULES: tuple[Rule[Combination], ...] = (
         "back end",
         "`--moe-runner-backend` triton_kernel, flashinfer_trtllm, flashinfer_mxfp4",
         "the kernel routes by itself and never sees the map",
-        "use --moe-runner-backend triton, deep_gemm or flashinfer_trtllm_routed (or, unless the checkpoint is FP8, cutlass)",
+        "use --moe-runner-backend triton, deep_gemm or flashinfer_trtllm_routed (or, unless the "
+        "checkpoint is FP8, cutlass)",
         lambda c: _kernel_routes(c.runner_backend),
     ),
     Rule(
@@ -146,14 +151,17 @@ PLACEMENT_RULES: tuple[Rule[Combination], ...] = (
     Rule(
         "load format",
         "`--load-format` sharded_state, presharded, remote, remote_instance, rdma, ipc_cache",
-        "they put what another server has saved or holds into the same slots, by whatever placement that server had",
-        "use --load-format auto with the model's original checkpoint, or leave the placement flags out",
+        "they put what another server has saved or holds into the same slots, by whatever "
+        "placement that server had",
+        "use --load-format auto with the model's original checkpoint, or leave the placement "
+        "flags out",
         lambda c: _by_position(c.load_format),
     ),
     Rule(
         "load format",
         "`--weight-cache-mode` other than off",
-        "the cache holds slots as another server has filled them, by whatever placement that server had",
+        "the cache holds slots as another server has filled them, by whatever placement that "
+        "server had",
         "leave one of the two out",
         lambda c: "weight_cache_mode" in c.options,
     ),
@@ -174,7 +182,8 @@ PLACEMENT_RULES: tuple[Rule[Combination], ...] = (
     Rule(
         "option",
         "`--enforce-shared-experts-fusion`",
-        "shared experts' ids then lie beyond the routed slots, and a draft or redundant experts shift them",
+        "shared experts' ids then lie beyond the routed slots, and a draft or redundant experts "
+        "shift them",
         "leave one of the two out",
         lambda c: "enforce_shared_experts_fusion" in c.options,
     ),
@@ -188,7 +197,8 @@ PLACEMENT_RULES: tuple[Rule[Combination], ...] = (
     Rule(
         "option",
         "`--ep-dispatch-algorithm` static or lp with redundant experts and no all-to-all back end",
-        "each rank picks another replica, all ranks' outputs are added, so a replicated expert counts several times",
+        "each rank picks another replica, all ranks' outputs are added, so a replicated expert "
+        "counts several times",
         "leave --ep-dispatch-algorithm out, or use dynamic",
         lambda c: c.a2a_backend == "none" and c.redundant > 0 and c.dispatch in ("static", "lp"),
     ),
@@ -208,7 +218,8 @@ PLACEMENT_RULES: tuple[Rule[Combination], ...] = (
     ),
     Rule(
         "option",
-        "ranks that join an elastic EP server (`--elastic-ep-join-mode`, `--elastic-ep-rejoin`, `--max-ep-size`)",
+        "ranks that join an elastic EP server (`--elastic-ep-join-mode`, `--elastic-ep-rejoin`, "
+        "`--max-ep-size`)",
         "they change the number of slots, or hold experts that no check has seen",
         "leave them out: ranks may die, the server goes on with the others until it is restarted",
         lambda c: bool(c.options & {"elastic_ep_rejoin", "ep_join_mode", "max_ep_size"}),
@@ -216,14 +227,16 @@ PLACEMENT_RULES: tuple[Rule[Combination], ...] = (
     Rule(
         "option",
         "`--enable-elastic-expert-backup`",
-        "experts that no live rank holds are read from the checkpoint, one by one, and the backup would never be asked",
+        "experts that no live rank holds are read from the checkpoint, one by one, and the backup "
+        "would never be asked",
         "leave it out",
         lambda c: "enable_elastic_expert_backup" in c.options,
     ),
     Rule(
         "option",
         "`--elastic-ep-backend` with quantized checkpoints other than FP8",
-        "a kernel that packs its weights anew after loading cannot take a single expert as the loader makes it",
+        "a kernel that packs its weights anew after loading cannot take a single expert as the "
+        "loader makes it",
         "use an FP8 or bf16 checkpoint, or leave --elastic-ep-backend out",
         lambda c: "elastic_ep_backend" in c.options and c.quantization not in ("", "fp8"),
     ),

@@ -1,6 +1,7 @@
-"""Checkpoints that hold all experts of a layer in one tensor, whose rows stock SGLang copies by position.
+"""Load checkpoints that hold all experts of a layer in one tensor.
 
-Rows are put into the order of the slots by the map in force before the model copies them, redundant slots included.
+Stock SGLang copies the tensor's rows by position. Here rows are put into the order of the slots by
+the map in force before the model copies them, redundant slots included.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _thread = threading.local()  # .in_slot_order: tensors of all experts have the o
 
 
 def rows_of_slots(layer: Any, experts: int) -> np.ndarray:
-    """Row of a tensor of all ``experts`` for each routed slot of this rank; a slot without an expert gets row 0.
+    """Return the row of a tensor of all ``experts`` for each routed slot of this rank.
+
+    A slot without an expert gets row 0.
 
     Raises:
         PlacementError: when the tensor has fewer or more experts than the map.
@@ -36,8 +39,9 @@ def rows_of_slots(layer: Any, experts: int) -> np.ndarray:
     number = evidence.experts_of_map(layer)
     if number is not None and experts != number:
         raise PlacementError(
-            f"layer {layer.layer_id}: the checkpoint brings {experts} of {number} experts at once, so that it is not "
-            "known which: use a checkpoint with a tensor per expert, or leave the placement flags out"
+            f"layer {layer.layer_id}: the checkpoint brings {experts} of {number} experts at "
+            "once, so that it is not known which: use a checkpoint with a tensor per expert, or "
+            "leave the placement flags out"
         )
     return np.where((held >= 0) & (held < experts), held, 0)
 
@@ -45,9 +49,10 @@ def rows_of_slots(layer: Any, experts: int) -> np.ndarray:
 def load_fused(
     original: Callable, self: Any, param: Any, loaded_weight: Any, weight_name: str, shard_id: str
 ) -> None:
-    """`FusedMoE.weight_loader_fused`, which fills all slots at once, with the rows of this rank's slots.
+    """Run `FusedMoE.weight_loader_fused` with the rows of this rank's slots.
 
-    Stock SGLang copies the checkpoint's experts by position; with expert parallelism the shapes do not even agree.
+    It fills all slots at once. Stock SGLang copies the checkpoint's experts by position; with
+    expert parallelism the shapes do not even agree.
 
     Raises:
         PlacementError: when it is not known which experts the tensor has.
@@ -65,7 +70,9 @@ def load_fused(
 
 
 def accepts_all_experts(layer: Any, loaded_weight: Any, weight_name: str) -> bool:
-    """Whether a tensor of all experts that `FusedMoE.weight_loader` gets has been put into the order of the slots.
+    """Tell whether a tensor of all experts has been put into the order of the slots.
+
+    It is one that `FusedMoE.weight_loader` gets.
 
     Raises:
         PlacementError: when it does not have a row for each slot of this rank.
@@ -75,17 +82,18 @@ def accepts_all_experts(layer: Any, loaded_weight: Any, weight_name: str) -> boo
     slots = layer._num_local_routed
     if loaded_weight.shape[0] != slots:
         raise PlacementError(
-            f"layer {layer.layer_id}: the model's loader takes {loaded_weight.shape[0]} rows of {weight_name} for the "
-            f"{slots} slots of rank {layer.moe_ep_rank}: this version of the model is not understood; leave the placement "
-            "flags out"
+            f"layer {layer.layer_id}: the model's loader takes {loaded_weight.shape[0]} rows of "
+            f"{weight_name} for the {slots} slots of rank {layer.moe_ep_rank}: this version of "
+            "the model is not understood; leave the placement flags out"
         )
     return True
 
 
 def load_gpt_oss_mxfp4(original: Callable, self: Any, weights: Iterable[tuple[str, Any]]) -> Any:
-    """`GptOssForCausalLM._load_mxfp4_experts_weights`, which cuts tensors of all experts into equal blocks, one per rank.
+    """Run `GptOssForCausalLM._load_mxfp4_experts_weights` with tensors in the order of the slots.
 
-    It gets them in the order of the slots, and the number of slots for that of experts.
+    It cuts tensors of all experts into equal blocks, one per rank. It also gets the number of slots
+    for that of experts.
     """
     if plan_here() is None:
         return original(self, weights)
@@ -105,7 +113,10 @@ def load_gpt_oss_mxfp4(original: Callable, self: Any, weights: Iterable[tuple[st
 def _in_slot_order(
     weights: Iterable[tuple[str, Any]], layers: dict[int, Any]
 ) -> Iterator[tuple[str, Any]]:
-    """The tensors with a row for each slot of the model; only rows of this rank's slots hold anything."""
+    """Yield the tensors with a row for each slot of the model.
+
+    Only rows of this rank's slots hold anything.
+    """
     for name, tensor in weights:
         found = _LAYER.search(name)
         layer = layers.get(int(found[1])) if found and _STACKED.search(name) else None
@@ -134,7 +145,8 @@ def positional_hooks() -> list[Hook]:
             target="sglang.srt.models.gpt_oss:GptOssForCausalLM._load_mxfp4_experts_weights",
             hook=load_gpt_oss_mxfp4,
             relies_on=("weights",),
-            why="gpt-oss's MXFP4 checkpoints are cut into equal blocks of experts, past the map of experts: wrong output",
+            why="gpt-oss's MXFP4 checkpoints are cut into equal blocks of experts, past the map "
+            "of experts: wrong output",
             removable_when="the model's loader heeds the map of experts",
         ),
     ]

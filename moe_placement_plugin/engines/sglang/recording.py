@@ -1,7 +1,7 @@
-"""Recording the expert load of a running SGLang: ``--expert-load-record``.
+"""Record the expert load of a running SGLang: ``--expert-load-record``.
 
 Logical ids are taken where they enter `topk._post_process_topk_ids`, which sends them to physical
-slots. Independent of placement flags.
+slots. A recording is independent of placement flags.
 """
 
 from __future__ import annotations
@@ -98,20 +98,32 @@ def recording_hooks() -> list[Hook]:
     """Return the hooks of a worker process that records."""
     until = "SGLang's expert distribution recorder writes windows of logical counts while it serves"
     return [
-            Hook(
-                name="record-bind", target="sglang.srt.model_executor.model_runner:ModelRunner.load_model", hook=_load_model,
-                relies_on=("self",), why="counters are bound to the TopK layers once the model is loaded, before graphs are captured",
-                removable_when=until,
-            ),
-            Hook(
-                name="record-batch", target="sglang.srt.model_executor.model_runner:ModelRunner.forward", hook=_forward,
-                relies_on=("forward_batch",), why="which tokens are real and belong to prompts is known before the forward pass",
-                removable_when=until,
-            ),
-            Hook(
-                name="record-count", target="sglang.srt.layers.moe.topk:_post_process_topk_ids", hook=_post_process, counted=False,
-                relies_on=("topk_ids", "topk_weights", "topk_config"), why="the logical ids that the router chose are seen nowhere later",
-                upstream="SGLang's `stat` recorder sums physical ids over a whole dump and stops to gather them",
-                removable_when=until,
-            ),
-    ]  # fmt: skip
+        Hook(
+            name="record-bind",
+            target="sglang.srt.model_executor.model_runner:ModelRunner.load_model",
+            hook=_load_model,
+            relies_on=("self",),
+            why="counters are bound to the TopK layers once the model is loaded, before graphs "
+            "are captured",
+            removable_when=until,
+        ),
+        Hook(
+            name="record-batch",
+            target="sglang.srt.model_executor.model_runner:ModelRunner.forward",
+            hook=_forward,
+            relies_on=("forward_batch",),
+            why="which tokens are real and belong to prompts is known before the forward pass",
+            removable_when=until,
+        ),
+        Hook(
+            name="record-count",
+            target="sglang.srt.layers.moe.topk:_post_process_topk_ids",
+            hook=_post_process,
+            counted=False,
+            relies_on=("topk_ids", "topk_weights", "topk_config"),
+            why="the logical ids that the router chose are seen nowhere later",
+            upstream="SGLang's `stat` recorder sums physical ids over a whole dump and stops to "
+            "gather them",
+            removable_when=until,
+        ),
+    ]

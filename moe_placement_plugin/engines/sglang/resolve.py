@@ -1,6 +1,7 @@
-"""Launcher: from SGLang's arguments to the settings of every process, or one clear error.
+"""Turn SGLang's arguments into the settings of every process, or into one clear error.
 
-Four steps: `flags.read_request`, `check_support`, `make_placement`, `settings_for`.
+The launcher does so in four steps: `flags.read_request`, `check_support`, `make_placement`,
+`settings_for`.
 """
 
 from __future__ import annotations

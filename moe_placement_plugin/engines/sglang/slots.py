@@ -1,4 +1,4 @@
-"""Launcher: the placement with as many slots on every rank, as SGLang needs it."""
+"""Make the placement with as many slots on every rank as SGLang needs, in the launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker and launcher: what this process knows of the engine that it is a part of."""
+"""Hold what this process, worker or launcher, knows of the engine that it is a part of."""
 
 from __future__ import annotations
 
@@ -161,5 +161,5 @@ def plan_here() -> Placement | None:
 
 
 def verifies() -> bool:
-    """Whether this process verifies weights."""
+    """Tell whether this process verifies weights."""
     return STATE.settings is not None and STATE.settings.verification.on

@@ -1,8 +1,8 @@
-"""What of SGLang a placement, EPLB, a verification or a recording does not go with.
+"""Say what of SGLang a placement, EPLB, a verification or a recording does not go with.
 
-Decided before a model loads. The tables of ``docs/sglang.md`` come from the same rules: ``python -m
-moe_placement_plugin.engines.sglang.support``. What depends on the checkpoint is settled while
-loading, see `evidence` and `layers`.
+This is decided before a model loads. The tables of ``docs/sglang.md`` come from the same rules:
+``python -m moe_placement_plugin.engines.sglang.support``. What depends on the checkpoint is settled
+while loading, see `evidence` and `layers`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ EPLB_RULES: tuple[Rule[Combination], ...] = (
     ),
     Rule(
         "EPLB",
-        "`--eplb-algorithm` of SGLang's with strategy eplb (but `elasticity_aware` with elastic EP)",
+        "`--eplb-algorithm` of SGLang's with strategy eplb (but `elasticity_aware` with elastic "
+        "EP)",
         "both decide how to rebalance",
         _LEAVE_ONE,
         lambda c: (
@@ -155,7 +156,10 @@ RECORDING_RULES: tuple[Rule[Combination], ...] = (
 )
 
 RULES = (*PLACEMENT_RULES, *EPLB_RULES, *VERIFICATION_RULES, *RECORDING_RULES)
-"""Everything that is refused before a model loads but for values that make no sense by themselves."""
+"""Everything that is refused before a model loads.
+
+Values that make no sense by themselves are left out.
+"""
 
 
 def refusals(combination: Combination) -> Iterator[Rule[Combination]]:

@@ -1,4 +1,4 @@
-"""Worker: ``--expert-placement-verify`` while the model loads and serves."""
+"""Serve ``--expert-placement-verify`` in a worker, while the model loads and serves."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _load_model(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any
         STATE.target = None
     if here.level == "checkpoint" and here.clean is None:
         raise PlacementError(
-            f"--expert-placement-verify checkpoint: this model is loaded by {type(self.loader).__name__}, which cannot be asked for a clean "
-            "load; use replicas"
+            "--expert-placement-verify checkpoint: this model is loaded by "
+            f"{type(self.loader).__name__}, which cannot be asked for a clean load; use replicas"
         )
     verify_loaded(self.model, here.clean)
     return result
@@ -68,9 +68,10 @@ def _load_weights(original: Callable, self: Any, *args: Any, **kwargs: Any) -> A
 
 
 def clean_load(build: Callable[[], Any], runner: Any) -> ExpertDigests:
-    """Load the model with SGLang's own trivial placement in the same number of slots, digest its experts, and drop it again.
+    """Load the model with SGLang's own trivial placement, digest its experts, and drop it again.
 
-    The model that is to be served is not in memory yet, so that the peak is that of one model.
+    It has the same number of slots. The model that is to be served is not in memory yet, so that
+    the peak is that of one model.
 
     Args:
         build: loads the model.
@@ -146,7 +147,8 @@ def verification_hooks() -> list[Hook]:
             target="sglang.srt.model_loader.loader:DefaultModelLoader.load_model",
             hook=_load_weights,
             relies_on=("model_config", "device_config"),
-            why="level checkpoint loads the model once more with SGLang's own placement, in the place where SGLang loads it",
+            why="level checkpoint loads the model once more with SGLang's own placement, in the "
+            "place where SGLang loads it",
             removable_when="never: it is this plugin's own check",
         ),
         Hook(
@@ -154,7 +156,8 @@ def verification_hooks() -> list[Hook]:
             target=f"{runner}.check_weights",
             hook=_check_weights,
             relies_on=("action",),
-            why="POST /weights_checker knows no action that compares experts with those that were loaded",
+            why="POST /weights_checker knows no action that compares experts with those that were "
+            "loaded",
             removable_when="never: it is this plugin's own check",
         ),
     ]

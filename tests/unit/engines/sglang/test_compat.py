@@ -1,4 +1,4 @@
-"""What the plugin asks of SGLang's resolved arguments, in the form of each version."""
+"""Test what the plugin asks of SGLang's resolved arguments, in the form of each version."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_width_of_data_parallel_attention(values, width, copies):
     ],
 )
 def test_what_can_be_recorded(values, a2a, refused):
-    """The fault of 0.5.23: attention that is data-parallel looks as if it were not."""
+    """Notice the fault of 0.5.23: attention that is data-parallel looks as if it were not."""
     args = types.SimpleNamespace(**values)
     width = compat.attention_dp_width(args)
     named = Combination("0.5.23", a2a_backend=a2a, tp_size=args.tp_size, attention_dp=width)
@@ -66,7 +66,7 @@ def test_what_can_be_recorded(values, a2a, refused):
 @pytest.mark.parametrize(("a2a", "expected"), [("none", 4), ("deepep", 1)])
 @pytest.mark.parametrize("attention_dp", [False, True])
 def test_over_how_many_ranks_a_token_is_counted_again(a2a, expected, attention_dp, monkeypatch):
-    """Whoever routes a token counts it; how attention is cut does not matter."""
+    """Count a token wherever it is routed; how attention is cut does not matter."""
     from sglang.srt.distributed import parallel_state
     from sglang.srt.layers.moe import utils
 

@@ -1,4 +1,7 @@
-"""A draft's MoE layers: their slots, numbers and rows, the weights that come in, and what is refused. Without an engine."""
+"""Test a draft's MoE layers, without an engine.
+
+These are their slots, numbers and rows, the weights that come in, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ def test_equal_ranks_hold_just_their_experts():
 
 
 def test_unequal_ranks_are_filled_up_and_no_token_goes_there():
-    """As vLLM places 5 experts on 2 ranks: 3 and 2. SGLang needs 3 and 3, and the spare slot a weight that is a number."""
+    """Fill unequal ranks up as vLLM places 5 experts on 2 ranks: 3 and 2.
+
+    SGLang needs 3 and 3, and the spare slot a weight that is a number.
+    """
     rows = Placement([[4, 1, 0, 3, 2]], 5, (3, 2), (0,))
     own = draft_layers.lay_out(rows, 0, 0, 6)
     assert own.experts.tolist() == [4, 1, 0, 3, 2, 3]
@@ -163,7 +169,10 @@ def test_slots_that_only_fill_a_rank_up_are_filled_too(ask, rank):
 
 
 def test_the_targets_map_is_not_the_drafts(ask, monkeypatch):
-    """The fault, SGLang's own way up to 0.5.22: the draft's layer 0 is loaded by the target's layer 0."""
+    """Notice the fault: the draft's layer 0 is loaded by the target's layer 0.
+
+    It is SGLang's own way up to 0.5.22.
+    """
     from sglang.srt.layers.moe.fused_moe_triton import layer as engine
 
     table = torch.from_numpy(TARGET.physical_to_logical.astype(np.int64))
@@ -206,7 +215,7 @@ def test_a_draft_that_was_not_filled_ends_the_worker(ask, how, message):
 
 @pytest.mark.parametrize("own", [None, "auto", "dummy"])
 def test_a_dummy_draft_needs_no_evidence(ask, own):
-    """Its load format may be another than the target's."""
+    """Need no evidence, since a draft's load format may be another than the target's."""
     asked = ask(strategy="linear")
     one, _ = loaded(0, experts=())
     one.server_args.speculative_draft_load_format = own
@@ -214,7 +223,7 @@ def test_a_dummy_draft_needs_no_evidence(ask, own):
 
 
 def test_a_slot_of_a_draft_that_nothing_filled_is_noticed(ask, monkeypatch):
-    """The fault: a loader that fills the first of two slots that hold an expert."""
+    """Notice the fault: a loader fills only the first of two slots that hold an expert."""
     asked = ask(Placement([ROW], EXPERTS, (4, 2), (3,)))
     own = draft_layers.DraftLayer.slots_of
     monkeypatch.setattr(draft_layers.DraftLayer, "slots_of", lambda self, e: own(self, e)[:1])
@@ -248,7 +257,7 @@ def test_rows_of_another_draft_are_refused_before_its_weights_come(
 
 
 def test_rows_for_a_draft_in_parts_are_looked_for_in_all_of_them(ask):
-    """SGLang loads each MTP layer as a model of its own when they are chained."""
+    """Look in all parts, since SGLang loads chained MTP layers each as a model of its own."""
     rows = Placement([ROW, ROW[::-1]], EXPERTS, (3, 3), (3, 4))
     ask(rows)
     for part, row in enumerate((ROW, ROW[::-1])):
@@ -302,7 +311,7 @@ def test_a_layer_that_sglang_looks_up_among_the_targets_is_refused_where_there_i
 
 
 def test_the_target_is_no_draft(ask):
-    """Nothing of it is numbered, whatever was loaded before."""
+    """Number nothing of the target, whatever was loaded before."""
     ask(ROWS)
     loaded(0)
     assert STATE.draft is None

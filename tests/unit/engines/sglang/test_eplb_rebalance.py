@@ -49,7 +49,7 @@ def metadata(table, usable=None) -> Metadata:
 
 @pytest.fixture
 def serving(monkeypatch):
-    """Layers 0 (dense), 1 and 2 of 8 experts in 10 slots on 2 ranks, as SGLang begins."""
+    """Return layers 0 (dense), 1 and 2 of 8 experts in 10 slots on 2 ranks, as SGLang begins."""
     from sglang.srt.distributed import parallel_state
     from sglang.srt.eplb import expert_location
 
@@ -67,7 +67,7 @@ def serving(monkeypatch):
 
 
 def under_way(**policy) -> Rebalance:
-    """A rebalance that we plan, which has begun."""
+    """Begin a rebalance that we plan."""
     planner = Rebalancer(RebalancePolicy(**policy), (1, 2), 1000, logging.getLogger())
     here = STATE.eplb.rebalance = Rebalance(Watchdog(), (1,), planner)
     return here
@@ -117,7 +117,7 @@ def test_without_strategy_eplb_the_algorithm_is_sglangs(serving):
 
 
 class Recorded(Exchanger):
-    """Plans, and moves nothing."""
+    """Plan, and move nothing."""
 
     def __init__(self):
         self.num_experts, self.num_slots, self.ranks = EXPERTS, 5, RANKS
@@ -173,7 +173,7 @@ def test_the_exchange_that_was_weighed_is_carried_out_chunk_by_chunk(serving, mo
 
 
 def test_a_table_that_sglang_has_changed_since_is_what_is_exchanged_to(serving):
-    """The fault: an exchange that was weighed leads to a table that nobody asks for any more."""
+    """Notice the fault: a weighed exchange leads to a table that nobody asks for any more."""
     here = under_way()
     table, *_ = planned(hot(3))
     assert here.exchange is not None
@@ -208,7 +208,7 @@ def test_maps_alone_change_where_a_dead_rank_held_replicas_only(serving):
 
 
 class Manager:
-    """What `eplb.rebalance` asks of SGLang's manager."""
+    """Answer what `eplb.rebalance` asks of SGLang's manager."""
 
     def _get_model(self):
         return types.SimpleNamespace(
@@ -218,7 +218,7 @@ class Manager:
 
 @pytest.fixture
 def rebalancing(serving, monkeypatch):
-    """Layers that were checked, for a rebalance in two chunks."""
+    """Return layers that were checked, for a rebalance in two chunks."""
     checked = []
     monkeypatch.setattr(
         eplb, "recheck", lambda model, what, only, alone: checked.append(list(only))

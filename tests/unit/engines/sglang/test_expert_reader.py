@@ -1,6 +1,6 @@
-"""Reading single experts through a model's own loader.
+"""Read single experts through a model's own loader.
 
-Models of several habits, and a real checkpoint.
+The models have several habits, and the checkpoint is real.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LAYERS, EXPERTS, WIDTH, HIDDEN = (1, 2), 6, 4, 8
 
 
 class Layer(torch.nn.Module):
-    """As much of SGLang's ``FusedMoE`` as loading needs.
+    """Stand in for SGLang's ``FusedMoE``, as much as loading needs.
 
     Which slot holds what is ``held``, logical expert by slot.
     """
@@ -101,7 +101,7 @@ class Model(torch.nn.Module):
 
 
 class Threaded(Model):
-    """Loads in threads, in another order than the checkpoint's, as DeepSeek does."""
+    """Load in threads, in another order than the checkpoint's, as DeepSeek does."""
 
     def go(self, calls):
         with ThreadPoolExecutor(3) as pool:
@@ -109,7 +109,7 @@ class Threaded(Model):
 
 
 class Fused(Model):
-    """One tensor per layer for all experts, gate and up in one."""
+    """Load one tensor per layer for all experts, gate and up in one."""
 
     def calls_of(self, name, tensor):
         if name == "dense":
@@ -146,7 +146,7 @@ def forgotten(monkeypatch):
 
 
 def loaded(kind, folder, prefix: str = ""):
-    """A model of experts 0, 2 and 4, loaded from a checkpoint while names were noted."""
+    """Load a model of experts 0, 2 and 4 from a checkpoint while names are noted."""
     content = tensors(kind is Fused)
     save_file(content, folder / "model.safetensors")
     model = kind([0, 2, 4])

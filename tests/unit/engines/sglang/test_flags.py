@@ -1,4 +1,7 @@
-"""The flags, from the command line, YAML and `sglang.Engine`, to the resolved placement; and every refusal."""
+"""Follow the flags to the resolved placement, and check every refusal.
+
+They come from the command line, YAML and `sglang.Engine`.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +35,15 @@ def plugins():
 
 
 def arguments(model, *more: str) -> list[str]:
-    common = "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch --grammar-backend none"
+    common = (
+        "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch "
+        "--grammar-backend none"
+    )
     return ["--model-path", str(model), *common.split(), *more]
 
 
 def resolve(argv: list[str]):
-    """What a server does with its command line before it starts any process."""
+    """Do what a server does with its command line before it starts any process."""
     from sglang.srt.server_args import prepare_server_args
 
     server_args = prepare_server_args(argv)
@@ -243,7 +249,8 @@ def test_unknown_strategy_in_python(models):
 
     with pytest.raises(
         PlacementError,
-        match="unknown expert placement strategy 'spiral': choose one of linear, balanced, zigzag, eplb",
+        match="unknown expert placement strategy 'spiral': choose one of linear, balanced, "
+        "zigzag, eplb",
     ):
         Engine.server_args_class(
             model_path=str(models["qwen32"]), expert_placement_strategy="spiral"
@@ -389,7 +396,7 @@ def test_a_changed_contract_is_named(models, monkeypatch):
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     def weight_loader(self, param, tensor, name, shard, expert):
-        """As a future version might have it."""
+        """Load as a future version might."""
 
     monkeypatch.setattr(FusedMoE, "weight_loader", weight_loader)
     message = refused(arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "zigzag"))
@@ -400,7 +407,10 @@ def test_a_changed_contract_is_named(models, monkeypatch):
 
 
 def test_hosts_with_and_without_the_heads_file(models, files, tmp_path):
-    """What each host makes of the same flags: --nnodes 2, the file on the head only, or not what it should be."""
+    """Compare what each host makes of the same flags.
+
+    They are --nnodes 2, with the file on the head only, or not what it should be.
+    """
     two = (*TWO, "--nnodes", "2", "--dist-init-addr", "10.0.0.1:5000", "--node-rank")
     absent = str(tmp_path / "absent.json")
     eplb = ("--expert-placement-strategy", "eplb", "--expert-placement-file")
@@ -428,7 +438,8 @@ def test_hosts_with_and_without_the_heads_file(models, files, tmp_path):
         asked(*two, "1", "--expert-placement-strategy", "eplb"),
     ):
         assert second.adopts and second.plan is None and second.hosts.error is None
-    # An error that may be this host's only is told to the others by the workers; on one host it is raised at once.
+    # An error that may be this host's only is told to the others by the workers; on one host it is
+    # raised at once.
     other = asked(*two, "1", "--expert-placement-file", str(files["other-experts"]))
     assert "is a plan for 30 experts" in other.hosts.error and other.plan is None
     assert absent in asked(*two, "0", "--expert-placement-file", absent).hosts.error
@@ -462,17 +473,21 @@ def test_every_strategy_is_offered():
 
 _SNAPSHOT = """
 import sys, types, importlib
-MODULES = ["sglang.srt.server_args", "sglang.srt.entrypoints.engine", "sglang.srt.eplb.expert_location",
-           "sglang.srt.eplb.expert_location_dispatch", "sglang.srt.layers.moe.topk", "sglang.srt.layers.moe.fused_moe_native",
+MODULES = ["sglang.srt.server_args", "sglang.srt.entrypoints.engine", \
+"sglang.srt.eplb.expert_location",
+           "sglang.srt.eplb.expert_location_dispatch", "sglang.srt.layers.moe.topk", \
+"sglang.srt.layers.moe.fused_moe_native",
            "sglang.srt.layers.moe.fused_moe_triton.layer", "sglang.srt.model_executor.model_runner",
-           "sglang.srt.eplb.eplb_manager", "sglang.srt.eplb.eplb_algorithms", "sglang.srt.managers.scheduler"]
+           "sglang.srt.eplb.eplb_manager", "sglang.srt.eplb.eplb_algorithms", \
+"sglang.srt.managers.scheduler"]
 for name in MODULES:
     importlib.import_module(name)
 
 def snapshot():
     seen = {}
     for name, module in list(sys.modules.items()):
-        if not name.startswith("sglang") or not isinstance(module, types.ModuleType) or name.startswith("sglang.srt.plugins"):
+        if not name.startswith("sglang") or not isinstance(module, types.ModuleType) \
+or name.startswith("sglang.srt.plugins"):
             continue
         for attribute, value in list(vars(module).items()):
             if attribute.startswith("__"):
@@ -486,7 +501,8 @@ def snapshot():
 
 from sglang.srt.plugins import load_plugins
 before = snapshot()
-keep = [vars(m).copy() for n, m in list(sys.modules.items()) if n.startswith("sglang")]  # no id may be reused
+keep = [vars(m).copy() for n, m in list(sys.modules.items()) if n.startswith("sglang")] \
+ # no id may be reused
 load_plugins()
 after = snapshot()
 for key in sorted(before):
@@ -546,7 +562,7 @@ prepare_server_args({arguments(models["qwen32"], *TWO, "--expert-placement-strat
 
 
 def test_a_quantization_that_only_modelopts_file_names_is_known(models, tmp_path):
-    """The fault: reading ``config.json`` alone, which says nothing of it."""
+    """Notice the fault: reading ``config.json`` alone, which says nothing of it."""
     import json
     import shutil
 
@@ -578,7 +594,7 @@ def test_ray_is_refused_where_its_engine_was_imported(models, monkeypatch):
 
 
 def with_draft(files, tmp_path, experts=32, slots=(16, 16), layer_ids=(4,)) -> str:
-    """A plan for qwen32 with rows for a draft."""
+    """Write a plan for qwen32 with rows for a draft, and return its path."""
     from moe_placement_plugin.core.placement import Placement
 
     found = read_plan(files["permutation"])
@@ -598,7 +614,7 @@ def speculation(draft) -> tuple[str, ...]:
 
 
 def test_rows_for_a_draft_go_to_the_workers(models, files, tmp_path):
-    """Of the target's checkpoint, or of another one; ranks may be unequal."""
+    """Send rows of the target's checkpoint, or of another one; ranks may be unequal."""
     for draft, experts, slots in (("qwen32", 32, (16, 16)), ("qwen30", 30, (20, 10))):
         file = with_draft(files, tmp_path, experts, slots)
         server_args = resolve(
@@ -669,7 +685,12 @@ def test_a_recording_without_a_token_is_refused(models, tmp_path):
     empty.write_text(json.dumps({"logical_count": [[0] * 32] * 4}))
     message = refused(
         arguments(
-            models["qwen32"], *TWO, "--expert-placement-strategy", "eplb", "--expert-placement-file", str(empty),
+            models["qwen32"],
+            *TWO,
+            "--expert-placement-strategy",
+            "eplb",
+            "--expert-placement-file",
+            str(empty),
         )
-    )  # fmt: skip
+    )
     assert "empty.json" in message

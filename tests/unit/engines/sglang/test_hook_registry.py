@@ -1,4 +1,7 @@
-"""Hooks through SGLang's registry: applied once, undone, refused on another contract, missed when the registry fails."""
+"""Test hooks through SGLang's registry.
+
+They are applied once, undone, refused on another contract, and missed when the registry fails.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ class Box:
 
 @pytest.fixture
 def engine(monkeypatch):
-    """Two modules of a made-up engine: one defines a function, the other has imported it by name."""
+    """Make two modules of a made-up engine.
+
+    One defines a function, the other has imported it by name.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     home, user = types.ModuleType("made_up_home"), types.ModuleType("made_up_user")

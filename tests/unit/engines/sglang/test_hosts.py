@@ -1,4 +1,4 @@
-"""What SGLang's schedulers do about the other hosts, in two processes without an engine."""
+"""Test what SGLang's schedulers do about other hosts, in two processes without an engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ STALE = Placement(
 
 
 def scheduler(rank: int, port: int, cases: list[Settings], pipe) -> None:
-    """`hosts.agree` on one host, case after case; sends the digest of the placement that each ends with, or the error."""
+    """Run `hosts.agree` on one host, case after case.
+
+    It sends the digest of the placement that each ends with, or the error.
+    """
     import os
 
     import torch.distributed as dist
@@ -62,7 +65,7 @@ def scheduler(rank: int, port: int, cases: list[Settings], pipe) -> None:
 
 
 def on_two_hosts(cases: list[tuple[Settings, Settings]]) -> list[tuple]:
-    """What both hosts end with, case by case."""
+    """Return what both hosts end with, case by case."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -100,9 +103,8 @@ def settings_of(**more) -> Settings:
 
 
 DIFFERENT = {
-    f"has placement {STALE.digest[:12]} from /plans/plan.json, the head has placement {PLAN.digest[:12]}": {
-        "placement": STALE
-    },
+    f"has placement {STALE.digest[:12]} from /plans/plan.json, the head has placement "
+    f"{PLAN.digest[:12]}": {"placement": STALE},
     "cannot have what was asked for: /plans/plan.json is a plan for 8 ranks": {
         "placement": None,
         "error": "/plans/plan.json is a plan for 8 ranks",

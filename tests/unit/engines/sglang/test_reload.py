@@ -1,4 +1,7 @@
-"""New weights for a model that serves: what is refused, what is forgotten, and what is made anew. Without an engine."""
+"""Test new weights for a model that serves, without an engine.
+
+They show what is refused, what is forgotten, and what is made anew.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from tests.support.sglang_settings import make_settings
 
 
 def make_model():
-    """A model with a ``FusedMoE`` of two slots, and something else."""
+    """Make a model with a ``FusedMoE`` of two slots, and something else."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     class Experts(FusedMoE):
@@ -42,7 +45,7 @@ def make_model():
 
 @pytest.fixture
 def runner(monkeypatch):
-    """A runner of rank 0 of one whose experts are placed and were verified."""
+    """Return a runner of rank 0 of one whose experts are placed and were verified."""
     placement = Placement([[1, 0]], 2, (2,), (1,))
     STATE.settings = make_settings("custom", placement)
     model = make_model()
@@ -68,7 +71,11 @@ def updater(runner):
 
 
 def from_tensor(runner, names, load_format=None, does=lambda: (True, "Success")):
-    """An update by SGLang's `update_weights_from_tensor`; what it answers, and what reached the original."""
+    """Update by SGLang's `update_weights_from_tensor`.
+
+    Returns:
+        What it answers, and what reached the original.
+    """
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
     seen = []
@@ -218,7 +225,7 @@ def test_lost_experts_are_not_read_from_a_checkpoint_that_is_not_served_any_more
 
 
 def test_tensors_that_an_update_replaced_are_found_again(runner):
-    """The fault: SGLang's list, which keeps the tensors of the start."""
+    """Notice the fault: SGLang's list keeps the tensors of the start."""
     experts = runner.model.experts
     listed = {1: eplb_exchange.slot_tensors(experts)}
     fresh = torch.nn.Parameter(torch.ones(2, 3, 4), requires_grad=False)

@@ -1,4 +1,4 @@
-"""What is refused, and the table in the docs."""
+"""Test what is refused, and the table in the docs."""
 
 from __future__ import annotations
 
