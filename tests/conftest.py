@@ -1,4 +1,7 @@
-"""What holds for all tests: which engine they need, how hypothesis runs, and that names are not waited for."""
+"""Set what holds for all tests.
+
+That is which engine they need, how hypothesis runs, and that names are not waited for.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ from pathlib import Path
 from hypothesis import settings
 
 ENGINES = ("vllm", "sglang")
-"""A folder of this name holds tests that need this engine, each of which has an environment of its own."""
+"""A folder of this name holds tests that need this engine.
+
+Each engine has an environment of its own.
+"""
 
 settings.register_profile("steady", deadline=None)  # shared machines stop now and then
 settings.load_profile("steady")
 
-# torch asks for the name of whoever connects to a store. Where no name server answers that takes the
-# system's resolver five seconds, for one connection in twenty or so. Processes that tests start inherit this.
+# torch asks for the name of whoever connects to a store. Where no name server answers that takes
+# the system's resolver five seconds, for one connection in twenty or so. Processes that tests start
+# inherit this.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 

@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def report(case: dict[str, Any], results: dict[str, Any], engine: str) -> bool:
-    """Print a case's lines; whether it is as it should be."""
+    """Print a case's lines; return whether it is as it should be."""
     mine = results[case["name"]]
     theirs = results.get(case["like"] or "", {"steps": []})
     good = "tail" not in mine

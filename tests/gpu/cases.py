@@ -1,4 +1,7 @@
-"""What is tried on two GPUs: a case per engine start, and the case that must have answered the same."""
+"""Define what is tried on two GPUs.
+
+That is a case per engine start, and the case that must have answered the same.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ MOVING = {"min_gain": 0, "hysteresis": 0, "small_batches": False}
 
 
 def vllm_cases(folder: Path) -> list[Case]:
-    """Cases of vLLM; models are written to ``folder``."""
+    """Return the cases of vLLM; models are written to ``folder``."""
     qwen, other = (
         str(write_qwen3_moe(folder / f"qwen{seed}", 32, seed=seed, size=SIZE)) for seed in (0, 7)
     )
@@ -33,11 +36,14 @@ def vllm_cases(folder: Path) -> list[Case]:
         return {
             "enable_eplb": True,
             "eplb_config": {
-                "window_size": 4, "step_interval": 4, "num_redundant_experts": 2, "use_async": use_async,
+                "window_size": 4,
+                "step_interval": 4,
+                "num_redundant_experts": 2,
+                "use_async": use_async,
             },
             "expert_placement_strategy": "eplb",
             "additional_config": {"expert_rebalance": {**MOVING, "max_phase_loss": 0.5}},
-        }  # fmt: skip
+        }
 
     cases = [
         case("linear", {**sleeping}, rl),
@@ -97,7 +103,7 @@ def vllm_cases(folder: Path) -> list[Case]:
 
 
 def sglang_cases(folder: Path) -> list[Case]:
-    """Cases of SGLang; models are written to ``folder``."""
+    """Return the cases of SGLang; models are written to ``folder``."""
     from tests.integration.sglang.speculative import write_qwen2_moe
 
     qwen, other = (
@@ -154,13 +160,14 @@ def sglang_cases(folder: Path) -> list[Case]:
 
 
 def case(name: str, engine: dict[str, Any], steps: list, like: str | None = None, **more) -> Case:
-    """A case.
+    """Return a case.
 
     Args:
         name: of the case.
         engine: the engine's arguments.
         steps: see the engine's child.
         like: the case whose answers these must equal.
-        more: "refused": the last step must be; "rest": seconds before it stops; "check": ask the weight checker.
+        more: "refused": the last step must be; "rest": seconds before it stops; "check": ask the
+            weight checker.
     """
     return {"name": name, "engine": engine, "steps": steps, "like": like, **more}

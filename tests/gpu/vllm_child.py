@@ -1,12 +1,12 @@
-"""Child process: one vLLM on two GPUs, asked for answers between the steps of a case.
+"""Run one vLLM on two GPUs in a child process, asked for answers between the steps of a case.
 
-    python -m tests.gpu.vllm_child CASE.json RESULT.json
+python -m tests.gpu.vllm_child CASE.json RESULT.json
 
-A case is {"engine": {LLM arguments}, "steps": [step, ...]}; a step is "answer", "sleep 1", "sleep 2"
-(and the weights read anew), "sabotage" (experts at their neighbours' weights), or {"reload":
-arguments of reload_weights}. Every step ends with answers. An update that is refused since EPLB moves
-experts in the background is tried again after some more answers, as the message says. The result has
-per step {"error", "answers", "digests", "retries", "seconds"}, and what the draft did.
+A case is {"engine": {LLM arguments}, "steps": [step, ...]}; a step is "answer", "sleep 1", "sleep
+2" (and the weights read anew), "sabotage" (experts at their neighbours' weights), or {"reload":
+arguments of reload_weights}. Every step ends with answers. An update that is refused since EPLB
+moves experts in the background is tried again after some more answers, as the message says. The
+result has per step {"error", "answers", "digests", "retries", "seconds"}, and what the draft did.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ BEHIND = "in the background"
 
 
 def describe(worker: Any) -> dict:
-    """Runs in every worker: maps of the model's and the draft's MoE layers, and the kernel of the first."""
+    """Run in every worker: return maps of the MoE layers, and the kernel of the first.
+
+    The layers are the model's and the draft's.
+    """
     from moe_placement_plugin.engines.vllm.layers import routed_layers
 
     runner = worker.model_runner
@@ -64,7 +67,7 @@ def step_of(llm: Any, step: Any) -> None:
 
 
 def main() -> None:
-    """Run the case; the result is written after every step, since an engine can end this process."""
+    """Run the case, and write the result after every step, since an engine can end this process."""
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     case, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     import moe_placement_plugin
@@ -77,10 +80,17 @@ def main() -> None:
 
     began = time.monotonic()
     llm = LLM(
-        max_model_len=512, max_num_batched_tokens=512, max_num_seqs=8, tensor_parallel_size=2,
-        enable_expert_parallel=True, enable_prefix_caching=False, disable_log_stats=False,
-        kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.2, **{"enforce_eager": True, "dtype": "float32"} | case["engine"],
-    )  # fmt: skip
+        max_model_len=512,
+        max_num_batched_tokens=512,
+        max_num_seqs=8,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+        kv_cache_memory_bytes=1 << 30,
+        gpu_memory_utilization=0.2,
+        **{"enforce_eager": True, "dtype": "float32"} | case["engine"],
+    )
     result: dict = {"start_s": time.monotonic() - began, "steps": []}
     result["workers"] = llm.collective_rpc(describe)
 

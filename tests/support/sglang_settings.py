@@ -1,4 +1,4 @@
-"""Settings as SGLang's launcher makes them, in one line."""
+"""Make settings as SGLang's launcher makes them, in one line."""
 
 from __future__ import annotations
 

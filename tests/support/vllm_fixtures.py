@@ -15,7 +15,7 @@ from tests.support.checkpoints import fuse_experts
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """Name -> checkpoint: Qwen3-MoE with 30 experts, GLM-4-MoE with 32 in 4 groups."""
+    """Return checkpoints by name: Qwen3-MoE with 30 experts, GLM-4-MoE with 32 in 4 groups."""
     folder = tmp_path_factory.mktemp("checkpoints")
     qwen = write_qwen3_moe(folder / "qwen")
     return {

@@ -100,7 +100,8 @@ def reload(llm, case: dict, result: dict) -> None:
             error = None
         except Exception as failed:
             error = f"{type(failed).__name__}: {failed}"
-        # A call that failed half-way leaves other ranks' answers in their queues; a refusal, nothing.
+        # A call that failed half-way leaves other ranks' answers in their queues; a refusal,
+        # nothing.
         whole = error is None or "no weight was changed" in error
         digests = llm.collective_rpc(vllm_probes.slot_digests) if whole else None
         result["reloaded"].append({"error": error, "digests": digests, "answers": None})

@@ -1,4 +1,4 @@
-"""Settings as vLLM's launcher makes them, in one line."""
+"""Make settings as vLLM's launcher makes them, in one line."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""vLLM: entry points, flags, static placement, expert parallelism on the CPU build.
+"""Plug into vLLM: entry points, flags, static placement, expert parallelism on the CPU build.
 
 Both entry points run in every process that vLLM starts. Without a request for placement they touch
-nothing. Settings travel inside ``VllmConfig.additional_config`` as a `settings.PlacementSettings`, whose
-unpickling applies the patches: a process without this package cannot read the config and dies instead
-of serving with the default placement.
+nothing. Settings travel inside ``VllmConfig.additional_config`` as a `settings.PlacementSettings`,
+whose unpickling applies the patches: a process without this package cannot read the config and dies
+instead of serving with the default placement.
 """
 
 
 def general_plugin() -> None:
-    """Entry point of ``vllm.general_plugins``: accept the flag if it is asked for."""
+    """Accept the flag if it is asked for; the entry point of ``vllm.general_plugins``."""
     from .detect import requested  # lazy: heavy
 
     if requested():
@@ -18,10 +18,10 @@ def general_plugin() -> None:
 
 
 def platform_plugin() -> None:
-    """Entry point of ``vllm.platform_plugins``: the same, before general plugins load.
+    """Accept the flag before general plugins load: entry point of ``vllm.platform_plugins``.
 
-    Code that builds vLLM's argument parser by itself does so before general plugins load. Returns None,
-    which tells vLLM that this is no platform.
+    Code that builds vLLM's argument parser by itself does so before general plugins load. Returns
+    None, which tells vLLM that this is no platform.
     """
     from .detect import requested  # lazy: heavy
 

@@ -1,7 +1,7 @@
-"""How settings reach every process of vLLM, and bring the patches into force there: by being unpickled.
+"""Carry settings to every process of vLLM, and bring the patches into force there.
 
-They travel inside ``VllmConfig.additional_config``. A process without this package cannot read the
-config and dies instead of serving with the default placement.
+Settings do so by being unpickled. They travel inside ``VllmConfig.additional_config``. A process
+without this package cannot read the config and dies instead of serving with the default placement.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from .state import KEY, STATE, Carried
 
 
 class Carrier(Carried):
-    """Carry settings whose unpickling applies the patches in the process that does so, be it
-    forked, spawned or started by Ray.
+    """Carry settings whose unpickling applies the patches.
+
+    They are applied in the process that unpickles, be it forked, spawned or started by Ray.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -25,14 +26,18 @@ class Carrier(Carried):
 
 
 def restore(data: dict[str, Any]) -> Carrier:
-    """Put settings that have arrived in a process into force: each patch when its module is imported."""
+    """Put settings that have arrived in a process into force.
+
+    Each patch is applied when its module is imported.
+    """
     known = {name: value for name, value in data.items() if name != "plugin"}
     return _into_force(Settings.from_dict(known), PatchSet.apply_when_imported)
 
 
 def attach(vllm_config: Any, settings: Settings) -> None:
-    """Put settings into force in the process that made them, where vLLM is imported already, and
-    into the engine's config, which takes them to the others.
+    """Put settings into force in the process that made them, and into the engine's config.
+
+    vLLM is imported there already; the config takes the settings to the other processes.
     """
     extra = vllm_config.additional_config or {}
     vllm_config.additional_config = {**extra, KEY: _into_force(settings, PatchSet.apply)}

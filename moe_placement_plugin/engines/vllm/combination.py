@@ -1,4 +1,7 @@
-"""What a vLLM is started with, as far as this plugin cares: what the rules of `support` look at."""
+"""Describe what a vLLM is started with, as far as this plugin cares.
+
+The rules of `support` look at it.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class Combination:
 
     @property
     def kernel_ignores_map(self) -> bool:
-        """Whether the MoE back end that was named computes with contiguous, even blocks."""
+        """Tell whether the MoE back end that was named computes with contiguous, even blocks."""
         batched = self.all2all in ALL2ALL_WITH_TABLES and self.moe_backend in BATCHED_BACKENDS
         return self.moe_backend in MOE_BACKENDS_REFUSED and not batched
 
@@ -79,7 +82,10 @@ def combination_of(vllm_config: Any) -> Combination:
 
 
 def ep_size_of(parallel: Any) -> int:
-    """Return the EP ranks of a ``ParallelConfig``: all of TP, DP and prefill context parallelism."""
+    """Return the EP ranks of a ``ParallelConfig``.
+
+    They are all of TP, DP and prefill context parallelism.
+    """
     return (
         parallel.tensor_parallel_size
         * parallel.data_parallel_size

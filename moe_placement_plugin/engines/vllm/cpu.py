@@ -1,8 +1,9 @@
-"""Expert parallelism on vLLM's CPU build, whose kernels take an expert map and ignore it.
+"""Make vLLM's CPU kernels, which take an expert map and ignore it, fit for expert parallelism.
 
-The kernels index their local weights with global expert ids: out of bounds on every rank, which ends in a
-segmentation fault. Here the ids are mapped to local slots first. A choice that lies on another rank gets
-local slot 0 with weight 0; the other rank computes it, and vLLM's all-reduce adds the two up.
+The kernels index their local weights with global expert ids: out of bounds on every rank, which
+ends in a segmentation fault. Here the ids are mapped to local slots first. A choice that lies on
+another rank gets local slot 0 with weight 0; the other rank computes it, and vLLM's all-reduce adds
+the two up.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _current = threading.local()
 
 
 def to_local(topk_weights: Any, topk_ids: Any, expert_map: Any) -> tuple[Any, Any]:
-    """Chosen experts as local slots, those of other ranks at slot 0 with weight 0.
+    """Return the chosen experts as local slots, those of other ranks at slot 0 with weight 0.
 
     Args:
         topk_weights: ``[tokens, top_k]``.
@@ -38,7 +39,7 @@ def to_local(topk_weights: Any, topk_ids: Any, expert_map: Any) -> tuple[Any, An
 
 
 def _modular(original):
-    """For experts that are handed the chosen ids."""
+    """Patch experts that are handed the chosen ids."""
     signature = inspect.signature(original)
 
     def apply(self, *args, **kwargs):
@@ -53,12 +54,14 @@ def _modular(original):
             away = (values["expert_map"][asked] < 0) | (asked < 0)
             if on_input and away.shape[1] != 1:
                 raise NotImplementedError(
-                    "expert parallelism on CPU with apply_router_weight_on_input and several experts for a token"
+                    "expert parallelism on CPU with apply_router_weight_on_input "
+                    "and several experts for a token"
                 )
             values["topk_weights"], values["topk_ids"] = weights, ids
             result = original(*bound.args, **bound.kwargs)
             if on_input:
-                # The weight went into the input, so that weight 0 does not silence the choices of other ranks.
+                # The weight went into the input, so that weight 0 does not silence the choices of
+                # other ranks.
                 values["output"].masked_fill_(away, 0)
             return result
         return original(*bound.args, **bound.kwargs)
@@ -67,7 +70,10 @@ def _modular(original):
 
 
 def _monolithic(original):
-    """For experts that choose by themselves: the map waits for their call of ``select_experts``."""
+    """Patch experts that choose by themselves.
+
+    The map waits for their call of ``select_experts``.
+    """
     signature = inspect.signature(original)
 
     def apply(self, *args, **kwargs):
@@ -94,7 +100,7 @@ def _select_experts(original):
 
 
 class CpuExpertsPatch(Patch):
-    """One class of CPU experts; remembers on the class that it honours expert maps now."""
+    """Patch one class of CPU experts; remember on the class that it honours expert maps now."""
 
     def apply(self) -> None:
         super().apply()
@@ -108,12 +114,16 @@ class CpuExpertsPatch(Patch):
 
 
 def honours_with_patch(experts: type) -> bool:
-    """Whether a class of CPU experts honours expert maps thanks to these patches."""
+    """Tell whether a class of CPU experts honours expert maps thanks to these patches."""
     return bool(getattr(experts, _PATCHED, False))
 
 
 def cpu_patches() -> list[Patch]:
-    """One patch per class of CPU experts in the installed vLLM, and one for the routing of monolithic ones."""
+    """Return the patches of the CPU build.
+
+    There is one for each class of CPU experts in the installed vLLM, and one for the routing of
+    monolithic ones.
+    """
     patches: list[Patch] = []
     for module_name in _MODULES:
         try:
@@ -139,7 +149,8 @@ def cpu_patches() -> list[Patch]:
                     relies_on=("expert_map", "topk_ids", "topk_weights")
                     if modular
                     else ("expert_map", "router_logits"),
-                    why="the kernel indexes local weights with global expert ids and crashes under expert parallelism",
+                    why="the kernel indexes local weights with global expert ids "
+                    "and crashes under expert parallelism",
                     removable_when="vLLM's CPU kernels honour expert_map",
                 )
             )
@@ -161,7 +172,8 @@ def cpu_patches() -> list[Patch]:
                     f"{module_name}:select_experts",
                     _select_experts,
                     relies_on=("router_logits", "top_k"),
-                    why="monolithic CPU experts choose experts by themselves, after the map could be applied",
+                    why="monolithic CPU experts choose experts by themselves, "
+                    "after the map could be applied",
                     removable_when="vLLM's CPU kernels honour expert_map",
                 )
             )

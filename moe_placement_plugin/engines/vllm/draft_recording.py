@@ -1,6 +1,8 @@
-"""The load of a draft of speculative decoding, recorded apart from the target's: ``load.draft.safetensors`` beside ``load.safetensors``.
+"""Record the load of a draft of speculative decoding apart from the target's.
 
-A draft runs several forward passes a step. The first has the tokens of the target's batch, each further one a token of each request.
+It goes to ``load.draft.safetensors`` beside ``load.safetensors``. A draft runs several forward
+passes a step. The first has the tokens of the target's batch, each further one a token of each
+request.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ def bind_draft(record: RecordingSettings, vllm_config: Any, runner: Any, target:
     Args:
         record: what is recorded.
         vllm_config: the engine's config.
-        runner: vLLM's model runner, V1 (it has a ``drafter``) or V2 (a ``speculator``), whose models are loaded.
+        runner: vLLM's model runner, V1 (it has a ``drafter``) or V2 (a ``speculator``), whose
+            models are loaded.
         target: the `recording.LoadRecording` of the runner's own model.
 
     Raises:
-        PlacementError: when the file beside the target's is another model's, or the draft's choices cannot be seen.
+        PlacementError: when the file beside the target's is another model's, or the draft's choices
+            cannot be seen.
     """
     speculator = getattr(runner, "speculator", None)
     proposer = getattr(runner, "drafter", None) if speculator is None else speculator
@@ -50,7 +54,8 @@ def bind_draft(record: RecordingSettings, vllm_config: Any, runner: Any, target:
         return
     if speculator is not None and not is_followed(speculator):
         logger.warning(
-            "moe_placement_plugin: the draft's load is not recorded: the passes of %s cannot be told apart; the model's own "
+            "moe_placement_plugin: the draft's load is not recorded: "
+            "the passes of %s cannot be told apart; the model's own "
             "load is",
             type(speculator).__name__,
         )
@@ -64,7 +69,9 @@ def bind_draft(record: RecordingSettings, vllm_config: Any, runner: Any, target:
 
 
 def tell_tokens(recording: Any, num_tokens: int) -> None:
-    """Say what the draft's coming pass is computed for: the target's batch if it has as many tokens, else decoding.
+    """Say what the draft's coming pass is computed for.
+
+    That is the target's batch if it has as many tokens, else decoding.
 
     Args:
         recording: the draft's.
@@ -101,7 +108,9 @@ def _dummy_run(original):
 
 
 def draft_patches(until: str) -> list[Patch]:
-    """The patches that tell the draft's passes apart; part of `recording.recording_patches`.
+    """Return the patches that tell the draft's passes apart.
+
+    They are part of `recording.recording_patches`.
 
     Args:
         until: when they can go.
@@ -112,7 +121,8 @@ def draft_patches(until: str) -> list[Patch]:
             f"{_PROPOSER}._determine_batch_execution_and_padding",
             _determine_batch,
             relies_on=("num_tokens",),
-            why="a draft's passes have other tokens than the target's batch, and are padded by themselves",
+            why="a draft's passes have other tokens than the target's batch, "
+            "and are padded by themselves",
             removable_when=until,
             optional=True,
         ),

@@ -1,7 +1,10 @@
-"""The draft of speculative decoding: a model of its own, or MTP layers beside the target, loaded after it through the same code.
+"""Place the draft of speculative decoding, which is loaded after the target by the same code.
 
-A static strategy places the draft's MoE layers too, and a plan may hold rows for them under ``draft``. The draft numbers its layers
-by itself, so that its layer 3 is not the target's: which of the two is being built must be known, and is known here only.
+It is a model of its own, or MTP layers beside the target.
+
+A static strategy places the draft's MoE layers too, and a plan may hold rows for them under
+``draft``. The draft numbers its layers by itself, so that its layer 3 is not the target's: which of
+the two is being built must be known, and is known here only.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ _loading: ContextVar[bool] = ContextVar("moe_placement_loading_draft", default=F
 
 
 def is_draft(vllm_config: Any, model_config: Any) -> bool:
-    """Whether a model that is about to be loaded is the draft.
+    """Tell whether a model that is about to be loaded is the draft.
 
-    A draft that is a model of its own comes with a config in which it stands in the target's place (``method: draft_model``), so that
-    comparing with the config's own model is not enough. Methods without a model (ngram, suffix) name the target as their draft.
+    A draft that is a model of its own comes with a config in which it stands in the target's place
+    (``method: draft_model``), so that comparing with the config's own model is not enough. Methods
+    without a model (ngram, suffix) name the target as their draft.
 
     Args:
         vllm_config: the ``VllmConfig`` that the loader was given.
@@ -37,7 +41,7 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
 
 @contextmanager
 def loading(draft: bool) -> Iterator[None]:
-    """While a model is built and its weights come in: whether it is the draft."""
+    """Note, while a model is built and its weights come in, whether it is the draft."""
     token = _loading.set(draft)
     try:
         yield
@@ -46,12 +50,12 @@ def loading(draft: bool) -> Iterator[None]:
 
 
 def loading_draft() -> bool:
-    """Whether the model that this process builds or loads is the draft."""
+    """Tell whether the model that this process builds or loads is the draft."""
     return _loading.get()
 
 
 def draft_shape(vllm_config: Any) -> ModelShape | None:
-    """The experts of the draft that the engine is started with; None without a draft that has some.
+    """Return the experts of the draft of the engine; None without a draft that has some.
 
     Which of its layers are MoE layers is known once it was built, and checked then.
     """
@@ -64,7 +68,9 @@ def draft_shape(vllm_config: Any) -> ModelShape | None:
 
 
 def check_draft(layers: dict[str, Any], settings: Settings) -> None:
-    """Refuse a draft that is not the one that the plan has rows for; a plan without such rows leaves the draft to the strategy.
+    """Refuse a draft that is not the one that the plan has rows for.
+
+    A plan without such rows leaves the draft to the strategy.
 
     Args:
         layers: name -> ``RoutedExperts`` of the draft that was loaded.
@@ -81,7 +87,8 @@ def check_draft(layers: dict[str, Any], settings: Settings) -> None:
         manager = layers[name].expert_map_manager
         if number not in plan.layer_ids:
             raise PlacementError(
-                f"{name} of the draft is not among the plan's rows for the draft (layers {list(plan.layer_ids)}): number "
+                f"{name} of the draft is not among the plan's rows for the draft "
+                f"(layers {list(plan.layer_ids)}): number "
                 "them as the draft's own names do, or leave the draft's rows out"
             )
         if (manager.ep_size, manager.global_num_experts) != (
@@ -89,21 +96,25 @@ def check_draft(layers: dict[str, Any], settings: Settings) -> None:
             plan.num_logical_experts,
         ):
             raise PlacementError(
-                f"{name} of the draft has {manager.global_num_experts} experts on {manager.ep_size} EP ranks, the plan's rows "
-                f"for the draft are for {plan.num_logical_experts} on {plan.num_ranks}: plan for this draft, or leave its rows out"
+                f"{name} of the draft has {manager.global_num_experts} experts "
+                f"on {manager.ep_size} EP ranks, the plan's rows "
+                f"for the draft are for {plan.num_logical_experts} on {plan.num_ranks}: "
+                "plan for this draft, or leave its rows out"
             )
     missing = sorted(set(plan.layer_ids) - set(found.values()))
     if missing:
         raise PlacementError(
-            f"the plan has a row for layer {missing[0]} of the draft, whose MoE layers are {sorted(map(str, found.values()))}: "
+            f"the plan has a row for layer {missing[0]} of the draft, "
+            f"whose MoE layers are {sorted(map(str, found.values()))}: "
             "plan for this draft, or leave its rows out"
         )
 
 
 def refuse_own_kind(model: Any, experts: int) -> None:
-    """Refuse a draft that keeps its experts in a kind of layer of its own (MiniCPM's), which no expert map reaches.
+    """Refuse a draft that keeps its experts in a kind of layer of its own (MiniCPM's).
 
-    They are told by a matrix for each expert, since the config of a dense draft counts the experts of its target too.
+    No expert map reaches such a layer. They are told by a matrix for each expert, since the config
+    of a dense draft counts the experts of its target too.
 
     Args:
         model: a draft without a ``RoutedExperts``.
@@ -115,6 +126,8 @@ def refuse_own_kind(model: Any, experts: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and parameter.shape[0] == experts and min(parameter.shape[1:]) > 1:
             raise PlacementError(
-                f"the draft {type(model).__name__} keeps its {experts} experts in {name}, in no MoE layer of vLLM's own kind, so that "
-                "none of them was placed: take a draft without experts, or leave the placement flag out"
+                f"the draft {type(model).__name__} keeps its {experts} experts in {name}, "
+                "in no MoE layer of vLLM's own kind, so that "
+                "none of them was placed: take a draft without experts, "
+                "or leave the placement flag out"
             )

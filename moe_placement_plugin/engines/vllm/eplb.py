@@ -108,7 +108,7 @@ def _rebalancer_of(model: EplbModel, layers: dict[str, Any], rules: RebalancePol
 
 
 def _every_rank_gets_all_tokens(layers: dict[str, Any]) -> bool:
-    """Whether every rank gets all tokens of a step."""
+    """Tell whether every rank gets all tokens of a step."""
     parallel = next(iter(layers.values())).moe_config.moe_parallel_config
     return not parallel.use_all2all_kernels or parallel.all2all_backend in ALL2ALL_WITH_MAP
 

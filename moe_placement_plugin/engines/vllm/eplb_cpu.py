@@ -46,7 +46,7 @@ class _WithEvents:
 
 
 class Event:
-    """Stands for ``torch.Event`` where work is finished when its call returns."""
+    """Stand for ``torch.Event`` where work is finished when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.at = 0.0

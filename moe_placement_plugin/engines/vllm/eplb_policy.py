@@ -21,7 +21,7 @@ def planner_policy(eplb: Eplb) -> type:
     from vllm.distributed.eplb.policy import AbstractEplbPolicy
 
     class PlannerPolicy(AbstractEplbPolicy):
-        """Moves few experts from the placement in force to a balanced one, if that pays."""
+        """Move few experts from the placement in force to a balanced one, if that pays."""
 
         @classmethod
         def rebalance_experts(

@@ -1,7 +1,7 @@
-"""Which models vLLM's EPLB can move: the others are refused by name while they are built or loaded.
+"""Refuse by name, while they are built or loaded, the models that vLLM's EPLB cannot move.
 
-vLLM leaves some of them where they are without a word, and stops at others with an assertion of
-its own.
+vLLM leaves some of them where they are without a word, and stops at others with an assertion of its
+own.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def refusing_unsupported(architecture: str) -> Iterator[None]:
 
 
 def check_supported(model: Any) -> None:
-    """Refuse a model whose experts EPLB does not move: vLLM would serve it with its own placement,
-    without a word.
+    """Refuse a model whose experts EPLB does not move.
+
+    vLLM would serve it with its own placement, without a word.
 
     Raises:
         PlacementError: naming the model.
@@ -84,9 +85,10 @@ def check_supported(model: Any) -> None:
 
 
 def check_draft_supported(model: Any) -> None:
-    """Refuse a draft whose layers wait for EPLB, and which EPLB never registers: its first forward pass would end the engine.
+    """Refuse a draft whose layers wait for EPLB, and which EPLB never registers.
 
-    A draft whose layers are built without EPLB is served as vLLM places it.
+    Its first forward pass would end the engine. A draft whose layers are built without EPLB is
+    served as vLLM places it.
 
     Raises:
         PlacementError: naming the draft.
@@ -95,14 +97,16 @@ def check_draft_supported(model: Any) -> None:
     waiting = [n for n, layer in layers if layer.moe_config.moe_parallel_config.enable_eplb]
     if waiting and mixture_of_experts(model) is None:
         raise PlacementError(
-            f"vLLM's EPLB does not move the experts of the draft {type(model).__name__} (no MoE model), and {waiting[0]} cannot do "
+            f"vLLM's EPLB does not move the experts of the draft {type(model).__name__} "
+            f"(no MoE model), and {waiting[0]} cannot do "
             f"without: {MEND}"
         )
 
 
 def check_slots(state: Any, placement: Placement) -> None:
-    """Refuse a model that takes no redundant experts, whatever EPLB was told (Gemma 4): the plan has
-    slots that it lacks.
+    """Refuse a model that takes no redundant experts, whatever EPLB was told (Gemma 4).
+
+    The plan has slots that it lacks.
 
     Raises:
         PlacementError: naming the model and both numbers of slots.

@@ -1,10 +1,10 @@
-"""While loading: what was seen to be put into which slot. A slot that nothing was seen to fill *by
-the map in force* is refused.
+"""Note, while a model loads, what was seen to be put into which slot.
+
+A slot that nothing was seen to fill *by the map in force* is refused.
 
 A weight that comes one expert at a time passes ``weight_loader``, which is told the expert. Rows of
-many experts at once come by
-position, and no one says whose they are: they are proven by their contents (`signature`), against
-    the rows of the checkpoint.
+many experts at once come by position, and no one says whose they are: they are proven by their
+contents (`signature`), against the rows of the checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _WEIGHT = re.compile(r"^(w13|w2)_(?=.*weight)(?!.*(scale|zero|shape|bias|offset|
 
 
 class Evidence:
-    """What was seen to be put into the slots of one layer on this rank.
+    """Keep what was seen to be put into the slots of one layer on this rank.
 
     Args:
         layer: a ``RoutedExperts`` with its parameters.
@@ -75,18 +75,20 @@ class Evidence:
         }
 
     def _watched(self, layer: Any, name: str) -> bool:
-        """Whether writing past ``weight_loader`` must be noticed: scales and biases, which a
-        checkpoint may leave out.
+        """Tell whether writing past ``weight_loader`` must be noticed.
+
+        So it must for scales and biases, which a checkpoint may leave out.
         """
         return self.moved and _WEIGHT.match(name) is None and not layer._parameters[name].is_meta
 
     def note(self, name: str, shard: Any, slots: Any) -> None:
-        """This shard of a parameter was put into these slots, by the map."""
+        """Note that this shard of a parameter was put into these slots, by the map."""
         self.slots.setdefault(name, {}).setdefault(shard, set()).update(map(int, slots))
 
     def saw(self, layer: Any, name: str, tensor: Any) -> None:
-        """Take down what this rank's slots should hold of a tensor ``[experts, ...]`` of the
-        checkpoint.
+        """Take down what this rank's slots should hold of a tensor of the checkpoint.
+
+        The tensor is ``[experts, ...]``.
         """
         import torch
 
@@ -104,7 +106,7 @@ class Evidence:
         self.stacked[name] = {dtype: signature(mine.to(dtype)) for dtype in dtypes}
 
     def proven(self, found: Signature, dtype: Any, routed: list[int]) -> bool:
-        """Whether some tensor of the checkpoint has these contents, slot by slot."""
+        """Tell whether some tensor of the checkpoint has these contents, slot by slot."""
         return any(
             (by_dtype[dtype][routed] == found[routed]).all()
             for by_dtype in self.stacked.values()
@@ -145,8 +147,9 @@ class Evidence:
             self.note(name, _BY_CONTENTS, routed)
 
     def complete(self, layer: Any, name: str, routed: list[int]) -> bool:
-        """Whether every slot that holds a routed expert was seen to be filled with the whole of
-        this parameter.
+        """Tell whether every slot of a routed expert was filled with the whole of this parameter.
+
+        It counts as filled when it was seen to be.
         """
         wanted = set(routed)
         full = {shard for shard, slots in self.slots.get(name, {}).items() if wanted <= slots}
@@ -170,7 +173,7 @@ def watch(layer: Any, moved: bool, serving: bool = False) -> None:
 
 
 def _dims(param: Any) -> int:
-    """Dimensions of a parameter, -1 for one that is made when its weight comes (GGUF)."""
+    """Return the dimensions of a parameter, -1 if it is made when its weight comes (GGUF)."""
     from torch.nn.parameter import UninitializedParameter
 
     return -1 if param is None or isinstance(param, UninitializedParameter) else param.dim()
@@ -184,15 +187,16 @@ def _per_slot(layer: Any) -> tuple[str, ...]:
 
 
 def _routed(layer: Any) -> list[int]:
-    """Slots that hold a routed expert, shared ones left out."""
+    """Return the slots that hold a routed expert, shared ones left out."""
     return [
         slot for slot, e in enumerate(slot_experts(layer).tolist()) if 0 <= e < num_logical(layer)
     ]
 
 
 def _watch_override(layer: Any) -> None:
-    """A class with a ``weight_loader`` of its own (gpt-oss) is watched too; parameters that exist
-    already get the watched one.
+    """Watch a class with a ``weight_loader`` of its own (gpt-oss) too.
+
+    Parameters that exist already get the watched one.
     """
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -208,8 +212,9 @@ def _watch_override(layer: Any) -> None:
 
 
 def _weight_loader(original):
-    """Wraps ``RoutedExperts.weight_loader`` and the overrides of it, which may call each other: the
-    outermost notes.
+    """Wrap ``RoutedExperts.weight_loader`` and the overrides of it.
+
+    They may call each other: the outermost notes.
     """
 
     def weight_loader(
@@ -252,7 +257,7 @@ def _weight_loader(original):
 
 
 def _is_bulk(param: Any, loaded: Any, shard: Any, expert: Any) -> bool:
-    """Whether a tensor is of all slots at once, by position."""
+    """Tell whether a tensor is of all slots at once, by position."""
     return expert is None or (loaded.dim() == _dims(param) >= 2 and shard not in _WHOLE)
 
 
@@ -281,8 +286,9 @@ def _note_rows(
 
 
 def check_evidence(layer: Any, whole: bool = True) -> None:
-    """Refuse a layer of whose slots nothing, or less than all, was seen to be filled by the map in
-    force.
+    """Refuse a layer of whose slots less than all were seen to be filled by the map in force.
+
+    A layer of which nothing was seen is refused too.
 
     Args:
         layer: a ``RoutedExperts`` after loading.
@@ -329,7 +335,7 @@ def check_evidence(layer: Any, whole: bool = True) -> None:
 
 
 def evidence_patches() -> list[Patch]:
-    """The patch that watches the loader."""
+    """Return the patch that watches the loader."""
     return [
         Patch(
             "filled-slots",

@@ -1,4 +1,4 @@
-"""Static placement: every layer's expert map, its routing tables and the loader's filter follow the plan."""
+"""Make every layer's expert map, routing tables and loader's filter follow a static placement."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def expert_map(
     ep_rank: int,
     draft: bool = False,
 ) -> np.ndarray:
-    """Return int32 ``[experts]``: local slot of each expert on ``ep_rank``, -1 where it lies elsewhere.
+    """Return the local slot of each expert on ``ep_rank``, -1 where it lies elsewhere.
 
     Layers that the plan does not know (an encoder's; a draft's without rows of its own) are placed
     by the strategy itself, or contiguously when it plans from a load.
@@ -42,6 +42,9 @@ def expert_map(
         ep_size: number of EP ranks.
         ep_rank: the rank.
         draft: the layer is the draft's, see `drafts`.
+
+    Returns:
+        int32 ``[experts]``.
     """
     plan = settings.plan
     if draft and plan is not None:
@@ -69,11 +72,12 @@ def _by_strategy(name: str, num_experts: int, ep_size: int) -> Placement:
 
 
 class LocalExperts(set):
-    """The experts of this rank in any layer, with the exact ones of each layer behind it.
+    """Hold the experts of this rank in any layer, with the exact ones of each layer behind it.
 
-    vLLM's filter has one set for the whole model. A plan that differs by layer needs one per layer, else a
-    rank would read nearly every expert. A draft's checkpoint may number its layers otherwise than the modules
-    that it is loaded into: there an expert is read that any of the draft's layers has here.
+    vLLM's filter has one set for the whole model. A plan that differs by layer needs one per layer,
+    else a rank would read nearly every expert. A draft's checkpoint may number its layers otherwise
+    than the modules that it is loaded into: there an expert is read that any of the draft's layers
+    has here.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class LocalExperts(set):
         super().__init__(expert for layer in layers for expert in self.of_layer(layer))
 
     def of_layer(self, layer_id: int | None) -> frozenset[int]:
-        """The experts of this rank in one layer."""
+        """Return the experts of this rank in one layer."""
         if layer_id not in self._by_layer:
             local = expert_map(self._settings, layer_id, *self._arguments)
             self._by_layer[layer_id] = frozenset(np.flatnonzero(local >= 0).tolist())
@@ -114,8 +118,8 @@ def _determine_expert_map(original):
             return original(
                 ep_size, ep_rank, global_num_experts, expert_placement_strategy, *args, **kwargs
             )
-        # The layer is not known here; RoutedExperts.__init__ puts its own map in place. Until then, and in vLLM's
-        # log line, the first layer's map stands.
+        # The layer is not known here; RoutedExperts.__init__ puts its own map in place. Until then,
+        # and in vLLM's log line, the first layer's map stands.
         first = settings.static.layer_ids[0]
         return _map_tensors(
             expert_map(settings, first, global_num_experts, ep_size, ep_rank), *args, **kwargs
@@ -127,9 +131,13 @@ def _determine_expert_map(original):
 def _map_tensors(
     slots: np.ndarray, num_fused_shared_experts: int = 0, return_expert_mask: bool = False
 ):
-    """(local experts, expert map, expert mask) in the form of vLLM's ``determine_expert_map``.
+    """Return a map in the form of vLLM's ``determine_expert_map``.
 
-    The tensors are made on torch's default device, which vLLM sets to the accelerator while it builds the model.
+    The tensors are made on torch's default device, which vLLM sets to the accelerator while it
+    builds the model.
+
+    Returns:
+        (local experts, expert map, expert mask).
     """
     import torch
 
@@ -143,17 +151,23 @@ def _map_tensors(
 
 
 def _routing_tables(settings: Settings, layer_id: int | None, manager: Any):
-    """(global to physical, physical to global, local to global) for back ends that sort tokens by such tables.
+    """Return the routing tables of back ends that sort tokens by them.
 
-    A physical id is rank * slots per rank + local slot, as those back ends split it. The first table has one entry more than
-    there are experts: padded tokens carry id -1 (vLLM 0.33), and what index -1 finds has to be -1 again, not the last expert.
+    A physical id is rank * slots per rank + local slot, as those back ends split it. The first
+    table has one entry more than there are experts: padded tokens carry id -1 (vLLM 0.33), and what
+    index -1 finds has to be -1 again, not the last expert.
+
+    Returns:
+        (global to physical, physical to global, local to global).
     """
     import torch
 
     if shared := getattr(manager, "num_fused_shared_experts", 0):
         raise PlacementError(
-            f"all2all back end {manager.moe_parallel_config.all2all_backend} with {shared} fused shared experts, whose ids lie "
-            "behind the routed ones and in no routing table: use --all2all-backend allgather_reducescatter"
+            f"all2all back end {manager.moe_parallel_config.all2all_backend} "
+            f"with {shared} fused shared experts, whose ids lie "
+            "behind the routed ones and in no routing table: "
+            "use --all2all-backend allgather_reducescatter"
         )
     experts, ranks = manager.global_num_experts, manager.ep_size
     maps = [
@@ -163,7 +177,8 @@ def _routing_tables(settings: Settings, layer_id: int | None, manager: Any):
     per_rank = {int((m >= 0).sum()) for m in maps}
     if len(per_rank) != 1:
         raise PlacementError(
-            f"all2all back end {manager.moe_parallel_config.all2all_backend} needs the same number of experts on every rank, "
+            f"all2all back end {manager.moe_parallel_config.all2all_backend} "
+            "needs the same number of experts on every rank, "
             f"got {sorted(per_rank)}: use --all2all-backend allgather_reducescatter"
         )
     slots = per_rank.pop()
@@ -179,12 +194,15 @@ def _routing_tables(settings: Settings, layer_id: int | None, manager: Any):
 
 
 def _number(layer_name: str) -> int | None:
-    """The layer's number in the model that is being built, the target or its draft."""
+    """Return the layer's number in the model that is being built, the target or its draft."""
     return draft_layer_id(layer_name) if loading_draft() else layer_id_of(layer_name)
 
 
 def _place_layer(settings: Settings, layer_name: str, moe_config: Any, manager: Any) -> None:
-    """Give one layer's `ExpertMapManager` and config the maps of the plan, before weights are made."""
+    """Give one layer's `ExpertMapManager` and config the maps of the plan.
+
+    It happens before weights are made.
+    """
     layer_id = _number(layer_name)
     experts, ranks, rank = manager.global_num_experts, manager.ep_size, manager.ep_rank
     local, on_device, mask = _map_tensors(
@@ -262,14 +280,20 @@ def _should_skip_weight(original):
 
 
 def static_patches() -> list[Patch]:
-    """The patches of static placement."""
+    """Return the patches of static placement."""
     return [
         Patch(
             "expert-map",
             f"{_FM}.expert_map_manager:determine_expert_map",
             _determine_expert_map,
-            relies_on=("ep_size", "ep_rank", "global_num_experts", "expert_placement_strategy", "num_fused_shared_experts",
-                       "return_expert_mask"),
+            relies_on=(
+                "ep_size",
+                "ep_rank",
+                "global_num_experts",
+                "expert_placement_strategy",
+                "num_fused_shared_experts",
+                "return_expert_mask",
+            ),
             why="vLLM places by linear or round_robin only, the same in every layer",
             upstream="vLLM PR 21497, PR 23745, issue 52435",
             removable_when="vLLM takes placement strategies from plugins",
@@ -278,8 +302,15 @@ def static_patches() -> list[Patch]:
             "layer-placement",
             f"{_FM}.routed_experts:RoutedExperts.__init__",
             _routed_experts_init,
-            relies_on=("layer_name", "params_dtype", "moe_config", "quant_config", "expert_map_manager"),
-            why="the expert map manager does not know which layer it serves; the layer does, before it makes its weights",
+            relies_on=(
+                "layer_name",
+                "params_dtype",
+                "moe_config",
+                "quant_config",
+                "expert_map_manager",
+            ),
+            why="the expert map manager does not know which layer it serves; "
+            "the layer does, before it makes its weights",
             upstream="vLLM issue 34297",
             removable_when="vLLM accepts a placement per layer",
         ),
@@ -288,7 +319,8 @@ def static_patches() -> list[Patch]:
             f"{_LOADER}.default_loader:compute_local_expert_ids",
             _compute_local_expert_ids,
             relies_on=("num_experts", "ep_size", "ep_rank", "placement"),
-            why="--enable-ep-weight-filter computes the local experts from the flag instead of the map in force and so drops "
+            why="--enable-ep-weight-filter computes the local experts from the flag "
+            "instead of the map in force and so drops "
             "weights when the two differ",
             upstream="vLLM PR 23745 (falls back after the filter was computed)",
             removable_when="the filter reads the layers' own maps",
@@ -302,4 +334,4 @@ def static_patches() -> list[Patch]:
             removable_when="the filter reads the layers' own maps",
         ),
         *evidence_patches(),
-    ]  # fmt: skip
+    ]

@@ -1,4 +1,7 @@
-"""The flags: accepted in ``vllm serve``, the api_server module, ``--config`` YAML and ``LLM(...)``."""
+"""Accept the flags in vLLM.
+
+They hold in ``vllm serve``, the api_server module, ``--config`` YAML and ``LLM(...)``.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from .detect import KEYS
 
 
 class StrategyChoices(Patch):
-    """Our values in the ``Literal`` type of ``ParallelConfig.expert_placement_strategy``.
+    """Put our values into the ``Literal`` type of ``ParallelConfig.expert_placement_strategy``.
 
-    pydantic compiled the old values into the class's validator and vLLM cached the parser's choices, so both
-    are rebuilt.
+    pydantic compiled the old values into the class's validator and vLLM cached the parser's
+    choices, so both are rebuilt.
     """
 
     FIELD = "expert_placement_strategy"
@@ -168,7 +171,8 @@ FLAGS = PatchSet(
             "resolve",
             f"{_ARGS}:EngineArgs.create_engine_config",
             _create_engine_config,
-            why="the request is checked and the placement resolved once, before any process starts to load the model",
+            why="the request is checked and the placement resolved once, "
+            "before any process starts to load the model",
             removable_when="vLLM takes placement strategies from plugins",
         ),
     ]
@@ -179,7 +183,7 @@ def open_flags() -> None:
     """Make vLLM accept the flags in this process.
 
     Raises:
-        PlacementError: when the installed vLLM differs from what the flags rely on. It is called only where a
-            placement or a recording was asked for.
+        PlacementError: when the installed vLLM differs from what the flags rely on. It is called
+            only where a placement or a recording was asked for.
     """
     FLAGS.apply()

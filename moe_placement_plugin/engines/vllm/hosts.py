@@ -1,4 +1,7 @@
-"""vLLM over several hosts: which host this is, what its workers agree on, and what topology they lie on."""
+"""Tell which host of a vLLM over several hosts this is, and what its workers agree on.
+
+Tell also what topology they lie on.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 
 
 def spans_hosts(parallel: Any) -> bool:
-    """Whether the ranks of a ``ParallelConfig`` may lie on several hosts."""
+    """Tell whether the ranks of a ``ParallelConfig`` may lie on several hosts."""
     return (
         resolves_on_every_host(parallel)
         or bool(parallel.use_ray)
@@ -30,7 +33,7 @@ def spans_hosts(parallel: Any) -> bool:
 
 
 def resolves_on_every_host(parallel: Any) -> bool:
-    """Whether every host reads the flags by itself; with Ray one process reads them for all."""
+    """Tell whether every host reads the flags by itself; with Ray one process does for all."""
     if parallel.use_ray or getattr(parallel, "data_parallel_backend", "mp") == "ray":
         return False
     local = getattr(parallel, "data_parallel_size_local", None)
@@ -43,7 +46,7 @@ def resolves_on_every_host(parallel: Any) -> bool:
 
 
 def is_head(parallel: Any) -> bool:
-    """Whether this host has rank 0, whose placement holds for all."""
+    """Tell whether this host has rank 0, whose placement holds for all."""
     if parallel.distributed_executor_backend == "external_launcher":
         import os
 
@@ -52,10 +55,10 @@ def is_head(parallel: Any) -> bool:
 
 
 def planned_topology(parallel: Any, ep_size: int) -> Topology:
-    """EP ranks and the nodes that vLLM will put them on, before any of them exists.
+    """Return EP ranks and the nodes that vLLM will put them on, before any of them exists.
 
-    With ``--nnodes`` and with data parallel engines on several hosts every host has as many consecutive ranks. Ray decides later: one
-    node is assumed then.
+    With ``--nnodes`` and with data parallel engines on several hosts every host has as many
+    consecutive ranks. Ray decides later: one node is assumed then.
     """
     local = getattr(parallel, "data_parallel_size_local", None)
     nodes = parallel.nnodes
@@ -70,7 +73,11 @@ def planned_topology(parallel: Any, ep_size: int) -> Topology:
 
 
 def real_topology() -> Topology | None:
-    """EP ranks and the nodes that they said they lie on; None where the hosts were not asked."""
+    """Return EP ranks and the nodes that they said they lie on.
+
+    Returns:
+        None where the hosts were not asked.
+    """
     if session.agreed() is None:
         return None
     from vllm.distributed.parallel_state import get_ep_group
@@ -143,7 +150,10 @@ def _agree(carried: Carried, parallel: Any) -> None:
 
 def _name_rank(parallel: Any, rank: int) -> str:
     if parallel.nnodes > 1:
-        return f"the host with --node-rank {rank // max(1, _world_size() // parallel.nnodes)} (rank {rank})"
+        return (
+            f"the host with --node-rank {rank // max(1, _world_size() // parallel.nnodes)} "
+            f"(rank {rank})"
+        )
     return f"the host of rank {rank}"
 
 
@@ -173,14 +183,16 @@ def host_settings(
 
 
 def host_patches() -> list[Patch]:
-    """The patch of a server whose ranks may lie on several hosts."""
+    """Return the patch of a server whose ranks may lie on several hosts."""
     return [
         Patch(
             "hosts",
             "vllm.v1.worker.worker_base:WorkerWrapperBase.init_device",
             _init_device,
-            why="each host reads the flags and files by itself, and nothing compares what they found; a host that is gone is waited for",
+            why="each host reads the flags and files by itself, "
+            "and nothing compares what they found; a host that is gone is waited for",
             upstream="vLLM issue 34297",
-            removable_when="vLLM sends the head's config to all hosts and notices a host that vanishes",
+            removable_when="vLLM sends the head's config to all hosts "
+            "and notices a host that vanishes",
         ),
     ]

@@ -1,4 +1,7 @@
-"""The MoE kernel's tuned configuration where EPLB has redundant experts; see `engines.common.kernel_configs`."""
+"""Find the MoE kernel's tuned configuration where EPLB has redundant experts.
+
+See `engines.common.kernel_configs`.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,15 @@ def _get_moe_configs(original):
 
 
 def tuned_patches() -> list[Patch]:
-    """The patch of a server with redundant experts."""
+    """Return the patch of a server with redundant experts."""
     return [
         Patch(
             "tuned-with-redundant-experts",
             "vllm.model_executor.layers.fused_moe.fused_moe:get_moe_configs",
             _get_moe_configs,
             relies_on=("E", "N"),
-            why="the kernel's tuned configuration is looked up by experts per rank, and no file has the number with redundant ones: slow",
+            why="the kernel's tuned configuration is looked up by experts per rank, "
+            "and no file has the number with redundant ones: slow",
             removable_when="the look-up takes the nearest number of experts",
             optional=True,
         )

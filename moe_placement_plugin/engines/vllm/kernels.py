@@ -1,4 +1,4 @@
-"""Which of vLLM's MoE kernels and all2all back ends honour an expert map.
+"""Know which of vLLM's MoE kernels and all2all back ends honour an expert map.
 
 Upstream does not check this: ``supports_expert_map()`` has no caller, and a kernel that ignores the
 map computes with contiguous, even blocks and gives wrong tokens without a word. What is not known
@@ -52,8 +52,9 @@ BATCHED = {
     "CutlassBatchedExpertsFp8",
     "FlashInferCuteDSLBatchedExperts",
 }
-"""Classes that get tokens already sorted by local expert from a back end with routing tables, and no
-id of an expert.
+"""Classes that get tokens already sorted by local expert, and no id of an expert.
+
+They get them from a back end with routing tables.
 
 Read in vLLM 0.25.1, 0.28.0, 0.32.0 and 0.33.0, all of them there. Input scales of
 `FlashInferCuteDSLBatchedExperts` are one number for all experts of the model, so that it does not
@@ -61,7 +62,10 @@ matter which lie here.
 """
 
 ALL2ALL_WITH_MAP = ("allgather_reducescatter", "naive")
-"""All2all back ends that leave the choice of the expert to the kernel: every rank has all tokens."""
+"""All2all back ends that leave the choice of the expert to the kernel.
+
+Every rank has all tokens.
+"""
 
 ALL2ALL_WITH_TABLES = ("deepep_low_latency", "nixl_ep")
 """All2all back ends that take routing tables, which need equal numbers of slots on all ranks."""
@@ -89,7 +93,7 @@ BATCHED_BACKENDS = ("flashinfer_cutedsl",)
 
 
 def uses_expert_map(experts: type) -> bool:
-    """Decide whether the installed code of a class of experts reads the ``expert_map`` it is given."""
+    """Decide whether the installed code of a class of experts reads the ``expert_map`` given."""
     for name in ("apply", "apply_monolithic"):
         method = getattr(experts, name, None)
         if method is None:
@@ -123,7 +127,8 @@ def check_experts(quant_method: Any, use_tables: bool, layer_name: str) -> None:
         fused = getattr(kernel, "fused_experts", None)
         experts = type(fused) if fused is not None else None
     if experts is None:
-        # Methods without modular experts (GPTQ, AWQ, int8, ...) call a kernel from their own apply().
+        # Methods without modular experts (GPTQ, AWQ, int8, ...) call a kernel from their own
+        # apply().
         if uses_layer_expert_map(quant_method):
             return
         name = type(quant_method).__name__

@@ -1,4 +1,4 @@
-"""The MoE layers of a vLLM model, and which expert lies in which of their slots."""
+"""Find the MoE layers of a vLLM model, and which expert lies in which of their slots."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 
 EPLB_ROW = "_moe_placement_eplb_row"
-"""Attribute of a ``RoutedExperts`` that EPLB moves: (EPLB's model state, row of the layer in its tables)."""
+"""Attribute of a ``RoutedExperts`` that EPLB moves.
+
+It holds (EPLB's model state, row of the layer in its tables).
+"""
 
 EXPECTED = "_moe_placement_expected"
-"""Attribute of a ``RoutedExperts`` that was verified: (its number, digest of every logical expert)."""
+"""Attribute of a ``RoutedExperts`` that was verified.
+
+It holds (its number, digest of every logical expert).
+"""
 
 
 _LAYER = re.compile(
@@ -22,10 +28,10 @@ _DRAFT = re.compile(r"(?:^|\.)(?:mtp\w*|eagle\w*|draft\w*|nextn\w*)(?:\.|$)")
 
 
 def layer_id_of(name: str) -> int | None:
-    """The layer's index in a module or weight name such as ``model.layers.3.mlp.experts``.
+    """Return the layer's index in a name such as ``model.layers.3.mlp.experts``.
 
-    None when there is no index, more than one, or the name is a draft model's: such a layer cannot be told
-    for sure.
+    The name is a module's or a weight's. None when there is no index, more than one, or the name is
+    a draft model's: such a layer cannot be told for sure.
     """
     if _DRAFT.search(name):
         return None
@@ -34,7 +40,7 @@ def layer_id_of(name: str) -> int | None:
 
 
 def routed_layers(model: Any) -> dict[str, Any]:
-    """Name -> ``RoutedExperts`` of every MoE layer of a model."""
+    """Return every MoE layer of a model: name -> ``RoutedExperts``."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     return {
@@ -43,7 +49,10 @@ def routed_layers(model: Any) -> dict[str, Any]:
 
 
 def mixture_of_experts(model: Any) -> Any:
-    """The part of a model whose experts EPLB moves: the model, or the language model within it; None without one."""
+    """Return the part of a model whose experts EPLB moves.
+
+    That is the model, or the language model within it; None without one.
+    """
     from vllm.model_executor.models import interfaces
 
     if hasattr(interfaces, "get_mixture_of_experts_model"):
@@ -58,9 +67,10 @@ def mixture_of_experts(model: Any) -> Any:
 
 
 def numbered(layers: dict[str, Any]) -> dict[str, int]:
-    """A number for each layer: its index in the model where that is known and its own, else a negative one.
+    """Return a number for each layer.
 
-    A draft model's layers have no index of their own, and two towers of a model may both have a layer 3.
+    It is its index in the model where that is known and its own, else a negative one. A draft
+    model's layers have no index of their own, and two towers of a model may both have a layer 3.
     """
     ids = [layer_id_of(name) for name in layers]
     return {
@@ -70,12 +80,15 @@ def numbered(layers: dict[str, Any]) -> dict[str, int]:
 
 
 def num_logical(layer: Any) -> int:
-    """Logical experts of a layer, without redundant and fused shared ones."""
+    """Return the logical experts of a layer, without redundant and fused shared ones."""
     return min(layer.moe_config.num_logical_experts, layer.expert_map_manager.global_num_experts)
 
 
 def logical_of_physical(layer: Any) -> np.ndarray:
-    """Logical expert of each physical one, int64 ``[physical experts]``: EPLB's table, or its first one before it has begun."""
+    """Return the logical expert of each physical one, int64 ``[physical experts]``.
+
+    That is EPLB's table, or its first one before it has begun.
+    """
     at = getattr(layer, EPLB_ROW, None)
     if at is not None:
         return at[0].physical_to_logical_map[at[1]].cpu().numpy()
@@ -83,9 +96,10 @@ def logical_of_physical(layer: Any) -> np.ndarray:
 
 
 def slot_experts(layer: Any) -> np.ndarray:
-    """Logical expert of each slot of this rank, int32 ``[slots]``; -1 for a slot that no expert maps to.
+    """Return the logical expert of each slot of this rank, int32 ``[slots]``.
 
-    Fused shared experts, which every rank holds, are numbered from the number of logical experts on.
+    It is -1 for a slot that no expert maps to. Fused shared experts, which every rank holds, are
+    numbered from the number of logical experts on.
 
     Args:
         layer: a ``RoutedExperts``.
@@ -103,10 +117,10 @@ def slot_experts(layer: Any) -> np.ndarray:
 
 
 def moved_slots(layer: Any) -> bool:
-    """Whether some slot of this rank holds another expert than vLLM's own first placement puts there.
+    """Tell whether some slot of this rank holds another expert than by vLLM's first placement.
 
-    That one is the first experts on rank 0, the next on rank 1 and so on, the first ranks taking one more where they do not
-    divide, and under EPLB physical experts in the same order.
+    That one is the first experts on rank 0, the next on rank 1 and so on, the first ranks taking
+    one more where they do not divide, and under EPLB physical experts in the same order.
 
     Args:
         layer: a ``RoutedExperts``.

@@ -1,4 +1,4 @@
-"""The counters of one worker of vLLM: which tokens of a batch count, and as what."""
+"""Keep the counters of one worker of vLLM: which tokens of a batch count, and as what."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 
 
 class LoadRecording:
-    """The counters of one worker process, bound to its model's routers, and their recorder."""
+    """Hold the counters of one worker process, bound to its model's routers, and their recorder."""
 
     def __init__(self, record: RecordingSettings, vllm_config: Any, model: Any, device: Any):
         import vllm
@@ -30,7 +30,8 @@ class LoadRecording:
         parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
         self.tp_rank, self.tp_size = get_tensor_model_parallel_rank(), parallel.tensor_parallel_size
         self.dp_rank = parallel.data_parallel_rank
-        # Tensor-parallel ranks see the same tokens, unless sequence parallelism gives each a share of them.
+        # Tensor-parallel ranks see the same tokens, unless sequence parallelism gives each a share
+        # of them.
         self.shards = self.tp_size if getattr(parallel, "use_sequence_parallel_moe", False) else 1
         self.active = self.tp_rank < self.shards
         self.last_batch: tuple[np.ndarray, np.ndarray] | None = None
@@ -72,26 +73,28 @@ class LoadRecording:
             record.path, windows, self.counters.snapshot, record.interval, part, num_parts
         )
         logger.info(
-            "moe_placement_plugin: recording the load of %d MoE layers x %d experts to %s every %g s",
+            "moe_placement_plugin: recording the load of %d MoE layers x %d experts "
+            "to %s every %g s",
             len(self.layers), record.num_experts, record.path, record.interval,
         )  # fmt: skip
 
     def batch(self, tokens_per_request: np.ndarray, is_prefill: np.ndarray) -> None:
-        """A batch of real requests is about to run."""
+        """Note that a batch of real requests is about to run."""
         self.last_batch = tokens_per_request, is_prefill
         if self.recorder is not None:
             self.counters.mark(tokens_per_request, is_prefill)
             self.recorder.served()
 
     def dummy(self) -> None:
-        """A dummy batch is about to run."""
+        """Note that a dummy batch is about to run."""
         if self.recorder is not None:
             self.counters.mark_uncounted()
 
     def capture(self, row: int, topk_ids: Any) -> None:
-        """Count one layer's choices, ``topk_ids [tokens, top_k]``, which may be of several data-parallel ranks.
+        """Count one layer's choices, ``topk_ids [tokens, top_k]``.
 
-        The sizes that tell the layouts apart are on the host and fixed for a CUDA graph.
+        They may be of several data-parallel ranks. The sizes that tell the layouts apart are on the
+        host and fixed for a CUDA graph.
         """
         from vllm.forward_context import get_forward_context
 
@@ -114,7 +117,8 @@ class LoadRecording:
             self.counters.count(row, topk_ids, first=self.tp_rank * seen)
         else:
             raise PlacementError(
-                f"--expert-load-record: a MoE layer routes {seen} tokens, data-parallel ranks have {sizes}: this layout is not "
+                f"--expert-load-record: a MoE layer routes {seen} tokens, "
+                f"data-parallel ranks have {sizes}: this layout is not "
                 "known; leave the flag out"
             )
 

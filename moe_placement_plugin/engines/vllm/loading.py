@@ -1,4 +1,7 @@
-"""After loading: the placement is in force in every layer, and the weights are where it says."""
+"""Check after loading that the placement is in force and the weights are where it says.
+
+It must be in force in every layer.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ def _load_model(original):
             return original(self, vllm_config, model_config, *args, **kwargs)
         check_adoption(settings)
         level = settings.verification.level
-        # The draft of speculative decoding comes through here too, some with a config in which it is the model.
+        # The draft of speculative decoding comes through here too, some with a config in which it
+        # is the model.
         draft = is_draft(vllm_config, model_config)
         main = not draft and model_config is vllm_config.model_config
         eplb = settings.rebalancing.moves
@@ -66,7 +70,8 @@ def _load_model(original):
         if level != "off":
             if main and stages == 1 and settings.verification.asked and not routed_layers(model):
                 raise PlacementError(
-                    f"--expert-placement-verify {level}: {type(model).__name__} has no MoE layer of vLLM's own kind: leave the flag out"
+                    f"--expert-placement-verify {level}: {type(model).__name__} has no MoE layer "
+                    "of vLLM's own kind: leave the flag out"
                 )
             verify_loaded(model, clean, settings)
         return model
@@ -76,7 +81,10 @@ def _load_model(original):
 
 @contextmanager
 def _followed(loader: Any) -> Iterator[None]:
-    """Every model that this loader loads weights into meanwhile is given them through `stacked.follow`."""
+    """Have `stacked.follow` look through all weights that this loader loads meanwhile.
+
+    Every model that it loads weights into is given them through it.
+    """
     original = loader.load_weights
 
     def load_weights(model, *args, **kwargs):
@@ -97,8 +105,10 @@ def _worker_load_model(original):
         model = runner.get_model() if hasattr(runner, "get_model") else runner.model
         if settings is not None and settings.places and updates_of(model) is None:
             raise PlacementError(
-                f"--load-format {self.vllm_config.load_config.load_format} loaded {type(model).__name__} in a way of its own, past vLLM's "
-                "BaseModelLoader.load_model: nothing shows that experts are where the placement says; use --load-format auto, or leave "
+                f"--load-format {self.vllm_config.load_config.load_format} "
+                f"loaded {type(model).__name__} in a way of its own, past vLLM's "
+                "BaseModelLoader.load_model: nothing shows that experts are where the placement "
+                "says; use --load-format auto, or leave "
                 "the placement flag out"
             )
         return result
@@ -116,7 +126,8 @@ def _report(
     """Check the loaded layers against the plan once more and log one line per process.
 
     Args:
-        layers: name -> ``RoutedExperts`` of the model, or the pipeline stage of it, that was loaded.
+        layers: name -> ``RoutedExperts`` of the model, or the pipeline stage of it, that was
+            loaded.
         settings: the engine's settings.
         main: whether it is the model that the placement is for, and no draft.
         stages: pipeline stages, which are checked together.
@@ -146,7 +157,8 @@ def _report(
         expected = expert_map(settings, number, manager.global_num_experts, ranks, rank, draft)
         if not np.array_equal(manager.expert_map[: expected.size].cpu().numpy(), expected):
             raise PlacementError(
-                f"{name}: the expert map in force on EP rank {rank} is not the plan's: another plugin or a changed vLLM replaced "
+                f"{name}: the expert map in force on EP rank {rank} is not the plan's: "
+                "another plugin or a changed vLLM replaced "
                 "it; remove that plugin or the placement flag"
             )
     hits = ", ".join(
@@ -164,7 +176,10 @@ Found = dict[str, tuple[int | None, int]]
 
 
 def _of_all_stages(found: Found) -> Found:
-    """What the pipeline stages have loaded together; each of them then finds the same faults and stops with the same reason."""
+    """Return what the pipeline stages have loaded together.
+
+    Each of them then finds the same faults and stops with the same reason.
+    """
     import torch.distributed as dist
     from vllm.distributed.parallel_state import get_pp_group
 
@@ -178,7 +193,8 @@ def _check_coverage(found: Found, settings: Settings) -> None:
     """Refuse a model whose MoE layers are not those that the placement is for."""
     if not found:
         raise PlacementError(
-            "the model that was loaded has no MoE layer of vLLM's own kind, so that no expert was placed: serve it without the "
+            "the model that was loaded has no MoE layer of vLLM's own kind, "
+            "so that no expert was placed: serve it without the "
             "placement flag"
         )
     plan = settings.plan
@@ -187,18 +203,20 @@ def _check_coverage(found: Found, settings: Settings) -> None:
     for name, (layer_id, experts) in found.items():
         if not knows(plan, layer_id, experts):
             raise PlacementError(
-                f"{name} is not in the plan (layers {plan.layer_ids[0]}..{plan.layer_ids[-1]}): plan for this model"
+                f"{name} is not in the plan (layers {plan.layer_ids[0]}..{plan.layer_ids[-1]}): "
+                "plan for this model"
             )
     held = sorted({layer_id for layer_id, _ in found.values() if layer_id is not None})
     missing = set(plan.layer_ids) - set(held)
     if missing:
         raise PlacementError(
-            f"the plan has layer {min(missing)}, the model that was loaded has MoE layers {held}: plan for this model"
+            f"the plan has layer {min(missing)}, the model that was loaded has MoE layers {held}: "
+            "plan for this model"
         )
 
 
 def load_patches() -> list[Patch]:
-    """The patch that looks at every model that was loaded."""
+    """Return the patch that looks at every model that was loaded."""
     return [
         Patch(
             "load-report",
@@ -212,7 +230,8 @@ def load_patches() -> list[Patch]:
             "load-seen",
             "vllm.v1.worker.gpu_worker:Worker.load_model",
             _worker_load_model,
-            why="a loader with a load_model of its own (out-of-tree ones) goes past the check of what was loaded",
+            why="a loader with a load_model of its own (out-of-tree ones) "
+            "goes past the check of what was loaded",
             removable_when="never: it is this plugin's own check",
         ),
         *core_patches(),

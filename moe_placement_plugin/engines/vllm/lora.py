@@ -1,11 +1,14 @@
-"""LoRA adapters of experts follow the expert map in force, which vLLM cuts into contiguous blocks of experts.
+"""Make LoRA adapters of experts follow the expert map in force.
 
-An adapter has a pair of matrices for each logical expert, in the model's order. vLLM keeps on each rank those of its own
-experts, which it takes to be ``ep_rank * local_num_experts`` onwards, and its kernels read the one of a slot by the slot's
-number. Here each slot of each layer gets the matrices of the expert that the layer's map puts there, for any numbers of slots.
+vLLM cuts them into contiguous blocks of experts. An adapter has a pair of matrices for each logical
+expert, in the model's order. vLLM keeps on each rank those of its own experts, which it takes to be
+``ep_rank * local_num_experts`` onwards, and its kernels read the one of a slot by the slot's
+number. Here each slot of each layer gets the matrices of the expert that the layer's map puts
+there, for any numbers of slots.
 
-Under EPLB base weights move and adapters would stay: an adapter with experts is refused there when it is read, before
-anything that serves is overwritten. Adapters of other modules need none of this and are never refused.
+Under EPLB base weights move and adapters would stay: an adapter with experts is refused there when
+it is read, before anything that serves is overwritten. Adapters of other modules need none of this
+and are never refused.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ _MANAGER = "vllm.lora.model_manager:LoRAModelManager"
 
 
 def experts_of_slots(module: Any) -> list[int] | None:
-    """The logical expert of each local slot of a MoE layer with adapters, in the order of the slots.
+    """Return the logical expert of each local slot of a MoE layer with adapters, in slot order.
 
     Args:
         module: a ``FusedMoEWithLoRA``.
@@ -41,15 +44,20 @@ def experts_of_slots(module: Any) -> list[int] | None:
     strange = [slot for slot, expert in enumerate(experts) if not 0 <= expert < num_logical(layer)]
     if strange:
         raise PlacementError(
-            f"{layer.layer_name}: slot {strange[0]} of EP rank {layer.expert_map_manager.ep_rank} holds no routed "
-            "expert (a fused shared expert), which adapters know nothing of: leave --enable-lora or the placement "
+            f"{layer.layer_name}: slot {strange[0]} "
+            f"of EP rank {layer.expert_map_manager.ep_rank} holds no routed "
+            "expert (a fused shared expert), which adapters know nothing of: "
+            "leave --enable-lora or the placement "
             "flag out"
         )
     return experts
 
 
 class _OnlyLocal:
-    """A ``FusedMoEWithLoRA`` as the cutting code sees it once the rows of other ranks are gone: one rank has all experts."""
+    """Look to the cutting code like a ``FusedMoEWithLoRA`` without the rows of other ranks.
+
+    Once those rows are gone, one rank has all experts.
+    """
 
     ep_rank = 0
 
@@ -58,7 +66,7 @@ class _OnlyLocal:
 
     @property
     def global_num_experts(self) -> int:
-        """Experts that the rows are of."""
+        """Return the experts that the rows are of."""
         return self._module.local_num_experts
 
     def __getattr__(self, name: str) -> Any:
@@ -69,8 +77,8 @@ def _keep_rows(lora: Any, experts: list[int], num_experts: int, module_name: str
     """Reduce fused adapter matrices of all experts to those of ``experts``, in that order.
 
     Args:
-        lora: vLLM's ``LoRALayerWeights``: ``lora_a [experts * rank, in]``, the expert being the slower index, and
-            ``lora_b [out, rank * experts]``, the expert being the faster one.
+        lora: vLLM's ``LoRALayerWeights``: ``lora_a [experts * rank, in]``, the expert being the
+            slower index, and ``lora_b [out, rank * experts]``, the expert being the faster one.
         experts: logical expert of each slot.
         num_experts: logical experts of the layer.
         module_name: for the message.
@@ -80,7 +88,8 @@ def _keep_rows(lora: Any, experts: list[int], num_experts: int, module_name: str
         if rows % len(experts) == 0 and not lora.lora_a.any() and not lora.lora_b.any():
             return  # vLLM up to 0.32 makes the empty adapters of its warm-up for local experts only
         raise PlacementError(
-            f"{module_name}: the adapter has {rows} rows for {num_experts} experts, which do not divide: give an "
+            f"{module_name}: the adapter has {rows} rows for {num_experts} experts, "
+            "which do not divide: give an "
             "adapter that was trained on this model"
         )
     a, b = lora.lora_a, lora.lora_b
@@ -89,7 +98,10 @@ def _keep_rows(lora: Any, experts: list[int], num_experts: int, module_name: str
 
 
 def _fused(cut):
-    """For the two methods that cut a fused (3D) adapter: ``[gate and up, down]`` of all experts at once."""
+    """Make the patch of the two methods that cut a fused (3D) adapter.
+
+    The adapter is ``[gate and up, down]`` of all experts at once.
+    """
 
     def make(original):
         def method(self, lora_model, module, module_name):
@@ -99,14 +111,18 @@ def _fused(cut):
             down = self._get_lora_layer_weights(lora_model, module_name)
             gate_up = self._get_lora_layer_weights(lora_model, module_name + ".base_layer")
             whole = (
-                down is not None and gate_up is not None and all(map(torch.is_tensor, (down.lora_a, gate_up.lora_a)))
-            )  # fmt: skip
+                down is not None
+                and gate_up is not None
+                and all(map(torch.is_tensor, (down.lora_a, gate_up.lora_a)))
+            )
             if experts is None or not whole:
                 return original(self, lora_model, module, module_name)
             if cut == "stacked" and not self._is_3d_moe_model:
                 raise PlacementError(
-                    f"{module_name}: an adapter of all experts in one tensor, for a model whose experts vLLM does not "
-                    "know to be stacked: use an adapter with a tensor per expert, or leave the placement flag out"
+                    f"{module_name}: an adapter of all experts in one tensor, "
+                    "for a model whose experts vLLM does not "
+                    "know to be stacked: use an adapter with a tensor per expert, "
+                    "or leave the placement flag out"
                 )
             for lora in (gate_up, down):
                 _keep_rows(lora, experts, module.global_num_experts, module_name)
@@ -123,7 +139,8 @@ def _slice_moe_lora_ep(original):
         lora = self._get_lora_layer_weights(lora_model, module_name)
         if experts is None or lora is None or not isinstance(lora.lora_a, list):
             return original(self, lora_model, module, module_name)
-        # Only adapters whose outer factors all experts share arrive whole; others were packed by slots.
+        # Only adapters whose outer factors all experts share arrive whole; others were packed by
+        # slots.
         if getattr(self, "_enable_moe_shared_loras", False) or module.local_num_experts != (
             module.global_num_experts
         ):
@@ -156,7 +173,8 @@ def _restrict_to_local_experts(original):
         per_expert, rest = divmod(len(new_module_names), module.global_num_experts)
         if rest or not per_expert:
             raise PlacementError(
-                f"{module_name}: {len(new_module_names)} adapter modules for {module.global_num_experts} experts do "
+                f"{module_name}: {len(new_module_names)} adapter modules "
+                f"for {module.global_num_experts} experts do "
                 "not divide: leave --enable-lora or the placement flag out"
             )
         return [
@@ -170,7 +188,9 @@ def _restrict_to_local_experts(original):
 
 @dataclass(frozen=True)
 class ExpertsByLayer:
-    """Which experts' adapters this rank reads; in place of vLLM's ``MoEEPLoadSpec``, which has one block for all layers.
+    """Know which experts' adapters this rank reads.
+
+    It stands in place of vLLM's ``MoEEPLoadSpec``, which has one block for all layers.
 
     Attributes:
         experts: the layer's index in the model -> its experts on this rank.
@@ -213,7 +233,9 @@ def _is_remote_expert_key(original):
 
 
 def check_adapter(lora_model: Any, name: str) -> None:
-    """Refuse an adapter with experts where EPLB moves the base weights of experts and adapters stay.
+    """Refuse an adapter with experts under EPLB.
+
+    It moves the base weights of experts, and adapters stay.
 
     Args:
         lora_model: vLLM's ``LoRAModel``, read and not yet in force.
@@ -228,8 +250,10 @@ def check_adapter(lora_model: Any, name: str) -> None:
     experts = sorted(key for key in lora_model.loras if ".experts" in key)
     if experts:
         raise PlacementError(
-            f"adapter {name} has weights for experts ({experts[0]}), and with --enable-eplb the experts' base weights "
-            "move while adapters stay: leave --enable-eplb out, the placement then holds for adapters too; or use an "
+            f"adapter {name} has weights for experts ({experts[0]}), "
+            "and with --enable-eplb the experts' base weights "
+            "move while adapters stay: leave --enable-eplb out, "
+            "the placement then holds for adapters too; or use an "
             "adapter of other modules"
         )
 
@@ -244,8 +268,11 @@ def _load_adapter(original):
 
 
 def lora_patches() -> PatchSet:
-    """The patches of a server with a placement and ``--enable-lora``."""
-    why = "vLLM takes the experts of a rank to be one contiguous block: each slot would get another expert's adapter"
+    """Return the patches of a server with a placement and ``--enable-lora``."""
+    why = (
+        "vLLM takes the experts of a rank to be one contiguous block: "
+        "each slot would get another expert's adapter"
+    )
     upstream, until = "vLLM PR 40867, PR 38021", "vLLM cuts adapters by the layer's expert map"
     fused = ("lora_model", "module", "module_name")
 
@@ -255,21 +282,39 @@ def lora_patches() -> PatchSet:
     return PatchSet(
         [
             patch("lora-stacked", f"{_MANAGER}._stack_moe_lora_weights", _fused("stacked"), fused),
-            patch("lora-3d-to-2d", f"{_MANAGER}._convert_3d_to_2d_moe_lora", _fused("converted"), fused),
+            patch(
+                "lora-3d-to-2d",
+                f"{_MANAGER}._convert_3d_to_2d_moe_lora",
+                _fused("converted"),
+                fused,
+            ),
             patch("lora-shared", f"{_MANAGER}._slice_moe_lora_ep", _slice_moe_lora_ep, fused),
             patch(
-                "lora-per-expert", f"{_MANAGER}._restrict_to_local_experts", _restrict_to_local_experts,
+                "lora-per-expert",
+                f"{_MANAGER}._restrict_to_local_experts",
+                _restrict_to_local_experts,
                 ("module_name", "new_module_names"),
             ),
-            patch("lora-spec", f"{_MANAGER}._build_moe_ep_load_spec", _build_moe_ep_load_spec, ("self",)),
             patch(
-                "lora-read", "vllm.lora.lora_model:_is_remote_expert_key", _is_remote_expert_key, ("raw_name", "spec")
+                "lora-spec",
+                f"{_MANAGER}._build_moe_ep_load_spec",
+                _build_moe_ep_load_spec,
+                ("self",),
+            ),
+            patch(
+                "lora-read",
+                "vllm.lora.lora_model:_is_remote_expert_key",
+                _is_remote_expert_key,
+                ("raw_name", "spec"),
             ),
             Patch(
-                "lora-eplb", "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter", _load_adapter,
-                why="EPLB moves the base weights of experts and leaves their adapters where they were",
+                "lora-eplb",
+                "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
+                _load_adapter,
+                why="EPLB moves the base weights of experts "
+                "and leaves their adapters where they were",
                 relies_on=("lora_request",),
                 removable_when="vLLM's EPLB moves adapters with their experts",
             ),
         ]
-    )  # fmt: skip
+    )

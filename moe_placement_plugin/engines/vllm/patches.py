@@ -1,4 +1,4 @@
-"""All patches of a vLLM with our settings, and which of them the settings call for."""
+"""Gather all patches of a vLLM with our settings, and choose which the settings call for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from ..common.settings import Settings
 
 @lru_cache(maxsize=1)
 def patch_set() -> PatchSet:
-    """Return the patches that place experts, and on the CPU build those that make its kernels honour
-    expert maps.
+    """Return the patches that place experts.
+
+    On the CPU build they are those too that make its kernels honour expert maps.
     """
     from .cpu import cpu_patches  # lazy: heavy
     from .detect import is_cpu_build  # lazy: heavy

@@ -1,7 +1,8 @@
-"""Recording the expert load of a running vLLM: ``--expert-load-record``.
+"""Record the expert load of a running vLLM: ``--expert-load-record``.
 
-Logical ids are taken where vLLM hands them out, before EPLB maps them to slots. Which tokens of a batch are
-real, and whether they belong to a prompt, is known when the batch is prepared; see `LoadCounters`.
+Logical ids are taken where vLLM hands them out, before EPLB maps them to slots. Which tokens of a
+batch are real, and whether they belong to a prompt, is known when the batch is prepared; see
+`LoadCounters`.
 """
 
 from __future__ import annotations
@@ -126,30 +127,56 @@ def _prepare_inputs_v2(original):
 
 
 def recording_patches() -> PatchSet:
-    """The patches of ``--expert-load-record``."""
-    why_dummy = "profiling, graph capture and idle data-parallel ranks run batches without requests, which must not count"
+    """Return the patches of ``--expert-load-record``."""
+    why_dummy = (
+        "profiling, graph capture and idle data-parallel ranks "
+        "run batches without requests, which must not count"
+    )
     why_batch = "which tokens are real and belong to prompts is known where the batch is prepared"
-    why_bind = "the routers' capture callback is bound once the model is loaded, before graphs are captured"
+    why_bind = (
+        "the routers' capture callback is bound once the model is loaded, "
+        "before graphs are captured"
+    )
     until = "vLLM records logical expert load by itself (issues 39178, 43715)"
     runner, runner_v2 = (f"{module}:GPUModelRunner" for module in _RUNNERS)
     worker = "vllm.v1.worker.gpu_worker:Worker.load_model"
     return PatchSet(
         [
             Patch("record-bind", worker, _load_model, why=why_bind, removable_when=until),
-            Patch("record-dummy", f"{runner}._dummy_run", _dummy_run, relies_on=("num_tokens",), why=why_dummy,
-                  removable_when=until),
             Patch(
-                "record-batch", f"{runner}._prepare_inputs", _prepare_inputs, relies_on=("scheduler_output", "num_scheduled_tokens"),
-                why=why_batch, removable_when=until,
+                "record-dummy",
+                f"{runner}._dummy_run",
+                _dummy_run,
+                relies_on=("num_tokens",),
+                why=why_dummy,
+                removable_when=until,
             ),
             Patch(
-                "record-dummy-v2", f"{runner_v2}._dummy_run", _dummy_run, relies_on=("num_tokens",),
-                why=why_dummy, removable_when=until, optional=True,
+                "record-batch",
+                f"{runner}._prepare_inputs",
+                _prepare_inputs,
+                relies_on=("scheduler_output", "num_scheduled_tokens"),
+                why=why_batch,
+                removable_when=until,
             ),
             Patch(
-                "record-batch-v2", f"{runner_v2}.prepare_inputs", _prepare_inputs_v2, relies_on=("scheduler_output", "batch_desc"),
-                why=why_batch, removable_when=until, optional=True,
+                "record-dummy-v2",
+                f"{runner_v2}._dummy_run",
+                _dummy_run,
+                relies_on=("num_tokens",),
+                why=why_dummy,
+                removable_when=until,
+                optional=True,
+            ),
+            Patch(
+                "record-batch-v2",
+                f"{runner_v2}.prepare_inputs",
+                _prepare_inputs_v2,
+                relies_on=("scheduler_output", "batch_desc"),
+                why=why_batch,
+                removable_when=until,
+                optional=True,
             ),
             *draft_patches(until),
         ]
-    )  # fmt: skip
+    )

@@ -1,5 +1,6 @@
-"""New weights for a model that serves (``reload_weights``, weight transfer,
-``model.load_weights``): right by the table in force, or refused.
+"""Load new weights into a serving model by the table in force, or refuse them.
+
+They come by ``reload_weights``, weight transfer or ``model.load_weights``.
 
 A static placement is obeyed by the loader as it is at the start. Under EPLB a weight goes to the
 slots that the table in force gives its expert (`reload_table`), and a rebalance waits until all
@@ -27,7 +28,7 @@ _UPDATES = "_moe_placement_updates"
 
 @dataclass
 class Updates:
-    """The new weights that a model got while it served.
+    """Count the new weights that a model got while it served.
 
     Attributes:
         count: how often it did; ranks with the same number have the same weights.
@@ -44,12 +45,12 @@ class Updates:
 
 
 def updates_of(model: Any) -> Updates | None:
-    """The updates of a model, None for one that has not been loaded yet."""
+    """Return the updates of a model, None for one that has not been loaded yet."""
     return vars(model).get(_UPDATES)
 
 
 def serve(model: Any) -> None:
-    """The model was loaded and checked: weights that come from now on are new ones."""
+    """Note that the model was loaded and checked: weights that come from now on are new ones."""
     updates = Updates()
     for part in (model, mixture_of_experts(model)):  # EPLB knows the part only
         if part is not None:
@@ -57,7 +58,9 @@ def serve(model: Any) -> None:
 
 
 def enter_update(model: Any) -> bool:
-    """Before a model takes weights: whether it serves already, and if so whether it may take them.
+    """Tell, before a model takes weights, whether it serves already.
+
+    One that serves may take them unless an error is raised.
 
     Raises:
         PlacementError: while EPLB moves experts in the background; nothing has been overwritten
@@ -74,8 +77,9 @@ def enter_update(model: Any) -> bool:
 
 
 def refuse_while_moving(model: Any) -> None:
-    """Refuse new weights while an async rebalance has old ones on their way, which it would write
-    over the new.
+    """Refuse new weights while an async rebalance has old ones on their way.
+
+    It would write the old over the new.
 
     Raises:
         PlacementError: naming the model.
@@ -95,7 +99,7 @@ def refuse_while_moving(model: Any) -> None:
 
 
 def forget_digests(model: Any) -> None:
-    """Digests are of the weights that are about to go."""
+    """Forget the digests, which are of the weights that are about to go."""
     for layer in routed_layers(model).values():
         if hasattr(layer, EXPECTED):
             object.__delattr__(layer, EXPECTED)
@@ -117,7 +121,7 @@ def begin(model: Any) -> None:
 
 
 def abandon(model: Any) -> None:
-    """An update has failed: its caller knows."""
+    """Note that an update has failed: its caller knows."""
     if (updates := updates_of(model)) is not None:
         updates.active = False
     for layer in routed_layers(model).values():
@@ -125,8 +129,9 @@ def abandon(model: Any) -> None:
 
 
 def finish(model: Any, settings: Settings, alone: bool) -> None:
-    """End an update: every layer got all its experts or none, and what was verified is verified
-    anew.
+    """End an update, in which every layer got all its experts or none.
+
+    What was verified is verified anew.
 
     Args:
         model: the model.
@@ -167,8 +172,9 @@ def renew(model: Any, settings: Settings) -> None:
 
 
 def may_rearrange(eplb: Any, settings: Settings | None) -> bool:
-    """Whether EPLB may move experts now: all EP ranks have got the same updates and none is in the
-    middle of one. A collective call.
+    """Tell whether EPLB may move experts now; a collective call.
+
+    It may when all EP ranks have got the same updates and none is in the middle of one.
 
     Data parallel ranks are told to update one by one. Between the first and the last, an expert
     that moves would bring old weights to a rank that has the new ones.

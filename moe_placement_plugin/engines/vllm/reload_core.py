@@ -1,4 +1,4 @@
-"""Engine core: an update, or sleep, that workers would refuse is refused before anything begins.
+"""Refuse in the engine core, before anything begins, an update or sleep that workers would refuse.
 
 vLLM pauses its scheduler before it tells workers to sleep, and resumes it when they wake: a worker
 that refuses would leave a server that answers nobody. And when a worker raises, vLLM leaves the

@@ -1,5 +1,6 @@
-"""Which slots a weight that arrives belongs to, once vLLM's EPLB has moved experts from where its
-loader believes them.
+"""Find the slots that an arriving weight belongs to, once vLLM's EPLB has moved experts.
+
+Its loader believes them elsewhere then.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import numpy as np
 from .layers import EPLB_ROW, logical_of_physical, num_logical
 
 FIRST_COPIES = "_moe_placement_first_copies"
-"""Attribute of a ``RoutedExperts`` whose model brings each expert once, and none of its replicas."""
+"""Attribute of a ``RoutedExperts`` whose model brings each expert once.
+
+It brings none of its replicas.
+"""
 
 
 def moved_table(layer: Any) -> np.ndarray | None:
-    """EPLB's table of a layer, int64 ``[physical experts]``, where it is not vLLM's first one any
-    more; None where it is, or without EPLB.
+    """Return EPLB's table of a layer where it is not vLLM's first one any more.
+
+    Returns:
+        int64 ``[physical experts]``; None where it is the first one, or without EPLB.
     """
     if getattr(layer, EPLB_ROW, None) is None:
         return None
@@ -25,7 +31,7 @@ def moved_table(layer: Any) -> np.ndarray | None:
 
 
 def local_copies(layer: Any, expert_id: int, weight_name: str) -> tuple[int, ...]:
-    """Physical experts that a weight is to be loaded as, given the one that vLLM's loader names.
+    """Return the physical experts to load a weight as, given the one that vLLM's loader names.
 
     The loader counts physical experts by vLLM's first table: expert ``i`` modulo the number of
     logical ones. What it brings for a first copy goes to every slot that the table in force gives

@@ -1,5 +1,7 @@
-"""The ways in which a worker is told to update its weights: refused where they go by position, else
-begun and ended as one (`reload`)."""
+"""Watch the ways in which a worker is told to update its weights.
+
+Updates are refused where weights go by position, else begun and ended as one (`reload`).
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,9 @@ def _alone(worker: Any) -> bool:
 
 
 def _finish_worker(worker: Any, settings: Settings) -> None:
-    """End an update; after one that left wrong weights the worker computes nothing until one has
-    put them right.
+    """End an update.
+
+    After one that left wrong weights the worker computes nothing until one has put them right.
     """
     try:
         finish(_model_of(worker), settings, _alone(worker))
@@ -61,8 +64,9 @@ def _refuse_kernel_format(model: Any, checkpoint_format: Any) -> None:
 
 
 def _refuse_stacked_copies(model: Any) -> None:
-    """vLLM up to 0.31 loses what a gpt-oss copies into parameters while they are being reloaded,
-    and keeps the old experts.
+    """Refuse a reload of a gpt-oss where vLLM, up to 0.31, keeps the old experts.
+
+    It loses what a gpt-oss copies into parameters while they are being reloaded.
     """
     from .stacked import _SPLITS, PICKS  # lazy: heavy
 
@@ -192,7 +196,7 @@ def _sleep(original):
 
 
 def reload_patches() -> list[Patch]:
-    """The patches of a server whose weights may be updated."""
+    """Return the patches of a server whose weights may be updated."""
     why = "new weights are loaded by EPLB's first table, or by position, and digests are of the old"
     upstream = "vLLM PR 55228"
     gone = "vLLM loads new weights by the table in force"

@@ -1,4 +1,4 @@
-"""Launcher: from vLLM's arguments to the settings of every process, or one clear error.
+"""Make, in the launcher, the settings of every process from vLLM's arguments, or one clear error.
 
 Four steps: `read_request`, `check_support`, `make_placement`, `settings_for`.
 """
@@ -43,7 +43,9 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 
 
 def resolve(vllm_config: Any) -> Settings | None:
-    """Make the settings of a server from its fresh ``VllmConfig``, whose own strategy is set to match.
+    """Make the settings of a server from its fresh ``VllmConfig``.
+
+    The config's own strategy is set to match.
 
     Returns:
         None where nothing is asked of this plugin.
@@ -124,7 +126,7 @@ class Made:
 
     @property
     def is_to_come(self) -> bool:
-        """Whether the other hosts decide what becomes of this one."""
+        """Tell whether the other hosts decide what becomes of this one."""
         return self.adopts or self.error is not None
 
 
@@ -203,7 +205,10 @@ def _needs_mending(combination: Combination) -> bool:
 
 
 def _verification(request: Request, combination: Combination) -> VerificationSettings:
-    """Settle the level; dummy weights, which differ from replica to replica, have none by default."""
+    """Settle the level of verification.
+
+    Dummy weights, which differ from replica to replica, have none by default.
+    """
     level = check_level(request.verify, request.places)
     if combination.load_format == "dummy" and request.verify is None:
         level = "off"
@@ -260,8 +265,10 @@ def _check_locality(vllm_config: Any, request: Request) -> None:
 def _first_placement(
     request: Request, shape: ModelShape, ep_size: int, parallel: Any
 ) -> Placement | None:
-    """Make the placement that EPLB begins with; None leaves strategy eplb, which plans from what
-    EPLB records, vLLM's own beginning.
+    """Make the placement that EPLB begins with.
+
+    Returns:
+        None leaves strategy eplb, which plans from what EPLB records, vLLM's own beginning.
     """
     redundant = parallel.eplb_config.num_redundant_experts
     slots = shape.num_experts + redundant

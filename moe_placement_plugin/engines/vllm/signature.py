@@ -1,4 +1,4 @@
-"""What tells rows apart by their contents: proof of whose rows came by position."""
+"""Tell rows apart by their contents: proof of whose rows came by position."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ squares, whatever their order.
 
 
 def signature(rows: Any) -> Signature:
-    """What tells the contents of rows apart, in whatever order, shape and padding with zeros a
-    loader stores them.
+    """Return what tells the contents of rows apart.
+
+    It does so in whatever order, shape and padding with zeros a loader stores them.
 
     Args:
         rows: a tensor ``[rows, ...]``.

@@ -1,7 +1,8 @@
-"""The load of a draft under vLLM's V2 model runner, where a *speculator* runs it.
+"""Record the load of a draft under vLLM's V2 model runner, where a *speculator* runs it.
 
-The first pass of a step has the tokens of the target's batch (a draft model of its own: one more per request), each further
-one a token of each request. All further passes may be one CUDA graph: what their tokens are is written before it runs.
+The first pass of a step has the tokens of the target's batch (a draft model of its own: one more
+per request), each further one a token of each request. All further passes may be one CUDA graph:
+what their tokens are is written before it runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _STANDALONE = f"{_FOLDER}.standalone_ar.speculator:StandaloneARSpeculator"
 
 
 def is_followed(speculator: Any) -> bool:
-    """Tell whether the passes of a speculator can be told apart: dflash's and several MTP modules' cannot."""
+    """Tell whether the passes of a speculator can be told apart.
+
+    dflash's and several MTP modules' cannot.
+    """
     classes = {f"{c.__module__}:{c.__qualname__}" for c in type(speculator).__mro__}
     return not classes.isdisjoint((_DEPENDENT, _STANDALONE))
 

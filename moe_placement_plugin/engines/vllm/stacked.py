@@ -1,13 +1,12 @@
-"""While loading: models that take rows of a tensor of all experts by position get them in the order
-of the placement.
+"""Give rows in the order of the placement to models that take them by position while loading.
+
+Such a model takes rows of a tensor of all experts.
 
 gpt-oss copies a block of consecutive rows to a rank, Llama 4 the rows of the rank's experts in
-ascending order. Their weights are
-looked through before the model sees them: `rows_in_order` gives a tensor of all experts either one
-    expert at a time, where the
-model can take it so, or with its rows permuted, so that what is copied is what the map wants. That
-it was is proven afterwards (`evidence`): a model that changes its ways is refused, not served
-wrongly.
+ascending order. Their weights are looked through before the model sees them: `rows_in_order` gives
+a tensor of all experts either one expert at a time, where the model can take it so, or with its
+rows permuted, so that what is copied is what the map wants. That it was is proven afterwards
+(`evidence`): a model that changes its ways is refused, not served wrongly.
 """
 
 from __future__ import annotations
@@ -38,8 +37,9 @@ _SPLITS = "_try_load_streamed_expert"
 
 
 def follow(model: Any) -> None:
-    """Look through all weights that a model is given from now on, when it starts and while it
-    serves.
+    """Look through all weights that a model is given from now on.
+
+    It does so when the model starts and while it serves.
 
     Args:
         model: a model with its parameters, before its weights are loaded.
@@ -66,7 +66,10 @@ def follow(model: Any) -> None:
 
 
 def _picks(model: Any) -> dict[str, str]:
-    """Layer name -> how its model picks rows; no entry where that is not known."""
+    """Return how each layer's model picks rows, by layer name.
+
+    There is no entry where that is not known.
+    """
     found: dict[str, str] = {}
     for module in model.modules():
         kind = next((PICKS[c.__name__] for c in type(module).__mro__ if c.__name__ in PICKS), None)
@@ -76,7 +79,7 @@ def _picks(model: Any) -> dict[str, str]:
 
 
 def _brings_no_replicas(model: Any) -> set[str]:
-    """Names of the layers whose replicas no weight arrives for."""
+    """Return the names of the layers whose replicas no weight arrives for."""
     found: set[str] = set()
     for module in model.modules():
         if any(c.__name__ in BRINGS_NO_REPLICAS for c in type(module).__mro__):
@@ -85,8 +88,9 @@ def _brings_no_replicas(model: Any) -> set[str]:
 
 
 def _splits(model: Any) -> frozenset[str]:
-    """Names of the layers whose model takes an expert at a time under the name of a stacked tensor
-    with the expert's number in it.
+    """Return the names of the layers whose model takes an expert at a time.
+
+    It takes it under the name of a stacked tensor with the expert's number in it.
     """
     found: set[str] = set()
     for module in model.modules():
@@ -98,7 +102,11 @@ def _splits(model: Any) -> frozenset[str]:
 
 
 def stacked_layer(name: str, tensor: Any, layers: dict[str, Any]) -> Any:
-    """The layer that a tensor of the checkpoint holds all experts of; None for any other tensor."""
+    """Return the layer that a tensor of the checkpoint holds all experts of.
+
+    Returns:
+        None for any other tensor.
+    """
     import torch
 
     if not _STACKED.search(name) or not isinstance(tensor, torch.Tensor) or not tensor.dim():
@@ -118,8 +126,9 @@ def rows_in_order(
     picks: dict[str, str],
     splits: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, Any]]:
-    """The weights of a checkpoint, those of all experts of a layer at once in the order in which
-    the model will copy them.
+    """Return the weights of a checkpoint, rows in the order in which the model will copy them.
+
+    Reordered are those of all experts of a layer at once.
 
     Args:
         weights: (name, tensor) as the model takes them.
@@ -148,10 +157,10 @@ def rows_in_order(
 
 
 def permuted(layer: Any, name: str, tensor: Any, picks: str | None) -> Any:
-    """A tensor ``[experts, ...]`` with the rows of this rank's experts where its model will look
-    for them.
+    """Return a tensor with the rows of this rank's experts where its model will look for them.
 
-    Rows that this rank's model does not copy hold nothing in particular.
+    The tensor is ``[experts, ...]``. Rows that this rank's model does not copy hold nothing in
+    particular.
 
     Args:
         layer: a ``RoutedExperts``.

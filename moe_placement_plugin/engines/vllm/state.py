@@ -1,4 +1,4 @@
-"""Worker and launcher: what this process knows of the engine that it is a part of."""
+"""Hold, in worker and launcher, what this process knows of the engine that it is a part of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What of vLLM a placement, a verification or a recording does not go with, decided before a model loads.
+"""Decide what of vLLM a placement, a verification or a recording does not go with.
+
+It is decided before a model loads.
 
 The tables of ``docs/vllm.md`` come from the same rules: ``python -m
 moe_placement_plugin.engines.vllm.support``. What the kernels do is known once a layer is built, see
@@ -43,7 +45,10 @@ EXPERTS_OF_THEIR_OWN = (
     "HfMoondream",
     "Moondream3ForCausalLM",
 )
-"""Architectures whose experts are no ``RoutedExperts`` of vLLM's: they number and load them themselves."""
+"""Architectures whose experts are no ``RoutedExperts`` of vLLM's.
+
+They number and load them themselves.
+"""
 
 
 _OTHER_TRANSFER = f"use one of {', '.join(BY_THE_LOADER)}, or leave the placement out"
@@ -74,7 +79,8 @@ PLACEMENT_RULES: tuple[Rule[Combination], ...] = (
     Rule(
         "option",
         "no `--enable-expert-parallel`",
-        "without expert parallelism every rank holds a part of every expert and there is nothing to place",
+        "without expert parallelism every rank holds a part of every expert "
+        "and there is nothing to place",
         "add --enable-expert-parallel",
         lambda c: not c.expert_parallel,
         lambda c: " without --enable-expert-parallel",
@@ -133,7 +139,8 @@ SLOT_RULES: tuple[Rule[Combination], ...] = (
         f"`--all2all-backend` {', '.join(ALL2ALL_WITH_TABLES)} and ranks with unequal slots, "
         "without `--enable-eplb`",
         "this placement does not give it",
-        f"use --all2all-backend {ALL2ALL_WITH_MAP[0]}, or a number of ranks that divides the number "
+        f"use --all2all-backend {ALL2ALL_WITH_MAP[0]}, "
+        "or a number of ranks that divides the number "
         "of experts",
         lambda c: not c.eplb and c.all2all in ALL2ALL_WITH_TABLES and not c.even,
         lambda c: f": all2all back end {c.all2all} needs the same number of experts on every rank",
@@ -143,7 +150,8 @@ SLOT_RULES: tuple[Rule[Combination], ...] = (
         f"`--all2all-backend` other than {', '.join((*ALL2ALL_WITH_MAP, *ALL2ALL_WITH_TABLES))}, "
         "without `--enable-eplb`",
         "it sends tokens to contiguous, even blocks of experts and ignores any other placement",
-        f"use --all2all-backend {' or '.join((ALL2ALL_WITH_MAP[0], *ALL2ALL_WITH_TABLES))}, or leave "
+        f"use --all2all-backend {' or '.join((ALL2ALL_WITH_MAP[0], *ALL2ALL_WITH_TABLES))}, "
+        "or leave "
         "the placement flag out",
         lambda c: not c.eplb and c.all2all not in ("", *ALL2ALL_WITH_MAP, *ALL2ALL_WITH_TABLES),
         lambda c: f": all2all back end {c.all2all}",
@@ -213,7 +221,10 @@ RECORDING_RULES: tuple[Rule[Combination], ...] = (
 )
 
 RULES = (*PLACEMENT_RULES, *SLOT_RULES, *VERIFICATION_RULES, *RECORDING_RULES)
-"""Everything that is refused before a model loads but for values that make no sense by themselves."""
+"""Everything that is refused before a model loads.
+
+Values that make no sense by themselves are refused elsewhere.
+"""
 
 
 def check(rules: Sequence[Rule[Combination]], combination: Combination, flag: str) -> None:

@@ -1,4 +1,4 @@
-"""Fingerprints of the experts that vLLM has loaded: ``--expert-placement-verify``."""
+"""Fingerprint the experts that vLLM has loaded: ``--expert-placement-verify``."""
 
 from __future__ import annotations
 
@@ -21,19 +21,27 @@ from .state import KEY, STATE
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
 _NO_WEIGHTS = frozenset(
-    ("_expert_map", "expert_map", "expert_mask", "e_score_correction_bias", "expert_global_to_physical", "expert_physical_to_global",
-     "expert_local_to_global")
-)  # fmt: skip
+    (
+        "_expert_map",
+        "expert_map",
+        "expert_mask",
+        "e_score_correction_bias",
+        "expert_global_to_physical",
+        "expert_physical_to_global",
+        "expert_local_to_global",
+    )
+)
 
 
-# Per slot, but from a maximum over experts: over all of them under EPLB, over the rank's own without (and in vLLM 0.25 always).
+# Per slot, but from a maximum over experts: over all of them under EPLB, over the rank's own
+# without (and in vLLM 0.25 always).
 _REDUCED = re.compile(r"(input_scale|alphas?|gscale|weight_scale_2)$")
 
 
 def digest_model(
     model: Any, settings: Settings | None = None, only: Collection[int] | None = None
 ) -> Pass:
-    """Digests of every slot of this rank's MoE layers, read where the weights are.
+    """Return the digests of every slot of this rank's MoE layers, read where the weights are.
 
     Args:
         model: a loaded model.
@@ -41,7 +49,8 @@ def digest_model(
         only: numbers of the layers (`numbered`); None for all.
 
     Raises:
-        PlacementError: for a layer whose tensors are not understood, if the user asked for the level by name.
+        PlacementError: for a layer whose tensors are not understood, if the user asked for the
+            level by name.
     """
     result = Pass()
     layers = routed_layers(model)
@@ -53,7 +62,8 @@ def digest_model(
         every = frozenset((num_logical(layer), layer.expert_map_manager.global_num_experts))
         ignore = _NO_WEIGHTS
         if getattr(layer.quant_method, "use_global_sf", False):
-            # Activation scales of all experts, which the kernel reduces to one before it reads them.
+            # Activation scales of all experts, which the kernel reduces to one before it reads
+            # them.
             ignore |= {"w13_input_scale", "w2_input_scale"}
         try:
             tensors = expert_tensors(layer, experts.size, every, ignore, name)
@@ -84,12 +94,14 @@ def clean_load(
     *args: Any,
     **kwargs: Any,
 ) -> ExpertDigests:
-    """Load the model with vLLM's own placement and without our patches, digest its experts, and drop it again.
+    """Load the model with vLLM's own placement, digest its experts, and drop it again.
 
-    Nothing else is in memory yet, so that the peak is that of one model.
+    It is loaded without our patches. Nothing else is in memory yet, so that the peak is that of one
+    model.
 
     Args:
-        load: vLLM's own ``BaseModelLoader.load_model``; what follows the settings are its arguments.
+        load: vLLM's own ``BaseModelLoader.load_model``; what follows the settings are its
+            arguments.
         settings: the engine's settings.
     """
     clean = copy.copy(vllm_config)
@@ -102,7 +114,8 @@ def clean_load(
     clean.parallel_config.enable_eplb = False
     clean.parallel_config.eplb_config = copy.copy(vllm_config.parallel_config.eplb_config)
     clean.parallel_config.eplb_config.num_redundant_experts = 0
-    # Building a model renames what its quantisation leaves out, and a second time would rename it again.
+    # Building a model renames what its quantisation leaves out, and a second time would rename it
+    # again.
     clean.quant_config = copy.deepcopy(vllm_config.quant_config)
     # Layers register themselves here by name; those of the model that is dropped must not stay.
     clean.compilation_config = copy.copy(vllm_config.compilation_config)
@@ -120,7 +133,9 @@ def clean_load(
 
 
 def verify_loaded(model: Any, clean: ExpertDigests | None, settings: Settings) -> None:
-    """Check a model that was just loaded, on all EP ranks together, and keep its experts' digests for later.
+    """Check a model that was just loaded, on all EP ranks together.
+
+    Its experts' digests are kept for later.
 
     Raises:
         WeightsMismatch: on every rank alike, which stops the engine.
@@ -144,7 +159,7 @@ def verify_loaded(model: Any, clean: ExpertDigests | None, settings: Settings) -
 
 
 def is_verified(model: Any) -> bool:
-    """Whether the model's experts were digested when it was loaded."""
+    """Tell whether the model's experts were digested when it was loaded."""
     return any(hasattr(layer, EXPECTED) for layer in routed_layers(model).values())
 
 
@@ -155,8 +170,8 @@ def check_again(
 ) -> int:
     """Check this rank's experts against what they were when the model was loaded.
 
-    Every rank knows every expert's digest, so that it checks itself and waits for no other: ranks of different data parallel
-    engines meet only in forward passes.
+    Every rank knows every expert's digest, so that it checks itself and waits for no other: ranks
+    of different data parallel engines meet only in forward passes.
 
     Args:
         model: the model, or the part of it that EPLB knows.
@@ -167,7 +182,8 @@ def check_again(
         Slots of this rank that were verified.
 
     Raises:
-        WeightsMismatch: naming layer, slot, expert and rank; it ends this worker, and with it the engine.
+        WeightsMismatch: naming layer, slot, expert and rank; it ends this worker, and with it the
+            engine.
     """
     layers = list(routed_layers(model).values())
     chosen = layers if rows is None else [layers[row] for row in rows]
@@ -184,7 +200,7 @@ def check_again(
 
 
 def recheck(worker: Any) -> int:
-    """`check_again` for a worker that serves: ``llm.collective_rpc(recheck)``.
+    """Run `check_again` for a worker that serves: ``llm.collective_rpc(recheck)``.
 
     Raises:
         WeightsMismatch: naming layer, slot, expert and rank.
@@ -193,6 +209,7 @@ def recheck(worker: Any) -> int:
     model = worker.model_runner.model
     if not is_verified(model):
         raise PlacementError(
-            "nothing to compare with: the server was started with --expert-placement-verify off, or its weights were updated since"
+            "nothing to compare with: the server was started with --expert-placement-verify off, "
+            "or its weights were updated since"
         )
     return check_again(model, "expert weights have changed while serving")

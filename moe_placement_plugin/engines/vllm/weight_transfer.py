@@ -1,7 +1,8 @@
-"""The back ends over which a trainer sends new weights (``--weight-transfer-config``): which obey a placement.
+"""Know which back ends that bring a trainer's new weights obey a placement.
 
-Those that hand each tensor of the checkpoint to the model's loader do. One that remembers where its
-tensors went, or writes parts of them, brings old experts to new places, and no check would see it.
+A trainer sends them over ``--weight-transfer-config``. Those back ends that hand each tensor of the
+checkpoint to the model's loader do. One that remembers where its tensors went, or writes parts of
+them, brings old experts to new places, and no check would see it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ PAST_THE_LOADER = {
 
 
 def check_engine(engine: Any) -> None:
-    """Refuse an engine of someone else's, of which nobody knows how it writes; nothing was overwritten.
+    """Refuse an engine of someone else's, of which nobody knows how it writes.
+
+    Nothing was overwritten.
 
     Args:
         engine: vLLM's ``WeightTransferEngine`` of a worker.

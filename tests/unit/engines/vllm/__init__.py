@@ -1,1 +1,1 @@
-"""Tests of engines.vllm."""
+"""Test engines.vllm."""

@@ -1,4 +1,4 @@
-"""Checkpoints and files for all tests of this folder."""
+"""Provide checkpoints and files for all tests of this folder."""
 
 from tests.support.vllm_fixtures import checkpoints, files
 

@@ -1,4 +1,4 @@
-"""What processes do in test_eplb_exchange.
+"""Run what processes do in test_eplb_exchange.
 
 vLLM's tables, buffers and communicator, with our exchange in sync and in async mode.
 """
@@ -15,7 +15,7 @@ EXPERTS, SLOTS, LAYERS = 10, 5, 3
 
 
 def tables(number: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Old and new table, int64 ``[layers, physical experts]``.
+    """Return the old and the new table, int64 ``[layers, physical experts]``.
 
     As vLLM's policy does, a rank may hold an expert twice.
     """
@@ -46,7 +46,7 @@ def weights_of(table: np.ndarray, rank: int) -> list[list[torch.Tensor]]:
 
 
 def state_of(table: np.ndarray, weights) -> SimpleNamespace:
-    """As much of vLLM's model state as an exchange needs, with real maps."""
+    """Return as much of vLLM's model state as an exchange needs, with real maps."""
     from vllm.distributed.eplb.eplb_state import compute_logical_maps
 
     to_physical, count = compute_logical_maps(torch.from_numpy(table), EXPERTS)
@@ -65,7 +65,7 @@ def state_of(table: np.ndarray, weights) -> SimpleNamespace:
 
 
 def adopted(state, name: str):
-    """What the process knows of a model that EPLB has registered, the only one."""
+    """Return what the process knows of a model that EPLB has registered, the only one."""
     from moe_placement_plugin.engines.vllm import eplb_exchange
     from moe_placement_plugin.engines.vllm.state import STATE, Eplb, EplbModel
     from moe_placement_plugin.rebalancing.exchanger import ExchangeLimits, Exchanger, RankFacts
@@ -142,7 +142,10 @@ def both_modes(rank: int, world: int, store, numbers) -> dict:
 
 
 def weighed(rank: int, world: int, store, numbers) -> dict:
-    """Rebalances whose exchange was weighed, of the table that vLLM asks for and of another one."""
+    """Run rebalances whose exchange was weighed.
+
+    They are of the table that vLLM asks for and of another one.
+    """
     from vllm.distributed.eplb import rebalance_execute
 
     from moe_placement_plugin.engines.vllm import eplb_exchange
@@ -181,9 +184,9 @@ def weighed(rank: int, world: int, store, numbers) -> dict:
 def with_a_rank_that_fails(
     rank: int, world: int, store, number: int
 ) -> tuple[str, bool, bool, int]:
-    """Rank 1 cannot finish its second chunk.
+    """Have rank 1 fail to finish its second chunk.
 
-    What every rank is told, and whether maps and weights agree, layer by layer.
+    Return what every rank is told, and whether maps and weights agree, layer by layer.
     """
     from moe_placement_plugin.engines.vllm import eplb_exchange
     from moe_placement_plugin.exchange.commit import ExchangeAborted
@@ -218,9 +221,9 @@ def with_a_rank_that_fails(
 
 
 def all_of_it(rank: int, world: int, store, numbers) -> tuple[dict, tuple]:
-    """All in one start, as importing vLLM takes longer.
+    """Run all in one start, as importing vLLM takes longer.
 
-    The failure, which breaks the group, last.
+    The failure, which breaks the group, comes last.
     """
     done = both_modes(rank, world, store, numbers) | weighed(rank, world, store, numbers)
     return done, with_a_rank_that_fails(rank, world, store, 1)

@@ -1,4 +1,7 @@
-"""Whether a process was asked for a placement, and what travels to the workers; no engine needed."""
+"""Test whether a process was asked for a placement, and what travels to the workers.
+
+No engine is needed.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +141,10 @@ def test_settings_survive_json_pickle_and_copies(monkeypatch):
 def test_a_process_without_this_package_cannot_read_the_settings():
     s = carrier.Carrier(settings()[0])
     # -S and -I: no site-packages, so the package is really not there.
-    code = f"import pickle; pickle.loads({pickle.dumps({'additional_config': {'moe_placement_plugin': s}})!r})"
+    code = (
+        "import pickle; pickle.loads("
+        f"{pickle.dumps({'additional_config': {'moe_placement_plugin': s}})!r})"
+    )
     finished = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code],
         capture_output=True,

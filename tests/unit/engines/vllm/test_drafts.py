@@ -1,4 +1,7 @@
-"""Drafts of speculative decoding: told from the target, placed by rows and strategy of their own, never refused for its sake."""
+"""Test drafts of speculative decoding.
+
+They are told from the target, placed by rows and strategy of their own, never refused for its sake.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ WITHOUT = Placement([[5, 4, 3, 2, 1, 0]] * 2, 6, (3, 3), (0, 1), "eplb")
 
 
 def configs(method: str):
-    """(vllm_config, model_config) with which vLLM loads the target, and the draft, if there is one."""
+    """Return the configs with which vLLM loads the target, and the draft, if there is one.
+
+    Each is (vllm_config, model_config).
+    """
     target, draft = (
         SimpleNamespace(model=name, architecture=name, get_num_experts=lambda: 6)
         for name in ("target", "draft")
@@ -56,7 +62,9 @@ def configs(method: str):
 
 @pytest.mark.parametrize("method", ["none", "ngram", "mtp", "eagle", "draft_model"])
 def test_the_draft_is_told_from_the_target(method):
-    assert [drafts.is_draft(*load) for load in configs(method)] == [False, True][: len(configs(method))]  # fmt: skip
+    assert [drafts.is_draft(*load) for load in configs(method)] == [False, True][
+        : len(configs(method))
+    ]
 
 
 def test_a_draft_numbers_its_layers_by_itself():
@@ -104,7 +112,10 @@ def test_layers_that_are_built_while_the_draft_loads_get_the_drafts_maps():
 
 
 def test_the_weight_filter_reads_what_any_layer_of_the_draft_has_here():
-    """A draft's checkpoint numbers its layers otherwise than its modules: by the target's plan, experts were left out."""
+    """A draft's checkpoint numbers its layers otherwise than its modules.
+
+    By the target's plan, experts were left out.
+    """
     from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
     skip = expert_maps._should_skip_weight(should_skip_weight)
@@ -123,7 +134,7 @@ def test_the_weight_filter_reads_what_any_layer_of_the_draft_has_here():
 
 
 class Layer:
-    """A loaded MoE layer of the draft as far as the report looks at it."""
+    """Stand for a loaded MoE layer of the draft as far as the report looks at it."""
 
     def __init__(self, expert_map, experts=4, ranks=2):
         from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
@@ -166,7 +177,7 @@ def test_a_draft_without_rows_is_checked_against_the_strategy():
 
 
 class Loader:
-    """A ``BaseModelLoader`` as far as loading is followed."""
+    """Stand for a ``BaseModelLoader`` as far as loading is followed."""
 
     load_config = SimpleNamespace(load_format="auto")
 
@@ -176,7 +187,10 @@ class Loader:
 
 @pytest.mark.parametrize("experts, file", [(0, False), (0, True), (4, True)])
 def test_a_draft_of_its_own_is_not_taken_for_the_target(monkeypatch, experts, file):
-    """Refused until now: a dense draft for having no MoE layer, one with experts for not being in the plan."""
+    """Such a draft was refused until now.
+
+    A dense one was for having no MoE layer, one with experts for not being in the plan.
+    """
     (target, (config, draft)) = configs("draft_model")
     settings = make_settings("eplb" if file else "zigzag", WITHOUT, 2, exact=file)
     for each in (target[0], config):
@@ -199,22 +213,32 @@ def test_a_draft_of_its_own_is_not_taken_for_the_target(monkeypatch, experts, fi
 
 
 class OwnKind(torch.nn.Module):
-    """A draft with a parameter of this shape and no ``RoutedExperts``."""
+    """Hold a draft with a parameter of this shape and no ``RoutedExperts``."""
 
     def __init__(self, *shape):
         super().__init__()
         self.ws = torch.nn.Parameter(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("shape, told", [((4, 6, 2), True), ((3, 6, 2), False), ((4, 1, 2), False), ((4, 6), False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, told",
+    [((4, 6, 2), True), ((3, 6, 2), False), ((4, 1, 2), False), ((4, 6), False)],
+)
 def test_a_draft_with_experts_of_its_own_kind_is_refused(monkeypatch, shape, told):
-    """MiniCPM's EAGLE head was served with its experts where vLLM puts them, whatever the flag said."""
+    """MiniCPM's EAGLE head was served with its experts where vLLM puts them.
+
+    So it was whatever the flag said.
+    """
     _, (config, draft) = configs("eagle")
     draft.get_num_experts = lambda: 4
     monkeypatch.setattr(loading, "routed_layers", lambda model: {})
     load = loading._load_model(lambda self, vllm_config, model_config: OwnKind(*shape))
     config.additional_config = {KEY: Carried(make_settings("zigzag", WITHOUT, 2))}
-    with pytest.raises(PlacementError, match="OwnKind keeps its 4 experts in ws, in no MoE layer") if told else contextlib.nullcontext():  # fmt: skip
+    with (
+        pytest.raises(PlacementError, match="OwnKind keeps its 4 experts in ws, in no MoE layer")
+        if told
+        else contextlib.nullcontext()
+    ):
         load(Loader(), config, draft)
     # vLLM's own placement, or EPLB, which moves nothing there.
     config.additional_config = {KEY: Carried(make_settings("linear", None, 2))}
@@ -241,7 +265,7 @@ def test_the_drafts_experts_are_known_before_any_process_starts():
 
 
 class Recording:
-    """What a draft's recording is told."""
+    """Note what a draft's recording is told."""
 
     def __init__(self, last=None):
         self.target, self.told = SimpleNamespace(last_batch=last), []
@@ -254,7 +278,7 @@ class Recording:
 
 
 def test_the_load_of_a_draft_is_told_apart_by_pass():
-    """First the target's batch, then a token of each request; dummy passes count nothing."""
+    """The target's batch comes first, then a token of each request; dummy passes count nothing."""
     batch = np.array([5, 1]), np.array([True, False])
     recording = Recording(batch)
     proposer = SimpleNamespace(**{draft_recording.RECORDER: recording})
@@ -269,7 +293,10 @@ def test_the_load_of_a_draft_is_told_apart_by_pass():
 
 
 def test_the_passes_of_a_speculator_are_told_apart():
-    """The V2 runner's: the target's batch, then a token of each request, also where one CUDA graph has all further passes."""
+    """The V2 runner's passes are the target's batch, then a token of each request.
+
+    So they are also where one CUDA graph has all further passes.
+    """
     own = [p for p in speculator_recording.speculator_patches("") if "own" in p.name]
     dependent = [p for p in speculator_recording.speculator_patches("") if "own" not in p.name]
     batch = SimpleNamespace(
@@ -303,7 +330,7 @@ def test_the_installed_vllm_has_what_the_speculators_recording_relies_on():
 
 
 def test_a_speculator_whose_passes_are_not_known_is_named(tmp_path, monkeypatch, caplog):
-    """DFlash's: nothing is recorded of the draft, and the log says so."""
+    """With DFlash's, nothing is recorded of the draft, and the log says so."""
     from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
     from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
 

@@ -1,4 +1,4 @@
-"""What EPLB is told, without an engine: models, drafts, rules."""
+"""Test what EPLB is told, without an engine: models, drafts, rules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def policy(*shapes, **rules):
-    """Our policy for models of these (layers, experts), whose rebalance has begun."""
+    """Return our policy for models of these (layers, experts), whose rebalance has begun."""
     models = []
     for layers_and_experts in shapes:
         of_vllm = SimpleNamespace(logical_replica_count=torch.ones(layers_and_experts))

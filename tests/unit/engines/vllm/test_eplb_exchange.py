@@ -1,6 +1,6 @@
-"""Our exchange in vLLM's sync and async mode, between real processes over vLLM's own communicator.
+"""Test our exchange in vLLM's sync and async mode, between real processes.
 
-And which steps were prompts.
+They use vLLM's own communicator. Test also which steps were prompts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_what_a_step_is():
 
 
 class Eplb(SimpleNamespace):
-    """vLLM's EplbState, as far as phases go: a window of four steps."""
+    """Stand for vLLM's EplbState, as far as phases go: a window of four steps."""
 
     def _should_record_current_step(self, log_stats):
         return self.recording
@@ -65,7 +65,7 @@ class Eplb(SimpleNamespace):
 
 @pytest.fixture
 def begun(monkeypatch):
-    """Begins with EPLB on a server: what the process knows of it."""
+    """Begin with EPLB on a server: return what the process knows of it."""
 
     def begin(owner, *models) -> state.Eplb:
         found = state.Eplb(owner, 30.0, ExchangeLimits(), list(models))
@@ -76,7 +76,7 @@ def begun(monkeypatch):
 
 
 def planned_model(of_vllm=None) -> state.EplbModel:
-    """A model of two layers that we plan for, whose rebalance has begun."""
+    """Return a model of two layers that we plan for, whose rebalance has begun."""
     planner = Rebalancer(policy_from({}, eplb.REBALANCE_FLAG), range(2), 1000, eplb.logger)
     rebalance = Rebalance(Watchdog(), rebalancer=planner)
     return state.EplbModel(of_vllm, rebalancer=planner, rebalance=rebalance)

@@ -66,7 +66,10 @@ def test_a_model_without_what_eplb_reads_is_refused(monkeypatch):
 
 
 def test_a_draft_that_waits_for_eplb_in_vain_is_refused(monkeypatch):
-    """openPangu's MTP head: built for EPLB, which never registers it, so that the first forward pass ends the engine."""
+    """openPangu's MTP head waits for EPLB, which never registers it.
+
+    It is built for EPLB, so that the first forward pass ends the engine.
+    """
     layer = eplb_layer([0, 1, 2, 3, 4, 5, 0, 1], 0)
     layer.moe_config.moe_parallel_config.enable_eplb = True
     monkeypatch.setattr(eplb_support, "routed_layers", lambda model: {"layers.2": layer})

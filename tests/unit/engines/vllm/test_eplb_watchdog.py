@@ -14,7 +14,7 @@ from moe_placement_plugin.rebalancing.exchanger import ExchangeLimits
 
 @pytest.fixture
 def begun(monkeypatch):
-    """Begins with EPLB on a server whose watchdog is quick."""
+    """Begin with EPLB on a server whose watchdog is quick."""
 
     def begin(server) -> None:
         models = [state.EplbModel(of_vllm) for of_vllm in server.model_states.values()]

@@ -1,4 +1,4 @@
-"""What counts as seen: every slot and weight, by the map; and what may be left out."""
+"""Test what counts as seen: every slot and weight, by the map; and what may be left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
 from moe_placement_plugin.engines.common.patching import PatchSet  # noqa: E402
-from moe_placement_plugin.engines.vllm import evidence, layers, loading, reload, stacked, support  # noqa: E402
+from moe_placement_plugin.engines.vllm import (  # noqa: E402
+    evidence,
+    layers,
+    loading,
+    reload,
+    stacked,
+    support,
+)
 from moe_placement_plugin.engines.vllm.state import KEY, Carried  # noqa: E402
 from tests.support.vllm_layers import (  # noqa: E402
     EXPERTS,

@@ -1,4 +1,4 @@
-"""Static placement against the installed vLLM's own classes, without an engine."""
+"""Test static placement against the installed vLLM's own classes, without an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.engines.vllm import cpu, expert_maps, kernels, loading, support  # noqa: E402
+from moe_placement_plugin.engines.vllm import (  # noqa: E402
+    cpu,
+    expert_maps,
+    kernels,
+    loading,
+    support,
+)
 from tests.support.children import python, run_child  # noqa: E402
 from tests.support.paths import ROOT
 from tests.support.vllm_settings import make_settings  # noqa: E402
@@ -33,7 +39,10 @@ def settings():
 
 
 def test_maps_are_made_on_torchs_default_device(settings):
-    """vLLM builds the model under the accelerator's device context; a map on another device crashes the kernel."""
+    """vLLM builds the model under the accelerator's device context.
+
+    A map on another device crashes the kernel.
+    """
     with torch.device("meta"):
         local, expert_map, mask = expert_maps._map_tensors(PLAN.expert_map(0, 1), 1, True)
     assert local == 3 and expert_map.device.type == mask.device.type == "meta"
@@ -69,7 +78,10 @@ def test_routing_tables(settings):
 
 
 def test_a_padded_token_finds_no_expert_in_the_routing_tables(settings, monkeypatch):
-    """By the method of vLLM that reads the table; its own table, one entry shorter, sends the token to the last expert."""
+    """The test goes by the method of vLLM that reads the table.
+
+    vLLM's own table, one entry shorter, sends the token to the last expert.
+    """
     monkeypatch.setitem(sys.modules, "deep_ep", MagicMock())  # the method calls none of it
     module = importlib.import_module(
         "vllm.model_executor.layers.fused_moe.prepare_finalize.deepep_ll"
@@ -84,7 +96,10 @@ def test_a_padded_token_finds_no_expert_in_the_routing_tables(settings, monkeypa
 
 
 def test_routing_tables_have_no_room_for_fused_shared_experts(settings):
-    """Their ids begin behind the last expert, where the sentinel lies: their tokens would go nowhere without a word."""
+    """Their ids begin behind the last expert, where the sentinel lies.
+
+    Their tokens would go nowhere without a word.
+    """
     shared = type("Manager", (Manager,), {"num_fused_shared_experts": 1})
     with pytest.raises(PlacementError, match="1 fused shared experts"):
         expert_maps._routing_tables(settings, 2, shared)
@@ -131,7 +146,7 @@ def test_the_weight_filter_keeps_exactly_the_experts_of_each_layer(settings):
 
 
 def test_stock_round_robin_filter_would_drop_weights():
-    """The upstream corruption: the filter goes by the flag, the layers fell back to linear."""
+    """The upstream corruption is shown: the filter goes by the flag, layers fell back to linear."""
     from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
     from vllm.model_executor.model_loader.ep_weight_filter import compute_local_expert_ids
 
@@ -143,7 +158,7 @@ def test_stock_round_robin_filter_would_drop_weights():
 
 
 class Layer:
-    """A loaded MoE layer as far as the report looks at it."""
+    """Stand for a loaded MoE layer as far as the report looks at it."""
 
     def __init__(self, plan, row, rank=0):
         config = type("Config", (), {"needs_round_robin_routing_tables": False})
@@ -203,13 +218,17 @@ def test_kernels_are_told_by_name_and_by_code():
     method.experts_cls = TrtLlmBf16ExpertsMonolithic
     with pytest.raises(
         PlacementError,
-        match="model.layers.1: vLLM chose the MoE kernel TrtLlmBf16ExpertsMonolithic.*--moe-backend",
+        match="model.layers.1: vLLM chose the MoE kernel TrtLlmBf16ExpertsMonolithic"
+        ".*--moe-backend",
     ):
         kernels.check_experts(method, False, "model.layers.1")
 
 
 def test_kernels_that_remap_ids_by_the_map_are_accepted():
-    """Refused without need until now: --moe-backend cutlass for NVFP4 and MXFP4, and batched kernels."""
+    """They were refused without need until now.
+
+    --moe-backend cutlass for NVFP4 and MXFP4 was, and batched kernels.
+    """
     from vllm.model_executor.layers.fused_moe.experts import cutlass_moe
     from vllm.model_executor.layers.fused_moe.experts.flashinfer_cutedsl_batched_moe import (
         FlashInferCuteDSLBatchedExperts,
@@ -297,7 +316,10 @@ def test_monolithic_cpu_experts_get_them_from_their_own_routing():
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_real_quantized_cpu_kernels_add_up_over_ranks(kind):
-    """One bfloat16 rounding per rank lies between the sum of two ranks and one; a wrong expert is as far off as the values are large."""
+    """One bfloat16 rounding per rank lies between the sum of two ranks and one.
+
+    A wrong expert is as far off as the values are large.
+    """
     finished = run_child(python("-m", "tests.support.cpu_kernels_child", kind), 120, cwd=ROOT)
     lines = [line for line in finished.output.splitlines() if line.startswith("ANSWER ")]
     for line in finished.output.splitlines():

@@ -1,4 +1,4 @@
-"""vLLM's arguments with and without our flags, in child processes that start no engine."""
+"""Test vLLM's arguments with and without our flags, in child processes that start no engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def alone(what, argument, env=None):
-    """Asks a process of its own: (answer or None, `Finished`)."""
+    """Ask a process of its own: return (answer or None, `Finished`)."""
     command = python("-m", "tests.support.vllm_flags_child", what, json.dumps(argument))
     finished = run_child(command, 200, {"HF_HUB_OFFLINE": "1", **(env or {})}, ROOT)
     lines = [line for line in finished.output.splitlines() if line.startswith("ANSWER ")]
@@ -31,11 +31,16 @@ def alone(what, argument, env=None):
 
 @pytest.fixture(scope="module")
 def child():
-    """Asks a process that has imported vLLM: (answer or None, `Finished`)."""
+    """Ask a process that has imported vLLM: (answer or None, `Finished`)."""
     process = subprocess.Popen(
-        python("-m", "tests.support.vllm_flags_child"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, start_new_session=True,
-    )  # fmt: skip
+        python("-m", "tests.support.vllm_flags_child"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        start_new_session=True,
+    )
 
     def ask(what, argument):
         process.stdin.write(json.dumps([what, argument], default=str) + "\n")
@@ -119,7 +124,7 @@ def test_the_parser_takes_a_yaml_file(tmp_path, checkpoints):
 
 @pytest.fixture(scope="module")
 def results(child, checkpoints, files, tmp_path_factory):
-    """Request name -> what came of it; all in one child."""
+    """Return what came of each request, by its name; all in one child."""
     folder = tmp_path_factory.mktemp("bad")
 
     def write(name, thing):
@@ -142,33 +147,63 @@ def results(child, checkpoints, files, tmp_path_factory):
     dense = folder / "dense"
     dense.mkdir()
     config = json.loads((checkpoints["qwen"] / "config.json").read_text())
-    dense_config = {k: v for k, v in config.items() if "expert" not in k and not k.startswith("moe")} | {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
-    }  # fmt: skip
+    dense_config = {
+        k: v for k, v in config.items() if "expert" not in k and not k.startswith("moe")
+    } | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+    }
     (dense / "config.json").write_text(json.dumps(dense_config))
     one_layer_without = np.ones((1, 4, 30))
     one_layer_without[:, 2] = 0
     draft = Placement(rows, 30, (15, 15))
     with_draft = write("with_draft", Placement(rows, 30, (15, 15), (), "eplb", {}, draft))
-    draft_only = {k: v for k, v in plan_to_dict(draft).items() if k != "physical_to_logical"} | {"draft": rows_to_dict(draft)}  # fmt: skip
+    draft_only = {k: v for k, v in plan_to_dict(draft).items() if k != "physical_to_logical"} | {
+        "draft": rows_to_dict(draft)
+    }
 
     def speculative(model):
         return {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}
 
     requests = {
-        "draft with rows": {**base, "expert_placement_file": with_draft, "speculative_config": speculative(checkpoints["qwen"])},
+        "draft with rows": {
+            **base,
+            "expert_placement_file": with_draft,
+            "speculative_config": speculative(checkpoints["qwen"]),
+        },
         "draft without rows": {**zigzag, "speculative_config": speculative(dense)},
         "rows for no draft": {**base, "expert_placement_file": with_draft},
-        "rows for a dense draft": {**base, "expert_placement_file": with_draft, "speculative_config": speculative(dense)},
-        "plan for the draft only": {**eplb, "expert_placement_file": write("draft_only", json.dumps(draft_only))},
-        "no token": {**eplb, "expert_placement_file": write("none", ExpertLoad(np.zeros((1, 4, 30))))},
-        "layer without a token": {**eplb, "expert_placement_file": write("part", ExpertLoad(one_layer_without))},
-        "batched kernel": {**zigzag, "moe_backend": "flashinfer_cutedsl", "data_parallel_size": 2,
-                           "all2all_backend": "deepep_low_latency", "tensor_parallel_size": 1},
+        "rows for a dense draft": {
+            **base,
+            "expert_placement_file": with_draft,
+            "speculative_config": speculative(dense),
+        },
+        "plan for the draft only": {
+            **eplb,
+            "expert_placement_file": write("draft_only", json.dumps(draft_only)),
+        },
+        "no token": {
+            **eplb,
+            "expert_placement_file": write("none", ExpertLoad(np.zeros((1, 4, 30)))),
+        },
+        "layer without a token": {
+            **eplb,
+            "expert_placement_file": write("part", ExpertLoad(one_layer_without)),
+        },
+        "batched kernel": {
+            **zigzag,
+            "moe_backend": "flashinfer_cutedsl",
+            "data_parallel_size": 2,
+            "all2all_backend": "deepep_low_latency",
+            "tensor_parallel_size": 1,
+        },
         "zigzag": zigzag,
         "round_robin": {**base, "expert_placement_strategy": "round_robin"},
         "file only": {**base, "expert_placement_file": files["uneven"]},
-        "file in additional_config": {**base, "additional_config": {"expert_placement_file": str(files["uneven"])}},
+        "file in additional_config": {
+            **base,
+            "additional_config": {"expert_placement_file": str(files["uneven"])},
+        },
         "linear": base,
         "no ep": {**zigzag, "enable_expert_parallel": False},
         "one rank": {**zigzag, "tensor_parallel_size": 1},
@@ -177,25 +212,75 @@ def results(child, checkpoints, files, tmp_path_factory):
         "missing file": {**eplb, "expert_placement_file": folder / "none.json"},
         "not json": {**eplb, "expert_placement_file": write("text", "hello")},
         "nan": {**eplb, "expert_placement_file": write("nan", '{"logical_count": [[NaN]]}')},
-        "negative": {**eplb, "expert_placement_file": write("negative", '{"logical_count": [[-3]]}')},
-        "load of other experts": {**eplb, "expert_placement_file": write("load7", ExpertLoad(np.ones((1, 4, 7))))},
-        "plan of other layers": {**eplb, "expert_placement_file": write("plan3", Placement(rows[:3], 30, (15, 15)))},
-        "plan of other experts": {**eplb, "expert_placement_file": write("plan8", Placement([list(range(8))] * 4, 8, (4, 4)))},
-        "plan of other ranks": {**eplb, "expert_placement_file": write("plan4r", Placement(rows, 30, (8, 8, 7, 7)))},
-        "expert missing": {**eplb, "expert_placement_file": write("missing", json.dumps({
-            "format": "moe-placement-plan", "version": 1, "strategy": "x", "num_logical_experts": 30, "slots_per_rank": [15, 15],
-            "physical_to_logical": [[*range(29), 0]] * 4}))},
-        "expert twice": {**eplb, "expert_placement_file": write("twice", json.dumps({
-            "format": "moe-placement-plan", "version": 1, "strategy": "x", "num_logical_experts": 30, "slots_per_rank": [16, 15],
-            "physical_to_logical": [[*range(15), 0, *range(15, 30)]] * 4}))},
+        "negative": {
+            **eplb,
+            "expert_placement_file": write("negative", '{"logical_count": [[-3]]}'),
+        },
+        "load of other experts": {
+            **eplb,
+            "expert_placement_file": write("load7", ExpertLoad(np.ones((1, 4, 7)))),
+        },
+        "plan of other layers": {
+            **eplb,
+            "expert_placement_file": write("plan3", Placement(rows[:3], 30, (15, 15))),
+        },
+        "plan of other experts": {
+            **eplb,
+            "expert_placement_file": write("plan8", Placement([list(range(8))] * 4, 8, (4, 4))),
+        },
+        "plan of other ranks": {
+            **eplb,
+            "expert_placement_file": write("plan4r", Placement(rows, 30, (8, 8, 7, 7))),
+        },
+        "expert missing": {
+            **eplb,
+            "expert_placement_file": write(
+                "missing",
+                json.dumps(
+                    {
+                        "format": "moe-placement-plan",
+                        "version": 1,
+                        "strategy": "x",
+                        "num_logical_experts": 30,
+                        "slots_per_rank": [15, 15],
+                        "physical_to_logical": [[*range(29), 0]] * 4,
+                    }
+                ),
+            ),
+        },
+        "expert twice": {
+            **eplb,
+            "expert_placement_file": write(
+                "twice",
+                json.dumps(
+                    {
+                        "format": "moe-placement-plan",
+                        "version": 1,
+                        "strategy": "x",
+                        "num_logical_experts": 30,
+                        "slots_per_rank": [16, 15],
+                        "physical_to_logical": [[*range(15), 0, *range(15, 30)]] * 4,
+                    }
+                ),
+            ),
+        },
         "version": {**zigzag, "pretend_version": "0.24.9"},
         "future version": {**zigzag, "pretend_version": "0.34.0"},
-        "dense model": {**zigzag, "model": dense, "skip_tokenizer_init": True, "enable_expert_parallel": False},
+        "dense model": {
+            **zigzag,
+            "model": dense,
+            "skip_tokenizer_init": True,
+            "enable_expert_parallel": False,
+        },
         "moe backend": {**zigzag, "moe_backend": "flashinfer_cutlass"},
         "all2all": {**zigzag, "data_parallel_size": 2, "all2all_backend": "deepep_high_throughput"},
-        "routing tables, uneven": {**zigzag, "tensor_parallel_size": 4, "all2all_backend": "deepep_low_latency",
-                                   "data_parallel_size": 2},
-    }  # fmt: skip
+        "routing tables, uneven": {
+            **zigzag,
+            "tensor_parallel_size": 4,
+            "all2all_backend": "deepep_low_latency",
+            "data_parallel_size": 2,
+        },
+    }
     answers, finished = child("configs", list(requests.values()))
     assert answers is not None, finished.output
     return dict(zip(requests, answers, strict=True))
@@ -212,7 +297,8 @@ def test_accepted_requests_carry_the_whole_placement(results, files):
     assert with_draft.get("digest") and with_draft["digest"] != results["linear"]["digest"]
     assert results["draft without rows"].get("strategy") == "zigzag", results["draft without rows"]
     assert results["batched kernel"].get("strategy") == "zigzag", results["batched kernel"]
-    # On the CPU build, expert parallelism itself needs the plugin; the placement is the engine's own.
+    # On the CPU build, expert parallelism itself needs the plugin; the placement is the engine's
+    # own.
     linear = results["linear"]
     assert (
         linear["strategy"] == linear["value"] == "linear"
@@ -262,7 +348,10 @@ def test_bad_input_is_refused_with_one_clear_message(results, name, words):
 
 
 def test_hosts_with_and_without_the_head_s_file(child, checkpoints, tmp_path):
-    """What each host makes of the same flags: --nnodes 2, the file on the head only, or not what it should be."""
+    """Show what each host makes of the same flags under --nnodes 2.
+
+    The file is on the head only, or is not what it should be.
+    """
     load, other, absent = (
         tmp_path / "load.safetensors",
         tmp_path / "other.json",
@@ -315,7 +404,8 @@ def test_hosts_with_and_without_the_head_s_file(child, checkpoints, tmp_path):
     assert found["same file"]["digest"] and found["same file"]["source"] == str(load)
     hosts = {"timeout": 60, "nodes": 2, "adopts": False, "error": None}
     assert found["same file"]["hosts"] == hosts
-    # Errors that may be this host's only are told to the others by the workers; on one host they are raised at once.
+    # Errors that may be this host's only are told to the others by the workers; on one host they
+    # are raised at once.
     assert (
         "is a plan for 30 experts" in found["bad file"]["hosts"]["error"]
         and found["bad file"]["value"] == "eplb"

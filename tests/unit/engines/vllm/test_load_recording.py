@@ -1,4 +1,7 @@
-"""vLLM's side of recording without an engine: which tokens a rank counts in every layout, what is refused, what is patched."""
+"""Test vLLM's side of recording without an engine.
+
+Test which tokens a rank counts in every layout, what is refused, what is patched.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ EXPERTS = 8
 def rank(
     dp_rank: int = 0, tp_rank: int = 0, tp_size: int = 1, sequence_parallel: bool = False
 ) -> recording.LoadRecording:
-    """The recording of one rank, without a model."""
+    """Make the recording of one rank, without a model."""
     made = object.__new__(recording.LoadRecording)
     made.dp_rank, made.tp_rank, made.tp_size = dp_rank, tp_rank, tp_size
     made.shards = tp_size if sequence_parallel else 1
@@ -89,7 +92,7 @@ def test_data_parallel_ranks_that_route_everybodys_tokens(monkeypatch):
 
 
 def test_sequence_parallel_shards(monkeypatch):
-    """DP 2 x TP 2, each rank routes half of its data-parallel rank's tokens (5, padded to 6)."""
+    """Each rank of DP 2 x TP 2 routes half of its data-parallel rank's tokens (5, padded to 6)."""
     context(monkeypatch, [5, 5])
     ids = [tokens(6, 0), tokens(6, 1)]
     ranks = []
@@ -102,7 +105,7 @@ def test_sequence_parallel_shards(monkeypatch):
 
 
 def test_sequence_parallel_shards_gathered_before_routing(monkeypatch):
-    """The same, but every rank routes all shards; they are counted once."""
+    """Every rank routes all shards, all else being the same; they are counted once."""
     context(monkeypatch, [5, 5], local_sizes=[3, 3, 3, 3])
     ids = [tokens(6, 0), tokens(6, 1)]
     ranks = [rank(d, t, 2, True) for d in (0, 1) for t in (0, 1)]
@@ -118,7 +121,7 @@ def test_unknown_layout_is_refused(monkeypatch):
 
 
 def config(folder, **changes):
-    """As much of a ``VllmConfig`` as the checks read."""
+    """Return as much of a ``VllmConfig`` as the checks read."""
     extra = {"expert_load_record": str(folder / "load")} | changes.pop("extra", {})
     parallel = SimpleNamespace(
         tensor_parallel_size=2, data_parallel_size=1, prefill_context_parallel_size=1,
@@ -150,7 +153,7 @@ def config(folder, **changes):
 
 
 def asked(folder, **changes):
-    """What is to be recorded, once all checks have passed."""
+    """Return what is to be recorded, once all checks have passed."""
     made = config(folder, **changes)
     request = resolve.read_request(made)
     resolve.check_support(made, request, combination.combination_of(made))
@@ -198,12 +201,12 @@ def test_only_what_was_asked_for_is_patched(monkeypatch):
 
 
 def two_in_one_layer(*names: str) -> torch.nn.Module:
-    """A model with a MoE of each name, as far as a recording looks at it."""
+    """Return a model with a MoE of each name, as far as a recording looks at it."""
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
     class Router(BaseRouter):
-        """A router that only takes a callback."""
+        """Stand for a router that only takes a callback."""
 
         __abstractmethods__ = frozenset()
 
@@ -224,7 +227,10 @@ def two_in_one_layer(*names: str) -> torch.nn.Module:
 
 
 def test_two_moes_in_one_layer_are_not_counted_as_one():
-    """The second took the first one's row, so that half of the load was missing without a word (ERNIE 4.5 VL)."""
+    """The second took the first one's row.
+
+    So half of the load was missing without a word (ERNIE 4.5 VL).
+    """
     names = [f"model.layers.{n}.mlp.text_experts" for n in (3, 4)]
     assert list(capture_points(two_in_one_layer(*names))) == [3, 4]
     names.append("model.layers.3.mlp.vision_experts")

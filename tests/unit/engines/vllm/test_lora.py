@@ -1,4 +1,7 @@
-"""LoRA adapters of experts, cut by the installed vLLM's own classes on emulated EP ranks, without an engine."""
+"""Test how the installed vLLM's own classes cut LoRA adapters of experts.
+
+EP ranks are emulated; there is no engine.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def patched(monkeypatch):
 
 
 def value(layer: int, expert: int, projection: str, side: str) -> int:
-    """A number of its own for each matrix of an adapter; small enough to be exact in float32."""
+    """Return a number of its own for each matrix of an adapter; small, so exact in float32."""
     return 1 + side_of(side) + 2 * (PROJECTIONS.index(projection) + 3 * (expert + EXPERTS * layer))
 
 
@@ -60,13 +63,17 @@ def matrix(layer: int, expert: int, projection: str, side: str) -> torch.Tensor:
 
 
 class Layer(torch.nn.Module):
-    """What the adapter's code reads of a ``MoERunner`` and its ``RoutedExperts`` on one rank."""
+    """Hold what adapters read of a ``MoERunner`` and its ``RoutedExperts`` on one rank."""
 
     def __init__(self, plan: Placement, number: int, rank: int):
         super().__init__()
         parallel = SimpleNamespace(
-            use_ep=True, ep_rank=rank, tp_size=1, tp_rank=0, all2all_backend="allgather_reducescatter"
-        )  # fmt: skip
+            use_ep=True,
+            ep_rank=rank,
+            tp_size=1,
+            tp_rank=0,
+            all2all_backend="allgather_reducescatter",
+        )
         local = plan.slots_per_rank[rank]
         self.moe_config = SimpleNamespace(
             moe_parallel_config=parallel, num_experts=EXPERTS, num_logical_experts=EXPERTS,
@@ -100,7 +107,7 @@ def lora_layer(kind, plan, number, rank, shared):
 
 
 def manager_of(kind: str, plan: Placement, rank: int, mixed: bool = False, shared: bool = False):
-    """vLLM's manager of adapters on one EP rank, for a model of two MoE layers."""
+    """Return vLLM's manager of adapters on one EP rank, for a model of two MoE layers."""
     from vllm.lora.model_manager import LoRAModelManager
 
     manager = LoRAModelManager.__new__(LoRAModelManager)
@@ -147,12 +154,15 @@ def per_expert() -> dict:
 
 
 def every(layer: int, projection: str, side: str) -> torch.Tensor:
-    """``[experts, ...]``: a projection's matrices of all experts."""
+    """Return a projection's matrices of all experts, ``[experts, ...]``."""
     return torch.stack([matrix(layer, e, projection, side) for e in range(EXPERTS)])
 
 
 def fused_pair(a: torch.Tensor, b: torch.Tensor):
-    """PEFT's form of matrices ``[experts, ...]``: a's experts one after another, b's experts interleaved."""
+    """Return PEFT's form of matrices ``[experts, ...]``.
+
+    a's experts lie one after another, b's are interleaved.
+    """
     return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
@@ -193,7 +203,10 @@ VARIANTS = {
 
 
 def wrong_slots(variant: str, plan: Placement, rank: int) -> list[tuple[int, int]]:
-    """(layer, slot) of this rank whose adapter is not the one of the expert that the plan puts there."""
+    """Return each slot of this rank whose adapter is not that of the plan's expert.
+
+    The plan's is the expert that it puts there. A slot is given as (layer, slot).
+    """
     kind, how, make, is_fused = VARIANTS[variant]
     manager = manager_of(kind, plan, rank, **how)
     model = adapter(make(), is_fused)
@@ -238,7 +251,7 @@ def test_each_slot_has_its_experts_adapter(variant, plan):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_without_the_patches_slots_have_other_experts_adapters(variant, patched):
-    """The fault that the patches are for; linear has it not."""
+    """Show the fault that the patches are for; linear has it not."""
     patched.undo()
     STATE.settings = make_settings("zigzag", PLANS["zigzag"], 2, lora=True)
     assert wrong_slots(variant, PLANS["linear"], 1) == []
@@ -248,7 +261,7 @@ def test_without_the_patches_slots_have_other_experts_adapters(variant, patched)
 
 
 def test_one_lost_patch_is_seen(patched):
-    """A fault in each of the four cuts alone."""
+    """A fault is planted in each of the four cuts alone."""
     STATE.settings = make_settings("zigzag", PLANS["zigzag"], 2, lora=True)
     cuts = dict(zip(("lora-per-expert", "lora-stacked", "lora-3d-to-2d", "lora-shared"), VARIANTS))
     for name, variant in cuts.items():
@@ -324,7 +337,10 @@ def test_what_cannot_be_told_to_be_remote_is_read():
 
 
 def test_the_empty_adapters_of_the_warm_up_fit():
-    """Up to 0.32 they have rows for local experts only, which do not divide by all where ranks are uneven."""
+    """Up to 0.32 they have rows for local experts only.
+
+    Those do not divide by all where ranks are uneven.
+    """
     plan = PLANS["uneven"]
     STATE.settings = make_settings("eplb", plan, 2, lora=True)
     for rank, local in enumerate(plan.slots_per_rank):
@@ -361,7 +377,7 @@ def test_a_slot_without_a_routed_expert_is_refused():
 def test_under_eplb_an_adapter_with_experts_is_refused_before_anything_is_overwritten(
     tmp_path, with_experts
 ):
-    """By vLLM's own worker, whose cache of adapters must be what it was."""
+    """vLLM's own worker refuses it, and its cache of adapters must be what it was."""
     from vllm.lora.request import LoRARequest
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
@@ -374,7 +390,7 @@ def test_under_eplb_an_adapter_with_experts_is_refused_before_anything_is_overwr
     done = []
 
     class Manager:
-        """Records what would be overwritten."""
+        """Record what would be overwritten."""
 
         supported_lora_modules = ["q_proj", "experts"]
         packed_modules_mapping = {

@@ -1,4 +1,4 @@
-"""New weights for layers that serve: by the table in force, refused, or waited for."""
+"""Test new weights for layers that serve: by the table in force, refused, or waited for."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_a_sleep_that_forgets_eplbs_tables_is_refused(level, eplb, refused):
 
 
 class Core:
-    """An engine core with two workers, of which the second has experts on their way."""
+    """Stand for an engine core with two workers, of which the second has experts on their way."""
 
     def __init__(self, moving: bool):
         config = SimpleNamespace(
@@ -267,14 +267,14 @@ class Core:
         return [method(worker, *args, **(kwargs or {})) for worker in self.workers]
 
     def sleep(self, level):
-        """As vLLM's: it pauses first, and does not resume when a worker refuses."""
+        """Pause first, as vLLM's does, and do not resume when a worker refuses."""
         self.paused = True
 
 
 @pytest.mark.parametrize("method", ["reload_weights", "start_weight_update", "sleep"])
 @pytest.mark.parametrize("moving", [True, False])
 def test_what_a_worker_would_refuse_is_refused_before_anything_begins(method, moving):
-    """The fault: a server whose scheduler stays paused, and answers of other workers in queues."""
+    """The fault left a server's scheduler paused, and answers of other workers in queues."""
     core = Core(moving)
 
     def call():
