@@ -247,11 +247,9 @@ class Bench:
             table: int ``[layers, physical experts]``.
             weighed: the exchange that it was decided by, if any.
         """
-        rows = np.flatnonzero((self.table != table).any(axis=1)).tolist()
-        if rows:
+        if not np.array_equal(self.table, table):
             ours = self.exchanger
-            old, new = (ours.placement(t[rows], rows) for t in (self.table, table))
-            ours.exchange(ours.plan(old, new, weighed=weighed))
+            ours.exchange(ours.plan(self.table, table, range(len(table)), weighed=weighed))
             self.table = table
 
     def everything(self, scattered: bool = False) -> dict[str, float]:
@@ -264,12 +262,7 @@ class Bench:
         if scattered:
             rng = np.random.default_rng(1)
             there = rng.permuted(there.reshape(-1, self.slots), axis=1).reshape(there.shape)
-        moves = self.exchanger.plan(
-            *(
-                self.exchanger.placement(table, range(self.shape.layers))
-                for table in (self.first, there)
-            )
-        )
+        moves = self.exchanger.plan(self.first, there, range(self.shape.layers))
         busiest = int((moves.incoming * moves.expert_bytes[:, None]).sum(axis=0).max())
         times, longest = [], []
         for turn in range(2 * self.repeats + 2):
