@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import PlacementError
@@ -35,12 +36,12 @@ class Parameter:
         default_factory=dict, repr=False, compare=False
     )
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Return the bytes of one expert."""
         return self.rows.shape[1]
 
-    @property
+    @cached_property
     def padded(self) -> int:
         """Return `bytes` up to the next multiple of `ALIGNMENT`."""
         return -(-self.bytes // ALIGNMENT) * ALIGNMENT

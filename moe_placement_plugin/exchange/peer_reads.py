@@ -9,10 +9,10 @@ import numpy as np
 
 from .cross_memory import AttachedRows, Process
 from .device_queue import DeviceQueue
-from .expert_memory import LocalExperts, Parameter, copy_rows
+from .expert_memory import LocalExperts, copy_rows
 from .peer_memory import SeenPeers
 from .staging import Staged, Traffic
-from .transfer_table import TransferTable
+from .transfer_table import Transfer, TransferTable
 from .watchdog import WaitingFor
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ One by one they are read by the copy engines, which leave the multiprocessors to
 together by a kernel, since a copy costs the host some 5 us. A piece is a tensor of as many experts
 as lie one behind the other in both places.
 """
+
+
+_ENDS = [Transfer._fields.index(name) for name in ("row", "from_rank", "from_slot", "to_slot")]
 
 
 class _Run(NamedTuple):
@@ -92,50 +95,40 @@ class PeerReads:
         # All views of the staging memory at once: slice by slice they take as long as the link does
         # for the bytes.
         sizes = [
-            run.number * own.padded // unit.itemsize
-            for run in runs
-            for own in experts.layers[run.row]
+            number * own.padded // unit.itemsize
+            for row, _, _, _, number in runs
+            for own in experts.layers[row]
             if own.bytes
         ]
         pieces = iter(staged.take(sum(sizes) * unit.itemsize).view(unit).split(sizes))
-        for run in runs:
-            seen = self._seen.layers[run.rank][run.row]
-            for own, theirs in zip(experts.layers[run.row], seen):
+        for row, rank, slot, to, number in runs:
+            for own, theirs in zip(experts.layers[row], self._seen.layers[rank][row]):
                 if not own.bytes:
                     continue
                 piece = next(pieces)
-                target = _without_padding(piece, own, run.number)
+                target = piece if number == 1 else piece.view(number, -1)
+                if own.padded > own.bytes:
+                    target = target[..., : own.bytes // unit.itemsize]
                 staged.sources.append(target)
-                staged.targets.append(own.block(unit, run.to, run.number))
+                staged.targets.append(own.block(unit, to, number))
                 if isinstance(theirs, AttachedRows):
                     begin, step = piece.data_ptr(), own.padded
                     attached.setdefault(theirs.process, []).extend(
-                        (begin + k * step, theirs.row(run.slot + k), own.bytes)
-                        for k in range(run.number)
+                        (begin + k * step, theirs.row(slot + k), own.bytes) for k in range(number)
                     )
-                elif run.number * own.bytes < READ_SINGLY:
-                    together.append((target, theirs.block(unit, run.slot, run.number)))
+                elif number * own.bytes < READ_SINGLY:
+                    together.append((target, theirs.block(unit, slot, number)))
                 else:
-                    target.copy_(theirs.block(unit, run.slot, run.number), non_blocking=True)
+                    target.copy_(theirs.block(unit, slot, number), non_blocking=True)
         copy_rows([target for target, _ in together], [source for _, source in together])
         for process, addresses in attached.items():
             process.read(addresses)
 
 
-def _without_padding(piece: torch.Tensor, own: Parameter, number: int) -> torch.Tensor:
-    """Return where the bytes of experts go in staging memory, ``[number, units]`` of several."""
-    if number > 1:
-        piece = piece.view(number, -1)
-    if own.padded > own.bytes:
-        piece = piece[..., : own.bytes // piece.element_size()]
-    return piece
-
-
 def _runs(transfers: TransferTable) -> Iterator[_Run]:
     """Yield transfers to one rank, put together where slots follow each other at both ends."""
     order = np.lexsort((transfers.from_slot, transfers.from_rank, transfers.row))
-    ordered = transfers.where(order)
-    ends = np.stack([ordered.row, ordered.from_rank, ordered.from_slot, ordered.to_slot], axis=1)
+    ends = transfers.array[order][:, _ENDS]
     follows = (np.diff(ends, axis=0) == (0, 0, 1, 1)).all(axis=1)
     begins = np.flatnonzero(np.concatenate(([True], ~follows)))
     for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(ends)]):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -187,46 +187,50 @@ class ExchangePlan:
 
     def part(
         self,
-        old: Placement,
-        new: Placement,
+        old: np.ndarray,
+        new: np.ndarray,
+        layer_ids: Sequence[int],
         live_ranks: Sequence[int] | None,
         expert_bytes: Sequence[int],
     ) -> ExchangePlan | None:
-        """Return what of this exchange leads from ``old`` to ``new``; None if it leads elsewhere.
+        """Return what of this exchange leads from table to table; None if it leads elsewhere.
 
         Args:
-            old, new: placements of some of the layers.
+            old, new: int ``[layers, slots]`` of some of the layers.
+            layer_ids: of their rows.
             live_ranks: ranks that take part; all when left out.
             expert_bytes: bytes of one expert of each of these layers.
 
         Raises:
             PlacementError: as `plan_exchange`.
         """
-        row_of = {layer: row for row, layer in enumerate(self.new.layer_ids)}
-        if old.layer_ids != new.layer_ids or not row_of.keys() >= set(new.layer_ids):
-            return None
-        rows = np.array([row_of[layer] for layer in new.layer_ids])
-        if (np.diff(rows) <= 0).any():
-            return None
+        size = _bytes_of_layers(expert_bytes, len(layer_ids))
         if not np.array_equal(self.live, _live_mask(live_ranks, self.new.num_ranks)):
             return None
-        for mine, other in ((self.old, old), (self.new, new)):
-            if (
-                mine.num_logical_experts != other.num_logical_experts
-                or mine.slots_per_rank != other.slots_per_rank
-                or not np.array_equal(mine.physical_to_logical[rows], other.physical_to_logical)
-            ):
-                return None
+        if tuple(layer_ids) == self.new.layer_ids:
+            whole = self
+            if not np.array_equal(size, self.expert_bytes):
+                whole = replace(self, expert_bytes=size)
+            return whole if self._leads(old, new, slice(None)) else None
+        row_of = {layer: row for row, layer in enumerate(self.new.layer_ids)}
+        rows = np.array([row_of.get(layer, -1) for layer in layer_ids])
+        if rows[0] < 0 or (np.diff(rows) <= 0).any() or not self._leads(old, new, rows):
+            return None
         return ExchangePlan(
-            old,
-            new,
+            self.old.select_layers(layer_ids),
+            self.new.select_layers(layer_ids),
             self.topology,
             self.live,
-            _bytes_of_layers(expert_bytes, new.num_layers),
+            size,
             self.transfers.among(rows),
             self.reads.among(rows),
             self.copies.among(rows),
         )
+
+    def _leads(self, old: np.ndarray, new: np.ndarray, rows: np.ndarray | slice) -> bool:
+        """Whether some rows of both placements are these tables."""
+        tables = ((self.old, old), (self.new, new))
+        return all(np.array_equal(p.physical_to_logical[rows], table) for p, table in tables)
 
     def __str__(self) -> str:
         parts = [f"{len(self.changed_rows)} of {self.new.num_layers} layers change"]

@@ -53,13 +53,13 @@ class _Column:
     """Gives one column of a table, int32 ``[n]``."""
 
     def __init__(self, number: int):
-        self._number = number
+        self._index = (slice(None), number)
 
     def __get__(self, table: _Table[Any], owner: type) -> np.ndarray:
-        return table.array[:, self._number]
+        return table.array[self._index]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Table(Generic[Entry]):
     """Hold rows of one kind.
 

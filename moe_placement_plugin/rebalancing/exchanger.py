@@ -212,33 +212,50 @@ class Exchanger:
         """Give the staging memory back until the next exchange."""
         self._memory.kept = None
 
-    def placement(self, table: np.ndarray, layer_ids: Sequence[int]) -> Placement:
-        """Return an engine's table, int ``[layers, physical experts]``, as a placement."""
-        return EngineTable(
-            np.asarray(table), self.num_experts, (self.num_slots,) * self.ranks, tuple(layer_ids)
-        )
-
     def plan(
         self,
-        old: Placement,
-        new: Placement,
+        old: np.ndarray,
+        new: np.ndarray,
+        layer_ids: Sequence[int],
         live_ranks: Sequence[int] | None = None,
         weighed: ExchangePlan | None = None,
     ) -> ExchangePlan:
         """Return what has to move.
 
         Args:
-            old, new: placements of some or all layers, as the engine asks for them.
+            old, new: int ``[layers, physical experts]`` of some or all layers, as the engine asks
+                for them.
+            layer_ids: of their rows.
             live_ranks: ranks that take part; all when left out.
             weighed: the exchange that a rebalance was decided by. What of it leads from ``old`` to
                 ``new`` is carried out; where it leads elsewhere, the exchange is planned anew.
         """
-        sizes = [self.expert_bytes[layer] for layer in new.layer_ids]
-        if weighed is not None and weighed.topology == self.topology:
-            part = weighed.part(old, new, live_ranks, sizes)
+        rows = np.flatnonzero((old != new).any(axis=1)).tolist()
+        of_these = weighed is not None and weighed.new.layer_ids == tuple(layer_ids)
+        # Layers that stay are left out, but where most of them change a weighed exchange is taken
+        # as it is: to cut it costs more than to look at the others.
+        if rows and not (of_these and 2 * len(rows) >= len(old)):
+            old, new, layer_ids = old[rows], new[rows], [layer_ids[row] for row in rows]
+        sizes = [self.expert_bytes[layer] for layer in layer_ids]
+        if weighed is not None and self._is_of_this_model(weighed):
+            part = weighed.part(old, new, layer_ids, live_ranks, sizes)
             if part is not None:
                 return part
-        return plan_exchange(old, new, self.topology, live_ranks, sizes)
+        before, after = (self._placement(table, layer_ids) for table in (old, new))
+        return plan_exchange(before, after, self.topology, live_ranks, sizes)
+
+    def _is_of_this_model(self, plan: ExchangePlan) -> bool:
+        """Whether a plan is between tables of this model's experts and ranks."""
+        slots = (self.num_slots,) * self.ranks
+        return plan.topology == self.topology and all(
+            p.num_logical_experts == self.num_experts and p.slots_per_rank == slots
+            for p in (plan.old, plan.new)
+        )
+
+    def _placement(self, table: np.ndarray, layer_ids: Sequence[int]) -> Placement:
+        """Return a table as a placement, in which a rank may hold an expert twice."""
+        slots = (self.num_slots,) * self.ranks
+        return EngineTable(np.asarray(table), self.num_experts, slots, tuple(layer_ids))
 
     def exchange(
         self,

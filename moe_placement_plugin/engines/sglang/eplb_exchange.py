@@ -79,13 +79,11 @@ def update(
         return {}
     eplb = loaded()
     exchanger = exchanger_of(eplb, routed_experts_weights_of_layer, in_force)
-    old, new = (
-        exchanger.placement(m.physical_to_logical_map_cpu.numpy()[changed], changed)
-        for m in (in_force, goal)
-    )
+    layers = list(update_layer_ids)
+    old, new = (m.physical_to_logical_map_cpu.numpy()[layers] for m in (in_force, goal))
     rebalance = eplb.rebalance
     weighed = None if rebalance is None else rebalance.exchange
-    exchange = exchanger.plan(old, new, elastic.live_ranks(), weighed)
+    exchange = exchanger.plan(old, new, layers, elastic.live_ranks(), weighed)
     watchdog = None
     if rebalance is not None:
         rebalance.moved += [exchange.new.layer_ids[row] for row in exchange.changed_rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -136,24 +137,25 @@ def exchange(model: EplbModel, old: np.ndarray, new: np.ndarray) -> None:
     import torch
     from vllm.distributed.eplb import eplb_state
 
-    rows = np.flatnonzero((old != new).any(axis=1)).tolist()
-    if not rows:
+    if np.array_equal(old, new):
         return
     assert model.exchanger is not None, "without one vLLM moves experts itself"
-    plan = plan_of(model, old[rows], new[rows], rows)
+    plan = plan_of(model, old, new, range(len(old)))
     watchdog = None if model.rebalance is None else model.rebalance.watchdog
     try:
         model.exchanger.exchange(plan, watchdog=watchdog)
     except ExchangeAborted as aborted:
-        table = old.copy()
-        table[rows] = aborted.metadata.in_force().physical_to_logical
+        table = old.astype(np.int64)
+        table[list(plan.new.layer_ids)] = aborted.metadata.in_force().physical_to_logical
         eplb_state._commit_eplb_maps(
-            model.state, new_physical_to_logical_map=torch.from_numpy(table.astype(np.int64))
+            model.state, new_physical_to_logical_map=torch.from_numpy(table)
         )
         raise
 
 
-def plan_of(model: EplbModel, old: np.ndarray, new: np.ndarray, layers: list[int]) -> ExchangePlan:
+def plan_of(
+    model: EplbModel, old: np.ndarray, new: np.ndarray, layers: Sequence[int]
+) -> ExchangePlan:
     """Return what has to move in some layers: what was weighed, unless vLLM asks for other tables.
 
     Args:
@@ -161,13 +163,9 @@ def plan_of(model: EplbModel, old: np.ndarray, new: np.ndarray, layers: list[int
         old, new: int ``[layers, physical experts]``.
         layers: their rows in the model's tables.
     """
-    exchanger = model.exchanger
-    assert exchanger is not None, "without one vLLM moves experts itself"
-    return exchanger.plan(
-        exchanger.placement(old, layers),
-        exchanger.placement(new, layers),
-        weighed=None if model.rebalance is None else model.rebalance.exchange,
-    )
+    assert model.exchanger is not None, "without one vLLM moves experts itself"
+    weighed = None if model.rebalance is None else model.rebalance.exchange
+    return model.exchanger.plan(old, new, layers, weighed=weighed)
 
 
 def _rearrange_weights(original):

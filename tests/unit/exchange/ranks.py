@@ -416,11 +416,9 @@ def by_an_exchanger(rank: int, world: int, store, placements, dies: int | None):
                 os._exit(0)
             live = [r for r in range(world) if r != dies]
         committed: list[int] = []
-        exchanger.exchange(
-            exchanger.plan(old, new, live),
-            lambda rows, committed=committed: committed.extend(rows),
-            Reader(),
-        )
-        assert committed == exchanger.plan(old, new, live).changed_rows.tolist()
+        tables = (p.physical_to_logical for p in (old, new))
+        plan = exchanger.plan(*tables, range(old.num_layers), live)
+        exchanger.exchange(plan, lambda rows, committed=committed: committed.extend(rows), Reader())
+        assert committed == plan.changed_rows.tolist()
         staging.add(exchanger._memory.kept.data_ptr())
     return as_bytes(weights), store.num_keys() - before, len(staging)

@@ -301,35 +301,39 @@ def test_a_part_is_what_leads_from_one_table_to_the_other(plan, data):
     kept = data.draw(st.sets(st.sampled_from(plan.new.layer_ids), min_size=1))
     layers = sorted(kept)
     old, new = plan.old.select_layers(layers), plan.new.select_layers(layers)
-    part = plan.part(old, new, plan.live_ranks, [7] * len(layers))
+    tables = (old.physical_to_logical, new.physical_to_logical)
+    part = plan.part(*tables, layers, plan.live_ranks, [7] * len(layers))
     assert part.expert_bytes.tolist() == [7] * len(layers)
     capacity = np.maximum(old.slots_per_rank, new.slots_per_rank).tolist()
     alone = SimulatedRanks.holding(old, capacity, dead=np.flatnonzero(~plan.live))
     alone.carry_out(part, part.chunks(max_layers=1))
     alone.check(new, plan.live_ranks)
-    whole = plan.part(plan.old, plan.new, plan.live_ranks, plan.expert_bytes)
-    assert whole.digest == plan.digest
+    tables = (plan.old.physical_to_logical, plan.new.physical_to_logical)
+    every = (plan.new.layer_ids, plan.live_ranks)
+    assert plan.part(*tables, *every, plan.expert_bytes) is plan
+    larger = plan.part(*tables, *every, plan.expert_bytes + 1)
+    assert (larger.expert_bytes == plan.expert_bytes + 1).all()
+    assert larger.transfers is plan.transfers
 
 
 def test_what_leads_elsewhere_is_no_part():
     """The fault: an engine that asks for another table, rank or layer than was weighed."""
     rng = np.random.default_rng(0)
-    old, new, other = (random_placement(rng, 3, 8, [4, 4, 4]) for _ in range(3))
-    plan = plan_exchange(old, new)
-    sizes = [1, 1, 1]
-    assert plan.part(old, new, None, sizes) is not None
-    assert plan.part(old, other, None, sizes) is None
-    assert plan.part(other, new, None, sizes) is None
-    assert plan.part(new, old, None, sizes) is None
-    assert plan.part(old, new, [0, 1], sizes) is None
-    backwards = [p.select_layers([2, 0]) for p in (old, new)]
-    assert plan.part(*backwards, None, [1, 1]) is None
-    elsewhere = [
-        Placement(p.physical_to_logical, 8, (4, 4, 4), layer_ids=(0, 1, 9)) for p in (old, new)
-    ]
-    assert plan.part(*elsewhere, None, sizes) is None
-    wider = random_placement(rng, 3, 8, [5, 4, 4])
-    assert plan.part(old, wider, None, sizes) is None
+    placements = [random_placement(rng, 3, 8, [4, 4, 4]) for _ in range(3)]
+    plan = plan_exchange(*placements[:2])
+    old, new, other = (p.physical_to_logical for p in placements)
+    every, sizes = (0, 1, 2), [1, 1, 1]
+    assert plan.part(old, new, every, None, sizes) is plan
+    assert plan.part(old, other, every, None, sizes) is None
+    assert plan.part(other, new, every, None, sizes) is None
+    assert plan.part(new, old, every, None, sizes) is None
+    assert plan.part(old, new, every, [0, 1], sizes) is None
+    assert plan.part(old, new, (0, 1, 9), None, sizes) is None
+    assert plan.part(old, np.pad(new, ((0, 0), (0, 1))), every, None, sizes) is None
+    assert plan.part(old[1:], new[1:], (1, 2), None, [1, 1]) is not None
+    assert plan.part(old[1:], other[1:], (1, 2), None, [1, 1]) is None
+    assert plan.part(old[[2, 0]], new[[2, 0]], (2, 0), None, [1, 1]) is None
+    assert plan.part(old[1:], new[1:], (9, 2), None, [1, 1]) is None
 
 
 def test_a_digest_is_of_the_moves_too():

@@ -53,8 +53,7 @@ def decided():
 
 def asked(planner: Planner, old, new, rows, weighed, live=None):
     """The exchange of an engine that hands over these tables."""
-    placements = (planner.placement(table[rows], rows) for table in (old, new))
-    return planner.plan(*placements, live, weighed)
+    return planner.plan(old[rows], new[rows], rows, live, weighed)
 
 
 @pytest.fixture
@@ -70,12 +69,11 @@ def test_the_exchange_that_was_weighed_is_carried_out_whole_or_by_layers(
 ):
     found, table = decided
     planner = Planner(Topology(RANKS))
-    rows = np.flatnonzero((table != IN_FORCE).any(axis=1)).tolist()
-    whole = asked(planner, IN_FORCE, table, rows, found.exchange)
-    assert len(whole.transfers) == len(found.exchange.transfers) > 0
-    assert whole.expert_bytes.tolist() == [64] * len(rows), "as it is staged, padding included"
+    whole = asked(planner, IN_FORCE, table, list(range(LAYERS)), found.exchange)
+    assert list(whole.transfers) == list(found.exchange.transfers) != []
+    assert whole.expert_bytes.tolist() == [64] * LAYERS, "as it is staged, padding included"
     moves = []
-    for row in rows:
+    for row in np.flatnonzero((table != IN_FORCE).any(axis=1)).tolist():
         part = asked(planner, IN_FORCE, table, [row], found.exchange)
         moves += [move._replace(row=row) for move in part.transfers]
     assert moves == list(found.exchange.transfers)
@@ -90,10 +88,11 @@ def test_what_the_engine_has_changed_since_is_planned_anew(decided):
     changed[0] = np.roll(table[0], SLOTS)
     for old, new in ((IN_FORCE, changed), (changed, table)):
         plan = asked(planner, old, new, rows, found.exchange)
-        assert (plan.old.physical_to_logical == old).all()
-        assert (plan.new.physical_to_logical == new).all()
-        fresh = asked(planner, old, new, rows, None)
-        assert plan.digest == fresh.digest != found.exchange.digest
+        layers = list(plan.new.layer_ids)
+        assert (plan.old.physical_to_logical == old[layers]).all()
+        assert (plan.new.physical_to_logical == new[layers]).all()
+        fresh = asked(planner, old, new, layers, None)
+        assert list(plan.transfers) == list(fresh.transfers) != list(found.exchange.transfers)
     twice = np.tile(np.arange(RANKS * SLOTS) % (2 * SLOTS) % EXPERTS, (LAYERS, 1))
     there = np.roll(twice, 1, axis=1)  # ranks 0 and 1 hold all, before and after
     weighed = asked(planner, twice, there, rows, None)
@@ -116,7 +115,18 @@ def test_the_watchdog_is_told_whom_the_rebalance_waits_for():
     assert other_ranks(SimpleNamespace(world_size=4, rank_in_group=2)) == (0, 1, 3)
 
 
+def test_layers_that_stay_are_left_out_where_they_are_most(decided):
+    found, table = decided
+    planner = Planner(Topology(RANKS))
+    one = IN_FORCE.copy()
+    row = int(np.flatnonzero((table != IN_FORCE).any(axis=1))[-1])
+    one[row] = table[row]
+    for weighed in (None, found.exchange):
+        plan = asked(planner, IN_FORCE, one, list(range(LAYERS)), weighed)
+        assert plan.new.layer_ids == (row,) and len(plan.transfers)
+
+
 def test_bytes_of_other_layers_are_refused(decided):
-    found, _ = decided
+    found, table = decided
     with pytest.raises(PlacementError, match="expert_bytes"):
-        found.exchange.part(found.exchange.old, found.exchange.new, None, [1])
+        found.exchange.part(IN_FORCE, table, range(LAYERS), None, [1])

@@ -167,9 +167,7 @@ def weighed(rank: int, world: int, store, numbers) -> dict:
             model = adopted(state_of(old, weights), f"{what}{number}".replace(" ", "-"))
             ours = model.exchanger
             model.rebalance = Rebalance(Watchdog())
-            model.rebalance.exchange = ours.plan(
-                *(ours.placement(table, range(LAYERS)) for table in (old, new))
-            )
+            model.rebalance.exchange = ours.plan(old, new, range(LAYERS))
             before = len(planned)
             rearrange(
                 torch.from_numpy(old), torch.from_numpy(goal), weights, [], dist.group.WORLD, None
