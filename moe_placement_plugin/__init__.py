@@ -1,4 +1,4 @@
-"""Expert placement for Mixture-of-Experts models served by vLLM and SGLang.
+"""Place the experts of Mixture-of-Experts models that vLLM and SGLang serve.
 
 The core (placement, load, topology, strategies) is plain numpy and imports neither torch nor an
 engine; ``engines`` connects it to the engine that is installed.
@@ -37,9 +37,9 @@ __all__ = ["__version__", "enable", *_EXPORTS]
 def enable() -> None:
     """Let engines that are built in this process take the placement arguments.
 
-    Command lines and the first engine of a process need no such call. A program that builds an engine
-    without a placement first and one with a placement later does: engines load plugins once per process,
-    and a plugin that was asked for nothing then has left the engine untouched.
+    Command lines and the first engine of a process need no such call. A program that builds an
+    engine without a placement first and one with a placement later does: engines load plugins once
+    per process, and a plugin that was asked for nothing then has left the engine untouched.
     """
     from importlib.util import find_spec
 

@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Several hosts on one machine: network namespaces with an address, a name and a link of their own, behind one switch.
+# Several hosts on one machine: network namespaces with an address, a name and a link of their own,
+# behind one switch.
 #
-#   scripts/hosts.sh up NAME [COUNT]              hosts NAME0, NAME1, ... (default 2) with addresses 10.77.0.1, 10.77.0.2, ...
-#   scripts/hosts.sh exec NAME NUMBER COMMAND...  run a command on host NUMBER, in its network and under its name
-#   scripts/hosts.sh link NAME NUMBER down|up     pull host NUMBER's cable: its packets and those for it are lost without a word
-#   scripts/hosts.sh bytes NAME NUMBER            "received sent": bytes that crossed host NUMBER's interface so far
-#   scripts/hosts.sh down NAME                    take all of it away again, and end what still runs there
+#   scripts/hosts.sh up NAME [COUNT]              hosts NAME0, NAME1, ... (default 2) with
+#                                                 addresses 10.77.0.1, 10.77.0.2, ...
+#   scripts/hosts.sh exec NAME NUMBER COMMAND...  run a command on host NUMBER, in its network and
+#                                                 under its name
+#   scripts/hosts.sh link NAME NUMBER down|up     pull host NUMBER's cable: its packets and those
+#                                                 for it are lost without a word
+#   scripts/hosts.sh bytes NAME NUMBER            "received sent": bytes that crossed host NUMBER's
+#                                                 interface so far
+#   scripts/hosts.sh down NAME                    take all of it away again, and end what still
+#                                                 runs there
 #
-# Needs root and iproute2. The switch is a namespace too: nothing changes in the machine's own network.
+# Needs root and iproute2. The switch is a namespace too: nothing changes in the machine's own
+# network.
 set -euo pipefail
 
 usage() {
@@ -18,17 +25,24 @@ usage() {
 [[ $# -ge 2 ]] || usage
 action=$1 name=$2
 shift 2
-[[ $name =~ ^[a-z][a-z0-9-]*$ ]] || { echo "hosts.sh: NAME $name: give lower-case letters, digits and dashes" >&2; exit 2; }
+[[ $name =~ ^[a-z][a-z0-9-]*$ ]] || {
+    echo "hosts.sh: NAME $name: give lower-case letters, digits and dashes" >&2
+    exit 2
+}
 switch=$name-switch
 state=${TMPDIR:-/tmp}/$name.hosts # what the hosts have in place of the machine's own files
 
 host() {
-    ip netns list | grep -q "^$name$1\( \|$\)" || { echo "hosts.sh: there is no host $name$1: hosts.sh up $name" >&2; exit 1; }
+    ip netns list | grep -q "^$name$1\( \|$\)" || {
+        echo "hosts.sh: there is no host $name$1: hosts.sh up $name" >&2
+        exit 1
+    }
 }
 
 down() {
     local namespace shared
-    for namespace in $(ip netns list | awk '{print $1}' | grep -E "^$name([0-9]+|-switch)$" || true); do
+    local pattern="^$name([0-9]+|-switch)$"
+    for namespace in $(ip netns list | awk '{print $1}' | grep -E "$pattern" || true); do
         ip netns pids "$namespace" | xargs -r kill -KILL 2> /dev/null || true
         ip netns del "$namespace"
     done
@@ -45,7 +59,8 @@ up() {
     down
     trap 'down' ERR
     ip netns add "$switch"
-    ip -n "$switch" link add bridge type bridge forward_delay 0 # else a link carries nothing for 15 s after it comes up
+    # With a delay a link carries nothing for 15 s after it comes up.
+    ip -n "$switch" link add bridge type bridge forward_delay 0
     ip -n "$switch" link set bridge up
     mkdir -p "$state"
     echo "127.0.0.1 localhost" > "$state/hosts"
@@ -79,7 +94,8 @@ case $action in
         host "${1:?}"
         number=$1
         shift
-        # A host has a name and shared memory of its own, and knows the others' names. It asks no name server, which would be waited for.
+        # A host has a name and shared memory of its own, and knows the others' names. It asks no
+        # name server, which would be waited for.
         # shellcheck disable=SC2016
         exec ip netns exec "$name$number" unshare --uts bash -c '
             set -e

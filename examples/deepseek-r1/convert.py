@@ -1,4 +1,6 @@
-"""Turn a recording published by NVIDIA/srt-slurm into the file that is shipped here: MoE layers only, int32 counts.
+"""Turn a recording published by NVIDIA/srt-slurm into the file that is shipped here.
+
+It holds MoE layers only, int32 counts.
 
     python convert.py expert_distribution_fp4_1k1k_compressed.pt in1k_out1k.safetensors
 

@@ -1,9 +1,11 @@
-"""Write the examination questions that the lm-eval tasks in `tasks/` ask: held-out problems, chosen by a fixed seed.
+"""Write the examination questions that the lm-eval tasks in `tasks/` ask.
+
+They are held-out problems, chosen by a fixed seed.
 
     python make_tasks.py
 
-One JSON line per question. `generate` tasks ask for the answer; `choice` tasks offer four answers of which one is right,
-to be judged by their log probabilities.
+One JSON line per question. `generate` tasks ask for the answer; `choice` tasks offer four answers
+of which one is right, to be judged by their log probabilities.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ CHOICE_DOMAINS = ("sum", "brackets")
 
 
 def wrong_answer(domain: str, answer: str, rng: random.Random) -> str:
-    """An answer as long as the right one, in the domain's alphabet, with one or two signs changed."""
+    """Return an answer as long as the right one, with one or two signs changed.
+
+    They are of the domain's alphabet.
+    """
     alphabet = {"sum": "0123456789", "brackets": ")]}>"}[domain]
     signs = list(answer)
     for place in rng.sample(range(len(signs)), min(len(signs), rng.randint(1, 2))):
@@ -30,7 +35,7 @@ def wrong_answer(domain: str, answer: str, rng: random.Random) -> str:
 
 
 def choice(domain: str, problem: Problem) -> dict:
-    """A question with four different answers in an order drawn by the prompt."""
+    """Make a question with four different answers in an order drawn by the prompt."""
     rng = random.Random(problem.prompt)
     answers = {problem.answer}
     while len(answers) < CHOICES:
@@ -41,7 +46,7 @@ def choice(domain: str, problem: Problem) -> dict:
 
 
 def questions() -> dict[str, list[dict]]:
-    """File name -> its lines."""
+    """Return the lines of each file: file name -> lines."""
     found = {}
     for domain in DOMAINS:
         chosen = examination(domain, QUESTIONS, SEED)

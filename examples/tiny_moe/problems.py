@@ -1,15 +1,18 @@
-"""Problems of five visibly different domains for the tiny MoE: what it is trained on, and what it is examined with.
+"""Make problems of five visibly different domains for the tiny MoE.
+
+It is trained on some of them and examined with others.
 
 A problem is a prompt that ends in its domain's own mark, and the one right answer:
 
-    sum       47+85=        231       two-digit numbers; the answer has three digits, the lowest first (47+85 is 132)
+    sum       47+85=        231       two-digit numbers; the answer has three digits, the
+                                      lowest first (47+85 is 132)
     sort      dbgac>        abcdg     distinct letters a to j in alphabetical order
     brackets  ([]{<~        >})       what closes the brackets that are open, the innermost first
     reverse   QXAT/         TAXQ      capital letters backwards
     copy      ;:!_;|        ;:!_;     punctuation, repeated
 
-Whether a prompt may be trained on is decided by the prompt itself (`held_out`), so that training and examination
-are disjoint whatever the seeds are.
+Whether a prompt may be trained on is decided by the prompt itself (`held_out`), so that training
+and examination are disjoint whatever the seeds are.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ HELD_OUT = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with one right answer.
+    """Hold a question with one right answer.
 
     Attributes:
         prompt: the question, with the mark of its domain at the end.
@@ -84,12 +87,12 @@ DOMAINS: dict[str, Callable[[random.Random], Problem]] = {
 
 
 def held_out(prompt: str) -> bool:
-    """Whether the prompt is kept from training."""
+    """Return whether the prompt is kept from training."""
     return zlib.crc32(prompt.encode()) % HELD_OUT == 0
 
 
 def problems(domain: str, seed: int, training: bool) -> Iterator[Problem]:
-    """Random problems of a domain without end, all for training or all held out.
+    """Draw random problems of a domain without end, all for training or all held out.
 
     Args:
         domain: one of `DOMAINS`.
@@ -104,7 +107,7 @@ def problems(domain: str, seed: int, training: bool) -> Iterator[Problem]:
 
 
 def examination(domain: str, count: int, seed: int) -> list[Problem]:
-    """Different held-out problems.
+    """Draw different held-out problems.
 
     Args:
         domain: one of `DOMAINS`.

@@ -1,11 +1,15 @@
-"""Train a tiny MoE model on the problems of `problems.py`, round it to bfloat16, examine it and write the checkpoint.
+"""Train a tiny MoE model on the problems of `problems.py`, and write the checkpoint.
 
-    python train.py qwen3-moe          # softmax router, 32 experts, top-4; a few minutes on two cores
-    python train.py glm4-moe           # sigmoid router, 32 experts in 4 groups of which a token uses 2, a shared expert
+The model is rounded to bfloat16 and examined before.
 
-Needs this package, torch and transformers 5. Nothing is downloaded: the model starts from random weights. There is no
-load-balancing loss, so that the routing becomes as skewed as the problems make it. What is examined and written is the
-model after rounding its weights to bfloat16; engines serve it in float32 (or in bfloat16) from there.
+    python train.py qwen3-moe   # softmax router, 32 experts, top-4; a few minutes on two cores
+    python train.py glm4-moe    # sigmoid router, 32 experts in 4 groups of which a token uses 2,
+                                # a shared expert
+
+Needs this package, torch and transformers 5. Nothing is downloaded: the model starts from random
+weights. There is no load-balancing loss, so that the routing becomes as skewed as the problems make
+it. What is examined and written is the model after rounding its weights to bfloat16; engines serve
+it in float32 (or in bfloat16) from there.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ EXAMINED, EXAMINATION_SEED = 400, 1
 
 
 class Encoder:
-    """Problems as token ids.
+    """Turn problems into token ids.
 
     Args:
         tokenizer: the checkpoint's.
@@ -54,7 +58,10 @@ class Encoder:
         self.tokenizer, self.known = tokenizer, {}
 
     def __call__(self, batch: list[Problem]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids ``[problems, tokens]`` padded at the right, the ids wanted next (`IGNORED` inside the prompt) and where tokens are real."""
+        """Return ids ``[problems, tokens]``, the ids wanted next, and where tokens are real.
+
+        Ids are padded at the right; wanted ones are `IGNORED` inside the prompt.
+        """
         rows, wanted = [], []
         for problem in batch:
             prompt, answer = self._ids(problem.prompt), self._ids(problem.answer)
@@ -75,7 +82,7 @@ class Encoder:
 
 
 def batches(size: int, seed: int) -> Iterator[list[Problem]]:
-    """Batches of training problems, every domain in each."""
+    """Draw batches of training problems, every domain in each."""
     streams = {domain: problems(domain, seed, training=True) for domain in DOMAINS}
     unit = size // sum(SHARES.values())
     while True:
@@ -118,7 +125,10 @@ def train(model, encode: Encoder, steps: int, batch: int, rate: float, seed: int
 
 @torch.no_grad()
 def exact_match(model, encode: Encoder, batch: list[Problem]) -> float:
-    """Share of problems whose greedy answer is right to the end: every token of the right answer is the likeliest after those before it."""
+    """Return the share of problems whose greedy answer is right to the end.
+
+    Every token of the right answer is the likeliest after those before it.
+    """
     ids, targets, _ = encode(batch)
     chosen = model(input_ids=ids, use_cache=False).logits.argmax(-1)
     return ((chosen == targets) | (targets == IGNORED)).all(1).float().mean().item()
@@ -126,7 +136,7 @@ def exact_match(model, encode: Encoder, batch: list[Problem]) -> float:
 
 @torch.no_grad()
 def routing(model, encode: Encoder, batch: list[Problem]) -> torch.Tensor:
-    """Tokens per MoE layer and expert, ``[layers, experts]``, over prompts and answers."""
+    """Count tokens per MoE layer and expert, ``[layers, experts]``, over prompts and answers."""
     ids, _, real = encode(batch)
     counts: list[torch.Tensor] = []
 
@@ -143,11 +153,12 @@ def routing(model, encode: Encoder, batch: list[Problem]) -> torch.Tensor:
 
 
 def examine(model, encode: Encoder) -> dict:
-    """Exact match and routing skew of every domain on held-out problems.
+    """Measure exact match and routing skew of every domain on held-out problems.
 
     Returns:
-        ``exact_match`` domain -> share; ``max_over_mean`` domain (and ``all``) -> greatest load of an expert over the mean load, mean
-        over layers; ``distance`` -> least, mean and greatest total variation distance between two domains' loads, mean over layers.
+        ``exact_match`` domain -> share; ``max_over_mean`` domain (and ``all``) -> greatest load of
+        an expert over the mean load, mean over layers; ``distance`` -> least, mean and greatest
+        total variation distance between two domains' loads, mean over layers.
     """
     model.eval()
     chosen = {domain: examination(domain, EXAMINED, EXAMINATION_SEED) for domain in DOMAINS}
@@ -174,7 +185,10 @@ def examine(model, encode: Encoder) -> dict:
 
 
 def recorded_load(model, encode: Encoder) -> ExpertLoad:
-    """The load of training problems, a window for each domain: what a server would have recorded while it answered them."""
+    """Record the load of training problems, a window for each domain.
+
+    It is what a server would have recorded while it answered them.
+    """
     streams = [problems(domain, EXAMINATION_SEED, training=True) for domain in DOMAINS]
     counts = [
         routing(model, encode, list(itertools.islice(stream, EXAMINED))).numpy()
@@ -187,7 +201,10 @@ def recorded_load(model, encode: Encoder) -> ExpertLoad:
 
 
 def save(model, start: Path, path: Path) -> None:
-    """Write the model in the form of the checkpoint that it started from: one tensor per expert and projection, in bfloat16."""
+    """Write the model in the form of the checkpoint that it started from.
+
+    That is one tensor per expert and projection, in bfloat16.
+    """
     trained = model.state_dict()
     tensors = {}
     with safe_open(start / "model.safetensors", "pt") as names:
@@ -195,15 +212,14 @@ def save(model, start: Path, path: Path) -> None:
             if ".experts." in name:
                 prefix, _, rest = name.partition(".experts.")
                 expert, projection, _ = rest.split(".")
-                fused = trained[
-                    f"{prefix}.experts.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
-                ][int(expert)]
-                part = {
+                part = "down_proj" if projection == "down_proj" else "gate_up_proj"
+                fused = trained[f"{prefix}.experts.{part}"][int(expert)]
+                rows = {
                     "down_proj": slice(None),
                     "gate_proj": slice(0, len(fused) // 2),
                     "up_proj": slice(len(fused) // 2, None),
                 }
-                tensors[name] = fused[part[projection]].bfloat16().contiguous()
+                tensors[name] = fused[rows[projection]].bfloat16().contiguous()
             else:
                 # Engines keep the correction bias of grouped routers in float32.
                 wide = name.endswith("e_score_correction_bias")
@@ -218,7 +234,7 @@ def save(model, start: Path, path: Path) -> None:
 
 
 def load(path: Path):
-    """The model in float32 and an encoder with its tokenizer."""
+    """Load the model in float32, and an encoder with its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model, Encoder(AutoTokenizer.from_pretrained(path))
 
@@ -257,11 +273,17 @@ def main() -> None:
     write(recorded_load(model, encode), recorded)
     found = examine(model, encode) | {
         "training": {
-            "steps": arguments.steps, "batch": arguments.batch, "rate": arguments.rate, "seed": arguments.seed, "seconds": round(seconds),
-            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+            "steps": arguments.steps,
+            "batch": arguments.batch,
+            "rate": arguments.rate,
+            "seed": arguments.seed,
+            "seconds": round(seconds),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
         },
         "examined": {"per_domain": EXAMINED, "seed": EXAMINATION_SEED},
-    }  # fmt: skip
+    }
     (out / "measured.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 

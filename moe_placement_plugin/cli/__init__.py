@@ -1,7 +1,7 @@
-"""The ``moe-placement`` command: one file per verb, imported when the verb is called.
+"""Offer the ``moe-placement`` command: one file per verb, imported when the verb is called.
 
-``--help`` must not pay for numba, torch or an engine, so verbs are registered by name with their one-line
-help and only the called one is imported.
+``--help`` must not pay for numba, torch or an engine, so verbs are registered by name with their
+one-line help and only the called one is imported.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from typer.main import get_command
 
 from ..core.errors import PlacementError
 
+HELP = (
+    "Place the experts of Mixture-of-Experts models: record a load, plan, look, simulate, verify."
+)
 VERBS = {
     "bench": "Measure planners and layers on this machine.",
     "demo": "Serve a tiny model with experts placed by a real engine on this machine's CPU.",
@@ -33,10 +36,10 @@ VERBS = {
 
 
 class LazyVerbs(TyperGroup):
-    """A group whose verbs are imported when they run.
+    """Group verbs that are imported when they run.
 
-    typer's own group and not click's: recent typer carries its own copy of click, whose exceptions click's
-    groups do not know.
+    typer's own group and not click's: recent typer carries its own copy of click, whose exceptions
+    click's groups do not know.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -63,14 +66,15 @@ root = typer.Typer(
 )
 
 
-@root.callback()
+@root.callback(help=HELP)
 def verbs() -> None:
-    """Place the experts of Mixture-of-Experts models: record a load, plan, look, simulate, verify."""
+    """Stand for the command without a verb, which prints its help."""
 
 
 def main() -> None:
-    """Console entry point: a `PlacementError` is one line on stderr and exit code 2."""
-    # Importing makes hundreds of thousands of objects that stay; the default looks through them again and again, a fifth of a second in all.
+    """Run the command; a `PlacementError` is one line on stderr and exit code 2."""
+    # Importing makes hundreds of thousands of objects that stay; the default looks through them
+    # again and again, a fifth of a second in all.
     gc.set_threshold(200_000, 20, 20)
     try:
         root(prog_name="moe-placement")

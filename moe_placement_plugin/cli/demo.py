@@ -1,4 +1,4 @@
-"""``moe-placement demo``: a tiny model served by a real engine on this machine's CPU."""
+"""Offer ``moe-placement demo``: a tiny model served by a real engine on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from rich.table import Table
 from ..core.errors import PlacementError
 
 if TYPE_CHECKING:
-    from ..lab.demo.run import Outcome
+    from ..lab.demo.run import Demonstration
 
 app = typer.Typer(add_completion=False)
 
+HELP = (
+    "Serve a tiny MoE model stock on one rank and placed on two, and show that the answers are "
+    "equal.\n\n"
+    "Everything runs on this machine's CPU. Exit code 1 when an answer differs."
+)
 
-@app.command()
+
+@app.command(help=HELP)
 def demo(
     engine: Annotated[
         str, typer.Option(help="vllm or sglang; default: the one that is installed.")
@@ -36,22 +42,19 @@ def demo(
         Path | None, typer.Option(help="Keep checkpoints, logs and recorded loads in this folder.")
     ] = None,
 ) -> None:
-    """Serve a tiny MoE model stock on one rank and placed on two, and show that the answers are equal.
-
-    Everything runs on this machine's CPU. Exit code 1 when an answer differs.
-    """
+    """Serve a tiny MoE model stock on one rank and placed on two, and compare the answers."""
     from ..engines.common.installed import require_engine  # lazy: heavy
     from ..lab.demo.run import run  # lazy: heavy
     from ..lab.demo.tiny_models import MODELS  # lazy: heavy
-    from ..lab.servers.engines import DEMO_ENGINES  # lazy: heavy
+    from ..lab.servers.engines import SERVING_ENGINES  # lazy: heavy
     from ..strategies import get_strategy  # lazy: heavy
     from .progress import Progress  # lazy: heavy
 
     console = Console()
     name = require_engine(engine or None)
-    if name not in DEMO_ENGINES:
+    if name not in SERVING_ENGINES:
         raise PlacementError(
-            f"no demonstration for engine {name!r}: choose one of {', '.join(DEMO_ENGINES)}"
+            f"no demonstration for engine {name!r}: choose one of {', '.join(SERVING_ENGINES)}"
         )
     if model != "all" and model not in MODELS:
         raise PlacementError(
@@ -59,7 +62,8 @@ def demo(
         )
     if get_strategy(strategy).needs_load:
         raise PlacementError(
-            f"strategy {strategy} needs a recorded load, which the demonstration has only afterwards: choose another one"
+            f"strategy {strategy} needs a recorded load, which the demonstration has only "
+            "afterwards: choose another one"
         )
     folder = Path(tempfile.mkdtemp(prefix="moe-placement-demo-")) if keep is None else keep
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,7 @@ def demo(
             console.print(f"Making a tiny {chosen} checkpoint in {folder / chosen}")
             checkpoint = MODELS[chosen](folder / chosen)
             with Progress(console) as progress:
-                outcome = run(DEMO_ENGINES[name], chosen, checkpoint, strategy, folder, progress)
+                outcome = run(SERVING_ENGINES[name], chosen, checkpoint, strategy, folder, progress)
             _show(console, outcome)
             equal &= outcome.equal
     finally:
@@ -81,7 +85,7 @@ def demo(
         raise typer.Exit(1)
 
 
-def _show(console: Console, outcome: Outcome) -> None:
+def _show(console: Console, outcome: Demonstration) -> None:
     placement = outcome.placement
     table = Table(
         title=f"{outcome.model}: experts of layer {placement.layer_ids[0]} by {outcome.strategy}"
@@ -96,7 +100,8 @@ def _show(console: Console, outcome: Outcome) -> None:
 
     total = int(outcome.load.counts.sum())
     table = Table(
-        title=f"{outcome.model}: balancedness on the load just seen ({total} expert choices, {outcome.load.num_layers} MoE layers)"
+        title=f"{outcome.model}: balancedness on the load just seen ({total} expert choices, "
+        f"{outcome.load.num_layers} MoE layers)"
     )
     table.add_column("strategy")
     table.add_column("mean rank load / greatest", justify="right")
@@ -106,7 +111,8 @@ def _show(console: Console, outcome: Outcome) -> None:
     tokens = sum(len(a.token_ids) for a in outcome.placed)
     if outcome.equal:
         console.print(
-            f"[green]equal[/green]: {tokens} greedy tokens of {len(outcome.placed)} prompts are those of the stock engine on one rank; "
+            f"[green]equal[/green]: {tokens} greedy tokens of {len(outcome.placed)} prompts are "
+            "those of the stock engine on one rank; "
             f"log probabilities differ by at most {outcome.largest_logprob_difference:.1e}"
         )
     else:

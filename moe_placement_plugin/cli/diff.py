@@ -1,4 +1,4 @@
-"""``moe-placement diff``: what it takes to get from one plan to another."""
+"""Offer ``moe-placement diff``: what it takes to get from one plan to another."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ import typer
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
+HELP = (
+    "Compare two plans: experts that cross between ranks, bytes, and the least time at a "
+    "bandwidth.\n\n"
+    "Example: moe-placement diff old.json new.json --model /models/DeepSeek-R1 --bandwidth 50"
+)
 
-@app.command()
+
+@app.command(help=HELP)
 def diff(
     old: Annotated[
         Path, typer.Argument(help="Plan in force, or 'linear' for the engine's default.")
@@ -33,10 +39,7 @@ def diff(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare two plans: experts that cross between ranks, bytes, and the least time at a bandwidth.
-
-    Example: moe-placement diff old.json new.json --model /models/DeepSeek-R1 --bandwidth 50
-    """
+    """Compare two plans."""
     from ..core import diff as moves  # lazy: heavy
     from ..core.errors import PlacementError  # lazy: heavy
     from ..core.topology import Topology  # lazy: heavy
@@ -49,9 +52,13 @@ def diff(
     after = read_plan(new, ranks)
     if str(old) == "linear":
         request = PlacementRequest(
-            after.num_layers, after.num_logical_experts, Topology(after.num_ranks), after.num_redundant,
-            after.slots_per_rank, after.layer_ids,
-        )  # fmt: skip
+            after.num_layers,
+            after.num_logical_experts,
+            Topology(after.num_ranks),
+            after.num_redundant,
+            after.slots_per_rank,
+            after.layer_ids,
+        )
         before = get_strategy("linear").place(request)
     else:
         before = read_plan(old, ranks)

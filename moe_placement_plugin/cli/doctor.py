@@ -1,4 +1,4 @@
-"""``moe-placement doctor``: will it work with the engine that is installed here?"""
+"""Offer ``moe-placement doctor``: will it work with the engine that is installed here?"""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 ENGINES = ("vllm", "sglang")
 
+HELP = (
+    "Show each engine found, its version, every patch with its target and whether the engine "
+    "still fits it, and the\n"
+    "back ends that a placement would be refused for.\n\n"
+    "Exits with 1 when an engine is there but a patch does not fit it or its version is not "
+    "supported. Nothing is patched.\n\n"
+    "Example: moe-placement doctor --engine vllm"
+)
 
-@app.command()
+
+@app.command(help=HELP)
 def doctor(
     engine: Annotated[
         str | None, typer.Option("--engine", help="Look at this engine only: vllm or sglang.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show each engine found, its version, every patch with its target and whether the engine still fits it, and the
-    back ends that a placement would be refused for.
-
-    Exits with 1 when an engine is there but a patch does not fit it or its version is not supported. Nothing is patched.
-
-    Example: moe-placement doctor --engine vllm
-    """
+    """Show the engines found, and whether each patch fits them."""
     from ..core.errors import PlacementError  # lazy: heavy
     from .inputs import print_json  # lazy: heavy
 
@@ -44,7 +47,7 @@ def doctor(
 
 
 def _examine(name: str) -> dict[str, Any]:
-    """Facts on one engine, gathered in this process without applying a patch."""
+    """Gather facts on one engine in this process, without applying a patch."""
     if importlib.util.find_spec(name) is None:
         return {"engine": name, "installed": False, "fits": False}
     result: dict[str, Any] = {
@@ -71,8 +74,7 @@ def _examine(name: str) -> dict[str, Any]:
 
 
 def _vllm(result: dict[str, Any]) -> None:
-    from ..engines.vllm import resolve  # lazy: heavy
-    from ..engines.vllm import support as kernels  # lazy: heavy
+    from ..engines.vllm import kernels, support  # lazy: heavy
     from ..engines.vllm.flags import FLAGS  # lazy: heavy
     from ..engines.vllm.patches import (  # lazy: heavy
         eplb_set,
@@ -83,8 +85,8 @@ def _vllm(result: dict[str, Any]) -> None:
         recording_set,
     )
 
-    result["supported"] = f"{resolve.SUPPORTED[0]} to {resolve.SUPPORTED[1]} (exclusive)"
-    resolve.check_version()
+    result["supported"] = f"{support.SUPPORTED[0]} to {support.SUPPORTED[1]} (exclusive)"
+    support.check_version()
     for concern, patches in (
         ("flags", FLAGS),
         ("placement", patch_set()),
@@ -115,21 +117,19 @@ def _sglang(result: dict[str, Any]) -> None:
 
     result["supported"] = f"{compat.OLDEST} to {compat.NEWEST}"
     compat.check_version(sglang.__version__)
-    from ..engines.sglang import (  # lazy: numba
-        draft_recording,
-        eplb,
-        hosts,
-        recording,
-        reload,
-        verification,
-    )
-    from ..engines.sglang import patches as worker  # lazy: numba
+    from ..engines.sglang import patches  # lazy: numba
 
     groups = (
-        ("flags", flags.LAUNCHER), ("placement", flags.ON_REQUEST), ("placement", worker.hooks()),
-        ("eplb", eplb.hooks()), ("verification", verification.hooks()), ("recording", recording.ON_REQUEST), ("recording", recording.hooks()),
-        ("recording", draft_recording.hooks()), ("several hosts", hosts.hooks()), ("new weights", reload.hooks()),
-    )  # fmt: skip
+        ("flags", flags.LAUNCHER),
+        ("placement", flags.ON_REQUEST),
+        ("placement", patches.placement_set()),
+        ("eplb", patches.eplb_set()),
+        ("verification", patches.verification_set()),
+        ("recording", patches.recording_set()),
+        ("recording", patches.draft_recording_set()),
+        ("several hosts", patches.host_set()),
+        ("new weights", patches.reload_set()),
+    )
     for concern, hooks in groups:
         result["patches"] += [{"concern": concern, **row} for row in hooks.report()]
     result["refused"] = [

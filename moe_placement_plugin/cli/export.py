@@ -1,4 +1,4 @@
-"""``moe-placement export``: files in other programs' forms."""
+"""Offer ``moe-placement export``: files in other programs' forms."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def export(
 ) -> None:
     """Write a plan or a load in SGLang's own JSON, which --init-expert-location reads.
 
-    A plan becomes physical_to_logical_map, a load logical_count; both number all layers of the model, rows of dense
-    layers hold the trivial map or zeros.
+    A plan becomes physical_to_logical_map, a load logical_count; both number all layers of the
+    model, rows of dense layers hold the trivial map or zeros.
 
     Example: moe-placement export plan.json -o sglang.json --num-layers 61
     """
@@ -52,7 +52,8 @@ def export(
         total = max(found.layer_ids) + 1 if num_layers is None else num_layers
         if total <= max(found.layer_ids):
             raise PlacementError(
-                f"--num-layers {total}, but the load has layer {max(found.layer_ids)}: give the model's own"
+                f"--num-layers {total}, but the load has layer {max(found.layer_ids)}: give the "
+                "model's own"
             )
         rows = np.zeros((total, found.num_experts), dtype=found.total.dtype)
         rows[list(found.layer_ids)] = found.total

@@ -1,4 +1,4 @@
-"""What several verbs read: loads, plans, clusters; and how they print."""
+"""Read what several verbs read (loads, plans, clusters), and print as they print."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..simulation.cluster import Cluster, Workload
 
 
 def read_plan(path: Path, num_ranks: int | None = None) -> Placement:
-    """A plan.
+    """Read a plan.
 
     Raises:
         PlacementError: when the file is none.
@@ -27,13 +27,14 @@ def read_plan(path: Path, num_ranks: int | None = None) -> Placement:
     found = read(path, num_ranks)
     if isinstance(found, ExpertLoad):
         raise PlacementError(
-            f"{path} is a recorded load, a plan is needed: make one with `moe-placement plan {path}`"
+            f"{path} is a recorded load, a plan is needed: make one with `moe-placement plan "
+            f"{path}`"
         )
     return found
 
 
 def read_loads(paths: Sequence[Path], phase: str | None = None) -> list[Workload]:
-    """Recorded loads, named by their files.
+    """Read recorded loads, named by their files.
 
     Args:
         paths: the files.
@@ -57,7 +58,8 @@ def read_loads(paths: Sequence[Path], phase: str | None = None) -> list[Workload
             keep = [i for i, p in enumerate(load.phases) if p == phase]
             if not keep:
                 raise PlacementError(
-                    f"{path} has no window of phase {phase} (it has {', '.join(sorted(set(load.phases)))}): leave --phase out"
+                    f"{path} has no window of phase {phase} (it has "
+                    f"{', '.join(sorted(set(load.phases)))}): leave --phase out"
                 )
             load = ExpertLoad(
                 load.counts[keep],
@@ -77,7 +79,7 @@ def _name(path: Path, paths: Sequence[Path]) -> str:
 def cluster(
     ranks: int, nodes: int, redundant: int, groups: int, speed: str | None, locality: str = "none"
 ) -> Cluster:
-    """The cluster that the options describe.
+    """Return the cluster that the options describe.
 
     Raises:
         PlacementError: when the numbers do not fit together.
@@ -104,12 +106,13 @@ def check_writable(path: Path) -> None:
         raise PlacementError(f"{path} is a directory: give the path of a file")
     if not path.parent.is_dir():
         raise PlacementError(
-            f"{path} cannot be written (directory {path.parent} does not exist): make it, or give a writable path"
+            f"{path} cannot be written (directory {path.parent} does not exist): make it, or give "
+            "a writable path"
         )
 
 
 def print_json(data: Any) -> None:
-    """Data as one JSON document on stdout; numbers that JSON lacks become null."""
+    """Print data as one JSON document on stdout; numbers that JSON lacks become null."""
     typer.echo(json.dumps(_finite(data)))
 
 

@@ -1,13 +1,47 @@
-"""``moe-placement plan``: from recorded loads to a plan file."""
+"""Offer ``moe-placement plan``: from recorded loads to a plan file."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from ..core.load import ExpertLoad
+    from ..core.placement import Placement
+    from ..simulation.cluster import Workload
+    from ..strategies import PlacementRequest
+
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Hold what the command line asks of ``plan``.
+
+    Attributes:
+        loads: recorded loads that are planned for together.
+        ranks: EP ranks.
+        strategy: name of the strategy.
+        redundant: redundant experts per layer.
+        nodes: nodes that the ranks lie on.
+        groups: expert groups of grouped top-k routing.
+        locality: what nodes mean.
+        speed: relative speed of each rank, as the user wrote it.
+        phase: phase of the windows to use, None for all.
+    """
+
+    loads: list[Path]
+    ranks: int
+    strategy: str
+    redundant: int
+    nodes: int
+    groups: int
+    locality: str
+    speed: str | None
+    phase: str | None
 
 
 @app.command()
@@ -35,8 +69,9 @@ def plan(
         str,
         typer.Option(
             "--locality",
-            help="Nodes: none; node (the experts of a group on one node); soft (load leaves its node at a price; without groups, experts that "
-            "are chosen together share a node: needs recorded co-activation).",
+            help="Nodes: none; node (the experts of a group on one node); soft (load leaves its "
+            "node at a price; without groups, experts that are chosen together share a node: "
+            "needs recorded co-activation).",
         ),
     ] = "none",
     speed: Annotated[
@@ -50,58 +85,85 @@ def plan(
 ) -> None:
     """Plan where experts lie, and predict how balanced the ranks will be.
 
-    The plan goes to --expert-placement-file of vLLM or SGLang (start the engine with as many ranks and redundant
-    experts). Reads what --expert-load-record wrote, and SGLang's .json and .pt.
+    The plan goes to --expert-placement-file of vLLM or SGLang (start the engine with as many ranks
+    and redundant experts). Reads what --expert-load-record wrote, and SGLang's .json and .pt.
 
     Example: moe-placement plan load.safetensors --ranks 32 --redundant 32 -o plan.json
     """
-    from ..core.load import ExpertLoad  # lazy: heavy
-    from ..core.placement import Placement  # lazy: heavy
     from ..formats.plan_or_load import write  # lazy: heavy
-    from ..simulation.cluster import align  # lazy: heavy
     from ..strategies import get_strategy  # lazy: heavy
-    from .inputs import check_writable, cluster, print_json, read_loads  # lazy: heavy
+    from .inputs import check_writable, print_json  # lazy: heavy
 
     check_writable(output)
-    planner = get_strategy(strategy)
-    if (
-        planner.name == "eplb"
-    ):  # not one of another package, whose kernels may need what is left out
-        from ..planner.kernels.compiled import without_blas  # lazy: numba
-
-        without_blas()
-    workloads = align(read_loads(loads, phase))
-    together = ExpertLoad.concatenate([w.load for w in workloads])
-    request = cluster(ranks, nodes, redundant, groups, speed, locality).request(together)
-    made = planner.place(request)
-    metadata = {"loads": [p.name for p in loads], "windows": together.num_windows}
-    if "model" in together.metadata:
-        metadata["model"] = together.metadata["model"]
-    if nodes > 1:
-        metadata |= {"node_of_rank": list(request.topology.node_of_rank), "locality": locality}
-    made = Placement(
-        made.physical_to_logical, made.num_logical_experts, made.slots_per_rank, made.layer_ids, made.strategy,
-        {**made.metadata, **metadata},
-    )  # fmt: skip
+    options = PlanOptions(
+        loads=loads,
+        ranks=ranks,
+        strategy=strategy,
+        redundant=redundant,
+        nodes=nodes,
+        groups=groups,
+        locality=locality,
+        speed=speed,
+        phase=phase,
+    )
+    made, request, workloads, together = _make(options)
     write(made, output)
     before = get_strategy("linear").place(request)
     if as_json:
-        print_json(
-            {
-                "plan": str(output),
-                "strategy": made.strategy,
-                "ranks": ranks,
-                "redundant": made.num_redundant,
-                "layer_ids": list(made.layer_ids),
-                "balancedness": made.overall_balancedness(together.counts),
-                "linear_balancedness": before.overall_balancedness(together.counts),
-                "balancedness_per_layer": made.balancedness(together.total),
-                "balancedness_per_workload": {
-                    w.name: made.overall_balancedness(w.load.counts) for w in workloads
-                },
-            }
-        )
+        from ..report.data import prediction_facts  # lazy: heavy
+
+        predicted = prediction_facts(made, before, workloads, together)
+        print_json({"plan": str(output), **predicted})
         return
     from ..report.tables import console, plan_summary  # lazy: heavy
 
     console().print(plan_summary(made, before, workloads, str(output)))
+
+
+def _make(
+    options: PlanOptions,
+) -> tuple[Placement, PlacementRequest, list[Workload], ExpertLoad]:
+    """Return the plan, what was asked of the strategy, the loads, and all of them as one."""
+    from dataclasses import replace
+
+    from ..core.load import ExpertLoad  # lazy: heavy
+    from ..simulation.cluster import align  # lazy: heavy
+    from ..strategies import get_strategy  # lazy: heavy
+    from .inputs import cluster, read_loads  # lazy: heavy
+
+    planner = get_strategy(options.strategy)
+    # Not one of another package, whose kernels may need what is left out.
+    if planner.name == "eplb":
+        from ..planner.kernels.compiled import without_blas  # lazy: numba
+
+        without_blas()
+    workloads = align(read_loads(options.loads, options.phase))
+    together = ExpertLoad.concatenate([w.load for w in workloads])
+    where = cluster(
+        options.ranks,
+        options.nodes,
+        options.redundant,
+        options.groups,
+        options.speed,
+        options.locality,
+    )
+    request = where.request(together)
+    made = planner.place(request)
+    made = replace(made, metadata={**made.metadata, **_provenance(options, together, request)})
+    return made, request, workloads, together
+
+
+def _provenance(
+    options: PlanOptions, together: ExpertLoad, request: PlacementRequest
+) -> dict[str, Any]:
+    """Return what the plan's file says of where it came from."""
+    metadata: dict[str, Any] = {
+        "loads": [path.name for path in options.loads],
+        "windows": together.num_windows,
+    }
+    if "model" in together.metadata:
+        metadata["model"] = together.metadata["model"]
+    if options.nodes > 1:
+        nodes = list(request.topology.node_of_rank)
+        metadata |= {"node_of_rank": nodes, "locality": options.locality}
+    return metadata

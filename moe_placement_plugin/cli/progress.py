@@ -1,4 +1,4 @@
-"""What a verb that starts servers is doing, while it is doing it."""
+"""Show what a verb that starts servers is doing, while it is doing it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console
 
 
 class Progress:
-    """One line that is rewritten on a terminal; one line every ten seconds elsewhere."""
+    """Rewrite one line on a terminal; print one every ten seconds elsewhere."""
 
     def __init__(self, console: Console):
         self.console = console

@@ -1,11 +1,26 @@
-"""``moe-placement verify``: does a placed engine still say what the stock engine says?"""
+"""Offer ``moe-placement verify``: does a placed engine still say what the stock engine says?"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..lab.accuracy.run import Verdict
+
+HELP = (
+    "Run the same lm-eval tasks under the stock engine and under each strategy, and compare scores "
+    "and answers.\n\n"
+    "One server after the other, with greedy decoding and fixed seeds. Exit code 1 when a score, "
+    "or the number of differing\n"
+    "answers, is beyond what was allowed.\n\n"
+    "Example: moe-placement verify accuracy --model examples/tiny_moe/qwen3-moe --tasks tiny_moe "
+    "--include-path examples/tiny_moe/tasks"
+)
 
 app = typer.Typer(
     help="Check that a placed engine answers as the stock engine does.",
@@ -19,7 +34,7 @@ def verify() -> None:
     """Check that a placed engine answers as the stock engine does."""
 
 
-@app.command()
+@app.command(help=HELP)
 def accuracy(
     model: Annotated[Path, typer.Option("--model", help="Folder of the checkpoint.")],
     tasks: Annotated[
@@ -86,7 +101,8 @@ def accuracy(
         list[str] | None,
         typer.Option(
             "--server-arg",
-            help="One more word for the engine's command line, such as --server-arg=--enforce-eager; repeat.",
+            help="One more word for the engine's command line, such as "
+            "--server-arg=--enforce-eager; repeat.",
         ),
     ] = None,
     online: Annotated[
@@ -96,7 +112,8 @@ def accuracy(
         float | None,
         typer.Option(
             "--max-score-difference",
-            help="Allowed for each score (default: 0 in float32, else twice stock's standard error).",
+            help="Allowed for each score (default: 0 in float32, else twice stock's standard "
+            "error).",
             min=0,
         ),
     ] = None,
@@ -129,82 +146,67 @@ def accuracy(
         Path | None, typer.Option("--json", help="Write the comparison to this file.")
     ] = None,
 ) -> None:
-    """Run the same lm-eval tasks under the stock engine and under each strategy, and compare scores and answers.
-
-    One server after the other, with greedy decoding and fixed seeds. Exit code 1 when a score, or the number of differing
-    answers, is beyond what was allowed.
-
-    Example: moe-placement verify accuracy --model examples/tiny_moe/qwen3-moe --tasks tiny_moe --include-path examples/tiny_moe/tasks
-    """
-    import dataclasses
+    """Examine stock and every strategy, print the comparison and write it."""
     import json
     import tempfile
 
-    from ..core.errors import PlacementError  # lazy: heavy
-    from ..engines.common.installed import require_engine  # lazy: heavy
-    from ..lab.accuracy.compare import Allowance  # lazy: heavy
-    from ..lab.accuracy.examiner import Examination  # lazy: heavy
-    from ..lab.accuracy.run import configurations, run  # lazy: heavy
-    from ..lab.accuracy.table import table, to_json  # lazy: heavy
-    from ..lab.servers.engines import DEMO_ENGINES, ServerSettings  # lazy: heavy
+    from ..lab.accuracy import options as asked  # lazy: heavy
+    from ..lab.accuracy.run import run  # lazy: heavy
+    from ..lab.accuracy.table import to_json  # lazy: heavy
     from ..report.tables import console  # lazy: heavy
     from .inputs import check_writable  # lazy: heavy
     from .progress import Progress  # lazy: heavy
 
-    if engine is not None and engine not in DEMO_ENGINES:
-        raise PlacementError(f"--engine {engine}: choose one of {', '.join(DEMO_ENGINES)}")
-    name = require_engine(engine)
-    if not (model / "config.json").is_file():
-        raise PlacementError(f"--model {model} has no config.json: give the folder of a checkpoint")
+    options = asked.AccuracyOptions(
+        model=model,
+        tasks=tasks,
+        include_path=include_path,
+        engine=engine,
+        strategies=strategies,
+        redundant=redundant,
+        file=file,
+        ranks=tp,
+        stock_ranks=stock_tp,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        server_arguments=tuple(server_arg or ()),
+        online=online,
+        score=max_score_difference,
+        answers=max_differing_answers,
+        logprob=logprob_tolerance,
+        timeout=timeout,
+    )
+    name = asked.find_engine(options)
+    asked.check_model(model)
     if json_path is not None:
         check_writable(json_path)
-    if file is not None and not file.exists():
-        raise PlacementError(f"{file} does not exist: give a plan or a recorded load")
-    on_cpu = _on_cpu(device)
-    dtype = dtype or ("float32" if on_cpu else "auto")
-    wanted = configurations(
-        [s.strip() for s in strategies.split(",") if s.strip()], tp, redundant, file
-    )
-    if len(wanted) == 1:
-        raise PlacementError("--strategies is empty: name at least one, such as zigzag")
-    names = tuple(t.strip() for t in tasks.split(",") if t.strip())
-    if not names:
-        raise PlacementError("--tasks is empty: name at least one task of lm-eval")
-    examination = Examination(
-        names, None if include_path is None else str(include_path), limit, num_fewshot, batch_size
-    )
-    settings = ServerSettings(on_cpu, dtype, max_model_len, stock_tp, tuple(server_arg or ()))
-    asked: dict[str, Any] = {
-        "score": max_score_difference,
-        "answers": max_differing_answers,
-        "logprob": logprob_tolerance,
-    }
-    allowance = dataclasses.replace(
-        Allowance.for_dtype(dtype),
-        **{key: value for key, value in asked.items() if value is not None},
-    )
+    check = asked.make_check(options, name)
     out = console()
     with (
         tempfile.TemporaryDirectory(prefix="moe-placement-verify-") as temporary,
         Progress(out) as progress,
     ):
-        folder = keep or Path(temporary)
-        verdict = run(
-            DEMO_ENGINES[name],
-            model,
-            wanted,
-            examination,
-            settings,
-            allowance,
-            not online,
-            folder,
-            timeout,
-            progress,
-        )
+        verdict = run(check, keep or Path(temporary), progress)
+    _print(verdict, out)
+    if json_path is not None:
+        json_path.write_text(json.dumps(to_json(verdict), indent=1))
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+def _print(verdict: Verdict, out: Console) -> None:
+    """Print the table, how long each server took, and examples of answers that differ."""
+    from ..lab.accuracy.table import table  # lazy: heavy
+
     out.print(table(verdict))
-    for strategy, run_of_it in verdict.runs.items():
+    for strategy, run in verdict.runs.items():
         out.print(
-            f"{strategy}: server {run_of_it.start_seconds:.0f} s, questions {run_of_it.examine_seconds:.0f} s. {run_of_it.placement}",
+            f"{strategy}: server {run.start_seconds:.0f} s, "
+            f"questions {run.examine_seconds:.0f} s. {run.placement}",
             markup=False,
         )
     for strategy, found in verdict.comparisons.items():
@@ -214,19 +216,3 @@ def accuracy(
                     f"{strategy}, {task}, question {question}: stock {ours!r}, placed {theirs!r}",
                     markup=False,
                 )
-    if json_path is not None:
-        json_path.write_text(json.dumps(to_json(verdict), indent=1))
-    if not verdict.passed:
-        raise typer.Exit(1)
-
-
-def _on_cpu(device: str) -> bool:
-    from ..core.errors import PlacementError  # lazy: heavy
-
-    if device not in ("auto", "cpu", "gpu"):
-        raise PlacementError(f"--device {device}: choose cpu, gpu or auto")
-    if device != "auto":
-        return device == "cpu"
-    import torch  # both engines bring it
-
-    return not torch.cuda.is_available()

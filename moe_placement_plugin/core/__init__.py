@@ -1,1 +1,1 @@
-"""Hold the nouns: placement, load, topology, model shape, their differences and errors; numpy only, no files."""
+"""Hold the nouns: placement, load, topology, model shape, their differences; no files."""

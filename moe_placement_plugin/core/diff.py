@@ -1,4 +1,4 @@
-"""What it takes to get from one placement to another: slots, bytes, time."""
+"""Tell what it takes to get from one placement to another: slots, bytes, time."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ _BYTES = {
 
 @dataclass(frozen=True)
 class Moves:
-    """Differences of two placements of the same model and ranks.
+    """Hold the differences of two placements of the same model and ranks.
 
     Attributes:
         changed_slots: slots that hold another expert than before, ``[layers]``.
-        received: experts that a rank did not hold before, ``[layers, ranks]``; only these cross between ranks.
+        received: experts that a rank did not hold before, ``[layers, ranks]``; only these cross
+            between ranks.
         slots: physical experts per layer.
         layer_ids: index of each layer within the model.
         replicas_changed: experts whose number of copies changes, ``[layers]``.
@@ -45,20 +46,25 @@ class Moves:
 
     @property
     def total(self) -> int:
-        """Experts that cross between ranks, over all layers."""
+        """Count the experts that cross between ranks, over all layers."""
         return int(self.received.sum())
 
     @property
     def share(self) -> float:
-        """`total` as a share of all slots."""
+        """Give `total` as a share of all slots."""
         return self.total / (self.slots * len(self.layer_ids))
 
     def bytes(self, expert_bytes: int) -> int:
-        """Bytes that cross between ranks."""
+        """Count the bytes that cross between ranks."""
         return self.total * expert_bytes
 
     def seconds(self, expert_bytes: int, bandwidth: float) -> float:
-        """Least time of the exchange: bytes of the rank that receives most over ``bandwidth`` bytes per second."""
+        """Estimate the least time of the exchange: that of the rank which receives most.
+
+        Args:
+            expert_bytes: bytes of one expert.
+            bandwidth: bytes per second that a rank can receive.
+        """
         return float(self.received.sum(axis=0).max()) * expert_bytes / bandwidth
 
 
@@ -75,23 +81,24 @@ def check_comparable(old: Placement, new: Placement) -> None:
     ):
         if before != after:
             raise PlacementError(
-                f"the plans are for {before} and {after} {what}: only plans for one model and cluster can be compared"
+                f"the plans are for {before} and {after} {what}: only plans for one model and "
+                "cluster can be compared"
             )
     if old.layer_ids != new.layer_ids:
         raise PlacementError(
-            f"the plans are for layers {old.layer_ids[0]}..{old.layer_ids[-1]} and {new.layer_ids[0]}..{new.layer_ids[-1]}: only "
-            "plans for one model can be compared"
+            f"the plans are for layers {old.layer_ids[0]}..{old.layer_ids[-1]} and "
+            f"{new.layer_ids[0]}..{new.layer_ids[-1]}: only plans for one model can be compared"
         )
 
 
 def compare(old: Placement, new: Placement) -> Moves:
-    """The moves from ``old`` to ``new``.
+    """Find the moves from ``old`` to ``new``.
 
     Raises:
         PlacementError: when they are of different models, layers or ranks.
     """
     check_comparable(old, new)
-    before, after = _held(old), _held(new)
+    before, after = old.count_on_rank() > 0, new.count_on_rank() > 0
     received = (after & ~before).sum(axis=2)
     if old.slots_per_rank == new.slots_per_rank:
         changed = (old.physical_to_logical != new.physical_to_logical).sum(axis=1)
@@ -101,18 +108,12 @@ def compare(old: Placement, new: Placement) -> Moves:
     return Moves(changed, received, new.num_slots, new.layer_ids, replicas)
 
 
-def _held(placement: Placement) -> np.ndarray:
-    """bool ``[layers, ranks, experts]``."""
-    held = np.zeros(
-        (placement.num_layers, placement.num_ranks, placement.num_logical_experts), dtype=bool
-    )
-    layers = np.arange(placement.num_layers)[:, None]
-    held[layers, placement.rank_of_slot[None, :], placement.physical_to_logical] = True
-    return held
-
-
 def expert_bytes_of(config: Mapping[str, Any], source: str) -> int:
-    """Bytes of one expert (gate, up and down projection) of the model with this Hugging Face config.
+    """Compute the bytes of one expert: its gate, up and down projection.
+
+    Args:
+        config: Hugging Face config of the model.
+        source: names the config in errors.
 
     Raises:
         PlacementError: when the config does not say.
@@ -133,15 +134,21 @@ def expert_bytes_of(config: Mapping[str, Any], source: str) -> int:
     )
     if not hidden or not width or kind not in _BYTES:
         raise PlacementError(
-            f"{source}: bytes of an expert cannot be told from hidden_size {hidden}, moe_intermediate_size {width} and type {kind}: "
-            "give them with --expert-bytes"
+            f"{source}: bytes of an expert cannot be told from hidden_size {hidden}, "
+            f"moe_intermediate_size {width} and type {kind}: give them with --expert-bytes"
         )
     width = max(width) if isinstance(width, list) else width
     return int(3 * hidden * width * _BYTES[kind])
 
 
 def as_json(moves: Moves, expert_bytes: int | None, bandwidth: float) -> str:
-    """The comparison as JSON text."""
+    """Write the comparison as JSON text.
+
+    Args:
+        moves: what `compare` found.
+        expert_bytes: bytes of one expert; None leaves bytes and time out.
+        bandwidth: bytes per second that a rank can receive.
+    """
     data: dict[str, Any] = {
         "layer_ids": list(moves.layer_ids),
         "changed_slots": moves.changed_slots.tolist(),

@@ -1,9 +1,9 @@
-"""How many tokens each logical expert received: what placements are planned for."""
+"""Hold how many tokens each logical expert received: what placements are planned for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,17 @@ PREFILL, DECODE, MIXED = PHASES = ("prefill", "decode", "mixed")
 
 @dataclass(frozen=True, eq=False)
 class ExpertLoad:
-    """Token counts per window of time (or workload), MoE layer and logical expert.
+    """Count tokens per window of time (or workload), MoE layer and logical expert.
 
     Attributes:
-        counts: int64 or float64 ``[windows, layers, experts]``, tokens routed to each logical expert.
-        layer_ids: index of each row's layer within the model, ``[layers]``; ``0..layers-1`` when left
-            empty.
-        phases: what each window holds, ``[windows]``: ``"prefill"``, ``"decode"`` or ``"mixed"``.
-        coactivation: optional int64 or float64 ``[layers, experts, experts]``, tokens that chose both
-            experts; symmetric, its diagonal unused.
+        counts: int64 or float64 ``[windows, layers, experts]``, tokens routed to each logical
+            expert; one window may be given as ``[layers, experts]``.
+        layer_ids: index of each row's layer within the model, ``[layers]``; ``0..layers-1`` when
+            left empty.
+        phases: what each window holds, ``[windows]``: ``"prefill"``, ``"decode"`` or ``"mixed"``,
+            which all hold when left empty.
+        coactivation: optional int64 or float64 ``[layers, experts, experts]``, tokens that chose
+            both experts; symmetric, its diagonal unused.
         metadata: free-form facts (model, engine, time, ...), JSON-compatible.
 
     Raises:
@@ -43,8 +45,8 @@ class ExpertLoad:
             counts = counts[None]
         if counts.ndim != 3 or 0 in counts.shape:
             raise PlacementError(
-                f"a load of shape {counts.shape}: it must be [windows, layers, experts] (or [layers, experts]) and not "
-                "empty; record again"
+                f"a load of shape {counts.shape}: it must be [windows, layers, experts] (or "
+                "[layers, experts]) and not empty; record again"
             )
         counts.setflags(write=False)
         object.__setattr__(self, "counts", counts)
@@ -58,7 +60,8 @@ class ExpertLoad:
         phases = tuple(self.phases) or (MIXED,) * windows
         if len(phases) != windows or not set(phases) <= set(PHASES):
             raise PlacementError(
-                f"phases {phases} for {windows} windows: give prefill, decode or mixed for each window"
+                f"phases {phases} for {windows} windows: give prefill, decode or mixed for each "
+                "window"
             )
         object.__setattr__(self, "phases", phases)
         if self.coactivation is not None:
@@ -72,26 +75,28 @@ class ExpertLoad:
 
     @property
     def num_windows(self) -> int:
-        """Number of windows."""
+        """Count the windows."""
         return self.counts.shape[0]
 
     @property
     def num_layers(self) -> int:
-        """Number of layers, including rows of dense layers if the recorder wrote such."""
+        """Count the layers, including rows of dense layers if the recorder wrote such."""
         return self.counts.shape[1]
 
     @property
     def num_experts(self) -> int:
-        """Logical experts per layer."""
+        """Count the logical experts of a layer."""
         return self.counts.shape[2]
 
     @property
     def total(self) -> np.ndarray:
-        """``[layers, experts]``: counts summed over the windows."""
+        """Add the counts up over the windows, ``[layers, experts]``."""
         return self.counts.sum(axis=0)
 
     def require_tokens(self, layer_ids: Sequence[int] = ()) -> None:
-        """Refuse a load without a token, which a plan would be made from all the same: as if experts were used alike.
+        """Refuse a load without a token.
+
+        A plan would be made from it all the same, as if all experts were used alike.
 
         Args:
             layer_ids: the layers that must have one each, where it is known which are MoE layers.
@@ -107,12 +112,15 @@ class ExpertLoad:
         without = [i for i in layer_ids if not seen[self.layer_ids.index(i)]]
         if without:
             raise PlacementError(
-                f"the recording has no token in MoE layer {without[0]} ({len(without)} of {len(layer_ids)} layers have "
-                "none): it is a part of a recording, or of another model; record on this one, all pipeline stages together"
+                f"the recording has no token in MoE layer {without[0]} ({len(without)} of "
+                f"{len(layer_ids)} layers have none): it is a part of a recording, or of another "
+                "model; record on this one, all pipeline stages together"
             )
 
     def moe_layers(self) -> ExpertLoad:
-        """The load without rows that saw no token, as recorders that number dense layers too write them.
+        """Leave out the rows that saw no token.
+
+        Recorders that number dense layers too write such.
 
         Raises:
             PlacementError: when no row saw a token.
@@ -121,10 +129,10 @@ class ExpertLoad:
         return self._rows(np.flatnonzero(self.counts.any(axis=(0, 2))).tolist())
 
     def select_layers(self, layer_ids: Sequence[int]) -> ExpertLoad:
-        """The load of just the given layers of the model, in the given order.
+        """Return the load of just the given layers of the model, in the given order.
 
-        A load whose rows are numbered from 0 and are as many as the layers asked for is taken row by row:
-        recorders that number only MoE layers write such.
+        A load whose rows are numbered from 0 and are as many as the layers asked for is taken row
+        by row: recorders that number only MoE layers write such.
 
         Raises:
             PlacementError: when the load does not have these layers.
@@ -134,23 +142,24 @@ class ExpertLoad:
         if set(layer_ids) <= set(self.layer_ids):
             return self._rows([self.layer_ids.index(i) for i in layer_ids])
         if self.num_layers == len(layer_ids) and self.layer_ids == tuple(range(self.num_layers)):
-            return ExpertLoad(
-                self.counts, tuple(layer_ids), self.phases, self.coactivation, self.metadata
-            )
+            return replace(self, layer_ids=tuple(layer_ids))
         raise PlacementError(
             f"the load has {self.num_layers} layers, the model has {len(layer_ids)} MoE layers "
-            f"({min(layer_ids)}..{max(layer_ids)}): it was recorded on another model; record on this one"
+            f"({min(layer_ids)}..{max(layer_ids)}): it was recorded on another model; record on "
+            "this one"
         )
 
-    def _rows(self, rows: Sequence[int]) -> ExpertLoad:
-        rows = list(rows)
-        pairs = None if self.coactivation is None else self.coactivation[rows]
-        ids = tuple(self.layer_ids[r] for r in rows)
-        return ExpertLoad(self.counts[:, rows], ids, self.phases, pairs, self.metadata)
+    def _rows(self, rows: list[int]) -> ExpertLoad:
+        return replace(
+            self,
+            counts=self.counts[:, rows],
+            layer_ids=tuple(self.layer_ids[r] for r in rows),
+            coactivation=None if self.coactivation is None else self.coactivation[rows],
+        )
 
     @classmethod
     def concatenate(cls, loads: Sequence[ExpertLoad]) -> ExpertLoad:
-        """One load with the windows of all; co-activation is added up where all have it.
+        """Join the windows of several loads; co-activation is added up where all have it.
 
         Raises:
             PlacementError: when the loads are of different layers or experts.
@@ -159,17 +168,18 @@ class ExpertLoad:
         for other in loads[1:]:
             if other.layer_ids != first.layer_ids or other.num_experts != first.num_experts:
                 raise PlacementError(
-                    f"loads of {first.num_layers} layers x {first.num_experts} experts and {other.num_layers} x "
-                    f"{other.num_experts}: loads to be planned together must be of one model"
+                    f"loads of {first.num_layers} layers x {first.num_experts} experts and "
+                    f"{other.num_layers} x {other.num_experts}: loads to be planned together must "
+                    "be of one model"
                 )
         counted = [load.coactivation for load in loads if load.coactivation is not None]
         pairs = np.sum(counted, axis=0) if len(counted) == len(loads) else None
         return cls(
-            np.concatenate([load.counts for load in loads]),
-            first.layer_ids,
-            tuple(phase for load in loads for phase in load.phases),
-            pairs,
-            first.metadata,
+            counts=np.concatenate([load.counts for load in loads]),
+            layer_ids=first.layer_ids,
+            phases=tuple(phase for load in loads for phase in load.phases),
+            coactivation=pairs,
+            metadata=first.metadata,
         )
 
 
@@ -193,6 +203,7 @@ def _as_counts(values: Any, name: str) -> np.ndarray:
     if bad.size:
         where = tuple(int(i) for i in bad[0])
         raise PlacementError(
-            f"{name}{list(where)} is {array[where]}: token counts must be finite and not negative; record again"
+            f"{name}{list(where)} is {array[where]}: token counts must be finite and not "
+            "negative; record again"
         )
     return array

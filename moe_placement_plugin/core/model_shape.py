@@ -1,7 +1,7 @@
-"""Which layers of a model are MoE layers, read from its Hugging Face config.
+"""Find out which layers of a model are MoE layers, from its Hugging Face config.
 
-The conventions differ by model family; each is named beside the attribute it reads. Whatever is read
-here is checked again when the engine builds the layers.
+The conventions differ by model family; each is named beside the attribute it reads. Whatever is
+read here is checked again when the engine builds the layers.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ _NUM_GROUPS = ("n_group", "num_expert_group", "n_groups")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The MoE layers of a model.
+    """Describe the MoE layers of a model.
 
     Attributes:
         layer_ids: index of each MoE layer within the model, ``[layers]``.
         num_experts: logical experts per MoE layer.
         num_groups: expert groups of grouped top-k routing, 1 when the model has none.
         name: what the user called the model.
+        draft: the draft of speculative decoding, where the engine runs one with experts and places
+            it by rows of its own in a plan; which of its layers are MoE layers need not be known.
     """
 
     layer_ids: tuple[int, ...]
     num_experts: int
     num_groups: int = 1
     name: str = ""
+    draft: ModelShape | None = None
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:
@@ -48,21 +51,21 @@ def _first(config: Any, names: tuple[str, ...]) -> Any:
 
 
 def num_experts_of(config: Any) -> int:
-    """Logical routed experts per MoE layer; 0 for a dense model."""
+    """Count the logical routed experts of an MoE layer; 0 for a dense model."""
     return int(_first(config, _NUM_EXPERTS) or 0)
 
 
 def moe_layer_ids(config: Any) -> tuple[int, ...]:
-    """Indices of the MoE layers among ``num_hidden_layers``, ``[MoE layers]``."""
+    """List the indices of the MoE layers among ``num_hidden_layers``, ``[MoE layers]``."""
     if getattr(config, "zero_expert_num", None) is not None and hasattr(config, "num_layers"):
-        # LongCat-Flash counts the two attentions of each layer as layers, LongCat-Flash-Lite counts no others.
+        # LongCat-Flash counts the two attentions of each layer as layers, LongCat-Flash-Lite
+        # counts no others.
         layers = range(config.num_layers)
     else:
         layers = range(config.num_hidden_layers)
     shared = getattr(config, "num_blocks", None)
-    if isinstance(
-        shared, int
-    ):  # Intern-S2-Mobius: experts that several layers share, numbered by themselves
+    if isinstance(shared, int):
+        # Intern-S2-Mobius: experts that several layers share, numbered by themselves.
         return tuple(range(shared))
     explicit = getattr(config, "moe_layers", None)
     if isinstance(explicit, (list, tuple)):  # Llama 4
@@ -110,7 +113,7 @@ def moe_layer_ids(config: Any) -> tuple[int, ...]:
 
 
 def model_shape(config: Any, name: str, num_experts: int | None = None) -> ModelShape:
-    """The MoE layers of the model with (text) config ``config``.
+    """Describe the MoE layers of the model with (text) config ``config``.
 
     Args:
         config: the Hugging Face config of the text model.
@@ -124,7 +127,10 @@ def model_shape(config: Any, name: str, num_experts: int | None = None) -> Model
     layers = moe_layer_ids(config) if experts else ()
     if not experts or not layers:
         raise PlacementError(
-            f"{name} is no Mixture-of-Experts model: it has no experts to place; leave --expert-placement-strategy out"
+            f"{name} is no Mixture-of-Experts model: it has no experts to place; leave "
+            "--expert-placement-strategy out"
         )
     groups = _first(config, _NUM_GROUPS)
-    return ModelShape(layers, int(experts), int(groups or 1), name)
+    return ModelShape(
+        layer_ids=layers, num_experts=int(experts), num_groups=int(groups or 1), name=name
+    )

@@ -1,4 +1,4 @@
-"""The ranks that experts are placed on."""
+"""Describe the ranks that experts are placed on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .errors import PlacementError
 
 @dataclass(frozen=True)
 class Topology:
-    """EP ranks, the node that each lies on and how fast each is.
+    """Say on which node each EP rank lies and how fast it is.
 
     Attributes:
         num_ranks: number of EP ranks, at least 1.
@@ -25,14 +25,16 @@ class Topology:
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
             raise PlacementError(
-                f"{self.num_ranks} EP ranks: a topology needs at least 1; give the size of the expert parallel group"
+                f"{self.num_ranks} EP ranks: a topology needs at least 1; give the size of the "
+                "expert parallel group"
             )
         nodes = tuple(int(n) for n in self.node_of_rank) or (0,) * self.num_ranks
         speed = tuple(float(s) for s in self.speed) or (1.0,) * self.num_ranks
         for name, values in (("node_of_rank", nodes), ("speed", speed)):
             if len(values) != self.num_ranks:
                 raise PlacementError(
-                    f"{name} has {len(values)} entries for {self.num_ranks} EP ranks: give one per rank"
+                    f"{name} has {len(values)} entries for {self.num_ranks} EP ranks: give one per "
+                    "rank"
                 )
         if min(nodes) < 0:
             raise PlacementError(f"node {min(nodes)} in node_of_rank: nodes are numbered from 0")
@@ -46,20 +48,20 @@ class Topology:
 
     @property
     def num_nodes(self) -> int:
-        """Number of distinct nodes."""
+        """Count the distinct nodes."""
         return len(set(self.node_of_rank))
 
     @classmethod
     def even(cls, num_ranks: int, num_nodes: int = 1) -> Topology:
-        """``num_ranks`` equal ranks on ``num_nodes`` nodes, consecutive ranks together.
+        """Spread ``num_ranks`` equal ranks over ``num_nodes`` nodes, consecutive ranks together.
 
         Raises:
             PlacementError: if the ranks do not divide evenly over the nodes.
         """
         if num_nodes < 1 or num_ranks % num_nodes:
             raise PlacementError(
-                f"{num_ranks} ranks on {num_nodes} nodes: every node needs the same number of ranks; "
-                "for other clusters give node_of_rank"
+                f"{num_ranks} ranks on {num_nodes} nodes: every node needs the same number of "
+                "ranks; for other clusters give node_of_rank"
             )
         per_node = num_ranks // num_nodes
         return cls(num_ranks, tuple(r // per_node for r in range(num_ranks)))

@@ -1,1 +1,4 @@
-"""The engines, each behind its own plugin entry points. Nothing here imports an engine at import time."""
+"""Put each engine behind its own plugin entry points.
+
+Nothing here imports an engine at import time.
+"""

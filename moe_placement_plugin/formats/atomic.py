@@ -1,4 +1,4 @@
-"""Reading and writing of small files: atomic, without pickles, with errors that name the mend."""
+"""Read and write small files: atomically, without pickles, with errors that name the mend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..core.errors import PlacementError
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part.
+    """Write a file so that a reader sees the old content or the new one, never a part.
 
     Raises:
         PlacementError: when the file cannot be written; the old one is untouched then.
@@ -41,14 +41,21 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def remove_unfinished(path: str | Path) -> None:
-    """Remove what a process that was killed within `write_atomically` has left beside ``path``. Nobody may be writing it."""
+    """Remove what a process that was killed within `write_atomically` has left beside ``path``.
+
+    Nobody may be writing it.
+    """
     path = Path(path)
     for left in glob.glob(f".{glob.escape(path.name)}.{'?' * 8}", root_dir=path.parent):
         (path.parent / left).unlink(missing_ok=True)
 
 
 def read_bytes(path: str | Path, what: str) -> bytes:
-    """The content of a file; ``what`` says what the user meant it to be.
+    """Read a whole file.
+
+    Args:
+        path: the file.
+        what: what the user meant it to be, for messages.
 
     Raises:
         PlacementError: when it is missing or cannot be read.
@@ -64,7 +71,7 @@ def read_bytes(path: str | Path, what: str) -> bytes:
 
 
 def read_json(path: str | Path, what: str) -> Any:
-    """The parsed content of a JSON file.
+    """Read a JSON file; ``what`` says in messages what the user meant it to be.
 
     Raises:
         PlacementError: when it is missing, cannot be read or is not JSON.
@@ -73,7 +80,7 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def parse_json(content: bytes, path: str | Path, what: str) -> Any:
-    """The parsed ``content`` of the JSON file ``path``.
+    """Parse the ``content`` of the JSON file ``path``; ``what`` says what it should be.
 
     Raises:
         PlacementError: when it is not JSON.

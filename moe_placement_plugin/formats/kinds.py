@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Kind(Enum):
-    """What the first bytes of a file say."""
+    """Name what the first bytes of a file say."""
 
     EMPTY = "empty"
     JSON = "JSON"
@@ -19,7 +19,8 @@ class Kind(Enum):
 def kind_of(content: bytes) -> Kind:
     """Tell the kind of a file.
 
-    A safetensors file begins with the eight bytes of its header's length, of which the first may look like JSON's, and the header.
+    A safetensors file begins with the eight bytes of its header's length, of which the first may
+    look like JSON's, and the header.
     """
     if not content:
         return Kind.EMPTY

@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 
 
 def read_load(path: str | Path) -> ExpertLoad:
-    """Read a recorded load: ours (safetensors) or SGLang's (``.json``, ``.pt``), told by the content.
+    """Read a recorded load: ours (safetensors) or SGLang's (JSON, torch), told by the content.
 
     A ``.pt`` file is read with ``weights_only=True``, which runs no code; it needs torch.
 
@@ -29,10 +29,10 @@ def read_load(path: str | Path) -> ExpertLoad:
 
 
 def parse_load(content: bytes, path: str | Path) -> ExpertLoad:
-    """Make a load of a file's content; torch reads a ``.pt`` file by itself.
+    """Make a load of the ``content`` of ``path``; torch reads a ``.pt`` file by itself.
 
     Raises:
-        PlacementError: as `read_load`.
+        PlacementError: naming the path, as `read_load`.
     """
     try:
         kind = kind_of(content)
@@ -81,16 +81,18 @@ def _parse_safetensors(content: bytes, path: str | Path) -> ExpertLoad:
         ) from None
     if header.get("format") != FORMAT or "counts" not in tensors:
         raise PlacementError(
-            f"{path} is a safetensors file but no recorded load: give one written by --expert-load-record"
+            f"{path} is a safetensors file but no recorded load: give one written by "
+            "--expert-load-record"
         )
     if header.get("version") != str(FORMAT_VERSION):
         raise PlacementError(
-            f"{path} has load version {header.get('version')}, this release reads version {FORMAT_VERSION}: record again"
+            f"{path} has load version {header.get('version')}, this release reads version "
+            f"{FORMAT_VERSION}: record again"
         )
     return ExpertLoad(
-        tensors["counts"],
-        tuple(json.loads(header["layer_ids"])),
-        tuple(json.loads(header["phases"])),
-        tensors.get("coactivation"),
-        json.loads(header["metadata"]),
+        counts=tensors["counts"],
+        layer_ids=tuple(json.loads(header["layer_ids"])),
+        phases=tuple(json.loads(header["phases"])),
+        coactivation=tensors.get("coactivation"),
+        metadata=json.loads(header["metadata"]),
     )

@@ -10,7 +10,9 @@ from .atomic import read_json
 
 
 def expert_bytes_from(path: str | Path) -> int:
-    """Read the bytes of one expert from a model directory or its ``config.json``; see `expert_bytes_of`.
+    """Read the bytes of one expert from a model directory or its ``config.json``.
+
+    `expert_bytes_of` says what counts.
 
     Raises:
         PlacementError: when there is none, or it does not say.

@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import PlacementError
-from ..core.placement import Placement, as_int32_table
+from ..core.placement import Placement
+from ..core.tables import as_int32_table
 from .atomic import read_json, write_atomically
 
 FORMAT = "moe-placement-plan"
@@ -19,7 +20,7 @@ FORMAT_VERSION = 1
 
 
 class DraftRows(BaseModel):
-    """Rows for the MoE layers of the draft of speculative decoding, which has layers and experts of its own."""
+    """Check the rows of a plan file for the draft, which has layers and experts of its own."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -30,7 +31,7 @@ class DraftRows(BaseModel):
 
 
 class PlanFile(BaseModel):
-    """Content of a plan file; see `Placement` for the meaning of the fields."""
+    """Check the content of a plan file, whose fields mean what those of `Placement` do."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -96,24 +97,30 @@ def rows_to_dict(placement: Placement) -> dict[str, Any]:
 
 
 def parse_plan(data: Any, source: str = "plan") -> Placement:
-    """Make a validated `Placement` from the parsed JSON of a plan file; ``source`` names it in errors.
+    """Make a validated `Placement` from the parsed JSON of a plan file.
+
+    Args:
+        data: the parsed JSON.
+        source: names the file in errors.
 
     Raises:
         PlacementError: naming ``source``, the field and the rule.
     """
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
         raise PlacementError(
-            f'{source} is no plan file: it lacks "format": "{FORMAT}"; make one with `moe-placement plan`'
+            f'{source} is no plan file: it lacks "format": "{FORMAT}"; make one with '
+            "`moe-placement plan`"
         )
     if data.get("version") != FORMAT_VERSION:
         raise PlacementError(
-            f"{source} has plan version {data.get('version')!r}, this release reads version {FORMAT_VERSION}: "
-            "make the plan again with this release"
+            f"{source} has plan version {data.get('version')!r}, this release reads version "
+            f"{FORMAT_VERSION}: make the plan again with this release"
         )
     if data.get("draft") is not None and not data.get("physical_to_logical"):
         raise PlacementError(
-            f"{source} is a plan for the draft only: give the model's own rows (physical_to_logical) too; a strategy without "
-            "a plan (zigzag, balanced) places the draft as well"
+            f"{source} is a plan for the draft only: give the model's own rows "
+            "(physical_to_logical) too; a strategy without a plan (zigzag, balanced) places the "
+            "draft as well"
         )
     try:
         plan = PlanFile.model_validate(data)
@@ -125,13 +132,13 @@ def parse_plan(data: Any, source: str = "plan") -> Placement:
         ) from None
     try:
         return Placement(
-            as_int32_table(plan.physical_to_logical),
-            plan.num_logical_experts,
-            tuple(plan.slots_per_rank),
-            tuple(plan.layer_ids),
-            plan.strategy,
-            plan.metadata,
-            None if plan.draft is None else _draft(plan.draft),
+            physical_to_logical=as_int32_table(plan.physical_to_logical),
+            num_logical_experts=plan.num_logical_experts,
+            slots_per_rank=tuple(plan.slots_per_rank),
+            layer_ids=tuple(plan.layer_ids),
+            strategy=plan.strategy,
+            metadata=plan.metadata,
+            draft=None if plan.draft is None else _draft(plan.draft),
         )
     except PlacementError as error:
         raise PlacementError(f"{source}: {error}") from None
@@ -140,11 +147,11 @@ def parse_plan(data: Any, source: str = "plan") -> Placement:
 def _draft(rows: DraftRows) -> Placement:
     try:
         return Placement(
-            np.asarray(rows.physical_to_logical),
-            rows.num_logical_experts,
-            tuple(rows.slots_per_rank),
-            tuple(rows.layer_ids),
-            "draft",
+            physical_to_logical=np.asarray(rows.physical_to_logical),
+            num_logical_experts=rows.num_logical_experts,
+            slots_per_rank=tuple(rows.slots_per_rank),
+            layer_ids=tuple(rows.layer_ids),
+            strategy="draft",
         )
     except PlacementError as error:
         raise PlacementError(f"draft: {error}") from None

@@ -23,7 +23,8 @@ def read(
     Args:
         path: the file.
         num_ranks: EP ranks, which SGLang's form of a plan does not say.
-        num_experts: logical experts of a layer, which it does not say either; the highest of its ids when left out.
+        num_experts: logical experts of a layer, which it does not say either; one more than the
+            highest of its ids when left out.
 
     Raises:
         PlacementError: when it is neither.
@@ -48,8 +49,8 @@ def read(
         return parse_plan(data, str(path))
     if not isinstance(data, dict) or "logical_count" not in data:
         raise PlacementError(
-            f'{path} is neither a plan ("format": "{FORMAT}") nor a recorded load ("logical_count"): give one '
-            "of the two; `moe-placement plan` makes a plan"
+            f'{path} is neither a plan ("format": "{FORMAT}") nor a recorded load '
+            '("logical_count"): give one of the two; `moe-placement plan` makes a plan'
         )
     return parse_load(content, path)
 

@@ -1,8 +1,10 @@
-"""Read and write SGLang's own forms: ``physical_to_logical_map`` for a placement, ``logical_count`` for a load."""
+"""Read and write SGLang's own forms.
+
+A placement is ``physical_to_logical_map [layers, slots]``, a load ``logical_count``.
+"""
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,32 +12,36 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import PlacementError
+from ..core.errors import PlacementError, first_line
 from ..core.load import ExpertLoad
-from ..core.placement import Placement, as_int32_table, even_slots, shorten
+from ..core.placement import Placement, even_slots
+from ..core.tables import as_int32_table, shorten
+from .atomic import parse_json
 
 
 def to_sglang(placement: Placement, num_layers: int | None = None) -> dict[str, Any]:
-    """Give a placement as ``--init-expert-location`` takes it: ``physical_to_logical_map [layers, slots]``.
+    """Give a placement as ``--init-expert-location`` takes it.
 
-    SGLang numbers all layers of the model: rows of layers that are not MoE layers hold the trivial map.
+    SGLang numbers all layers of the model: rows of layers that are not MoE layers hold the trivial
+    map.
 
     Args:
         placement: with as many slots on every rank.
         num_layers: of the model; up to the last MoE layer when left out.
 
     Raises:
-        PlacementError: if ranks have different numbers of slots (SGLang knows only equal ones), or there are rows
-            for a draft, for which its form has no place.
+        PlacementError: if ranks have different numbers of slots (SGLang knows only equal ones), or
+            there are rows for a draft, for which its form has no place.
     """
     if placement.draft is not None:
         raise PlacementError(
-            "SGLang's form of a plan has no rows for a draft, this plan has: leave its draft's rows out"
+            "SGLang's form of a plan has no rows for a draft, this plan has: leave its draft's "
+            "rows out"
         )
     if not placement.is_even:
         raise PlacementError(
-            f"slots_per_rank {shorten(placement.slots_per_rank)}: SGLang needs the same number of slots on every rank; "
-            "plan with redundant experts that fill the ranks up"
+            f"slots_per_rank {shorten(placement.slots_per_rank)}: SGLang needs the same number of "
+            "slots on every rank; plan with redundant experts that fill the ranks up"
         )
     last = max(placement.layer_ids)
     total = last + 1 if num_layers is None else num_layers
@@ -51,9 +57,13 @@ def to_sglang(placement: Placement, num_layers: int | None = None) -> dict[str, 
 def parse_sglang_plan(
     data: Mapping[str, Any], num_logical_experts: int, num_ranks: int, source: str
 ) -> Placement:
-    """A `Placement` from SGLang's ``{"physical_to_logical_map": [layers][slots]}``.
+    """Make a `Placement` of SGLang's ``{"physical_to_logical_map": [layers][slots]}``.
 
-    SGLang's form names neither the experts nor the ranks, so the model must.
+    Args:
+        data: the parsed JSON.
+        num_logical_experts: logical experts of a layer, which SGLang's form does not name.
+        num_ranks: EP ranks, which it does not name either.
+        source: names the file in errors.
 
     Raises:
         PlacementError: naming ``source``.
@@ -69,14 +79,14 @@ def parse_sglang_plan(
         )
     if len(rows[0]) % num_ranks:
         raise PlacementError(
-            f"{source}: {len(rows[0])} slots do not divide over {num_ranks} EP ranks: SGLang's form needs equal ranks; "
-            "plan for this number of ranks"
+            f"{source}: {len(rows[0])} slots do not divide over {num_ranks} EP ranks: SGLang's "
+            "form needs equal ranks; plan for this number of ranks"
         )
     try:
         return Placement(
-            as_int32_table(rows),
-            num_logical_experts,
-            even_slots(len(rows[0]), num_ranks),
+            physical_to_logical=as_int32_table(rows),
+            num_logical_experts=num_logical_experts,
+            slots_per_rank=even_slots(len(rows[0]), num_ranks),
             strategy="sglang",
         )
     except PlacementError as error:
@@ -84,33 +94,38 @@ def parse_sglang_plan(
 
 
 def parse_sglang_load(content: bytes, path: str | Path) -> ExpertLoad:
-    try:
-        data = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlacementError(
-            f"{path} is not JSON ({error}): give a recorded load or a plan file"
-        ) from None
+    """Make a load of SGLang's ``{"logical_count": [layers][experts]}``.
+
+    Raises:
+        PlacementError: naming ``path``.
+    """
+    data = parse_json(content, path, "recorded load or a plan")
     if "logical_count" not in data:
         raise PlacementError(
-            f'{path} is neither a plan nor a recorded load: SGLang\'s recordings have "logical_count", plans have '
-            '"format": "moe-placement-plan"'
+            f"{path} is neither a plan nor a recorded load: SGLang's recordings have "
+            '"logical_count", plans have "format": "moe-placement-plan"'
         )
     return ExpertLoad(data["logical_count"], metadata={"source": "sglang"})
 
 
 def read_torch_load(path: str | Path) -> ExpertLoad:
+    """Read a load that SGLang's ``stat`` recorder dumped with torch, without running its code.
+
+    Raises:
+        PlacementError: naming ``path``; also when torch is not installed.
+    """
     try:
         import torch
     except ModuleNotFoundError:
         raise PlacementError(
-            f"{path} is a .pt file, which needs torch to be read: install torch or export it as JSON"
+            f"{path} is a .pt file, which needs torch to be read: install torch or export it as "
+            "JSON"
         ) from None
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise PlacementError(
-            f"{path} is no readable .pt recording ({reason}): dump it again"
+            f"{path} is no readable .pt recording ({first_line(error)}): dump it again"
         ) from None
     if not isinstance(data, dict) or "logical_count" not in data:
         raise PlacementError(

@@ -1,8 +1,8 @@
-"""Several hosts: their ranks agree on one placement before weights load, and notice when a host vanishes.
+"""Let the ranks of several hosts agree on one placement, and notice when a host vanishes.
 
 - `identity`: which host this is, and which ranks share one.
-- `parcel`: a placement as text that travels in the engine's config and through its store.
-- `agreement`: what each rank is about to serve, compared on all of them.
+- `handshake`: what each rank is about to serve, compared on all of them before weights load.
+- `session`: a worker's part in both, the same for either engine.
 - `watch`: hosts that do not join, and hosts that vanish.
-- `bounded`: a store whose answers are waited for only so long.
+- `bounded_store`: a store whose answers are waited for only so long.
 """

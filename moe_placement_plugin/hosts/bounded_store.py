@@ -1,7 +1,8 @@
-"""A store whose answers are waited for only so long.
+"""Ask a store whose answers are waited for only so long.
 
-torch's TCPStore waits for an answer without end, its timeout notwithstanding, when the host at the other end vanishes without
-closing its connections (a link that goes down, a machine that loses power).
+torch's TCPStore waits for an answer without end, its timeout notwithstanding, when the host at the
+other end vanishes without closing its connections (a link that goes down, a machine that loses
+power).
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 
 
 class StoreSilent(RuntimeError):
-    """The store did not answer in time; what was asked may have happened or not."""
+    """Say that the store did not answer in time: what was asked may have happened or not."""
 
 
 class BoundedStore:
-    """Asks a store from a thread of its own.
+    """Ask a store from a thread of its own.
 
-    After one silence all further questions are refused: the client's connection is still busy with the first.
+    After one silence all further questions are refused: the client's connection is still busy with
+    the first.
 
     Args:
         store: a torch.distributed store.
@@ -35,11 +37,12 @@ class BoundedStore:
         self._silent: str | None = None
 
     def ask(self, call: Callable[[Any], Any], limit: float | None = None) -> Any:
-        """``call(store)``.
+        """Return what ``call(store)`` returns.
 
         Args:
             call: one operation.
-            limit: seconds to wait, for an operation that blocks by itself; the store's own when left out.
+            limit: seconds to wait, for an operation that blocks by itself; the store's own when
+                left out.
 
         Raises:
             StoreSilent: when it takes longer, or an earlier one did.
@@ -47,7 +50,7 @@ class BoundedStore:
         if self._silent is not None:
             raise StoreSilent(self._silent)
         if self._thread is None:
-            # A daemon: one that waits for a vanished host must not keep the process from ending.
+            # A daemon: a thread that waits for a vanished host must not keep the process alive.
             self._thread = threading.Thread(
                 target=_serve, args=(self._store, self._jobs), name="bounded-store", daemon=True
             )

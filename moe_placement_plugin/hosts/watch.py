@@ -1,8 +1,9 @@
-"""Hosts that do not join, and hosts that vanish: a clear error instead of a wait without end.
+"""Notice hosts that do not join and hosts that vanish: an error instead of a wait without end.
 
-A rank that waits for a peer in a collective cannot be woken; when the peer's machine is gone no connection is closed, and the wait
-lasts until the engine's own timeout (half an hour). So one process of each host shows from a thread that it lives, and ends itself
-when another host does not any more; the engine's own monitor then ends the rest of the host.
+A rank that waits for a peer in a collective cannot be woken; when the peer's machine is gone no
+connection is closed, and the wait lasts until the engine's own timeout (half an hour). So one
+process of each host shows from a thread that it lives, and ends itself when another host does not
+any more; the engine's own monitor then ends the rest of the host.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from ..core.errors import PlacementError
+from ..core.errors import PlacementError, first_line
 
 logger = logging.getLogger("moe_placement_plugin")
 
@@ -24,16 +25,16 @@ DEFAULT_TIMEOUT = 60.0
 """Seconds without a sign of life after which a host counts as gone."""
 
 JOIN_TIMEOUT = 10 * DEFAULT_TIMEOUT
-"""Seconds that the others are waited for at start-up: ten times the timeout of a host."""
+"""Seconds to wait for the others at start-up: ten times the timeout of a host."""
 
 _PREFIX = "moe-placement-hosts"
 
 
 def check_timeout(value: Any, flag: str = "--expert-host-timeout") -> float:
-    """Seconds as a number.
+    """Turn the seconds of a flag into a number.
 
     Raises:
-        PlacementError: when it is none, or too short to be told from a busy machine.
+        PlacementError: when they are no number, or too few to tell a silent host from a busy one.
     """
     try:
         seconds = float(value)
@@ -55,13 +56,14 @@ def end_process(message: str, log: logging.Logger = logger) -> None:
 
 
 class HostWatch:
-    """One process's watch over the other hosts; for one process of each host.
+    """Watch the other hosts, from one process of each host.
 
-    The store is asked from one thread; another one counts how often it has woken since each host last gave a sign. Counting wakes
-    instead of reading a clock keeps a process that was stopped itself from blaming the others.
+    One thread asks the store; another one counts how often it has woken since each host last gave
+    a sign. Counting wakes instead of reading a clock keeps a process that was stopped itself from
+    blaming the others.
 
     Args:
-        store: a connection of its own to a store that all hosts share (``Store.clone``).
+        store: a connection of the watch's own to a store that all hosts share (``Store.clone``).
         host: index of this host.
         names: of all hosts, for messages.
         store_host: index of the host whose process holds the store.
@@ -91,16 +93,17 @@ class HostWatch:
         self._stop = threading.Event()
 
     def start(self) -> HostWatch:
-        """Begin; returns itself."""
+        """Begin to watch, and return this watch."""
         for target, name in ((self._ask, "host-signs"), (self._count, "host-watch")):
             threading.Thread(target=target, name=name, daemon=True).start()
         return self
 
     def stop(self) -> None:
-        """End the watch: this host's own end is not to look like another's."""
+        """End the watch, so that this host's own end does not look like another's."""
         self._stop.set()
 
     def _ask(self) -> None:
+        """Show that this host lives, and note the others' signs; runs in a thread."""
         number = 0
         try:
             while not self._stop.is_set():
@@ -118,9 +121,10 @@ class HostWatch:
         except RuntimeError as error:
             if self._host == self._store_host:  # this process is ending, and its store with it
                 self._stop.set()
-            self._lost = (str(error).splitlines() or [""])[0]
+            self._lost = first_line(error)
 
     def _count(self) -> None:
+        """Count how long each host is silent, and end the process for it; runs in a thread."""
         allowed = round(self.timeout / self.interval)
         while not self._stop.wait(self.interval):
             self._unanswered += 1
@@ -130,25 +134,33 @@ class HostWatch:
             if reason is not None:
                 self._stop.set()
                 self._end(
-                    f"{reason}. This host stops serving; start all hosts again once they reach each other"
+                    f"{reason}. This host stops serving; start all hosts again once they reach "
+                    "each other"
                 )
                 return
 
     def _reason(self, allowed: int) -> str | None:
+        """Say which host is gone: one that was silent for more than ``allowed`` wakes."""
         if self._lost is not None:
-            return f"host {self._names[self._store_host]} has ended: its process that holds the store closed the connection ({self._lost})"
+            return (
+                f"host {self._names[self._store_host]} has ended: its process that holds the store "
+                f"closed the connection ({self._lost})"
+            )
         gone = [other for other, count in self._silent.items() if count > allowed]
         if self._unanswered > allowed:
-            # Nothing of the others is known either then.
+            # Without the store nothing is known of the others either.
             gone = [self._store_host] if self._store_host != self._host else gone
         if gone:
             names = "; ".join(self._names[other] for other in gone)
-            return f"host {names} gave no sign of life for {self.timeout:g} s: it, or the network to it, is down"
+            return (
+                f"host {names} gave no sign of life for {self.timeout:g} s: it, or the network to "
+                "it, is down"
+            )
         return None
 
 
 class JoinWatch:
-    """Around the engine's own wait for all ranks: says what it waits for, and ends it when a host does not come.
+    """Say what the engine's own wait for all ranks waits for, and end it when a host does not come.
 
     Args:
         what: what is waited for, for messages: the address and the hosts.
@@ -158,6 +170,7 @@ class JoinWatch:
     """
 
     every = 30.0
+    """Seconds between two reminders."""
 
     def __init__(
         self,
@@ -185,8 +198,9 @@ class JoinWatch:
             waited = time.monotonic() - began
             if waited >= self._timeout:
                 self._end(
-                    f"waited {self._timeout:g} s for {self._what}, and not all ranks have joined. Start the engine on every host with the same "
-                    "flags; a host that stopped at once says why in its own log (without this plugin: invalid choice for "
+                    f"waited {self._timeout:g} s for {self._what}, and not all ranks have joined. "
+                    "Start the engine on every host with the same flags; a host that stopped at "
+                    "once says why in its own log (without this plugin: invalid choice for "
                     "--expert-placement-strategy, or unrecognized arguments)"
                 )
                 return
@@ -196,7 +210,7 @@ class JoinWatch:
 
 
 def own_connection(store: Any, timeout: float) -> Any:
-    """A further connection to the store, so that a thread does not wait behind what the process itself asks.
+    """Open a further connection to the store, for a thread that must not wait behind the process.
 
     Args:
         store: of the process group.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -24,31 +23,6 @@ from .policy import RebalancePolicy
 from .tables import EngineRanks, rebalance_table
 
 REBALANCE_FLAG = "--expert-rebalance"
-
-
-def add_argument(group: Any) -> None:
-    """Add `REBALANCE_FLAG` to an argparse group."""
-    group.add_argument(
-        REBALANCE_FLAG,
-        default=None,
-        type=_json_object,
-        metavar="JSON",
-        help="When strategy eplb rebalances under --enable-eplb: an object with some of min_gain, "
-        "max_phase_loss, hysteresis, max_bytes, max_pause, staging_bytes, calibration, bandwidth, "
-        "peer_memory (docs/exchange.md).",
-    )
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    import argparse
-
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
 
 
 def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:

@@ -117,37 +117,6 @@ def _in_service(old: np.ndarray, load_shape: tuple[int, ...], num_replicas: int)
     return bool(held.all())
 
 
-def inverse_maps(
-    table: np.ndarray, num_experts: int, usable: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each logical expert lies, and how often.
-
-    Args:
-        table: int ``[layers, slots]``.
-        num_experts: logical experts.
-        usable: bool ``[slots]`` or ``[layers, slots]``, False for slots that no token may go to;
-            all when left out.
-
-    Returns:
-        (logical to physical, int64 ``[layers, experts, most replicas]`` padded with -1; replicas,
-        int64 ``[layers, experts]``).
-    """
-    layers, slots = table.shape
-    experts = table.astype(np.int64)
-    if usable is not None:
-        experts = np.where(usable, experts, num_experts)  # beyond the last one
-    count = np.zeros((layers, num_experts + 1), np.int64)
-    np.add.at(count, (np.arange(layers)[:, None], experts), 1)
-    order = np.argsort(experts, axis=1, kind="stable")
-    sorted_experts = np.take_along_axis(experts, order, axis=1)
-    first = np.cumsum(count, axis=1) - count
-    nth = np.arange(slots) - np.take_along_axis(first, sorted_experts, axis=1)
-    to_physical = np.full((layers, num_experts + 1, int(count.max())), -1, np.int64)
-    to_physical[np.arange(layers)[:, None], sorted_experts, nth] = order
-    count = count[:, :num_experts]
-    return np.ascontiguousarray(to_physical[:, :num_experts, : int(count.max())]), count
-
-
 def warm_up(table: np.ndarray, num_experts: int, num_ranks: int, plans: bool = True) -> None:
     """Compile planner and exchange, which the first rebalance on a machine would wait for.
 

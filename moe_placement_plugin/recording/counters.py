@@ -1,9 +1,10 @@
-"""Counting tokens per logical expert on the device, inside the forward pass.
+"""Count tokens per logical expert on the device, inside the forward pass.
 
-Everything that the forward pass touches is allocated once and keeps its address, so that the few operations
-per layer can be captured in a CUDA graph and replayed. Nothing waits for the device and nothing is copied to
-the host there. The counters only ever grow; windows are differences of snapshots, so no count is lost or
-doubled while a snapshot is being taken beside a running forward pass.
+Everything that the forward pass touches is allocated once and keeps its address, so that the few
+operations per layer can be captured in a CUDA graph and replayed. Nothing waits for the device and
+nothing is copied to the host there. The counters only ever grow; windows are differences of
+snapshots, so no count is lost or doubled while a snapshot is being taken beside a running forward
+pass.
 """
 
 from __future__ import annotations
@@ -17,18 +18,22 @@ PHASES = ("prefill", "decode")
 """What a token was computed for. A snapshot's first axis follows this order."""
 
 _KEPT = 256
-"""Tokens whose choices a CPU keeps before it counts them: numpy's calls, cold after a layer of torch, take longer than
-counting, so that a decode step of few tokens does not pay for them."""
+"""Tokens whose choices a CPU keeps before it counts them.
+
+numpy's calls, cold after a layer of torch, take longer than counting: a decode step of few tokens
+is not to pay for them.
+"""
 
 _UNCOUNTED = 0  # row of padding tokens and of dummy batches; row p + 1 is phase p
 
 
 class LoadCounters:
-    """Token counts per layer, phase and logical expert of one process.
+    """Count tokens per layer, phase and logical expert of one process.
 
-    A token's row (uncounted, prefill, decode) is written before the forward pass, its experts are added during
-    it. One spare slot before and one behind the experts of each row take ids outside ``0..experts-1``: kernels
-    mark skipped tokens with -1, and fused shared experts have ids behind the routed ones.
+    A token's row (uncounted, prefill, decode) is written before the forward pass, its experts are
+    added during it. One spare slot before and one behind the experts of each row take ids outside
+    ``0..experts-1``: kernels mark skipped tokens with -1, and fused shared experts have ids behind
+    the routed ones.
 
     Args:
         num_layers: MoE layers of this process.
@@ -69,11 +74,12 @@ class LoadCounters:
         # What `mark` was told last: one decode step after the other has the same batch.
         self._batch: tuple[bytes, bytes] | None = None
         self._kernel = kernel() if self.device.type == "cuda" else None
-        self._on_host = (
-            (self._counts.numpy(), self._start.numpy()) if self.device.type == "cpu" else None
-        )
+        self._on_host: tuple[np.ndarray, np.ndarray] | None = None
+        if self.device.type == "cpu":
+            self._on_host = self._counts.numpy(), self._start.numpy()
         self._kept = _Kept(num_layers) if self._on_host and not coactivation else None
-        # The forward pass adds to what is kept while a snapshot, in a thread of its own, empties it.
+        # The forward pass adds to what is kept while a snapshot, in a thread of its own, empties
+        # it.
         self._lock = threading.Lock()
         self._is_compiling = torch.compiler.is_compiling
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -113,7 +119,10 @@ class LoadCounters:
         self._marked = tokens
 
     def mark_uncounted(self) -> None:
-        """Say that the coming forward pass is a dummy: profiling, graph capture, an idle data-parallel rank."""
+        """Say that the coming forward pass is a dummy.
+
+        Such are profiling, graph capture and those of an idle data-parallel rank.
+        """
         if self._marked:
             if self._kept is not None:
                 self._kept.end_step()
@@ -151,6 +160,7 @@ class LoadCounters:
             self._pairs[layer].add_((chosen.T @ chosen).long())
 
     def _begin_step(self, layer: int, ids: Any, first: int) -> None:
+        """Keep the first choices of a forward pass, or count them where they cannot be kept."""
         assert self._on_host is not None and self._kept is not None, "asked on the host alone"
         starts = self._on_host[1][first : first + len(ids)]
         if len(starts) < len(ids) or not self._kept.fits(ids):
@@ -167,7 +177,7 @@ class LoadCounters:
             self._add(slice(None), *self._kept.take())
 
     def _add(self, layers: slice, ids: np.ndarray, start: np.ndarray) -> None:
-        """Count ``ids [layers, tokens, top_k]`` whose marks are ``start [tokens, 1]`` on the host."""
+        """Count ``ids [layers, tokens, top_k]`` with marks ``start [tokens, 1]`` on the host."""
         assert self._on_host is not None, "asked on the host alone"
         counts, _ = self._on_host
         ids = ids[:, : len(start)]
@@ -180,7 +190,9 @@ class LoadCounters:
         )
 
     def snapshot(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The counts so far, copied beside the forward pass on a stream of its own; waits only in the calling thread.
+        """Copy the counts so far, beside the forward pass on a stream of their own.
+
+        Only the calling thread waits.
 
         Returns:
             (int64 ``[phases, layers, experts]``, int64 ``[layers, experts, experts]`` or None).
@@ -213,10 +225,10 @@ class LoadCounters:
 
 
 class _Kept:
-    """Choices on the host that are still to be counted, of one forward pass after the other.
+    """Keep choices on the host that are still to be counted, one forward pass after the other.
 
-    A step is what one forward pass, or a part of it with another share of the batch, adds: a block of all layers, in which
-    -1, no expert, stands until a layer has come.
+    A step is what one forward pass, or a part of it with another share of the batch, adds: a block
+    of all layers, in which -1, no expert, stands until a layer has come.
     """
 
     def __init__(self, num_layers: int):
@@ -225,13 +237,17 @@ class _Kept:
         self._marks = np.empty((_KEPT, 1), dtype=np.int64)
         self._shape: Any = None
         self._first = 0
-        # Of the current step, for each layer that has not come yet; and those of steps of this shape, by their first token.
+        # The current step's block, layer by layer; None for a layer that has come.
         self._views: list[Any] = []
+        # First token -> block, for steps of the current shape.
         self._blocks: dict[int, tuple[Any, ...]] = {}
         self.tokens = 0
 
     def add(self, layer: int, ids: Any, first: int) -> bool:
-        """Keep a layer's ``ids`` if they belong to the current step. Whatever is done here is done in each layer."""
+        """Keep a layer's ``ids`` if they belong to the current step; tell whether they do.
+
+        Whatever is done here is done in each layer.
+        """
         if ids.shape != self._shape or first != self._first or not self._views:
             return False
         view = self._views[layer]
@@ -242,7 +258,7 @@ class _Kept:
         return True
 
     def fits(self, ids: Any) -> bool:
-        """Whether they can be kept at all."""
+        """Tell whether choices like ``ids`` can be kept at all."""
         tokens, top_k = ids.shape
         if self._choices is None:
             import torch
@@ -250,11 +266,11 @@ class _Kept:
             # Snapshots write to it outside of inference mode, in which forward passes run.
             with torch.inference_mode(False):
                 self._choices = torch.full((self._num_layers, _KEPT, top_k), -1, dtype=ids.dtype)
-        return (
-            tokens <= _KEPT and top_k == self._choices.shape[2] and ids.dtype == self._choices.dtype
-        )
+        like_others = top_k == self._choices.shape[2] and ids.dtype == self._choices.dtype
+        return bool(tokens <= _KEPT and like_others)
 
     def is_full(self, ids: Any) -> bool:
+        """Tell whether what is kept must be counted before ``ids`` can be kept."""
         return self.tokens + len(ids) > _KEPT
 
     def begin_step(self, ids: Any, first: int, start: np.ndarray) -> None:
@@ -269,11 +285,11 @@ class _Kept:
         self._shape, self._first, self.tokens = ids.shape, first, end
 
     def end_step(self) -> None:
-        """Whatever comes next belongs to another batch, with other marks."""
+        """Take whatever comes next for another batch, with other marks."""
         self._views = []
 
     def take(self) -> tuple[np.ndarray, np.ndarray]:
-        """All of it, choices ``[layers, tokens, top_k]`` and marks ``[tokens, 1]``; nothing is kept any longer."""
+        """Give up all that is kept: choices ``[layers, tokens, top_k]``, marks ``[tokens, 1]``."""
         choices = self._choices[:, : self.tokens]
         taken = choices.numpy().copy(), self._marks[: self.tokens].copy()
         choices.fill_(-1)
@@ -283,7 +299,7 @@ class _Kept:
 
 
 def kernel() -> Any:
-    """The one-kernel version of counting, None where Triton is missing."""
+    """Return the one-kernel version of counting, None where Triton is missing."""
     try:
         from .counters_triton import count  # lazy: heavy
     except ImportError:

@@ -1,7 +1,7 @@
-"""Counting choices in a single Triton kernel; imported only where the counters lie on a GPU.
+"""Count choices in a single Triton kernel; imported only where the counters lie on a GPU.
 
-The number of ids is no constant of the kernel: Triton would compile it anew, while a server serves, for the first batch whose size is
-divisible by 16, and for the first that is not.
+The number of ids is no constant of the kernel: Triton would compile it anew, while a server serves,
+for the first batch whose size is divisible by 16, and for the first that is not.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import triton.language as tl
 _BLOCK = 256
 
 
+# Without annotations, which Triton would take for types of its own.
 @triton.jit(do_not_specialize=["numel"])
-def _count(ids_ptr, start_ptr, counts_ptr, numel, top_k, experts, BLOCK: tl.constexpr):
+def _count(  # type: ignore[no-untyped-def]
+    ids_ptr, start_ptr, counts_ptr, numel, top_k, experts, BLOCK: tl.constexpr
+):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
     expert = tl.load(ids_ptr + at, mask=inside, other=0).to(tl.int64)
@@ -33,7 +36,8 @@ def count(ids: Any, start: Any, counts: Any, num_experts: int) -> None:
 
     Args:
         ids: integers ``[tokens, top_k]``.
-        start: int64 ``[tokens, 1]``, index of expert 0 in the token's row of ``counts``; None where all tokens have one row.
+        start: int64 ``[tokens, 1]``, index of expert 0 in the token's row of ``counts``; None where
+            all tokens have one row.
         counts: integers, flat and contiguous.
         num_experts: ids outside ``0..num_experts-1`` are left out.
     """

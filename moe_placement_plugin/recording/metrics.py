@@ -1,20 +1,23 @@
-"""Expert load and placement as Prometheus metrics on an engine's own ``/metrics``.
+"""Report expert load and placement as Prometheus metrics on an engine's own ``/metrics``.
 
 The process that answers ``/metrics`` holds no model. It reads the recording that the workers write
 (``--expert-load-record``) when it is scraped, so that nothing is added to serving.
 
 | metric | labels | meaning |
 |---|---|---|
-| `moe_expert_tokens_total` | phase | routed tokens (tokens times experts per token times layers) recorded so far |
-| `moe_expert_balancedness` | layer | mean rank load / greatest, newest window |
-| `moe_expert_balancedness_overall` | | sum over layers of the means / sum of the greatest, newest window |
-| `moe_expert_rank_load_ratio` | rank | load of the rank / mean over ranks, all layers, newest window |
-| `moe_expert_hottest_load_ratio` | layer, expert | tokens of the layer's three hottest experts / mean of its experts, newest window |
+| `moe_expert_tokens_total` | phase | routed tokens (tokens x experts per token x layers) so far |
+| `moe_expert_balancedness` | layer | mean rank load / greatest |
+| `moe_expert_balancedness_overall` | | sum over layers of the means / sum of the greatest |
+| `moe_expert_rank_load_ratio` | rank | load of the rank / mean over ranks, all layers |
+| `moe_expert_hottest_load_ratio` | layer, expert | tokens of a layer's hottest experts / mean |
 | `moe_expert_recording_timestamp_seconds` | | when the newest window was written |
-| `moe_placement_events_total` | event | rebalances, moved_bytes, exchange_seconds, verified_slots, verify_failures, rebalance_* also by reason |
+| `moe_placement_events_total` | event | rebalances, moved_bytes, verified_slots, ... |
 
-Rank metrics need expert parallelism; while an engine's own EPLB moves experts they are left out, because only
-it knows where they lie.
+Ratios and balancedness are those of the newest window. Events are also exchange_seconds,
+verify_failures and rebalance_* by reason.
+
+Rank metrics need expert parallelism; while an engine's own EPLB moves experts they are left out,
+because only it knows where they lie.
 """
 
 from __future__ import annotations
@@ -35,15 +38,18 @@ HOTTEST = 3
 
 
 def contiguous(load: ExpertLoad, num_ranks: int) -> Placement:
-    """The engines' default placement of the load's model on ``num_ranks`` ranks."""
-    table = np.tile(np.arange(load.num_experts), (load.num_layers, 1))
+    """Make the engines' default placement of the load's model on ``num_ranks`` ranks."""
     return Placement(
-        table, load.num_experts, even_slots(load.num_experts, num_ranks), load.layer_ids, "linear"
+        physical_to_logical=np.tile(np.arange(load.num_experts), (load.num_layers, 1)),
+        num_logical_experts=load.num_experts,
+        slots_per_rank=even_slots(load.num_experts, num_ranks),
+        layer_ids=load.layer_ids,
+        strategy="linear",
     )
 
 
 class LoadCollector:
-    """A collector that reads a recording when it is scraped.
+    """Collect metrics from a recording when it is scraped.
 
     Args:
         path: the recording.
@@ -57,11 +63,11 @@ class LoadCollector:
         self._families: list[Any] = []
 
     def describe(self) -> list[Any]:
-        """Nothing: prometheus_client would else collect at registration, before there is a file."""
+        """Describe nothing: prometheus_client would collect at once, before there is a file."""
         return []
 
     def collect(self) -> Iterator[Any]:
-        """The metrics of the newest recording, empty before the first."""
+        """Yield the metrics of the newest recording, none before the first."""
         try:
             stat = self.path.stat()
             stamp = (stat.st_mtime, stat.st_ino)
@@ -123,9 +129,10 @@ def _rank_metrics(placement: Placement, newest: np.ndarray) -> Iterator[Any]:
         by_layer.add_metric([str(layer)], float(value))
     yield by_layer
     yield GaugeMetricFamily(
-        "moe_expert_balancedness_overall", "Sum over layers of the mean rank loads / sum of the greatest, newest window.",
+        "moe_expert_balancedness_overall",
+        "Sum over layers of the mean rank loads / sum of the greatest, newest window.",
         value=placement.overall_balancedness(newest),
-    )  # fmt: skip
+    )
     load = placement.rank_load(newest).sum(axis=0)
     by_rank = GaugeMetricFamily(
         "moe_expert_rank_load_ratio",
@@ -138,7 +145,7 @@ def _rank_metrics(placement: Placement, newest: np.ndarray) -> Iterator[Any]:
 
 
 def _newest(load: ExpertLoad) -> np.ndarray:
-    """Counts ``[layers, experts]`` of the newest window of time, its phases together."""
+    """Return the counts ``[layers, experts]`` of the newest window of time, phases together."""
     starts = load.metadata.get("window_start")
     if not isinstance(starts, list) or len(starts) != load.num_windows:
         return load.counts[-1]
@@ -152,16 +159,21 @@ _installed: dict[str, LoadCollector] = {}
 def install(path: str | Path, placement_of: Callable[[ExpertLoad], Placement | None]) -> None:
     """Let this process's ``/metrics`` report the recording at ``path``; harmless when repeated.
 
-    Engines serve either prometheus_client's own registry or, with several processes behind one address, fresh registries
-    around a `MultiProcessCollector`; the collector joins both.
+    Engines serve either prometheus_client's own registry or, with several processes behind one
+    address, fresh registries around a `MultiProcessCollector`; the collector joins both.
+
+    Args:
+        path: the recording.
+        placement_of: the placement in force for a load, or None when ranks mean nothing.
     """
     from wrapt import register_post_import_hook
 
     if str(path) in _installed:
         return
     collector = _installed[str(path)] = LoadCollector(path, placement_of)
-    # prometheus_client decides while it is imported whether values go to files shared by processes. SGLang sets that up
-    # first, so the import must be the engine's own; an engine without metrics never imports it.
+    # prometheus_client decides while it is imported whether values go to files shared by processes.
+    # SGLang sets that up first, so the import must be the engine's own; an engine without metrics
+    # never imports it.
     register_post_import_hook(
         lambda module: module.REGISTRY.register(collector), "prometheus_client"
     )

@@ -1,4 +1,4 @@
-"""Sending a prompt file to a running server over the OpenAI API, with the standard library alone."""
+"""Send a prompt file to a running server over the OpenAI API, by the standard library alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import PlacementError
+from ..formats.atomic import read_bytes
 from ..formats.load_file import read_load
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What was sent and came back.
+    """Count what was sent and came back.
 
     Attributes:
         requests: number of requests.
@@ -36,13 +37,11 @@ class Sent:
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Request bodies from a file of plain lines, or of JSON lines with ``prompt`` or ``messages``.
+    """Read request bodies from a file of lines: plain, or JSON with ``prompt`` or ``messages``.
 
     Raises:
         PlacementError: when the file is missing, holds nothing, or a JSON line has neither.
     """
-    from ..formats.atomic import read_bytes  # lazy: heavy
-
     try:
         lines = [line for line in read_bytes(path, "prompt").decode().splitlines() if line.strip()]
     except UnicodeDecodeError:
@@ -76,6 +75,14 @@ def send(
     timeout: float,
 ) -> Sent:
     """Send all requests and wait for their answers.
+
+    Args:
+        url: of the server, with or without ``/v1``.
+        bodies: as `read_prompts` gives them.
+        model: its name; None for the first that the server lists.
+        max_tokens: to generate for each request.
+        concurrency: requests under way at a time.
+        timeout: seconds to wait for an answer.
 
     Raises:
         PlacementError: when the server cannot be reached or refuses a request.
@@ -125,8 +132,8 @@ def _call(url: str, body: dict[str, Any] | None, timeout: float) -> Any:
 def wait_for_recording(path: Path, before: float, ended: float) -> None:
     """Wait until the recording holds what was answered by ``ended``.
 
-    The server writes once an interval, and only when there is something new: a write after ``ended`` holds
-    everything, and so does the last one when another interval has passed without.
+    The server writes once an interval, and only when there is something new: a write after
+    ``ended`` holds everything, and so does the last one when another interval has passed without.
 
     Args:
         path: the recording.
@@ -137,7 +144,7 @@ def wait_for_recording(path: Path, before: float, ended: float) -> None:
         PlacementError: when nothing was written.
     """
     slack = 5.0
-    interval = 60.0
+    interval = 60.0  # until the recording says which
     while True:
         now = time.time()
         written = path.stat().st_mtime if path.exists() else 0.0
@@ -147,7 +154,7 @@ def wait_for_recording(path: Path, before: float, ended: float) -> None:
                 return
         elif now > ended + interval + slack:
             raise PlacementError(
-                f"the server wrote nothing to {path} in {interval + slack:.0f} s: start it with --expert-load-record {path}, and run this "
-                "command where that file can be read"
+                f"the server wrote nothing to {path} in {interval + slack:.0f} s: start it with "
+                f"--expert-load-record {path}, and run this command where that file can be read"
             )
         time.sleep(0.2)

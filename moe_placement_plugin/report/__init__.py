@@ -1,1 +1,1 @@
-"""What people look at: terminal tables, one self-contained HTML page, figures as PNG."""
+"""Show loads and plans: terminal tables, one self-contained HTML page, figures as PNG."""

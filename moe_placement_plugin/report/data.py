@@ -1,21 +1,27 @@
-"""What the page and the figures draw, computed once from a load and placements."""
+"""Compute what the page and the figures draw, and what ``--json`` of the verbs holds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.errors import PlacementError
 from ..core.load import ExpertLoad
 from ..core.placement import Placement
-from ..simulation.cluster import rows_for
+from ..simulation.cluster import Workload, rows_for
+from ..simulation.simulate import Outcome, Simulation
+
+if TYPE_CHECKING:
+    from ..recording.send_prompts import Sent
+    from ..simulation.costmodel import Calibration
 
 
 @dataclass(frozen=True)
 class PlacementView:
-    """One strategy or plan on a load.
+    """Hold how one strategy or plan fares on a load.
 
     Attributes:
         name: its name.
@@ -36,7 +42,7 @@ class PlacementView:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is drawn.
+    """Hold everything that is drawn.
 
     Attributes:
         title: heading.
@@ -65,7 +71,7 @@ def make_report(
     placements: Mapping[str, Placement],
     layer: int | None = None,
 ) -> Report:
-    """The report on loads of one model, aligned to the same layers.
+    """Make the report on loads of one model, aligned to the same layers.
 
     Args:
         names: of the loads.
@@ -136,12 +142,14 @@ def _window_names(names: Sequence[str], loads: Sequence[ExpertLoad]) -> list[str
 def _pairs(load: ExpertLoad, layer: int | None) -> dict[int, np.ndarray]:
     if layer is not None and layer not in load.layer_ids:
         raise PlacementError(
-            f"--layer {layer}: the load has layers {load.layer_ids[0]}..{load.layer_ids[-1]}; give one of them"
+            f"--layer {layer}: the load has layers {load.layer_ids[0]}..{load.layer_ids[-1]}; give "
+            "one of them"
         )
     if load.coactivation is None:
         if layer is not None:
             raise PlacementError(
-                f"--layer {layer}: the load holds no co-activation; record with --expert-load-coactivation"
+                f"--layer {layer}: the load holds no co-activation; record with "
+                "--expert-load-coactivation"
             )
         return {}
     total = load.total
@@ -151,3 +159,151 @@ def _pairs(load: ExpertLoad, layer: int | None) -> dict[int, np.ndarray]:
         else int((total.max(axis=1) / np.maximum(total.mean(axis=1), 1e-12)).argmax())
     )
     return {load.layer_ids[row]: load.coactivation[row]}
+
+
+def load_facts(load: ExpertLoad) -> dict[str, Any]:
+    """Return what ``show --json`` says of a load."""
+    return {
+        "layer_ids": load.layer_ids,
+        "experts": load.num_experts,
+        "phases": load.phases,
+        "tokens": load.total.sum(axis=1),
+        "max_over_mean": load.total.max(axis=1) / load.total.mean(axis=1).clip(1e-12),
+        "hottest": load.total.argsort(axis=1)[:, ::-1][:, :3],
+        "coactivation": load.coactivation is not None,
+        "metadata": dict(load.metadata),
+    }
+
+
+def plan_facts(plan: Placement) -> dict[str, Any]:
+    """Return what ``show --json`` says of a plan."""
+    return {
+        "strategy": plan.strategy,
+        "digest": plan.digest,
+        "layer_ids": plan.layer_ids,
+        "experts": plan.num_logical_experts,
+        "slots_per_rank": plan.slots_per_rank,
+        "redundant": plan.num_redundant,
+        "most_copies": int(plan.replica_counts.max()),
+        "metadata": dict(plan.metadata),
+    }
+
+
+def shown_facts(
+    workloads: Sequence[Workload],
+    together: ExpertLoad,
+    plans: Mapping[str, Placement],
+    placements: Mapping[str, Placement],
+) -> dict[str, Any]:
+    """Return what ``show --json`` says of loads and plans, without the files that were written.
+
+    Args:
+        workloads: the loads.
+        together: all of them as one.
+        plans: name -> plan, of those that were given.
+        placements: name -> placement, of plans and strategies.
+    """
+    return {
+        "loads": {w.name: load_facts(w.load) for w in workloads},
+        "plans": {name: plan_facts(plan) for name, plan in plans.items()},
+        "balancedness": {
+            name: {
+                "overall": plan.overall_balancedness(together.counts),
+                "per_layer": plan.balancedness(together.total),
+            }
+            for name, plan in placements.items()
+        },
+    }
+
+
+def prediction_facts(
+    made: Placement, before: Placement, workloads: Sequence[Workload], together: ExpertLoad
+) -> dict[str, Any]:
+    """Return what ``plan --json`` predicts of a plan, beside the engine's default placement.
+
+    Args:
+        made: the plan.
+        before: the engine's default.
+        workloads: the loads that it was planned for.
+        together: all of them as one.
+    """
+    return {
+        "strategy": made.strategy,
+        "ranks": made.num_ranks,
+        "redundant": made.num_redundant,
+        "layer_ids": list(made.layer_ids),
+        "balancedness": made.overall_balancedness(together.counts),
+        "linear_balancedness": before.overall_balancedness(together.counts),
+        "balancedness_per_layer": made.balancedness(together.total),
+        "balancedness_per_workload": {
+            w.name: made.overall_balancedness(w.load.counts) for w in workloads
+        },
+    }
+
+
+def recording_facts(path: str, load: ExpertLoad, sent: Sent | None) -> dict[str, Any]:
+    """Return what ``record --json`` says of a recording, and of the prompts that were sent for it.
+
+    Args:
+        path: the recording's file.
+        load: what it holds.
+        sent: what was sent, None when it was only read.
+    """
+    return {
+        "recording": path,
+        "layer_ids": load.layer_ids,
+        "experts": load.num_experts,
+        "phases": load.phases,
+        "routed_tokens": load.counts.sum(),
+        "metadata": dict(load.metadata),
+        "sent": None
+        if sent is None
+        else {
+            "requests": sent.requests,
+            "prompt_tokens": sent.prompt_tokens,
+            "generated_tokens": sent.generated_tokens,
+            "seconds": sent.seconds,
+        },
+    }
+
+
+def simulation_facts(found: Simulation, measured: Calibration | None) -> dict[str, Any]:
+    """Return what ``simulate --json`` says.
+
+    Args:
+        found: the simulation.
+        measured: the calibration that its cost model was fitted to, or None.
+    """
+    return {
+        "workloads": [w.name for w in found.workloads],
+        "layer_ids": found.workloads[0].load.layer_ids,
+        "dead_zone": found.dead_zone,
+        "best": found.best.name,
+        "verdict": found.verdict(),
+        "cost_model": None
+        if found.cost is None or measured is None
+        else vars(found.cost) | {"device": measured.device, "layer": measured.layer},
+        "outcomes": [_outcome_facts(outcome) for outcome in found.outcomes],
+    }
+
+
+def _outcome_facts(outcome: Outcome) -> dict[str, Any]:
+    """Return what a simulation found of one strategy or plan."""
+    step = outcome.step
+    return {
+        "name": outcome.name,
+        "balancedness": outcome.overall,
+        "max_over_mean": outcome.max_over_mean,
+        "per_layer": outcome.per_layer,
+        "per_window": outcome.per_window,
+        "next_window": outcome.next_window,
+        "served": outcome.served,
+        "step": None
+        if step is None
+        else {
+            "tokens": step.tokens,
+            "layer_us": step.layer_us,
+            "ideal_us": step.ideal_us,
+            "total_us": step.total_us,
+        },
+    }

@@ -1,4 +1,7 @@
-"""One self-contained HTML page: figures are drawn by the page's own script from data inside it, nothing is fetched."""
+"""Render one self-contained HTML page; nothing is fetched.
+
+Figures are drawn by the page's own script from data inside it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from .data import Report
 
 
 def render(report: Report) -> str:
-    """The page as text.
+    """Render the page as text.
 
     Values of heatmaps travel as 16-bit steps of a scale, which is finer than a screen can show.
     """
@@ -55,7 +58,7 @@ def _data(report: Report) -> dict[str, Any]:
 
 
 def _relative(pairs: np.ndarray) -> np.ndarray:
-    """Co-activation as a multiple of the mean pair; the diagonal is unused."""
+    """Return co-activation as a multiple of the mean pair; the diagonal is unused."""
     off = ~np.eye(len(pairs), dtype=bool)
     values = np.where(off, pairs, 0).astype(float)
     return values / max(values[off].mean() if off.any() else 0.0, 1e-12)
@@ -79,7 +82,8 @@ def _summary(report: Report) -> str:
         for name, value in report.facts
     )
     cards = "".join(
-        f'<article class="card"><h3>{html.escape(view.name)}</h3><p class="figure">{view.overall:.3f}</p>'
+        f'<article class="card"><h3>{html.escape(view.name)}</h3><p '
+        f'class="figure">{view.overall:.3f}</p>'
         f"<p>balancedness; the busiest rank has {1 / view.overall:.2f}x the mean</p>"
         f'<p class="quiet">{html.escape(view.description)}</p></article>'
         for view in report.placements
@@ -100,6 +104,8 @@ def _worst(report: Report) -> str:
         for row in order
     )
     return (
-        f'<section><h2>Least balanced layers</h2><p class="hint">By balancedness with {html.escape(first.name)}.</p><div class="scroll">'
-        f"<table><thead><tr><th>layer</th>{head}<th>hottest expert</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
+        '<section><h2>Least balanced layers</h2><p class="hint">By balancedness with '
+        f'{html.escape(first.name)}.</p><div class="scroll">'
+        f"<table><thead><tr><th>layer</th>{head}<th>hottest "
+        f"expert</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
     )

@@ -1,4 +1,4 @@
-"""Terminal tables."""
+"""Lay out terminal tables."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def console() -> Console:
-    """A console on stdout; a pipe gets plain text wide enough not to break tables."""
+    """Return a console on stdout; a pipe gets plain text wide enough not to break tables."""
     plain = Console(highlight=False)
     return plain if plain.is_terminal else Console(highlight=False, width=120)
 
 
 def sparkline(values: np.ndarray, width: int = 40) -> str:
-    """Values as bars from zero to their greatest; more values than ``width`` are shown by the greatest of each stretch."""
+    """Draw values as bars from zero to their greatest.
+
+    More values than ``width`` are shown by the greatest of each stretch.
+    """
     values = np.asarray(values, dtype=float)
     if values.size > width:
         values = np.array([part.max() for part in np.array_split(values, width)])
@@ -37,7 +40,7 @@ def sparkline(values: np.ndarray, width: int = 40) -> str:
 
 
 def count(number: float) -> str:
-    """A count in few characters: 12.3k, 4.56M."""
+    """Write a count in few characters: 12.3k, 4.56M."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
             return f"{number / limit:.3g}{unit}"
@@ -45,7 +48,7 @@ def count(number: float) -> str:
 
 
 def worst_layers(balancedness: np.ndarray, limit: int) -> np.ndarray:
-    """Rows of the least balanced layers, worst first."""
+    """Return the rows of the least balanced layers, worst first."""
     return np.argsort(balancedness, kind="stable")[:limit]
 
 
@@ -63,7 +66,10 @@ def _heading(text: str) -> Text:
 def plan_summary(
     made: Placement, before: Placement, workloads: Sequence[Workload], path: str
 ) -> Group:
-    """What ``plan`` prints: prediction against the engine's default, per workload, and the worst layers."""
+    """Lay out what ``plan`` prints: the prediction per workload, and the worst layers.
+
+    The engine's default stands beside it.
+    """
     together = ExpertLoad.concatenate([w.load for w in workloads])
     table = _table(["workload", "windows", "linear", made.strategy])
     for workload in workloads:
@@ -104,20 +110,24 @@ def _nodes(plan: Placement) -> str:
 
 
 def describe(plan: Placement) -> str:
-    """A plan in one line."""
+    """Describe a plan in one line."""
     slots = (
         str(plan.slots_per_rank[0])
         if plan.is_even
         else f"{min(plan.slots_per_rank)} to {max(plan.slots_per_rank)}"
     )
     return (
-        f"Plan {plan.digest[:12]} ({plan.strategy}): {plan.num_layers} layers x {plan.num_logical_experts} experts on {plan.num_ranks} "
+        f"Plan {plan.digest[:12]} ({plan.strategy}): {plan.num_layers} layers x "
+        f"{plan.num_logical_experts} experts on {plan.num_ranks} "
         f"ranks{_nodes(plan)}, {slots} slots each, {plan.num_redundant} redundant"
     )
 
 
 def load_table(workload: Workload, limit: int | None = 12) -> Group:
-    """A load: each layer's skew and hottest experts; the most skewed ``limit`` layers, all when None."""
+    """Lay out a load: each layer's skew and hottest experts.
+
+    The most skewed ``limit`` layers are shown, all when None.
+    """
     load = workload.load
     total = load.total
     mean = np.maximum(total.mean(axis=1), 1e-12)
@@ -139,9 +149,13 @@ def load_table(workload: Workload, limit: int | None = 12) -> Group:
     for row in rows:
         hottest = np.argsort(-total[row], kind="stable")[:3]
         table.add_row(
-            str(load.layer_ids[row]), sparkline(total[row]), count(float(total[row].sum())), f"{skew[row]:.2f}",
-            str(int((total[row] == 0).sum())), "  ".join(f"{e} ({total[row, e] / mean[row]:.1f}x)" for e in hottest),
-        )  # fmt: skip
+            str(load.layer_ids[row]),
+            sparkline(total[row]),
+            count(float(total[row].sum())),
+            f"{skew[row]:.2f}",
+            str(int((total[row] == 0).sum())),
+            "  ".join(f"{e} ({total[row, e] / mean[row]:.1f}x)" for e in hottest),
+        )
     facts = "  ".join(f"{key} {load.metadata[key]}" for key in FACTS if load.metadata.get(key))
     head = (
         f"{workload.name}: {load.num_layers} layers x {load.num_experts} experts, windows: {phases}"
@@ -158,7 +172,7 @@ def load_table(workload: Workload, limit: int | None = 12) -> Group:
 def plan_table(
     plan: Placement, name: str, counts: np.ndarray | None = None, limit: int = 12
 ) -> Group:
-    """A plan, and with counts ``[layers, experts]`` the rank loads that it gives in the worst layers."""
+    """Lay out a plan, and with ``counts [layers, experts]`` the rank loads in the worst layers."""
     parts: list[Any] = [Text(f"{name}: {describe(plan)}")]
     copies = np.bincount(plan.replica_counts.ravel())
     if plan.num_redundant:
@@ -189,15 +203,19 @@ def plan_table(
 
 
 def simulation_table(found: Simulation) -> Group:
-    """Outcomes side by side, the workload matrix of strategies that plan from a load, and the verdict."""
+    """Lay out outcomes side by side, the matrix of workloads, and the verdict."""
     timed = found.cost is not None
     columns = ["strategy", "balancedness", "max/mean", "worst layer", "worst window", "next window"]
     table = _table(columns + (["MoE ms/step", "ideal"] if timed else []))
     for outcome in found.outcomes:
         row = [
-            outcome.name, f"{outcome.overall:.4f}", f"{outcome.max_over_mean:.2f}", f"{outcome.per_layer.min():.4f}",
-            f"{outcome.per_window.min():.4f}", "-" if outcome.next_window is None else f"{outcome.next_window:.4f}",
-        ]  # fmt: skip
+            outcome.name,
+            f"{outcome.overall:.4f}",
+            f"{outcome.max_over_mean:.2f}",
+            f"{outcome.per_layer.min():.4f}",
+            f"{outcome.per_window.min():.4f}",
+            "-" if outcome.next_window is None else f"{outcome.next_window:.4f}",
+        ]
         if outcome.step is not None:
             row += [
                 f"{outcome.step.total_us / 1000:.3f}",
@@ -237,15 +255,18 @@ def simulation_table(found: Simulation) -> Group:
 
 
 def moves_table(moves: Moves, expert_bytes: int | None, bandwidth: float) -> Group:
-    """What ``diff`` prints."""
+    """Lay out what ``diff`` prints."""
     per_layer = moves.received.sum(axis=1)
     lines = [
-        f"{moves.total} of {moves.slots * len(moves.layer_ids)} slots receive an expert from another rank ({moves.share:.1%}), in "
-        f"{int((per_layer > 0).sum())} of {len(moves.layer_ids)} layers; copies change for {int(moves.replicas_changed.sum())} experts.",
+        f"{moves.total} of {moves.slots * len(moves.layer_ids)} slots receive an expert from "
+        f"another rank ({moves.share:.1%}), in "
+        f"{int((per_layer > 0).sum())} of {len(moves.layer_ids)} layers; copies change for "
+        f"{int(moves.replicas_changed.sum())} experts.",
     ]
     if expert_bytes is not None:
         lines.append(
-            f"{count(moves.bytes(expert_bytes))}B cross between ranks, at least {moves.seconds(expert_bytes, bandwidth):.3g} s at "
+            f"{count(moves.bytes(expert_bytes))}B cross between ranks, at least "
+            f"{moves.seconds(expert_bytes, bandwidth):.3g} s at "
             f"{bandwidth / 1e9:g} GB/s per rank."
         )
     else:

@@ -1,4 +1,4 @@
-"""Placement strategies: one file each, one registry, more by entry point.
+"""Hold the placement strategies: one file each, one registry, more by entry point.
 
 A third party adds a strategy with the entry point group ``moe_placement_plugin.strategies``, whose
 objects are `Strategy` instances (or classes without constructor arguments).

@@ -1,4 +1,4 @@
-"""Contiguous blocks whose sizes differ by at most one."""
+"""Place experts in contiguous blocks whose sizes differ by at most one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from .linear import contiguous_table
 
 
 class Balanced(Strategy):
-    """Contiguous blocks, 30 experts on 8 ranks being 4 4 4 4 4 4 3 3 (vLLM PR 21497)."""
+    """Give ranks contiguous blocks, 30 experts on 8 being 4 4 4 4 4 4 3 3 (vLLM PR 21497)."""
 
     name = "balanced"
 
     def place(self, request: PlacementRequest) -> Placement:
+        """Place experts; slots that were asked for rank by rank are dealt out anew."""
         even = replace(
             request, slots_per_rank=even_slots(request.num_slots, request.topology.num_ranks)
         )

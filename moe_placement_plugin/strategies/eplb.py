@@ -1,4 +1,4 @@
-"""Experts placed, and replicated where there are redundant slots, by the load that was recorded."""
+"""Place experts, and replicate them in redundant slots, by the load that was recorded."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from .base import PlacementRequest, Strategy
 
 
 class Eplb(Strategy):
-    """The planner's placement: per layer the busiest rank is as light as the search finds it, over all windows of the load at once."""
+    """Ask the planner, which makes the busiest rank of each layer as light as its search finds."""
 
     name = "eplb"
     needs_load = True
 
     def place(self, request: PlacementRequest) -> Placement:
+        """Place experts for all windows of the load at once."""
         if request.load is None:
             raise PlacementError(
-                "strategy eplb places experts by a recorded load and has none: give --expert-placement-file a recorded load "
-                "or a plan, or choose zigzag or balanced"
+                "strategy eplb places experts by a recorded load and has none: give "
+                "--expert-placement-file a recorded load or a plan, or choose zigzag or balanced"
             )
         from ..planner import plan  # lazy: numba
 
-        found = plan(
+        planned = plan(
             request.load.counts,
             request.slots_per_rank,
             node_of_rank=request.topology.node_of_rank,
             speed=request.topology.speed,
-            **_near(request, request.load),
+            **_locality_arguments(request, request.load),
         )
-        return self._placement(request, found.physical_to_logical)
+        return self._placement(request, planned.physical_to_logical)
 
 
-def _near(request: PlacementRequest, load: ExpertLoad) -> dict[str, Any]:
-    """The planner's arguments for `PlacementRequest.locality`."""
+def _locality_arguments(request: PlacementRequest, load: ExpertLoad) -> dict[str, Any]:
+    """Give the planner's arguments for `PlacementRequest.locality`."""
     if request.locality == "none":
         return {}
     nodes, groups, pairs = request.topology.num_nodes, request.num_groups, load.coactivation
     if nodes == 1:
         raise PlacementError(
-            f"locality {request.locality} with all {request.topology.num_ranks} EP ranks on one node: leave it out"
+            f"locality {request.locality} with all {request.topology.num_ranks} EP ranks on one "
+            "node: leave it out"
         )
     if request.locality == "soft" and pairs is not None and groups == 1:
         return {"coactivation": pairs, "coactivation_goal": "node"}

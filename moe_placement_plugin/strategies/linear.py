@@ -1,4 +1,4 @@
-"""The engines' default: contiguous blocks."""
+"""Place experts as the engines do by themselves: in contiguous blocks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from .base import PlacementRequest, Strategy
 
 
 def contiguous_table(request: PlacementRequest) -> np.ndarray:
-    """int32 ``[slots]``: experts in order, redundant ones repeating them from 0, as vLLM's EPLB begins.
+    """List the experts in order, redundant ones repeating them from 0, int32 ``[slots]``.
 
-    A copy that would meet its expert on the same rank gives way to the next expert that does not.
+    vLLM's EPLB begins so. A copy that would meet its expert on the same rank gives way to the next
+    expert that does not.
     """
     experts = request.num_experts
     table = np.arange(request.num_slots, dtype=np.int32) % experts
@@ -26,7 +27,7 @@ def contiguous_table(request: PlacementRequest) -> np.ndarray:
 
 
 class Linear(Strategy):
-    """Contiguous blocks of experts, rank after rank."""
+    """Give ranks contiguous blocks of experts, one after the other."""
 
     name = "linear"
 

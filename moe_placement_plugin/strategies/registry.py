@@ -1,4 +1,4 @@
-"""Names of strategies."""
+"""Find strategies by name, this package's own and those of others."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ def _third_party() -> dict[str, EntryPoint]:
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name in _BUILT_IN or point.name in ALIASES or point.name in found:
             raise PlacementError(
-                f"strategy {point.name!r} of {point.value} takes a name that is in use: rename its entry point"
+                f"strategy {point.name!r} of {point.value} takes a name that is in use: rename "
+                "its entry point"
             )
         found[point.name] = point
     return found
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Every accepted name, built-in ones first, aliases left out."""
+    """List every accepted name, built-in ones first, aliases left out."""
     return (*_BUILT_IN, *_third_party())
 
 
 def get_strategy(name: str) -> Strategy:
-    """The strategy called ``name``.
+    """Make the strategy called ``name``.
 
     Raises:
         PlacementError: when there is none, or a third party's cannot be loaded.
@@ -53,17 +54,20 @@ def get_strategy(name: str) -> Strategy:
     point = _third_party().get(name)
     if point is None:
         raise PlacementError(
-            f"unknown expert placement strategy {name!r}: choose one of {', '.join((*strategy_names(), *ALIASES))}"
+            f"unknown expert placement strategy {name!r}: choose one of "
+            f"{', '.join((*strategy_names(), *ALIASES))}"
         )
     try:
         loaded = point.load()
     except Exception as error:
         raise PlacementError(
-            f"strategy {name!r} ({point.value}) failed to import: {error}; mend or remove that package"
+            f"strategy {name!r} ({point.value}) failed to import: {error}; mend or remove that "
+            "package"
         ) from error
     strategy = loaded() if isinstance(loaded, type) else loaded
     if not isinstance(strategy, Strategy):
         raise PlacementError(
-            f"strategy {name!r} ({point.value}) is no Strategy: derive it from moe_placement_plugin.strategies.Strategy"
+            f"strategy {name!r} ({point.value}) is no Strategy: derive it from "
+            "moe_placement_plugin.strategies.Strategy"
         )
     return strategy

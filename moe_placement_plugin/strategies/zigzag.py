@@ -1,18 +1,19 @@
-"""Experts dealt to the ranks in turn."""
+"""Deal experts to the ranks in turn."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ..core.placement import Placement
+from ..core.tables import least_copied
 from .base import PlacementRequest, Strategy
 
 
 class Zigzag(Strategy):
-    """Expert e on rank e mod ranks, so that the experts of a group are staggered over all ranks (vLLM PR 23745).
+    """Put expert e on rank e mod ranks, which spreads each group over all ranks (vLLM PR 23745).
 
-    A rank that is full is passed over, so that uneven slots work too. Redundant slots take the expert
-    with the fewest copies that the rank does not hold yet, lowest id first.
+    A rank that is full is passed over, so that uneven slots work too. Redundant slots take the
+    expert with the fewest copies that the rank does not hold yet, lowest id first.
     """
 
     name = "zigzag"
@@ -30,10 +31,7 @@ class Zigzag(Strategy):
         while any(len(h) < s for h, s in zip(held, request.slots_per_rank)):
             for r in range(ranks):
                 if len(held[r]) < request.slots_per_rank[r]:
-                    expert = min(
-                        (e for e in range(request.num_experts) if e not in held[r]),
-                        key=lambda e: (copies[e], e),
-                    )
+                    expert = least_copied(copies, held[r])
                     held[r].append(expert)
                     copies[expert] += 1
         return self._placement(request, np.array([e for h in held for e in h], dtype=np.int32))

@@ -1,5 +1,9 @@
-"""Fingerprints of expert weights: what lies in each physical slot, told apart without moving a weight.
+"""Tell by fingerprints which expert's weights lie in each physical slot, without moving a weight.
 
-`definition` says what the digest is, `digests` computes it where the weights are, `slots` finds an MoE layer's expert
-tensors, `compare` decides whether replicas, exchanges and checkpoints agree.
+- `definition`: what the digest of a slot is.
+- `digests`: computes it where the weights are (`digests_cpu`, `digests_gpu`).
+- `slots`: finds an MoE layer's expert tensors.
+- `compare`: decides whether replicas, exchanges and checkpoints agree.
+- `verify`: a rank's part in a verification.
+- `level`: how far weights are verified.
 """

@@ -1,4 +1,4 @@
-"""Do replicas agree, and does every slot hold the expert that it should? numpy only."""
+"""Decide whether replicas agree and every slot holds the expert that it should; numpy only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.errors import PlacementError
 
 @dataclass(frozen=True, eq=False)
 class LayerDigests:
-    """What one rank's slots of one layer hold.
+    """Hold the digests of one rank's slots of one layer.
 
     Attributes:
         experts: logical expert of each slot, int32 ``[slots]``; -1 for a slot that holds none.
@@ -33,7 +33,11 @@ ExpertDigests = dict[int, tuple[tuple[str, ...], dict[int, np.ndarray]]]
 
 
 class WeightsMismatch(PlacementError):
-    """Weights are not where the placement says. ``differences`` holds a sentence for each."""
+    """Say that weights are not where the placement says.
+
+    Attributes:
+        differences: a sentence for each.
+    """
 
     def __init__(self, what: str, differences: list[str], mend: str):
         self.differences = differences
@@ -44,27 +48,28 @@ class WeightsMismatch(PlacementError):
 
 
 def expert_digests(ranks: Iterable[RankDigests]) -> ExpertDigests:
-    """The digest of every logical expert, from the first rank and slot that holds it.
+    """Take the digest of every logical expert from the first rank and slot that holds it.
 
     Args:
         ranks: digests of every EP rank, in their order.
     """
-    found: ExpertDigests = {}
+    digests: ExpertDigests = {}
     for rank in ranks:
         for layer_id, layer in rank.items():
-            _, experts = found.setdefault(layer_id, (layer.names, {}))
+            _, experts = digests.setdefault(layer_id, (layer.names, {}))
             for expert, value in zip(layer.experts.tolist(), layer.values):
                 if expert >= 0:
                     experts.setdefault(expert, value)
-    return found
+    return digests
 
 
 def check_replicas(ranks: list[RankDigests], num_experts: int | Mapping[int, int]) -> None:
-    """Every expert is somewhere, and all its replicas hold the same bits.
+    """Check that every expert is somewhere, and that all its replicas hold the same bits.
 
     Args:
         ranks: digests of every EP rank, in their order.
-        num_experts: logical experts, of every layer or by layer id; a fused shared expert counts from there on.
+        num_experts: logical experts, of every layer or by layer id; a fused shared expert counts
+            from there on.
 
     Raises:
         WeightsMismatch: naming layers, slots, experts and ranks.
@@ -77,17 +82,17 @@ def check_replicas(ranks: list[RankDigests], num_experts: int | Mapping[int, int
                 if expert < 0:
                     continue
                 here = f"slot {slot} of rank {rank}"
-                other = first.setdefault(
+                there, names, values = first.setdefault(
                     (layer_id, expert), (here, layer.names, layer.values[slot])
                 )
-                if other[1] != layer.names:
+                if names != layer.names:
                     differences.append(
-                        f"layer {layer_id}: {here} has tensors {layer.names}, {other[0]} has {other[1]}"
+                        f"layer {layer_id}: {here} has tensors {layer.names}, {there} has {names}"
                     )
-                elif not np.array_equal(other[2], layer.values[slot]):
-                    wrong = _names(layer.names, other[2] != layer.values[slot])
+                elif not np.array_equal(values, layer.values[slot]):
+                    wrong = _names(names, values != layer.values[slot])
                     differences.append(
-                        f"layer {layer_id}, expert {expert}: {here} and {other[0]} differ in {wrong}"
+                        f"layer {layer_id}, expert {expert}: {here} and {there} differ in {wrong}"
                     )
     for layer_id in sorted({layer for rank in ranks for layer in rank}):
         experts = num_experts if isinstance(num_experts, int) else num_experts[layer_id]
@@ -105,17 +110,19 @@ def check_replicas(ranks: list[RankDigests], num_experts: int | Mapping[int, int
 def check_experts(
     expected: ExpertDigests, ranks: list[RankDigests], what: str, mend: str, first_rank: int = 0
 ) -> None:
-    """Every slot holds the bits that its expert had.
+    """Check that every slot holds the bits that its expert had.
 
     Args:
         expected: digest of every expert, from before an exchange or from a clean load.
         ranks: digests of every EP rank now, in their order.
         what: beginning of the message, such as "weights changed in an exchange".
         mend: end of the message.
-        first_rank: number of the first rank; a rank can check itself alone, since it knows every expert's digest.
+        first_rank: number of the first rank; a rank can check itself alone, since it knows every
+            expert's digest.
 
     Raises:
-        WeightsMismatch: naming layers, slots, experts, ranks and, where another expert's weights are found, which.
+        WeightsMismatch: naming layers, slots, experts, ranks and, where another expert's weights
+            are found, which.
     """
     differences = []
     for rank, layers in enumerate(ranks, first_rank):
@@ -138,14 +145,11 @@ def check_experts(
                     differences.append(f"{here}: expert {expert} is not known")
                 elif not np.array_equal(experts[expert], layer.values[slot]):
                     other = whose.get(layer.values[slot].tobytes())
-                    found = (
-                        "which hold something else"
-                        if other is None
-                        else f"which hold expert {other}"
-                    )
+                    content = "something else" if other is None else f"expert {other}"
                     wrong = _names(names, experts[expert] != layer.values[slot])
                     differences.append(
-                        f"{here} should hold expert {expert}: it differs in {wrong}, {found}"
+                        f"{here} should hold expert {expert}: it differs in {wrong}, which hold "
+                        f"{content}"
                     )
     missing = sorted(set(expected) - {layer for rank in ranks for layer in rank})
     if missing:
@@ -154,21 +158,23 @@ def check_experts(
         raise WeightsMismatch(what, differences, mend)
 
 
-def alike(experts: ExpertDigests) -> list[str]:
-    """Pairs of different experts with equal weights: legal (an upcycled model), and the mark of a loader gone wrong.
+def find_identical_experts(experts: ExpertDigests) -> list[str]:
+    """Find different experts with equal weights.
+
+    An upcycled model has such by right; else they are the mark of a loader gone wrong.
 
     Returns:
         A sentence for each layer that has some.
     """
-    found = []
+    sentences = []
     for layer_id, (_, digests) in sorted(experts.items()):
         groups: dict[bytes, list[int]] = {}
         for expert, value in sorted(digests.items()):
             groups.setdefault(value.tobytes(), []).append(expert)
         same = [group for group in groups.values() if len(group) > 1]
         if same:
-            found.append(f"layer {layer_id}: experts {_list(same[0])} are the same")
-    return found
+            sentences.append(f"layer {layer_id}: experts {_list(same[0])} are the same")
+    return sentences
 
 
 def _names(names: tuple[str, ...], differs: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Digests of slots, computed on the device where the weights are."""
+"""Compute digests of slots, on the device where the weights are."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import numpy as np
 from ..core.errors import PlacementError
 from .definition import BLOCK, KEYS, multipliers, salt
 
-_CHUNK = (
-    64 * BLOCK
-)  # words at a time on devices without a kernel of their own: 2 MiB of 64-bit products
+_CHUNK = 64 * BLOCK
+"""Words at a time on devices without a kernel of their own: 2 MiB of 64-bit products."""
 
 
 def slot_bytes(tensor: Any) -> Any:
-    """The bytes of each slot as they lie in memory, uint8 ``[slots, bytes]``; a view where that can be had.
+    """Give the bytes of each slot as they lie in memory, uint8 ``[slots, bytes]``.
+
+    A view where that can be had.
 
     Args:
-        tensor: torch tensor ``[slots, ...]``. A slot whose elements fill one stretch of memory in any order (a
-            transposed weight) is read in that order; one with gaps is copied in logical order.
+        tensor: torch tensor ``[slots, ...]``. A slot whose elements fill one stretch of memory in
+            any order (a transposed weight) is read in that order; one with gaps is copied in
+            logical order.
     """
     import torch
 
@@ -28,15 +30,13 @@ def slot_bytes(tensor: Any) -> Any:
     if not tensor.is_contiguous() and tensor.numel():
         inner = sorted(range(1, tensor.dim()), key=lambda d: (-tensor.stride(d), -tensor.shape[d]))
         tensor = tensor.permute(0, *inner)
-    return (
-        tensor.contiguous().reshape(slots, -1).view(torch.uint8)
-        if tensor.numel()
-        else torch.empty((slots, 0), dtype=torch.uint8)
-    )
+    if not tensor.numel():
+        return torch.empty((slots, 0), dtype=torch.uint8)
+    return tensor.contiguous().reshape(slots, -1).view(torch.uint8)
 
 
 def tensor_digests(tensor: Any, threads: int | None = None) -> np.ndarray:
-    """Digests of every slot of one tensor.
+    """Compute the digest of every slot of one tensor.
 
     Args:
         tensor: torch tensor ``[slots, ...]`` on any device.
@@ -49,13 +49,15 @@ def tensor_digests(tensor: Any, threads: int | None = None) -> np.ndarray:
 
     data = slot_bytes(tensor)
     if data.device.type == "cpu":
-        # Not at the top: vLLM 0.32's CPU build looks through all modules when a worker starts, and falls over numba's.
+        # Not at the top: vLLM 0.32's CPU build looks through all modules when a worker starts, and
+        # falls over numba's.
         from . import digests_cpu  # lazy: numba
 
         return digests_cpu.digests(
             data.numpy(), torch.get_num_threads() if threads is None else threads
         )
-    return _device_digests(data).cpu().numpy().view(np.uint64)
+    digests: np.ndarray = _device_digests(data).cpu().numpy()
+    return digests.view(np.uint64)
 
 
 def _device_digests(data: Any) -> Any:
@@ -69,10 +71,13 @@ def _device_digests(data: Any) -> Any:
 
 
 def torch_digests(data: Any) -> Any:
-    """The digest in torch's own operators, for devices without a kernel: int64 ``[slots]``, the digests' bits.
+    """Compute the digests in torch's own operators, for devices without a kernel.
 
     Args:
         data: uint8 ``[slots, bytes]``.
+
+    Returns:
+        int64 ``[slots]``, the digests' bits.
     """
     import torch
 
@@ -97,14 +102,15 @@ def torch_digests(data: Any) -> Any:
 def layer_digests(
     tensors: dict[str, Any], threads: int | None = None
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """Digests of every slot of a layer, one for each of its tensors.
+    """Compute the digests of every slot of a layer, one for each of its tensors.
 
     Args:
         tensors: name -> torch tensor ``[slots, ...]``; all with the same number of slots.
         threads: CPU threads; torch's own number by default.
 
     Returns:
-        (names in order, uint64 ``[slots, tensors]``). A digest depends on its tensor's name, shape and type too.
+        (names in order, uint64 ``[slots, tensors]``). A digest depends on its tensor's name, shape
+        and type too.
 
     Raises:
         PlacementError: when the tensors differ in their number of slots.

@@ -1,4 +1,4 @@
-"""The digest on the CPU: numba, one pass over the bytes, as many threads as torch uses."""
+"""Compute digests on the CPU: numba, one pass over the bytes, as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from numba import njit
 
 from .definition import BLOCK, KEYS, multipliers
 
-_SHARE = 1 << 22  # bytes for one thread at a time: long against the call, short against a layer
+_SHARE = 1 << 22
+"""Bytes for one thread at a time: long against the call, short against a layer."""
 
 
 @njit(cache=True, nogil=True)
-def _blocks(words, keys, factors):
-    """Sum over the blocks of ``words`` (uint32) of factor * (sum of key * word), mod 2^64.
-
-    The inner loops run over slices from zero: only then does the compiler see that no index is negative and multiplies
-    eight words at a time.
-    """
+def _blocks(words: np.ndarray, keys: np.ndarray, factors: np.ndarray) -> np.uint64:
+    """Add factor * (sum of key * word) up over the blocks of ``words`` (uint32), mod 2^64."""
+    # The inner loops run over slices from zero: only then does the compiler see that no index is
+    # negative and multiplies eight words at a time.
     total = np.uint64(0)
     size = keys.size
     full = words.size // size
@@ -39,7 +38,7 @@ def _blocks(words, keys, factors):
 
 
 def digests(data: np.ndarray, threads: int = 1) -> np.ndarray:
-    """Digests of every slot.
+    """Compute the digest of every slot.
 
     Args:
         data: uint8 ``[slots, bytes per slot]``, C-contiguous.

@@ -1,22 +1,17 @@
-"""How far weights are verified: the value of ``--expert-placement-verify``."""
+"""Say how far weights are verified: the value of ``--expert-placement-verify``."""
 
 from __future__ import annotations
 
 from ..core.errors import PlacementError
 
 LEVELS = ("off", "replicas", "checkpoint")
-"""off: nothing; replicas: all replicas of an expert hold the same bits and every expert is somewhere; checkpoint: every
-slot also holds what the engine's own loader makes of its expert in a clean load."""
-
-HELP = (
-    "Verify expert weights after loading and after every exchange by fingerprints: off, replicas (all replicas of an expert "
-    "hold the same bits; the default with a placement) or checkpoint (every slot also holds what a clean load of its expert "
-    "gives; the model is loaded twice). A mismatch stops the server."
-)
+"""How far: off, nothing; replicas, all replicas of an expert hold the same bits and every expert is
+somewhere; checkpoint, every slot also holds what the engine's own loader makes of its expert in a
+clean load."""
 
 
 def check_level(value: str | None, placed: bool) -> str:
-    """The level in force.
+    """Return the level in force.
 
     Args:
         value: what the user asked for, None for the default.

@@ -1,4 +1,4 @@
-"""Which tensors of an MoE layer hold the experts' weights, one row for each slot."""
+"""Find the tensors of an MoE layer that hold the experts' weights, one row for each slot."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from typing import Any
 
 from ..core.errors import PlacementError
 
-_WRAPPERS = (
-    "triton_kernels",
-    "vllm.third_party.triton_kernels",
-)  # packages whose tensors hold torch's as storage.data
-_DEPTH = 3  # module -> quantisation method -> kernel -> its quantisation config
+_WRAPPERS = ("triton_kernels", "vllm.third_party.triton_kernels")
+"""Packages whose tensors hold torch's as ``storage.data``."""
+
+_DEPTH = 3
+"""How deep to search: module -> quantisation method -> kernel -> its quantisation config."""
 
 
 class Unverifiable(PlacementError):
-    """A kernel keeps its weights in a way that does not show which bytes are which slot's."""
+    """Say that a kernel keeps its weights in a way that hides which bytes are which slot's."""
 
 
 def expert_tensors(
     layer: Any, slots: int, experts: frozenset[int], ignore: frozenset[str], where: str
 ) -> dict[str, Any]:
-    """Every tensor of a layer that has one row for each of this rank's slots.
+    """Find every tensor of a layer that has one row for each of this rank's slots.
 
-    Kernels re-pack weights after loading and keep some of what they made beside the module, so that its quantisation
-    method is searched too. Tensors without an expert dimension (a scale that all experts share) are left out.
+    Kernels re-pack weights after loading and keep some of what they made beside the module, so that
+    its quantisation method is searched too. Tensors without an expert dimension (a scale that all
+    experts share) are left out.
 
     Args:
         layer: the engine's module of expert weights.
         slots: physical slots of this rank in this layer, fused shared experts included.
-        experts: numbers of rows that a tensor would have if it counted all experts, logical or physical.
+        experts: numbers of rows that a tensor would have if it counted all experts, logical or
+            physical.
         ignore: names that are no expert weights (maps, the router's bias).
         where: the layer's name for messages.
 
@@ -37,8 +39,9 @@ def expert_tensors(
         name -> tensor ``[slots, ...]``, each stretch of memory once.
 
     Raises:
-        PlacementError: when a tensor counts all experts instead of this rank's slots, its rows differ, and so a kernel
-            that reads it by local slot takes other experts' values (SGLang PR 8398).
+        PlacementError: when a tensor counts all experts instead of this rank's slots, its rows
+            differ, and so a kernel that reads it by local slot takes other experts' values (SGLang
+            PR 8398).
         Unverifiable: when no expert weights are found.
     """
     found: dict[str, Any] = {}
@@ -50,19 +53,15 @@ def expert_tensors(
         if rows != slots and rows in experts and name.rpartition(".")[2] not in ignore:
             if not bool((tensor == tensor[:1]).all()):
                 raise PlacementError(
-                    f"{where}: {name} has {rows} rows, one for every expert of the model, where this rank has {slots} slots: its "
-                    "kernel would read other experts' values by local slot; use another quantisation or kernel, or leave the "
-                    "placement flag out"
+                    f"{where}: {name} has {rows} rows, one for every expert of the model, where "
+                    f"this rank has {slots} slots: its kernel would read other experts' values by "
+                    "local slot; use another quantisation or kernel, or leave the placement flag "
+                    "out"
                 )
             continue
         if rows != slots or not _by_slot(tensor):
             continue
-        first = tensor.data_ptr()
-        last = (
-            first
-            + (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1)
-            * tensor.element_size()
-        )
+        first, last = _stretch(tensor)
         # A view of what was found already, such as a scale in the order that a kernel wants it.
         if not any(begin <= first and last <= end for begin, end in stretches):
             stretches.append((first, last))
@@ -70,14 +69,21 @@ def expert_tensors(
     if not any(tensor.dim() >= 2 and "bias" not in name for name, tensor in found.items()):
         shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(layer, ignore)}
         raise Unverifiable(
-            f"{where}: none of its tensors has a row for each of the {slots} slots ({shapes}), so that the weights cannot be "
-            "verified: serve with --expert-placement-verify off, and report this kernel"
+            f"{where}: none of its tensors has a row for each of the {slots} slots ({shapes}), so "
+            "that the weights cannot be verified: serve with --expert-placement-verify off, and "
+            "report this kernel"
         )
     return found
 
 
+def _stretch(tensor: Any) -> tuple[int, int]:
+    """Give the addresses of a tensor's first byte and of the one behind its last."""
+    elements = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
+
+
 def _by_slot(tensor: Any) -> bool:
-    """Whether the rows lie one behind the other; else the first dimension has the right length by accident."""
+    """Tell whether rows lie one behind the other; else there are so many of them by accident."""
     return (
         all(n == 1 or s <= tensor.stride(0) for n, s in zip(tensor.shape[1:], tensor.stride()[1:]))
         or tensor.shape[0] == 1
@@ -85,7 +91,7 @@ def _by_slot(tensor: Any) -> bool:
 
 
 def _unwrapped(value: Any) -> Any:
-    """torch's tensor inside one of triton_kernels' (MXFP4), else the value itself."""
+    """Take torch's tensor out of one of triton_kernels' (MXFP4); return any other value itself."""
     if type(value).__module__.startswith(_WRAPPERS):
         inner = getattr(getattr(value, "storage", None), "data", None)
         return value if inner is None else inner
@@ -111,7 +117,8 @@ def _attributes(
 ) -> Iterator[tuple[str, Any]]:
     import torch
 
-    # SGLang's quantisation methods are modules themselves; other modules that they name are not the layer's own.
+    # SGLang's quantisation methods are modules themselves; other modules that they name are not the
+    # layer's own.
     if (
         id(owner) in seen
         or not hasattr(owner, "__dict__")

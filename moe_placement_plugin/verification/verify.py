@@ -1,4 +1,4 @@
-"""The rank's part in a verification: gather, compare, remember, say how long it took."""
+"""Do a rank's part in a verification: gather, compare, remember, say how long it took."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from .compare import (
     ExpertDigests,
     LayerDigests,
     RankDigests,
-    alike,
     check_experts,
     check_replicas,
     expert_digests,
+    find_identical_experts,
 )
 from .digests import layer_digests
 
-RESTORE = "The server stops: restart it, and if it happens again report the model, the quantisation and this message"
+RESTORE = (
+    "The server stops: restart it, and if it happens again report the model, the quantisation and "
+    "this message"
+)
+"""What to do about weights that changed while serving."""
 
 
 @dataclass
 class Pass:
-    """Digests of one rank's slots, and what they cost.
+    """Hold the digests of one rank's slots, and what they cost.
 
     Attributes:
         layers: layer id -> digests.
@@ -41,7 +45,7 @@ class Pass:
 
     @property
     def num_slots(self) -> int:
-        """Slots of this rank, all layers together."""
+        """Count the slots of this rank, all layers together."""
         return sum(len(layer.experts) for layer in self.layers.values())
 
     def add(self, layer_id: int, experts: np.ndarray, tensors: dict[str, Any]) -> None:
@@ -60,7 +64,7 @@ class Pass:
 
 
 def gather(mine: Any, group: Any, size: int) -> list[Any]:
-    """What every rank has, in the ranks' order.
+    """Gather what every rank has, in the ranks' order.
 
     Args:
         mine: picklable value of this rank.
@@ -71,17 +75,18 @@ def gather(mine: Any, group: Any, size: int) -> list[Any]:
         return [mine]
     import torch
 
-    found: list[Any] = [None] * size
-    torch.distributed.all_gather_object(found, mine, group=group)
-    return found
+    everyones: list[Any] = [None] * size
+    torch.distributed.all_gather_object(everyones, mine, group=group)
+    return everyones
 
 
 def digest_ranks(
     measure: Callable[[], Pass], group: Any, size: int
 ) -> tuple[Pass, list[RankDigests]]:
-    """Digest this rank's slots and share what was found.
+    """Digest this rank's slots and share the digests with all ranks.
 
-    A rank that cannot digest its slots tells the others, so that all stop with its reason instead of waiting for it.
+    A rank that cannot digest its slots tells the others, so that all stop with its reason instead
+    of waiting for it.
 
     Args:
         measure: digests this rank's slots.
@@ -98,11 +103,11 @@ def digest_ranks(
         mine, error = measure(), None
     except PlacementError as caught:
         mine, error = Pass(), str(caught)
-    found = gather((mine.layers, error), group, size)
-    for rank, (_, reason) in enumerate(found):
+    everyones = gather((mine.layers, error), group, size)
+    for rank, (_, reason) in enumerate(everyones):
         if reason is not None:
             raise PlacementError(f"EP rank {rank}: {reason}")
-    return mine, [layers for layers, _ in found]
+    return mine, [layers for layers, _ in everyones]
 
 
 def verify(
@@ -130,17 +135,22 @@ def verify(
     check_replicas(ranks, num_experts)
     if clean is not None:
         check_experts(
-            clean, ranks, "the weights that were loaded are not those of the checkpoint",
-            "The placement or a loader is at fault: leave the placement flag out, and report the model and this message",
-        )  # fmt: skip
+            clean,
+            ranks,
+            "the weights that were loaded are not those of the checkpoint",
+            "The placement or a loader is at fault: leave the placement flag out, and report the "
+            "model and this message",
+        )
     experts = expert_digests(ranks)
-    for sentence in alike(experts):
+    for sentence in find_identical_experts(experts):
         logger.warning(
-            "moe_placement_plugin: %s; right for an upcycled model, else the checkpoint was read wrongly",
+            "moe_placement_plugin: %s; right for an upcycled model, else the checkpoint was read "
+            "wrongly",
             sentence,
         )
     logger.info(
-        "moe_placement_plugin: verified %d slots in %d layers of this rank (%s), %.2f GB in %.3f s (%.1f GB/s)",
+        "moe_placement_plugin: verified %d slots in %d layers of this rank (%s), %.2f GB in %.3f "
+        "s (%.1f GB/s)",
         mine.num_slots,
         len(mine.layers),
         "replicas" if clean is None else "replicas and checkpoint",

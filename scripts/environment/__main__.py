@@ -2,12 +2,14 @@
 
     python3 scripts/environment vllm|sglang DIR [--engine-version V]
 
-Takes the complete lists of requirements/ by uv, which is fetched first. A second call does nothing unless a list, the
-stand-ins, pyproject.toml, the Python version or the checkout's place has changed. DIR appears whole or not at all: it
-is built beside its place, checked, and moved there at the end.
+Takes the complete lists of requirements/ by uv, which is fetched first. A second call does nothing
+unless a list, the stand-ins, pyproject.toml, the Python version or the checkout's place has
+changed. DIR appears whole or not at all: it is built beside its place, checked, and moved there at
+the end.
 
-torch is the CPU build where one is to be had: in the folders and indexes of the caller's pip settings, else in
-PyTorch's own index. Otherwise PyPI's build goes in, which is for CUDA, works alike and is larger; a line says so.
+torch is the CPU build where one is to be had: in the folders and indexes of the caller's pip
+settings, else in PyTorch's own index. Otherwise PyPI's build goes in, which is for CUDA, works
+alike and is larger; a line says so.
 
 The script reads on every Python 3, so that an unsupported one gets a message and no syntax error.
 """
@@ -110,7 +112,8 @@ def install(uv, engine, directory, pins, torch):
         file.writelines(lines)
         file.flush()
         uv.pip("install", python, "--no-deps", "--requirements", file.name)
-    # SGLang must not see half of another copy: the stand-ins are installed, the plugin is linked to this checkout.
+    # SGLang must not see half of another copy: the stand-ins are installed, the plugin is linked to
+    # this checkout.
     local = ["--editable", ROOT] + ([STANDINS] if engine == "sglang" else [])
     # Both environments' builds write beside the source.
     with locked(os.path.join(os.path.dirname(directory), ".build.lock")):

@@ -1,4 +1,7 @@
-"""Run uv, fetched into a folder of its own beside the environments, with the caller's pip settings."""
+"""Run uv, fetched into a folder of its own beside the environments.
+
+It is given the caller's pip settings.
+"""
 
 import contextlib
 import fcntl
@@ -15,7 +18,10 @@ PYTORCH_SECONDS = 5
 
 
 class Uv:
-    """Runs uv with the caller's pip settings; fetched into a folder of its own beside the environments."""
+    """Run uv with the caller's pip settings.
+
+    It is fetched into a folder of its own beside the environments.
+    """
 
     def __init__(self, python, parent):
         self.folder = os.path.join(parent, ".uv")
@@ -118,7 +124,9 @@ def pip_settings():
 
 
 def choose_torch(uv, directory):
-    """Choose the build of torch for an environment: "cpu" where it is to be had, else "cuda" with a line that says so.
+    """Choose the build of torch: "cpu" where it is to be had, else "cuda".
+
+    A line says which.
 
     An index that has the CPU build joins ``uv.arguments``.
     """
@@ -136,8 +144,10 @@ def choose_torch(uv, directory):
         uv.arguments += more
         return "cpu"
     say(
-        f"  {wanted} is in no index or folder of your pip settings (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), and\n"
-        "  PyTorch's index is out of reach: PyPI's CUDA build goes in, which works alike and takes 3 GB more disk"
+        f"  {wanted} is in no index or folder of your pip settings (PIP_EXTRA_INDEX_URL, "
+        "PIP_FIND_LINKS), and\n"
+        "  PyTorch's index is out of reach: PyPI's CUDA build goes in, which works alike and takes "
+        "3 GB more disk"
     )
     return "cuda"
 

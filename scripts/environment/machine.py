@@ -11,7 +11,10 @@ from messages import Failed, say, show
 PYTHONS = ((3, 11), (3, 12))
 GIB = 1 << 30
 NEEDED = {"cpu": 5 * GIB, "cuda": 9 * GIB}
-"""Bytes an environment takes with what it is unpacked from, by the build of torch: 3.7 and 6.8 GB, and a margin."""
+"""Bytes an environment takes with what it is unpacked from, by the build of torch.
+
+That is 3.7 and 6.8 GB, and a margin.
+"""
 
 
 def check_machine():
@@ -23,8 +26,10 @@ def check_machine():
     system, machine = platform.system(), platform.machine()
     if system != "Linux" or machine not in ("x86_64", "AMD64"):
         raise Failed(
-            f"this machine is {system} on {machine}: the engines' CPU builds that are tested here are for Linux on x86-64; "
-            "elsewhere install the plugin beside an engine of your own (pip install moe-placement-plugin)"
+            f"this machine is {system} on {machine}: the engines' CPU builds that are tested here "
+            "are for Linux on x86-64; "
+            "elsewhere install the plugin beside an engine of your own (pip install "
+            "moe-placement-plugin)"
         )
 
 
@@ -88,5 +93,6 @@ def check_space(parent, torch):
     if free < NEEDED[torch]:
         raise Failed(
             f"{show(parent)} has {free / GIB:.1f} GB free, the environment and its downloads need "
-            f"{NEEDED[torch] / GIB:.0f} GB: free some, or give another place (make test ENVS=/place)"
+            f"{NEEDED[torch] / GIB:.0f} GB: free some, or give another place (make test "
+            "ENVS=/place)"
         )

@@ -5,7 +5,7 @@ import sys
 
 
 class Failed(Exception):
-    """Ends the script with one line."""
+    """End the script with one line."""
 
 
 PREFIX = []
@@ -42,7 +42,8 @@ def explain(text, doing):
             f"{NO_ANSWER} ({doing}): check the network, or set PIP_INDEX_URL to an index within "
             "reach, and call again"
         )
-    lines = [line.strip(" │╰─▶×") for line in text.strip().splitlines() if line.strip(" │╰─▶×")]
+    stripped = (line.strip(" │╰─▶×") for line in text.strip().splitlines())
+    lines = [line for line in stripped if line]
     return "{} failed: {}".format(doing, " / ".join(lines[-3:]) or "it said nothing")
 
 

@@ -1,4 +1,4 @@
-"""What is shipped under examples/ is what its pages say."""
+"""Check that what is shipped under examples/ is what its pages say."""
 
 import runpy
 

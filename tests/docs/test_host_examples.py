@@ -1,4 +1,4 @@
-"""The examples for several hosts pass their formats' own linters."""
+"""Check that the examples for several hosts pass their formats' own linters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRIPTS = [EXAMPLES / "slurm.sh", *sorted((ROOT / "scripts").glob("*.sh"))]
 
 
 def tool(name: str) -> str:
-    """A linter beside this interpreter, or on the path."""
+    """Return a linter beside this interpreter, or on the path."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is not installed (requirements/vllm.txt has it)")
@@ -39,7 +39,8 @@ def test_kubernetes():
     lint(
         tool("yamllint"),
         "-d",
-        "{extends: default, rules: {line-length: {max: 150}, comments: {min-spaces-from-content: 1}}}",
+        "{extends: default, rules: {line-length: {max: 150}, comments: {min-spaces-from-content: "
+        "1}}}",
         "-s",
         manifest,
     )
@@ -81,7 +82,10 @@ def test_slurm_gives_vllm_flags_that_it_has(tmp_path):
     assert first.replace("--node-rank 0", "") == second.replace("--headless ", "").replace(
         "--node-rank 1", ""
     )
-    child = "import sys; sys.argv[1:] = sys.argv[1].split()[2:]; from tests.support.vllm_headless import parser; print(parser().parse_args())"
+    child = (
+        "import sys; sys.argv[1:] = sys.argv[1].split()[2:]; "
+        "from tests.support.vllm_headless import parser; print(parser().parse_args())"
+    )
     parsed = subprocess.run(
         [sys.executable, "-c", child, second], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
@@ -97,13 +101,16 @@ def test_slurm_gives_vllm_flags_that_it_has(tmp_path):
 
 
 def test_docs_name_flags_and_keys_that_there_are():
-    """docs/hosts.md and README say the flags as the parsers have them, and the numbers of the code."""
-    from moe_placement_plugin.engines.common import host_flags
+    """docs/hosts.md and README say the flags as the parsers have them.
+
+    They also say the numbers of the code.
+    """
+    from moe_placement_plugin.engines.common import options
     from moe_placement_plugin.formats import packed
     from moe_placement_plugin.hosts import watch
 
     text = (ROOT / "docs" / "hosts.md").read_text()
-    for flag in (host_flags.LOCALITY_FLAG, host_flags.TIMEOUT_FLAG):
+    for flag in (options.LOCALITY.flag, options.HOST_TIMEOUT.flag):
         assert flag in text and flag in (ROOT / "README.md").read_text()
     assert (
         f"({watch.DEFAULT_TIMEOUT:g} s;" in text

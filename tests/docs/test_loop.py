@@ -1,4 +1,7 @@
-"""The walk through the loop: its commands are executed, its dashboard asks for metrics that exist."""
+"""Execute the commands of the walk through the loop.
+
+Its dashboard asks for metrics that exist.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def test_commands_of_the_walk(tmp_path):
     command = tmp_path / "bin" / "moe-placement"
     command.parent.mkdir()
     command.write_text(
-        f'#!/bin/sh\nexec {sys.executable} -c "from moe_placement_plugin.cli import main; main()" "$@"\n'
+        f'#!/bin/sh\nexec {sys.executable} -c "from moe_placement_plugin.cli import main; main()" '
+        '"$@"\n'
     )
     command.chmod(0o755)
     script = "set -e\n" + "\n".join(blocks)

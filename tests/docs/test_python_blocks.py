@@ -1,4 +1,4 @@
-"""The Python blocks of the pages run, and do what the pages say."""
+"""Run the Python blocks of the pages, and check that they do what the pages say."""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
-"""Runs an engine's cases on two GPUs, several at a time, and prints a table.
+"""Run an engine's cases on two GPUs, several at a time, and print a table.
 
-    python -m tests.gpu vllm|sglang OUT [NAME ...]      all cases, or those named and what they are compared with
+    python -m tests.gpu vllm|sglang OUT [NAME ...]
 
-Exits with 1 when a case differs from the one that it is like. Tolerances: tokens may part where float32 kernels add in
-another order, which the table shows as the tokens that agree; log probabilities are compared up to there.
+All cases are run, or those named and what they are compared with.
+
+Exits with 1 when a case differs from the one that it is like. Tolerances: tokens may part where
+float32 kernels add in another order, which the table shows as the tokens that agree; log
+probabilities are compared up to there.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from tests.support.children import run_child
 from tests.support.paths import ROOT
 
 AT_ONCE = 4
-LIMIT_S = 240
-TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
+LIMIT_S = 200
+DTYPE = {"vllm": "float32", "sglang": "bfloat16"}
+"""Of cases that name none; SGLang's norms of a GPU take no float32."""
+TOLERANCE = {"float32": 1e-2, "bfloat16": 0.15}
 """Between log probabilities of the same token."""
 
 
@@ -63,15 +68,20 @@ def main() -> None:
         results = dict(zip((c["name"] for c in cases), pool.map(run, enumerate(cases))))
     (out / f"{engine}-all.json").write_text(json.dumps(results))
     versions = subprocess.run(
-        [sys.executable, "-c", f"import torch, {engine}; print({engine}.__version__, torch.__version__)"],
-        capture_output=True, text=True,
-    ).stdout.split("\n")[-2:-1]  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            f"import torch, {engine}; print({engine}.__version__, torch.__version__)",
+        ],
+        capture_output=True,
+        text=True,
+    ).stdout.split("\n")[-2:-1]
     print(f"\n{engine} {versions}; {len(cases)} engines on two GPUs")
-    good = all([report(case, results) for case in cases])
+    good = all([report(case, results, engine) for case in cases])
     sys.exit(0 if good else 1)
 
 
-def report(case: dict[str, Any], results: dict[str, Any]) -> bool:
+def report(case: dict[str, Any], results: dict[str, Any], engine: str) -> bool:
     """Print a case's lines; whether it is as it should be."""
     mine = results[case["name"]]
     theirs = results.get(case["like"] or "", {"steps": []})
@@ -85,8 +95,11 @@ def report(case: dict[str, Any], results: dict[str, Any]) -> bool:
         if "ended" in step or "answers" not in step:
             said, good = f"{said} ENDED {step.get('ended', '')[:300]}", False
         elif weights in expected:
-            dtype = case["engine"].get("dtype", "float32")
-            text, same = compare(step, expected[weights], dtype)
+            dtype = case["engine"].get("dtype", DTYPE[engine])
+            control = step["step"] == "sabotage"  # what wrong experts do must show in the answers
+            seen = {k: v for k, v in step.items() if not (control and k == "digests")}
+            text, same = compare(seen, expected[weights], dtype)
+            same = same != control
             said, good = f"{said} {text}", good and same
         if step.get("retries"):
             said += f" after {step['retries']} refusals while experts moved"
@@ -103,7 +116,7 @@ def report(case: dict[str, Any], results: dict[str, Any]) -> bool:
 
 
 def by_weights(steps: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """(the weights that were in force, step) of each step."""
+    """Return (the weights that were in force, step) of each step."""
     found, weights = [], "first"
     for step in steps:
         if isinstance(step["step"], dict) and not step["error"]:
@@ -113,7 +126,7 @@ def by_weights(steps: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def compare(step: dict[str, Any], expected: dict[str, Any], dtype: str) -> tuple[str, bool]:
-    """How a step's answers and weights differ from the expected ones."""
+    """Compare a step's answers and weights with the expected ones."""
     total = agree = 0
     worst = 0.0
     for mine, theirs in zip(step["answers"], expected["answers"]):
@@ -136,7 +149,7 @@ def compare(step: dict[str, Any], expected: dict[str, Any], dtype: str) -> tuple
 
 
 def by_expert(ranks: list[dict[str, Any]]) -> dict[tuple[str, int], set]:
-    """(layer, expert) -> digests of its weights in all of its slots."""
+    """Return the digests of each expert's weights in all of its slots, by (layer, expert)."""
     found: dict[tuple[str, int], set] = {}
     for rank in ranks:
         for layer, slots in rank["layers"].items():

@@ -1,10 +1,11 @@
-"""Child process: one SGLang on two GPUs, asked for answers between the steps of a case.
+"""Run one SGLang on two GPUs in a child process, asked for answers between steps.
 
     python -m tests.gpu.sglang_child CASE.json RESULT.json
 
-A case is {"engine": {Engine's arguments}, "steps": [step, ...]}; a step is "answer", "sleep" (memory of weights and KV
-cache released and taken again) or {"disk": a checkpoint}. Every step ends with answers. The result has per step
-{"error", "answers", "seconds"}, and after all what SGLang's weight checker said.
+A case is {"engine": {Engine's arguments}, "steps": [step, ...]}; a step is "answer", "sleep"
+(memory of weights and KV cache released and taken again) or {"disk": a checkpoint}. Every step ends
+with answers. The result has per step {"error", "answers", "seconds"}, and after all what SGLang's
+weight checker said.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ def step_of(engine: Any, step: Any) -> None:
     """
     if step == "answer":
         return
-    from tests.integration.sglang.engine_child import _update
+    from tests.integration.sglang.engine_child import update_weights
 
     if isinstance(step, dict):
-        succeeded, message = _update(engine, {"how": "disk", "path": step["disk"]})
+        succeeded, message = update_weights(engine, {"how": "disk", "path": step["disk"]})
         if not succeeded:
             raise RuntimeError(message)
         return
@@ -39,23 +40,32 @@ def step_of(engine: Any, step: Any) -> None:
 
 
 def main() -> None:
-    """Run the case; the result is written after every step, since an engine can end this process."""
+    """Run the case, and write the result after every step, since an engine can end this process."""
     case, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     import sglang
 
-    from tests.integration.sglang.engine_child import _check, row_of
+    from tests.integration.sglang.engine_child import check_weights, row_of
     from tests.integration.sglang.engines import PROMPTS
 
     began = time.monotonic()
     engine = sglang.Engine(
         **{
-            "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none",
-            "enforce_disable_flashinfer_allreduce_fusion": True, "dtype": "float32", "tp_size": 2,
-            "ep_size": 2, "skip_tokenizer_init": True, "skip_server_warmup": True, "log_level": "info",
-            "max_total_tokens": 8192, "max_running_requests": 8, "mem_fraction_static": 0.2,
+            "attention_backend": "triton",
+            "sampling_backend": "pytorch",
+            "grammar_backend": "none",
+            "enforce_disable_flashinfer_allreduce_fusion": True,
+            "dtype": "bfloat16",
+            "tp_size": 2,
+            "ep_size": 2,
+            "skip_tokenizer_init": True,
+            "skip_server_warmup": True,
+            "log_level": "info",
+            "max_total_tokens": 8192,
+            "max_running_requests": 8,
+            "mem_fraction_static": 0.2,
         }
         | case["engine"]
-    )  # fmt: skip
+    )
     result: dict = {"start_s": time.monotonic() - began, "steps": []}
     sampling = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
 
@@ -79,7 +89,7 @@ def main() -> None:
     if case.get("check"):
         from moe_placement_plugin.engines.sglang.verification import ACTION
 
-        result["check"] = _check(engine, ACTION)
+        result["check"] = check_weights(engine, ACTION)
         path.write_text(json.dumps(result))
     time.sleep(case.get("rest", 0))
     engine.shutdown()

@@ -2,10 +2,11 @@
 
     python -m tests.gpu.vllm_child CASE.json RESULT.json
 
-A case is {"engine": {LLM arguments}, "steps": [step, ...]}; a step is "answer", "sleep 1", "sleep 2" (and the weights
-read anew), or {"reload": arguments of reload_weights}. Every step ends with answers. An update that is refused since
-EPLB moves experts in the background is tried again after some more answers, as the message says. The result has per step
-{"error", "answers", "digests", "retries", "seconds"}, and what the draft did.
+A case is {"engine": {LLM arguments}, "steps": [step, ...]}; a step is "answer", "sleep 1", "sleep 2"
+(and the weights read anew), "sabotage" (experts at their neighbours' weights), or {"reload":
+arguments of reload_weights}. Every step ends with answers. An update that is refused since EPLB moves
+experts in the background is tried again after some more answers, as the message says. The result has
+per step {"error", "answers", "digests", "retries", "seconds"}, and what the draft did.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def step_of(llm: Any, step: Any) -> None:
     if isinstance(step, dict):
         llm.collective_rpc("reload_weights", kwargs=step["reload"])
         return
+    if step == "sabotage":
+        from tests.support.vllm_probes import sabotage
+
+        llm.collective_rpc(sabotage)
+        return
     level = int(step.split()[1])
     llm.sleep(level=level)
     if level == 1:
@@ -66,13 +72,14 @@ def main() -> None:
     moe_placement_plugin.enable()
     from vllm import LLM
 
-    from tests.support.vllm_runner import PROMPTS, generate, slot_digests
+    from tests.support.vllm_probes import slot_digests
+    from tests.support.vllm_runner import PROMPTS, generate
 
     began = time.monotonic()
     llm = LLM(
         max_model_len=512, max_num_batched_tokens=512, max_num_seqs=8, tensor_parallel_size=2,
         enable_expert_parallel=True, enable_prefix_caching=False, disable_log_stats=False,
-        kv_cache_memory_bytes=1 << 30, **{"enforce_eager": True, "dtype": "float32"} | case["engine"],
+        kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.2, **{"enforce_eager": True, "dtype": "float32"} | case["engine"],
     )  # fmt: skip
     result: dict = {"start_s": time.monotonic() - began, "steps": []}
     result["workers"] = llm.collective_rpc(describe)
@@ -98,10 +105,7 @@ def main() -> None:
         row["seconds"] = round(time.monotonic() - at, 2)
         try:
             row["answers"] = answers()
-            if (
-                row["error"] is None
-            ):  # vLLM leaves other ranks' answers to a refused call in its queue
-                row["digests"] = llm.collective_rpc(slot_digests)
+            row["digests"] = llm.collective_rpc(slot_digests)
         except Exception as error:  # noqa: BLE001 - it is the result
             row["ended"] = f"{type(error).__name__}: {error}"
             path.write_text(json.dumps(result))

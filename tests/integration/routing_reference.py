@@ -1,4 +1,7 @@
-"""The routing that Hugging Face's implementation of a tiny model computes, to hold recordings against."""
+"""Compute the routing of a tiny model with Hugging Face's implementation.
+
+Recordings are held against it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 
 
 class Reference:
-    """Expected counts of a recording.
+    """Compute the expected counts of a recording.
 
     Args:
         model: a Qwen3-MoE checkpoint.
@@ -23,7 +26,7 @@ class Reference:
         self.network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
-        """The answer of so many tokens to a prompt of token ids."""
+        """Return the answer of so many tokens to a prompt of token ids."""
         ids = self._torch.tensor([prompt])
         found = self.network.generate(
             ids,
@@ -37,7 +40,10 @@ class Reference:
     def expected(
         self, prompts: list[list[int]], answers: list[list[int]]
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Counts per phase ``[layers, experts]`` and pairs ``[layers, experts, experts]`` of greedy answers to prompts of token ids."""
+        """Count what greedy answers to prompts of token ids route.
+
+        Returns counts per phase ``[layers, experts]`` and pairs ``[layers, experts, experts]``.
+        """
         config = self.network.config
         layers, experts = config.num_hidden_layers, config.num_experts
         counts = {phase: np.zeros((layers, experts), int) for phase in ("prefill", "decode")}
@@ -60,7 +66,10 @@ class Reference:
 
 
 def check(load, counts: dict[str, np.ndarray], pairs: np.ndarray | None) -> None:
-    """Assert that a recording holds these counts: once per token and layer, no warm-up, no padding."""
+    """Assert that a recording holds these counts: once per token and layer, without a warm-up.
+
+    Padding is not counted either.
+    """
     for phase, expected in counts.items():
         got = sum(window for window, p in zip(load.counts, load.phases) if p == phase)
         assert got.sum(axis=1).tolist() == expected.sum(axis=1).tolist(), phase

@@ -1,1 +1,1 @@
-"""What tests share."""
+"""Hold what tests share."""

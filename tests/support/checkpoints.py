@@ -1,4 +1,4 @@
-"""Checkpoints in other layouts than those that the tiny models are written in."""
+"""Write checkpoints in other layouts than those that the tiny models are written in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def fuse_experts(source: Path, target: Path) -> Path:
-    """Copy a checkpoint with all experts of a layer in one tensor: ``gate_up_proj`` [experts, 2 I, H], ``down_proj`` [experts, H, I].
+    """Copy a checkpoint with all experts of a layer in one tensor.
+
+    They are ``gate_up_proj [experts, 2 * width, hidden]`` and ``down_proj [experts, hidden,
+    width]``.
 
     The layout in which transformers 5 writes Qwen3-MoE.
     """

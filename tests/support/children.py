@@ -1,8 +1,8 @@
-"""Run engines in child processes: two at a time on this machine, with timeouts, ended by process group.
+"""Run engines in child processes: two at a time, with timeouts, ended by process group.
 
-Engines kill their caller when they die, so none ever runs inside pytest. Starting one takes a core or
-so and a gigabyte or two: two suites side by side use two cores well, more would only wait for each
-other, so that suites take turns through lock files.
+Engines kill their caller when they die, so none ever runs inside pytest. Starting one takes a core
+or so and a gigabyte or two: two suites side by side use two cores well, more would only wait for
+each other, so that suites take turns through lock files.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _locked(handle) -> bool:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a child process left behind.
+    """Hold what a child process left behind.
 
     Attributes:
         code: exit code, negative for a signal, None when it ran out of time and was ended.
@@ -88,13 +88,19 @@ def run_child(
 ) -> Finished:
     """Run a command to its end, or to ``timeout`` seconds.
 
-    ``env`` is added to this process's environment; a value of "" removes nothing and sets the empty string.
+    ``env`` is added to this process's environment; a value of "" removes nothing and sets the empty
+    string.
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **(env or {})}, cwd=cwd,
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             code: int | None = process.wait(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -106,10 +112,10 @@ def run_child(
 
 
 def python_path(*folders: Path | str) -> str:
-    """``PYTHONPATH`` for a child: some folders, this repository, what this process was given."""
+    """Return ``PYTHONPATH`` for a child: some folders, this repository, what was given."""
     return os.pathsep.join(map(str, filter(None, [*folders, ROOT, os.environ.get("PYTHONPATH")])))
 
 
 def python(*arguments: str) -> list[str]:
-    """A command that runs this interpreter."""
+    """Return a command that runs this interpreter."""
     return [sys.executable, *arguments]

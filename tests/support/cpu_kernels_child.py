@@ -1,9 +1,9 @@
-"""Child process: vLLM's real quantized CPU kernels on two emulated ranks against one rank.
+"""Compare vLLM's real quantized CPU kernels on two emulated ranks with one rank.
 
     python -m tests.support.cpu_kernels_child int8|fp8
 
-vLLM serves them only on machines with AMX (elsewhere they die on an illegal instruction at larger batches);
-a handful of tokens takes the AVX-512 path, which runs here too.
+vLLM serves them only on machines with AMX (elsewhere they die on an illegal instruction at larger
+batches); a handful of tokens takes the AVX-512 path, which runs here too.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ NEEDED = {
     "int8": ("convert_weight_packed", "fused_experts_cpu"),
     "fp8": ("convert_weight_packed", "fused_experts_cpu"),
 }
-"""Operators that each kind calls; vLLM has libraries with and without them, and chooses by processor."""
+"""Operators that each kind calls.
+
+vLLM has libraries with and without them, and chooses by processor.
+"""
 
 EXPERTS, HIDDEN, WIDTH, TOKENS, TOP_K = 6, 128, 128, 3, 2
 MAPS = ([0, -1, 1, -1, 2, -1], [-1, 0, -1, 1, -1, 2])
 
 
 def int8_experts(w13: torch.Tensor, w2: torch.Tensor):
-    """(kernel class, its state, weights) for float weights ``[experts, out, in]``."""
+    """Return (kernel class, its state, weights) for float weights ``[experts, out, in]``."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
 
     def quantize(w):
@@ -37,7 +40,7 @@ def int8_experts(w13: torch.Tensor, w2: torch.Tensor):
 
 
 def fp8_experts(w13: torch.Tensor, w2: torch.Tensor):
-    """The same for 128 x 128 blocks of float8."""
+    """Return the same for 128 x 128 blocks of float8."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
         CPUExpertsFp8,
         prepare_fp8_moe_layer_for_cpu,
@@ -84,9 +87,23 @@ def main() -> None:
         experts, state, q13, q2 = make(w13[local], w2[local])
         output = torch.empty_like(x)
         experts.apply(
-            state, output, x.clone(), q13, q2, weights.clone(), ids.clone(), MoEActivation.SILU, EXPERTS, expert_map, None, None,
-            torch.empty(0), torch.empty(0), None, False,
-        )  # fmt: skip
+            state,
+            output,
+            x.clone(),
+            q13,
+            q2,
+            weights.clone(),
+            ids.clone(),
+            MoEActivation.SILU,
+            EXPERTS,
+            expert_map,
+            None,
+            None,
+            torch.empty(0),
+            torch.empty(0),
+            None,
+            False,
+        )
         return output.float()
 
     whole = run(list(range(EXPERTS)), None)

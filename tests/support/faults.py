@@ -1,7 +1,8 @@
-"""What can go wrong with expert weights in a serving process: each fault corrupts one rank's layer in place.
+"""Corrupt expert weights in a serving process: each fault, one rank's layer in place.
 
-A fault takes (layer, other, slots): the tensors of one MoE layer and of another, name -> tensor ``[slots, ...]``, and two
-slots of this rank. Tensors beside w13 and w2 (scale, zero point, bias) are those of `attach`.
+A fault takes (layer, other, slots): the tensors of one MoE layer and of another, name -> tensor
+``[slots, ...]``, and two slots of this rank. Tensors beside w13 and w2 (scale, zero point, bias)
+are those of `attach`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ W13, W2 = "w13_weight", "w2_weight"
 
 
 def attach(module, slots: int) -> None:
-    """Give a module of unquantized experts a scale, zero points and a bias, as quantized ones have."""
+    """Give a module of unquantized experts what quantized ones have: scale, zero points, bias."""
     generator = torch.Generator().manual_seed(slots)
     module.register_buffer(
         "w13_weight_scale", torch.rand(slots, 4, generator=generator), persistent=False
@@ -26,7 +27,7 @@ def attach(module, slots: int) -> None:
 
 
 def _bits(tensor):
-    """The tensor's bytes as a flat view, a row for each slot."""
+    """Return the tensor's bytes as a flat view, a row for each slot."""
     return tensor.view(tensor.shape[0], -1).view(torch.uint8)
 
 
@@ -39,7 +40,10 @@ def flip_bit(name, at):
 
 
 def nan_payload(layer, other, a, b):
-    """From one quiet NaN to another: equal as numbers go, different bits. The first is put there before the baseline."""
+    """Change one quiet NaN to another: equal as numbers go, different bits.
+
+    The first is put there before the baseline.
+    """
     layer[W2].view(layer[W2].shape[0], -1).view(torch.int32)[a, 5] = 0x7FC00002
 
 
@@ -48,7 +52,7 @@ def sign_of_zero(layer, other, a, b):
 
 
 def prepare(layer, a) -> None:
-    """What `nan_payload` and `sign_of_zero` change."""
+    """Put there what `nan_payload` and `sign_of_zero` change."""
     flat = layer[W2].view(layer[W2].shape[0], -1)
     flat.view(torch.int32)[a, 5] = 0x7FC00001
     flat[a, 6] = 0.0
@@ -95,7 +99,7 @@ def shifted(layer, other, a, b):
 
 
 def half_moved(layer, other, a, b):
-    """An exchange that moved w13 and forgot w2."""
+    """Move w13 and forget w2, as an exchange might."""
     _swap(layer[W13], a, b)
 
 
@@ -114,7 +118,7 @@ def rounded(layer, other, a, b):
 
 
 def rolled(layer, other, a, b):
-    """All slots one further, as an index that is off by one leaves them."""
+    """Move all slots one further, as an index that is off by one leaves them."""
     for tensor in layer.values():
         tensor.copy_(tensor.roll(1, 0))
 
@@ -132,7 +136,7 @@ def bias(layer, other, a, b):
 
 
 def processed_twice(layer, other, a, b):
-    """A kernel's re-packing run again over weights that were packed already."""
+    """Run a kernel's re-packing again over weights that were packed already."""
     layer[W13][a] = layer[W13][a].flatten().view(2, -1).t().reshape(layer[W13][a].shape)
 
 

@@ -1,7 +1,7 @@
 """Run ``moe-placement`` in a process forked from one that has imported it.
 
-A command takes tens of milliseconds of work and a second of imports. What a user's own process imports, and how
-long it takes, is tested with real ones (tests/unit/cli/test_verbs.py).
+A command takes tens of milliseconds of work and a second of imports. What a user's own process
+imports, and how long it takes, is tested with real ones (tests/unit/cli/test_verbs.py).
 """
 
 from __future__ import annotations

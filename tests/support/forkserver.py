@@ -1,7 +1,9 @@
-"""The server that processes of tests are forked from, with torch and the compiled kernels loaded.
+"""Start the server that processes of tests are forked from.
 
-A program has one such server, and what it loads is settled by who starts it first: a server without torch costs every process a second of
-importing it.
+It has torch and the compiled kernels loaded.
+
+A program has one such server, and what it loads is settled by who starts it first: a server without
+torch costs every process a second of importing it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ LOADED = [
 
 
 def context() -> mp.context.ForkServerContext:
-    """To start processes with; the server runs."""
+    """Return what to start processes with; the server runs."""
     made = mp.get_context("forkserver")
     made.set_forkserver_preload(LOADED)
     forkserver.ensure_running()

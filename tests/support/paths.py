@@ -1,4 +1,4 @@
-"""Where things lie in this checkout."""
+"""Say where things lie in this checkout."""
 
 from pathlib import Path
 
@@ -6,4 +6,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples"
 FAULTS_SITE = ROOT / "tests" / "support" / "faults_site"
-"""Put on ``PYTHONPATH``, it plants the faults that the environment names in every process of an engine."""
+"""On ``PYTHONPATH``, it plants faults in every process of an engine.
+
+The environment names the faults.
+"""

@@ -1,4 +1,4 @@
-"""Loads and tokens that tests of several folders use."""
+"""Make loads and tokens that tests of several folders use."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ def routed_tokens(
 ) -> np.ndarray:
     """Make expert choices int64 ``[layers, tokens, top_k]`` in which experts go together.
 
-    Each token has a topic, the same in all layers, and each topic favours other experts in each layer; the rest is noise,
-    so that a plan from one half of the tokens says something about the other half, and not all.
+    Each token has a topic, the same in all layers, and each topic favours other experts in each
+    layer; the rest is noise, so that a plan from one half of the tokens says something about the
+    other half, and not all.
     """
     rng = np.random.default_rng(seed)
     topic = rng.integers(topics, size=tokens)

@@ -1,4 +1,4 @@
-"""Checkpoints and files for SGLang, for the tests without an engine and those with one."""
+"""Make checkpoints and files for SGLang, for tests with and without an engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """Tiny checkpoints by name."""
+    """Return tiny checkpoints by name."""
     from moe_placement_plugin.lab.demo import tiny_models
 
     folder = tmp_path_factory.mktemp("models")
@@ -34,7 +34,10 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> dict[str, Path]:
-    """Plans and recorded loads for the tiny models (4 layers), for 2 ranks unless the name says otherwise."""
+    """Write plans and recorded loads for the tiny models (4 layers).
+
+    They are for 2 ranks unless the name says otherwise.
+    """
     import json
 
     folder = tmp_path_factory.mktemp("files")
@@ -57,7 +60,8 @@ def files(tmp_path_factory) -> dict[str, Path]:
     plan("other-layers", permutation[:3], 32, (16, 16))
     plan("other-experts", np.stack([rng.permutation(30) for _ in range(4)]), 30, (15, 15))
     plan("four-ranks", permutation, 32, (8, 8, 8, 8))
-    # As vLLM places 30 experts on 4 ranks: 8 8 7 7, without redundant experts, another permutation in each layer.
+    # As vLLM places 30 experts on 4 ranks: 8 8 7 7, without redundant experts, another permutation
+    # in each layer.
     plan("uneven-four-ranks", np.stack([rng.permutation(30) for _ in range(4)]), 30, (8, 8, 7, 7))
     plan("redundant", _with_copies(permutation), 32, (18, 18))
     wrong = permutation.tolist()
@@ -84,6 +88,6 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 
 def _with_copies(permutation: np.ndarray) -> np.ndarray:
-    """Two more slots per rank: each rank gets copies of the first two experts of the other rank."""
+    """Add two slots per rank: copies of the first two experts of the other rank."""
     left, right = permutation[:, :16], permutation[:, 16:]
     return np.concatenate([left, right[:, :2], right, left[:, :2]], axis=1)

@@ -1,9 +1,10 @@
-"""Child process: vLLM on two ranks with a draft; prints tokens, maps and what was accepted.
+"""Run vLLM on two ranks with a draft; print tokens, maps and what was accepted.
 
     python -m tests.support.vllm_draft_child CASES.json
 
-A case is {"name", "engine": {LLM arguments}}. For each a line ``CASE`` and JSON: {"name", "tokens" [prompt][token], "accepted"
-(metric -> value), "maps" [rank]{layer: expert map of the draft}}, or {"name", "error"}.
+A case is {"name", "engine": {LLM arguments}}. For each a line ``CASE`` and JSON: {"name", "tokens"
+[prompt][token], "accepted" (metric -> value), "maps" [rank]{layer: expert map of the draft}}, or
+{"name", "error"}.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PROMPTS = ["hello world", "The quick brown fox", "0123456789 abc"]
 
 
 def draft_maps(worker) -> dict:
-    """Runs in every worker: the expert map of each MoE layer of the draft."""
+    """Run in every worker: return the expert map of each MoE layer of the draft."""
     from moe_placement_plugin.engines.vllm.layers import routed_layers
 
     layers = routed_layers(worker.model_runner.drafter.model)
@@ -26,13 +27,18 @@ def draft_maps(worker) -> dict:
 
 
 def answer(engine: dict) -> dict:
-    """What one engine says."""
+    """Return what one engine says."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        enforce_eager=True, dtype="float32", max_model_len=256, tensor_parallel_size=2, enable_expert_parallel=True,
-        disable_log_stats=False, **engine,
-    )  # fmt: skip
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=256,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        disable_log_stats=False,
+        **engine,
+    )
     sampling = SamplingParams(max_tokens=12, temperature=0)
     tokens = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, sampling)]
     accepted = {
@@ -46,7 +52,7 @@ def answer(engine: dict) -> dict:
 
 
 def main() -> None:
-    """All cases in turn; a failed one does not keep the others from running."""
+    """Run all cases in turn; a failed one does not keep the others from running."""
     for case in json.loads(Path(sys.argv[1]).read_text()):
         try:
             result = answer(case["engine"])

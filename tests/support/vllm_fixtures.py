@@ -1,4 +1,4 @@
-"""Checkpoints and files for vLLM, for the tests without an engine and those with one."""
+"""Make checkpoints and files for vLLM, for tests with and without an engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> dict[str, Path]:
-    """Name -> file: a skewed load for each model, and an uneven plan that differs in every layer."""
+    """Write a skewed load for each model, and an uneven plan that differs in every layer."""
     folder = tmp_path_factory.mktemp("files")
     rng = np.random.default_rng(1)
     paths = {}

@@ -1,12 +1,13 @@
-"""Child process: what vLLM's arguments do with our flags, without starting an engine.
+"""Ask what vLLM's arguments do with our flags, without starting an engine.
 
     python -m tests.support.vllm_flags_child attributes|configs|parser JSON
     python -m tests.support.vllm_flags_child
 
-Without arguments a line on standard input is a question, ``[attributes|configs|parser, JSON]``, and a line that begins with ANSWER holds
-``{"answer": ..., "output": ...}``. vLLM's modules are imported once then, which takes longer than all questions, and each is answered in a process
-forked from there, before vLLM has loaded its general plugins. What depends on the command line or the environment while vLLM is imported is
-asked in the first form.
+Without arguments a line on standard input is a question, ``[attributes|configs|parser, JSON]``, and
+a line that begins with ANSWER holds ``{"answer": ..., "output": ...}``. vLLM's modules are imported
+once then, which takes longer than all questions, and each is answered in a process forked from
+there, before vLLM has loaded its general plugins. What depends on the command line or the
+environment while vLLM is imported is asked in the first form.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import traceback
 import types
+from dataclasses import asdict
 
 MODULES = [
     "vllm.config.parallel",
@@ -38,7 +40,7 @@ MODULES = [
 
 
 def snapshot() -> dict[str, object]:
-    """Every attribute of every imported vLLM module and of every class in them."""
+    """Return every attribute of every imported vLLM module and of every class in them."""
     seen: dict[str, object] = {}
     for name, module in list(sys.modules.items()):
         if not (name == "vllm" or name.startswith("vllm.")) or not isinstance(
@@ -63,7 +65,10 @@ def import_all() -> None:
 
 
 def attributes(argv: list[str]) -> dict:
-    """Names that differ after vLLM loaded its plugins and built its parser, and names that hold code of ours."""
+    """Return names that differ after vLLM loaded its plugins, and names that hold our code.
+
+    vLLM has built its parser by then, too.
+    """
     import_all()
     before = snapshot()
     sys.argv = ["api_server", *argv]
@@ -87,18 +92,20 @@ def attributes(argv: list[str]) -> dict:
 
 
 def code_file(value: object) -> str:
-    """The file that a function's code comes from, "" for anything else."""
+    """Return the file that a function's code comes from, "" for anything else."""
     # Only real functions: vLLM's lazy modules import things when asked for attributes.
     function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
     return function.__code__.co_filename if isinstance(function, types.FunctionType) else ""
 
 
 def configs(requests: list[dict]) -> list[dict]:
-    """For each EngineArgs request the error that it ends with, or the placement that it carries."""
+    """Return what each EngineArgs request ends with: an error, or the placement it carries."""
     import moe_placement_plugin
 
     moe_placement_plugin.enable()
     from vllm.engine.arg_utils import EngineArgs
+
+    from moe_placement_plugin.engines.vllm import state
 
     results = []
     for request in requests:
@@ -108,10 +115,18 @@ def configs(requests: list[dict]) -> list[dict]:
         vllm.__version__ = request.pop("pretend_version", version)
         try:
             config = EngineArgs(max_model_len=256, **request).create_engine_config()
-            settings = config.additional_config.get("moe_placement_plugin")
-            results.append({"strategy": settings and settings.strategy, "digest": settings and settings["plan"] and settings["plan"]["digest"],
-                            "value": config.parallel_config.expert_placement_strategy, "hosts": settings and settings["hosts"],
-                            "nodes": settings and settings["plan"] and settings["plan"].get("node_of_rank")})  # fmt: skip
+            settings = state.settings_of(config)
+            plan = settings and settings.plan
+            results.append(
+                {
+                    "strategy": settings and settings.strategy,
+                    "digest": plan and plan.digest,
+                    "value": config.parallel_config.expert_placement_strategy,
+                    "hosts": settings and settings.hosts and asdict(settings.hosts),
+                    "source": settings and settings.placement and settings.placement.source,
+                    "nodes": plan and plan.metadata.get("node_of_rank"),
+                }
+            )
         except Exception as error:
             results.append({"error": type(error).__name__, "message": str(error)})
         finally:
@@ -120,7 +135,10 @@ def configs(requests: list[dict]) -> list[dict]:
 
 
 def parser(argvs: list[list[str]]) -> list[dict]:
-    """What ``vllm serve``'s parser makes of each command line; vLLM loads its plugins for the first."""
+    """Return what ``vllm serve``'s parser makes of each command line.
+
+    vLLM loads its plugins for the first.
+    """
     sys.argv = ["api_server", *argvs[0]]
     try:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -149,7 +167,7 @@ def parser(argvs: list[list[str]]) -> list[dict]:
 
 
 def in_a_fork(what: str, argument: object) -> dict:
-    """The answer, None when the process died over the question, and what was printed."""
+    """Return the answer, None when the process died over the question, and what was printed."""
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as found:
         child = os.fork()
         if child == 0:

@@ -1,4 +1,7 @@
-"""An engine's parts on other hosts: each host has a process that has imported vLLM and forks them (`tests.support.vllm_headless`)."""
+"""Run an engine's parts on other hosts: each has a process that forks them.
+
+It has imported vLLM (`tests.support.vllm_headless`).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from contextlib import contextmanager, suppress
 
 
 class Followers:
-    """Of the cases that name one: ``"follower": {"on": what runs a command on the host, "arguments", "env", "log"}``.
+    """Run the followers of the cases that name one.
+
+    A follower is ``{"on": what runs a command on the host, "arguments", "env", "log"}``.
 
     The processes that fork them are started here, so that they import vLLM while the caller does.
     """
@@ -24,15 +29,18 @@ class Followers:
         }
         self.hosts = {
             on: subprocess.Popen(
-                [*on, sys.executable, "-m", "tests.support.vllm_headless"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                [*on, sys.executable, "-m", "tests.support.vllm_headless"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
                 env={**os.environ, **asked["env"]},
             )
             for on, asked in wanted.items()
-        }  # fmt: skip
+        }
 
     @contextmanager
     def follow(self, case: dict) -> Iterator[None]:
-        """The case's follower, ended with the case; nothing where it names none."""
+        """Run the case's follower until the case ends; nothing where it names none."""
         if "follower" not in case:
             yield
             return
@@ -51,14 +59,14 @@ class Followers:
                     break
 
     def end(self) -> None:
-        """Nothing will be asked for any more."""
+        """End the processes: nothing will be asked for any more."""
         for host in self.hosts.values():
             host.stdin.close()
             host.wait(timeout=10)
 
 
 def _gone(group: int, seconds: float) -> bool:
-    """Whether a process group has ended within so long."""
+    """Return whether a process group has ended within so long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

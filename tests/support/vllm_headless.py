@@ -1,10 +1,12 @@
-"""``vllm serve --headless`` on the CPU build, whose console command cannot run: it asks for a distribution named ``vllm`` and, on CPUs
-without AVX-512, preloads the wrong kernels (illegal instruction).
+"""Run ``vllm serve --headless`` on the CPU build, whose console command cannot run.
+
+It asks for a distribution named ``vllm`` and, on CPUs without AVX-512, preloads the wrong kernels
+(illegal instruction).
 
     python -m tests.support.vllm_headless
 
-Each line that it reads is a server to be: {"arguments": [...], "env": {...}, "log": FILE}. It is forked from here, so that vLLM is imported once;
-its process id is written back.
+Each line that it reads is a server to be: {"arguments": [...], "env": {...}, "log": FILE}. It is
+forked from here, so that vLLM is imported once; its process id is written back.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import traceback
 
 
 def parser():
-    """Of ``vllm serve``."""
+    """Return the parser of ``vllm serve``."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -25,7 +27,7 @@ def parser():
 
 
 def serve() -> None:
-    """Until the head has ended."""
+    """Serve until the head has ended."""
     import vllm.entrypoints.cli.serve as command
     from vllm.v1.executor import multiproc_executor
 
@@ -38,7 +40,7 @@ def serve() -> None:
 
 
 def in_a_fork(asked: dict) -> int:
-    """Its process id, and its process group's."""
+    """Fork a server; return its process id, which is its process group's too."""
     child = os.fork()
     if child:
         return child

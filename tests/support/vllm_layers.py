@@ -1,4 +1,4 @@
-"""MoE layers of vLLM with parameters and an expert map, and nothing else: no engine, no group."""
+"""Make MoE layers of vLLM with parameters and an expert map: no engine, no group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXPERTS, WIDTH = 6, 4
 
 
 class Manager:
-    """One rank's experts as ``ExpertMapManager`` gives them."""
+    """Give one rank's experts as ``ExpertMapManager`` gives them."""
 
     num_fused_shared_experts = 0
 
@@ -26,7 +26,7 @@ class Manager:
 
 
 def layer_of(mine: list[int], rank: int = 0, physical: int = EXPERTS, bias: bool = False):
-    """A ``RoutedExperts`` with parameters and nothing else."""
+    """Make a ``RoutedExperts`` with parameters and nothing else."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     layer = RoutedExperts.__new__(RoutedExperts)
@@ -65,7 +65,7 @@ def load(layer, checkpoint, experts=range(EXPERTS), shards=("w1", "w2", "w3")) -
 
 
 def eplb_layer(table: list[int], rank: int):
-    """A layer of which EPLB has moved experts: 6 experts, 8 slots, 4 a rank."""
+    """Make a layer of which EPLB has moved experts: 6 experts, 8 slots, 4 a rank."""
     layer = layer_of(list(range(4 * rank, 4 * rank + 4)), rank, physical=8)
     state = SimpleNamespace(physical_to_logical_map=torch.tensor([table]))
     object.__setattr__(layer, layers.EPLB_ROW, (state, 0))
@@ -73,7 +73,7 @@ def eplb_layer(table: list[int], rank: int):
 
 
 class Model(torch.nn.Module):
-    """A model of one MoE layer, as far as updates look at it."""
+    """Hold one MoE layer, as far as updates look at a model."""
 
     def __init__(self, layer):
         super().__init__()

@@ -1,5 +1,6 @@
-"""Two processes that load models with vLLM's own loader and two EP ranks, and write down what lies
-in every slot; nothing is computed.
+"""Load models with vLLM's own loader on two ranks, and write what lies in every slot.
+
+Two processes are two EP ranks; nothing is computed.
 
     python -m tests.support.vllm_loader CASES.json FOLDER
 
@@ -20,14 +21,14 @@ from pathlib import Path
 
 
 def _without_splitting() -> None:
-    """As a vLLM whose gpt-oss takes no expert at a time: up to 0.31."""
+    """Make it a vLLM whose gpt-oss takes no expert at a time: up to 0.31."""
     from moe_placement_plugin.engines.vllm import stacked
 
     stacked._splits = lambda model: frozenset()
 
 
 def _as_stock() -> None:
-    """Models pick rows, and nobody permutes them."""
+    """Have models pick rows, and nobody permute them."""
     _without_splitting()
     from moe_placement_plugin.engines.vllm import stacked
 
@@ -35,7 +36,7 @@ def _as_stock() -> None:
 
 
 def _half_w13() -> None:
-    """A loader that loses the up projection of every expert."""
+    """Have the loader lose the up projection of every expert."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     original = RoutedExperts.weight_loader
@@ -53,7 +54,7 @@ def _half_w13() -> None:
 
 
 def _bias_by_position() -> None:
-    """A model that fills a scale of every slot by itself, past the loader."""
+    """Have a model fill a scale of every slot by itself, past the loader."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     from moe_placement_plugin.engines.vllm.layers import routed_layers
@@ -76,7 +77,7 @@ def _bias_by_position() -> None:
 
 
 def _mxfp4_method() -> None:
-    """An MXFP4 method without a kernel: vLLM has none for CPUs."""
+    """Choose an MXFP4 method without a kernel: vLLM has none for CPUs."""
     from vllm.model_executor.layers.quantization import mxfp4
 
     backend = mxfp4.Mxfp4MoeBackend.TRITON_UNFUSED
@@ -95,7 +96,7 @@ SWITCHES = {
 
 
 def work(rank: int, port: int, cases: list[dict], folder: str) -> None:
-    """One EP rank: load case after case."""
+    """Load case after case as one EP rank."""
     os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_DIST_IDENT=str(port))
     import moe_placement_plugin
 
@@ -150,7 +151,7 @@ def work(rank: int, port: int, cases: list[dict], folder: str) -> None:
 
 
 def _switch(names: list[str]):
-    """Throw switches; returns what undoes all that they have changed."""
+    """Throw switches; return what undoes all that they have changed."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.quantization import mxfp4
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader

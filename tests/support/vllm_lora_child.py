@@ -1,8 +1,11 @@
-"""Child process: vLLM on two ranks with a placement and an adapter of experts; prints what lies in each slot.
+"""Run vLLM on two ranks with an adapter of experts; print what lies in each slot.
+
+It is a child process with a placement.
 
     python -m tests.support.vllm_lora_child CHECKPOINT ADAPTER ENGINE_ARGUMENTS_AS_JSON
 
-The last lines say what came of it: ``SLOTS`` and JSON, [rank][layer] -> {"map", "w2 a", "w3 b"}, or ``REFUSED`` and the message.
+The last lines say what came of it: ``SLOTS`` and JSON, [rank][layer] -> {"map", "w2 a", "w3 b"}, or
+``REFUSED`` and the message.
 """
 
 from __future__ import annotations
@@ -17,13 +20,16 @@ PROJECTIONS = ("gate_proj", "down_proj", "up_proj")
 
 
 def value(layer: int, expert: int, projection: str, side: str) -> float:
-    """Of every element of one matrix of the adapter: another one in each, and exact in float32."""
+    """Return every element of one matrix of the adapter.
+
+    Each matrix has other ones, exact in float32.
+    """
     number = PROJECTIONS.index(projection) + 3 * (expert + EXPERTS * layer)
     return (1 + "AB".index(side) + 2 * number) / 1024
 
 
 def write_adapter(path: Path) -> Path:
-    """An adapter with a pair of matrices for each expert of the tiny Qwen3-MoE."""
+    """Write an adapter with a pair of matrices for each expert of the tiny Qwen3-MoE."""
     import torch
     from safetensors.torch import save_file
 
@@ -53,7 +59,7 @@ def write_adapter(path: Path) -> Path:
 
 
 def look(worker) -> list[dict]:
-    """Runs in every worker: map and adapter of each MoE layer."""
+    """Run in every worker: return map and adapter of each MoE layer."""
     found = []
     for module in worker.model_runner.model.modules():
         if type(module).__name__ == "FusedMoEWithLoRA":
@@ -69,15 +75,25 @@ def look(worker) -> list[dict]:
 
 
 def main() -> None:
-    """One engine; ends the process at once, since workers of an engine that refused wait for each other."""
+    """Run one engine, and end the process at once.
+
+    Workers of an engine that refused wait for each other.
+    """
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     checkpoint, adapter, more = sys.argv[1:]
     llm = LLM(
-        model=checkpoint, enable_lora=True, max_lora_rank=8, enforce_eager=True, dtype="float32", max_model_len=128,
-        tensor_parallel_size=2, enable_expert_parallel=True, **json.loads(more),
-    )  # fmt: skip
+        model=checkpoint,
+        enable_lora=True,
+        max_lora_rank=8,
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=128,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        **json.loads(more),
+    )
     try:
         llm.llm_engine.add_lora(LoRARequest("mine", 1, adapter))
         print("SLOTS", json.dumps(llm.collective_rpc(look)), flush=True)

@@ -1,9 +1,9 @@
-"""Two ranks of the installed vLLM on one GPU, against its own single rank; prints a table.
+"""Compare two ranks of the installed vLLM on one GPU with its own single rank.
 
     python -m tests.support.vllm_one_gpu [--dtype float32] [CASE ...]
 
-Everything but NCCL and CUDA graphs is what two GPUs run: Triton kernels, weight loaders, expert maps, EPLB's exchange. On a machine
-without a GPU it ends with 2.
+Everything but NCCL and CUDA graphs is what two GPUs run: Triton kernels, weight loaders, expert
+maps, EPLB's exchange. On a machine without a GPU it ends with 2.
 """
 
 from __future__ import annotations
@@ -32,64 +32,69 @@ PROMPTS = [
     "sum: 7+85=",
 ] * 2
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.5}
-"""Of a log probability. Triton multiplies float32 as TF32; in bfloat16 experts are summed in another order."""
+"""Largest difference of a log probability.
+
+Triton multiplies float32 as TF32; in bfloat16 experts are summed in another order.
+"""
+
+
+def write_load(name: str, path: Path) -> None:
+    """Write a skewed load of the model's MoE layers."""
+    config = json.loads((MODELS / name / "config.json").read_text())
+    first = config.get("first_k_dense_replace", 0)
+    layers = tuple(range(first, config["num_hidden_layers"]))
+    write(ExpertLoad(np.random.default_rng(1).zipf(1.5, (1, len(layers), 32)), layers), path)
+
+
+def under_eplb(interval: int) -> dict:
+    """Return the arguments of vLLM's EPLB with 4 redundant experts, moving at every interval."""
+    config = {"window_size": interval, "step_interval": interval, "num_redundant_experts": 4}
+    return {"enable_eplb": True, "eplb_config": config}
 
 
 def cases(folder: Path) -> list[dict]:
-    """What is run; "plugins": "" is the engine without this plugin."""
+    """Return what is run; "plugins": "" is the engine without this plugin."""
     ranks = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    eplb = {"enable_eplb": True}
-
-    def moving(interval: int, redundant: int, **more) -> dict:
-        return {
-            "eplb_config": {
-                "window_size": interval,
-                "step_interval": interval,
-                "num_redundant_experts": redundant,
-                **more,
-            }
-        }
-
-    rows = []
-    for name in ("qwen3-moe", "glm4-moe"):
-        load = folder / f"{name}.safetensors"
-        layers = json.loads((MODELS / name / "config.json").read_text())
-        count = layers["num_hidden_layers"] - layers.get("first_k_dense_replace", 0)
-        first = layers.get("first_k_dense_replace", 0)
-        write(
-            ExpertLoad(
-                np.random.default_rng(1).zipf(1.5, (1, count, 32)),
-                tuple(range(first, first + count)),
-            ),
-            load,
-        )
-        strategy = {"expert_placement_strategy": "zigzag"}
+    moving = {**ranks, **under_eplb(4)}
+    always = {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5}
+    rebalance = {"additional_config": {"expert_rebalance": always}}
+    zigzag = {"expert_placement_strategy": "zigzag"}
+    rows: list[tuple[str, str, dict, str | None]] = []
+    for model in ("qwen3-moe", "glm4-moe"):
+        load = folder / f"{model}.safetensors"
+        write_load(model, load)
         from_load = {"expert_placement_strategy": "eplb", "expert_placement_file": str(load)}
+        checked = {**ranks, **zigzag, "expert_placement_verify": "checkpoint"}
+        still = {**ranks, **under_eplb(10**6)}
         rows += [
-            (f"{name}: one rank", {}, ""),
-            (f"{name}: one rank again", {}, ""),
-            (f"{name}: stock linear", ranks, ""),
-            (f"{name}: stock EPLB, 4 redundant, nothing moved", {**ranks, **eplb, **moving(10**6, 4)}, ""),
-            (f"{name}: stock EPLB, 4 redundant, moving", {**ranks, **eplb, **moving(4, 4)}, ""),
-            (f"{name}: zigzag, checkpoint verified", {**ranks, **strategy, "expert_placement_verify": "checkpoint"}, None),
-            (f"{name}: eplb from a load", {**ranks, **from_load}, None),
-            (f"{name}: zigzag under EPLB, 4 redundant, moving", {**ranks, **eplb, **moving(4, 4), **strategy}, None),
-            (f"{name}: eplb under EPLB, 4 redundant, moving", {**ranks, **eplb, **moving(4, 4), **from_load,
-             "additional_config": {"expert_rebalance": {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5}}}, None),
-        ]  # fmt: skip
+            (model, "one rank", {}, ""),
+            (model, "one rank again", {}, ""),
+            (model, "stock linear", ranks, ""),
+            (model, "stock EPLB, 4 redundant, nothing moved", still, ""),
+            (model, "stock EPLB, 4 redundant, moving", moving, ""),
+            (model, "zigzag, checkpoint verified", checked, None),
+            (model, "eplb from a load", {**ranks, **from_load}, None),
+            (model, "zigzag under EPLB, 4 redundant, moving", {**moving, **zigzag}, None),
+            (
+                model,
+                "eplb under EPLB, 4 redundant, moving",
+                {**moving, **from_load, **rebalance},
+                None,
+            ),
+        ]
     return [
         {
-            "name": name,
-            "model": name.partition(":")[0],
-            "engine": {"model": str(MODELS / name.partition(":")[0]), **engine},
+            "name": f"{model}: {name}",
+            "model": model,
+            "engine": {"model": str(MODELS / model), **engine},
             "plugins": plugins,
         }
-        for name, engine, plugins in rows
+        for model, name, engine, plugins in rows
     ]
 
 
 def run(case: dict, folder: Path, dtype: str) -> tuple[dict, str]:
-    """The case's result and its log."""
+    """Return the case's result and its log."""
     shared = {
         "distributed_executor_backend": "mp",
         "disable_custom_all_reduce": True,
@@ -121,7 +126,11 @@ def run(case: dict, folder: Path, dtype: str) -> tuple[dict, str]:
 
 
 def apart(ours: dict, theirs: dict) -> tuple[int, float, float]:
-    """(answers with other tokens, greatest and mean difference of log probabilities up to the first other token)."""
+    """Return how many answers differ, and how far log probabilities are apart.
+
+    It returns (answers with other tokens, greatest and mean difference up to the first other
+    token).
+    """
     different, gaps = 0, []
     for a, b in zip(ours["answers"], theirs["answers"]):
         same = [x == y for x, y in zip(a["ids"], b["ids"])]
@@ -136,7 +145,7 @@ def apart(ours: dict, theirs: dict) -> tuple[int, float, float]:
 
 
 def main() -> int:
-    """0 when every placement gives what one rank gives."""
+    """Run the cases; 0 when every placement gives what one rank gives."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("only", nargs="*", help="parts of names of cases")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
@@ -149,7 +158,8 @@ def main() -> int:
         print("no GPU here")
         return 2
     print(
-        f"vllm {vllm.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}, {given.dtype}",
+        f"vllm {vllm.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}, "
+        f"{given.dtype}",
         flush=True,
     )
     failed, references = 0, {}
@@ -180,7 +190,8 @@ def main() -> int:
             failed += not good
             moved = len(re.findall(r"Rearranged experts", log))
             print(
-                f"  {case['name']:50} {'ok   ' if good else 'WRONG'} start {result['start_s']:5.1f} s, {different} answers differ, log probabilities "
+                f"  {case['name']:50} {'ok   ' if good else 'WRONG'} start "
+                f"{result['start_s']:5.1f} s, {different} answers differ, log probabilities "
                 f"{most:.1e} apart at most, {mean:.1e} in the mean; {moved} rearrangements",
                 flush=True,
             )

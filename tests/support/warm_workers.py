@@ -1,8 +1,11 @@
-"""Workers forked from a process that has imported their engine, which takes a spawned one 8 to 11 s of a start's 14 to 17.
+"""Fork workers from a process that has imported their engine.
 
-Engines spawn their workers, and so do servers that tests start, and cases that are run alone; engines of several cases in a process need not, nor
-servers of which only the answers are asked (`WARM_SITE`).
-Forked workers share the seeds of strings' hashes and of numpy's global generator: an order that differs between ranks shows with spawned ones only.
+A spawned one takes 8 to 11 s of a start's 14 to 17 for that.
+
+Engines spawn their workers, and so do servers that tests start, and cases that are run alone;
+engines of several cases in a process need not, nor servers of which only the answers are asked
+(`WARM_SITE`). Forked workers share the seeds of strings' hashes and of numpy's global generator: an
+order that differs between ranks shows with spawned ones only.
 """
 
 from __future__ import annotations
@@ -23,18 +26,23 @@ WARM_SITE = Path(__file__).parent / "warm_site"
 
 
 class WarmContext(context.ForkServerContext):
-    """As ``spawn`` to its caller: a process has this one for a parent, its outputs, and the environment of the moment it is made in.
+    """Start processes as ``spawn`` does to its caller, forked from one that is warm.
+
+    A process has this one for a parent, its outputs, and the environment of the moment it is made
+    in.
 
     Args:
-        modules: what the process that others are forked from imports; it is started here. No more than a spawned worker has imported when it loads
-            plugins: it could else not be seen that a patch comes too late.
+        modules: what the process that others are forked from imports; it is started here. No more
+            than a spawned worker has imported when it loads plugins: it could else not be seen that
+            a patch comes too late.
     """
 
     def __init__(self, modules: Sequence[str]):
         super().__init__()
         self.set_forkserver_preload(list(modules))
         forkserver.ensure_running()
-        # SGLang ends all processes below its own when an engine is shut down: the next engine's workers come from the same one.
+        # SGLang ends all processes below its own when an engine is shut down: the next engine's
+        # workers come from the same one.
         server, found = forkserver._forkserver._forkserver_pid, psutil.Process.children
         psutil.Process.children = lambda self, recursive=False: [
             one for one in found(self, recursive) if one.pid != server
@@ -42,7 +50,10 @@ class WarmContext(context.ForkServerContext):
 
     @classmethod
     def inherited(cls) -> WarmContext:
-        """Its parent's, for a process that was forked and cannot wait for a sister."""
+        """Return the parent's context, for a process that was forked.
+
+        It cannot wait for a sister.
+        """
         forkserver._forkserver.ensure_running = lambda: None
         return cls.__new__(cls)
 
@@ -66,7 +77,7 @@ class WarmContext(context.ForkServerContext):
 
 
 class _Outputs:
-    """Standard output and error of the process that starts another one, on the way there."""
+    """Send standard output and error to a process that this one starts."""
 
     def __reduce__(self):
         return _received, tuple(reduction.DupFd(output) for output in (1, 2))
@@ -84,7 +95,7 @@ def _run(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> None:
-    """In the process: what a spawned one would have from the start."""
+    """Give the process what a spawned one would have from the start, and run it."""
     import torch
 
     for theirs, ours in zip(outputs, (1, 2)):

@@ -1,4 +1,4 @@
-"""The structure of the package: floors that import downwards only, no circles, and a reason for each late import."""
+"""The package's structure: imports point down, without circles, late ones for a reason."""
 
 from __future__ import annotations
 
@@ -184,7 +184,8 @@ def test_planted_faults_are_found(tmp_path):
         "core/a.py": "from ..lab import run\n",
         "core/b.py": "from . import c\n",
         "core/c.py": "def f():\n    from .b import x\n",
-        "lab/run.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..cli import x\n",
+        "lab/run.py": "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from ..cli import x\n",
         "cli/__init__.py": "x = 1\n",
     }
     for name, text in files.items():

@@ -1,1 +1,1 @@
-"""Every MoE architecture of an engine, tiny: placed, or refused by name."""
+"""Load every MoE architecture of an engine, tiny: placed, or refused by name."""

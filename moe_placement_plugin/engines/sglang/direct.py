@@ -1,9 +1,11 @@
-"""One look-up from logical expert to this rank's slot, where SGLang makes two.
+"""Look up this rank's slot of a logical expert once, where SGLang makes two look-ups.
 
-Without an all-to-all back end SGLang sends logical ids to physical slots, a kernel in each layer, and its dispatcher sends those to the slots
-of this rank, another kernel, which expert parallelism has anyway. Where every expert has one slot and keeps it, the dispatcher's table does for
-both, so that a placement costs what its absence costs: on four H200 the first look-up was 2.2 of 186 microseconds of a layer of
-Qwen3-30B-A3B's shape that decodes 128 tokens; on two, without it, placed layers take 280.7 to 281.1 and stock's 280.4 and 280.8 (SGLang 0.5.16).
+Without an all-to-all back end SGLang sends logical ids to physical slots, a kernel in each layer,
+and its dispatcher sends those to the slots of this rank, another kernel, which expert parallelism
+has anyway. Where every expert has one slot and keeps it, the dispatcher's table does for both, so
+that a placement costs what its absence costs: on four H200 the first look-up was 2.2 of 186
+microseconds of a layer of Qwen3-30B-A3B's shape that decodes 128 tokens; on two, without it, placed
+layers take 280.7 to 281.1 and stock's 280.4 and 280.8 (SGLang 0.5.16).
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ...core.placement import Placement
-from . import settings
-from .support import Combination
+from .combination import Combination
+from .state import placing
 
 _EXPERTS = "_moe_placement_experts"
 """Attribute of the TopK config of a layer whose dispatcher was given a table: its ``FusedMoE``."""
@@ -24,7 +26,7 @@ METHODS = ("UnquantizedFusedMoEMethod", "Fp8MoEMethod")
 
 
 def allowed(combination: Combination) -> bool:
-    """Whether nothing else needs physical ids in a server that is started so."""
+    """Tell whether nothing else needs physical ids in a server that is started so."""
     physical = {"enable_eplb", "elastic_ep_backend", "expert_distribution_recorder_mode"}
     return (
         combination.redundant == 0
@@ -42,8 +44,10 @@ def settle(layer: Any, router: Any, experts: int, table: np.ndarray) -> None:
         experts: logical experts.
         table: int32 ``[experts + 1]``, see `local_slots`.
     """
-    asked = settings.current()
-    if asked is None or not asked.direct or not _takes_local_slots(layer.quant_method):
+    settings = placing()
+    if settings is None or not settings.loading.direct:
+        return
+    if not _takes_local_slots(layer.quant_method):
         return
     import torch
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatcher
@@ -73,15 +77,19 @@ def settle(layer: Any, router: Any, experts: int, table: np.ndarray) -> None:
 
 
 def local_slots(placement: Placement, layer_id: int, rank: int) -> np.ndarray:
-    """int32 ``[experts + 1]``: local slot of each expert on ``rank``, -1 elsewhere.
+    """Return the local slot of each expert on ``rank``, -1 elsewhere, as int32 ``[experts + 1]``.
 
-    The last entry is what index -1, a padded token's, finds: no slot, where the last expert would be found without it.
+    The last entry is what index -1, a padded token's, finds: no slot, where the last expert would
+    be found without it.
     """
     return np.append(placement.expert_map(placement.row(layer_id), rank), np.int32(-1))
 
 
 def _takes_local_slots(method: Any) -> bool:
-    """Whether a layer's kernel sees slots of this rank and no map. Others (Marlin) read the dispatcher's table too, as one of physical experts."""
+    """Tell whether a layer's kernel sees slots of this rank and no map.
+
+    Others (Marlin) read the dispatcher's table too, as one of physical experts.
+    """
     backend = getattr(getattr(method, "runner", None), "runner_backend", None)
     return type(method).__name__ in METHODS and (
         backend is None or backend.is_triton() or backend.is_deep_gemm()
@@ -89,12 +97,15 @@ def _takes_local_slots(method: Any) -> bool:
 
 
 def in_force(topk_config: Any) -> bool:
-    """Whether the layer's logical ids are to stay what they are until its dispatcher."""
+    """Tell whether the layer's logical ids are to stay what they are until its dispatcher."""
     layer = getattr(topk_config, _EXPERTS, None)
     return layer is not None and has_table(layer)
 
 
 def has_table(layer: Any) -> bool:
-    """Whether a layer's dispatcher and its table are those of `settle`; where SGLang has put others in their place, it makes both look-ups."""
+    """Tell whether a layer's dispatcher and its table are those of `settle`.
+
+    Where SGLang has put others in their place, it makes both look-ups.
+    """
     table = getattr(layer.dispatcher, _TABLE, None)
     return table is not None and layer.dispatcher.local_expert_mapping is table

@@ -1,8 +1,9 @@
-"""SGLang's static dispatch table, vectorized and spread evenly over the replicas of an expert.
+"""Compute SGLang's static dispatch table, vectorized and spread evenly over an expert's replicas.
 
-With an all-to-all back end every rank sends a logical expert's tokens to one replica, fixed by a table (SGLang's
-``compute_logical_to_rank_dispatch_physical_map``). SGLang fills it in Python loops over layers, experts and ranks,
-once at start-up and again at every rebalance, and lets all ranks of a node share that node's first replica.
+With an all-to-all back end every rank sends a logical expert's tokens to one replica, fixed by a
+table (SGLang's ``compute_logical_to_rank_dispatch_physical_map``). SGLang fills it in Python loops
+over layers, experts and ranks, once at start-up and again at every rebalance, and lets all ranks of
+a node share that node's first replica.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ def dispatch_table(
     ranks_per_node: int | None = None,
     ranks: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """The slot that each rank sends each logical expert's tokens to.
+    """Return the slot that each rank sends each logical expert's tokens to.
 
-    The preference is SGLang's: a replica on the rank itself, else one on its node (where that narrows the choice),
-    else any. Among equally near replicas the ranks are spread so that the replicas serve as equal numbers of ranks as the
-    preference allows.
+    The preference is SGLang's: a replica on the rank itself, else one on its node (where that
+    narrows the choice), else any. Among equally near replicas the ranks are spread so that the
+    replicas serve as equal numbers of ranks as the preference allows.
 
     Args:
-        logical_to_all_physical: integer ``[layers, experts, most replicas]``, slots of each expert, -1 as padding.
+        logical_to_all_physical: integer ``[layers, experts, most replicas]``, slots of each expert,
+            -1 as padding.
         num_ranks: EP ranks; slot s lies on rank ``s // (num_slots // num_ranks)``.
         num_slots: physical experts per layer.
         ranks_per_node: consecutive ranks that share a node; None when nodes do not count.
@@ -48,7 +50,8 @@ def dispatch_table(
         raise PlacementError(
             f"layer {layer} has no slot for expert {expert}: every logical expert needs a slot"
         )
-    # Most experts have one slot, the same for every rank (padding is -1, so it is the greatest); the replicated ones need thought.
+    # Most experts have one slot, the same for every rank (padding is -1, so it is the greatest);
+    # the replicated ones need thought.
     table = np.repeat(candidates.max(axis=-1)[None], len(ranks), axis=0)
     rows, columns = np.nonzero(count > 1)
     if rows.size:
@@ -64,7 +67,7 @@ def dispatch_table(
 
 
 class _Spread:
-    """Ranks dealt to the replicas of n replicated experts, ``candidates`` ``[n, most replicas]``."""
+    """Deal ranks to the replicas of n replicated experts, ``candidates`` ``[n, most replicas]``."""
 
     def __init__(
         self, candidates: np.ndarray, num_ranks: int, slots_per_rank: int, ranks_per_node: int
@@ -97,7 +100,8 @@ class _Spread:
 
         # A rank with a copy of its own is served by it; the first, should it hold several.
         served = valid & np.diff(self.owner, axis=1, prepend=-1).astype(bool)
-        # The ranks of a node that lack a copy take the node's replicas in turn, beginning elsewhere for each expert.
+        # The ranks of a node that lack a copy take the node's replicas in turn, beginning elsewhere
+        # for each expert.
         near = np.maximum(np.take_along_axis(on_node, node, axis=1), 1)
         wanting = np.pad(np.where(self.narrows[:, :-1], lacking, 0), ((0, 0), (0, 1)))
         place = np.arange(width) - np.take_along_axis(self.first_on_node, node, axis=1)
@@ -109,7 +113,7 @@ class _Spread:
         self.up_to = np.cumsum(_fill(served, valid, more.sum(axis=1)), axis=1)
 
     def row(self, rank: int) -> np.ndarray:
-        """``[n]``: the slot that ``rank`` uses for each expert."""
+        """Return the slot that ``rank`` uses for each expert, ``[n]``."""
         node = rank // self.ranks_per_node
         before = (~self.own[:, node * self.ranks_per_node : rank]).sum(axis=1)
         near = self.first_on_node[:, node] + (before + self.row_index) % np.maximum(
@@ -122,9 +126,10 @@ class _Spread:
 
 
 def _fill(served: np.ndarray, valid: np.ndarray, more: np.ndarray) -> np.ndarray:
-    """How many of ``more`` ``[n]`` further ranks each replica gets so that the totals become as equal as can be.
+    """Return how many further ranks each replica gets, so that totals become as equal as can be.
 
-    ``served`` and ``valid`` are ``[n, replicas]``, and so is the result: water is poured into vessels of unequal level.
+    ``more`` ``[n]`` ranks are given out. ``served`` and ``valid`` are ``[n, replicas]``, and so is
+    the result: water is poured into vessels of unequal level.
     """
     n, width = served.shape
     far = np.int64(1) << 40

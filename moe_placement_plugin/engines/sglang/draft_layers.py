@@ -1,4 +1,7 @@
-"""Which expert each slot of a draft's MoE layer holds: a row of its own, since SGLang's map of experts is the target's."""
+"""Say which expert each slot of a draft's MoE layer holds.
+
+The layer has a row of its own, since SGLang's map of experts is the target's.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,13 @@ _ROUTING = "_moe_placement_draft_routing"
 
 @dataclass(frozen=True, eq=False)
 class DraftLayer:
-    """Where the experts of one MoE layer of a draft lie.
+    """Hold where the experts of one MoE layer of a draft lie.
 
     Attributes:
         number: of the layer in the draft's own numbering; None where its name does not tell.
-        experts: int32 ``[slots]``, logical expert of each slot, rank after rank. A slot that only fills its rank up repeats
-            an expert, so that no kernel ever reads memory that nothing has filled; tokens go to an expert's first slot.
+        experts: int32 ``[slots]``, logical expert of each slot, rank after rank. A slot that only
+            fills its rank up repeats an expert, so that no kernel ever reads memory that nothing
+            has filled; tokens go to an expert's first slot.
         num_logical: logical experts.
         num_ranks: EP ranks.
     """
@@ -38,35 +42,42 @@ class DraftLayer:
 
     @cached_property
     def first_slot(self) -> np.ndarray:
-        """int64 ``[experts + 1]``: the slot that tokens of each expert go to; -1 for id -1, a padded token's, as index."""
+        """Return the slot that tokens of each expert go to, as int64 ``[experts + 1]``.
+
+        The last entry is -1, for id -1, a padded token's, as index.
+        """
         _, first = np.unique(self.experts, return_index=True)
         return np.append(first, -1).astype(np.int64)
 
     @property
     def in_order(self) -> bool:
-        """Whether logical ids are slots: SGLang's own order."""
+        """Tell whether logical ids are slots: SGLang's own order."""
         return bool((self.first_slot[:-1] == np.arange(self.num_logical)).all())
 
     def slots_of(self, expert: int) -> list[int]:
-        """All slots that hold an expert.
+        """Return all slots that hold an expert.
 
         Raises:
             PlacementError: when the draft has no such expert.
         """
         if not 0 <= expert < self.num_logical:
             raise PlacementError(
-                f"layer {self.number} of the draft: the checkpoint brings expert {expert}, the draft's config names "
-                f"{self.num_logical}: this draft is not understood; serve it without the placement flags"
+                f"layer {self.number} of the draft: the checkpoint brings expert {expert}, the "
+                f"draft's config names {self.num_logical}: this draft is not understood; serve it "
+                "without the placement flags"
             )
         return np.flatnonzero(self.experts == expert).tolist()
 
     def of_rank(self, rank: int) -> np.ndarray:
-        """int32 ``[slots of the rank]``: logical expert of each slot."""
+        """Return the logical expert of each slot, as int32 ``[slots of the rank]``."""
         size = self.experts.size // self.num_ranks
         return self.experts[rank * size : (rank + 1) * size]
 
     def local_slots(self, rank: int) -> np.ndarray:
-        """int32 ``[experts + 1]``: the rank's slot that tokens of each expert go to, -1 elsewhere and for id -1."""
+        """Return the rank's slot that tokens of each expert go to, as int32 ``[experts + 1]``.
+
+        It is -1 elsewhere and for id -1.
+        """
         size = self.experts.size // self.num_ranks
         here = (self.first_slot >= 0) & (self.first_slot // size == rank)
         return np.where(here, self.first_slot - rank * size, -1).astype(np.int32)
@@ -74,7 +85,7 @@ class DraftLayer:
 
 @dataclass(frozen=True)
 class DraftRouting:
-    """How a draft's TopK layer sends tokens.
+    """Say how a draft's TopK layer sends tokens.
 
     Attributes:
         info: SGLang's ``ExpertLocationDispatchInfo``; None where logical ids are slots.
@@ -84,12 +95,12 @@ class DraftRouting:
 
 
 def of_layer(layer: Any) -> DraftLayer | None:
-    """The row of a draft's ``FusedMoE``; None of the target's."""
+    """Return the row of a draft's ``FusedMoE``; None of the target's."""
     return getattr(layer, ATTRIBUTE, None)
 
 
 def of_router(topk_config: Any) -> DraftRouting | None:
-    """How a draft's TopK layer sends tokens; None of the target's."""
+    """Return how a draft's TopK layer sends tokens; None of the target's."""
     return getattr(topk_config, _ROUTING, None)
 
 
@@ -99,7 +110,7 @@ def routes(topk_config: Any, routing: DraftRouting) -> None:
 
 
 def lay_out(placement: Placement, row: int, number: int | None, slots: int) -> DraftLayer:
-    """A row of a placement, whose ranks may be unequal, in SGLang's equal ranks.
+    """Lay out a row of a placement, whose ranks may be unequal, in SGLang's equal ranks.
 
     Args:
         placement: one slot per expert.
@@ -115,7 +126,10 @@ def lay_out(placement: Placement, row: int, number: int | None, slots: int) -> D
 
 
 def in_order(experts: int, ranks: int, number: int | None, slots: int) -> DraftLayer:
-    """SGLang's own order: expert e in slot e; the slots behind the experts repeat the first of their rank."""
+    """Lay out SGLang's own order: expert e in slot e.
+
+    The slots behind the experts repeat the first of their rank.
+    """
     row = np.arange(slots, dtype=np.int32)
     first = row - row % (slots // ranks)
     row = np.where(row < experts, row, np.where(first < experts, first, 0)).astype(np.int32)
@@ -131,7 +145,7 @@ def load(
     shard_id: str,
     expert_id: int,
 ) -> None:
-    """`FusedMoE.weight_loader` of one expert: by the draft's own row in a draft's layer.
+    """Run `FusedMoE.weight_loader` of one expert: by the draft's own row in a draft's layer.
 
     Raises:
         PlacementError: when the draft has no such expert.
@@ -154,7 +168,9 @@ def load(
 
 
 def dispatch_info(own: DraftLayer, device: Any) -> Any:
-    """SGLang's ``ExpertLocationDispatchInfo`` of a draft's layer: each expert has one slot that tokens go to.
+    """Return SGLang's ``ExpertLocationDispatchInfo`` of a draft's layer.
+
+    Each expert has one slot that tokens go to.
 
     Args:
         own: its row.

@@ -1,7 +1,9 @@
-"""The load of a draft of speculative decoding, recorded apart from the target's: ``load.draft.safetensors`` beside ``load.safetensors``.
+"""Record the load of a draft of speculative decoding apart from the target's.
 
-A draft runs several passes a step: one over the tokens of a prompt or over those that were verified, and one for each further
-draft token. On a GPU SGLang replays them as graphs, past `ModelRunner.forward`: the graphs' runners are told here.
+It goes to ``load.draft.safetensors`` beside ``load.safetensors``. A draft runs several passes a
+step: one over the tokens of a prompt or over those that were verified, and one for each further
+draft token. On a GPU SGLang replays them as graphs, past `ModelRunner.forward`: the graphs' runners
+are told here.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,23 +19,31 @@ from ...core.errors import PlacementError
 from ...core.model_shape import num_experts_of
 from ...recording.recorder import check_path
 from ..common.drafts import draft_path
+from ..common.patching import DRAFT_RECORDING
+from ..common.settings import RecordingSettings
 from . import drafts
 from .compat import resolved
-from .hook_registry import Hook, HookSet
+from .hook_registry import Hook, apply_now
 from .layers import expert_layers
 from .load_recording import RECORDING, LoadRecording, routers_of
 
 logger = logging.getLogger(__name__)
 
 RECORDED = ("EAGLE", "EAGLE3", "STANDALONE")
-"""Values of ``--speculative-algorithm`` whose drafts are recorded; others have graphs of their own."""
+"""Values of ``--speculative-algorithm`` whose drafts are recorded.
+
+Others have graphs of their own.
+"""
 
 
 class DraftRecording(LoadRecording):
-    """The counters of a draft's model runner."""
+    """Hold the counters of a draft's model runner."""
 
     def batch(self, forward_batch: Any) -> None:
-        """One pass of the draft, or a graph of several with as many tokens each, is about to run."""
+        """Note that a pass of the draft is about to run.
+
+        It may be a graph of several passes with as many tokens each.
+        """
         mode, size = forward_batch.forward_mode, forward_batch.batch_size
         if self.recorder is None:
             return
@@ -47,11 +56,11 @@ class DraftRecording(LoadRecording):
         self.recorder.served()
 
 
-def bind(asked: Any, runner: Any, first: int, experts: int) -> None:
+def bind(asked: RecordingSettings, runner: Any, first: int, experts: int) -> None:
     """Record the draft of a model runner, if it has experts and its passes can be told.
 
     Args:
-        asked: the `recording.RecordSettings`.
+        asked: what is recorded.
         runner: SGLang's ``ModelRunner`` of the draft, whose model is loaded.
         first: number of its first layer without one in its name, see `drafts.first_number`.
         experts: logical experts of its layers.
@@ -65,7 +74,8 @@ def bind(asked: Any, runner: Any, first: int, experts: int) -> None:
     why = _unknown(runner, experts)
     if why:
         logger.warning(
-            "moe_placement_plugin: the load of the draft's %d MoE layers is not recorded, %s holds the target's: %s",
+            "moe_placement_plugin: the load of the draft's %d MoE layers is not recorded, %s "
+            "holds the target's: %s",
             len(layers),
             asked.path,
             why,
@@ -79,12 +89,12 @@ def bind(asked: Any, runner: Any, first: int, experts: int) -> None:
     own = replace(asked, path=str(draft_path(asked.path)), coactivation=False)
     check_path(own.path, (len(routers), experts))
     name = str(resolved(runner.server_args).speculative_draft_model_path)
-    hooks().apply_now()
+    apply_now(DRAFT_RECORDING)
     setattr(runner, RECORDING, DraftRecording(own, runner, routers, experts, name))
 
 
 def _unknown(runner: Any, experts: int) -> str:
-    """Why a draft is not recorded; empty where it is."""
+    """Say why a draft is not recorded; empty where it is."""
     args = resolved(runner.server_args)
     algorithm = str(args.speculative_algorithm or "").upper()
     if algorithm not in RECORDED or getattr(runner, "draft_model_idx", None) is not None:
@@ -108,15 +118,15 @@ def _replay(original: Callable, self: Any, forward_batch: Any, *args: Any, **kwa
     return original(self, forward_batch, *args, **kwargs)
 
 
-@lru_cache(maxsize=1)
-def hooks() -> HookSet:
-    """The hooks of a worker that records a draft; the same object in every call."""
+def draft_recording_hooks() -> list[Hook]:
+    """Return the hooks of a worker that records a draft."""
     package = "sglang.srt.speculative"
     graphs = {
         "steps": f"{package}.eagle_draft_cuda_graph_runner:EAGLEDraftCudaGraphRunner.execute",
-        "extend": f"{package}.eagle_draft_extend_cuda_graph_runner:EAGLEDraftExtendCudaGraphRunner.execute",
+        "extend": f"{package}.eagle_draft_extend_cuda_graph_runner:"
+        "EAGLEDraftExtendCudaGraphRunner.execute",
     }
-    return HookSet(
+    return [
         Hook(
             name=f"record-draft-{name}",
             target=target,
@@ -126,13 +136,16 @@ def hooks() -> HookSet:
             removable_when="SGLang records the load of logical experts in windows by itself",
         )
         for name, target in graphs.items()
-    )
+    ]
 
 
 def before(runner: Any) -> tuple[int, int]:
-    """(number of the first layer without one in its name, logical experts) of a draft whose model is not built yet.
+    """Return what is known of a draft whose model is not built yet.
 
     Some models change their config while they are built.
+
+    Returns:
+        The number of the first layer without one in its name, and the logical experts.
     """
     config = runner.model_config.hf_text_config
     return drafts.first_number(runner), num_experts_of(config)

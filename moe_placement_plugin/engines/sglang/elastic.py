@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...core.errors import PlacementError
-from . import settings
+from .state import plan_here
 
 
 def live_ranks() -> tuple[int, ...] | None:
@@ -16,11 +16,10 @@ def live_ranks() -> tuple[int, ...] | None:
     """
     from sglang.srt.elastic_ep.elastic_ep import ElasticEPStateManager
 
-    asked = settings.current()
-    state = ElasticEPStateManager.instance()
-    if state is None or asked is None or asked.placement is None:
+    plan, state = plan_here(), ElasticEPStateManager.instance()
+    if state is None or plan is None:
         return None
-    ranks = asked.placement.num_ranks
+    ranks = plan.num_ranks
     alive = tuple(rank for rank, up in enumerate(state.active_ranks_cpu[:ranks].tolist()) if up)
     if len(alive) == ranks:
         return None
@@ -40,7 +39,10 @@ def own_rank() -> int:
 
 
 def may_lose_ranks() -> bool:
-    """Whether this server is to go on when ranks die: no check may then wait for all of them."""
+    """Tell whether this server is to go on when ranks die.
+
+    No check may then wait for all of them.
+    """
     from sglang.srt.elastic_ep.elastic_ep import ElasticEPStateManager
 
     return ElasticEPStateManager.instance() is not None

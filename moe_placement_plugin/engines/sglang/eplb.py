@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 from ...core.errors import PlacementError
@@ -16,6 +15,7 @@ from ...exchange.watchdog import Watchdog
 from ...rebalancing import tables
 from ...rebalancing.rebalance import Rebalance, other_ranks
 from ...rebalancing.rebalancer import REBALANCE_FLAG, policy_from
+from ..common.settings import Settings
 from . import (
     elastic,
     eplb_counting,
@@ -23,70 +23,15 @@ from . import (
     eplb_phases,
     eplb_policy,
     expert_reader,
-    settings,
-    verification,
 )
-from .hook_registry import Hook, HookSet
+from .hook_registry import Hook
 from .layers import expert_layers
 from .slot_digests import digests_known, recheck, renew
+from .state import placing, verifies
 
 logger = logging.getLogger(__name__)
 
 _END = object()
-
-
-def settle(asked: settings.Settings, cfg: Any) -> None:
-    """Note whether experts move while serving, and refuse what would not go well.
-
-    Args:
-        asked: the flags.
-        cfg: SGLang's resolved arguments.
-
-    Raises:
-        PlacementError: naming the argument, the reason and the mend.
-    """
-    asked.moves = bool(getattr(cfg, "enable_eplb", False))
-    ours = asked.moves and asked.plans
-    if asked.rebalance is not None:
-        if not ours:
-            raise PlacementError(
-                f"{REBALANCE_FLAG} without --enable-eplb and --expert-placement-strategy eplb: "
-                "nothing of ours rebalances; add both, or leave it out"
-            )
-        policy_from(asked.rebalance, REBALANCE_FLAG)
-    if asked.planner and not asked.moves:
-        raise PlacementError(
-            "--eplb-algorithm expert_placement without --enable-eplb: nothing rebalances; add it, "
-            "or leave the algorithm out"
-        )
-    if not asked.moves:
-        return
-    flag = "--enable-eplb with an expert placement"
-    if int(cfg.tp_size) != int(cfg.ep_size):
-        raise PlacementError(
-            f"{flag}, --tp-size {cfg.tp_size} and --ep-size {cfg.ep_size}: SGLang's updater takes "
-            "the TP rank for the EP rank and would move the wrong experts; make them equal, or "
-            "leave --enable-eplb out"
-        )
-    if int(cfg.pp_size) > 1:
-        raise PlacementError(
-            f"{flag} and --pp-size {cfg.pp_size}: SGLang's updater sends to ranks of the first "
-            "pipeline stage; leave one of the two out"
-        )
-    if str(getattr(cfg.load_format, "value", cfg.load_format)) == "dummy":
-        raise PlacementError(
-            f"{flag} and --load-format dummy: most models list the weights to move only while "
-            "they load a checkpoint; leave --enable-eplb out"
-        )
-    algorithm = str(getattr(cfg, "eplb_algorithm", "auto"))
-    asked.elastic = bool(getattr(cfg, "elastic_ep_backend", None))
-    if (
-        ours and algorithm != "auto" and not (asked.elastic and algorithm == "elasticity_aware")
-    ):  # SGLang's own choice then
-        raise PlacementError(
-            f"--eplb-algorithm {algorithm} together with --expert-placement-strategy eplb: both "
-            "decide how to rebalance; leave one of the two out"
-        )
 
 
 def list_weights(model: Any) -> None:
@@ -115,27 +60,27 @@ def list_weights(model: Any) -> None:
     )
 
 
-def warm_up(asked: settings.Settings) -> None:
+def warm_up(settings: Settings) -> None:
     """Compile planner and exchange while the model loads."""
-    placement = asked.placement
+    placement = settings.plan
     assert placement is not None, "settled before a model loads"
     tables.warm_up(
         placement.physical_to_logical,
         placement.num_logical_experts,
         placement.num_ranks,
-        asked.plans,
+        settings.rebalancing.plans,
     )
 
 
 def _can_verify(model: Any) -> bool:
-    """Whether what moves can be verified.
+    """Tell whether what moves can be verified.
 
     Digests of weights that were updated while serving are taken first.
 
     Raises:
         PlacementError: when replicas of an updated expert differ.
     """
-    if verification.current() is None:
+    if not verifies():
         return False
     if elastic.may_lose_ranks():  # some may be dead: no collective
         return digests_known(model)
@@ -155,11 +100,11 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
     """
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
-    asked, eplb = settings.current(), eplb_exchange.loaded()
-    assert asked is not None, "hooked only where a placement was asked for"
+    settings, eplb = placing(), eplb_exchange.loaded()
+    assert settings is not None, "hooked only where a placement was asked for"
     model = self._get_model()
-    policy = policy_from(asked.rebalance, REBALANCE_FLAG)
-    if asked.plans and eplb.rebalancer is None:
+    policy = policy_from(settings.rebalancing.rules, REBALANCE_FLAG)
+    if settings.rebalancing.plans and eplb.rebalancer is None:
         weights = model.routed_experts_weights_of_layer
         eplb.rebalancer = eplb_policy.rebalancer_of(eplb, policy, weights)
     here = Rebalance(
@@ -192,23 +137,20 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
 
 
 def is_needed(original: Callable, self: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether `EPLBManager._check_rebalance_needed` is true; always after a rank has died."""
+    """Answer `EPLBManager._check_rebalance_needed`: always yes after a rank has died."""
     return elastic.live_ranks() is not None or original(self, *args, **kwargs)
 
 
-@lru_cache(maxsize=1)
-def hooks() -> HookSet:
-    """Return what a worker gets besides with ``--enable-eplb``; the same object in every call."""
-    return HookSet(
-        [
-            *_rebalance_hooks(),
-            *eplb_exchange.exchange_hooks(),
-            *eplb_phases.phase_hooks(),
-            *eplb_counting.count_hooks(),
-            _needed_hook(),
-            *expert_reader.name_hooks(),
-        ]
-    )
+def eplb_hooks() -> list[Hook]:
+    """Return what a worker gets besides with ``--enable-eplb``."""
+    return [
+        *_rebalance_hooks(),
+        *eplb_exchange.exchange_hooks(),
+        *eplb_phases.phase_hooks(),
+        *eplb_counting.count_hooks(),
+        _needed_hook(),
+        *expert_reader.name_hooks(),
+    ]
 
 
 def _rebalance_hooks() -> list[Hook]:

@@ -11,27 +11,28 @@ import numpy as np
 from ...core.errors import PlacementError
 from ...rebalancing.exchanger import ExchangeLimits, Exchanger, RankFacts, connect
 from ...rebalancing.rebalancer import REBALANCE_FLAG, policy_from
-from . import elastic, expert_reader, reload, settings
+from ..common.settings import Settings
+from . import elastic, expert_reader
 from .hook_registry import Hook
 from .layers import expert_layers
-from .state import Eplb, worker
+from .state import STATE, Eplb, placing
 
 logger = logging.getLogger(__name__)
 
 
-def gather_rank_facts(asked: settings.Settings, model: Any) -> None:
+def gather_rank_facts(settings: Settings, model: Any) -> None:
     """Learn of the other ranks what an exchange needs; a collective call.
 
     All ranks are there while the model has just been loaded.
 
     Args:
-        asked: the flags.
+        settings: the engine's.
         model: that was loaded.
     """
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
     group = get_moe_ep_group()
-    worker.eplb = Eplb(RankFacts.gather(group.cpu_group, asked.elastic), model)
+    STATE.eplb = Eplb(RankFacts.gather(group.cpu_group, settings.rebalancing.elastic), model)
     connect(group.device_group, next(model.parameters()).device)
 
 
@@ -41,12 +42,12 @@ def loaded() -> Eplb:
     Raises:
         PlacementError: when it was not.
     """
-    if worker.eplb is None or settings.current() is None:
+    if STATE.eplb is None or placing() is None:
         raise PlacementError(
             "experts are to move before the model has been loaded: this start of SGLang is not "
             "understood"
         )
-    return worker.eplb
+    return STATE.eplb
 
 
 def update(
@@ -104,7 +105,7 @@ def update(
 
 
 def _differs(old: Any, new: Any, layer: int) -> bool:
-    """Whether slots or replicas to use differ; a table of fewer replicas may be narrower."""
+    """Tell whether slots or replicas to use differ; a table of fewer replicas may be narrower."""
     if not old.physical_to_logical_map_cpu[layer].equal(new.physical_to_logical_map_cpu[layer]):
         return True
     a, b = (m.logical_to_all_physical_map_cpu[layer].numpy() for m in (old, new))
@@ -121,14 +122,14 @@ def exchanger_of(eplb: Eplb, weights: Any, in_force: Any) -> Exchanger:
         weights: SGLang's list, layer -> tensors.
         in_force: SGLang's metadata.
     """
-    generation = reload.generation()
+    generation = STATE.generation
     if eplb.exchanger is not None and eplb.viewed == generation:
         return eplb.exchanger
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
-    asked = settings.current()
-    assert asked is not None, "checked in `loaded`"
-    limits = ExchangeLimits.of(policy_from(asked.rebalance, REBALANCE_FLAG))
+    settings = placing()
+    assert settings is not None, "checked in `loaded`"
+    limits = ExchangeLimits.of(policy_from(settings.rebalancing.rules, REBALANCE_FLAG))
     tensors = current_tensors(weights, eplb.model)
     first = next(iter(tensors.values()))[0]
     group = get_moe_ep_group()

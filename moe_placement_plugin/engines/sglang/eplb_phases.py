@@ -11,7 +11,7 @@ from typing import Any
 
 from ...core.load import DECODE, MIXED, PREFILL
 from .hook_registry import Hook
-from .state import worker
+from .state import STATE
 
 _RECORDER = "sglang.srt.eplb.expert_distribution"
 
@@ -36,7 +36,7 @@ def ranks_that_count_a_token() -> int:
 
 
 def _one_batch() -> bool:
-    """Whether all ranks run the same batch, so that they agree on what a pass was.
+    """Tell whether all ranks run the same batch, so that they agree on what a pass was.
 
     With attention data parallelism they do not.
     """
@@ -58,11 +58,11 @@ def phases_of_passes(number: int) -> list[str]:
     """
     if not _one_batch():
         return [MIXED] * number
-    return [worker.passes.in_buffer.get(place, MIXED) for place in range(number)]
+    return [STATE.passes.in_buffer.get(place, MIXED) for place in range(number)]
 
 
 def _start(original: Callable, self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    worker.passes.phase = phase_of_mode(forward_batch.forward_mode)
+    STATE.passes.phase = phase_of_mode(forward_batch.forward_mode)
     return original(self, forward_batch, *args, **kwargs)
 
 
@@ -70,7 +70,7 @@ def _append(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     buffer = self._global_physical_count_of_buffered_step
     place = buffer._curr_index if hasattr(buffer, "_curr_index") else buffer._size
     result = original(self, *args, **kwargs)
-    worker.passes.in_buffer[place] = worker.passes.phase
+    STATE.passes.in_buffer[place] = STATE.passes.phase
     return result
 
 

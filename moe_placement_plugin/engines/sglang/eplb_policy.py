@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from ...core.load import MIXED, ExpertLoad
+from ...core.tables import inverse_maps
 from ...rebalancing.policy import RebalancePolicy
 from ...rebalancing.rebalancer import Rebalancer
-from ...rebalancing.tables import EngineRanks, inverse_maps
+from ...rebalancing.tables import EngineRanks
 from . import elastic, eplb_phases
-from .state import Eplb, worker
+from .state import STATE, Eplb
 
 # Decisions are EPLB's, under whose name they are logged.
 logger = logging.getLogger("moe_placement_plugin.engines.sglang.eplb")
@@ -65,7 +66,7 @@ def plan(
     Returns:
         SGLang's maps: physical to logical, logical to physical, and the replicas of each expert.
     """
-    rebalance = None if worker.eplb is None else worker.eplb.rebalance
+    rebalance = None if STATE.eplb is None else STATE.eplb.rebalance
     if rebalance is None or rebalance.rebalancer is None:
         return original(
             tokens_per_expert,

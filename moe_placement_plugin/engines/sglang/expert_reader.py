@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.errors import PlacementError
 from ...exchange.checkpoint import Checkpoint, Source
 from .hook_registry import Hook
-from .state import worker
+from .state import STATE
 
 if TYPE_CHECKING:
     import torch
@@ -101,23 +101,23 @@ def learning(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    names = worker.names.learning = Names()
+    names = STATE.names.learning = Names()
     try:
         yield
         names.forget_places()
-        worker.names.known = names
+        STATE.names.known = names
     finally:
-        worker.names.learning = None
+        STATE.names.learning = None
 
 
 def forget() -> None:
     """Note that the weights are in no checkpoint: lost experts cannot be read any more."""
-    worker.names.known = None
+    STATE.names.known = None
 
 
 def weights(original: Callable, self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
     """Note what comes from `DefaultModelLoader._get_weights_iterator`."""
-    found, names = original(self, source, *args, **kwargs), worker.names.learning
+    found, names = original(self, source, *args, **kwargs), STATE.names.learning
     return found if names is None else _noted(found, self, source, names)
 
 
@@ -157,7 +157,7 @@ def intercepted(
             ``weight_loader_fused``.
         fused: the original of the latter, for a tensor of all experts; ``expert_id`` is None then.
     """
-    names = worker.names
+    names = STATE.names
     if names.learning is not None:
         names.learning.goes(layer.layer_id, expert_id, weight_name, shard_id, loaded_weight)
     if names.wanted is None:
@@ -228,7 +228,7 @@ class Wanted:
 
 
 class EngineReader:
-    """Reads lost experts as `checkpoint.ExpertReader` asks, through the model's own loader.
+    """Read lost experts as `checkpoint.ExpertReader` asks, through the model's own loader.
 
     Args:
         model: the model that is served.
@@ -252,7 +252,7 @@ class EngineReader:
         self, experts: Iterable[tuple[int, int]]
     ) -> tuple[Names, Checkpoint, dict[str, None]]:
         """Return what is known, the checkpoint, and its tensors that hold the experts."""
-        known = worker.names.known
+        known = STATE.names.known
         if known is None or known.folder is None:
             raise PlacementError(
                 "lost experts cannot be read: its weights did not come from a safetensors "
@@ -276,7 +276,7 @@ class EngineReader:
         return self.read_all([(layer, expert, out)])
 
     def read_all(self, wanted: Sequence[tuple[int, int, Sequence[torch.Tensor]]]) -> int:
-        """Fill the memory of several experts; returns the bytes read.
+        """Fill the memory of several experts, and return the bytes read.
 
         Args:
             wanted: layer, expert, and memory for each of the layer's tensors, of the shape of one
@@ -297,13 +297,13 @@ class EngineReader:
                 first[layer, expert] = out
         known, checkpoint, chosen = self._names(first)
         before = checkpoint.bytes_read
-        into = worker.names.wanted = Wanted(first, self._tensors)
+        into = STATE.names.wanted = Wanted(first, self._tensors)
         try:
             self._load(
                 (name, checkpoint.read(Source(name.removeprefix(known.prefix)))) for name in chosen
             )
         finally:
-            worker.names.wanted = None
+            STATE.names.wanted = None
             evidence.forget()
         for (layer, expert), _ in first.items():
             missing = known.parts[layer] - into.filled[layer, expert]

@@ -1,4 +1,4 @@
-"""The placement flags in the process that starts the server."""
+"""Put the flags into SGLang's parser and into ``sglang.Engine(...)``, in the launcher."""
 
 from __future__ import annotations
 
@@ -7,120 +7,134 @@ from collections.abc import Callable
 from typing import Any
 
 from ...core.errors import PlacementError
-from ...rebalancing.rebalancer import REBALANCE_FLAG
-from ...rebalancing.rebalancer import add_argument as add_rebalance_argument
-from ...strategies.registry import ALIASES, get_strategy, strategy_names
-from ..common import host_flags
-from . import recording, settings, verification
+from ...recording.recorder import DEFAULT_INTERVAL, check_interval, check_path
+from ...strategies.registry import get_strategy
+from ...verification.level import check_level
+from ..common import options
+from ..common.options import add_options, options_of
+from ..common.request import Request, check_recording_flags, request_from
+from ..common.settings import (
+    PlacementSettings,
+    RecordingSettings,
+    Settings,
+    VerificationSettings,
+)
+from .carrier import attach
 from .compat import check_version
 from .hook_registry import AttributeHook, Hook, HookSet
+from .state import SENTINEL, carried_by
 
 ALGORITHM = "expert_placement"
 """Value of ``--eplb-algorithm`` for our planner, with any strategy to begin with."""
 
-FLAGS = (
-    "expert_placement_strategy",
-    "expert_placement_file",
-    "expert_rebalance",
-    "expert_placement_locality",
-    "expert_host_timeout",
-)
+NAMES = tuple(option.name for option in options_of("sglang"))
+"""Our keywords of ``ServerArgs``."""
 
 
-def request(values: dict[str, Any]) -> settings.Settings | None:
-    """Take the placement flags out of ``values`` (arguments of ``ServerArgs``), and check what can be checked already.
+def read_request(values: dict[str, Any]) -> Request | None:
+    """Take our flags out of ``values``, arguments of ``ServerArgs``, and check what can be checked.
 
-    With a placement asked for, ``init_expert_location`` becomes `settings.SENTINEL`.
+    With a placement asked for, ``init_expert_location`` becomes `state.SENTINEL`.
+
+    Returns:
+        None where nothing is asked of this plugin.
 
     Raises:
-        PlacementError: unknown strategy, conflicting flags, unsupported SGLang.
+        PlacementError: unknown strategy or level, conflicting flags, a recording that cannot be
+            written, an unsupported SGLang.
     """
-    strategy, file, rebalance, locality, host_timeout = (values.pop(flag, None) for flag in FLAGS)
+    ours = {name: values.pop(name, None) for name in NAMES}
+    named, file = ours[options.STRATEGY.name], ours[options.FILE.name]
     planner = values.get("eplb_algorithm") == ALGORITHM
     if planner:
-        values["eplb_algorithm"] = (
-            "auto"  # SGLang's list is closed; our hook is asked whatever it names
-        )
-        strategy = "eplb" if strategy is None and file is None else strategy
-    if strategy is None and file is None:
-        if rebalance is not None:
-            raise PlacementError(
-                f"{REBALANCE_FLAG} without --expert-placement-strategy eplb: nothing of ours rebalances; add it, or leave it out"
-            )
-        for flag, value in (
-            (host_flags.LOCALITY_FLAG, locality),
-            (host_flags.TIMEOUT_FLAG, host_timeout),
-        ):
-            if value is not None:
-                raise PlacementError(
-                    f"{flag} {value} without an expert placement: add --expert-placement-strategy, or leave it out"
-                )
+        # SGLang's list is closed; our hook is asked whatever it names.
+        values["eplb_algorithm"] = "auto"
+        named = "eplb" if named is None and file is None else named
+    places = named is not None or file is not None
+    strategy = get_strategy(named or "linear").name
+    request = request_from(ours, strategy, named or "linear", places, planner)
+    check_recording_flags(request)
+    if not places:
+        _check_flags_of_a_placement(request)
+    if request.verify is not None:
+        check_level(request.verify, places)
+    if not (places or request.record or request.verify not in (None, "off")):
         return None
     import sglang
 
     check_version(sglang.__version__)
-    strategy = get_strategy(strategy or "linear").name
-    given = values.get("init_expert_location") or "trivial"
-    if given != "trivial":
+    if request.record is not None:
+        check_path(request.record)
+        check_interval(request.interval or DEFAULT_INTERVAL)
+    if places:
+        _check_location(request, values.get("init_expert_location") or "trivial")
+        values["init_expert_location"] = SENTINEL
+    return request
+
+
+def _check_flags_of_a_placement(request: Request) -> None:
+    if request.rebalance is not None:
         raise PlacementError(
-            f"--init-expert-location {given} together with --expert-placement-"
-            f"{'file' if file else 'strategy'}: both decide where the experts lie; leave one out (--expert-placement-file "
-            "reads the same files)"
+            f"{options.REBALANCE.flag} without {options.STRATEGY.flag} eplb: nothing of ours "
+            "rebalances; add it, or leave it out"
         )
-    values["init_expert_location"] = settings.SENTINEL
-    return settings.Settings(
-        strategy,
-        None if file is None else str(file),
-        values.get("ep_dispatch_algorithm"),
-        rebalance=rebalance,
-        planner=planner,
-        locality=locality or "none",
-        host_timeout=host_timeout,
-    )
+    given = {options.LOCALITY: request.locality, options.HOST_TIMEOUT: request.host_timeout}
+    for option, value in given.items():
+        if value is not None:
+            raise PlacementError(
+                f"{option.flag} {value} without an expert placement: add {options.STRATEGY.flag}, "
+                "or leave it out"
+            )
+
+
+def _check_location(request: Request, given: str) -> None:
+    if given != "trivial":
+        which = options.STRATEGY if request.file is None else options.FILE
+        raise PlacementError(
+            f"--init-expert-location {given} together with {which.flag}: both decide where the "
+            f"experts lie; leave one out ({options.FILE.flag} reads the same files)"
+        )
 
 
 def build(original: Callable[..., Any], values: dict[str, Any]) -> Any:
-    """Make ``ServerArgs`` by ``original(**values)`` without our flags, and let it carry what they ask for.
+    """Make ``ServerArgs`` by ``original(**values)`` without our flags, carrying what they ask for.
 
     It is resolved once SGLang has resolved its own arguments.
 
     Raises:
         PlacementError: when what was asked for cannot be had.
     """
-    record = recording.request(values)
-    asked = request(values)
-    verify = verification.request(values, asked is not None)
+    request = read_request(values)
+    dispatch = values.get("ep_dispatch_algorithm")
     server_args = original(**values)
-    if asked is not None:
-        settings.attach(server_args, asked)
-    if verify is not None:
-        verification.attach(server_args, verify)
+    if request is not None:
+        attach(server_args, _provisional(request), request.with_dispatch(dispatch))
         ON_REQUEST.apply_now()
-    return recording.accept(server_args, record)
+        if request.record is not None:
+            from .recording import install_metrics  # lazy: heavy
+
+            install_metrics(server_args, request.record)
+    return server_args
+
+
+def _provisional(request: Request) -> Settings:
+    """Make settings that say what is wanted, before it is known whether it can be had."""
+    level = request.verify or ("replicas" if request.places else "off")
+    recording = None
+    if request.record is not None:
+        interval = check_interval(request.interval or DEFAULT_INTERVAL)
+        recording = RecordingSettings(request.record, interval, request.coactivation)
+    return Settings(
+        PlacementSettings(request.strategy) if request.places else None,
+        VerificationSettings(level, request.verify is not None),
+        recording,
+    )
 
 
 def _add_cli_args(original: Callable, *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)
     parser: argparse.ArgumentParser = args[-1] if args else kwargs["parser"]
-    group = parser.add_argument_group("expert placement (moe-placement-plugin)")
-    group.add_argument(
-        "--expert-placement-strategy",
-        type=str,
-        choices=[*strategy_names(), *ALIASES],
-        default=None,
-        help="Which expert parallel rank holds which expert: linear (contiguous blocks), balanced (the same, for counts that "
-        "do not divide over the ranks), zigzag (expert e on rank e mod ranks) or eplb (from a recorded load).",
-    )
-    group.add_argument(
-        "--expert-placement-file",
-        type=str,
-        default=None,
-        help="A plan (decides alone) or a recorded load (for eplb), told apart by content.",
-    )
-    add_rebalance_argument(group)
-    host_flags.add_arguments(group)
-    verification.add_arguments(group)
-    recording.add_arguments(group)
+    add_options(parser.add_argument_group("expert placement (moe-placement-plugin)"), "sglang")
     return result
 
 
@@ -129,9 +143,10 @@ def _from_cli_args(original: Callable, cls: type, args: argparse.Namespace) -> A
 
 
 class ServerArgsFactory:
-    """Stands in for the class in ``Engine.server_args_class``, which `sglang.Engine` calls with the user's arguments.
+    """Stand in for the class in ``Engine.server_args_class``.
 
-    An instance, not a function: a function in its place would be bound to the engine.
+    `sglang.Engine` calls it with the user's arguments. It is an instance, not a function: a
+    function in its place would be bound to the engine.
     """
 
     def __init__(self, original: Any):
@@ -145,12 +160,11 @@ class ServerArgsFactory:
 
 
 def _check_server_args(original: Callable, server_args: Any) -> Any:
-    asked = settings.of(server_args)
-    if asked is not None:
-        from .resolve import finish  # lazy: numba
+    carried = carried_by(server_args)
+    if carried is not None and carried.request is not None:
+        from .resolve import resolve  # lazy: numba
 
-        finish(server_args, asked)
-    verification.settle(server_args)
+        attach(server_args, resolve(server_args, carried.request))
     return original(server_args)
 
 
@@ -191,9 +205,9 @@ ON_REQUEST = HookSet(
             target="sglang.srt.server_args:ServerArgs.check_server_args",
             hook=_check_server_args,
             relies_on=("self",),
-            why="the placement needs SGLang's resolved arguments and must be decided before workers start",
+            why="what is asked for needs SGLang's resolved arguments, before workers start",
             removable_when="SGLang reads placement plans and strategies itself",
         ),
     ]
 )
-"""What the launcher gets when a placement or a verification is asked for."""
+"""What the launcher gets when anything is asked for."""

@@ -1,7 +1,7 @@
-"""`Patch` through SGLang's own HookRegistry.
+"""Apply a `Patch` through SGLang's own HookRegistry.
 
-The registry composes the hooks of all plugins on a target and repairs ``from x import y`` bindings that other modules
-hold. It only logs when a hook cannot be applied, so `missing` asks afterwards.
+The registry composes the hooks of all plugins on a target and repairs ``from x import y`` bindings
+that other modules hold. It only logs when a hook cannot be applied, so `missing` asks afterwards.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ def _around(original: Callable, hook: Callable) -> Callable:
 
 @dataclass(eq=False, kw_only=True)
 class Hook(Patch):
-    """A patch whose replacement is ``hook(original, *args, **kwargs)``, applied by SGLang's registry.
+    """Run ``hook(original, *args, **kwargs)`` in place of a target.
+
+    It is a patch that SGLang's registry applies.
 
     Attributes:
         hook: runs instead of the target.
-        counted: whether calls are counted. Not inside code that torch.compile traces: it would recompile whenever the
-            count changes.
+        counted: whether calls are counted. Not inside code that torch.compile traces: it would
+            recompile whenever the count changes.
     """
 
     make: Callable[[Any], Any] = field(init=False, repr=False)
@@ -50,7 +52,7 @@ class Hook(Patch):
 
     @property
     def path(self) -> str:
-        """The target as the registry writes it."""
+        """Return the target as the registry writes it."""
         return self.target.replace(":", ".")
 
     def _run_counted(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -70,8 +72,9 @@ class Hook(Patch):
         difference = self.check()
         if difference:
             raise PlacementError(
-                f"patch {self.name} does not fit the installed SGLang: {difference}; use a supported version "
-                "(`moe-placement doctor` lists them) or leave the placement flag out"
+                f"patch {self.name} does not fit the installed SGLang: {difference}; use a "
+                "supported version (`moe-placement doctor` lists them) or leave the placement "
+                "flag out"
             )
         try:
             owner, name = self._owner()
@@ -81,7 +84,8 @@ class Hook(Patch):
             return
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        # The registry hooks a target once and passes over what is registered for it later: put this one on top.
+        # The registry hooks a target once and passes over what is registered for it later: put this
+        # one on top.
         earlier = (
             HookRegistry._hooks.pop(self.path, []) if self.path in HookRegistry._patched else None
         )
@@ -102,16 +106,20 @@ class Hook(Patch):
             self.confirm()
 
     def confirm(self) -> None:
-        """Note whether the registry has applied the hook: the target is then another object than before."""
+        """Note whether the registry has applied the hook.
+
+        The target is then another object than before.
+        """
         if self.state == "registered":
             owner, name = self._owner()
             if inspect.getattr_static(owner, name) is not self._before:
                 self.state = "applied"
 
     def undo(self) -> None:
-        """Put the original back, in every module that holds the hooked function; harmless when it is there already.
+        """Put the original back, in every module that holds the hooked function.
 
-        Hooks of other plugins on the same target go with it.
+        It is harmless when the original is there already. Hooks of other plugins on the same target
+        go with it.
         """
         if self.state in ("registered", "applied"):
             from sglang.srt.plugins.hook_registry import HookRegistry
@@ -130,18 +138,21 @@ class Hook(Patch):
 
 
 class AttributeHook(Patch):
-    """A plain attribute among the hooks, which only functions can be."""
+    """Set a plain attribute among the hooks, which otherwise only functions can be."""
 
     def register(self) -> None:
         """Apply it at once: the registry has no part in it."""
         self.apply()
 
     def confirm(self) -> None:
-        """Applied at once: nothing to ask the registry."""
+        """Ask the registry nothing: the attribute was set at once."""
 
 
 class HookSet(PatchSet):
-    """Hooks that stand or fall together, though the registry applies them one by one and only logs failures."""
+    """Hold hooks that stand or fall together.
+
+    The registry applies them one by one and only logs failures.
+    """
 
     def __init__(self, hooks: Iterable[Hook | AttributeHook], name: str = ""):
         self.hooks: list[Hook | AttributeHook] = list(hooks)
@@ -156,8 +167,9 @@ class HookSet(PatchSet):
         differences = self.check()
         if differences:
             raise PlacementError(
-                f"the installed SGLang differs from what this plugin was written for: {'; '.join(differences)}. Use a "
-                "supported version (`moe-placement doctor` lists them) or leave the placement flag out"
+                "the installed SGLang differs from what this plugin was written for: "
+                f"{'; '.join(differences)}. Use a supported version (`moe-placement doctor` lists "
+                "them) or leave the placement flag out"
             )
 
     def register(self) -> None:
@@ -191,12 +203,12 @@ class HookSet(PatchSet):
         lost = self.missing()
         if lost:
             raise PlacementError(
-                f"SGLang did not apply the hooks {', '.join(lost)} in this process, and without them the output may be wrong: its log says "
-                "why; use a supported version"
+                f"SGLang did not apply the hooks {', '.join(lost)} in this process, and without "
+                "them the output may be wrong: its log says why; use a supported version"
             )
 
     def missing(self) -> list[str]:
-        """Names of the hooks that should be in force and are not."""
+        """Return the names of the hooks that should be in force and are not."""
         for hook in self.hooks:
             hook.confirm()
         return [hook.name for hook in self.hooks if hook.state not in ("applied", "not needed")]
@@ -211,6 +223,22 @@ def require_applied(name: str) -> None:
     Raises:
         PlacementError: naming the hooks that are not in force.
     """
+    _set_named(name).require_applied()
+
+
+def apply_now(name: str) -> None:
+    """Apply the hooks of a set that was made in this process.
+
+    Args:
+        name: of the set, see `patching.patch_set_named`.
+
+    Raises:
+        PlacementError: naming the hooks that do not fit, or that the registry did not apply.
+    """
+    _set_named(name).apply_now()
+
+
+def _set_named(name: str) -> HookSet:
     found = patch_set_named(name)
     assert isinstance(found, HookSet), "SGLang's sets are of hooks"
-    found.require_applied()
+    return found

@@ -1,4 +1,4 @@
-"""The MoE layers of a model: their experts and their routers."""
+"""Find the MoE layers of a model: their experts and their routers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...core.errors import PlacementError
 
 
 def expert_layers(model: Any) -> dict[str, Any]:
-    """Name -> ``FusedMoE`` of every MoE layer of this rank."""
+    """Map the name of every MoE layer of this rank to its ``FusedMoE``."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedMoE)}
@@ -18,7 +18,7 @@ def expert_layers(model: Any) -> dict[str, Any]:
 def moe_blocks(
     model: Any, prefix: str = "", mend: str = "serve it without the placement flags"
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Name, ``FusedMoE`` and ``TopK`` of every MoE block.
+    """Yield name, ``FusedMoE`` and ``TopK`` of every MoE block.
 
     Args:
         model: the loaded model.
@@ -39,14 +39,17 @@ def moe_blocks(
         routers = [child for child in children if isinstance(child, TopK)]
         if len(experts) != 1 or len(routers) != 1:
             raise PlacementError(
-                f"{prefix}{name} has {len(experts)} expert layers and {len(routers)} TopK layers, expected one of each: this "
-                f"model routes in a way of its own; {mend}"
+                f"{prefix}{name} has {len(experts)} expert layers and {len(routers)} TopK layers, "
+                f"expected one of each: this model routes in a way of its own; {mend}"
             )
         yield name, experts[0], routers[0]
 
 
 def routing_kernel(router: Any) -> str | None:
-    """Name the kernel that routes inside itself, by its output or back end; None where ``TopK`` routes."""
+    """Name the kernel that routes inside itself, by its output or back end.
+
+    It is None where ``TopK`` routes.
+    """
     from sglang.srt.layers.moe.utils import get_moe_runner_backend
 
     output = getattr(router.topk_config.output_format, "name", None)
@@ -72,6 +75,7 @@ def check_router(name: str, router: Any) -> None:
     kernel = routing_kernel(router)
     if kernel is not None:
         raise PlacementError(
-            f"{name} routes inside its kernel ({kernel}), which never sees the map of experts: choose "
-            "--moe-runner-backend triton or another that the table in docs/sglang.md lists, or leave the placement flags out"
+            f"{name} routes inside its kernel ({kernel}), which never sees the map of experts: "
+            "choose --moe-runner-backend triton or another that the table in docs/sglang.md "
+            "lists, or leave the placement flags out"
         )

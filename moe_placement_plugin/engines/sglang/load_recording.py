@@ -1,4 +1,7 @@
-"""The counters of one model of a worker, target or draft, bound to its TopK layers, and what they are told of each batch."""
+"""Count the load of one model of a worker, target or draft.
+
+The counters are bound to its TopK layers, and are told of each batch what it is.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,38 @@ from ...core.errors import PlacementError
 from ...hosts import session
 from ...recording.counters import LoadCounters
 from ...recording.recorder import LoadRecorder, Windows
+from ..common.settings import RecordingSettings
 from .compat import attention_dp_width, replicas, resolved
 from .layers import moe_blocks, routing_kernel
 
 logger = logging.getLogger(__name__)
 
 COUNT = "_moe_expert_load_count"
-"""Attribute of the TopK config of every MoE layer that is recorded: (counters, row of the layer)."""
+"""Attribute of the TopK config of every recorded MoE layer: (counters, row of the layer)."""
 
 RECORDING = "_moe_expert_load_recording"
 """Attribute of SGLang's ``ModelRunner``: its `LoadRecording`."""
 
 
 class LoadRecording:
-    """The counters of one model runner, bound to its TopK layers, and their recorder.
+    """Bind the counters of one model runner to its TopK layers, and hold their recorder.
 
     Args:
-        asked: path, interval and whether pairs are counted: `recording.RecordSettings`.
+        asked: path, interval and whether pairs are counted.
         runner: SGLang's ``ModelRunner``, whose model is loaded.
         routers: number of each MoE layer -> its TopK layer.
         experts: logical experts of a layer.
         model: what the user called the model.
     """
 
-    def __init__(self, asked: Any, runner: Any, routers: dict[int, Any], experts: int, model: str):
+    def __init__(
+        self,
+        asked: RecordingSettings,
+        runner: Any,
+        routers: dict[int, Any],
+        experts: int,
+        model: str,
+    ):
         import sglang
         from sglang.srt.runtime_context import get_parallel
 
@@ -46,7 +57,8 @@ class LoadRecording:
         width, copies = attention_dp_width(args), replicas(args)
         attention_dp = width > 1
         tp_rank, stage = get_parallel().tp_rank, get_parallel().pp_rank
-        # With data-parallel attention every rank has tokens of its own; else all tensor-parallel ranks have the same.
+        # With data-parallel attention every rank has tokens of its own; else all tensor-parallel
+        # ranks have the same.
         counts = attention_dp or tp_rank == 0
         self.recorder: LoadRecorder | None = None
         if not counts or not routers:
@@ -83,12 +95,13 @@ class LoadRecording:
             ranks * stages,
         )
         logger.info(
-            "moe_placement_plugin: recording the load of %d MoE layers x %d experts to %s every %g s",
+            "moe_placement_plugin: recording the load of %d MoE layers x %d experts to %s every "
+            "%g s",
             len(routers), experts, asked.path, asked.interval,
         )  # fmt: skip
 
     def batch(self, forward_batch: Any) -> None:
-        """A batch of requests is about to run."""
+        """Note that a batch of requests is about to run."""
         if self.recorder is None:
             return
         mode = forward_batch.forward_mode
@@ -131,7 +144,7 @@ def _most_tokens(runner: Any, args: Any) -> int:
 
 
 def routers_of(model: Any) -> dict[str, tuple[Any, Any]]:
-    """Name -> ``FusedMoE`` and ``TopK`` of every MoE block.
+    """Map the name of every MoE block to its ``FusedMoE`` and ``TopK``.
 
     Raises:
         PlacementError: when a layer routes inside its kernel.
@@ -141,8 +154,8 @@ def routers_of(model: Any) -> dict[str, tuple[Any, Any]]:
         kernel = routing_kernel(router)
         if kernel is not None:
             raise PlacementError(
-                f"--expert-load-record: {name} routes inside its kernel ({kernel}), which reports no experts: choose "
-                "--moe-runner-backend triton, or leave the flag out"
+                f"--expert-load-record: {name} routes inside its kernel ({kernel}), which reports "
+                "no experts: choose --moe-runner-backend triton, or leave the flag out"
             )
         found[name] = experts, router
     return found

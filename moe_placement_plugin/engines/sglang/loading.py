@@ -1,4 +1,7 @@
-"""MoE layers with the placement's slots, and proof after loading that every slot was filled through the map."""
+"""Build MoE layers with the placement's slots, and prove that all were filled.
+
+The proof comes after loading: every slot was filled through the map.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,28 @@ from typing import Any
 from ...core.errors import PlacementError
 from ...core.placement import Placement
 from ..common.patching import PLACEMENT, hits_of
-from . import direct, draft_layers, drafts, evidence, expert_reader, positional, settings
+from . import direct, draft_layers, drafts, evidence, expert_reader, positional
+from .hook_registry import Hook
 from .layers import check_router, moe_blocks
 from .routing import LAYER
+from .state import STATE, placing, plan_here
+
+_FUSED_MOE = "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE"
 
 logger = logging.getLogger(__name__)
 
 
-def _placement() -> Placement | None:
-    asked = settings.current()
-    return asked.placement if asked is not None else None
-
-
-def redundant_per_rank() -> int:
-    """Redundant experts that each rank holds in a layer, 0 without a placement."""
-    placement = _placement()
-    return 0 if placement is None else placement.num_redundant // placement.num_ranks
-
-
 def build(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
-    """`FusedMoE.__init__` with the redundant slots that some models (GLM-4-MoE) leave out of ``num_experts``."""
-    placement = _placement()
+    """Run `FusedMoE.__init__` with redundant slots that models leave out of ``num_experts``.
+
+    Some do, GLM-4-MoE among them.
+    """
+    placement = plan_here()
     call = inspect.signature(original).bind(self, *args, **kwargs)
     if placement is not None:
         experts = call.arguments["num_experts"]
         shared = _shared_slots(call.arguments.get("num_fused_shared_experts", 0))
-        if (draft := drafts.current()) is not None:
+        if (draft := STATE.draft) is not None:
             call.arguments["num_experts"] = draft.slots(experts - shared) + shared
         elif experts - placement.num_logical_experts == shared:
             call.arguments["num_experts"] = experts + placement.num_redundant
@@ -45,7 +44,10 @@ def build(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _shared_slots(shared: int) -> int:
-    """Slots of fused shared experts in ``num_experts``: one set per rank with some all-to-all back ends."""
+    """Return the slots of fused shared experts in ``num_experts``.
+
+    They are one set per rank with some all-to-all back ends.
+    """
     from sglang.srt.layers.moe import utils
 
     per_rank = getattr(utils, "has_per_rank_fused_shared_slots", None)
@@ -65,19 +67,21 @@ def load(
     shard_id: str,
     expert_id: int | None,
 ) -> None:
-    """`FusedMoE.weight_loader`, noting which logical experts the checkpoint brings.
+    """Run `FusedMoE.weight_loader`, noting which logical experts the checkpoint brings.
 
     Raises:
-        PlacementError: for a tensor of all experts whose rows were not put into the order of the slots.
+        PlacementError: for a tensor of all experts whose rows were not put into the order of the
+            slots.
     """
-    placement = _placement()
+    placement = plan_here()
     if placement is None:
         original(self, param, loaded_weight, weight_name, shard_id, expert_id)
     elif expert_id is None:
         if not positional.accepts_all_experts(self, loaded_weight, weight_name):
             raise PlacementError(
-                f"layer {self.layer_id}: the checkpoint brings {weight_name} of all experts at once, past the map of experts: "
-                "use a checkpoint with a tensor per expert, or leave the placement flags out"
+                f"layer {self.layer_id}: the checkpoint brings {weight_name} of all experts at "
+                "once, past the map of experts: use a checkpoint with a tensor per expert, or "
+                "leave the placement flags out"
             )
         original(self, param, loaded_weight, weight_name, shard_id, expert_id)
         own = draft_layers.of_layer(self)
@@ -101,59 +105,61 @@ def fill(
     shard_id: str,
     expert_id: int,
 ) -> None:
-    """`FusedMoE._weight_loader_impl`, which writes one slot of this rank, noting which.
+    """Run `FusedMoE._weight_loader_impl`, which writes one slot of this rank, noting which.
 
     Raises:
-        PlacementError: when it is not the slot of the expert that is brought, or the file keeps experts in its own order.
+        PlacementError: when it is not the slot of the expert that is brought, or the file keeps
+            experts in its own order.
     """
-    if _placement() is not None:
+    if plan_here() is not None:
         if getattr(param, "is_gguf_weight", False):
             raise PlacementError(
-                f"layer {self.layer_id}: a GGUF file is kept in containers in the order of the file, past the map of experts: "
-                "use a safetensors checkpoint, or leave the placement flags out"
+                f"layer {self.layer_id}: a GGUF file is kept in containers in the order of the "
+                "file, past the map of experts: use a safetensors checkpoint, or leave the "
+                "placement flags out"
             )
         evidence.note_slot(self, param, weight_name, shard_id, expert_id)
     original(self, param, loaded_weight, weight_name, shard_id, expert_id)
 
 
 def after_load(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`ModelRunner.load_model`, then a check of every MoE layer.
+    """Run `ModelRunner.load_model`, then check every MoE layer.
 
     Raises:
         PlacementError: when a layer's slots, weights or routing do not go through the map.
     """
     draft = bool(getattr(self, "is_draft_worker", False))
     evidence.forget()
-    asked = settings.current()
+    settings, plan = placing(), plan_here()
     with (
-        expert_reader.learning(asked is not None and asked.elastic and not draft),
+        expert_reader.learning(settings is not None and settings.rebalancing.elastic and not draft),
         drafts.loading(self if draft else None),
     ):
         result = original(self, *args, **kwargs)
-    if asked is None or asked.placement is None:
+    if settings is None or plan is None:
         pass
     elif draft:
-        drafts.settle(self, asked)
+        drafts.settle(self, settings)
     else:
-        layers = check_layers(self.model, asked.placement, asked.reads)
-        if not layers and asked.stages == 1:
+        layers = check_layers(self.model, plan, settings.loading.reads)
+        if not layers and settings.loading.stages == 1:
             raise PlacementError(
-                f"{type(self.model).__name__} has no FusedMoE layer: serve it without the placement flags"
+                f"{type(self.model).__name__} has no FusedMoE layer: serve it without the "
+                "placement flags"
             )
-        from . import eplb, eplb_exchange  # lazy: numba
+        if settings.rebalancing.moves:
+            from . import eplb, eplb_exchange  # lazy: numba
 
-        if asked.moves:
             eplb.list_weights(self.model)
-            eplb_exchange.gather_rank_facts(asked, self.model)
-            eplb.warm_up(asked)
-
+            eplb_exchange.gather_rank_facts(settings, self.model)
+            eplb.warm_up(settings)
         logger.info(
-            "moe_placement_plugin: EP rank %s: expert placement %s is in force in %d layers (plan %s), routed by one look-up in %d; "
-            "patches used so far: %s",
+            "moe_placement_plugin: EP rank %s: expert placement %s is in force in %d layers (plan "
+            "%s), routed by one look-up in %d; patches used so far: %s",
             layers[0].moe_ep_rank if layers else "of a stage without MoE layers",
-            asked.placement.strategy,
+            plan.strategy,
             len(layers),
-            asked.placement.digest[:12],
+            plan.digest[:12],
             sum(map(direct.has_table, layers)),
             ", ".join(f"{name} {hits}" for name, hits in hits_of(PLACEMENT).items() if hits),
         )
@@ -192,25 +198,70 @@ def check_layers(model: Any, placement: Placement, reads: bool) -> list[Any]:
 def _check_experts(name: str, layer: Any, placement: Placement) -> None:
     if layer.layer_id not in placement.layer_ids:
         raise PlacementError(
-            f"{name} is layer {layer.layer_id}, which the placement leaves out (it has {list(placement.layer_ids)}): the "
-            "model's config hides an MoE layer; serve it without the placement flags"
+            f"{name} is layer {layer.layer_id}, which the placement leaves out (it has "
+            f"{list(placement.layer_ids)}): the model's config hides an MoE layer; serve it "
+            "without the placement flags"
         )
     slots = layer._num_global_routed
     if slots != placement.num_slots or layer.moe_ep_size != placement.num_ranks:
         raise PlacementError(
-            f"{name} was built with {slots} slots on {layer.moe_ep_size} ranks, the placement has {placement.num_slots} on "
-            f"{placement.num_ranks}: this model counts its experts in a way of its own; serve it without the placement flags"
+            f"{name} was built with {slots} slots on {layer.moe_ep_size} ranks, the placement has "
+            f"{placement.num_slots} on {placement.num_ranks}: this model counts its experts in a "
+            "way of its own; serve it without the placement flags"
         )
 
 
 def _check_method(name: str, layer: Any) -> None:
     import sglang
 
-    from .support import unmapped_quantizations  # lazy: heavy
+    from .placement_rules import unmapped_quantizations  # lazy: heavy
 
     method = type(layer.quant_method).__name__
     if method in unmapped_quantizations(sglang.__version__).values():
         raise PlacementError(
-            f"{name} is quantized by {method}, whose loader puts zero points or scales where the trivial map has them: use an FP8, "
-            "Marlin or bf16 checkpoint, or leave the placement flags out"
+            f"{name} is quantized by {method}, whose loader puts zero points or scales where the "
+            "trivial map has them: use an FP8, Marlin or bf16 checkpoint, or leave the placement "
+            "flags out"
         )
+
+
+def load_hooks() -> list[Hook]:
+    """Return the hooks that build layers with the placement's slots and see them filled."""
+    return [
+        Hook(
+            name="slots",
+            target=f"{_FUSED_MOE}.__init__",
+            hook=build,
+            relies_on=("num_experts", "num_fused_shared_experts"),
+            why="GLM-4-MoE builds its layers without the redundant slots",
+            upstream="SGLang #18213",
+            removable_when="every model adds ep_num_redundant_experts",
+        ),
+        Hook(
+            name="loader",
+            target=f"{_FUSED_MOE}.weight_loader",
+            hook=load,
+            relies_on=("param", "loaded_weight", "weight_name", "shard_id", "expert_id"),
+            why="a checkpoint that goes round the map of experts must be noticed",
+            upstream="SGLang #39580",
+            removable_when="SGLang checks that every slot was filled",
+        ),
+        Hook(
+            name="slot-loader",
+            target=f"{_FUSED_MOE}._weight_loader_impl",
+            hook=fill,
+            relies_on=("param", "loaded_weight", "weight_name", "shard_id", "expert_id"),
+            why="a slot that nothing fills must be noticed, also where no replica differs from it",
+            upstream="vLLM #55228, SGLang #39580",
+            removable_when="SGLang checks that every slot was filled",
+        ),
+        Hook(
+            name="model",
+            target="sglang.srt.model_executor.model_runner:ModelRunner.load_model",
+            hook=after_load,
+            relies_on=("self",),
+            why="slots, weights and routing of every MoE layer are checked before the first "
+            "request",
+            removable_when="SGLang checks them",
+        ),
+    ]

@@ -1,4 +1,7 @@
-"""Fingerprints of the experts that SGLang has loaded: which expert each slot should hold, and whether it does."""
+"""Take fingerprints of the experts that SGLang has loaded.
+
+They tell which expert each slot should hold, and whether it does.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,32 @@ from .layers import expert_layers
 logger = logging.getLogger(__name__)
 
 _EXPECTED = "_moe_placement_expected"
-"""Attribute of the target model: digest of every expert of every layer, None while they have to be taken anew."""
+"""Attribute of the target model: digest of every expert of every layer.
+
+It is None while they have to be taken anew.
+"""
 
 _WHOLE = "_moe_placement_whole"
-"""Attribute of the target model whose weights have changed while serving: whether the last change ended well here."""
+"""Attribute of the target model whose weights have changed while serving.
+
+It says whether the last change ended well here.
+"""
 
 _NO_WEIGHTS = frozenset(
     ("expert_mask_gpu", "expert_map", "e_score_correction_bias", "correction_bias")
 )
-_RESTART = "Do not use the server's answers: restart it, and if it happens again report the model, the quantization and this message"
+_RESTART = (
+    "Do not use the server's answers: restart it, and if it happens again report the model, the "
+    "quantization and this message"
+)
 
 
 def check_map(metadata: Any) -> None:
-    """The tables that routing reads say the same as the table of slots, on the device and on the host.
+    """Refuse tables that routing reads and that contradict the table of slots.
 
-    Routing goes by ``logical_to_all_physical_map`` or the rank's dispatch table, weights by ``physical_to_logical_map``.
+    They must say the same on the device and on the host. Routing goes by
+    ``logical_to_all_physical_map`` or the rank's dispatch table, weights by
+    ``physical_to_logical_map``.
 
     Args:
         metadata: SGLang's ``ExpertLocationMetadata``, slots ``[layers, physical experts]``.
@@ -50,7 +64,8 @@ def check_map(metadata: Any) -> None:
         wrong = np.argwhere(table != _host(getattr(metadata, f"{name}_cpu")))
         if wrong.size:
             raise PlacementError(
-                f"layer {wrong[0][0]}: SGLang's {name} differs between device and host at {wrong[0][1:].tolist()}. {_RESTART}"
+                f"layer {wrong[0][0]}: SGLang's {name} differs between device and host at "
+                f"{wrong[0][1:].tolist()}. {_RESTART}"
             )
     dispatch = metadata.logical_to_rank_dispatch_physical_map
     for table in [slots_of, *([] if dispatch is None else [_host(dispatch)[..., None]])]:
@@ -59,8 +74,9 @@ def check_map(metadata: Any) -> None:
         if wrong.size:
             layer, expert, _ = at = tuple(wrong[0].tolist())
             raise PlacementError(
-                f"layer {layer}: tokens of expert {expert} go to slot {table[at]}, which holds expert {held[layer, table[at]]} by SGLang's own "
-                f"physical_to_logical_map. {_RESTART}"
+                f"layer {layer}: tokens of expert {expert} go to slot {table[at]}, which holds "
+                f"expert {held[layer, table[at]]} by SGLang's own physical_to_logical_map. "
+                f"{_RESTART}"
             )
 
 
@@ -69,13 +85,15 @@ def _host(table: Any) -> np.ndarray:
 
 
 def slot_experts(layer: Any, metadata: Any) -> np.ndarray:
-    """Logical expert of each slot of this rank by the placement in force, int32 ``[slots]``; -1 for a slot that holds none.
+    """Return the logical expert of each slot of this rank, int32 ``[slots]``.
 
-    Fused shared experts, which every rank holds, are numbered from the number of logical experts on.
+    It is the expert by the placement in force, and -1 for a slot that holds none. Fused shared
+    experts, which every rank holds, are numbered from the number of logical experts on.
 
     Args:
         layer: a ``FusedMoE``.
-        metadata: SGLang's ``ExpertLocationMetadata``; None for a model without one, whose slots are its experts.
+        metadata: SGLang's ``ExpertLocationMetadata``; None for a model without one, whose slots are
+            its experts.
     """
     routed = layer._num_local_routed
     physical = np.arange(routed) + layer.moe_ep_rank * routed
@@ -92,10 +110,11 @@ def slot_experts(layer: Any, metadata: Any) -> np.ndarray:
 
 
 def input_scales(layer: Any, experts: np.ndarray, logical: int) -> frozenset[str]:
-    """Names of scales that are kept for all experts of the model on purpose, and of which no slot gets another expert's.
+    """Return the names of scales that are kept for all experts of the model on purpose.
 
-    ModelOpt's NVFP4 keeps input scales so. Most kernels take the maximum of all; others cut a block by the trivial map,
-    which is right while the slots of this rank follow it.
+    No slot gets another expert's of these. ModelOpt's NVFP4 keeps input scales so. Most kernels
+    take the maximum of all; others cut a block by the trivial map, which is right while the slots
+    of this rank follow it.
 
     Args:
         layer: a ``FusedMoE``.
@@ -121,14 +140,15 @@ def input_scales(layer: Any, experts: np.ndarray, logical: int) -> frozenset[str
 
 
 def digest_model(model: Any, only: Collection[int] | None = None) -> Pass:
-    """Digests of every slot of this rank's MoE layers, read where the weights are.
+    """Take digests of every slot of this rank's MoE layers, read where the weights are.
 
     Args:
         model: the model.
         only: ids of the layers; None for all.
 
     Raises:
-        PlacementError: for a layer whose tensors are not understood, or a placement that contradicts itself.
+        PlacementError: for a layer whose tensors are not understood, or a placement that
+            contradicts itself.
     """
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
@@ -159,9 +179,10 @@ def digest_model(model: Any, only: Collection[int] | None = None) -> Pass:
 
 
 def digest_ranks(model: Any, only: Collection[int] | None = None) -> tuple[Pass, list[RankDigests]]:
-    """Digests of this rank and of every EP rank that holds the same part of each expert.
+    """Take digests of this rank and of every EP rank that holds the same part of each expert.
 
-    With fewer EP than TP ranks each expert is cut over the MoE-TP ranks; SGLang's MoE EP group has the ranks with the same part.
+    With fewer EP than TP ranks each expert is cut over the MoE-TP ranks; SGLang's MoE EP group has
+    the ranks with the same part.
 
     Raises:
         PlacementError: on all of these ranks when one of them cannot make its digests.
@@ -185,7 +206,9 @@ def _num_logical(model: Any) -> int:
 
 
 def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
-    """Check a model that was just loaded, on all EP ranks together, and keep its experts' digests for later.
+    """Check a model that was just loaded, and keep its experts' digests for later.
+
+    All EP ranks check it together.
 
     Args:
         model: the target model.
@@ -201,34 +224,35 @@ def verify_loaded(model: Any, clean: ExpertDigests | None) -> None:
 
 
 def weights_change(model: Any) -> None:
-    """New weights are about to come: what was known of the old ones is forgotten."""
+    """Forget what was known of the old weights: new ones are about to come."""
     object.__setattr__(model, _WHOLE, False)
     if hasattr(model, _EXPECTED):
         object.__setattr__(model, _EXPECTED, None)
 
 
 def weights_are_whole(model: Any) -> bool:
-    """Whether the last change of weights, if there was any, ended well on this rank."""
+    """Tell whether the last change of weights, if there was any, ended well on this rank."""
     return getattr(model, _WHOLE, True)
 
 
 def weights_changed(model: Any, succeeded: bool) -> None:
-    """The new weights are there, all of them or not."""
+    """Note that the new weights are there, all of them or not."""
     object.__setattr__(model, _WHOLE, succeeded)
 
 
 def digests_known(model: Any) -> bool:
-    """Whether there are digests of what is served."""
+    """Tell whether there are digests of what is served."""
     return getattr(model, _EXPECTED, None) is not None
 
 
 def renew(model: Any) -> bool:
-    """Take digests anew of weights that were updated while serving; harmless while nothing has changed.
+    """Take digests anew of weights that were updated while serving; do nothing if none changed.
 
     All EP ranks must call it together, between two batches. Replicas must agree, as after loading.
 
     Returns:
-        Whether the experts can be checked: not after an update that failed on some rank, until the next one.
+        Whether the experts can be checked: not after an update that failed on some rank, until the
+        next one.
 
     Raises:
         PlacementError: when replicas of an expert differ.
@@ -240,7 +264,8 @@ def renew(model: Any) -> bool:
     group = get_moe_ep_group()
     if not all(gather(weights_are_whole(model), group.cpu_group, group.world_size)):
         logger.warning(
-            "moe_placement_plugin: the last update of weights failed or released them: experts are not verified until they are updated again"
+            "moe_placement_plugin: the last update of weights failed or released them: experts "
+            "are not verified until they are updated again"
         )
         return False
     verify_loaded(model, None)
@@ -255,16 +280,19 @@ def recheck(
 ) -> None:
     """Check a serving worker's experts against what they were when the model was loaded.
 
-    All TP ranks must call it together, between two batches: ``POST /weights_checker`` with the action `loaded.ACTION` does.
+    All TP ranks must call it together, between two batches: ``POST /weights_checker`` with the
+    action `loaded.ACTION` does.
 
     Args:
         model: the target model, on which `verify_loaded` was called.
         what: beginning of the message when they differ.
         only: ids of the layers; None for all.
-        alone: this rank by itself, where others may be dead; every rank knows every expert's digest.
+        alone: this rank by itself, where others may be dead; every rank knows every expert's
+            digest.
 
     Raises:
-        PlacementError: on every rank alike (alone: on the rank that is wrong), naming layer, slot, expert and rank.
+        PlacementError: on every rank alike (alone: on the rank that is wrong), naming layer, slot,
+            expert and rank.
     """
     from sglang.srt.distributed.parallel_state import (
         get_moe_ep_group,
@@ -275,7 +303,8 @@ def recheck(
     if alone:
         if not digests_known(model):
             raise PlacementError(
-                "weights were updated while serving: with --elastic-ep-backend, where ranks may be dead, experts are not verified after that"
+                "weights were updated while serving: with --elastic-ep-backend, where ranks may "
+                "be dead, experts are not verified after that"
             )
         mine = digest_model(model, only)
         expected = {

@@ -1,330 +1,203 @@
-"""Which models and back ends of SGLang a placement is right for, and why the others are refused.
+"""Say what of SGLang a placement, EPLB, a verification or a recording does not go with.
 
-`refusal` decides before the model loads; the table in ``docs/sglang.md`` is made from the same rules by
-``python -m moe_placement_plugin.engines.sglang.support``. What depends on the checkpoint is settled while loading, see
-`layers`.
+This is decided before a model loads. The tables of ``docs/sglang.md`` come from the same rules:
+``python -m moe_placement_plugin.engines.sglang.support``. What depends on the checkpoint is settled
+while loading, see `evidence` and `layers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
-from packaging.version import Version
-
-from ...core.errors import PlacementError
+from ..common import options, support
+from ..common.support import Rule
+from .combination import Combination
+from .placement_rules import PLACEMENT_RULES
 from .supported import RIGHT
 
+_LEAVE_ONE = "leave one of the two out"
+_SECOND_LOAD = ("auto", "safetensors", "fastsafetensors", "pt", "npcache", "mistral")
+"""Load formats of SGLang's ``DefaultModelLoader``."""
 
-@dataclass(frozen=True)
-class Combination:
-    """What the engine is started with, as far as a placement cares.
-
-    Attributes:
-        version: SGLang's version.
-        architecture: name of the model class in the checkpoint's config.
-        has_location: whether the model class has ``get_model_config_for_expert_location``.
-        redundant: redundant experts per layer, padding included.
-        device: ``cuda``, ``cpu``, ...
-        a2a_backend: value of ``--moe-a2a-backend`` as resolved.
-        runner_backend: value of ``--moe-runner-backend`` as resolved.
-        quantization: quantization method, empty for none.
-        dispatch: ``--ep-dispatch-algorithm`` as the user gave it, empty for SGLang's choice.
-        load_format: value of ``--load-format``.
-        options: other options that are switched on, by name.
-    """
-
-    version: str
-    architecture: str = ""
-    has_location: bool = True
-    redundant: int = 0
-    device: str = "cuda"
-    a2a_backend: str = "none"
-    runner_backend: str = "auto"
-    quantization: str = ""
-    dispatch: str = ""
-    load_format: str = "auto"
-    options: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A combination that is refused.
-
-    Attributes:
-        kind: heading in the table: model, back end or option.
-        what: the combination in words.
-        why: the reason.
-        mend: what to do instead.
-        applies: whether a combination is meant.
-    """
-
-    kind: str
-    what: str
-    why: str
-    mend: str
-    applies: Callable[[Combination], bool]
-
-
-def _any_of(names: str) -> Callable[[str], bool]:
-    allowed = set(names.split())
-    return lambda value: value in allowed
-
-
-# Quantization -> class of its MoE method, by which it is also known where it is chosen while the model is built.
-_OWN_LOADERS = {
-    "moe_wna16": "MoeWNA16Method",
-    "quark_int4fp8_moe": "QuarkInt4Fp8MoEMethod",
-    "humming": "HummingMoEMethod",
-}
-
-
-def unmapped_quantizations(version: str) -> dict[str, str]:
-    """Quantizations whose loaders go round the map of experts -> class of the MoE method."""
-    mended = {"moe_wna16"} if Version(version).release >= (0, 5, 23) else set()
-    return {name: method for name, method in _OWN_LOADERS.items() if name not in mended}
-
-
-_no_redundancy = _any_of(
-    "BailingMoEForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM "
-    "BailingMoeV3VLForConditionalGeneration LLaDA2MoeModelLM SarvamMoEForCausalLM"
-)
-_own_refusal = _any_of("XllmForCausalLM K2HorizonForCausalLM")
-_zero_experts = _any_of("LongcatFlashForCausalLM")
-_own_routing = _any_of(
-    "TransformersMoEForCausalLM TransformersMoEEmbeddingModel TransformersMoEForSequenceClassification "
-    "TransformersMultiModalMoEForCausalLM TransformersMultiModalMoEEmbeddingModel "
-    "TransformersMultiModalMoEForSequenceClassification MindSporeForCausalLM DeepseekV4ForCausalLM"
-)
-_kernel_routes = _any_of("triton_kernel flashinfer_trtllm flashinfer_mxfp4 experimental_sgl_trtllm")
-_mapped_a2a = _any_of("none deepep mooncake nixl mori flashinfer")
-
-_gpt_oss = _any_of("GptOssForCausalLM")
-_nvfp4 = _any_of("modelopt_fp4 petit_nvfp4 nvfp4 nvfp4_online modelopt_mixed minimax_m3_nvfp4")
-_by_position = _any_of("sharded_state presharded remote remote_instance rdma ipc_cache")
-
-RULES: tuple[Rule, ...] = (
+EPLB_RULES: tuple[Rule[Combination], ...] = (
     Rule(
-        "model",
-        "no `get_model_config_for_expert_location` (Mixtral, OLMoE, Llama 4, Grok, DBRX, Hunyuan, ...)",
-        "SGLang keeps no map of experts for it",
-        "serve it without the placement flags",
-        lambda c: not c.has_location,
+        "EPLB",
+        "`--tp-size` other than `--ep-size`",
+        "SGLang's updater takes the TP rank for the EP rank and would move the wrong experts",
+        "make them equal, or leave --enable-eplb out",
+        lambda c: c.tp_size != c.ep_size,
+        lambda c: f", --tp-size {c.tp_size} and --ep-size {c.ep_size}",
     ),
     Rule(
-        "model",
-        "Bailing MoE, Sarvam MoE and LLaDA 2 with redundant experts (padding included)",
-        "the model asserts that there are none",
-        "use an --ep-size that divides the number of experts, and no --ep-num-redundant-experts",
-        lambda c: _no_redundancy(c.architecture) and c.redundant > 0,
+        "EPLB",
+        "pipeline stages (`--pp-size`)",
+        "SGLang's updater sends to ranks of the first pipeline stage",
+        _LEAVE_ONE,
+        lambda c: c.pp_size > 1,
+        lambda c: f" and --pp-size {c.pp_size}",
     ),
     Rule(
-        "model",
-        "LongCat-Flash",
-        "its zero-computation experts have ids beyond the map",
-        "serve it without the placement flags",
-        lambda c: _zero_experts(c.architecture),
+        "EPLB",
+        "`--load-format` dummy",
+        "most models list the weights to move only while they load a checkpoint",
+        "leave --enable-eplb out",
+        lambda c: c.load_format == "dummy",
+        lambda c: " and --load-format dummy",
     ),
     Rule(
-        "model",
-        "xLLM and K2 Horizon",
-        "SGLang's own model refuses every placement but the trivial one",
-        "serve it without the placement flags",
-        lambda c: _own_refusal(c.architecture),
-    ),
-    Rule(
-        "model",
-        "Transformers back end, MindSpore, DeepSeek-V4",
-        "they route outside SGLang's TopK layer (DeepSeek-V4 by token hashes)",
-        "use SGLang's own implementation of the model, or no placement flags",
-        lambda c: _own_routing(c.architecture),
-    ),
-    Rule(
-        "quantization",
-        "MXFP4 checkpoints other than gpt-oss's, and gpt-oss quantized by Quark",
-        "they are loaded for all experts at once, by position, past the map",
-        "use the bf16 checkpoint, or no placement flags",
+        "EPLB",
+        "`--eplb-algorithm` of SGLang's with strategy eplb (but `elasticity_aware` with elastic "
+        "EP)",
+        "both decide how to rebalance",
+        _LEAVE_ONE,
         lambda c: (
-            c.quantization == "quark_mxfp4"
-            or (c.quantization == "mxfp4" and not _gpt_oss(c.architecture))
-            or (c.quantization.startswith("quark") and _gpt_oss(c.architecture))
+            c.plans
+            and c.algorithm != "auto"
+            and not ("elastic_ep_backend" in c.options and c.algorithm == "elasticity_aware")
         ),
-    ),
-    Rule(
-        "quantization",
-        "NVFP4 (modelopt_fp4, modelopt_mixed, nvfp4_online)",
-        "its input scales are kept for all experts and follow the trivial map only",
-        "use an FP8 or bf16 checkpoint, or no placement flags",
-        lambda c: _nvfp4(c.quantization),
-    ),
-    Rule(
-        "quantization",
-        "moe_wna16 before 0.5.23 (AWQ and GPTQ where Marlin does not fit), Quark INT4-FP8, Humming",
-        "loaders of their own, which put zero points or scales where the trivial map has them",
-        "use an FP8, Marlin or bf16 checkpoint, or no placement flags",
-        lambda c: c.quantization in unmapped_quantizations(c.version),
-    ),
-    Rule(
-        "back end",
-        "`--moe-runner-backend` triton_kernel, flashinfer_trtllm, flashinfer_mxfp4",
-        "the kernel routes by itself and never sees the map",
-        "use --moe-runner-backend triton, deep_gemm or flashinfer_trtllm_routed (or, unless the checkpoint is FP8, cutlass)",
-        lambda c: _kernel_routes(c.runner_backend),
-    ),
-    Rule(
-        "back end",
-        "`--moe-a2a-backend` other than none, deepep, mooncake, nixl, mori, flashinfer",
-        "not known to send tokens by physical expert",
-        "use one of those",
-        lambda c: not _mapped_a2a(c.a2a_backend),
-    ),
-    Rule(
-        "back end",
-        "devices other than CUDA, ROCm and CPU",
-        "their TopK layers have code of their own for routing",
-        "serve without the placement flags there",
-        lambda c: c.device not in ("cuda", "cpu"),
-    ),
-    Rule(
-        "back end",
-        "SGLang's compiled AMX kernels on the CPU",
-        "they are not known to skip slots of other ranks",
-        "use an sgl_kernel without them, or one rank",
-        lambda c: c.device == "cpu" and "cpu_amx" in c.options,
-    ),
-    Rule(
-        "back end",
-        "whole-step kernels (`--enable-nvidia-megakernel`, `--enable-amd-monokernel`)",
-        "they refuse `--enable-eplb` only, and take experts to lie where the trivial map has them",
-        "leave one of the two out",
-        lambda c: bool(c.options & {"enable_nvidia_megakernel", "enable_amd_monokernel"}),
-    ),
-    Rule(
-        "load format",
-        "`--load-format` sharded_state, presharded, remote, remote_instance, rdma, ipc_cache",
-        "they put what another server has saved or holds into the same slots, by whatever placement that server had",
-        "use --load-format auto with the model's original checkpoint, or leave the placement flags out",
-        lambda c: _by_position(c.load_format),
-    ),
-    Rule(
-        "load format",
-        "`--weight-cache-mode` other than off",
-        "the cache holds slots as another server has filled them, by whatever placement that server had",
-        "leave one of the two out",
-        lambda c: "weight_cache_mode" in c.options,
-    ),
-    Rule(
-        "load format",
-        "GGUF files",
-        "experts are kept in containers in the order of the file, past the map",
-        "use a safetensors checkpoint, or leave the placement flags out",
-        lambda c: c.load_format == "gguf" or c.quantization == "gguf",
-    ),
-    Rule(
-        "option",
-        "Ray (`--use-ray`, `sglang.srt.ray`)",
-        "SGLang loads no plugins in Ray's actors: they would never learn of the placement",
-        "start the server without Ray, or leave the placement flags out",
-        lambda c: "use_ray" in c.options,
-    ),
-    Rule(
-        "option",
-        "`--enforce-shared-experts-fusion`",
-        "shared experts' ids then lie beyond the routed slots, and a draft or redundant experts shift them",
-        "leave one of the two out",
-        lambda c: "enforce_shared_experts_fusion" in c.options,
-    ),
-    Rule(
-        "option",
-        "`--remote-instance-weight-loader-start-seed-via-transfer-engine`",
-        "weights would be written into or read from this server's memory by position, past the map",
-        "leave one of the two out",
-        lambda c: "remote_instance_weight_loader_start_seed_via_transfer_engine" in c.options,
-    ),
-    Rule(
-        "option",
-        "`--ep-dispatch-algorithm` static or lp with redundant experts and no all-to-all back end",
-        "each rank picks another replica, all ranks' outputs are added, so a replicated expert counts several times",
-        "leave --ep-dispatch-algorithm out, or use dynamic",
-        lambda c: c.a2a_backend == "none" and c.redundant > 0 and c.dispatch in ("static", "lp"),
-    ),
-    Rule(
-        "option",
-        "`--ep-dispatch-algorithm` fake",
-        "it replaces the routing by random numbers",
-        "leave it out",
-        lambda c: c.dispatch == "fake",
-    ),
-    Rule(
-        "option",
-        "`--elastic-ep-backend` without `--enable-eplb`",
-        "only EPLB places the experts of a rank that has died anew",
-        "add --enable-eplb, or leave --elastic-ep-backend out",
-        lambda c: "elastic_ep_backend" in c.options and "enable_eplb" not in c.options,
-    ),
-    Rule(
-        "option",
-        "ranks that join an elastic EP server (`--elastic-ep-join-mode`, `--elastic-ep-rejoin`, `--max-ep-size`)",
-        "they change the number of slots, or hold experts that no check has seen",
-        "leave them out: ranks may die, the server goes on with the others until it is restarted",
-        lambda c: bool(c.options & {"elastic_ep_rejoin", "ep_join_mode", "max_ep_size"}),
-    ),
-    Rule(
-        "option",
-        "`--enable-elastic-expert-backup`",
-        "experts that no live rank holds are read from the checkpoint, one by one, and the backup would never be asked",
-        "leave it out",
-        lambda c: "enable_elastic_expert_backup" in c.options,
-    ),
-    Rule(
-        "option",
-        "`--elastic-ep-backend` with quantized checkpoints other than FP8",
-        "a kernel that packs its weights anew after loading cannot take a single expert as the loader makes it",
-        "use an FP8 or bf16 checkpoint, or leave --elastic-ep-backend out",
-        lambda c: "elastic_ep_backend" in c.options and c.quantization not in ("", "fp8"),
-    ),
-    Rule(
-        "option",
-        "`--enable-waterfill`, `--enable-lora`, `--lora-paths`, KTransformers (`--kt-weight-path`)",
-        "they keep or send experts in a way of their own",
-        "leave one of the two out",
-        lambda c: bool(
-            c.options & {"enable_waterfill", "enable_lora", "lora_paths", "kt_weight_path"}
-        ),
+        lambda c: f", --eplb-algorithm {c.algorithm} and {options.STRATEGY.flag} eplb",
     ),
 )
 
-OPTIONS = ("elastic_ep_backend", "enable_eplb", "elastic_ep_rejoin", "ep_join_mode", "max_ep_size", "enable_elastic_expert_backup",
-           "enable_waterfill", "enable_lora", "lora_paths", "kt_weight_path", "expert_distribution_recorder_mode",
-           "enable_nvidia_megakernel", "enable_amd_monokernel", "use_ray", "enforce_shared_experts_fusion",
-           "remote_instance_weight_loader_start_seed_via_transfer_engine")  # fmt: skip
+
+def _loads_twice_with(option: str) -> Callable[[Combination], bool]:
+    return lambda combination: combination.level == "checkpoint" and option in combination.options
 
 
-def refusals(combination: Combination) -> Iterator[Rule]:
-    """The rules that refuse ``combination``."""
-    return (rule for rule in RULES if rule.applies(combination))
+VERIFICATION_RULES: tuple[Rule[Combination], ...] = (
+    Rule(
+        options.VERIFY.flag,
+        "`--ep-size` 1",
+        "no rank holds whole experts that another could hold too",
+        "add --ep-size, or leave the flag out",
+        lambda c: c.ep_size < 2,
+        lambda c: f" with --ep-size {c.ep_size}",
+    ),
+    Rule(
+        options.VERIFY.flag,
+        "`--elastic-ep-backend` without a placement",
+        "ranks that come and go change the slots",
+        _LEAVE_ONE,
+        lambda c: "elastic_ep_backend" in c.options and not c.places,
+        lambda c: " together with --elastic-ep-backend",
+    ),
+    Rule(
+        f"{options.VERIFY.flag} checkpoint",
+        "`--load-format` dummy",
+        "there is no checkpoint to compare with",
+        "use replicas",
+        lambda c: c.level == "checkpoint" and c.load_format == "dummy",
+        lambda c: " with --load-format dummy",
+    ),
+    Rule(
+        f"{options.VERIFY.flag} checkpoint",
+        f"`--load-format` other than {', '.join(_SECOND_LOAD)}",
+        f"only {', '.join(_SECOND_LOAD)} can be loaded a second time",
+        "use replicas",
+        lambda c: c.level == "checkpoint" and c.load_format not in _SECOND_LOAD,
+        lambda c: f" with --load-format {c.load_format}",
+    ),
+    *(
+        Rule(
+            f"{options.VERIFY.flag} checkpoint",
+            f"`{option}`",
+            "it would keep the model of the clean load in memory",
+            "use replicas",
+            _loads_twice_with(option),
+            support.together_with(option),
+        )
+        for option in ("--cpu-offload-gb", "--offload-group-size", "--enable-memory-saver")
+    ),
+    Rule(
+        options.VERIFY.flag,
+        "`--load-format` dummy and redundant experts",
+        "replicas are random and differ",
+        "leave it out",
+        lambda c: c.load_format == "dummy" and c.redundant > 0,
+        lambda c: f" with --load-format dummy and {c.redundant} redundant experts",
+    ),
+    Rule(
+        options.VERIFY.flag,
+        "`--startup-weight-load-mode` overlap",
+        "nothing is loaded yet when it is verified",
+        "leave the mode out",
+        lambda c: "startup_weight_load_mode" in c.options,
+        lambda c: " with --startup-weight-load-mode overlap",
+    ),
+)
+
+RECORDING_RULES: tuple[Rule[Combination], ...] = (
+    Rule(
+        options.RECORD.flag,
+        "`--enable-two-batch-overlap`",
+        "tokens would be counted wrongly",
+        _LEAVE_ONE,
+        lambda c: "enable_two_batch_overlap" in c.options,
+        lambda c: " together with --enable-two-batch-overlap",
+    ),
+    Rule(
+        options.RECORD.flag,
+        "`--enable-dp-attention` without an all-to-all back end",
+        "the ranks route each other's tokens, which cannot be told apart",
+        "add --moe-a2a-backend deepep, or leave --enable-dp-attention (--attn-dp-size) out while "
+        "recording",
+        lambda c: c.a2a_backend == "none" and c.attention_dp > 1,
+        lambda c: " together with --enable-dp-attention without an all-to-all back end",
+    ),
+    Rule(
+        options.RECORD.flag,
+        "an all-to-all back end and tensor-parallel attention",
+        "each rank routes a share of the tokens that only it knows",
+        "add --enable-dp-attention with --dp-size equal to --tp-size (from 0.5.23 on "
+        "--attn-dp-size), or use --moe-a2a-backend none while recording",
+        lambda c: c.a2a_backend != "none" and c.tp_size > c.attention_dp,
+        lambda c: f" together with --moe-a2a-backend {c.a2a_backend} and tensor-parallel attention",
+    ),
+)
+
+RULES = (*PLACEMENT_RULES, *EPLB_RULES, *VERIFICATION_RULES, *RECORDING_RULES)
+"""Everything that is refused before a model loads.
+
+Values that make no sense by themselves are left out.
+"""
 
 
-def check(combination: Combination) -> None:
-    """Refuse a combination that would not be served right.
+def refusals(combination: Combination) -> Iterator[Rule[Combination]]:
+    """Find the rules by which no placement goes with ``combination``."""
+    return (rule for rule in PLACEMENT_RULES if rule.applies(combination))
+
+
+def check_placement(combination: Combination) -> None:
+    """Refuse a combination that would not be served right with a placement.
 
     Raises:
         PlacementError: naming the combination, the reason and the mend.
     """
-    for rule in refusals(combination):
-        subject = f"{combination.architecture}: {rule.what}" if rule.kind == "model" else rule.what
-        raise PlacementError(
-            f"an expert placement does not work with {subject}: {rule.why}; {rule.mend}"
-        )
+
+    def begin(rule: Rule[Combination]) -> str:
+        model = f"{combination.architecture}: " if rule.kind == "model" else ""
+        return f"an expert placement does not work with {model}{rule.what}"
+
+    support.refuse(PLACEMENT_RULES, combination, begin)
+
+
+def check(rules: Sequence[Rule[Combination]], combination: Combination, flag: str) -> None:
+    """Refuse a combination.
+
+    Args:
+        rules: some of `RULES`.
+        combination: what the engine is started with.
+        flag: what does not go with it, with its value.
+
+    Raises:
+        PlacementError: naming the flag, the combination, the reason and the mend.
+    """
+    support.refuse(rules, combination, lambda rule: f"{flag}{rule.subject(combination)}")
 
 
 def table() -> str:
-    """The tables of ``docs/sglang.md``, Markdown."""
-    lines = ["| right | because | known from |", "|---|---|---|"]
-    lines += [f"| {r.what} | {r.how} | {r.known} |" for r in RIGHT]
-    lines += ["", "| refused | kind | because | instead |", "|---|---|---|---|"]
-    lines += [f"| {r.what} | {r.kind} | {r.why} | {r.mend} |" for r in RULES]
-    return "\n".join(lines)
+    """Return the tables of ``docs/sglang.md``, Markdown."""
+    return f"{support.right_table(RIGHT)}\n\n{support.refused_table(RULES)}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ...core.errors import PlacementError
-from .settings import layer_id_of
+from .layers import layer_id_of
 
 _ROUTE = "choose a kernel that leaves routing to vLLM, such as --moe-backend triton, or leave --expert-load-record out"
 

@@ -12,39 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..common.options import options_of
+
 PREFIXES = ("expert-placement-", "expert-load-", "expert-rebalance", "expert-host-")
 """Every flag of this plugin begins with one of these (dashes or underscores)."""
 
-FILE_KEY = "expert_placement_file"
-"""Key of ``additional_config`` that names a plan or a recorded load."""
-
-RECORD_KEY = "expert_load_record"
-INTERVAL_KEY = "expert_load_interval"
-COACTIVATION_KEY = "expert_load_coactivation"
-"""Keys of ``additional_config`` for recording: the path, seconds between two writes, whether pairs are counted."""
-
-VERIFY_KEY = "expert_placement_verify"
-"""Key of ``additional_config``: how far weights are verified, see `verification.level`."""
-
-REBALANCE_KEY = "expert_rebalance"
-"""Key of ``additional_config``: when EPLB rebalances, see `exchange.decision.RebalancePolicy`."""
-
-LOCALITY_KEY = "expert_placement_locality"
-"""Key of ``additional_config``: how a plan from a load treats nodes, see `strategies.PlacementRequest`."""
-
-HOST_TIMEOUT_KEY = "expert_host_timeout"
-"""Key of ``additional_config``: seconds after which a silent host counts as gone."""
-
-KEYS = (
-    FILE_KEY,
-    LOCALITY_KEY,
-    VERIFY_KEY,
-    REBALANCE_KEY,
-    HOST_TIMEOUT_KEY,
-    RECORD_KEY,
-    INTERVAL_KEY,
-    COACTIVATION_KEY,
-)
+KEYS = tuple(option.name for option in options_of("vllm"))
+"""Our keys of ``additional_config``."""
 
 _enabled = False
 

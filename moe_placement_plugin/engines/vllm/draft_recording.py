@@ -6,6 +6,7 @@ A draft runs several forward passes a step. The first has the tokens of the targ
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from ...recording.recorder import check_path
 from ..common.drafts import draft_path
 from ..common.patching import Patch
+from ..common.settings import RecordingSettings
 from .layers import num_logical, routed_layers
 from .load_recording import LoadRecording
 from .speculator_recording import RECORDER, is_followed, speculator_patches
@@ -23,11 +25,11 @@ _DUMMY = "_moe_placement_draft_dummy"
 _PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 
 
-def bind_draft(record: dict[str, Any], vllm_config: Any, runner: Any, target: Any) -> None:
+def bind_draft(record: RecordingSettings, vllm_config: Any, runner: Any, target: Any) -> None:
     """Record the draft of a model runner, if it has one with experts.
 
     Args:
-        record: see `recording.record_settings`.
+        record: what is recorded.
         vllm_config: the engine's config.
         runner: vLLM's model runner, V1 (it has a ``drafter``) or V2 (a ``speculator``), whose models are loaded.
         target: the `recording.LoadRecording` of the runner's own model.
@@ -53,10 +55,10 @@ def bind_draft(record: dict[str, Any], vllm_config: Any, runner: Any, target: An
             type(speculator).__name__,
         )
         return
-    experts, path = num_logical(next(iter(layers.values()))), draft_path(record["path"])
+    experts, path = num_logical(next(iter(layers.values()))), draft_path(record.path)
     check_path(path, (len(layers), experts))
-    own = {"path": str(path), "num_experts": experts, "coactivation": False}
-    recording = LoadRecording(record | own, vllm_config, model, runner.device)
+    own = replace(record, path=str(path), num_experts=experts, coactivation=False)
+    recording = LoadRecording(own, vllm_config, model, runner.device)
     recording.target = target
     setattr(proposer, RECORDER, recording)
 

@@ -14,6 +14,7 @@ from typing import Any
 from ...core.errors import PlacementError
 from ...core.model_shape import ModelShape
 from ..common.drafts import draft_layer_id
+from ..common.settings import Settings
 
 _loading: ContextVar[bool] = ContextVar("moe_placement_loading_draft", default=False)
 
@@ -62,18 +63,17 @@ def draft_shape(vllm_config: Any) -> ModelShape | None:
     return ModelShape((), experts, name=config.model) if experts else None
 
 
-def check_draft(layers: dict[str, Any], settings: Any) -> None:
+def check_draft(layers: dict[str, Any], settings: Settings) -> None:
     """Refuse a draft that is not the one that the plan has rows for; a plan without such rows leaves the draft to the strategy.
 
     Args:
         layers: name -> ``RoutedExperts`` of the draft that was loaded.
-        settings: the engine's `settings.PlacementSettings`.
+        settings: the engine's.
 
     Raises:
         PlacementError: naming the layers.
     """
-    placement = settings.placement
-    plan = None if placement is None else placement.draft
+    plan = None if settings.plan is None else settings.plan.draft
     if plan is None:
         return
     found = {name: draft_layer_id(name) for name in layers}

@@ -23,6 +23,7 @@ from ...rebalancing.rebalance import Rebalance, other_ranks
 from ...rebalancing.rebalancer import REBALANCE_FLAG, Rebalancer, policy_from
 from ...rebalancing.tables import warm_up
 from ..common.patching import Patch
+from ..common.settings import Settings
 from . import (
     eplb_async,
     eplb_exchange,
@@ -34,11 +35,11 @@ from . import (
 )
 from .eplb_policy import planner_policy, ranks_that_count_a_token
 from .eplb_support import check_slots
+from .expert_maps import knows
 from .hosts import real_topology
-from .layers import EPLB_ROW, num_logical, routed_layers
-from .settings import PlacementSettings, arrived, layer_id_of, settings_of
-from .state import Eplb, EplbModel, Progress, worker
-from .support import ALL2ALL_WITH_MAP
+from .kernels import ALL2ALL_WITH_MAP
+from .layers import EPLB_ROW, layer_id_of, num_logical, routed_layers
+from .state import STATE, Eplb, EplbModel, Progress, settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -52,13 +53,13 @@ def _add_model(original):
         known = set(self.model_states)
         original(self, model, model_config, *args, **kwargs)
         config = get_current_vllm_config_or_none()
-        settings = arrived() if config is None else settings_of(config)
-        if settings is None or not settings["eplb"]:
+        settings = STATE.settings if config is None else settings_of(config)
+        if settings is None or not settings.rebalancing.moves:
             return
-        rules = policy_from(settings["rebalance"], REBALANCE_FLAG)
-        eplb = worker.eplb_of(self)
+        rules = policy_from(settings.rebalancing.rules, REBALANCE_FLAG)
+        eplb = STATE.eplb_of(self)
         if eplb is None:
-            eplb = worker.eplb = Eplb(self, rules.watchdog, ExchangeLimits.of(rules))
+            eplb = STATE.eplb = Eplb(self, rules.watchdog, ExchangeLimits.of(rules))
         for key, state in self.model_states.items():
             if key not in known:
                 _begin(eplb, state, settings, rules)
@@ -66,7 +67,7 @@ def _add_model(original):
     return add_model
 
 
-def _begin(eplb: Eplb, state: Any, settings: PlacementSettings, rules: RebalancePolicy) -> None:
+def _begin(eplb: Eplb, state: Any, settings: Settings, rules: RebalancePolicy) -> None:
     layers = routed_layers(state.model)
     if len(layers) != state.physical_to_logical_map.shape[0]:
         raise PlacementError(
@@ -116,13 +117,13 @@ def _num_ranks(layers: dict[str, Any]) -> int:
     return next(iter(layers.values())).expert_map_manager.ep_size
 
 
-def _place(eplb: Eplb, state: Any, settings: PlacementSettings, layers: dict[str, Any]) -> None:
+def _place(eplb: Eplb, state: Any, settings: Settings, layers: dict[str, Any]) -> None:
     """Begin with the placement, if there is one for this model."""
-    placement = settings.placement
+    placement = settings.plan
     if placement is None:
         return
     if not all(
-        settings.knows(layer_id_of(name), num_logical(layer)) for name, layer in layers.items()
+        knows(placement, layer_id_of(name), num_logical(layer)) for name, layer in layers.items()
     ):
         logger.info(
             "moe_placement_plugin: %s is not in the placement (a draft model): EPLB begins with "
@@ -189,10 +190,10 @@ def _check(state: Any, old: Any) -> None:
 
 def _rearrange(original):
     def rearrange(self, is_profile=False, *args, **kwargs):
-        eplb = worker.eplb_of(self)
+        eplb = STATE.eplb_of(self)
         if eplb is None:
             return original(self, is_profile, *args, **kwargs)
-        if not is_profile and not reload.may_rearrange(self, arrived()):
+        if not is_profile and not reload.may_rearrange(self, STATE.settings):
             return None
         checked = eplb.models if not is_profile and not self.is_async else []
         old = [_copy_of_map(model.state) for model in checked]
@@ -249,7 +250,7 @@ def _move_to_workspace(original):
 
 def _step(original):
     def step(self, is_dummy=False, is_profile=False, log_stats=False, **kwargs):
-        eplb = worker.eplb_of(self)
+        eplb = STATE.eplb_of(self)
         if eplb is not None and not is_profile:
             eplb_phases.note_recorded(eplb, is_dummy, log_stats)
         result = original(self, is_dummy, is_profile, log_stats, **kwargs)

@@ -14,7 +14,7 @@ import numpy as np
 from ...rebalancing.exchanger import is_whole
 from ..common.patching import Patch
 from .eplb_exchange import plan_of
-from .state import EplbModel, worker
+from .state import STATE, EplbModel
 
 
 def _transfer_layer(original):
@@ -47,7 +47,7 @@ class LayerTransfer(NamedTuple):
 
 def _our_transfer(call: dict[str, Any]) -> LayerTransfer | None:
     """Return what vLLM's ``transfer_layer`` is to do; None where vLLM does it itself."""
-    eplb = worker.eplb
+    eplb = STATE.eplb
     theirs = ("is_profile", "enable_migration_batching")
     if eplb is None or any(map(call.get, theirs)) or call.get("rank_mapping") is not None:
         return None

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from ...core.tables import inverse_maps
 from ...exchange.commit import ExchangeAborted
 from ...exchange.plan import ExchangePlan
 from ...rebalancing.exchanger import Exchanger, RankFacts, connect
-from ...rebalancing.tables import inverse_maps
 from ..common.patching import Patch
 from .layers import routed_layers
-from .state import Eplb, EplbModel, worker
+from .state import STATE, Eplb, EplbModel
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -103,7 +103,7 @@ def look_again(eplb: Any, state: Any, cpu_group: Any) -> None:
         return
     logger.info("moe_placement_plugin: an update made expert weights anew: EPLB moves the new ones")
     weights[:] = fresh
-    ours = worker.eplb_of(eplb)
+    ours = STATE.eplb_of(eplb)
     model = None if ours is None else ours.with_state(state)
     if ours is not None and model is not None and model.exchanger is not None:
         model.exchanger = _exchanger_of(ours, state)
@@ -173,7 +173,7 @@ def _rearrange_weights(original):
 
     def rearrange_expert_weights_inplace(*args, **kwargs):
         call = signature.bind(*args, **kwargs).arguments
-        eplb = worker.eplb
+        eplb = STATE.eplb
         model = None if eplb is None else eplb.with_weights(call["expert_weights"])
         if model is None or model.exchanger is None or call.get("rank_mapping") is not None:
             original(*args, **kwargs)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...core.load import DECODE, MIXED, PHASES, PREFILL
 from ..common.patching import Patch
-from .state import Eplb, worker
+from .state import STATE, Eplb
 
 _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 
@@ -33,7 +33,7 @@ def note_step(runner: Any, is_prefill: np.ndarray) -> None:
     state = getattr(runner, "eplb_state", None) or getattr(
         getattr(runner, "eplb", None), "state", None
     )
-    eplb = None if state is None else worker.eplb_of(state)
+    eplb = None if state is None else STATE.eplb_of(state)
     if eplb is not None:
         eplb.step_phase = phase_of_requests(is_prefill)
 

@@ -7,15 +7,65 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import PlacementError
+from ...core.placement import Placement, even_slots
+from ...core.topology import Topology
+from ...strategies import PlacementRequest, get_strategy
 from ..common.patching import Patch
+from ..common.settings import Settings
 from .drafts import draft_layer_id, loading_draft
 from .evidence import evidence_patches, watch
-from .layers import moved_slots
-from .settings import PlacementSettings, current_settings, layer_id_of
-from .support import check_experts
+from .kernels import check_experts
+from .layers import layer_id_of, moved_slots
+from .state import current_settings
 
 _FM = "vllm.model_executor.layers.fused_moe"
 _LOADER = "vllm.model_executor.model_loader"
+
+
+def expert_map(
+    settings: Settings,
+    layer_id: int | None,
+    num_experts: int,
+    ep_size: int,
+    ep_rank: int,
+    draft: bool = False,
+) -> np.ndarray:
+    """Return int32 ``[experts]``: local slot of each expert on ``ep_rank``, -1 where it lies elsewhere.
+
+    Layers that the plan does not know (an encoder's; a draft's without rows of its own) are placed
+    by the strategy itself, or contiguously when it plans from a load.
+
+    Args:
+        settings: the engine's.
+        layer_id: number of the layer in the model, or in the draft.
+        num_experts: its logical experts.
+        ep_size: number of EP ranks.
+        ep_rank: the rank.
+        draft: the layer is the draft's, see `drafts`.
+    """
+    plan = settings.plan
+    if draft and plan is not None:
+        plan = plan.draft
+    known = knows(plan, layer_id, num_experts)
+    if plan is not None and layer_id is not None and known and plan.num_ranks == ep_size:
+        return plan.expert_map(plan.row(layer_id), ep_rank)
+    return _by_strategy(settings.strategy, num_experts, ep_size).expert_map(0, ep_rank)
+
+
+def knows(plan: Placement | None, layer_id: int | None, num_experts: int) -> bool:
+    """Decide whether a plan holds a layer."""
+    return (
+        plan is not None and layer_id in plan.layer_ids and plan.num_logical_experts == num_experts
+    )
+
+
+def _by_strategy(name: str, num_experts: int, ep_size: int) -> Placement:
+    """Place one layer by a strategy without a load."""
+    strategy = get_strategy(name)
+    if strategy.needs_load:
+        strategy = get_strategy("linear")
+    slots = even_slots(num_experts, ep_size)
+    return strategy.place(PlacementRequest(1, num_experts, Topology(ep_size), slots_per_rank=slots))
 
 
 class LocalExperts(set):
@@ -28,7 +78,7 @@ class LocalExperts(set):
 
     def __init__(
         self,
-        settings: PlacementSettings,
+        settings: Settings,
         num_experts: int,
         ep_size: int,
         ep_rank: int,
@@ -47,7 +97,7 @@ class LocalExperts(set):
     def of_layer(self, layer_id: int | None) -> frozenset[int]:
         """The experts of this rank in one layer."""
         if layer_id not in self._by_layer:
-            local = self._settings.expert_map(layer_id, *self._arguments)
+            local = expert_map(self._settings, layer_id, *self._arguments)
             self._by_layer[layer_id] = frozenset(np.flatnonzero(local >= 0).tolist())
         return self._by_layer[layer_id]
 
@@ -68,14 +118,14 @@ def _determine_expert_map(original):
         # log line, the first layer's map stands.
         first = settings.static.layer_ids[0]
         return _map_tensors(
-            settings.expert_map(first, global_num_experts, ep_size, ep_rank), *args, **kwargs
+            expert_map(settings, first, global_num_experts, ep_size, ep_rank), *args, **kwargs
         )
 
     return determine_expert_map
 
 
 def _map_tensors(
-    expert_map: np.ndarray, num_fused_shared_experts: int = 0, return_expert_mask: bool = False
+    slots: np.ndarray, num_fused_shared_experts: int = 0, return_expert_mask: bool = False
 ):
     """(local experts, expert map, expert mask) in the form of vLLM's ``determine_expert_map``.
 
@@ -83,8 +133,8 @@ def _map_tensors(
     """
     import torch
 
-    local = int((expert_map >= 0).sum())
-    values = expert_map.tolist()
+    local = int((slots >= 0).sum())
+    values = slots.tolist()
     if not return_expert_mask:
         return local, torch.tensor(values, dtype=torch.int32), None
     mask = [int(v >= 0) for v in values] + [1] * num_fused_shared_experts + [0]
@@ -92,7 +142,7 @@ def _map_tensors(
     return local, torch.tensor(values, dtype=torch.int32), torch.tensor(mask, dtype=torch.int32)
 
 
-def _routing_tables(settings: PlacementSettings, layer_id: int | None, manager: Any):
+def _routing_tables(settings: Settings, layer_id: int | None, manager: Any):
     """(global to physical, physical to global, local to global) for back ends that sort tokens by such tables.
 
     A physical id is rank * slots per rank + local slot, as those back ends split it. The first table has one entry more than
@@ -107,7 +157,7 @@ def _routing_tables(settings: PlacementSettings, layer_id: int | None, manager: 
         )
     experts, ranks = manager.global_num_experts, manager.ep_size
     maps = [
-        settings.expert_map(layer_id, experts, ranks, rank, loading_draft())
+        expert_map(settings, layer_id, experts, ranks, rank, loading_draft())
         for rank in range(ranks)
     ]
     per_rank = {int((m >= 0).sum()) for m in maps}
@@ -118,9 +168,9 @@ def _routing_tables(settings: PlacementSettings, layer_id: int | None, manager: 
         )
     slots = per_rank.pop()
     to_physical = np.full(experts + 1, -1, dtype=np.int64)
-    for rank, expert_map in enumerate(maps):
-        here = np.flatnonzero(expert_map >= 0)
-        to_physical[here] = rank * slots + expert_map[here]
+    for rank, local_slots in enumerate(maps):
+        here = np.flatnonzero(local_slots >= 0)
+        to_physical[here] = rank * slots + local_slots[here]
     to_global = np.argsort(to_physical[:-1])
     local = to_global[manager.ep_rank * slots : (manager.ep_rank + 1) * slots]
     return tuple(
@@ -133,20 +183,17 @@ def _number(layer_name: str) -> int | None:
     return draft_layer_id(layer_name) if loading_draft() else layer_id_of(layer_name)
 
 
-def _place_layer(
-    settings: PlacementSettings, layer_name: str, moe_config: Any, manager: Any
-) -> None:
+def _place_layer(settings: Settings, layer_name: str, moe_config: Any, manager: Any) -> None:
     """Give one layer's `ExpertMapManager` and config the maps of the plan, before weights are made."""
     layer_id = _number(layer_name)
-    local, expert_map, mask = _map_tensors(
-        settings.expert_map(
-            layer_id, manager.global_num_experts, manager.ep_size, manager.ep_rank, loading_draft()
-        ),
+    experts, ranks, rank = manager.global_num_experts, manager.ep_size, manager.ep_rank
+    local, on_device, mask = _map_tensors(
+        expert_map(settings, layer_id, experts, ranks, rank, loading_draft()),
         manager.num_fused_shared_experts,
         manager.rocm_aiter_enabled,
     )
     manager._local_num_experts = local + manager.num_fused_shared_experts
-    manager._expert_map = expert_map
+    manager._expert_map = on_device
     manager._expert_mask = mask
     if manager.moe_parallel_config.needs_round_robin_routing_tables:
         manager._routing_tables = _routing_tables(settings, layer_id, manager)
@@ -165,11 +212,7 @@ def _routed_experts_init(original):
         **kwargs,
     ):
         settings = current_settings()
-        if (
-            settings is None
-            or (settings.placement is None and not settings["eplb"])
-            or expert_map_manager.ep_size == 1
-        ):
+        if settings is not None and (not settings.places or expert_map_manager.ep_size == 1):
             settings = None  # this layer is vLLM's own
         placed = settings is not None and settings.static is not None
         if settings is not None and placed:

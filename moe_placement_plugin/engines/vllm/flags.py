@@ -6,12 +6,11 @@ import functools
 import typing
 from typing import Any
 
-from ...rebalancing import rebalancer
 from ...strategies import ALIASES, get_strategy, strategy_names
-from ...verification.level import HELP, LEVELS
-from ..common import host_flags
+from ..common import options
+from ..common.options import add_options
 from ..common.patching import Patch, PatchSet
-from .detect import FILE_KEY, KEYS, RECORD_KEY
+from .detect import KEYS
 
 
 class StrategyChoices(Patch):
@@ -73,40 +72,11 @@ class StrategyChoices(Patch):
 def _add_cli_args(original):
     def add_cli_args(parser, *args, **kwargs):
         parser = original(parser, *args, **kwargs)
-        if not any(
-            "--expert-placement-file" in action.option_strings for action in parser._actions
-        ):
+        if not any(options.FILE.flag in action.option_strings for action in parser._actions):
             group = parser.add_argument_group(
                 "moe_placement_plugin", "Placement of experts on expert parallel ranks."
             )
-            group.add_argument(
-                "--expert-placement-file",
-                default=None,
-                metavar="PATH",
-                help="A placement plan, which wins over --expert-placement-strategy, or a recorded expert load that strategy "
-                "eplb plans from.",
-            )
-            rebalancer.add_argument(group)
-            host_flags.add_arguments(group)
-            group.add_argument("--expert-placement-verify", default=None, choices=LEVELS, help=HELP)
-            group.add_argument(
-                "--expert-load-record",
-                default=None,
-                metavar="PATH",
-                help="Record how many tokens each logical expert of each layer receives, into this file.",
-            )
-            group.add_argument(
-                "--expert-load-interval",
-                default=None,
-                metavar="SECONDS",
-                help="Seconds between two writes of the recording, which is also the length of a window (default 60).",
-            )
-            group.add_argument(
-                "--expert-load-coactivation",
-                action="store_true",
-                default=None,
-                help="Also record which experts are chosen together.",
-            )
+            add_options(group, "vllm")
         return parser
 
     return add_cli_args
@@ -125,7 +95,7 @@ def _from_cli_args(original):
 def _init(original):
     def __init__(self, *args, **kwargs):
         given = {key: value for key in KEYS if (value := kwargs.pop(key, None)) is not None}
-        for key in (FILE_KEY, RECORD_KEY):
+        for key in (options.FILE.name, options.RECORD.name):
             if key in given:
                 given[key] = str(given[key])
         if given:
@@ -138,23 +108,25 @@ def _init(original):
 def _create_engine_config(original):
     @functools.wraps(original)
     def create_engine_config(self, *args, **kwargs):
-        from . import resolve  # lazy: heavy
+        from . import resolve, support  # lazy: heavy
+        from .carrier import attach  # lazy: heavy
         from .detect import asks, is_cpu_build  # lazy: heavy
         from .eplb_cpu import allow_eplb_on_cpu  # lazy: heavy
 
         if not asks(self):
             return original(self, *args, **kwargs)
-        resolve.check_version()
-        placed = self.expert_placement_strategy != "linear" or FILE_KEY in (
-            self.additional_config or {}
-        )
+        support.check_version()
+        strategy = self.expert_placement_strategy
+        placed = strategy != "linear" or options.FILE.name in (self.additional_config or {})
         if self.enable_eplb and placed and is_cpu_build():
             allow_eplb_on_cpu(self)
-        if self.expert_placement_strategy not in ("linear", *ALIASES):
-            get_strategy(
-                self.expert_placement_strategy
-            )  # an unknown name is refused before vLLM reads the model
-        return resolve.resolve(original(self, *args, **kwargs))
+        if strategy not in ("linear", *ALIASES):
+            get_strategy(strategy)  # an unknown name is refused before vLLM reads the model
+        config = original(self, *args, **kwargs)
+        settings = resolve.resolve(config)
+        if settings is not None:
+            attach(config, settings)
+        return config
 
     return create_engine_config
 

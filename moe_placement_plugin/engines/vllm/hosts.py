@@ -8,10 +8,14 @@ from typing import Any
 
 from ...core.errors import PlacementError
 from ...core.topology import Topology
+from ...formats.packed import pack, unpack
 from ...hosts import session
-from ...hosts.watch import DEFAULT_TIMEOUT, JoinWatch, end_process
+from ...hosts.watch import DEFAULT_TIMEOUT, JoinWatch, check_timeout, end_process
+from ..common import options
 from ..common.patching import Patch
-from .settings import PlacementSettings, arrived, settings_of
+from ..common.request import Request
+from ..common.settings import HostSettings, Settings
+from .state import STATE, Carried, carried_by
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -76,22 +80,20 @@ def real_topology() -> Topology | None:
 
 def _init_device(original):
     def init_device(self, *args, **kwargs):
-        settings = settings_of(self.vllm_config)
-        if settings is None or settings["hosts"] is None:
+        carried = carried_by(self.vllm_config)
+        if carried is None or carried.settings.hosts is None:
             return original(self, *args, **kwargs)
-        hosts = settings["hosts"]
+        hosts = carried.settings.hosts
         parallel = self.vllm_config.parallel_config
         where = (
             f"the other hosts to join at {parallel.master_addr}:{parallel.master_port}"
             if parallel.nnodes > 1
             else "the other ranks to join"
         )
-        with JoinWatch(
-            where, 10 * hosts["timeout"], partial(end_process, log=logger), logger.warning
-        ):
+        with JoinWatch(where, 10 * hosts.timeout, partial(end_process, log=logger), logger.warning):
             result = original(self, *args, **kwargs)
         if _world_size() > 1:
-            _agree(settings, parallel)
+            _agree(carried, parallel)
         return result
 
     return init_device
@@ -103,36 +105,40 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _agree(settings: PlacementSettings, parallel: Any) -> None:
+def _agree(carried: Carried, parallel: Any) -> None:
+    """Agree with the other hosts; one without a file takes the head's placement from then on."""
     import vllm
 
-    hosts = settings["hosts"]
-    placement = settings.placement
+    settings, hosts = carried.settings, carried.settings.hosts
+    assert hosts is not None, "asked by several hosts only"
+    plan, placement = settings.plan, settings.placement
     said = {
         "engine": f"vLLM {vllm.__version__}",
         "strategy": settings.strategy,
-        "digest": None if hosts["adopt"] else "" if placement is None else placement.digest,
-        "source": hosts["source"],
-        "error": hosts["error"],
+        "digest": None if hosts.adopts else "" if plan is None else plan.digest,
+        "source": "" if placement is None else placement.source,
+        "error": hosts.error,
         "rules": {
-            "--expert-placement-verify": settings["verify"],
-            "--enable-eplb": settings["eplb"],
-            "--eplb-config.num_redundant_experts": settings["redundant"],
-            "--expert-rebalance": settings["rebalance"],
+            "--expert-placement-verify": settings.verification.level,
+            "--enable-eplb": settings.rebalancing.moves,
+            "--eplb-config.num_redundant_experts": 0 if placement is None else placement.redundant,
+            "--expert-rebalance": settings.rebalancing.rules,
         },
     }
-    found = session.open_session(
-        said, settings.parcel(), hosts["timeout"], logger, partial(_name_rank, parallel)
-    )
-    if hosts["adopt"]:
+    parcel = {
+        "plan": None if plan is None else pack(plan),
+        "exact": placement is not None and placement.exact,
+    }
+    found = session.open_session(said, parcel, hosts.timeout, logger, partial(_name_rank, parallel))
+    if hosts.adopts:
         assert found.parcel is not None, "the head always sends one"
-        for known in (settings, arrived()):
-            if known is not None:
-                known.adopt(found.parcel)
-    if settings.placement is not None:
-        session.warn_about_nodes(
-            settings.placement.metadata.get("node_of_rank"), real_topology(), logger
-        )
+        sent = found.parcel["plan"]
+        adopted = settings.adopting(None if sent is None else unpack(sent), found.parcel["exact"])
+        carried.put(adopted)
+        STATE.settings = adopted
+        plan = adopted.plan
+    if plan is not None:
+        session.warn_about_nodes(plan.metadata.get("node_of_rank"), real_topology(), logger)
 
 
 def _name_rank(parallel: Any, rank: int) -> str:
@@ -141,31 +147,29 @@ def _name_rank(parallel: Any, rank: int) -> str:
     return f"the host of rank {rank}"
 
 
-def check_adoption(settings: PlacementSettings) -> None:
+def check_adoption(settings: Settings) -> None:
     """Refuse to build a model before the head's placement has arrived.
 
     Raises:
         PlacementError: when it has not.
     """
-    if settings["hosts"] is not None and settings["hosts"]["adopt"]:
+    if settings.adopts:
         raise PlacementError(
-            "the head's placement has not arrived in this process, which loads a model without having joined the other hosts: give this host "
-            "the placement file too"
+            "the head's placement has not arrived in this process, which loads a model without "
+            "having joined the other hosts: give this host the placement file too"
         )
 
 
 def host_settings(
-    parallel: Any, timeout: float | None, source: Any, adopt: bool, error: str | None
-) -> dict[str, Any] | None:
-    """What workers must know about the other hosts; None on one host."""
+    parallel: Any, request: Request, adopts: bool, error: str | None
+) -> HostSettings | None:
+    """Say what workers must know about the other hosts; None on one host."""
     if not spans_hosts(parallel):
         return None
-    return {
-        "timeout": timeout or DEFAULT_TIMEOUT,
-        "source": "" if source is None else str(source),
-        "adopt": adopt,
-        "error": error,
-    }
+    timeout = DEFAULT_TIMEOUT
+    if request.host_timeout is not None:
+        timeout = check_timeout(request.host_timeout, options.HOST_TIMEOUT.flag)
+    return HostSettings(timeout, parallel.nnodes, adopts, error)
 
 
 def host_patches() -> list[Patch]:

@@ -1,15 +1,17 @@
-"""The MoE kernel's tuned configuration where EPLB has redundant experts; see `engines.tuned_kernels`."""
+"""The MoE kernel's tuned configuration where EPLB has redundant experts; see `engines.common.kernel_configs`."""
 
 from __future__ import annotations
 
 from ..common.kernel_configs import ConfigsOfFewer
 from ..common.patching import Patch
-from .settings import arrived
+from .state import STATE
 
 
 def _redundant_per_rank() -> int:
-    settings = arrived()
-    return 0 if settings is None else settings["redundant"] // settings["ep_size"]
+    settings = STATE.settings
+    if settings is None or settings.placement is None:
+        return 0
+    return settings.placement.redundant // settings.ep_size
 
 
 def _get_moe_configs(original):

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
-
-from .settings import layer_id_of
 
 EPLB_ROW = "_moe_placement_eplb_row"
 """Attribute of a ``RoutedExperts`` that EPLB moves: (EPLB's model state, row of the layer in its tables)."""
 
 EXPECTED = "_moe_placement_expected"
 """Attribute of a ``RoutedExperts`` that was verified: (its number, digest of every logical expert)."""
+
+
+_LAYER = re.compile(
+    r"(?:^|\.)(?:layers|blocks|h|meta_mlp)\.(\d+)(?:\.|$)"
+)  # meta_mlp: Intern-S2-Mobius
+# A draft model numbers its layers from 0 again, or names them differently in checkpoint and module.
+_DRAFT = re.compile(r"(?:^|\.)(?:mtp\w*|eagle\w*|draft\w*|nextn\w*)(?:\.|$)")
+
+
+def layer_id_of(name: str) -> int | None:
+    """The layer's index in a module or weight name such as ``model.layers.3.mlp.experts``.
+
+    None when there is no index, more than one, or the name is a draft model's: such a layer cannot be told
+    for sure.
+    """
+    if _DRAFT.search(name):
+        return None
+    found = _LAYER.findall(name)
+    return int(found[0]) if len(found) == 1 else None
 
 
 def routed_layers(model: Any) -> dict[str, Any]:

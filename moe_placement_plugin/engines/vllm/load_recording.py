@@ -14,6 +14,7 @@ from ...core.errors import PlacementError
 from ...hosts import session
 from ...recording.counters import LoadCounters
 from ...recording.recorder import LoadRecorder, Windows
+from ..common.settings import RecordingSettings
 from .capture_points import capture_points
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
@@ -22,7 +23,7 @@ logger = logging.getLogger("vllm.moe_placement_plugin")
 class LoadRecording:
     """The counters of one worker process, bound to its model's routers, and their recorder."""
 
-    def __init__(self, record: dict[str, Any], vllm_config: Any, model: Any, device: Any):
+    def __init__(self, record: RecordingSettings, vllm_config: Any, model: Any, device: Any):
         import vllm
         from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -43,7 +44,7 @@ class LoadRecording:
         )
         tokens = max(scheduler.max_num_batched_tokens, largest_graph) + self.tp_size
         self.counters = LoadCounters(
-            len(self.layers), record["num_experts"], tokens, device, record["coactivation"]
+            len(self.layers), record.num_experts, tokens, device, record.coactivation
         )
         alone = parallel.data_parallel_size == self.shards == 1
         for row, set_capture in enumerate(self.layers.values()):
@@ -53,7 +54,7 @@ class LoadRecording:
             self.tp_rank if self.shards > 1 else 0
         )
         metadata = {
-            "model": record["model"],
+            "model": record.model,
             "engine": f"vllm {vllm.__version__}",
             "plugin": __version__,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
@@ -65,14 +66,14 @@ class LoadRecording:
             if hasattr(vllm_config.model_config, "get_num_experts_per_tok")
             else None,
         }
-        windows = Windows(tuple(self.layers), record["num_experts"], record["interval"], metadata)
+        windows = Windows(tuple(self.layers), record.num_experts, record.interval, metadata)
         num_parts = parallel.data_parallel_size * stages * self.shards
         self.recorder = LoadRecorder(
-            record["path"], windows, self.counters.snapshot, record["interval"], part, num_parts
+            record.path, windows, self.counters.snapshot, record.interval, part, num_parts
         )
         logger.info(
             "moe_placement_plugin: recording the load of %d MoE layers x %d experts to %s every %g s",
-            len(self.layers), record["num_experts"], record["path"], record["interval"],
+            len(self.layers), record.num_experts, record.path, record.interval,
         )  # fmt: skip
 
     def batch(self, tokens_per_request: np.ndarray, is_prefill: np.ndarray) -> None:

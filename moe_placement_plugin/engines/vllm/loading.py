@@ -11,16 +11,19 @@ import numpy as np
 
 from ...core.errors import PlacementError
 from ..common.patching import LOADING, PLACEMENT, Patch, hits_of
+from ..common.settings import Settings
 from .drafts import check_draft, draft_layer_id, is_draft, loading, refuse_own_kind
 from .eplb_support import check_draft_supported, check_supported, refusing_unsupported
 from .evidence import EVIDENCE, check_evidence
+from .expert_maps import expert_map, knows
 from .hosts import check_adoption
-from .layers import num_logical, routed_layers
+from .kernels import check_experts
+from .layers import layer_id_of, num_logical, routed_layers
 from .reload import serve, updates_of
+from .reload_core import core_patches
 from .reload_worker import reload_patches
-from .settings import PlacementSettings, layer_id_of, settings_of
 from .stacked import follow
-from .support import check_experts
+from .state import settings_of
 from .verification import clean_load, verify_loaded
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
@@ -32,23 +35,20 @@ def _load_model(original):
         if settings is None:
             return original(self, vllm_config, model_config, *args, **kwargs)
         check_adoption(settings)
-        level = settings["verify"]
+        level = settings.verification.level
         # The draft of speculative decoding comes through here too, some with a config in which it is the model.
         draft = is_draft(vllm_config, model_config)
         main = not draft and model_config is vllm_config.model_config
-        moves = (
-            settings["eplb"]
-            and main
-            and (settings.placement is not None or settings.strategy == "eplb")
-        )
-        named = moves or (draft and settings["eplb"])
+        eplb = settings.rebalancing.moves
+        moves = eplb and main and (settings.plan is not None or settings.rebalancing.plans)
+        named = moves or (draft and eplb)
         with refusing_unsupported(model_config.architecture) if named else nullcontext():
             clean = (
                 clean_load(original, settings, self, vllm_config, model_config, *args, **kwargs)
                 if level == "checkpoint"
                 else None
             )
-            with loading(draft), _followed(self) if _places(settings) else nullcontext():
+            with loading(draft), _followed(self) if settings.places else nullcontext():
                 model = original(self, vllm_config, model_config, *args, **kwargs)
         load_format = self.load_config.load_format
         if str(getattr(load_format, "value", load_format)) == "dummy":
@@ -59,12 +59,12 @@ def _load_model(original):
         stages = vllm_config.parallel_config.pipeline_parallel_size if main else 1
         if moves:
             check_supported(model)
-        elif draft and settings["eplb"]:
+        elif draft and eplb:
             check_draft_supported(model)
         _report(routed_layers(model), settings, main, stages, draft)
         serve(model)
         if level != "off":
-            if main and stages == 1 and settings["verify_asked"] and not routed_layers(model):
+            if main and stages == 1 and settings.verification.asked and not routed_layers(model):
                 raise PlacementError(
                     f"--expert-placement-verify {level}: {type(model).__name__} has no MoE layer of vLLM's own kind: leave the flag out"
                 )
@@ -72,11 +72,6 @@ def _load_model(original):
         return model
 
     return load_model
-
-
-def _places(settings: PlacementSettings) -> bool:
-    """Whether experts lie, or will lie, where vLLM's own placement has others."""
-    return settings.placement is not None or settings["eplb"]
 
 
 @contextmanager
@@ -100,7 +95,7 @@ def _worker_load_model(original):
         result = original(self, *args, **kwargs)
         settings, runner = settings_of(self.vllm_config), self.model_runner
         model = runner.get_model() if hasattr(runner, "get_model") else runner.model
-        if settings is not None and _places(settings) and updates_of(model) is None:
+        if settings is not None and settings.places and updates_of(model) is None:
             raise PlacementError(
                 f"--load-format {self.vllm_config.load_config.load_format} loaded {type(model).__name__} in a way of its own, past vLLM's "
                 "BaseModelLoader.load_model: nothing shows that experts are where the placement says; use --load-format auto, or leave "
@@ -113,7 +108,7 @@ def _worker_load_model(original):
 
 def _report(
     layers: dict[str, Any],
-    settings: PlacementSettings,
+    settings: Settings,
     main: bool,
     stages: int = 1,
     draft: bool = False,
@@ -130,7 +125,7 @@ def _report(
     Raises:
         PlacementError: when the placement is not in force.
     """
-    plan = settings.placement
+    plan = settings.plan
     if plan is not None and main:
         found = {name: (layer_id_of(name), num_logical(layer)) for name, layer in layers.items()}
         _check_coverage(found if stages == 1 else _of_all_stages(found), settings)
@@ -148,7 +143,7 @@ def _report(
         use_tables = manager.moe_parallel_config.needs_round_robin_routing_tables
         check_experts(layer.quant_method, use_tables, name)
         number = draft_layer_id(name) if draft else layer_id_of(name)
-        expected = settings.expert_map(number, manager.global_num_experts, ranks, rank, draft)
+        expected = expert_map(settings, number, manager.global_num_experts, ranks, rank, draft)
         if not np.array_equal(manager.expert_map[: expected.size].cpu().numpy(), expected):
             raise PlacementError(
                 f"{name}: the expert map in force on EP rank {rank} is not the plan's: another plugin or a changed vLLM replaced "
@@ -179,19 +174,18 @@ def _of_all_stages(found: Found) -> Found:
     return {name: layer for part in parts for name, layer in part.items()}
 
 
-def _check_coverage(found: Found, settings: PlacementSettings) -> None:
+def _check_coverage(found: Found, settings: Settings) -> None:
     """Refuse a model whose MoE layers are not those that the placement is for."""
     if not found:
         raise PlacementError(
             "the model that was loaded has no MoE layer of vLLM's own kind, so that no expert was placed: serve it without the "
             "placement flag"
         )
-    if not settings["exact"]:
+    plan = settings.plan
+    if plan is None or settings.placement is None or not settings.placement.exact:
         return
-    plan = settings.placement
-    assert plan is not None, "only a plan is exact"
     for name, (layer_id, experts) in found.items():
-        if not settings.knows(layer_id, experts):
+        if not knows(plan, layer_id, experts):
             raise PlacementError(
                 f"{name} is not in the plan (layers {plan.layer_ids[0]}..{plan.layer_ids[-1]}): plan for this model"
             )
@@ -221,5 +215,6 @@ def load_patches() -> list[Patch]:
             why="a loader with a load_model of its own (out-of-tree ones) goes past the check of what was loaded",
             removable_when="never: it is this plugin's own check",
         ),
+        *core_patches(),
         *reload_patches(),
     ]

@@ -15,8 +15,8 @@ from typing import Any
 
 from ...core.errors import PlacementError
 from ..common.patching import Patch, PatchSet
-from .layers import num_logical, slot_experts
-from .settings import arrived, layer_id_of
+from .layers import layer_id_of, num_logical, slot_experts
+from .state import STATE
 
 _MANAGER = "vllm.lora.model_manager:LoRAModelManager"
 
@@ -33,7 +33,7 @@ def experts_of_slots(module: Any) -> list[int] | None:
     Raises:
         PlacementError: when a slot holds no routed expert, so that no adapter belongs to it.
     """
-    settings = arrived()
+    settings = STATE.settings
     if settings is None or settings.static is None or not getattr(module, "use_ep", False):
         return None
     layer = module.base_layer.routed_experts
@@ -222,8 +222,8 @@ def check_adapter(lora_model: Any, name: str) -> None:
     Raises:
         PlacementError: naming the adapter and one of its modules.
     """
-    settings = arrived()
-    if settings is None or not settings["eplb"]:
+    settings = STATE.settings
+    if settings is None or not settings.rebalancing.moves:
         return
     experts = sorted(key for key in lora_model.loras if ".experts" in key)
     if experts:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ...core.errors import PlacementError
 from ...core.model_shape import model_shape
 from ...recording.recorder import (
     DEFAULT_INTERVAL,
@@ -17,10 +16,11 @@ from ...recording.recorder import (
     check_path,
 )
 from ..common.patching import Patch, PatchSet
-from .detect import COACTIVATION_KEY, INTERVAL_KEY, RECORD_KEY
+from ..common.request import Request
+from ..common.settings import RecordingSettings, Settings
 from .draft_recording import bind_draft, draft_patches
 from .load_recording import LoadRecording
-from .settings import settings_of
+from .state import settings_of
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -28,80 +28,53 @@ _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 _RECORDER = "_moe_placement_load_recording"
 
 
-def record_settings(vllm_config: Any) -> dict[str, Any] | None:
-    """What is to be recorded, checked before any process starts; None when nothing is.
+def recording_settings(vllm_config: Any, request: Request) -> RecordingSettings | None:
+    """Say what is to be recorded, checked before any process starts; None when nothing is.
 
     Raises:
-        PlacementError: when it cannot be recorded.
+        PlacementError: for a path that cannot be written or an interval that makes no sense.
     """
-    extra = vllm_config.additional_config or {}
-    path = extra.get(RECORD_KEY)
-    if path is None:
-        for key in (INTERVAL_KEY, COACTIVATION_KEY):
-            if extra.get(key):
-                raise PlacementError(
-                    f"--{key.replace('_', '-')} without --expert-load-record: nothing is recorded; add the path"
-                )
+    if request.record is None:
         return None
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    flag = f"--expert-load-record {path}"
-    if not model.is_moe:
-        raise PlacementError(
-            f"{flag}: {model.model} is no Mixture-of-Experts model: it has no experts; leave the flag out"
-        )
-    refused = {
-        "--prefill-context-parallel-size": getattr(parallel, "prefill_context_parallel_size", 1)
-        > 1,
-        "--enable-dbo": bool(getattr(parallel, "use_ubatching", False)),
-        "--enable-elastic-ep": bool(getattr(parallel, "enable_elastic_ep", False)),
-        "--enable-return-routed-experts": bool(
-            getattr(model, "enable_return_routed_experts", False)
-        ),
-    }
-    for other, given in refused.items():
-        if given:
-            raise PlacementError(
-                f"{flag} together with {other}: tokens would be counted wrongly; leave one of the two out"
-            )
     shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
-    check_path(path, (len(shape.layer_ids), shape.num_experts))
-    interval = check_interval(extra.get(INTERVAL_KEY) or DEFAULT_INTERVAL)
-    return {
-        "path": str(path),
-        "interval": interval,
-        "coactivation": bool(extra.get(COACTIVATION_KEY)),
-        "num_experts": shape.num_experts,
-        "model": model.model,
-        # Ranks that own whole experts; None where that is not so, or changes while EPLB moves them.
-        "ep_ranks": parallel.tensor_parallel_size * parallel.data_parallel_size
-        if parallel.enable_expert_parallel and not parallel.enable_eplb
-        else None,
-    }
+    check_path(request.record, (len(shape.layer_ids), shape.num_experts))
+    whole = parallel.enable_expert_parallel and not parallel.enable_eplb
+    return RecordingSettings(
+        request.record,
+        check_interval(request.interval or DEFAULT_INTERVAL),
+        request.coactivation,
+        shape.num_experts,
+        model.model,
+        parallel.tensor_parallel_size * parallel.data_parallel_size if whole else None,
+    )
 
 
-def install_metrics(settings: Any) -> None:
+def install_metrics(settings: Settings) -> None:
     """Report the recording on this process's ``/metrics``.
 
     Args:
-        settings: a `settings.PlacementSettings` with a recording.
+        settings: the engine's, with a recording.
     """
     from ...recording import metrics  # lazy: heavy
 
-    ranks = settings["record"]["ep_ranks"]
+    recording = settings.recording
+    assert recording is not None, "asked for a recording only"
+    ranks = recording.ep_ranks
 
     def placement_of(load):
         if settings.static is not None and settings.static.layer_ids == load.layer_ids:
             return settings.static
         return metrics.contiguous(load, ranks) if ranks else None
 
-    metrics.install(settings["record"]["path"], placement_of)
+    metrics.install(recording.path, placement_of)
 
 
 def _load_model(original):
     def load_model(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
         settings = settings_of(self.vllm_config)
-        record = settings.get("record") if settings is not None else None
+        record = settings.recording if settings is not None else None
         if record is not None:
             runner = self.model_runner
             recording = LoadRecording(record, self.vllm_config, runner.get_model(), self.device)

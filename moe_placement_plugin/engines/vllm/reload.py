@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import PlacementError
+from ..common.settings import Settings
 from . import eplb_exchange
 from .evidence import EVIDENCE, check_evidence, watch
 from .layers import EPLB_ROW, EXPECTED, mixture_of_experts, moved_slots, routed_layers
-from .settings import PlacementSettings
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -124,7 +124,7 @@ def abandon(model: Any) -> None:
         vars(layer).pop(EVIDENCE, None)
 
 
-def finish(model: Any, settings: PlacementSettings, alone: bool) -> None:
+def finish(model: Any, settings: Settings, alone: bool) -> None:
     """End an update: every layer got all its experts or none, and what was verified is verified
     anew.
 
@@ -151,7 +151,7 @@ def finish(model: Any, settings: PlacementSettings, alone: bool) -> None:
         renew(model, settings)
 
 
-def renew(model: Any, settings: PlacementSettings) -> None:
+def renew(model: Any, settings: Settings) -> None:
     """Take the digests of the new weights; a collective call of the EP ranks.
 
     Raises:
@@ -162,11 +162,11 @@ def renew(model: Any, settings: PlacementSettings) -> None:
     updates = updates_of(model)
     assert updates is not None, "only a model that serves has digests to renew"
     updates.verified = updates.count
-    if settings["verify"] != "off":
+    if settings.verification.on:
         verify_loaded(model, None, settings)
 
 
-def may_rearrange(eplb: Any, settings: PlacementSettings | None) -> bool:
+def may_rearrange(eplb: Any, settings: Settings | None) -> bool:
     """Whether EPLB may move experts now: all EP ranks have got the same updates and none is in the
     middle of one. A collective call.
 

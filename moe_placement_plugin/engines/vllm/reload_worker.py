@@ -3,13 +3,15 @@ begun and ended as one (`reload`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ...core.errors import PlacementError
 from ..common.patching import Patch
+from ..common.settings import Settings
 from .layers import EPLB_ROW, moved_slots, routed_layers
 from .reload import abandon, begin, finish, refuse_while_moving, updates_of
-from .settings import PlacementSettings, settings_of
+from .state import settings_of
 from .weight_transfer import check_engine
 
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
@@ -24,7 +26,7 @@ def _alone(worker: Any) -> bool:
     return worker.vllm_config.parallel_config.data_parallel_size == 1
 
 
-def _finish_worker(worker: Any, settings: PlacementSettings) -> None:
+def _finish_worker(worker: Any, settings: Settings) -> None:
     """End an update; after one that left wrong weights the worker computes nothing until one has
     put them right.
     """
@@ -73,15 +75,68 @@ def _refuse_stacked_copies(model: Any) -> None:
             )
 
 
+def _check_reload(worker: Any, *args: Any, **kwargs: Any) -> None:
+    model = _model_of(worker)
+    if updates_of(model) is None:
+        return
+    _refuse_kernel_format(model, args[2] if len(args) > 2 else kwargs.get("is_checkpoint_format"))
+    _refuse_stacked_copies(model)
+    refuse_while_moving(model)
+
+
+def _check_start(worker: Any, *args: Any, **kwargs: Any) -> None:
+    model = _model_of(worker)
+    _refuse_kernel_format(model, args[0] if args else kwargs.get("is_checkpoint_format"))
+    if _places_experts(model):
+        check_engine(getattr(worker, "weight_transfer_engine", None))
+    _refuse_stacked_copies(model)
+    refuse_while_moving(model)
+
+
+def _check_sleep(worker: Any, level: int = 1, *args: Any, **kwargs: Any) -> None:
+    settings = settings_of(worker.vllm_config)
+    if settings is None or not settings.rebalancing.moves:
+        return
+    if level == 2:
+        raise PlacementError(
+            "sleep level 2 with --enable-eplb forgets which expert EPLB has put where: nothing was "
+            "discarded; sleep at level 1"
+        )
+    refuse_while_moving(_model_of(worker))
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "reload_weights": _check_reload,
+    "start_weight_update": _check_start,
+    "sleep": _check_sleep,
+}
+"""Method of a worker -> what refuses a call of it, with its arguments and without any effect."""
+
+
+def reason_against(worker: Any, method: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Find out why a worker would refuse a call, None where it would not.
+
+    Args:
+        worker: vLLM's ``Worker``.
+        method: one of `CHECKS`.
+        args: of the call.
+        kwargs: of the call.
+    """
+    if settings_of(worker.vllm_config) is None:
+        return None
+    try:
+        CHECKS[method](worker, *args, **kwargs)
+    except PlacementError as refused:
+        return str(refused)
+    return None
+
+
 def _reload_weights(original):
     def reload_weights(self, *args, **kwargs):
         settings, model = settings_of(self.vllm_config), _model_of(self)
         if settings is None or updates_of(model) is None:
             return original(self, *args, **kwargs)
-        _refuse_kernel_format(
-            model, args[2] if len(args) > 2 else kwargs.get("is_checkpoint_format")
-        )
-        _refuse_stacked_copies(model)
+        _check_reload(self, *args, **kwargs)
         begin(model)
         try:
             result = original(self, *args, **kwargs)
@@ -96,16 +151,12 @@ def _reload_weights(original):
 
 def _start_weight_update(original):
     def start_weight_update(self, *args, **kwargs):
-        settings, model = settings_of(self.vllm_config), _model_of(self)
+        settings = settings_of(self.vllm_config)
         if settings is not None:
-            _refuse_kernel_format(model, args[0] if args else kwargs.get("is_checkpoint_format"))
-            if _places_experts(model):
-                check_engine(getattr(self, "weight_transfer_engine", None))
-            _refuse_stacked_copies(model)
-            refuse_while_moving(model)
+            _check_start(self, *args, **kwargs)
         result = original(self, *args, **kwargs)
         if settings is not None:
-            begin(model)
+            begin(_model_of(self))
         return result
 
     return start_weight_update
@@ -134,14 +185,7 @@ def _finish_weight_update(original):
 
 def _sleep(original):
     def sleep(self, level=1, *args, **kwargs):
-        settings = settings_of(self.vllm_config)
-        if settings is not None and settings["eplb"]:
-            if level == 2:
-                raise PlacementError(
-                    "sleep level 2 with --enable-eplb forgets which expert EPLB has put where: "
-                    "nothing was discarded; sleep at level 1"
-                )
-            refuse_while_moving(_model_of(self))
+        _check_sleep(self, level)
         return original(self, level, *args, **kwargs)
 
     return sleep

@@ -1,12 +1,13 @@
-"""Checks before any process loads the model, and the placement that comes out of them."""
+"""Launcher: from vLLM's arguments to the settings of every process, or one clear error.
+
+Four steps: `read_request`, `check_support`, `make_placement`, `settings_for`.
+"""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
-
-from packaging.version import InvalidVersion, Version
 
 from ...core.errors import PlacementError
 from ...core.model_shape import ModelShape, model_shape
@@ -17,318 +18,266 @@ from ...strategies import ALIASES, get_strategy
 from ...strategies.base import LOCALITIES
 from ...strategies.resolve import resolve_placement
 from ...verification.level import check_level
-from ..common.host_flags import LOCALITY_FLAG, TIMEOUT_FLAG
-from .carrier import put_into_force
-from .detect import FILE_KEY, HOST_TIMEOUT_KEY, LOCALITY_KEY, REBALANCE_KEY, VERIFY_KEY
+from ..common import options
+from ..common.request import Request, check_recording_flags, request_from
+from ..common.settings import (
+    LoadingSettings,
+    PlacementSettings,
+    RebalancingSettings,
+    Settings,
+    VerificationSettings,
+)
+from .combination import Combination, combination_of
 from .drafts import draft_shape
 from .hosts import host_settings, is_head, planned_topology, resolves_on_every_host, spans_hosts
-from .recording import record_settings
-from .settings import KEY, PlacementSettings
-from .support import ALL2ALL_WITH_TABLES, check_all2all, check_moe_backend
-from .weight_transfer import check_backend
+from .recording import recording_settings
+from .support import (
+    PLACEMENT_RULES,
+    RECORDING_RULES,
+    SLOT_RULES,
+    VERIFICATION_RULES,
+    check,
+)
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
-_LOADERS_OF_THEIR_OWN = (
-    "tensorizer",
-    "ipc_cache",
-    "modelexpress",
-    "sharded_state",
-    "runai_streamer_sharded",
-)
 
-EXPERTS_OF_THEIR_OWN = (
-    "MiniCPMForCausalLM",
-    "MiniCPM3ForCausalLM",
-    "HfMoondream",
-    "Moondream3ForCausalLM",
-)
-"""Architectures whose experts are no ``RoutedExperts`` of vLLM's: they number and load them by themselves."""
-
-SUPPORTED = ("0.25", "0.34")
-"""First supported version of vLLM and the first that is not."""
-
-
-def check_version() -> None:
-    """Refuse a vLLM outside the supported range.
-
-    Raises:
-        PlacementError: naming the version found.
-    """
-    # importlib.metadata knows the CPU build under another name, the module always knows its own.
-    import vllm
-
-    first, end = SUPPORTED
-    try:
-        version = Version(vllm.__version__)
-    except InvalidVersion:
-        version = None
-    if version is None or not Version(first) <= Version(version.base_version) < Version(end):
-        raise PlacementError(
-            f"vLLM {vllm.__version__} is outside the supported range {first} to {end} (exclusive): install a vLLM in that range, "
-            "or leave --expert-placement-strategy out"
-        )
-
-
-def ep_size_of(parallel: Any) -> int:
-    """EP ranks of a ``ParallelConfig``: vLLM spreads experts over all of TP, DP and prefill context parallelism."""
-    return (
-        parallel.tensor_parallel_size
-        * parallel.data_parallel_size
-        * getattr(parallel, "prefill_context_parallel_size", 1)
-    )
-
-
-def resolve(vllm_config: Any) -> Any:
-    """Check a fresh ``VllmConfig`` and put the `PlacementSettings` into it.
+def resolve(vllm_config: Any) -> Settings | None:
+    """Make the settings of a server from its fresh ``VllmConfig``, whose own strategy is set to match.
 
     Returns:
-        The same config.
+        None where nothing is asked of this plugin.
 
     Raises:
-        PlacementError: when the placement that was asked for cannot be had.
+        PlacementError: when what was asked for cannot be had.
     """
+    request = read_request(vllm_config)
+    combination = combination_of(vllm_config)
+    verification = check_support(vllm_config, request, combination)
+    if not (request.places or verification.on or request.record or _needs_mending(combination)):
+        return None
+    made = make_placement(vllm_config, request, combination) if request.places else _NOTHING
+    settings = settings_for(vllm_config, request, verification, made)
+    parallel = vllm_config.parallel_config
+    if settings.static is not None or (made.is_to_come and not combination.eplb):
+        # A process in which the patches are missing refuses this value; "linear" it would serve.
+        parallel.expert_placement_strategy = settings.strategy
+    elif request.places:
+        parallel.expert_placement_strategy = "linear"  # of EPLB's physical experts
+    return settings
+
+
+def read_request(vllm_config: Any) -> Request:
+    """Read what the user asked for; flags without what they belong to are refused.
+
+    Raises:
+        PlacementError: naming the flag.
+    """
+    named = vllm_config.parallel_config.expert_placement_strategy
+    strategy = ALIASES.get(named, named)
+    extra = vllm_config.additional_config or {}
+    places = strategy != "linear" or extra.get(options.FILE.name) is not None
+    request = request_from(extra, strategy, named, places)
+    check_recording_flags(request)
+    if request.locality is not None and not places:
+        raise PlacementError(
+            f"{options.LOCALITY.flag} without a recorded load to plan from: add "
+            f"{options.FILE.flag}, or leave it out"
+        )
+    return request
+
+
+def check_support(
+    vllm_config: Any, request: Request, combination: Combination
+) -> VerificationSettings:
+    """Refuse what does not go together, and settle how far weights are verified.
+
+    Raises:
+        PlacementError: naming the flag, the combination, the reason and the mend.
+    """
+    if request.record is not None:
+        check(RECORDING_RULES, combination, f"{options.RECORD.flag} {request.record}")
+    verification = _verification(request, combination)
+    _check_rebalance(request, combination)
+    _check_host_timeout(vllm_config, request, verification)
+    if request.places:
+        check(PLACEMENT_RULES, combination, request.flag)
+        _check_locality(vllm_config, request)
+    if verification.on:
+        check(VERIFICATION_RULES, combination, f"{options.VERIFY.flag} {verification.level}")
+    return verification
+
+
+@dataclass(frozen=True)
+class Made:
+    """Hold what came of making a placement on this host.
+
+    Attributes:
+        plan: None for the engine's own, for the head's, or where EPLB begins by itself.
+        adopts: this host waits for the head's.
+        error: why it could not be made here, which the workers tell the other hosts.
+    """
+
+    plan: Placement | None = None
+    adopts: bool = False
+    error: str | None = None
+
+    @property
+    def is_to_come(self) -> bool:
+        """Whether the other hosts decide what becomes of this one."""
+        return self.adopts or self.error is not None
+
+
+_NOTHING = Made()
+
+
+def make_placement(vllm_config: Any, request: Request, combination: Combination) -> Made:
+    """Make the placement, or note why another host has to say what becomes of it.
+
+    Raises:
+        PlacementError: when it cannot be had on any host.
+    """
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    everywhere = resolves_on_every_host(parallel)
+    shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
+    if everywhere and not is_head(parallel) and request.waits_for_head(combination.eplb):
+        return Made(adopts=True)
+    try:
+        if combination.eplb:
+            return Made(_first_placement(request, shape, combination.ep_size, parallel))
+        plan = resolve_placement(
+            request.named,
+            request.file,
+            replace(shape, draft=draft_shape(vllm_config)),
+            planned_topology(parallel, combination.ep_size),
+            locality=request.locality or "none",
+        )
+        check(SLOT_RULES, replace(combination, even=plan.is_even), request.flag)
+        return Made(plan)
+    except PlacementError as refused:
+        if not everywhere or not request.needs_file:
+            raise
+        # The other hosts would wait for this one: its workers tell them, and all stop.
+        logger.error("moe_placement_plugin: %s", refused)
+        return Made(error=str(refused))
+
+
+def settings_for(
+    vllm_config: Any, request: Request, verification: VerificationSettings, made: Made
+) -> Settings:
+    """Put together what every process must know."""
+    parallel = vllm_config.parallel_config
+    moves = bool(parallel.enable_eplb and (request.places or verification.on))
+    strategy = request.strategy
+    if request.places and strategy == "linear":  # the flag's default: a file decides
+        strategy = "eplb"
+    placement = PlacementSettings(
+        strategy,
+        made.plan,
+        request.file or "",
+        exact=request.file is not None,
+        redundant=parallel.eplb_config.num_redundant_experts if moves else 0,
+    )
+    hosts = None
+    if request.places or verification.on:
+        hosts = host_settings(parallel, request, made.adopts, made.error)
+    return Settings(
+        placement if request.places or moves else None,
+        verification,
+        recording_settings(vllm_config, request),
+        RebalancingSettings(moves, moves and strategy == "eplb", request.rebalance),
+        hosts,
+        LoadingSettings(
+            lora=request.places and getattr(vllm_config, "lora_config", None) is not None
+        ),
+        combination_of(vllm_config).ep_size,
+    )
+
+
+def _needs_mending(combination: Combination) -> bool:
+    """Decide whether vLLM's CPU build needs our patches to run expert parallelism at all."""
     from vllm.platforms import current_platform
 
-    parallel = vllm_config.parallel_config
-    asked = parallel.expert_placement_strategy
-    strategy = ALIASES.get(asked, asked)
-    extra = dict(vllm_config.additional_config or {})
-    file = extra.get(FILE_KEY)
-    explicit = strategy != "linear" or file is not None
-    flag = (
-        f"--expert-placement-strategy {asked}"
-        if file is None
-        else f"--expert-placement-file {file}"
-    )
-    model = vllm_config.model_config
-    ep_size = ep_size_of(parallel)
-    record = record_settings(vllm_config)
-    verify = _level(extra.get(VERIFY_KEY), explicit, vllm_config.load_config.load_format)
-    eplb = bool(parallel.enable_eplb and (explicit or verify != "off"))
-    rebalance = _rebalance(
-        extra.get(REBALANCE_KEY), explicit and eplb and strategy in ("eplb", "linear")
-    )
-    timeout = _host_timeout(extra.get(HOST_TIMEOUT_KEY), parallel, explicit or verify != "off")
-    if explicit:
-        _check(vllm_config, model, parallel, ep_size, flag)
-    elif extra.get(LOCALITY_KEY) is not None:
+    used = combination.ep_size > 1 and combination.expert_parallel and combination.is_moe
+    return used and current_platform.is_cpu()
+
+
+def _verification(request: Request, combination: Combination) -> VerificationSettings:
+    """Settle the level; dummy weights, which differ from replica to replica, have none by default."""
+    level = check_level(request.verify, request.places)
+    if combination.load_format == "dummy" and request.verify is None:
+        level = "off"
+    return VerificationSettings(level, request.verify is not None)
+
+
+def _check_rebalance(request: Request, combination: Combination) -> None:
+    if request.rebalance is None:
+        return
+    from ...rebalancing.rebalancer import policy_from  # lazy: heavy
+
+    plans = request.strategy in ("eplb", "linear")
+    if not (request.places and combination.eplb and plans):
         raise PlacementError(
-            f"{LOCALITY_FLAG} without a recorded load to plan from: add --expert-placement-file, or leave it out"
+            f"{options.REBALANCE.flag} without --enable-eplb and {options.STRATEGY.flag} eplb: "
+            "nothing rebalances; add both, or leave it out"
         )
-    if verify != "off":
-        _check_verify(vllm_config, parallel, verify)
-    elif (
-        not explicit
-        and record is None
-        and (
-            ep_size == 1
-            or not parallel.enable_expert_parallel
-            or not model.is_moe
-            or not current_platform.is_cpu()
-        )
-    ):
-        return vllm_config
-    placement, error = None, None
-    adopt = (
-        explicit
-        and resolves_on_every_host(parallel)
-        and not is_head(parallel)
-        and _waits_for_head(asked, file, eplb)
-    )
-    if explicit:
-        shape = model_shape(model.hf_text_config, model.model, model.get_num_experts())
-        locality = _locality(extra.get(LOCALITY_KEY), parallel)
-        try:
-            if not adopt:
-                placement = _place(vllm_config, asked, file, shape, ep_size, locality)
-        except PlacementError as refused:
-            if not resolves_on_every_host(parallel) or (
-                file is None and not get_strategy(asked).needs_load
-            ):
-                raise
-            # The other hosts would wait for this one: its workers tell them, and all stop with the reason.
-            logger.error("moe_placement_plugin: %s", refused)
-            error = str(refused)
-        # linear is the flag's default: with a file it means that the file decides.
-        strategy = "eplb" if strategy == "linear" else strategy
-    settings = PlacementSettings.make(
-        strategy, placement, ep_size, record, exact=file is not None, verify=verify, eplb=eplb, rebalance=rebalance,
-        verify_asked=extra.get(VERIFY_KEY) is not None,
-        hosts=host_settings(parallel, timeout, file, adopt, error) if explicit or verify != "off" else None,
-        redundant=parallel.eplb_config.num_redundant_experts if eplb else 0,
-        lora=explicit and getattr(vllm_config, "lora_config", None) is not None,
-    )  # fmt: skip
-    if settings.static is not None or ((adopt or error is not None) and not eplb):
-        # A process in which the patches are missing refuses this value; "linear" it would serve.
-        parallel.expert_placement_strategy = strategy
-    elif explicit:
-        parallel.expert_placement_strategy = "linear"  # of EPLB's physical experts
-    vllm_config.additional_config = {**extra, KEY: put_into_force(settings)}
-    return vllm_config
+    policy_from(request.rebalance, options.REBALANCE.flag)
 
 
-def _check(vllm_config: Any, model: Any, parallel: Any, ep_size: int, flag: str) -> None:
-    if not model.is_moe:
+def _check_host_timeout(
+    vllm_config: Any, request: Request, verification: VerificationSettings
+) -> None:
+    if request.host_timeout is None:
+        return
+    used = request.places or verification.on
+    if not (used and spans_hosts(vllm_config.parallel_config)):
         raise PlacementError(
-            f"{flag}: {model.model} is no Mixture-of-Experts model: it has no experts to place; leave the flag out"
+            f"{options.HOST_TIMEOUT.flag} {request.host_timeout} without a placement on several "
+            "hosts (--nnodes, Ray, data parallel hosts): leave it out"
         )
-    if model.architecture in EXPERTS_OF_THEIR_OWN:
-        raise PlacementError(
-            f"{flag}: vLLM's {model.architecture} holds its experts outside vLLM's MoE layer, where none can be placed; leave the flag out"
-        )
-    if not parallel.enable_expert_parallel:
-        raise PlacementError(
-            f"{flag} without --enable-expert-parallel: without expert parallelism every rank holds a part of every expert and "
-            "there is nothing to place; add --enable-expert-parallel"
-        )
-    if ep_size == 1:
-        raise PlacementError(
-            f"{flag} with one EP rank (tensor and data parallel size 1): all experts lie on that rank; add "
-            "--tensor-parallel-size or --data-parallel-size, or leave the flag out"
-        )
-    if vllm_config.load_config.load_format in _LOADERS_OF_THEIR_OWN:
-        raise PlacementError(
-            f"{flag} together with --load-format {vllm_config.load_config.load_format}: it puts weights where they were when they were "
-            "saved, past the map of experts; use --load-format auto"
-        )
-    check_backend(vllm_config, flag)
-    if getattr(parallel, "enable_elastic_ep", False):
-        raise PlacementError(
-            f"{flag} together with --enable-elastic-ep: a static placement holds for a fixed number of ranks; leave one of the two out"
-        )
-    if (
-        not parallel.enable_eplb
-    ):  # EPLB sends tokens to slots by itself, through kernels that vLLM has checked
-        check_moe_backend(
-            getattr(getattr(vllm_config, "kernel_config", None), "moe_backend", "auto"),
-            _uses_all2all(parallel) and parallel.all2all_backend in ALL2ALL_WITH_TABLES,
-        )
+    check_timeout(request.host_timeout, options.HOST_TIMEOUT.flag)
 
 
-def _rebalance(values: Any, used: bool) -> dict[str, Any] | None:
-    if values is None:
-        return None
-    from ...rebalancing.rebalancer import REBALANCE_FLAG, policy_from  # lazy: heavy
-
-    if not used:
-        raise PlacementError(
-            f"{REBALANCE_FLAG} without --enable-eplb and --expert-placement-strategy eplb: nothing rebalances; add both, or leave it out"
-        )
-    policy_from(values, REBALANCE_FLAG)
-    return dict(values)
-
-
-def _waits_for_head(asked: str, file: Any, eplb: bool) -> bool:
-    """Whether this host, which is not the head, lacks the file that the placement comes from."""
-    if file is not None:
-        return not Path(file).exists()
-    return get_strategy(asked).needs_load and not eplb
-
-
-def _host_timeout(value: Any, parallel: Any, used: bool) -> float | None:
-    if value is None:
-        return None
-    if not (used and spans_hosts(parallel)):
-        raise PlacementError(
-            f"{TIMEOUT_FLAG} {value} without a placement on several hosts (--nnodes, Ray, data parallel hosts): leave it out"
-        )
-    return check_timeout(value, TIMEOUT_FLAG)
-
-
-def _locality(value: str | None, parallel: Any) -> str:
+def _check_locality(vllm_config: Any, request: Request) -> None:
+    value, parallel = request.locality, vllm_config.parallel_config
     if value is None or value == "none":
-        return "none"
+        return
+    flag = f"{options.LOCALITY.flag} {value}"
     if value not in LOCALITIES:
-        raise PlacementError(f"{LOCALITY_FLAG} {value}: choose one of {', '.join(LOCALITIES)}")
+        raise PlacementError(f"{flag}: choose one of {', '.join(LOCALITIES)}")
     if parallel.use_ray:
         raise PlacementError(
-            f"{LOCALITY_FLAG} {value} with Ray, which decides where ranks lie after the placement is made: make a plan with `moe-placement plan "
-            f"--nodes N --locality {value}` and give that, or use --nnodes"
+            f"{flag} with Ray, which decides where ranks lie after the placement is made: make a "
+            f"plan with `moe-placement plan --nodes N --locality {value}` and give that, or use "
+            "--nnodes"
         )
     if parallel.enable_eplb:
         raise PlacementError(
-            f"{LOCALITY_FLAG} {value} with --enable-eplb, which has its own rule for groups and nodes: leave it out"
+            f"{flag} with --enable-eplb, which has its own rule for groups and nodes: leave it out"
         )
-    return value
-
-
-def _place(
-    vllm_config: Any, asked: str, file: Any, shape: ModelShape, ep_size: int, locality: str
-) -> Placement | None:
-    parallel = vllm_config.parallel_config
-    if parallel.enable_eplb:
-        return _first_placement(
-            asked, file, shape, ep_size, parallel.eplb_config.num_redundant_experts
-        )
-    placement = resolve_placement(
-        asked,
-        file,
-        shape,
-        planned_topology(parallel, ep_size),
-        locality=locality,
-        draft=draft_shape(vllm_config),
-    )
-    _check_back_ends(vllm_config, parallel, placement)
-    return placement
 
 
 def _first_placement(
-    asked: str, file: Any, shape: ModelShape, ep_size: int, redundant: int
+    request: Request, shape: ModelShape, ep_size: int, parallel: Any
 ) -> Placement | None:
-    """Where EPLB begins; None leaves its own beginning to strategy eplb, which plans from what EPLB records."""
+    """Make the placement that EPLB begins with; None leaves strategy eplb, which plans from what
+    EPLB records, vLLM's own beginning.
+    """
+    redundant = parallel.eplb_config.num_redundant_experts
     slots = shape.num_experts + redundant
     if slots % ep_size:
         raise PlacementError(
-            f"{shape.num_experts} experts and {redundant} redundant ones do not divide over {ep_size} EP ranks, as EPLB needs: use "
-            f"--eplb-config.num_redundant_experts {redundant + -slots % ep_size}"
+            f"{shape.num_experts} experts and {redundant} redundant ones do not divide over "
+            f"{ep_size} EP ranks, as EPLB needs: use --eplb-config.num_redundant_experts "
+            f"{redundant + -slots % ep_size}"
         )
-    if file is None and get_strategy(asked).needs_load:
+    if request.file is None and get_strategy(request.named).needs_load:
         return None
     return resolve_placement(
-        asked,
-        file,
+        request.named,
+        request.file,
         shape,
         Topology(ep_size),
         redundant,
         (slots // ep_size,) * ep_size,
     )
-
-
-def _level(value: str | None, placed: bool, load_format: Any) -> str:
-    """How far weights are verified; dummy weights, which differ from replica to replica, are not."""
-    level = check_level(value, placed)
-    if str(getattr(load_format, "value", load_format)) == "dummy" and level != "off":
-        if value is not None:
-            raise PlacementError(
-                f"--expert-placement-verify {level} with --load-format dummy: weights are random, replicas of an expert differ; leave one "
-                "of the two out"
-            )
-        return "off"
-    return level
-
-
-def _check_verify(vllm_config: Any, parallel: Any, level: str) -> None:
-    if not (parallel.enable_expert_parallel and vllm_config.model_config.is_moe):
-        raise PlacementError(
-            f"--expert-placement-verify {level} without --enable-expert-parallel and a Mixture-of-Experts model: no rank holds whole "
-            "experts; add --enable-expert-parallel, or leave the flag out"
-        )
-    if getattr(parallel, "enable_elastic_ep", False):
-        raise PlacementError(
-            f"--expert-placement-verify {level} together with --enable-elastic-ep: ranks come and go and cannot check each other; leave one "
-            "of the two out"
-        )
-
-
-def _uses_all2all(parallel: Any) -> bool:
-    return (
-        parallel.data_parallel_size > 1
-        or getattr(parallel, "prefill_context_parallel_size", 1) > 1
-        or bool(getattr(parallel, "use_sequence_parallel_moe", False))
-    )
-
-
-def _check_back_ends(vllm_config: Any, parallel: Any, placement: Placement) -> None:
-    if _uses_all2all(parallel) or parallel.all2all_backend == "passthrough":
-        check_all2all(parallel.all2all_backend, placement.is_even)

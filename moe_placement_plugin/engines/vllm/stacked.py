@@ -20,10 +20,9 @@ import numpy as np
 
 from ...core.errors import PlacementError
 from .evidence import EVIDENCE, IN_ORDER, MEND
-from .layers import num_logical, routed_layers, slot_experts
+from .layers import layer_id_of, num_logical, routed_layers, slot_experts
 from .reload import enter_update
 from .reload_table import FIRST_COPIES
-from .settings import layer_id_of
 
 PICKS = {"GptOssModel": "block", "Llama4Model": "ascending"}
 """Class of a model, or of a base of it -> which rows of a stacked tensor it copies to a rank."""

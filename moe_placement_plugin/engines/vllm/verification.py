@@ -14,8 +14,9 @@ from ...core.events import count_event
 from ...verification.compare import ExpertDigests, RankDigests, check_experts, expert_digests
 from ...verification.slots import Unverifiable, expert_tensors
 from ...verification.verify import RESTORE, Pass, digest_ranks, verify
+from ..common.settings import Settings
 from .layers import EXPECTED, num_logical, numbered, routed_layers, slot_experts
-from .settings import KEY, PlacementSettings, arrived
+from .state import KEY, STATE
 
 logger = logging.getLogger("vllm.moe_placement_plugin")
 
@@ -30,7 +31,7 @@ _REDUCED = re.compile(r"(input_scale|alphas?|gscale|weight_scale_2)$")
 
 
 def digest_model(
-    model: Any, settings: PlacementSettings | None = None, only: Collection[int] | None = None
+    model: Any, settings: Settings | None = None, only: Collection[int] | None = None
 ) -> Pass:
     """Digests of every slot of this rank's MoE layers, read where the weights are.
 
@@ -57,17 +58,17 @@ def digest_model(
         try:
             tensors = expert_tensors(layer, experts.size, every, ignore, name)
         except Unverifiable as error:
-            if settings is None or settings["verify_asked"]:
+            if settings is None or settings.verification.asked:
                 raise
             logger.warning("moe_placement_plugin: %s is not verified: %s", name, error)
             continue
-        if settings is not None and settings["eplb"]:
+        if settings is not None and settings.rebalancing.moves:
             tensors = {key: tensor for key, tensor in tensors.items() if not _REDUCED.search(key)}
         result.add(number, experts, tensors)
     return result
 
 
-def _digest_ranks(model: Any, settings: PlacementSettings) -> tuple[Pass, list[RankDigests]]:
+def _digest_ranks(model: Any, settings: Settings) -> tuple[Pass, list[RankDigests]]:
     from vllm.distributed import parallel_state
 
     group = parallel_state.get_ep_group()
@@ -76,7 +77,7 @@ def _digest_ranks(model: Any, settings: PlacementSettings) -> tuple[Pass, list[R
 
 def clean_load(
     load: Callable,
-    settings: PlacementSettings,
+    settings: Settings,
     loader: Any,
     vllm_config: Any,
     model_config: Any,
@@ -118,7 +119,7 @@ def clean_load(
     return found
 
 
-def verify_loaded(model: Any, clean: ExpertDigests | None, settings: PlacementSettings) -> None:
+def verify_loaded(model: Any, clean: ExpertDigests | None, settings: Settings) -> None:
     """Check a model that was just loaded, on all EP ranks together, and keep its experts' digests for later.
 
     Raises:
@@ -150,7 +151,6 @@ def is_verified(model: Any) -> bool:
 def check_again(
     model: Any,
     what: str,
-    settings: PlacementSettings | None = None,
     rows: Collection[int] | None = None,
 ) -> int:
     """Check this rank's experts against what they were when the model was loaded.
@@ -161,7 +161,6 @@ def check_again(
     Args:
         model: the model, or the part of it that EPLB knows.
         what: beginning of the message for a mismatch.
-        settings: the engine's settings; those of this process by default.
         rows: which of the model's MoE layers, counted from 0 in its order; None for all.
 
     Returns:
@@ -174,7 +173,7 @@ def check_again(
     chosen = layers if rows is None else [layers[row] for row in rows]
     expected = dict(getattr(layer, EXPECTED) for layer in chosen if hasattr(layer, EXPECTED))
     rank = layers[0].expert_map_manager.ep_rank
-    mine = digest_model(model, settings or arrived(), expected.keys())
+    mine = digest_model(model, STATE.settings, expected.keys())
     try:
         check_experts(expected, [mine.layers], what, RESTORE, first_rank=rank)
     except PlacementError:

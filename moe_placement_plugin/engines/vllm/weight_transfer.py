@@ -17,29 +17,12 @@ BY_THE_LOADER = {
 }
 """Back ends that load experts through the model's loader, and their classes."""
 
-_OTHERS = {
+PAST_THE_LOADER = {
     "sparse_nccl": "brings parts of experts, so that no slot can be seen to be filled",
     "sharded_rdt": "copies to where experts lay when the trainer connected",
     "modelexpress": "copies what another server's ranks have, slot by slot",
 }
-_MEND = f"use one of {', '.join(BY_THE_LOADER)}, or leave the placement out"
-
-
-def check_backend(vllm_config: Any, flag: str) -> None:
-    """Refuse a back end of vLLM's own that does not load through the map, before any process starts.
-
-    Args:
-        vllm_config: the engine's config.
-        flag: the placement flag with its value, for the message.
-
-    Raises:
-        PlacementError: naming the back end.
-    """
-    backend = getattr(getattr(vllm_config, "weight_transfer_config", None), "backend", None)
-    if backend in _OTHERS:
-        raise PlacementError(
-            f"{flag} with --weight-transfer-config backend {backend}, which {_OTHERS[backend]}: {_MEND}"
-        )
+"""Back ends of vLLM's own that do not load through the map, and what they do instead."""
 
 
 def check_engine(engine: Any) -> None:
@@ -54,6 +37,7 @@ def check_engine(engine: Any) -> None:
     classes = {c.__name__ for c in type(engine).__mro__}
     if engine is not None and classes.isdisjoint(BY_THE_LOADER.values()):
         raise PlacementError(
-            f"new weights through {type(engine).__name__}, which is none of {', '.join(BY_THE_LOADER.values())} and may "
-            f"write past the placement of experts: no weight was changed; {_MEND}"
+            f"new weights through {type(engine).__name__}, which is none of "
+            f"{', '.join(BY_THE_LOADER.values())} and may write past the placement of experts: no "
+            f"weight was changed; use one of {', '.join(BY_THE_LOADER)}, or leave the placement out"
         )

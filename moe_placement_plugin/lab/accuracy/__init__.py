@@ -1,1 +1,1 @@
-"""The same lm-eval tasks under the stock engine and under each strategy, compared answer by answer."""
+"""Run the same lm-eval tasks under stock and under each strategy, and compare answers."""

@@ -1,4 +1,4 @@
-"""Two runs of the same tasks, compared: scores, answers, log probabilities."""
+"""Compare two runs of the same tasks: scores, answers, log probabilities."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...core.errors import PlacementError
-from .results import Answer, Score, TaskResult
+from .results import Score, TaskAnswer, TaskResult
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """How far a run may be from stock.
+    """Say how far a run may be from stock.
 
     Attributes:
         score: greatest difference of a score; None: twice stock's standard error.
         answers: greatest number of differing answers of a task; None: any.
-        logprob: difference (natural logarithm) of a choice's log probability from which on it counts as different. The
-            order of additions differs between one rank and several, which moves float32 log probabilities by about
-            1e-5; a wrong expert moves them by 0.1 and more.
+        logprob: difference (natural logarithm) of a choice's log probability from which on it
+            counts as different. The order of additions differs between one rank and several, which
+            moves float32 log probabilities by about 1e-5; a wrong expert moves them by 0.1 and
+            more.
     """
 
     score: float | None = 0.0
@@ -29,11 +30,14 @@ class Allowance:
 
     @classmethod
     def for_dtype(cls, dtype: str) -> Allowance:
-        """Nothing in float32; elsewhere rounding may flip answers that are nearly tied, within the score's noise."""
+        """Allow nothing in float32, and elsewhere what rounding may do.
+
+        It may flip answers that are nearly tied, within the score's noise.
+        """
         return cls() if dtype == "float32" else cls(score=None, answers=None, logprob=0.5)
 
     def score_difference(self, stock: Score) -> float:
-        """The difference allowed from this score of the stock engine."""
+        """Return the difference allowed from this score of the stock engine."""
         if self.score is not None:
             return self.score
         return 0.0 if math.isnan(stock.stderr) else 2 * stock.stderr
@@ -41,7 +45,7 @@ class Allowance:
 
 @dataclass(frozen=True)
 class MetricComparison:
-    """A metric under stock and under a strategy.
+    """Compare a metric under stock and under a strategy.
 
     Attributes:
         stock: stock's score.
@@ -55,25 +59,26 @@ class MetricComparison:
 
     @property
     def difference(self) -> float:
-        """The strategy's score minus stock's."""
+        """Return the strategy's score minus stock's."""
         return self.score.value - self.stock.value
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is allowed."""
+        """Return whether the difference is allowed."""
         # Scores are quotients of counts: equal counts give equal numbers, up to the order of a sum.
         return abs(self.difference) <= self.allowed + 1e-9
 
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """A task under stock and under a strategy.
+    """Compare a task under stock and under a strategy.
 
     Attributes:
         questions: how many were asked.
         metrics: metric -> comparison.
         differing_answers: questions whose generated text, or whose likeliest choice, differs.
-        differing_logprobs: questions with a choice whose log probability differs by more than was allowed.
+        differing_logprobs: questions with a choice whose log probability differs by more than was
+            allowed.
         largest_logprob_difference: over all questions and choices, 0 for generated text.
         allowed_answers: number of differing answers that was allowed, None for any.
         examples: up to three differing answers: question, stock's, the strategy's.
@@ -89,7 +94,7 @@ class TaskComparison:
 
     @property
     def passed(self) -> bool:
-        """Whether every score and the number of differing answers are as allowed."""
+        """Return whether every score and the number of differing answers are as allowed."""
         few = (
             self.allowed_answers is None
             or max(self.differing_answers, self.differing_logprobs) <= self.allowed_answers
@@ -97,7 +102,7 @@ class TaskComparison:
         return few and all(metric.passed for metric in self.metrics.values())
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return plain data."""
         return asdict(self) | {
             "passed": self.passed,
             "metrics": {
@@ -125,7 +130,8 @@ def compare(
     """
     if stock.keys() != placed.keys():
         raise PlacementError(
-            f"the runs have different tasks, {sorted(stock)} and {sorted(placed)}: run the same tasks"
+            f"the runs have different tasks, {sorted(stock)} and {sorted(placed)}: run the same "
+            "tasks"
         )
     return {task: _compare_task(task, stock[task], placed[task], allowance) for task in stock}
 
@@ -135,12 +141,15 @@ def _compare_task(
 ) -> TaskComparison:
     if stock.answers.keys() != placed.answers.keys():
         raise PlacementError(
-            f"task {task}: the runs asked different questions ({len(stock.answers)} and {len(placed.answers)}, "
-            f"{len(stock.answers.keys() & placed.answers.keys())} in common): use the same --limit and seeds"
+            f"task {task}: the runs asked different questions ({len(stock.answers)} and "
+            f"{len(placed.answers)}, "
+            f"{len(stock.answers.keys() & placed.answers.keys())} in common): use the same --limit "
+            "and seeds"
         )
     if stock.scores.keys() != placed.scores.keys():
         raise PlacementError(
-            f"task {task}: the runs have different metrics, {sorted(stock.scores)} and {sorted(placed.scores)}"
+            f"task {task}: the runs have different metrics, {sorted(stock.scores)} and "
+            f"{sorted(placed.scores)}"
         )
     pairs = [
         (question, answer, placed.answers[question]) for question, answer in stock.answers.items()
@@ -161,8 +170,11 @@ def _compare_task(
     )
 
 
-def _gap(a: Answer, b: Answer) -> float:
-    """Greatest difference of a choice's log probability; infinite where only one of the two is a number."""
+def _gap(a: TaskAnswer, b: TaskAnswer) -> float:
+    """Return the greatest difference of a choice's log probability.
+
+    It is infinite where only one of the two is a number.
+    """
     if len(a.logprobs) != len(b.logprobs):
         return math.inf
     gaps = [abs(x - y) if x != y else 0.0 for x, y in zip(a.logprobs, b.logprobs)]

@@ -1,9 +1,10 @@
-"""Child process that holds lm-eval: started once, it examines one server after the other.
+"""Hold lm-eval in a child process: started once, it examines one server after the other.
 
     python -m moe_placement_plugin.lab.accuracy.examiner
 
-A JSON line on stdin is a request, a JSON line on stdout its reply, ``{}`` or ``{"error": "..."}``. The first request is the
-examination (`Examination`), which is checked; the others are servers (`Candidate`). Everything else is printed to stderr.
+A JSON line on stdin is a request, a JSON line on stdout its reply, ``{}`` or ``{"error": "..."}``.
+The first request is the examination (`Examination`), which is checked; the others are servers
+(`Candidate`). Everything else is printed to stderr.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True)
 class Examination:
-    """What lm-eval asks.
+    """Say what lm-eval asks.
 
     Attributes:
         tasks: lm-eval's names of tasks, groups or tags.
@@ -37,14 +38,15 @@ class Examination:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A server to be examined.
+    """Describe a server to be examined.
 
     Attributes:
         url: its base URL.
         model: name under which it serves the model.
         tokenizer: folder of the checkpoint.
         max_length: tokens of a prompt with its answer that it takes.
-        folder: where results go, in the form that ``lm_eval --output_path FOLDER --log_samples`` writes.
+        folder: where results go, in the form that ``lm_eval --output_path FOLDER --log_samples``
+            writes.
         timeout: seconds that it may take for one request.
     """
 
@@ -57,7 +59,7 @@ class Candidate:
 
 
 def find_tasks(examination: Examination) -> Any:
-    """lm-eval's manager of the tasks asked for.
+    """Return lm-eval's manager of the tasks asked for.
 
     Raises:
         ValueError: when a task is unknown.

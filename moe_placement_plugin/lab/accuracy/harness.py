@@ -1,4 +1,4 @@
-"""lm-eval, in a child process of its own that is watched."""
+"""Run lm-eval in a child process of its own that is watched."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ Progress = Callable[[float, str], None]
 
 
 class Examiner:
-    """lm-eval, loaded once, in a child process that ends with the ``with`` block.
+    """Hold lm-eval, loaded once, in a child process that ends with the ``with`` block.
 
     Args:
         examination: what it asks.
         offline: whether data sets must be on this machine already.
         log: file for its output.
-        progress: called about once a second while it loads, with seconds and the last line of output.
+        progress: called about once a second while it loads, with seconds and the last line of
+            output.
 
     Raises:
         PlacementError: on entry, when lm-eval, the folder or a task is missing.
@@ -53,7 +54,8 @@ class Examiner:
         for module in ("lm_eval", "tenacity", "aiohttp"):
             if find_spec(module) is None:
                 raise PlacementError(
-                    f"{module} is not installed in this environment, and lm-eval asks the questions: pip install 'moe-placement-plugin[accuracy]'"
+                    f"{module} is not installed in this environment, and lm-eval asks the "
+                    "questions: pip install 'moe-placement-plugin[accuracy]'"
                 )
         folder = self.examination.include_path
         if folder is not None and not Path(folder).is_dir():
@@ -107,7 +109,8 @@ class Examiner:
             seconds = time.monotonic() - began
             if seconds > timeout:
                 raise PlacementError(
-                    f"lm-eval was not ready after {timeout:.0f} s: give it more with --timeout, or ask less with --limit"
+                    f"lm-eval was not ready after {timeout:.0f} s: give it more with --timeout, or "
+                    "ask less with --limit"
                 )
             progress(seconds, self._last_line())
         reply = process.stdout.readline()
@@ -118,7 +121,10 @@ class Examiner:
             raise PlacementError(problem)
 
     def _last_line(self) -> str:
-        """The newest line of its output, which a progress bar may have rewritten many times."""
+        """Return the newest line of its output.
+
+        A progress bar may have rewritten it many times.
+        """
         return self.log.read_text(errors="replace").rstrip().replace("\r", "\n").rpartition("\n")[2]
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""What lm-eval wrote about one run: scores with standard errors, and every answer."""
+"""Read what lm-eval wrote about one run: scores with standard errors, and every answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...formats.atomic import read_json
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of a task.
+    """Hold a metric of a task: its value and its standard error.
 
     Attributes:
         value: what lm-eval reports, between 0 and 1 for accuracies.
@@ -27,12 +27,13 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the model answered to one question.
+class TaskAnswer:
+    """Hold what the model answered to one question.
 
     Attributes:
         text: the generated text, or for a choice the number of the likeliest one.
-        logprobs: log probabilities (natural logarithm) of the choices, ``[choices]``; empty for a generated text.
+        logprobs: log probabilities (natural logarithm) of the choices, ``[choices]``; empty for a
+            generated text.
     """
 
     text: str
@@ -41,16 +42,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task of one run.
+    """Hold one task of one run.
 
     Attributes:
         scores: metric (``exact_match,none``) -> score.
-        answers: question -> answer. A question is lm-eval's number of the document and its hash of the prompt, so that
-            answers to different prompts are never compared.
+        answers: question -> answer. A question is lm-eval's number of the document and its hash of
+            the prompt, so that answers to different prompts are never compared.
     """
 
     scores: Mapping[str, Score]
-    answers: Mapping[tuple[int, str], Answer]
+    answers: Mapping[tuple[int, str], TaskAnswer]
 
 
 def read_results(folder: Path) -> dict[str, TaskResult]:
@@ -68,7 +69,8 @@ def read_results(folder: Path) -> dict[str, TaskResult]:
     files = sorted(folder.rglob("results_*.json"))
     if len(files) != 1:
         raise PlacementError(
-            f"{folder} holds {len(files)} results of lm-eval, one is expected: give each run an empty folder"
+            f"{folder} holds {len(files)} results of lm-eval, one is expected: give each run an "
+            "empty folder"
         )
     data = read_json(files[0], "result of lm-eval")
     stamp = files[0].stem.removeprefix("results_")
@@ -79,11 +81,12 @@ def read_results(folder: Path) -> dict[str, TaskResult]:
             raise PlacementError(
                 f"{files[0]} has no samples of task {task}: run lm-eval with --log_samples"
             )
-        answers: dict[tuple[int, str], Answer] = {}
+        answers: dict[tuple[int, str], TaskAnswer] = {}
         with open(samples, encoding="utf-8") as lines:
             for line in lines:
                 sample = json.loads(line)
-                # A line for each filter of the task; what the model said is the same in all of them.
+                # A line for each filter of the task; what the model said is the same in all of
+                # them.
                 answers.setdefault(
                     (sample["doc_id"], sample["prompt_hash"]),
                     _answer(sample, data["configs"][task]["output_type"]),
@@ -105,12 +108,13 @@ def _scores(row: Mapping[str, Any]) -> dict[str, Score]:
     return scores
 
 
-def _answer(sample: Mapping[str, Any], output_type: str) -> Answer:
+def _answer(sample: Mapping[str, Any], output_type: str) -> TaskAnswer:
     if output_type == "generate_until":
-        return Answer(str(sample["resps"][0][0]))
-    # Of each choice: its log probability and whether greedy decoding gives it; or for a rolling one the number alone.
+        return TaskAnswer(str(sample["resps"][0][0]))
+    # For each choice its log probability and whether greedy decoding gives it; or for a rolling one
+    # the number alone.
     values = [response[0] for response in sample["resps"]]
     logprobs = tuple(float(value[0] if isinstance(value, list) else value) for value in values)
     if output_type == "multiple_choice":
-        return Answer(str(max(range(len(logprobs)), key=logprobs.__getitem__)), logprobs)
-    return Answer(str([value[1] for value in values if isinstance(value, list)]), logprobs)
+        return TaskAnswer(str(max(range(len(logprobs)), key=logprobs.__getitem__)), logprobs)
+    return TaskAnswer(str([value[1] for value in values if isinstance(value, list)]), logprobs)

@@ -1,4 +1,4 @@
-"""The comparison as terminal tables and as plain data."""
+"""Show the comparison as terminal tables and as plain data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .run import STOCK, Verdict
 
 
 def table(verdict: Verdict) -> Table:
-    """A row for every configuration, under each task and metric."""
+    """Make a row for every configuration, under each task and metric."""
     shown = Table(
         header_style="bold",
         pad_edge=False,
@@ -51,7 +51,7 @@ def table(verdict: Verdict) -> Table:
 
 
 def to_json(verdict: Verdict) -> dict[str, Any]:
-    """As plain data: runs, comparisons and whether all passed."""
+    """Return plain data: runs, comparisons and whether all passed."""
     return {
         "passed": verdict.passed,
         "runs": {

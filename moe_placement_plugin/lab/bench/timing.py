@@ -1,4 +1,4 @@
-"""Timing of short device work: CUDA graphs and events on a GPU, the clock elsewhere, contestants in turn."""
+"""Time short device work: CUDA graphs and events on a GPU, the clock elsewhere."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ import torch
 from .planner.run import machine
 
 FLUSH_BYTES = 256 << 20
-"""Written before every timed run on a GPU, so that weights do not lie in the L2 cache, as they do not in a model's forward pass."""
+"""Bytes that are written before every timed run on a GPU.
+
+Weights then do not lie in the L2 cache, as they do not in a model's forward pass.
+"""
 
 
 class Stopwatch:
-    """Times functions on one device.
+    """Time functions on one device.
 
     Args:
         device: where they run.
-        graphs: on CUDA, replay a CUDA graph of the function rather than launch its kernels one by one. Work that waits for the
-            device (all-to-all, the torch matmuls) cannot be captured.
+        graphs: on CUDA, replay a CUDA graph of the function rather than launch its kernels one by
+            one. Work that waits for the device (all-to-all, the torch matmuls) cannot be captured.
     """
 
     def __init__(self, device: torch.device, graphs: bool = True):
@@ -32,14 +35,18 @@ class Stopwatch:
         self._graphs = graphs and self._cuda
         self._pool: Any = None
         self._captures: weakref.WeakSet = weakref.WeakSet()
-        # One for all captures: the allocator keeps what is freed for the stream that it was used on.
+        # One for all captures: the allocator keeps what is freed for the stream that it was used
+        # on.
         self._stream: Any = torch.cuda.Stream(device) if self._graphs else None
         self._flush: Any = (
             torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self._cuda else None
         )
 
     def prepare(self, function: Callable[[], Any], warmups: int = 2) -> Callable[[], float]:
-        """Warm up and capture; each call of the answer runs the function once and returns microseconds."""
+        """Warm up and capture; each call of the answer runs the function once.
+
+        It returns microseconds.
+        """
         for _ in range(warmups):
             function()
         if not self._cuda:
@@ -56,7 +63,8 @@ class Stopwatch:
         return lambda: self._by_events(run)
 
     def _captured(self, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        # Not torch.cuda.graph(), which collects garbage every time: seconds, over thousands of captures beside an engine's modules.
+        # Not torch.cuda.graph(), which collects garbage every time: seconds, over thousands of
+        # captures beside an engine's modules.
         graph, stream = torch.cuda.CUDAGraph(), self._stream
         if not self._captures:
             # A pool goes with the last graph that uses it, and capturing into it then fails.
@@ -64,7 +72,8 @@ class Stopwatch:
         self._captures.add(graph)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            # Graphs are replayed one at a time, so they may share their memory. NCCL's watchdog is another thread, which asks for events meanwhile.
+            # Graphs are replayed one at a time, so they may share their memory. NCCL's watchdog is
+            # another thread, which asks for events meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             function()
             graph.capture_end()
@@ -88,7 +97,10 @@ class Stopwatch:
 
 
 def in_turn(runs: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, np.ndarray]:
-    """Every contestant once per round, in alternating order (A B, B A, ...); microseconds ``[rounds]`` of each."""
+    """Run every contestant once per round, in alternating order (A B, B A, ...).
+
+    Returns the microseconds of each, ``[rounds]``.
+    """
     times: dict[Any, list[float]] = {name: [] for name in runs}
     for index in range(rounds):
         for name in runs if index % 2 == 0 else reversed(runs):
@@ -97,12 +109,12 @@ def in_turn(runs: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, n
 
 
 def ratio(times: Mapping[Any, np.ndarray], name: Any, base: Any) -> float:
-    """Median over the rounds of one contestant's time over another's in the same round."""
+    """Return the median over rounds of one contestant's time over another's in the same round."""
     return float(np.median(times[name] / times[base]))
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """Device name, processor and versions, for reports."""
+    """Return device name, processor and versions, for reports."""
     facts: dict[str, Any] = {**machine(), "torch": torch.__version__}
     facts["load_average"] = round(facts["load_average"][0], 1)
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else facts["cpu"]

@@ -1,1 +1,1 @@
-"""The demonstration: a tiny model, a real engine, a real request."""
+"""Demonstrate a placement: a tiny model, a real engine, a real request."""

@@ -1,4 +1,4 @@
-"""The demonstration itself: stock on one rank, placed on two, the same answer."""
+"""Serve stock on one rank and placed on two, and show that the answers are the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...core.placement import Placement
 from ...core.topology import Topology
 from ...formats.load_file import read_load
 from ...strategies import PlacementRequest, get_strategy
-from ..servers.engines import Answer, DemoEngine, Placed, report_of_workers
+from ..servers.engines import Completion, Placed, ServingEngine, report_of_workers
 from ..servers.server import Server, free_port
 
 PROMPTS = (
@@ -27,15 +27,18 @@ PROMPTS = (
 TOKENS = 24
 RANKS = 2
 LOGPROB_TOLERANCE = 1e-3
-"""Greatest difference of a float32 log probability between one rank and two. The order of additions differs between
-the two, which was seen to change log probabilities by less than 1e-5; a wrong expert changes them by 0.1 and more."""
+"""Greatest difference of a float32 log probability between one rank and two.
+
+The order of additions differs between the two, which was seen to change log probabilities by less
+than 1e-5; a wrong expert changes them by 0.1 and more.
+"""
 
 Progress = Callable[[str, float, str], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What the demonstration of one model found.
+class Demonstration:
+    """Hold what the demonstration of one model found.
 
     Attributes:
         model: name of the model.
@@ -50,8 +53,8 @@ class Outcome:
 
     model: str
     strategy: str
-    stock: list[Answer]
-    placed: list[Answer]
+    stock: list[Completion]
+    placed: list[Completion]
     load: ExpertLoad
     placement: Placement
     balancedness: dict[str, float]
@@ -59,7 +62,7 @@ class Outcome:
 
     @property
     def largest_logprob_difference(self) -> float:
-        """Over all tokens of all prompts."""
+        """Return the largest difference over all tokens of all prompts."""
         return max(
             float(np.abs(np.subtract(a.logprobs, b.logprobs)).max())
             if a.token_ids == b.token_ids
@@ -69,19 +72,19 @@ class Outcome:
 
     @property
     def equal(self) -> bool:
-        """Whether both engines gave the same tokens with the same log probabilities."""
+        """Return whether both engines gave the same tokens with the same log probabilities."""
         return self.largest_logprob_difference <= LOGPROB_TOLERANCE
 
 
 def run(
-    engine: DemoEngine,
+    engine: ServingEngine,
     name: str,
     checkpoint: Path,
     strategy: str,
     folder: Path,
     progress: Progress,
     start_timeout: float = 240,
-) -> Outcome:
+) -> Demonstration:
     """Serve ``checkpoint`` twice and compare.
 
     Args:
@@ -90,56 +93,30 @@ def run(
         checkpoint: directory of the model.
         strategy: strategy of the second server.
         folder: where logs and the recorded load go.
-        progress: called with (what is being done, seconds waited, last line of the server's output).
+        progress: called with (what is being done, seconds waited, last line of the server's
+            output).
         start_timeout: seconds that a server may take to start.
 
     Raises:
         PlacementError: when a server does not start, gives no answer or records nothing.
     """
     record = folder / f"{name}-load.safetensors"
-    answers: list[list[Answer]] = []
-    placed_log = ""
-    for placed in (False, True):
-        what = (
-            f"{name}: {engine.name} on {RANKS} ranks, {strategy}"
-            if placed
-            else f"{name}: stock {engine.name} on one rank"
-        )
-        port = free_port()
-        command, env = engine.command(
-            checkpoint, port, Placed(strategy, RANKS, record=record) if placed else None
-        )
-        log = folder / f"{name}-{'placed' if placed else 'stock'}.log"
-        with Server(
-            command,
-            port,
-            env,
-            log,
-            start_timeout,
-            partial(progress, f"starting {what}"),
-        ) as server:
-            began = time.monotonic()
-            answers.append([])
-            for index, prompt in enumerate(PROMPTS):
-                progress(
-                    f"asking {what}: prompt {index + 1} of {len(PROMPTS)}",
-                    time.monotonic() - began,
-                    "",
-                )
-                try:
-                    answers[-1].append(engine.complete(server.url, "tiny", prompt, TOKENS))
-                except PlacementError as error:
-                    raise PlacementError(
-                        f"{what}: {error}; its log ends:\n{server.tail(25)}"
-                    ) from error
-            if placed:
-                _wait_for_load(record, progress)
-            progress(f"stopping {what}", time.monotonic() - began, "")
-        if placed:
-            placed_log = report_of_workers(log)
+    stock = _Service(
+        f"{name}: stock {engine.name} on one rank",
+        None,
+        folder / f"{name}-stock.log",
+        start_timeout,
+    )
+    placed = _Service(
+        f"{name}: {engine.name} on {RANKS} ranks, {strategy}",
+        Placed(strategy, RANKS, record=record),
+        folder / f"{name}-placed.log",
+        start_timeout,
+    )
+    answers = [_answers(engine, checkpoint, one, progress) for one in (stock, placed)]
     load = read_load(record).moe_layers()
     placements = {s: _place(s, load) for s in ("linear", "balanced", "zigzag", "eplb")}
-    return Outcome(
+    return Demonstration(
         name,
         strategy,
         answers[0],
@@ -147,8 +124,54 @@ def run(
         load,
         placements.get(strategy) or _place(strategy, load),
         {s: p.overall_balancedness(load.total) for s, p in placements.items()},
-        placed_log,
+        report_of_workers(placed.log),
     )
+
+
+@dataclass(frozen=True)
+class _Service:
+    """Hold one way to serve the checkpoint.
+
+    Attributes:
+        what: what it is, for reports.
+        placed: the placement, None for stock.
+        log: file for the server's output.
+        start_timeout: seconds that the server may take to start.
+    """
+
+    what: str
+    placed: Placed | None
+    log: Path
+    start_timeout: float
+
+
+def _answers(
+    engine: ServingEngine, checkpoint: Path, service: _Service, progress: Progress
+) -> list[Completion]:
+    """Serve the checkpoint, ask all prompts, and wait for what is recorded of them.
+
+    Raises:
+        PlacementError: when the server does not start, gives no answer or records nothing.
+    """
+    port, what = free_port(), service.what
+    command, env = engine.command(checkpoint, port, service.placed)
+    starting = partial(progress, f"starting {what}")
+    found = []
+    with Server(command, port, env, service.log, service.start_timeout, starting) as server:
+        began = time.monotonic()
+        for index, prompt in enumerate(PROMPTS):
+            asking = f"asking {what}: prompt {index + 1} of {len(PROMPTS)}"
+            progress(asking, time.monotonic() - began, "")
+            try:
+                found.append(engine.complete(server.url, "tiny", prompt, TOKENS))
+            except PlacementError as error:
+                raise PlacementError(
+                    f"{what}: {error}; its log ends:\n{server.tail(25)}"
+                ) from error
+        if service.placed is not None and service.placed.record is not None:
+            _wait_for_load(service.placed.record, progress)
+        progress(f"stopping {what}", time.monotonic() - began, "")
+    return found
 
 
 def _place(strategy: str, load: ExpertLoad) -> Placement:
@@ -168,5 +191,6 @@ def _wait_for_load(path: Path, progress: Progress, timeout: float = 60) -> None:
         progress("waiting for the recorded load", waited, "")
         time.sleep(0.5)
     raise PlacementError(
-        f"{path} was not written within {timeout:.0f} s of the requests: see the server's log beside it"
+        f"{path} was not written within {timeout:.0f} s of the requests: see the server's log "
+        "beside it"
     )

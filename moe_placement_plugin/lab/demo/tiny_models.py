@@ -1,4 +1,4 @@
-"""Tiny MoE checkpoints with random weights, in the Hugging Face form that both engines load.
+"""Write tiny MoE checkpoints with random weights, in the form that both engines load.
 
 They are big enough to be real (several MoE layers, grouped-query attention, a tokenizer, per-expert
 tensors) and small enough to load in a second. Expert weights are drawn so wide that a wrong expert
@@ -20,7 +20,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Size:
-    """Width and depth of a tiny model.
+    """Say how wide and how deep a tiny model is.
 
     Attributes:
         hidden: hidden size.
@@ -49,7 +49,7 @@ def write_qwen3_moe(
     size: Size = Size(),
     weights: bool = True,
 ) -> Path:
-    """A Qwen3-MoE checkpoint: softmax router, no groups, every layer an MoE layer.
+    """Write a Qwen3-MoE checkpoint: softmax router, no groups, every layer an MoE layer.
 
     Args:
         path: directory to write to.
@@ -57,7 +57,8 @@ def write_qwen3_moe(
         top_k: experts per token.
         seed: of the random weights.
         size: width of the model.
-        weights: False for a checkpoint without weights, which engines load with ``--load-format dummy``.
+        weights: False for a checkpoint without weights, which engines load with ``--load-format
+            dummy``.
 
     Returns:
         The directory.
@@ -66,9 +67,11 @@ def write_qwen3_moe(
     config = qwen3_moe_config(size, num_experts, top_k)
 
     def mlp(prefix: str, layer: int) -> Tensors:
-        return _router(rng, prefix, num_experts, size) | _experts(rng, prefix, num_experts, size)
+        return router_tensors(rng, prefix, num_experts, size) | expert_tensors(
+            rng, prefix, num_experts, size
+        )
 
-    return _write(path, config, _tensors(rng, size, mlp) if weights else None)
+    return write_checkpoint(path, config, model_tensors(rng, size, mlp) if weights else None)
 
 
 def write_glm4_moe(
@@ -79,7 +82,9 @@ def write_glm4_moe(
     seed: int = 0,
     size: Size = Size(),
 ) -> Path:
-    """A GLM-4-MoE checkpoint: sigmoid router with correction bias, grouped top-k, a shared expert, layer 0 dense.
+    """Write a GLM-4-MoE checkpoint: sigmoid router with bias, grouped top-k, layer 0 dense.
+
+    It has a correction bias and a shared expert.
 
     Args:
         path: directory to write to.
@@ -97,21 +102,21 @@ def write_glm4_moe(
 
     def mlp(prefix: str, layer: int) -> Tensors:
         if layer == 0:
-            return _dense(rng, f"{prefix}.", size.hidden, 2 * size.expert)
+            return mlp_tensors(rng, f"{prefix}.", size.hidden, 2 * size.expert)
         bias = {
             f"{prefix}.gate.e_score_correction_bias": rng.normal(0, 0.1, num_experts).astype(
                 np.float32
             )
         }
-        shared = _dense(rng, f"{prefix}.shared_experts.", size.hidden, size.expert)
+        shared = mlp_tensors(rng, f"{prefix}.shared_experts.", size.hidden, size.expert)
         return (
-            _router(rng, prefix, num_experts, size)
+            router_tensors(rng, prefix, num_experts, size)
             | bias
             | shared
-            | _experts(rng, prefix, num_experts, size)
+            | expert_tensors(rng, prefix, num_experts, size)
         )
 
-    return _write(path, config, _tensors(rng, size, mlp))
+    return write_checkpoint(path, config, model_tensors(rng, size, mlp))
 
 
 MODELS: dict[str, Callable[[Path], Path]] = {
@@ -122,8 +127,8 @@ MODELS: dict[str, Callable[[Path], Path]] = {
 
 
 def qwen3_moe_config(size: Size, num_experts: int, top_k: int) -> dict[str, Any]:
-    """config.json of `write_qwen3_moe`."""
-    return _common(size) | {
+    """Return config.json of `write_qwen3_moe`."""
+    return common_config(size) | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "num_experts": num_experts,
@@ -138,8 +143,8 @@ def qwen3_moe_config(size: Size, num_experts: int, top_k: int) -> dict[str, Any]
 
 
 def glm4_moe_config(size: Size, num_experts: int, num_groups: int, top_k: int) -> dict[str, Any]:
-    """config.json of `write_glm4_moe`."""
-    return _common(size) | {
+    """Return config.json of `write_glm4_moe`."""
+    return common_config(size) | {
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
         "n_routed_experts": num_experts,
@@ -158,7 +163,8 @@ def glm4_moe_config(size: Size, num_experts: int, num_groups: int, top_k: int) -
     }
 
 
-def _common(size: Size) -> dict[str, Any]:
+def common_config(size: Size) -> dict[str, Any]:
+    """Return what the config.json of every tiny model holds."""
     return {
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -185,42 +191,57 @@ def _common(size: Size) -> dict[str, Any]:
     }
 
 
-def _matrix(rng: np.random.Generator, rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
+def random_matrix(
+    rng: np.random.Generator, rows: int, columns: int, gain: float = 1.0
+) -> np.ndarray:
+    """Draw float32 ``[rows, columns]`` that multiplies a vector's size by about ``gain``."""
     return (rng.standard_normal((rows, columns)) * gain / np.sqrt(columns)).astype(np.float32)
 
 
-def _router(rng: np.random.Generator, prefix: str, num_experts: int, size: Size) -> Tensors:
+def router_tensors(rng: np.random.Generator, prefix: str, num_experts: int, size: Size) -> Tensors:
+    """Draw a router that loads its experts unevenly."""
     # Experts get different gains, so that the load is skewed as real ones are.
     gains = np.exp(rng.normal(0, 0.5, (num_experts, 1))).astype(np.float32)
-    return {f"{prefix}.gate.weight": _matrix(rng, num_experts, size.hidden, 2.0) * gains}
+    return {f"{prefix}.gate.weight": random_matrix(rng, num_experts, size.hidden, 2.0) * gains}
 
 
-def _dense(rng: np.random.Generator, prefix: str, hidden: int, width: int) -> Tensors:
+def mlp_tensors(rng: np.random.Generator, prefix: str, hidden: int, width: int) -> Tensors:
+    """Draw gate, up and down projection of a dense MLP or of one expert."""
     return {
-        f"{prefix}gate_proj.weight": _matrix(rng, width, hidden, 1.5),
-        f"{prefix}up_proj.weight": _matrix(rng, width, hidden, 1.5),
-        f"{prefix}down_proj.weight": _matrix(rng, hidden, width, 1.5),
+        f"{prefix}gate_proj.weight": random_matrix(rng, width, hidden, 1.5),
+        f"{prefix}up_proj.weight": random_matrix(rng, width, hidden, 1.5),
+        f"{prefix}down_proj.weight": random_matrix(rng, hidden, width, 1.5),
     }
 
 
-def _experts(rng: np.random.Generator, prefix: str, num_experts: int, size: Size) -> Tensors:
+def expert_tensors(rng: np.random.Generator, prefix: str, num_experts: int, size: Size) -> Tensors:
+    """Draw all experts of a layer, each in tensors of its own."""
     tensors: Tensors = {}
     for expert in range(num_experts):
-        tensors |= _dense(rng, f"{prefix}.experts.{expert}.", size.hidden, size.expert)
+        tensors |= mlp_tensors(rng, f"{prefix}.experts.{expert}.", size.hidden, size.expert)
     return tensors
 
 
-def _tensors(rng: np.random.Generator, size: Size, mlp: Callable[[str, int], Tensors]) -> Tensors:
+def model_tensors(
+    rng: np.random.Generator, size: Size, mlp: Callable[[str, int], Tensors]
+) -> Tensors:
+    """Draw a whole model.
+
+    Args:
+        rng: what they are drawn from.
+        size: width and depth.
+        mlp: gives the tensors behind a prefix for a layer.
+    """
     ones, hidden, heads = np.ones, size.hidden, size.heads
-    tensors = {"model.embed_tokens.weight": _matrix(rng, size.vocab, hidden, 8.0)}
+    tensors = {"model.embed_tokens.weight": random_matrix(rng, size.vocab, hidden, 8.0)}
     for layer in range(size.layers):
         prefix = f"model.layers.{layer}"
         attention = f"{prefix}.self_attn"
         tensors |= {
-            f"{attention}.q_proj.weight": _matrix(rng, heads * size.head_dim, hidden),
-            f"{attention}.k_proj.weight": _matrix(rng, size.kv_heads * size.head_dim, hidden),
-            f"{attention}.v_proj.weight": _matrix(rng, size.kv_heads * size.head_dim, hidden),
-            f"{attention}.o_proj.weight": _matrix(rng, hidden, heads * size.head_dim),
+            f"{attention}.q_proj.weight": random_matrix(rng, heads * size.head_dim, hidden),
+            f"{attention}.k_proj.weight": random_matrix(rng, size.kv_heads * size.head_dim, hidden),
+            f"{attention}.v_proj.weight": random_matrix(rng, size.kv_heads * size.head_dim, hidden),
+            f"{attention}.o_proj.weight": random_matrix(rng, hidden, heads * size.head_dim),
             f"{attention}.q_norm.weight": ones(size.head_dim, np.float32),
             f"{attention}.k_norm.weight": ones(size.head_dim, np.float32),
             f"{prefix}.input_layernorm.weight": ones(hidden, np.float32),
@@ -228,11 +249,12 @@ def _tensors(rng: np.random.Generator, size: Size, mlp: Callable[[str, int], Ten
         }
         tensors |= mlp(f"{prefix}.mlp", layer)
     tensors["model.norm.weight"] = ones(hidden, np.float32)
-    tensors["lm_head.weight"] = _matrix(rng, size.vocab, hidden, 2.0)
+    tensors["lm_head.weight"] = random_matrix(rng, size.vocab, hidden, 2.0)
     return tensors
 
 
-def _write(path: str | Path, config: dict[str, Any], tensors: Tensors | None) -> Path:
+def write_checkpoint(path: str | Path, config: dict[str, Any], tensors: Tensors | None) -> Path:
+    """Write a checkpoint's directory: configuration, tokenizer, and tensors if there are any."""
     from safetensors.numpy import save_file
 
     path = Path(path)
@@ -248,10 +270,11 @@ def _write(path: str | Path, config: dict[str, Any], tensors: Tensors | None) ->
 
 
 def write_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer: token i is byte i, then three special tokens."""
+    """Write a byte-level tokenizer: token i is byte i, then three special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    # The order of GPT-2's byte alphabet does not matter: ids are given by position in this vocabulary.
+    # The order of GPT-2's byte alphabet does not matter: ids are given by position in this
+    # vocabulary.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

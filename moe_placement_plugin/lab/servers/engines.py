@@ -1,4 +1,4 @@
-"""How each engine's server is started on this machine and asked for a completion."""
+"""Start each engine's server on this machine, and ask it for a completion."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -19,13 +20,14 @@ NEVER = 10**9
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A greedy completion.
+class Completion:
+    """Hold a greedy completion.
 
     Attributes:
         token_ids: generated tokens, ``[tokens]``.
         logprobs: their log probabilities (natural logarithm), ``[tokens]``.
-        alternatives: the most probable tokens at each place and their log probabilities, as many as were asked for.
+        alternatives: the most probable tokens at each place and their log probabilities, as many as
+            were asked for.
     """
 
     token_ids: list[int]
@@ -35,7 +37,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Placed:
-    """A placement that a server is started with.
+    """Describe a placement that a server is started with.
 
     Attributes:
         strategy: name of the strategy.
@@ -52,7 +54,7 @@ class Placed:
     record: Path | None = None
 
     def flags(self) -> list[str]:
-        """This package's flags, which are the same in both engines."""
+        """Return this package's flags, which are the same in both engines."""
         flags = ["--expert-placement-strategy", self.strategy]
         if self.file is not None:
             flags += ["--expert-placement-file", str(self.file)]
@@ -63,7 +65,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What all servers of a comparison share.
+    """Hold what all servers of a comparison share.
 
     Attributes:
         cpu: serve on this machine's CPU.
@@ -81,7 +83,10 @@ class ServerSettings:
 
 
 def cores_of_ranks(ranks: int) -> str:
-    """This machine's cores for each rank, as both engines' CPU builds want them: ``0,1`` for one rank, ``0|1`` for two."""
+    """Return this machine's cores for each rank, as both engines' CPU builds want them.
+
+    They are ``0,1`` for one rank, ``0|1`` for two.
+    """
     cores = sorted(os.sched_getaffinity(0))
     each = max(1, len(cores) // ranks)
     return "|".join(
@@ -90,8 +95,8 @@ def cores_of_ranks(ranks: int) -> str:
     )
 
 
-class DemoEngine(ABC):
-    """One engine."""
+class ServingEngine(ABC):
+    """Say how one engine's server is started and asked."""
 
     name: ClassVar[str]
 
@@ -103,12 +108,13 @@ class DemoEngine(ABC):
         placed: Placed | None,
         settings: ServerSettings = ServerSettings(),
     ) -> tuple[list[str], dict[str, str]]:
-        """Command line and environment of a server.
+        """Return command line and environment of a server.
 
         Args:
             model: the checkpoint.
             port: port to listen on.
-            placed: None for the stock engine without expert parallelism and with this plugin switched off, else the placement.
+            placed: None for the stock engine without expert parallelism and with this plugin
+                switched off, else the placement.
             settings: what it shares with the servers that it is compared with.
 
         Raises:
@@ -117,8 +123,8 @@ class DemoEngine(ABC):
 
     def complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int = 1
-    ) -> Answer:
-        """A greedy completion by the server.
+    ) -> Completion:
+        """Have the server complete a prompt greedily.
 
         Args:
             url: of the server.
@@ -138,12 +144,12 @@ class DemoEngine(ABC):
     @abstractmethod
     def _complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
-    ) -> Answer:
-        """`complete`; raises OSError or HTTPException when there is no answer."""
+    ) -> Completion:
+        """Do what `complete` does; raises OSError or HTTPException when there is no answer."""
 
 
-class Vllm(DemoEngine):
-    """vLLM's CPU build."""
+class Vllm(ServingEngine):
+    """Start vLLM's CPU build."""
 
     name = "vllm"
 
@@ -154,25 +160,24 @@ class Vllm(DemoEngine):
         placed: Placed | None,
         settings: ServerSettings = ServerSettings(),
     ) -> tuple[list[str], dict[str, str]]:
-        length = str(settings.max_model_len)
         # The module, not the `vllm` command: the CPU build's command fails to find its own version.
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", settings.dtype, "--max-model-len", length,
-            "--return-tokens-as-token-ids",
-        ]  # fmt: skip
+        command = _words(
+            "vllm.entrypoints.openai.api_server",
+            {
+                "--model": model,
+                "--served-model-name": "tiny",
+                "--host": "127.0.0.1",
+                "--port": port,
+                "--dtype": settings.dtype,
+                "--max-model-len": settings.max_model_len,
+                "--return-tokens-as-token-ids": None,
+            },
+        )
         env = {"HF_HUB_OFFLINE": "1"}
         ranks = settings.stock_ranks if placed is None else placed.ranks
         if settings.cpu:
-            command += [
-                "--enforce-eager",
-                "--max-num-batched-tokens",
-                length,
-                "--max-num-seqs",
-                "8",
-                "--gpu-memory-utilization",
-                "0.2",
-            ]
+            command += f"""--enforce-eager --max-num-batched-tokens {settings.max_model_len}
+                --max-num-seqs 8 --gpu-memory-utilization 0.2""".split()
             env |= {
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": cores_of_ranks(ranks),
@@ -184,7 +189,8 @@ class Vllm(DemoEngine):
         else:
             command += ["--enable-expert-parallel", *placed.flags()]
             if placed.redundant:
-                # vLLM has redundant experts under its EPLB only; an interval that is never reached leaves them where they are.
+                # vLLM has redundant experts under its EPLB only; an interval that is never reached
+                # leaves them where they are.
                 eplb = {
                     "num_redundant_experts": placed.redundant,
                     "window_size": 1000,
@@ -195,7 +201,7 @@ class Vllm(DemoEngine):
 
     def _complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
-    ) -> Answer:
+    ) -> Completion:
         from openai import APIError, OpenAI
 
         with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
@@ -214,11 +220,13 @@ class Vllm(DemoEngine):
             {_token_id(token): logprob for token, logprob in place.items()}
             for place in found.top_logprobs
         ]
-        return Answer([_token_id(token) for token in found.tokens], list(found.token_logprobs), top)
+        return Completion(
+            [_token_id(token) for token in found.tokens], list(found.token_logprobs), top
+        )
 
 
-class Sglang(DemoEngine):
-    """SGLang's CPU engine."""
+class Sglang(ServingEngine):
+    """Start SGLang's CPU engine."""
 
     name = "sglang"
 
@@ -229,19 +237,25 @@ class Sglang(DemoEngine):
         placed: Placed | None,
         settings: ServerSettings = ServerSettings(),
     ) -> tuple[list[str], dict[str, str]]:
-        command = [
-            sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "tiny",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", settings.dtype, "--context-length", str(settings.max_model_len),
-            "--skip-server-warmup",
-        ]  # fmt: skip
+        command = _words(
+            "sglang.launch_server",
+            {
+                "--model-path": model,
+                "--served-model-name": "tiny",
+                "--host": "127.0.0.1",
+                "--port": port,
+                "--dtype": settings.dtype,
+                "--context-length": settings.max_model_len,
+                "--skip-server-warmup": None,
+            },
+        )
         env = {"HF_HUB_OFFLINE": "1"}
         ranks = settings.stock_ranks if placed is None else placed.ranks
         if settings.cpu:
-            command += [
-                "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none",
-                "--disable-overlap-schedule", "--max-total-tokens", str(max(4096, 2 * settings.max_model_len)),
-                "--max-running-requests", "8", "--mem-fraction-static", "0.3",
-            ]  # fmt: skip
+            command += f"""--device cpu --attention-backend torch_native
+                --sampling-backend pytorch --grammar-backend none --disable-overlap-schedule
+                --max-total-tokens {max(4096, 2 * settings.max_model_len)}
+                --max-running-requests 8 --mem-fraction-static 0.3""".split()
             env |= {
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "TORCHDYNAMO_DISABLE": "1",
@@ -260,10 +274,15 @@ class Sglang(DemoEngine):
 
     def _complete(
         self, url: str, model: str, prompt: str | list[int], tokens: int, alternatives: int
-    ) -> Answer:
-        # SGLang's own API: token ids over the other one are younger than the oldest version that we run with.
-        asked = {"text" if isinstance(prompt, str) else "input_ids": prompt, "return_logprob": True, "top_logprobs_num": alternatives,
-                 "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}}  # fmt: skip
+    ) -> Completion:
+        # SGLang's own API: token ids over the other one are younger than the oldest version that we
+        # run with.
+        asked = {
+            "text" if isinstance(prompt, str) else "input_ids": prompt,
+            "return_logprob": True,
+            "top_logprobs_num": alternatives,
+            "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+        }
         request = Request(
             f"{url}/generate", json.dumps(asked).encode(), {"Content-Type": "application/json"}
         )
@@ -274,24 +293,35 @@ class Sglang(DemoEngine):
             {int(token): float(logprob) for logprob, token, _ in place}
             for place in found["output_top_logprobs"]
         ]
-        return Answer(
+        return Completion(
             [int(token) for _, token, _ in chosen],
             [float(logprob) for logprob, _, _ in chosen],
             top,
         )
 
 
+def _words(module: str, options: Mapping[str, object]) -> list[str]:
+    """Return the command that runs a module with options; one whose value is None stands alone."""
+    words = [sys.executable, "-m", module]
+    for name, value in options.items():
+        words += [name] if value is None else [name, str(value)]
+    return words
+
+
 def _token_id(word: str) -> int:
-    """The 17 of ``token_id:17``."""
+    """Return the 17 of ``token_id:17``."""
     return int(word.partition(":")[2])
 
 
-DEMO_ENGINES: dict[str, DemoEngine] = {engine.name: engine for engine in (Vllm(), Sglang())}
+SERVING_ENGINES: dict[str, ServingEngine] = {engine.name: engine for engine in (Vllm(), Sglang())}
 """Name -> engine."""
 
 
 def report_of_workers(log: Path) -> str:
-    """The line of a server's log in which an engine's worker reports the placement in force; empty without one."""
+    """Return the line of a server's log in which a worker reports the placement in force.
+
+    It is empty without one.
+    """
     said = [
         line
         for line in log.read_text(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""A server in a child process: started, watched, ended."""
+"""Start, watch and end a server in a child process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +20,7 @@ from ...core.errors import PlacementError
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """Return a port of the loopback interface that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -28,8 +30,18 @@ REFUSED = re.compile(r"\b(?:PlacementError|moe_placement_plugin\.(?:\w+\.)*[A-Z]
 """An error of ours and why, which an engine prints far above its own last words."""
 
 
+def _exit_on_sigterm() -> None:
+    """Leave this process's ``with`` blocks when it is terminated, where nobody else decided that.
+
+    Python's default ends it at once, and its servers would go on without it.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 class Server:
-    """An engine's OpenAI server, in a process group of its own that ends with the ``with`` block.
+    """Run an engine's OpenAI server, in a process group that ends with the ``with`` block.
 
     Args:
         command: the server's command line.
@@ -37,7 +49,8 @@ class Server:
         env: variables added to this process's environment.
         log: file for its output.
         start_timeout: seconds until it must answer.
-        progress: called about once a second while it starts, with seconds waited and the last line of output.
+        progress: called about once a second while it starts, with seconds waited and the last line
+            of output.
     """
 
     def __init__(
@@ -55,10 +68,11 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Base URL of the server."""
+        """Return the server's base URL."""
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Server:
+        _exit_on_sigterm()
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -88,7 +102,8 @@ class Server:
         while (waited := time.monotonic() - began) < self.start_timeout:
             if process.poll() is not None:
                 raise PlacementError(
-                    f"the server ended with code {process.returncode} before it was ready{self._why()}"
+                    f"the server ended with code {process.returncode} before it was "
+                    f"ready{self._why()}"
                 )
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
@@ -103,20 +118,23 @@ class Server:
         )
 
     def _why(self) -> str:
-        """What its output says of a start that failed."""
+        """Return what its output says of a start that failed."""
         reason = REFUSED.search(self.output())
         return (f": {reason.group(1).strip()}\n" if reason else ":\n") + self.tail(25)
 
     def output(self) -> str:
-        """All that it wrote so far."""
+        """Return all that it wrote so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def tail(self, lines: int) -> str:
-        """The last lines of its output."""
+        """Return the last lines of its output."""
         return "\n".join(self.output().rstrip().splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End the server and everything it started; also from another thread than the one that waits for it to start."""
+        """End the server and everything it started.
+
+        It may be called from another thread than the one that waits for it to start.
+        """
         process, self.process = self.process, None
         if process is None:
             return
@@ -135,7 +153,7 @@ class Server:
 
 
 def _signal_group(group: int, how: int) -> bool:
-    """Whether the group still existed."""
+    """Signal a process group; return whether it still existed."""
     try:
         os.killpg(group, how)
         return True

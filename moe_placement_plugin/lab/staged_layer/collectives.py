@@ -1,4 +1,4 @@
-"""The EP ranks' collectives: NCCL on GPUs, gloo on CPU, nothing at all on one rank."""
+"""Exchange between EP ranks: NCCL on GPUs, gloo on CPU, nothing at all on one rank."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ...core.errors import PlacementError
 
 
 class EpGroup:
-    """The ranks that share a layer's experts.
+    """Exchange between the ranks that share a layer's experts.
 
-    With gloo the reduction adds the ranks' parts in ascending order of rank (an all-to-all, then sums), as the all-to-all
-    exchange adds a token's: so both exchanges, whole or in chunks, give the same bits, whatever order gloo's own
-    reduce-scatter has in a release of torch. With NCCL it is NCCL's.
+    With gloo the reduction adds the ranks' parts in ascending order of rank (an all-to-all, then
+    sums), as the all-to-all exchange adds a token's: so both exchanges, whole or in chunks, give
+    the same bits, whatever order gloo's own reduce-scatter has in a release of torch. With NCCL it
+    is NCCL's.
 
     Args:
         group: a process group; None for the default one.
@@ -28,7 +29,8 @@ class EpGroup:
     def __init__(self, group: dist.ProcessGroup | None = None):
         if not dist.is_initialized():
             raise PlacementError(
-                "torch.distributed is not initialised: call init_process_group first, or use EpGroup.single()"
+                "torch.distributed is not initialised: call init_process_group first, or use "
+                "EpGroup.single()"
             )
         self._group = group
         self.rank = dist.get_rank(group)
@@ -42,13 +44,16 @@ class EpGroup:
 
     @classmethod
     def single(cls) -> EpGroup:
-        """One rank that talks to nobody; needs no process group."""
+        """Return one rank that talks to nobody; it needs no process group."""
         group = object.__new__(cls)
         group.rank, group.size, group._in_order = 0, 1, True
         return group
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """``[n, ...]`` of every rank, equal shapes, to ``[ranks * n, ...]`` in order of rank."""
+        """Gather ``[n, ...]`` of every rank, in equal shapes, into ``[ranks * n, ...]`` in order.
+
+        Rows stand in order of rank.
+        """
         if self.size == 1:
             return x
         result = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
@@ -57,7 +62,7 @@ class EpGroup:
         return result
 
     def gather_others(self, x: torch.Tensor) -> torch.Tensor:
-        """``[n, ...]`` of every other rank, equal shapes, to ``[(ranks - 1) * n, ...]`` in order of rank."""
+        """Gather ``[n, ...]`` of every other rank into ``[(ranks - 1) * n, ...]`` in rank order."""
         result = x.new_empty(((self.size - 1) * x.shape[0], *x.shape[1:]))
         if result.numel():
             x, others = x.contiguous(), [rank for rank in range(self.size) if rank != self.rank]
@@ -75,7 +80,7 @@ class EpGroup:
         return result
 
     def all_gather_ints(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
-        """The ranks' numbers, ``[ranks][n]``, on the host; waits for the device."""
+        """Gather the ranks' numbers, ``[ranks][n]``, on the host; waits for the device."""
         if self.size == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64, device=device)
@@ -84,7 +89,10 @@ class EpGroup:
     def all_to_all(
         self, x: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> torch.Tensor:
-        """``[sum of send_counts, ...]``, ordered by target, to ``[sum of receive_counts, ...]``, ordered by source."""
+        """Send rows ordered by target, and return those received, ordered by source.
+
+        Shapes: ``[sum of send_counts, ...]`` to ``[sum of receive_counts, ...]``.
+        """
         if self.size == 1:
             return x
         result = x.new_empty((sum(receive_counts), *x.shape[1:]))
@@ -94,7 +102,7 @@ class EpGroup:
         return result
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
-        """``[ranks * n, ...]`` of every rank, summed over the ranks, to this rank's ``[n, ...]``."""
+        """Sum ``[ranks * n, ...]`` over the ranks, and return this rank's ``[n, ...]``."""
         if self.size == 1:
             return x
         rows = x.shape[0] // self.size
@@ -111,7 +119,10 @@ class EpGroup:
 
 
 def add_in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum of equal shapes from the first to the last in float32 or wider, rounded once to their own type."""
+    """Add equal shapes from the first to the last, rounded once to their own type.
+
+    The sum is taken in float32 or wider.
+    """
     if len(parts) == 2:
         return parts[0] + parts[1]  # of two, torch itself rounds once
     wide = torch.promote_types(parts[0].dtype, torch.float32)

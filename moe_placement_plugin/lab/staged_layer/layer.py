@@ -1,4 +1,4 @@
-"""A whole staged layer, in one piece or in chunks whose exchange overlaps the computation of others."""
+"""Run a whole staged layer, in one piece or in chunks whose exchange overlaps computation."""
 
 from __future__ import annotations
 
@@ -11,36 +11,31 @@ import torch
 from ...core.errors import PlacementError
 from ...core.placement import even_slots
 from .collectives import EpGroup
+from .dispatching import dispatch, gather_selection, gather_tokens, plan_dispatch
 from .matmuls.base import Matmuls
 from .matmuls.torch_matmuls import TILE
 from .own_first import add_own, bring_others, own_rows, return_others
 from .placed import PlacedExperts
 from .results import ExpertHidden, RouteMetadata, Selection
 from .select import Routing
-from .stages import (
-    check_inputs,
-    dispatch,
-    gather_selection,
-    gather_tokens,
-    gmm_down,
-    gmm_up,
-    plan_dispatch,
-    select,
-    unroute,
-)
+from .stages import check_inputs, gmm_down, gmm_up, select, unroute
 from .weights import ExpertWeights, SharedExperts
 
 
 class ExchangeLane:
-    """Runs exchanges beside the computation: on a stream of its own on CUDA, at once elsewhere."""
+    """Run exchanges beside the computation: on a stream of its own on CUDA, at once elsewhere."""
 
     def __init__(self, device: torch.device):
-        # Before the matmuls, whose thousands of blocks would else let an exchange begin only when they end. NCCL has streams of its own:
-        # make the group with ``ProcessGroupNCCL.Options(is_high_priority_stream=True)``.
+        # Before the matmuls, whose thousands of blocks would else let an exchange begin only when
+        # they end. NCCL has streams of its own: make the group with
+        # ``ProcessGroupNCCL.Options(is_high_priority_stream=True)``.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Begin ``function(*arguments)`` after what the caller's stream holds now; the result is waited for by calling the answer."""
+        """Begin ``function(*arguments)`` after what the caller's stream holds now.
+
+        The result is waited for by calling the answer.
+        """
         if self._stream is None:
             result = function(*arguments)
             return lambda: result
@@ -74,7 +69,7 @@ def _record(value: Any, stream: torch.cuda.Stream) -> None:
 
 @dataclass(eq=False)
 class StagedMoE:
-    """A MoE layer on one rank of an EP group.
+    """Compute a MoE layer on one rank of an EP group.
 
     Attributes:
         routing: the model's rule.
@@ -111,20 +106,22 @@ class StagedMoE:
         tokens_per_rank: Sequence[int] | None = None,
         own_first: bool = False,
     ) -> torch.Tensor:
-        """The layer's output for this rank's tokens.
+        """Return the layer's output for this rank's tokens.
 
         Args:
             x: ``[tokens, hidden]``.
             logits: ``[tokens, experts]``.
-            token_chunks: split each rank's tokens into so many chunks; one chunk is exchanged while another is computed.
-            embedding_chunks: with the ring: split the embedding, gathering the next columns while these are multiplied,
-                and returning finished columns while the next are computed.
+            token_chunks: split each rank's tokens into so many chunks; one chunk is exchanged while
+                another is computed.
+            embedding_chunks: with the ring: split the embedding, gathering the next columns while
+                these are multiplied, and returning finished columns while the next are computed.
             tokens_per_rank: see `route`.
-            own_first: chunk by source: a rank's own tokens are computed while the others' come and while the others' results go, see
-                `own_first`. With one chunk of each.
+            own_first: chunk by source: a rank's own tokens are computed while the others' come and
+                while the others' results go, see `own_first`. With one chunk of each.
 
         Returns:
-            ``[tokens, hidden]``. On CPU with the torch matmuls the same bits for every number of chunks.
+            ``[tokens, hidden]``. On CPU with the torch matmuls the same bits for every number of
+            chunks.
 
         Raises:
             PlacementError: when shapes or chunks do not fit.
@@ -132,15 +129,18 @@ class StagedMoE:
         check_inputs(x, logits, self.placed, self.group)
         if token_chunks < 1 or embedding_chunks < 1 or (token_chunks > 1 and embedding_chunks > 1):
             raise PlacementError(
-                f"{token_chunks} token chunks and {embedding_chunks} embedding chunks: give 1 or more of one, 1 of the other"
+                f"{token_chunks} token chunks and {embedding_chunks} embedding chunks: give 1 or "
+                "more of one, 1 of the other"
             )
         if embedding_chunks > 1 and not self.use_ring:
             raise PlacementError(
-                f"{embedding_chunks} embedding chunks with the all-to-all exchange: use token_chunks, or the ring"
+                f"{embedding_chunks} embedding chunks with the all-to-all exchange: use "
+                "token_chunks, or the ring"
             )
         if own_first and max(token_chunks, embedding_chunks) > 1:
             raise PlacementError(
-                f"own_first with {token_chunks} token and {embedding_chunks} embedding chunks: give 1 of each or leave it out"
+                f"own_first with {token_chunks} token and {embedding_chunks} embedding chunks: "
+                "give 1 of each or leave it out"
             )
         # Chosen for all tokens at once: a chunk must not choose or deal otherwise than the batch.
         selection = select(logits, self.routing, self.placed, 0, self.dealing)
@@ -193,7 +193,7 @@ class StagedMoE:
         return result if shared is None else result + shared
 
     def _shared(self, xs: list[torch.Tensor]) -> torch.Tensor | None:
-        """Of all tokens at once, while the first chunk is under way."""
+        """Compute the shared experts of all tokens at once, while the first chunk is under way."""
         if self.shared is None:
             return None
         return self.shared(xs[0] if len(xs) == 1 else torch.cat(xs))
@@ -233,10 +233,14 @@ def _bounds(length: int, chunks: int) -> list[tuple[int, int]]:
 
 
 def _column_bounds(width: int, chunks: int) -> list[tuple[int, int]]:
-    """Chunks of whole tiles: a product on CPU is a sum over tiles, and a chunk must not cut one."""
+    """Return chunks of whole tiles.
+
+    A product on CPU is a sum over tiles, and a chunk must not cut one.
+    """
     tiles = -(-width // TILE)
     if chunks > tiles:
         raise PlacementError(
-            f"{chunks} embedding chunks of a hidden size of {width}: at most {tiles}, each a multiple of {TILE} columns"
+            f"{chunks} embedding chunks of a hidden size of {width}: at most {tiles}, each a "
+            f"multiple of {TILE} columns"
         )
     return [(start * TILE, min(stop * TILE, width)) for start, stop in _bounds(tiles, chunks)]

@@ -1,10 +1,13 @@
-"""A rank's own tokens need no exchange: they are computed while the others' come, and while the others' results go.
+"""Compute a rank's own tokens while the others' come, and while the others' results go.
 
-    rank 0:  gate and up of its own | gate and up of the others' | down of the others' | down of its own | add up
-    links:   tokens come ........................                                        sums go .......
+They need no exchange.
 
-Two pieces of computation hide both exchanges, where chunks of tokens leave the first chunk's tokens and the last one's sums exposed and
-divide every expert's rows into as many pieces as there are chunks, each with a last tile that is not full.
+    rank 0:  gate, up: own | gate, up: others' | down: others' | down: own | add up
+    links:   tokens come .                                       sums go .
+
+Two pieces of computation hide both exchanges, where chunks of tokens leave the first chunk's tokens
+and the last one's sums exposed and divide every expert's rows into as many pieces as there are
+chunks, each with a last tile that is not full.
 """
 
 from __future__ import annotations
@@ -14,15 +17,18 @@ from dataclasses import replace
 import torch
 
 from .collectives import EpGroup, add_in_order
+from .dispatching import dispatch, gather_selection, gather_tokens, keep_local
 from .placed import PlacedExperts
 from .results import RouteMetadata, RouteOutput, Selection
-from .stages import dispatch, gather_selection, gather_tokens, keep_local, return_all_to_all
+from .stages import return_all_to_all
 
 
 def own_rows(
     x: torch.Tensor, selection: Selection, plan: RouteMetadata, placed: PlacedExperts
 ) -> tuple[torch.Tensor, RouteOutput]:
-    """This rank's tokens that chose one of its experts (the ring: all its tokens), with what the matmuls need of them.
+    """Return this rank's tokens that chose one of its experts, and what the matmuls need.
+
+    With the ring these are all its tokens.
 
     Args:
         x: ``[tokens, hidden]``.
@@ -52,7 +58,7 @@ def bring_others(
     placed: PlacedExperts,
     group: EpGroup,
 ) -> tuple[torch.Tensor, RouteOutput]:
-    """The other ranks' tokens, in order of rank. Shapes as in `own_rows`."""
+    """Bring the other ranks' tokens, in order of rank. Shapes as in `own_rows`."""
     if plan.use_ring:
         output = gather_selection(selection, plan, placed, group, others=True)
         return gather_tokens(x, plan, group, others=True), output
@@ -68,7 +74,10 @@ def bring_others(
 
 
 def return_others(partial: torch.Tensor, plan: RouteMetadata, group: EpGroup) -> torch.Tensor:
-    """Send the others their sums, ``[others' rows, hidden]``; what they send for this rank's tokens, in order of rank."""
+    """Send the others their sums, ``[others' rows, hidden]``.
+
+    Returns what they send for this rank's tokens, in order of rank.
+    """
     if plan.use_ring:
         rows = _zero_at([max(plan.tokens_per_rank)] * group.size, group.rank)
         return group.all_to_all(partial, rows, rows)
@@ -80,7 +89,9 @@ def return_others(partial: torch.Tensor, plan: RouteMetadata, group: EpGroup) ->
 def add_own(
     returned: torch.Tensor, own: torch.Tensor, plan: RouteMetadata, group: EpGroup
 ) -> torch.Tensor:
-    """Each token's sums added up in ascending order of rank, as `unroute` does, ``[tokens, hidden]``.
+    """Add each token's sums up in ascending order of rank, as `unroute` does.
+
+    Shape: ``[tokens, columns]``.
 
     Args:
         returned: from `return_others`.

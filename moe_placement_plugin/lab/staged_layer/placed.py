@@ -1,4 +1,4 @@
-"""One layer's placement as the tables that a rank looks tokens up in."""
+"""Turn one layer's placement into the tables that a rank looks tokens up in."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from ...core.errors import PlacementError
 from ...core.placement import Placement
 
-_KNUTH = 2654435769  # floor(2**32 / golden ratio), as vLLM's eplb_map_to_physical_and_record multiplies by
+# Floor(2**32 / golden ratio), as vLLM's eplb_map_to_physical_and_record multiplies by
+_KNUTH = 2654435769
 
 
 @dataclass(frozen=True, eq=False)
 class PlacedExperts:
-    """Where the experts of one layer lie, on one rank's device.
+    """Hold where the experts of one layer lie, on one rank's device.
 
     Attributes:
         rank: this EP rank.
@@ -24,7 +25,8 @@ class PlacedExperts:
         replica_counts: int64 ``[experts]``.
         rank_of_slot: int64 ``[slots]``.
         slot_on_rank: int32 ``[slots]``, each slot's number on its own rank.
-        local_slot: int32 ``[slots + 1]``, local slot on this rank or -1; the last entry is for padding.
+        local_slot: int32 ``[slots + 1]``, local slot on this rank or -1; the last entry is for
+            padding.
     """
 
     rank: int
@@ -39,14 +41,15 @@ class PlacedExperts:
     def of(
         cls, placement: Placement, row: int, rank: int, device: torch.device | str = "cpu"
     ) -> PlacedExperts:
-        """The tables of a placement's row for a rank.
+        """Make the tables of a placement's row for a rank.
 
         Raises:
             PlacementError: when the placement has no such rank.
         """
         if not 0 <= rank < placement.num_ranks:
             raise PlacementError(
-                f"rank {rank} of a placement for {placement.num_ranks} ranks: plan for as many ranks as the group has"
+                f"rank {rank} of a placement for {placement.num_ranks} ranks: plan for as many "
+                "ranks as the group has"
             )
 
         def table(array, dtype=torch.int64) -> torch.Tensor:
@@ -70,29 +73,30 @@ class PlacedExperts:
 
     @property
     def num_ranks(self) -> int:
-        """EP ranks."""
+        """Return the number of EP ranks."""
         return len(self.slots_per_rank)
 
     @property
     def num_slots(self) -> int:
-        """Physical experts of all ranks."""
+        """Return the number of physical experts of all ranks."""
         return self.rank_of_slot.shape[0]
 
     @property
     def num_local(self) -> int:
-        """Physical experts of this rank."""
+        """Return the number of physical experts of this rank."""
         return self.slots_per_rank[self.rank]
 
     def deal(
         self, experts: torch.Tensor, first_token: int = 0, dealing: Literal["hash", "turn"] = "hash"
     ) -> torch.Tensor:
-        """Physical experts for logical ones, replicas chosen by the token's index and by nothing else.
+        """Choose physical experts for logical ones, replicas by the token's index alone.
 
         Args:
             experts: int64 ``[tokens, top_k]``, logical experts.
-            first_token: index of the first token within this rank's batch, so that a chunk is dealt as the batch is.
-            dealing: ``"hash"`` as vLLM (Knuth's multiplicative hash of the token index, modulo the replicas), ``"turn"`` as
-                SGLang (the token index modulo the replicas).
+            first_token: index of the first token within this rank's batch, so that a chunk is dealt
+                as the batch is.
+            dealing: ``"hash"`` as vLLM (Knuth's multiplicative hash of the token index, modulo the
+                replicas), ``"turn"`` as SGLang (the token index modulo the replicas).
 
         Returns:
             int64 ``[tokens, top_k]``, slots.

@@ -1,4 +1,4 @@
-"""What a MoE layer must compute, written as the papers write it: float64, one token after the other, no exchange."""
+"""Compute a MoE layer as the papers write it: float64, token after token, no exchange."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def reference_moe(
     experts: ExpertWeights,
     shared: SharedExperts | None = None,
 ) -> torch.Tensor:
-    """A MoE layer in float64. Shares no code with the stages.
+    """Compute a MoE layer in float64. Shares no code with the stages.
 
     Args:
         x: ``[tokens, hidden]``.
@@ -42,7 +42,7 @@ def reference_moe(
 
 
 def _choose(logits: np.ndarray, routing: Routing) -> tuple[list[int], np.ndarray]:
-    """One token's experts and their weights."""
+    """Choose one token's experts, and their weights."""
     scores = (
         _sigmoid(logits)
         if routing.scoring == "sigmoid"

@@ -1,6 +1,9 @@
-"""Which experts a token goes to and with which weight: the routers of the models that both engines serve.
+"""Choose which experts a token goes to and with which weight.
 
-Semantics of vLLM's ``grouped_topk`` / ``fused_topk_bias`` and SGLang's ``biased_grouped_topk_impl`` and their likes.
+It does so as the routers of the models that both engines serve.
+
+Semantics of vLLM's ``grouped_topk`` / ``fused_topk_bias`` and SGLang's ``biased_grouped_topk_impl``
+and their likes.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from ...core.errors import PlacementError
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """A model's routing rule.
+    """Describe a model's routing rule.
 
     Attributes:
         num_experts: logical experts.
@@ -25,8 +28,9 @@ class Routing:
         num_groups: expert groups; 1 for none.
         top_groups: groups that a token may choose from.
         scaling_factor: multiplies the weights (``routed_scaling_factor``).
-        correction_bias: float32 ``[experts]``, added to the scores for the choice but not to the weights; None for none. With
-            it a group counts by the sum of its two best scores, without by its best one.
+        correction_bias: float32 ``[experts]``, added to the scores for the choice but not to the
+            weights; None for none. With it a group counts by the sum of its two best scores,
+            without by its best one.
 
     Raises:
         PlacementError: when the numbers do not fit together.
@@ -50,7 +54,8 @@ class Routing:
             or not 1 <= self.top_groups <= self.num_groups
         ):
             raise PlacementError(
-                f"{self.top_groups} of {self.num_groups} groups for {self.num_experts} experts: the groups must divide the experts, "
+                f"{self.top_groups} of {self.num_groups} groups for {self.num_experts} experts: "
+                "the groups must divide the experts, "
                 "and a token chooses from 1 up to all of them"
             )
         reachable = self.num_experts // self.num_groups * self.top_groups
@@ -60,12 +65,13 @@ class Routing:
             )
         if self.correction_bias is not None and self.correction_bias.shape != (self.num_experts,):
             raise PlacementError(
-                f"correction_bias of shape {tuple(self.correction_bias.shape)}: it must be [{self.num_experts}]"
+                f"correction_bias of shape {tuple(self.correction_bias.shape)}: it must be "
+                f"[{self.num_experts}]"
             )
 
 
 def select_experts(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts and weights of every token.
+    """Choose experts and weights of every token.
 
     Args:
         logits: ``[tokens, experts]``, of any floating type; scored in float32.
@@ -99,7 +105,10 @@ def select_experts(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor
 
 
 def _best_groups_only(choice: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Scores ``[tokens, experts]`` with -inf in the groups that a token may not choose from."""
+    """Return scores ``[tokens, experts]`` with -inf in the groups that are out of reach.
+
+    A token may not choose from those.
+    """
     grouped = choice.view(choice.shape[0], routing.num_groups, -1)
     if routing.correction_bias is None or grouped.shape[-1] == 1:
         group_scores = grouped.amax(dim=-1)

@@ -1,4 +1,4 @@
-"""Hosts for the tests of this folder."""
+"""Offer hosts to the tests of this folder."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from .network import made
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Six hosts, see `network.Hosts`; most tests need two."""
+    """Make six hosts, see `network.Hosts`; most tests need two."""
     yield from made("moe", 6)

@@ -1,4 +1,7 @@
-"""Two hosts on this machine: namespaces with an address, a name and a link of their own (scripts/hosts.sh)."""
+"""Make hosts on this machine: namespaces with an address, a name and a link of their own.
+
+scripts/hosts.sh makes them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ SCRIPT = ROOT / "scripts" / "hosts.sh"
 
 
 def why_not() -> str | None:
-    """Why hosts cannot be made here; None when they can."""
+    """Return why hosts cannot be made here; None when they can."""
     if shutil.which("ip") is None:
         return "iproute2 is not installed (apt-get install iproute2)"
     if os.geteuid() != 0:
@@ -31,28 +34,28 @@ def why_not() -> str | None:
 
 
 class Hosts:
-    """Hosts ``NAME0``, ``NAME1``, ... that reach each other and nothing else."""
+    """Make hosts ``NAME0``, ``NAME1``, ... that reach each other and nothing else."""
 
     def __init__(self, name: str, count: int):
         self.name, self.count = name, count
         self.call("up", count)
 
     def call(self, action: str, *arguments: object) -> str:
-        """One action of the script; what it wrote."""
+        """Run one action of the script; return what it wrote."""
         done = subprocess.run(self.command(action, *arguments), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def command(self, action: str, *arguments: object) -> list[str]:
-        """An action of the script as a command."""
+        """Return an action of the script as a command."""
         return [str(SCRIPT), action, self.name, *map(str, arguments)]
 
     def on(self, number: int, command: Sequence[str]) -> list[str]:
-        """A command that runs on host ``number``."""
+        """Return a command that runs on host ``number``."""
         return self.command("exec", number, *command)
 
     def address(self, number: int) -> str:
-        """Of host ``number``."""
+        """Return the address of host ``number``."""
         return f"10.77.0.{number + 1}"
 
     def link(self, number: int, state: str) -> None:
@@ -60,7 +63,7 @@ class Hosts:
         self.call("link", number, state)
 
     def traffic(self, number: int) -> tuple[int, int]:
-        """(bytes received, bytes sent) over the host's interface so far."""
+        """Return (bytes received, bytes sent) over the host's interface so far."""
         received, sent = self.call("bytes", number).split()
         return int(received), int(sent)
 
@@ -70,7 +73,7 @@ class Hosts:
 
 
 def made(name: str, count: int = 2) -> Iterator[Hosts]:
-    """For fixtures: hosts, or a skipped test that says why there are none."""
+    """Make hosts for fixtures, or skip the test and say why there are none."""
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Real links between hosts: what crosses them, and what happens when one goes down."""
+"""Test real links between hosts: what crosses them, and what happens when one goes down."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.long, pytest.mark.engine, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def cluster(hosts):
-    """Four ranks, ranks 0 and 2 on host 0, ranks 1 and 3 on host 1."""
+    """Start four ranks, ranks 0 and 2 on host 0, ranks 1 and 3 on host 1."""
     made = Cluster(hosts, 4)
     yield made
     made.close()
@@ -38,13 +38,17 @@ def test_agreement_over_a_real_link_is_quick(cluster, hosts):
         ]
         seconds.append(max(r["seconds"] for r in results))
     print(
-        f"agreement of 4 ranks on 2 hosts with R1's plan: {', '.join(f'{s * 1000:.1f}' for s in seconds)} ms"
+        "agreement of 4 ranks on 2 hosts with R1's plan: "
+        f"{', '.join(f'{s * 1000:.1f}' for s in seconds)} ms"
     )
     assert min(seconds) < 0.1
 
 
 def crossed(cluster, hosts, job: str, **more) -> tuple[int, list]:
-    """(bytes that crossed the interface between the hosts, both ways, during the measured part; the ranks' results)."""
+    """Run a job; return the bytes that crossed between the hosts, and the ranks' results.
+
+    The bytes are those of both ways over the interface, during the measured part.
+    """
     cluster.begin(job, limit=90, **more)
     ready = cluster.each("ready", 90)
     assert all(ready)
@@ -56,14 +60,18 @@ def crossed(cluster, hosts, job: str, **more) -> tuple[int, list]:
 
 
 def test_plans_that_know_the_hosts_send_less(cluster, hosts, tmp_path):
-    """Tokens with topics through the staged layer's all-to-all; planned on the first half of them, run on the second."""
+    """Tokens with topics go through the staged layer's all-to-all.
+
+    They are planned on the first half of the tokens, and run on the second.
+    """
     np.savez(tmp_path / "tokens.npz", topk_ids=routed_tokens(layers=6, tokens=8000))
     job = {"trace": str(tmp_path / "tokens.npz"), "hidden": 512, "tokens": 500}
     flat, flat_results = crossed(cluster, hosts, "moe", locality="none", **job)
     soft, soft_results = crossed(cluster, hosts, "moe", locality="soft", **job)
     again, _ = crossed(cluster, hosts, "moe", locality="none", **job)
     print(
-        f"between hosts: flat {flat:,} bytes (again {again:,}), soft {soft:,} ({soft / flat - 1:+.1%}); balancedness "
+        f"between hosts: flat {flat:,} bytes (again {again:,}), soft {soft:,} "
+        f"({soft / flat - 1:+.1%}); balancedness "
         f"{flat_results[0]['balancedness']:.3f} and {soft_results[0]['balancedness']:.3f}"
     )
     np.testing.assert_allclose(
@@ -79,7 +87,8 @@ def test_exchanges_take_experts_from_their_own_host_first(cluster, hosts):
     anywhere, _ = crossed(cluster, hosts, "exchange", near=False, **job)
     sent = sum(r["sent"] for r in results)
     print(
-        f"exchange of {sent:,} bytes: {near:,} cross hosts when their topology is known, {anywhere:,} when it is not"
+        f"exchange of {sent:,} bytes: {near:,} cross hosts when their topology is known, "
+        f"{anywhere:,} when it is not"
     )
     assert all(r["kind"] == "complete" and all(r["whole"]) for r in results) and sent > 90_000_000
     assert near < 0.01 * sent < 0.2 * sent < anywhere
@@ -89,7 +98,10 @@ TRIALS = int(os.environ.get("MOE_LINK_TRIALS", "6"))
 """A few with every run of the suite; MOE_LINK_TRIALS=20 for the numbers in docs/hosts.md."""
 
 STATED = 3 * TIMEOUT + 5
-"""Seconds in which an exchange ends: a transfer, a vote and the last answer of the store may each run into the timeout."""
+"""Seconds in which an exchange ends.
+
+A transfer, a vote and the last answer of the store may each run into the timeout.
+"""
 
 
 def trial(cluster, hosts, number: int, moment: float) -> tuple[str, list[dict]]:
@@ -110,7 +122,10 @@ def trial(cluster, hosts, number: int, moment: float) -> tuple[str, list[dict]]:
 
 
 def check(results: list[dict], number: int) -> str:
-    """What became of the exchange; every layer of every rank is whole, and those who can still hear each other agree."""
+    """Return what became of the exchange; every layer of every rank is whole.
+
+    Those who can still hear each other agree.
+    """
     for rank, result in enumerate(results):
         assert all(result["whole"]), f"trial {number}: rank {rank} holds a mixed layer"
         assert result["seconds"] < STATED, (
@@ -118,7 +133,8 @@ def check(results: list[dict], number: int) -> str:
         )
         assert result["kind"] == "complete" or len(result["reason"]) > 40, result
         assert (result["kind"] == "complete") == all(result["committed"])
-    # The store is on the first host: its ranks decide together. Those of the second may stop not knowing, never further on.
+    # The store is on the first host: its ranks decide together. Those of the second may stop not
+    # knowing, never further on.
     assert results[0]["committed"] == results[2]["committed"]
     for rank in (1, 3):
         assert results[rank]["kind"] in ("complete", "ExchangeAborted", "ExchangeLost")
@@ -154,7 +170,8 @@ def test_a_link_that_goes_down_during_an_exchange(cluster, hosts):
     assert len(outcomes) == TRIALS
     stopped = sum(outcome != "complete" for outcome in outcomes)
     print(
-        f"undisturbed {undisturbed:.2f} s; {TRIALS} links down: {outcomes}; longest {longest:.1f} s of {STATED:g} stated"
+        f"undisturbed {undisturbed:.2f} s; {TRIALS} links down: {outcomes}; longest {longest:.1f} "
+        f"s of {STATED:g} stated"
     )
     assert stopped >= TRIALS // 2, (
         "most links must go down within the exchange, else nothing was tried"
@@ -162,7 +179,10 @@ def test_a_link_that_goes_down_during_an_exchange(cluster, hosts):
 
 
 def test_a_link_that_goes_down_while_serving(cluster, hosts):
-    """Ranks wait in a collective, which nothing wakes: the watch of each host ends its process within the stated time."""
+    """Ranks wait in a collective, which nothing wakes.
+
+    The watch of each host ends its process within the stated time.
+    """
     timeout = 4.0
     cluster.begin("hold", limit=40, timeout=timeout)
     assert all(cluster.each("ready", 60))
@@ -170,14 +190,16 @@ def test_a_link_that_goes_down_while_serving(cluster, hosts):
     hosts.link(1, "down")
     gone = time.monotonic()
     try:
-        # Rank 0 watches for host 0, rank 1 for host 1; an engine ends the others of a host with them.
+        # Rank 0 watches for host 0, rank 1 for host 1; an engine ends the others of a host with
+        # them.
         for rank, other in ((0, 1), (1, 0)):
             cluster.next(rank, "ended", gone + 2 * timeout)
             assert f"host {hosts.name}{other} (10.77.0.{other + 1})" in cluster.wrote(
                 rank, "gave no sign of life for 4 s"
             )
         print(
-            f"both hosts ended {time.monotonic() - gone:.1f} s after the link, with a timeout of {timeout:g} s"
+            f"both hosts ended {time.monotonic() - gone:.1f} s after the link, with a timeout of "
+            f"{timeout:g} s"
         )
     finally:
         hosts.link(1, "up")

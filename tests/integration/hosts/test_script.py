@@ -1,4 +1,4 @@
-"""The script that makes hosts: what it makes is separate, and it leaves nothing behind."""
+"""Test the script that makes hosts: they are separate, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def test_hosts_are_hosts_and_vanish_again():
     assert socket.gethostname() == name and hosts.name not in namespaces()
 
 
-SERVER = "import socket; s = socket.create_server(('', 5000)); c, _ = s.accept(); n = 0\nwhile d := c.recv(65536): n += len(d)\nprint(n)"
+SERVER = (
+    "import socket; s = socket.create_server(('', 5000)); c, _ = s.accept(); n = 0\n"
+    "while d := c.recv(65536): n += len(d)\nprint(n)"
+)
 CLIENT = """
 import socket, sys, time
 for _ in range(1000):

@@ -1,17 +1,13 @@
-"""A real vLLM over two hosts: ``--nnodes 2`` and Ray, one placement, tokens of one host; stale files and dead links."""
+"""Test a real vLLM over two hosts: ``--nnodes 2`` and Ray, one placement.
+
+It gives the tokens of one host; stale files and dead links are refused.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
-import sys
-import tempfile
-import time
-from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,9 +23,9 @@ from tests.integration.vllm.test_engine import (
     check_maps,
     largest_difference,
 )
-from tests.support.children import end_group, python_path
 
-from .network import ROOT, Hosts, why_not
+from .network import Hosts, why_not
+from .ray_cluster import ray_nodes, ray_path
 from .vllm_cases import case, run_on_head
 
 pytestmark = [
@@ -44,12 +40,12 @@ TIMEOUT = 10
 """Seconds after which a silent host counts as gone, in these tests."""
 
 GRACE = 20
-"""Seconds that an engine of this version may take from the death of a worker to the end of its server."""
+"""Seconds from the death of a worker to the end of its server, for an engine of this version."""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkpoint, a load with two windows, a plan and another plan of the same shape."""
+    """Write a checkpoint, a load with two windows, a plan and another plan of the same shape."""
     folder = tmp_path_factory.mktemp("hosts")
     rng = np.random.default_rng(5)
     load = ExpertLoad(rng.zipf(1.5, (2, 3, 32)), (1, 2, 3))
@@ -64,25 +60,37 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_host(made):
-    """Answers of vLLM without this plugin, on one host and one rank."""
+    """Return answers of vLLM without this plugin, on one host and one rank."""
     cases = [{"name": "stock", "engine": {"model": made["model"]}, "env": BOTH}]
     return run_cases(made["folder"], cases, {"VLLM_PLUGINS": ""}, 300)
 
 
 @pytest.fixture(scope="module")
 def served(hosts, made):
-    """(results, logs) of the cases with ``--nnodes 2``; files are on the head only."""
+    """Return (results, logs) of the cases with ``--nnodes 2``; files are on the head only."""
     folder = made["folder"]
     absent = folder / "not-on-this-host"
     model = {"model": made["model"], "expert_host_timeout": TIMEOUT}
     soft = {"expert_placement_strategy": "eplb", "expert_placement_locality": "soft"}
     cases = [
         case(hosts, folder, "zigzag", {**model, "expert_placement_strategy": "zigzag"}),
-        case(hosts, folder, "stale", {**model, "expert_placement_file": folder / "plan.json"}, {"expert_placement_file": folder / "stale.json"}),
+        case(
+            hosts,
+            folder,
+            "stale",
+            {**model, "expert_placement_file": folder / "plan.json"},
+            {"expert_placement_file": folder / "stale.json"},
+        ),
         # Both hosts are given the same flags; the second one does not have the file.
-        case(hosts, folder, "eplb", {**model, **soft, "expert_placement_file": folder / "load.safetensors"},
-             {"expert_placement_file": absent / "load.safetensors"}, vanish=hosts.command("link", 1, "down")),
-    ]  # fmt: skip
+        case(
+            hosts,
+            folder,
+            "eplb",
+            {**model, **soft, "expert_placement_file": folder / "load.safetensors"},
+            {"expert_placement_file": absent / "load.safetensors"},
+            vanish=hosts.command("link", 1, "down"),
+        ),
+    ]
     try:
         return run_on_head(hosts, folder / "nnodes", cases, 600)
     finally:
@@ -136,7 +144,8 @@ def test_a_stale_file_on_one_host_stops_both(hosts, made, served):
         name: read_plan(made["folder"] / f"{name}.json").digest[:12] for name in ("plan", "stale")
     }
     message = (
-        f"{hosts.name}1 (10.77.0.2), rank 1 has placement {plans['stale']} from {made['folder'] / 'stale.json'}, "
+        f"{hosts.name}1 (10.77.0.2), rank 1 has placement {plans['stale']} from "
+        f"{made['folder'] / 'stale.json'}, "
         f"the head has placement {plans['plan']} from {made['folder'] / 'plan.json'}"
     )
     for log in (head, there):
@@ -150,7 +159,8 @@ def test_a_host_that_vanishes_while_serving(hosts, served):
     assert vanished["error"], "a request was answered without the other host"
     assert vanished["seconds"] < TIMEOUT * 1.2 + GRACE
     print(
-        f"the head's request failed {vanished['seconds']:.1f} s after the link: {vanished['error'][:100]}"
+        f"the head's request failed {vanished['seconds']:.1f} s after the link: "
+        f"{vanished['error'][:100]}"
     )
     head, _, there = logs["eplb"].partition("=== the other host")
     assert f"host {hosts.name}1 (10.77.0.2), rank 1 gave no sign of life for {TIMEOUT} s" in head
@@ -158,75 +168,6 @@ def test_a_host_that_vanishes_while_serving(hosts, served):
 
 
 RAY = find_spec("ray") is not None
-
-
-def ray_path() -> str:
-    return python_path(ROOT / "tests" / "support" / "ray_site")
-
-
-@contextmanager
-def ray_nodes(folder, starts: list[tuple[list[str], str]]):
-    """Ray on each host: (what runs a command there, its address); all of it is ended afterwards.
-
-    Yields:
-        (the head's address, a function that reads what the workers wrote: not all of it need have reached the driver by its end).
-    """
-    temporary = Path(
-        tempfile.mkdtemp(prefix="ray-")
-    )  # sockets lie in it, whose paths must be short
-    env = {**os.environ, "PYTHONPATH": ray_path(), "RAY_USAGE_STATS_ENABLED": "0"}
-    processes = []
-    head = f"{starts[0][1]}:6379"
-    try:
-        for number, (prefix, address) in enumerate(starts):
-            where = (
-                [
-                    "--head",
-                    "--port",
-                    "6379",
-                    "--include-dashboard",
-                    "false",
-                    "--temp-dir",
-                    str(temporary),
-                ]
-                if number == 0
-                else ["--address", head]
-            )
-            command = [sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--node-ip-address", address, "--num-cpus", "2",
-                       "--num-gpus", str(2 // len(starts)), "--object-store-memory", "100000000", "--block"]  # fmt: skip
-            log = open(folder / f"ray{number}.log", "w")
-            processes.append(
-                subprocess.Popen(
-                    [*prefix, *command],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=env,
-                    start_new_session=True,
-                )
-            )
-            deadline = time.monotonic() + 60
-            while "Ray runtime started" not in (folder / f"ray{number}.log").read_text():
-                assert time.monotonic() < deadline and processes[-1].poll() is None, (
-                    folder / f"ray{number}.log"
-                ).read_text()[-2000:]
-                time.sleep(0.2)
-        yield (
-            head,
-            lambda: "".join(
-                f.read_text(errors="replace")
-                for f in sorted(temporary.glob("session_2*/logs/worker-*"))
-            ),
-        )
-    finally:
-        for process in reversed(processes):
-            if not starts[0][
-                0
-            ]:  # on hosts of our own it is ended with them; here Ray takes half a minute to drain
-                process.terminate()
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=60)
-            end_group(process)
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.mark.skipif(not RAY, reason="Ray is not installed in this environment")

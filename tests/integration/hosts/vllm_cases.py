@@ -1,4 +1,7 @@
-"""vLLM over two hosts: cases for `tests.support.vllm_runner` on the head, and the other host's part of each."""
+"""Make cases of vLLM over two hosts, and run them.
+
+`tests.support.vllm_runner` runs on the head, the other host has its part of each.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,24 @@ from .network import ROOT, Hosts
 
 _ports = itertools.count(30_000)
 
-FOLLOWER = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--max-num-batched-tokens", "256", "--max-num-seqs", "8",
-            "--gpu-memory-utilization", "0.2")  # fmt: skip
+FOLLOWER = (
+    "--enforce-eager",
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "256",
+    "--max-num-batched-tokens",
+    "256",
+    "--max-num-seqs",
+    "8",
+    "--gpu-memory-utilization",
+    "0.2",
+)
 """What `vllm_runner` gives its ``LLM`` besides, as flags."""
 
 
 def flags(arguments: dict) -> list[str]:
-    """Arguments of ``LLM`` as flags."""
+    """Return arguments of ``LLM`` as flags."""
     words = []
     for name, value in arguments.items():
         words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
@@ -36,7 +50,7 @@ def case(
     env_there: dict | None = None,
     **extra,
 ) -> dict:
-    """A case over two hosts with ``--nnodes 2``.
+    """Make a case over two hosts with ``--nnodes 2``.
 
     Args:
         arguments: of ``LLM``, the same on both hosts.
@@ -62,18 +76,20 @@ def case(
         "engine": common | {"node_rank": 0},
         "env": {"VLLM_CPU_OMP_THREADS_BIND": "0"},
         "follower": {
-            "on": hosts.on(1, []), "arguments": ["--headless", *flags(theirs), *FOLLOWER], "env": environment,
+            "on": hosts.on(1, []),
+            "arguments": ["--headless", *flags(theirs), *FOLLOWER],
+            "env": environment,
             "log": str(folder / f"{name}.follower.log"),
         },
         "probe": True,
         **extra,
-    }  # fmt: skip
+    }
 
 
 def run_on_head(
     hosts: Hosts, folder: Path, cases: list[dict], timeout: float, env: dict[str, str] | None = None
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """(results, what both hosts wrote) by case name; the head is host 0."""
+    """Return (results, what both hosts wrote) by case name; the head is host 0."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases, default=str))
     command = [

@@ -1,4 +1,4 @@
-"""Answers of stock SGLang, for all tests of this folder."""
+"""Give all tests of this folder the answers of stock SGLang."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ __all__ = ["files", "models"]
 
 @pytest.fixture(scope="session")
 def stock(models, tmp_path_factory) -> dict[str, Outcome]:
-    """What each model answers on one rank with nothing asked of the plugin; `LONG` for qwen32."""
+    """Return what each model answers on one rank with nothing asked of the plugin.
+
+    The length for qwen32 is `LONG`.
+    """
     cases = [case(name, models[name]) for name in ("qwen32", "qwen30", "glm")]
     cases[0]["max_new_tokens"] = LONG
     with engine_lock():

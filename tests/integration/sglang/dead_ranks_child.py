@@ -1,14 +1,21 @@
-"""Child process: four ranks of SGLang on the CPU with their real model, loader, EPLBManager and ExpertLocationUpdater, of which two are killed.
+"""Run four ranks of SGLang on the CPU in a child process, of which two are killed.
+
+They have their real model, loader, EPLBManager and ExpertLocationUpdater.
 
     python -m tests.integration.sglang.dead_ranks_child MODEL RESULTS.json
-    python -m tests.integration.sglang.dead_ranks_child MODEL RESULTS.json 8     eight ranks, of which four are killed one after the other
+    python -m tests.integration.sglang.dead_ranks_child MODEL RESULTS.json 8
 
-Each step also says how long it took, and how long SGLang's own full reload of the model took afterwards (``update_weights_from_disk``, to which
-it goes for every lost expert of every model but DeepSeek).
+With 8 there are eight ranks, of which four are killed one after the other.
 
-SGLang's elastic EP needs mooncake's process groups, which no CPU machine has: here the groups are gloo, nobody runs a forward pass after a
-death (its all-reduces would wait for the dead), the recorded load is given, and ``active_ranks`` is set by hand as mooncake's kernels would.
-What follows is SGLang's own: `maybe_rebalance_after_rank_fault`, the manager's rebalance, the updater, the model's ``load_weights``.
+Each step also says how long it took, and how long SGLang's own full reload of the model took
+afterwards (``update_weights_from_disk``, to which it goes for every lost expert of every model but
+DeepSeek).
+
+SGLang's elastic EP needs mooncake's process groups, which no CPU machine has: here the groups are
+gloo, nobody runs a forward pass after a death (its all-reduces would wait for the dead), the
+recorded load is given, and ``active_ranks`` is set by hand as mooncake's kernels would. What
+follows is SGLang's own: `maybe_rebalance_after_rank_fault`, the manager's rebalance, the updater,
+the model's ``load_weights``.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from tests.support.warm_workers import WarmContext
@@ -44,7 +52,7 @@ STEPS_OF_EIGHT = (
 
 
 def counts(step: int, layers: int, experts: int):
-    """A load ``[forward passes, layers, experts]``, the same on all ranks."""
+    """Draw a load ``[forward passes, layers, experts]``, the same on all ranks."""
     import numpy as np
 
     rng = np.random.default_rng(step)
@@ -52,7 +60,7 @@ def counts(step: int, layers: int, experts: int):
 
 
 class Recorder:
-    """Stands in for SGLang's, whose dump is an all-reduce over dead ranks too."""
+    """Stand in for SGLang's recorder, whose dump is an all-reduce over dead ranks too."""
 
     recording = True
 
@@ -85,8 +93,9 @@ def _publish(server_args, rank: int) -> None:
 
 
 def start(server_args, port_args, rank: int):
-    """What a scheduler process does up to the loaded model."""
-    import sglang.srt.managers.scheduler  # noqa: F401  (by which a plugin knows a process with a model)
+    """Do what a scheduler process does up to the loaded model."""
+    # By which a plugin knows a process with a model.
+    import sglang.srt.managers.scheduler  # noqa: F401
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -122,7 +131,10 @@ def start(server_args, port_args, rank: int):
 
 
 def wrong_slots(runner, folder: str) -> list[tuple[int, int]]:
-    """Layer and slot of this rank's slots that do not hold their expert, by the checkpoint's own names."""
+    """Return layer and slot of this rank's slots that do not hold their expert.
+
+    Experts are told by the checkpoint's own names.
+    """
     from sglang.srt.runtime_context import get_parallel
 
     from moe_placement_plugin.exchange.checkpoint import Checkpoint, hugging_face_experts
@@ -158,7 +170,7 @@ def tables(runner) -> dict:
 
 
 def reload(runner, folder: str) -> float | str:
-    """Seconds of SGLang's own full reload; or why it cannot be had."""
+    """Return the seconds of SGLang's own full reload; or why it cannot be had."""
     began = time.perf_counter()
     done, message = runner.weight_updater.update_weights_from_disk(folder, "auto")
     return time.perf_counter() - began if done else message
@@ -170,7 +182,7 @@ def last_report(eplb):
 
 
 def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pipe) -> None:
-    """One rank: loads, then rebalances whenever it is told who is dead."""
+    """Run one rank: load, then rebalance whenever it is told who is dead."""
     try:
         runner = start(server_args, port_args, rank)
         import torch
@@ -181,7 +193,7 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
         from sglang.srt.eplb import eplb_manager
         from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
-        from moe_placement_plugin.engines.sglang.state import worker
+        from moe_placement_plugin.engines.sglang.state import STATE
         from moe_placement_plugin.rebalancing.rebalancer import Rebalancer
 
         proposals, propose = [], Rebalancer.propose
@@ -200,7 +212,7 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
         while True:
             step, dead = pipe.recv()
             recorder.step = step
-            before = last_report(worker.eplb)
+            before = last_report(STATE.eplb)
             began = time.perf_counter()
             for gone in dead:
                 state.active_ranks[gone] = 0
@@ -209,7 +221,7 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
             else:
                 list(runner.eplb_manager.rebalance())
             taken = time.perf_counter() - began
-            report = last_report(worker.eplb)
+            report = last_report(STATE.eplb)
             report = None if report is before else report  # of this step
             wrong = wrong_slots(runner, folder)
             again = reload(runner, folder)
@@ -234,76 +246,98 @@ def rank_process(server_args, port_args, rank: int, ranks: int, folder: str, pip
         pipe.send({"error": traceback.format_exc()})
 
 
+def server_arguments(model: str, ranks: int):
+    """Return the arguments of a server whose EPLB may lose ranks, as SGLang settles them."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    from moe_placement_plugin.engines.sglang import carrier
+    from moe_placement_plugin.engines.sglang.eplb import warm_up
+    from moe_placement_plugin.engines.sglang.state import settings_of
+
+    experts = json.loads((Path(model) / "config.json").read_text())["num_experts"]
+    rules = {"min_gain": 0.0, "hysteresis": 0.0, "max_phase_loss": 0.5, "small_batches": False}
+    words = (
+        "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch "
+        "--grammar-backend none --log-level info --enable-eplb --expert-placement-strategy eplb "
+        f"--max-total-tokens 512 --mem-fraction-static 0.2 --tp-size {ranks} --ep-size {ranks} "
+        # Two replicas of each expert on average.
+        f"--skip-tokenizer-init --ep-num-redundant-experts {experts}"
+    )
+    server_args = prepare_server_args(
+        ["--model-path", model, *words.split(), "--expert-rebalance", json.dumps(rules)]
+    )
+    if hasattr(server_args, "resolve_once"):
+        server_args.resolve_once()
+    server_args.check_server_args()
+    settings = settings_of(server_args)
+    elastic = replace(settings.rebalancing, elastic=True)  # what --elastic-ep-backend sets
+    settings = replace(settings, rebalancing=elastic)
+    carrier.attach(server_args, settings)
+    warm_up(settings)  # else every rank compiles for itself, at once
+    return server_args
+
+
+class Ranks:
+    """Hold the processes of all ranks, and kill some of them.
+
+    Args:
+        context: starts them.
+        model: the checkpoint.
+        ranks: how many.
+    """
+
+    def __init__(self, context: WarmContext, model: str, ranks: int):
+        server_args = server_arguments(model, ranks)
+        from sglang.srt.server_args import PortArgs
+
+        port_args = PortArgs.init_new(server_args)
+        self.processes, self.pipes = [], []
+        self.alive = list(range(ranks))
+        for rank in range(ranks):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=rank_process,
+                args=(server_args, port_args, rank, ranks, model, there),
+                daemon=True,
+            )
+            process.start()
+            there.close()
+            self.processes.append(process)
+            self.pipes.append(here)
+
+    def seen(self) -> dict[int, dict]:
+        """Wait for what every rank that is alive says next."""
+        return {rank: self.pipes[rank].recv() for rank in self.alive}
+
+    def step(self, number: int, dead: tuple[int, ...]) -> dict[int, dict]:
+        """Kill some ranks, and have the others rebalance."""
+        for rank in dead:
+            os.kill(self.processes[rank].pid, signal.SIGKILL)
+            self.processes[rank].join()
+            self.alive.remove(rank)
+        for rank in self.alive:
+            self.pipes[rank].send((number, dead))
+        return self.seen()
+
+
 def main() -> None:
+    """Go through all steps; what was seen is written after each."""
     context = WarmContext(["sglang.srt.managers.scheduler", "sglang.benchmark.one_batch"])
     model, results = sys.argv[1:3]
     ranks = int(sys.argv[3]) if len(sys.argv) > 3 else RANKS
     steps = STEPS if ranks == RANKS else STEPS_OF_EIGHT
-    experts = json.loads((Path(model) / "config.json").read_text())["num_experts"]
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-    from sglang.srt.server_args import PortArgs, prepare_server_args
-
-    from moe_placement_plugin.engines.sglang import settings
-    from moe_placement_plugin.engines.sglang.eplb import warm_up
-
-    common = "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch --grammar-backend none --log-level info"
-    eplb = "--enable-eplb --expert-placement-strategy eplb --max-total-tokens 512 --mem-fraction-static 0.2"
-    rules = json.dumps(
-        {"min_gain": 0.0, "hysteresis": 0.0, "max_phase_loss": 0.5, "small_batches": False}
-    )
-    argv = [
-        "--model-path",
-        model,
-        *common.split(),
-        *eplb.split(),
-        "--tp-size",
-        str(ranks),
-        "--ep-size",
-        str(ranks),
-        "--expert-rebalance",
-        rules,
-    ]
-    argv += [
-        "--skip-tokenizer-init",
-        "--ep-num-redundant-experts",
-        str(experts),
-    ]  # two replicas of each on average
-    server_args = prepare_server_args(argv)
-    if hasattr(server_args, "resolve_once"):
-        server_args.resolve_once()
-    server_args.check_server_args()
-    settings.of(server_args).elastic = True  # what --elastic-ep-backend sets
-    warm_up(settings.of(server_args))  # else every rank compiles for itself, at once
-    port_args = PortArgs.init_new(server_args)
-    processes, pipes = [], []
-    for rank in range(ranks):
-        here, there = context.Pipe()
-        process = context.Process(
-            target=rank_process,
-            args=(server_args, port_args, rank, ranks, model, there),
-            daemon=True,
-        )
-        process.start()
-        there.close()
-        processes.append(process)
-        pipes.append(here)
-    found = [{"name": "begin", "ranks": {rank: pipe.recv() for rank, pipe in enumerate(pipes)}}]
-    alive = list(range(ranks))
-    for step, (name, dead) in enumerate(steps):
+    here = Ranks(context, model, ranks)
+    found = [{"name": "begin", "ranks": here.seen()}]
+    for number, (name, dead) in enumerate(steps):
         if any("error" in r for r in found[-1]["ranks"].values()):
             break
-        for rank in dead:
-            os.kill(processes[rank].pid, signal.SIGKILL)
-            processes[rank].join()
-            alive.remove(rank)
-        for rank in alive:
-            pipes[rank].send((step, dead))
-        found.append({"name": name, "ranks": {rank: pipes[rank].recv() for rank in alive}})
+        found.append({"name": name, "ranks": here.step(number, dead)})
         Path(results).write_text(json.dumps(found))
     Path(results).write_text(json.dumps(found))
-    for process in processes:
+    for process in here.processes:
         process.kill()
 
 

@@ -1,13 +1,15 @@
-"""Child process: start `sglang.Engine` for each case in turn, generate, write what came out.
+"""Start `sglang.Engine` for each case in turn, generate, write what came out.
 
     python -m tests.integration.sglang.engine_child CASES.json RESULTS.json [forked]
 
-A case is {"name", "engine": {arguments of Engine}, "prompts": [[token id, ...], ...], "max_new_tokens", "threads": cores per
-rank, "late_env": {variables set between the launcher's plugins and its workers}, "actions": [asked of SGLang's weight checker in the
-end], "vanish": [a command after which one more answer is asked for, which must fail], "rest": seconds before it is stopped}.
-Its result holds per prompt the greedy ``ids``, their ``logprobs``, the ``prompt_logprobs`` and how often a draft was ``verified``,
-and per action whether it succeeded and what was said. SGLang ends its caller when one of its processes dies: results are
-written after each case. Workers are spawned, as SGLang does it, or forked.
+A case is {"name", "engine": {arguments of Engine}, "prompts": [[token id, ...], ...],
+"max_new_tokens", "threads": cores per rank, "late_env": {variables set between the launcher's
+plugins and its workers}, "actions": [asked of SGLang's weight checker in the end], "vanish": [a
+command after which one more answer is asked for, which must fail], "rest": seconds before it is
+stopped}. Its result holds per prompt the greedy ``ids``, their ``logprobs``, the
+``prompt_logprobs`` and how often a draft was ``verified``, and per action whether it succeeded and
+what was said. SGLang ends its caller when one of its processes dies: results are written after each
+case. Workers are spawned, as SGLang does it, or forked.
 """
 
 from __future__ import annotations
@@ -24,7 +26,20 @@ from types import SimpleNamespace
 from tests.support.warm_workers import WarmContext
 
 IMPORTED = ["sglang.srt.managers.scheduler"]
-"""By the process that workers are forked from: what a scheduler has imported when it loads plugins, and more than a detokenizer has."""
+"""Modules that the process has imported which workers are forked from.
+
+What a scheduler has imported when it loads plugins, and more than a detokenizer has.
+"""
+
+
+INFO = (
+    "ep_num_redundant_experts",
+    "ep_dispatch_algorithm",
+    "init_expert_location",
+    "ep_size",
+    "tp_size",
+)
+"""What tests look at of the server's information."""
 
 
 def run(case: dict, keep) -> dict:
@@ -60,10 +75,13 @@ def run(case: dict, keep) -> dict:
     outputs = case["prompts"] and generate()
     rows = [row_of(output) for output in outputs]
     updates = [
-        {"answer": _update(engine, update), "rows": [row_of(output) for output in generate()]}
+        {
+            "answer": update_weights(engine, update),
+            "rows": [row_of(output) for output in generate()],
+        }
         for update in case.get("updates", ())
     ]
-    checks = [_check(engine, action) for action in case["actions"]]
+    checks = [check_weights(engine, action) for action in case["actions"]]
     if case.get("vanish"):
         keep({"rows": rows, "checks": checks, "vanished": time.time()})
         subprocess.run(case["vanish"], check=True)
@@ -76,24 +94,20 @@ def run(case: dict, keep) -> dict:
     info = engine.get_server_info()
     time.sleep(case.get("rest", 0))
     engine.shutdown()
-    keys = (
-        "ep_num_redundant_experts",
-        "ep_dispatch_algorithm",
-        "init_expert_location",
-        "ep_size",
-        "tp_size",
-    )
     return {
         "rows": rows,
         "updates": updates,
         "checks": checks,
-        "info": {key: info.get(key) for key in keys},
+        "info": {key: info.get(key) for key in INFO},
         "start_s": ready - began,
     }
 
 
 def row_of(output: dict) -> dict:
-    """One prompt's part of a result, from what SGLang answers with log probabilities from the first token on."""
+    """Return one prompt's part of a result.
+
+    SGLang answers with log probabilities from the first token on.
+    """
     meta = output["meta_info"]
     return {
         "ids": [token for _, token, *_ in meta["output_token_logprobs"]],
@@ -103,11 +117,11 @@ def row_of(output: dict) -> dict:
     }
 
 
-def _update(engine, update: dict) -> tuple[bool, str]:
+def update_weights(engine, update: dict) -> tuple[bool, str]:
     """Give the server the weights of another checkpoint; what it answers.
 
-    SGLang ends itself when weights come while it believes that requests run, as it does for a moment after the last
-    answer has left it.
+    SGLang ends itself when weights come while it believes that requests run, as it does for a
+    moment after the last answer has left it.
     """
     deadline = time.monotonic() + 60
     while not engine.flush_cache().success and time.monotonic() < deadline:
@@ -130,7 +144,7 @@ def _update(engine, update: dict) -> tuple[bool, str]:
     return tuple(answer[:2])
 
 
-def _check(engine, action: str) -> tuple[bool, str]:
+def check_weights(engine, action: str) -> tuple[bool, str]:
     from sglang.srt.managers.io_struct import CheckWeightsReqInput
 
     succeeded, message, *_ = engine.loop.run_until_complete(
@@ -140,7 +154,7 @@ def _check(engine, action: str) -> tuple[bool, str]:
 
 
 def fork_workers() -> None:
-    """From now on this process's engines have workers that are forked."""
+    """Have this process's engines fork their workers from now on."""
     warm = WarmContext(IMPORTED)
     from sglang.srt.entrypoints import engine
 

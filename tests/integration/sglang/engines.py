@@ -1,4 +1,4 @@
-"""Cases for real SGLang engines on the CPU: what they are started with, run in child processes, one start each."""
+"""Run cases of real SGLang engines on the CPU in child processes, one start each."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LONG = 48
 
 
 def threads(ranks: int) -> str:
-    """SGLANG_CPU_OMP_THREADS_BIND: cores of each rank, this machine's cores in turn."""
+    """Return cores of each rank for SGLANG_CPU_OMP_THREADS_BIND, this machine's in turn."""
     cores = sorted(os.sched_getaffinity(0))
     if ranks == 1:
         return ",".join(map(str, cores))
@@ -61,7 +61,7 @@ def case(
     actions: tuple[str, ...] = (),
     **arguments: Any,
 ) -> dict:
-    """A case for `engine_child`; with actions nothing is generated."""
+    """Make a case for `engine_child`; with actions nothing is generated."""
     engine = (
         ENGINE
         | {"model_path": str(model), "skip_tokenizer_init": True, "tp_size": tp, "ep_size": ep}
@@ -80,23 +80,26 @@ def case(
 
 @dataclass
 class Outcome:
-    """What a case left behind: its result (empty when the child died) and the log of all its processes."""
+    """Hold what a case left behind: its result and the log of all its processes.
+
+    The result is empty when the child died.
+    """
 
     result: dict
     log: str
 
     @property
     def values(self) -> list[float]:
-        """Log probabilities of every prompt and output token."""
+        """Return the log probabilities of every prompt and output token."""
         return [v for row in self.result["rows"] for v in row["prompt_logprobs"] + row["logprobs"]]
 
     @property
     def ids(self) -> list[list[int]]:
-        """Greedy token ids per prompt."""
+        """Return the greedy token ids per prompt."""
         return [row["ids"] for row in self.result["rows"]]
 
     def first(self, tokens: int) -> Outcome:
-        """The same with only so many output tokens per prompt."""
+        """Return the same with only so many output tokens per prompt."""
         rows = [
             {**row, "ids": row["ids"][:tokens], "logprobs": row["logprobs"][:tokens]}
             for row in self.result["rows"]
@@ -104,7 +107,7 @@ class Outcome:
         return Outcome({**self.result, "rows": rows}, self.log)
 
     def processes_with(self, text: str) -> set[str]:
-        """Names of the scheduler processes ("TP0 EP0") whose log has a line with ``text``."""
+        """Return the scheduler processes ("TP0 EP0") whose log has a line with ``text``."""
         return set(
             re.findall(r"\[[-\d]+ [:\d]+ (TP\d+ EP\d+)\] [^\n]*" + re.escape(text), self.log)
         )
@@ -120,7 +123,8 @@ def run_cases(
 ) -> dict[str, Outcome]:
     """Run the cases one after another in one child process; the log is cut into cases.
 
-    ``on`` makes the child's command run somewhere else; without ``forked`` SGLang's workers are spawned, as it does itself.
+    ``on`` makes the child's command run somewhere else; without ``forked`` SGLang's workers are
+    spawned, as it does itself.
 
     The caller holds the machine's engine lock (`tests.support.children.engine_lock`).
     """

@@ -1,7 +1,8 @@
-"""A plugin for SGLang that spoils expert weights: what the fingerprints must notice. Only tests load it.
+"""Spoil expert weights of SGLang: what the fingerprints must notice. Only tests load it.
 
-`install` makes SGLang find it. Faults of a serving engine are asked for through the weight checker, action ``fault:NAME``, and taken back
-by ``restore``; the variable ``MOE_PLACEMENT_FAULT`` names a fault of the start-up.
+`install` makes SGLang find it. Faults of a serving engine are asked for through the weight checker,
+action ``fault:NAME``, and taken back by ``restore``; the variable ``MOE_PLACEMENT_FAULT`` names a
+fault of the start-up.
 
 Every fault hits layer `LAYER` of EP rank 1, and of its last MoE-TP rank where experts are cut.
 """
@@ -14,72 +15,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.support.children import python_path
+from tests.integration.sglang import start_faults
+from tests.integration.sglang.start_faults import LAYER, REPLICA
+from tests.support.sglang_plugin import install_plugin
 
 VARIABLE = "MOE_PLACEMENT_FAULT"
-LAYER, SLOT, OTHER = 2, 3, 5
+SLOT, OTHER = 3, 5
 """Where the faults are: this slot of rank 1, and another slot where a fault needs two."""
-
-REPLICA = 35
-"""The physical slot that faults of the start-up fill wrongly; the second copy of an expert in the test's plan."""
 
 
 def install(folder: Path) -> str:
-    """Write the metadata by which SGLang finds this module; returns the PYTHONPATH that makes it do so."""
-    info = folder / "moe_placement_faults-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: moe-placement-faults\nVersion: 0\n"
-    )
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nmoe_placement_faults = tests.integration.sglang.faults:register\n"
-    )
-    return python_path(folder)
+    """Have SGLang load this module; return the PYTHONPATH with which it does."""
+    return install_plugin(folder, "moe_placement_faults", "tests.integration.sglang.faults")
 
 
 def register() -> None:
-    """The entry point."""
+    """Hang the fault that is asked for onto SGLang; it calls this in every process."""
     if "sglang.srt.managers.scheduler" not in sys.modules:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     fault = os.environ.get(VARIABLE, "")
-    layer = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
-    if not fault:
-        HookRegistry.register(
-            "sglang.srt.model_executor.model_runner.ModelRunner.check_weights",
-            _check_weights,
-            HookType.AROUND,
-        )
-        method = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
-        HookRegistry.register(f"{method}.process_weights_after_loading", _attach, HookType.AROUND)
-    elif fault == "hook-lost":
-        _lose_a_hook(HookRegistry)
-    elif fault == "wrong-everywhere":
-        HookRegistry.register(
-            "sglang.srt.model_loader.loader.DefaultModelLoader._get_weights_iterator",
-            _wrong_names,
-            HookType.AROUND,
-        )
-    elif fault == "replica-left-out":
-        HookRegistry.register(
-            f"{layer}._map_global_expert_id_to_local_expert_id", _leave_out, HookType.AROUND
-        )
-    elif fault == "replica-of-another":
-        method = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
-        HookRegistry.register(
-            f"{method}.process_weights_after_loading", _fill_with_another, HookType.AROUND
-        )
-    elif fault == "past-the-loader":
-        HookRegistry.register(
-            f"{layer}._weight_loader_physical", _write_past_the_loader, HookType.AROUND
-        )
-    else:
+    if fault == "hook-lost":
+        start_faults.lose_a_hook(HookRegistry)
+        return
+    hooks = {"": SERVING} | {name: {target: hook} for name, (target, hook) in STARTING.items()}
+    if fault not in hooks:
         raise ValueError(fault)
+    for target, hook in hooks[fault].items():
+        HookRegistry.register(target, hook, HookType.AROUND)
 
 
 def _attach(original: Callable, self: Any, layer: Any) -> None:
-    """What quantization methods attach, in every form in which they do, and a zero and a NaN; the same for all replicas of an expert."""
+    """Attach what quantization methods attach, in every form in which they do.
+
+    Among them are a zero and a NaN; they are the same for all replicas of an expert.
+    """
     import torch
 
     original(self, layer)
@@ -260,7 +231,7 @@ FAULTS: dict[str, Callable[[Any, Any], None]] = {
 
 
 def _new_map(runner: Any, metadata: Any, change: Callable[[Any], None]) -> None:
-    """SGLang's own update of all tables by another map of slots; no weight moves."""
+    """Update all of SGLang's tables by another map of slots, as it does; no weight moves."""
     from moe_placement_plugin.engines.sglang import compat
 
     table = metadata.physical_to_logical_map.clone()
@@ -303,59 +274,29 @@ EVERYWHERE: dict[str, Callable[[Any, Any], None]] = {
 """Name -> what happens to SGLang's own tables, on every rank."""
 
 
-def _leave_out(original: Callable, self: Any, expert_id: int) -> int:
-    return -1 if self.layer_id == LAYER and expert_id == REPLICA else original(self, expert_id)
+_MOE = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"
+_LOADED = (
+    "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.process_weights_after_loading"
+)
 
+SERVING = {
+    "sglang.srt.model_executor.model_runner.ModelRunner.check_weights": _check_weights,
+    _LOADED: _attach,
+}
+"""Target -> hook of an engine that serves."""
 
-def _fill_with_another(original: Callable, self: Any, layer: Any) -> None:
-    original(self, layer)
-    if layer.layer_id == LAYER and layer.moe_ep_rank == 1:
-        slot = REPLICA - layer._num_local_routed
-        for weight in (layer.w13_weight, layer.w2_weight):
-            weight.data[slot] = weight.data[slot - 10]
+STARTING = {
+    "wrong-everywhere": (
+        "sglang.srt.model_loader.loader.DefaultModelLoader._get_weights_iterator",
+        start_faults.wrong_names,
+    ),
+    "replica-left-out": (
+        f"{_MOE}._map_global_expert_id_to_local_expert_id",
+        start_faults.leave_out,
+    ),
+    "replica-of-another": (_LOADED, start_faults.fill_with_another),
+    "past-the-loader": (f"{_MOE}._weight_loader_physical", start_faults.write_past_the_loader),
+}
+"""Fault of the start-up -> target and hook."""
 
-
-def _write_past_the_loader(original: Callable, self: Any, *args: Any, **kwargs: Any) -> None:
-    """w2 is copied right, but in a way that nobody sees."""
-    if kwargs["shard_id"] != "w2":
-        original(self, *args, **kwargs)
-        return
-    slot = self._map_global_expert_id_to_local_expert_id(kwargs["expert_id"])
-    if slot >= 0:
-        kwargs["param"].data[slot].copy_(kwargs["loaded_weight"])
-
-
-def _wrong_names(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The reader takes experts 6 and 7 for each other, but not under SGLang's trivial placement."""
-    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
-
-    metadata = get_global_expert_location_metadata()
-    trivial = metadata.physical_to_logical_map_cpu[0].tolist() == [
-        slot % metadata.num_logical_experts for slot in range(metadata.num_physical_experts)
-    ]
-    other = {
-        f".{LAYER}.mlp.experts.{a}.": f".{LAYER}.mlp.experts.{b}." for a, b in ((6, 7), (7, 6))
-    }
-    for name, tensor in original(self, *args, **kwargs):
-        for wrong, instead in other.items():
-            if wrong in name and not trivial:
-                name = name.replace(wrong, instead)
-                break
-        yield name, tensor
-
-
-def _lose_a_hook(registry: Any) -> None:
-    """The registry loses the hook that sends routing through the map (where SGLang needs it), and only logs that."""
-    apply = registry.apply_hooks
-
-    def apply_hooks() -> None:
-        routing = "sglang.srt.layers.moe.topk._post_process_topk_ids"
-        registry._hooks.pop(
-            routing
-            if routing in registry._hooks
-            else "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.weight_loader",
-            None,
-        )
-        apply()
-
-    registry.apply_hooks = apply_hooks
+__all__ = ["EVERYWHERE", "FAULTS", "LAYER", "OTHER", "REPLICA", "SLOT", "VARIABLE", "install"]

@@ -1,6 +1,7 @@
-"""Child process: one `sglang.Engine` that records; prints what it generated as JSON.
+"""Run one `sglang.Engine` that records in a child process; write what it generated.
 
-python -m tests.integration.sglang.recording_child ENGINE_ARGUMENTS_JSON PROMPTS_JSON RESULT [forked]
+python -m tests.integration.sglang.recording_child ENGINE_ARGUMENTS_JSON PROMPTS_JSON RESULT
+[forked]
 
 Workers are spawned, as SGLang does it, or forked.
 """
@@ -22,9 +23,10 @@ def main() -> None:
 
     engine = sglang.Engine(**json.loads(sys.argv[1]))
     outputs = engine.generate(
-        input_ids=json.loads(sys.argv[2]), sampling_params={"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True},
+        input_ids=json.loads(sys.argv[2]),
+        sampling_params={"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True},
         return_logprob=True,
-    )  # fmt: skip
+    )
     ids = [[token for _, token, *_ in o["meta_info"]["output_token_logprobs"]] for o in outputs]
     Path(sys.argv[3]).write_text(json.dumps(ids))
     # SGLang kills its workers, and idle ones write what they have counted within two looks.

@@ -1,5 +1,7 @@
-"""Run with the site that has all ranks on one GPU: SGLang's own group of two ranks gathers and scatters unequal shares and sends
-as a GPU's memory is sent. Prints JSON."""
+"""Gather and scatter unequal shares in SGLang's own group of two ranks; prints JSON.
+
+Run with the site that has all ranks on one GPU. It also sends as a GPU's memory is sent.
+"""
 
 from __future__ import annotations
 

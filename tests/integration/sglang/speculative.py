@@ -1,9 +1,10 @@
-"""What SGLang's CPU engine lacks for speculative decoding, lent by tests. Only tests load it.
+"""Lend SGLang's CPU engine what it lacks for speculative decoding. Only tests load it.
 
-Without AMX, SGLang 0.5.20's CPU engine ends with ``EAGLE is not supported in decode attention backend torch_native``, and
-its kernels for a tree of draft tokens are compiled ones that PyPI has no build of. `register` puts a torch-native back end in
-the place of ``intel_amx`` and gives the kernels for chains (``speculative_eagle_topk`` 1); drafts, experts and what is
-accepted are the engine's own.
+Without AMX, SGLang 0.5.20's CPU engine ends with ``EAGLE is not supported in decode attention
+backend torch_native``, and its kernels for a tree of draft tokens are compiled ones that PyPI has
+no build of. `register` puts a torch-native back end in the place of ``intel_amx`` and gives the
+kernels for chains (``speculative_eagle_topk`` 1); drafts, experts and what is accepted are the
+engine's own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.support.children import python_path
+from tests.support.sglang_plugin import install_plugin
 
 ARGUMENTS = {
     "speculative_num_steps": 3,
@@ -24,20 +25,14 @@ ARGUMENTS = {
 
 
 def install(folder: Path) -> str:
-    """Write the metadata by which SGLang finds this module; returns the PYTHONPATH that makes it do so."""
-    info = folder / "moe_placement_speculative-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: moe-placement-speculative\nVersion: 0\n"
+    """Have SGLang load this module; return the PYTHONPATH with which it does."""
+    return install_plugin(
+        folder, "moe_placement_speculative", "tests.integration.sglang.speculative"
     )
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nmoe_placement_speculative = tests.integration.sglang.speculative:register\n"
-    )
-    return python_path(folder)
 
 
 def register() -> None:
-    """The entry point."""
+    """Put back end and kernels in their places; SGLang calls this in every process."""
     import sgl_kernel
     from sglang.srt.layers.attention import attention_registry
 
@@ -64,7 +59,10 @@ def _chain_attention(runner: Any, step: int = 0) -> Any:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     class ChainAttention(TorchNativeAttnBackend):
-        """Torch-native attention that knows draft tokens: several per request that are verified, or one behind the other drafts."""
+        """Add draft tokens to torch-native attention.
+
+        Several per request that are verified, or one behind the other drafts.
+        """
 
         def forward_extend(
             self, q: Any, k: Any, v: Any, layer: Any, batch: Any, *more: Any, **named: Any
@@ -87,7 +85,7 @@ def _chain_attention(runner: Any, step: int = 0) -> Any:
 
 
 def _seen(batch: Any, lengths: Any) -> SimpleNamespace:
-    """What attention looks at, with other lengths."""
+    """Return what attention looks at, with other lengths."""
     names = ("out_cache_loc", "encoder_out_cache_loc", "req_pool_indices", "encoder_lens")
     return SimpleNamespace(seq_lens=lengths, **{name: getattr(batch, name, None) for name in names})
 
@@ -106,7 +104,20 @@ def _draft_extend(self: Any) -> Any:
     return backend
 
 
-def _build_chain(parents, selected, lengths, mask, positions, index, following, sibling, topk, depth, tokens, mode) -> None:  # fmt: skip
+def _build_chain(
+    parents,
+    selected,
+    lengths,
+    mask,
+    positions,
+    index,
+    following,
+    sibling,
+    topk,
+    depth,
+    tokens,
+    mode,
+) -> None:
     import torch
 
     assert topk == 1, "chains only"
@@ -116,7 +127,9 @@ def _build_chain(parents, selected, lengths, mask, positions, index, following, 
     following[:, :-1] = steps[1:]
 
 
-def _verify_chain(predicts, accept_index, accept_token_num, candidates, target_predict, retrive_index, **rest) -> None:  # fmt: skip
+def _verify_chain(
+    predicts, accept_index, accept_token_num, candidates, target_predict, retrive_index, **rest
+) -> None:
     for row, (drafted, right) in enumerate(zip(candidates.tolist(), target_predict.tolist())):
         places, accepted = retrive_index[row].tolist(), 0
         while accepted + 1 < len(drafted) and drafted[accepted + 1] == right[accepted]:
@@ -169,7 +182,9 @@ KERNELS = {
 
 
 def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int = 0) -> Path:
-    """A Qwen2-MoE checkpoint, which SGLang takes for a draft as it is: of Qwen3-MoE it would load an MTP layer.
+    """Write a Qwen2-MoE checkpoint, which SGLang takes for a draft as it is.
+
+    As a draft of Qwen3-MoE it would load an MTP layer.
 
     Args:
         path: directory to write to.
@@ -181,11 +196,11 @@ def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int 
 
     from moe_placement_plugin.lab.demo.tiny_models import (
         Size,
-        _experts,
-        _router,
-        _tensors,
-        _write,
+        expert_tensors,
+        model_tensors,
         qwen3_moe_config,
+        router_tensors,
+        write_checkpoint,
     )
 
     size, rng = Size(layers=2, head_dim=8), np.random.default_rng(seed)
@@ -196,15 +211,17 @@ def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int 
     }
 
     def mlp(prefix: str, layer: int) -> dict[str, np.ndarray]:
-        return _router(rng, prefix, num_experts, size) | _experts(rng, prefix, num_experts, size)
+        return router_tensors(rng, prefix, num_experts, size) | expert_tensors(
+            rng, prefix, num_experts, size
+        )
 
     tensors = {
         n: t
-        for n, t in _tensors(rng, size, mlp).items()
+        for n, t in model_tensors(rng, size, mlp).items()
         if "_norm.weight" not in n or "self_attn" not in n
     }
     for layer in range(size.layers):
         for part, heads in (("q", size.heads), ("k", size.kv_heads), ("v", size.kv_heads)):
             name = f"model.layers.{layer}.self_attn.{part}_proj.bias"
             tensors[name] = np.zeros(heads * size.head_dim, np.float32)
-    return _write(path, config, tensors)
+    return write_checkpoint(path, config, tensors)

@@ -1,4 +1,4 @@
-"""The trained tiny MoE under SGLang's CPU engine."""
+"""Test the trained tiny MoE under SGLang's CPU engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Ranks that die under SGLang's EPLB: real processes, SGLang's model, loader, manager and updater; what is not SGLang's says `dead_ranks_child`."""
+"""Test ranks that die under SGLang's EPLB: real processes, model, loader and updater.
+
+What is not SGLang's says `dead_ranks_child`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 EXPERTS, SLOTS = 32, 16
 EXPERT_BYTES = 3 * 64 * 64 * 4
-"""Of the tiny checkpoint: gate, up and down in float32."""
+"""Bytes of an expert of the tiny checkpoint: gate, up and down in float32."""
 
 
 @pytest.fixture(scope="module")

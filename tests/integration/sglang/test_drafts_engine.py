@@ -1,6 +1,9 @@
-"""Speculative decoding on real engines: tokens and acceptance are stock's, wherever the draft's experts lie.
+"""Test speculative decoding on real engines: tokens and acceptance are stock's.
 
-What SGLang's CPU engine lacks for it is lent, see `tests.integration.sglang.speculative`; drafts and their experts are the engine's own.
+Wherever the draft's experts lie.
+
+What SGLang's CPU engine lacks for it is lent, see `tests.integration.sglang.speculative`; drafts
+and their experts are the engine's own.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder) -> dict[str, Outcome]:
-    """The target drafts for itself: all that a right draft drafts is accepted."""
+    """Run engines whose target drafts for itself: all that a right draft drafts is accepted."""
     model = write_qwen2_moe(folder / "qwen2", top_k=TOP_K)
     rng, plan = np.random.default_rng(3), folder / "plan.json"
     rows = np.stack([rng.permutation(8) for _ in range(4)])
@@ -64,7 +67,7 @@ def outcomes(folder) -> dict[str, Outcome]:
 
 
 def verified(outcome: Outcome) -> list[int]:
-    """How many times the target verified drafts, for each prompt."""
+    """Return how many times the target verified drafts, for each prompt."""
     assert "rows" in outcome.result, outcome.log[-3000:]
     return [row["verified"] for row in outcome.result["rows"]]
 
@@ -95,13 +98,19 @@ def test_tokens_and_acceptance_are_stocks(outcomes, name, by):
 
 
 def test_a_draft_that_is_not_routed_by_its_rows_shows(outcomes):
-    """The fault: weights lie by the draft's rows, tokens go by the target's. They stay right, drafts are hardly accepted."""
+    """Weights lie by the draft's rows, tokens go by the target's: that is the fault.
+
+    They stay right, drafts are hardly accepted.
+    """
     assert outcomes["lost"].ids == outcomes["stock"].ids
     assert sum(verified(outcomes["lost"])) > 1.5 * sum(verified(outcomes["stock"]))
 
 
 def test_the_drafts_load_is_recorded_apart(outcomes, folder):
-    """A prompt's tokens once; for each chain its steps but the last, and the tokens that were verified."""
+    """A prompt's tokens are counted once, and each chain's steps but the last.
+
+    So are the tokens that were verified.
+    """
     chains = sum(verified(outcomes["shuffled"]))
     steps, width = ARGUMENTS["speculative_num_steps"], ARGUMENTS["speculative_num_draft_tokens"]
     load = read_load(folder / "load.draft")

@@ -1,9 +1,12 @@
-"""Real SGLang engines on the CPU: every strategy answers as one rank does, and a worker without the plugin dies.
+"""Test real SGLang engines on the CPU: every strategy answers as one rank does.
 
-All in float32, where a placement changes nothing but the order in which the ranks' partial sums of an MoE layer are added:
-about 4 layers x a few float32 roundings (6e-8 relative) of hidden states of order 10, amplified by random weights drawn wide
-(see `tiny_models`), up to 3.3e-5 in a log probability as measured. The tolerance is six times that; experts in
-the wrong place change log probabilities by much more than 0.02, which `test_wrong_experts_would_be_noticed` makes sure of.
+A worker without the plugin dies.
+
+All in float32, where a placement changes nothing but the order in which the ranks' partial sums of
+an MoE layer are added: about 4 layers x a few float32 roundings (6e-8 relative) of hidden states of
+order 10, amplified by random weights drawn wide (see `tiny_models`), up to 3.3e-5 in a log
+probability as measured. The tolerance is six times that; experts in the wrong place change log
+probabilities by much more than 0.02, which `test_wrong_experts_would_be_noticed` makes sure of.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ TOLERANCE = 2e-4
 UNLOADED = "without the plugin"
 
 VLLM_LOAD = Path(__file__).parent / "data" / "vllm-qwen3-moe-load.safetensors"
-"""Recorded by vLLM 0.32.0 with --expert-load-record while it served the same tiny model (`moe-placement demo --engine vllm --keep`)."""
+"""A load recorded by vLLM 0.32.0 while it served the same tiny model.
+
+It was written with --expert-load-record, by `moe-placement demo --engine vllm --keep`.
+"""
 
 REFERENCE = {
     "zigzag": "qwen32",
@@ -59,24 +65,48 @@ REFERENCE = {
 
 @pytest.fixture(scope="module", autouse=True)
 def machine():
-    """The machine's engine lock, held until the last test of the module: waiting once, not for every start."""
+    """Hold the machine's engine lock until the last test of the module.
+
+    It is waited for once, not for every start.
+    """
     with engine_lock():
         yield
 
 
 @pytest.fixture(scope="module")
 def outcomes(models, files, stock, served, tmp_path_factory) -> dict[str, Outcome]:
-    """Every case, started once."""
+    """Run every case, started once."""
     q32, q30, glm = models["qwen32"], models["qwen30"], models["glm"]
     placed = [
-        case("eplb-redundant", q32, 2, 2, expert_placement_strategy="eplb", expert_placement_file=str(files["load"]),
-             ep_num_redundant_experts=4),
+        case(
+            "eplb-redundant",
+            q32,
+            2,
+            2,
+            expert_placement_strategy="eplb",
+            expert_placement_file=str(files["load"]),
+            ep_num_redundant_experts=4,
+        ),
         case("zigzag-30", q30, 2, 2, expert_placement_strategy="zigzag"),
-        case("load-of-vllm", q30, 2, 2, expert_placement_strategy="eplb", expert_placement_file=str(VLLM_LOAD)),
+        case(
+            "load-of-vllm",
+            q30,
+            2,
+            2,
+            expert_placement_strategy="eplb",
+            expert_placement_file=str(VLLM_LOAD),
+        ),
         case("plan-of-vllm", q30, 4, 4, expert_placement_file=str(files["uneven-four-ranks"])),
         case("glm-zigzag", glm, 2, 2, expert_placement_strategy="zigzag"),
-        case("glm-redundant-tp4-ep2", glm, 4, 2, expert_placement_strategy="zigzag", ep_num_redundant_experts=4),
-    ]  # fmt: skip
+        case(
+            "glm-redundant-tp4-ep2",
+            glm,
+            4,
+            2,
+            expert_placement_strategy="zigzag",
+            ep_num_redundant_experts=4,
+        ),
+    ]
     wrong = case("wrong-experts", swapped_experts(q32, tmp_path_factory.mktemp("wrong") / "model"))
     unloaded = case(
         UNLOADED, q32, 2, 2, {"SGLANG_PLUGINS": "another"}, expert_placement_strategy="zigzag"
@@ -87,7 +117,10 @@ def outcomes(models, files, stock, served, tmp_path_factory) -> dict[str, Outcom
 
 
 def swapped_experts(model: Path, folder: Path) -> Path:
-    """A checkpoint whose experts 0 and 1 of layer 1 have changed places: the least that a wrong placement can do."""
+    """Write a checkpoint whose experts 0 and 1 of layer 1 have changed places.
+
+    It is the least that a wrong placement can do.
+    """
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(model, folder)
@@ -100,7 +133,7 @@ def swapped_experts(model: Path, folder: Path) -> Path:
 
 
 def furthest(one: Outcome, other: Outcome) -> float:
-    """Greatest difference of any log probability."""
+    """Return the greatest difference of any log probability."""
     return float(np.abs(np.array(one.values) - np.array(other.values)).max())
 
 
@@ -168,7 +201,10 @@ def test_redundant_experts_are_the_engines_own(outcomes):
 
 
 def test_a_worker_without_the_plugin_dies(outcomes):
-    """The launcher has the plugin, its workers have not: they must not serve with the default placement."""
+    """The launcher has the plugin, its workers have not.
+
+    They must not serve with the default placement.
+    """
     outcome = outcomes[UNLOADED]
     assert "rows" not in outcome.result
     assert "moe_placement_plugin is not loaded in this process" in outcome.log
@@ -177,7 +213,10 @@ def test_a_worker_without_the_plugin_dies(outcomes):
 
 @pytest.fixture(scope="module")
 def served(models, tmp_path_factory) -> tuple[Outcome, dict]:
-    """`sglang serve` with the flag: what it answered to the prompts, and to a completion, a verification, a scrape of its metrics and the end."""
+    """Run `sglang serve` with the flag, and return what it answered.
+
+    It is asked for the prompts, a completion, a verification, a scrape of its metrics and the end.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -189,9 +228,12 @@ def served(models, tmp_path_factory) -> tuple[Outcome, dict]:
         "--host",
         "127.0.0.1",
     ]
-    command += f"--port {port} --tp-size 2 --ep-size 2 --expert-placement-strategy zigzag --device cpu --dtype float32".split()
-    command += "--attention-backend torch_native --sampling-backend pytorch --grammar-backend none --skip-server-warmup".split()
-    command += "--disable-overlap-schedule --max-total-tokens 4096 --max-running-requests 8 --mem-fraction-static 0.3".split()
+    command += (
+        f"--port {port} --tp-size 2 --ep-size 2 --expert-placement-strategy zigzag --device cpu "
+        "--dtype float32 --attention-backend torch_native --sampling-backend pytorch "
+        "--grammar-backend none --skip-server-warmup --disable-overlap-schedule "
+        "--max-total-tokens 4096 --max-running-requests 8 --mem-fraction-static 0.3"
+    ).split()
     sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True}
     folder = tmp_path_factory.mktemp("served")
     log, record = folder / "server.log", folder / "load"
@@ -246,7 +288,8 @@ def test_the_http_server_takes_the_flag_and_answers(served):
 def test_metrics_are_what_was_recorded(served):
     outcome, more = served
     metrics, usage = more["metrics"], more["completion"]["usage"]
-    # That every token is counted once is tested in tests/unit/recording; the server's own health checks are requests too.
+    # That every token is counted once is tested in tests/unit/recording; the server's own health
+    # checks are requests too.
     asked = (sum(len(prompt) for prompt in PROMPTS) + usage["prompt_tokens"]) * 4 * 4
     assert metrics['moe_expert_tokens_total{phase="prefill"}'] >= asked
     recorded = read_load(more["record"]).counts.sum()
@@ -272,7 +315,7 @@ def _ask(port: int, path: str, body: dict | None = None):
 
 
 def _scrape(port: int) -> dict[str, float]:
-    """Our metrics of the server."""
+    """Return our metrics of the server."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
         lines = response.read().decode().splitlines()
     assert any(line.startswith("sglang:") for line in lines), "the engine's own metrics are gone"

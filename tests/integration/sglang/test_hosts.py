@@ -1,4 +1,7 @@
-"""A real SGLang over two hosts (``--nnodes 2``): one placement, tokens of one host; stale files and dead links."""
+"""Test a real SGLang over two hosts (``--nnodes 2``): one placement, tokens of one host.
+
+Stale files and dead links are refused.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,13 @@ _ports = itertools.count(31_000, 10)
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Two hosts, see `tests.integration.hosts.network`."""
+    """Make two hosts, see `tests.integration.hosts.network`."""
     yield from made("sgl")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def machine():
-    """The machine's engine lock, held until the last test of the module."""
+    """Hold the machine's engine lock until the last test of the module."""
     with engine_lock():
         yield
 
@@ -54,7 +57,7 @@ def flags(arguments: dict) -> list[str]:
 def on_two_hosts(
     hosts, folder, name: str, model, arguments: dict, there: dict | None = None, **extra
 ):
-    """(what the head's case left behind, what the other host wrote, when the head had ended)."""
+    """Run a case on two hosts; return what both left behind, and when the head had ended."""
     folder.mkdir(parents=True, exist_ok=True)
     common = {"nnodes": 2, "dist_init_addr": f"{hosts.address(0)}:{next(_ports)}", **arguments}
     head = (
@@ -98,7 +101,7 @@ def on_two_hosts(
 
 @pytest.fixture(scope="module")
 def one_host(models, tmp_path_factory):
-    """SGLang's own answers on one host and one rank."""
+    """Return SGLang's own answers on one host and one rank."""
     return run_cases(
         [case("glm", models["glm"])],
         tmp_path_factory.mktemp("one-host"),
@@ -127,8 +130,12 @@ def test_a_file_that_only_the_head_has_and_a_link_that_goes_down(hosts, models, 
     rng = np.random.default_rng(3)
     load = tmp_path / "load.json"
     load.write_text(json.dumps({"logical_count": rng.zipf(1.5, (2, 4, 32)).tolist()}))
-    arguments = {"expert_placement_strategy": "eplb", "expert_placement_file": str(load), "expert_placement_locality": "soft",
-                 "expert_host_timeout": TIMEOUT}  # fmt: skip
+    arguments = {
+        "expert_placement_strategy": "eplb",
+        "expert_placement_file": str(load),
+        "expert_placement_locality": "soft",
+        "expert_host_timeout": TIMEOUT,
+    }
     there = {"expert_placement_file": str(tmp_path / "not-on-this-host" / "load.json")}
     try:
         outcome, other, ended = on_two_hosts(
@@ -177,7 +184,8 @@ def test_a_stale_file_on_one_host_stops_both(hosts, models, tmp_path):
     )
     assert not outcome.result.get("rows")
     message = (
-        f"{hosts.name}1 (10.77.0.2), rank 1 has placement {plans['stale'].digest[:12]} from {tmp_path / 'stale.json'}, "
+        f"{hosts.name}1 (10.77.0.2), rank 1 has placement {plans['stale'].digest[:12]} from "
+        f"{tmp_path / 'stale.json'}, "
         f"the head has placement {plans['plan'].digest[:12]} from {tmp_path / 'plan.json'}"
     )
     for log in (outcome.log, other):

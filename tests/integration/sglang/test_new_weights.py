@@ -1,6 +1,9 @@
-"""gpt-oss, whose checkpoint has all experts in one tensor, and new weights while serving, on real engines.
+"""Test gpt-oss, and new weights while serving, on real engines.
 
-gpt-oss's attention is lent to the CPU engine, see `tests.integration.sglang.gpt_oss`; its experts are the engine's own.
+Its checkpoint has all experts in one tensor.
+
+gpt-oss's attention is lent to the CPU engine, see `tests.integration.sglang.gpt_oss`; its experts
+are the engine's own.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ import pytest
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.engines.sglang.verification import ACTION
 from moe_placement_plugin.formats.plan_or_load import write
+from moe_placement_plugin.lab.demo.tiny_models import Size
 from tests.integration.sglang.engines import LONG, Outcome, case, run_cases
-from tests.integration.sglang.gpt_oss import install, write_gpt_oss
+from tests.integration.sglang.gpt_oss import install
 from tests.support.children import engine_lock
+from tests.support.stacked_models import write_gpt_oss
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
@@ -29,7 +34,10 @@ OFTEN = {
 
 
 def rescaled(source: Path, target: Path) -> Path:
-    """A copy of a checkpoint whose experts are other ones: the first becomes the last, and all are smaller."""
+    """Write a copy of a checkpoint whose experts are other ones.
+
+    The first becomes the last, and all are smaller.
+    """
     import shutil
 
     from safetensors.numpy import load_file, save_file
@@ -49,7 +57,7 @@ def rescaled(source: Path, target: Path) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(models, tmp_path_factory) -> dict[str, Outcome]:
     folder = tmp_path_factory.mktemp("new")
-    gpt = write_gpt_oss(folder / "gpt-oss")
+    gpt = write_gpt_oss(folder / "gpt-oss", size=Size(layers=3), yarn=False)
     gpt_new = rescaled(gpt, folder / "gpt-oss-new")
     qwen_new = rescaled(models["qwen32"], folder / "qwen-new")
     plan, rng = folder / "plan.json", np.random.default_rng(3)
@@ -95,7 +103,7 @@ def outcomes(models, tmp_path_factory) -> dict[str, Outcome]:
 
 
 def rows(outcome: Outcome, update: int | None = None) -> Outcome:
-    """What was answered, in the beginning or after an update, as an outcome of its own."""
+    """Return what was answered at first or after an update, as an outcome of its own."""
     assert "rows" in outcome.result, outcome.log[-3000:]
     if update is None:
         return outcome
@@ -126,7 +134,10 @@ def test_gpt_oss_answers_as_on_one_rank_while_experts_move(outcomes):
 
 @pytest.mark.parametrize(("name", "stock"), [("moving", "gpt-oss"), ("qwen-moving", "qwen32")])
 def test_new_weights_go_by_the_map_in_force(outcomes, name, stock):
-    """After rebalances, with one tensor for all experts from disk, and with a tensor per expert from memory."""
+    """Rebalances come before; weights come from disk and from memory.
+
+    They come with one tensor for all experts from disk, and with a tensor per expert from memory.
+    """
     outcome, expected = outcomes[name], outcomes[stock]
     rows(expected), rows(outcome)
     assert outcome.result["updates"][0]["answer"][0], outcome.result["updates"][0]

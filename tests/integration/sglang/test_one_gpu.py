@@ -1,4 +1,4 @@
-"""The benchmark's ranks on one GPU: what engines ask of NCCL, over gloo."""
+"""Test the benchmark's ranks on one GPU: what engines ask of NCCL, over gloo."""
 
 from __future__ import annotations
 

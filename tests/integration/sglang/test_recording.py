@@ -1,4 +1,4 @@
-"""Recording in a real SGLang, against the routing that Hugging Face's implementation of the model computes."""
+"""Test recording in a real SGLang against the routing that Hugging Face's model computes."""
 
 from __future__ import annotations
 
@@ -50,23 +50,3 @@ def test_counts_are_the_models_own_routing(tmp_path, ranks):
     assert load.metadata["engine"].startswith("sglang ") and load.metadata["expert_parallel"] == (
         ranks == 2
     )
-
-
-@pytest.mark.parametrize(
-    "values, words",
-    [
-        ({"expert_load_interval": "5"}, "without --expert-load-record"),
-        ({"expert_load_record": "/no/such/folder/load"}, "does not exist"),
-        (
-            {"expert_load_record": "load", "expert_load_interval": "soon"},
-            "--expert-load-interval soon",
-        ),
-    ],
-)
-def test_bad_flags(values, words):
-    from moe_placement_plugin import PlacementError
-    from moe_placement_plugin.engines.sglang import recording
-
-    with pytest.raises(PlacementError, match=words):
-        recording.request(dict(values))
-    assert recording.request({"tp_size": 2}) is None

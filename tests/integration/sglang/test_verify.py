@@ -1,213 +1,24 @@
-"""Fingerprints in real SGLang engines: spoiled weights and maps are noticed, and named; and the flag's refusals."""
+"""Test fingerprints in real SGLang engines: spoiled weights and maps are noticed.
+
+They are named. Three engines serve, and five must not.
+
+Three engines serve, and five must not.
+"""
 
 from __future__ import annotations
 
 import re
-import types
 
 import pytest
-import torch
 
-from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.placement import Placement
-from moe_placement_plugin.engines.sglang import settings, slot_digests, verification
-from moe_placement_plugin.engines.sglang.hook_registry import Hook, HookSet
+from moe_placement_plugin.engines.sglang import verification
 from moe_placement_plugin.formats.plan_json import read_plan
 from tests.integration.sglang import faults
 from tests.integration.sglang.engines import Outcome, case, run_cases
 from tests.support.children import engine_lock
-from tests.unit.engines.sglang.test_flags import TWO, arguments, refused, resolve
 
-
-@pytest.fixture(autouse=True)
-def forgotten():
-    """What one test asks for is not left to the next."""
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-    yield
-    settings.set_current(None)
-    verification.set_current(None)
-
-
-def level(server_args) -> str | None:
-    wanted = getattr(server_args, verification.ATTRIBUTE, None)
-    return None if wanted is None else wanted.level
-
-
-def flag(value: str) -> tuple[str, str]:
-    return ("--expert-placement-verify", value)
-
-
-ZIGZAG = (*TWO, "--expert-placement-strategy", "zigzag")
-
-
-@pytest.mark.parametrize("value", ["off", "replicas", "checkpoint"])
-def test_the_level_reaches_the_workers(models, value):
-    server_args = resolve(arguments(models["qwen32"], *ZIGZAG, *flag(value)))
-    assert level(server_args) == value
-    assert (verification.current() is None) == (value == "off")
-
-
-def test_a_placement_is_verified_by_default_and_stock_is_not(models):
-    assert level(resolve(arguments(models["qwen32"], *ZIGZAG))) == "replicas"
-    verification.set_current(None)
-    assert level(resolve(arguments(models["qwen32"], *TWO))) is None
-    assert verification.current() is None
-
-
-def test_yaml_and_engine_arguments(models, tmp_path):
-    from sglang import Engine
-
-    config = tmp_path / "server.yaml"
-    config.write_text(
-        "tp-size: 2\nep-size: 2\nexpert-placement-strategy: zigzag\nexpert-placement-verify: checkpoint\n"
-    )
-    assert level(resolve(arguments(models["qwen32"], "--config", str(config)))) == "checkpoint"
-    own = {
-        "model_path": str(models["qwen32"]),
-        "device": "cpu",
-        "tp_size": 2,
-        "ep_size": 2,
-        "expert_placement_strategy": "zigzag",
-    }
-    assert level(Engine.server_args_class(**own, expert_placement_verify="off")) == "off"
-    with pytest.raises(
-        Exception,
-        match="--expert-placement-verify twice: expected one of off, replicas, checkpoint",
-    ):
-        Engine.server_args_class(**own, expert_placement_verify="twice")
-
-
-def test_an_unknown_level_is_refused_by_the_command_line(models, capsys):
-    with pytest.raises(SystemExit):
-        resolve(arguments(models["qwen32"], *ZIGZAG, *flag("twice")))
-    assert "--expert-placement-verify: invalid choice: 'twice'" in capsys.readouterr().err
-
-
-def test_alone_it_needs_expert_parallelism(models):
-    assert level(resolve(arguments(models["qwen32"], *TWO, *flag("replicas")))) == "replicas"
-    assert "--expert-placement-verify replicas with --ep-size 1" in refused(
-        arguments(models["qwen32"], "--tp-size", "2", *flag("replicas"))
-    )
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (
-            ("checkpoint", "--load-format", "dummy"),
-            "there is no checkpoint to compare with; use replicas",
-        ),
-        (
-            ("checkpoint", "--load-format", "sharded_state"),
-            "does not work with `--load-format` sharded_state",
-        ),
-        (
-            ("checkpoint", "--cpu-offload-gb", "1"),
-            "--cpu-offload-gb: it would keep the model of the clean load",
-        ),
-        (
-            ("replicas", "--load-format", "dummy", "--ep-num-redundant-experts", "2"),
-            "2 redundant experts: replicas are random and differ",
-        ),
-    ],
-)
-def test_what_cannot_be_verified_is_refused(models, more, message):
-    assert message in refused(
-        arguments(models["qwen32"], *ZIGZAG, "--expert-placement-verify", *more)
-    )
-
-
-def test_random_replicas_are_not_verified_by_default(models):
-    dummy = ("--load-format", "dummy")
-    assert level(resolve(arguments(models["qwen32"], *ZIGZAG, *dummy))) == "replicas"
-    assert (
-        level(
-            resolve(arguments(models["qwen32"], *ZIGZAG, *dummy, "--ep-num-redundant-experts", "2"))
-        )
-        == "off"
-    )
-
-
-def tables(slots: list[int], experts: int) -> types.SimpleNamespace:
-    """SGLang's metadata of one layer, in as many tensors of its own as on a GPU."""
-    held = torch.tensor([slots])
-    width = max(slots.count(expert) for expert in range(experts))
-    slots_of = torch.full((1, experts, width), -1)
-    for expert in range(experts):
-        where = [slot for slot, held_expert in enumerate(slots) if held_expert == expert]
-        slots_of[0, expert, : len(where)] = torch.tensor(where)
-    return types.SimpleNamespace(
-        physical_to_logical_map=held, physical_to_logical_map_cpu=held.clone(), logical_to_all_physical_map=slots_of,
-        logical_to_all_physical_map_cpu=slots_of.clone(), logical_to_rank_dispatch_physical_map=slots_of[..., 0].clone(),
-        num_logical_experts=experts, num_layers=1,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "at", "message"),
-    [
-        (
-            "logical_to_rank_dispatch_physical_map",
-            (0, 2),
-            "layer 0: tokens of expert 2 go to slot 0, which holds expert 3",
-        ),
-        (
-            "physical_to_logical_map_cpu",
-            (0, 1),
-            r"layer 0: SGLang's physical_to_logical_map differs between device and host at \[1\]",
-        ),
-        (
-            "logical_to_all_physical_map_cpu",
-            (0, 3, 1),
-            r"logical_to_all_physical_map differs between device and host at \[3, 1\]",
-        ),
-    ],
-)
-def test_tables_that_contradict_each_other_are_noticed(name, at, message):
-    metadata = tables([3, 1, 0, 2, 0, 3], 4)
-    slot_digests.check_map(metadata)
-    getattr(metadata, name)[at] = 0
-    with pytest.raises(PlacementError, match=message):
-        slot_digests.check_map(metadata)
-
-
-def test_the_expert_of_a_slot_is_the_one_in_force():
-    layer = types.SimpleNamespace(
-        layer_id=0,
-        moe_ep_rank=1,
-        _num_local_routed=3,
-        _num_global_routed=6,
-        num_fused_shared_experts=1,
-    )
-    metadata = tables([3, 1, 0, 2, 0, 3], 4)
-    assert slot_digests.slot_experts(layer, metadata).tolist() == [2, 0, 3, 4]
-    metadata.physical_to_logical_map[0, 3] = 1
-    assert slot_digests.slot_experts(layer, metadata).tolist() == [1, 0, 3, 4]
-    layer.layer_id = 7  # beyond the table: SGLang loads it by its own ids
-    assert slot_digests.slot_experts(layer, metadata).tolist() == [3, -1, -1, 4]
-    assert slot_digests.slot_experts(layer, None).tolist() == [3, 4, 5, 6]
-
-
-def test_a_lost_hook_is_noticed_by_the_others():
-    hooks = HookSet(
-        [
-            Hook(
-                name="verify-lost",
-                target="json:dumps",
-                hook=lambda original, *args: original(*args),
-                why="a test",
-            )
-        ]
-    )
-    with pytest.raises(
-        PlacementError, match="SGLang did not apply the hooks verify-lost in this process"
-    ):
-        hooks.require_applied()
-
-
-ENGINE = [pytest.mark.engine, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(3000)]
 
 CHECK = verification.ACTION
 SPOILED = [*faults.FAULTS, *faults.EVERYWHERE]
@@ -240,13 +51,19 @@ STARTS = {
 
 @pytest.fixture(scope="module")
 def plan(files) -> Placement:
-    """The plan that every engine here is served with: 32 experts in 36 slots on two ranks."""
+    """Read the plan that every engine here is served with.
+
+    It has 32 experts in 36 slots on two ranks.
+    """
     return read_plan(files["redundant"])
 
 
 @pytest.fixture(scope="module")
 def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
-    """Every engine, one after another; those that die take their caller along, so each is the last of its own."""
+    """Run every engine, one after another.
+
+    Those that die take their caller along, so each is the last of its own.
+    """
     env = {"PYTHONPATH": faults.install(tmp_path_factory.mktemp("plugin"))}
     placed = {"expert_placement_file": str(files["redundant"]), "ep_num_redundant_experts": 4}
     spoiled = [
@@ -255,10 +72,26 @@ def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
     cut = ("fault:one bit of w2 flipped", CHECK, "restore", CHECK)
     cases = [
         case("spoiled", models["qwen32"], 2, 2, actions=(CHECK, *spoiled), **placed),
-        case("cut", models["glm"], 4, 2, actions=(CHECK, *cut), expert_placement_strategy="zigzag", ep_num_redundant_experts=4,
-             expert_placement_verify="checkpoint"),
-        case("alone", models["qwen32"], 2, 2, actions=(CHECK,), ep_num_redundant_experts=4, expert_placement_verify="replicas"),
-    ]  # fmt: skip
+        case(
+            "cut",
+            models["glm"],
+            4,
+            2,
+            actions=(CHECK, *cut),
+            expert_placement_strategy="zigzag",
+            ep_num_redundant_experts=4,
+            expert_placement_verify="checkpoint",
+        ),
+        case(
+            "alone",
+            models["qwen32"],
+            2,
+            2,
+            actions=(CHECK,),
+            ep_num_redundant_experts=4,
+            expert_placement_verify="replicas",
+        ),
+    ]
     faulty = [
         case(
             fault,
@@ -279,86 +112,95 @@ def outcomes(models, files, tmp_path_factory) -> dict[str, Outcome]:
     return found
 
 
-class TestEngines:
-    """The engine tier: three engines that serve, and four that must not."""
+def test_spoiled_weights_are_named_and_restored_ones_pass(outcomes, plan):
+    checks = outcomes["spoiled"].result["checks"]
+    assert checks[0] == [True, "Success."]
+    row = plan.physical_to_logical[plan.layer_ids.index(faults.LAYER)].tolist()
+    wrong, other = row[18 + faults.SLOT], row[18 + faults.OTHER]
+    print("\n| fault | what the check says |\n|---|---|")
+    for number, fault in enumerate(SPOILED):
+        injected, (succeeded, message), restored, again = checks[1 + 4 * number : 5 + 4 * number]
+        print(f"| {fault} | {message.partition('. ')[0]} |")
+        assert injected[0] and restored[0] and not succeeded, fault
+        assert again == [True, "Success."], fault
+        found = re.search(expected(fault, wrong, other), message)
+        assert found, f"{fault}: {message}"
 
-    pytestmark = ENGINE
 
-    def test_spoiled_weights_are_named_and_restored_ones_pass(self, outcomes, plan):
-        checks = outcomes["spoiled"].result["checks"]
-        assert checks[0] == [True, "Success."]
-        row = plan.physical_to_logical[plan.layer_ids.index(faults.LAYER)].tolist()
-        wrong, other = row[18 + faults.SLOT], row[18 + faults.OTHER]
-        print("\n| fault | what the check says |\n|---|---|")
-        for number, fault in enumerate(SPOILED):
-            injected, (succeeded, message), restored, again = checks[
-                1 + 4 * number : 5 + 4 * number
-            ]
-            print(f"| {fault} | {message.partition('. ')[0]} |")
-            assert injected[0] and restored[0] and not succeeded, fault
-            assert again == [True, "Success."], fault
-            found = re.search(self.expected(fault, wrong, other), message)
-            assert found, f"{fault}: {message}"
+def expected(fault: str, wrong: int, other: int) -> str:
+    """Return what the message must say, a pattern."""
+    slot = f"layer {faults.LAYER}, slot {faults.SLOT} of rank 1 should hold expert"
+    names = RUN.get(fault, "w13_weight, w2_weight")
+    known = {
+        "two slots exchanged": rf"{slot} {wrong}: it differs in {names}, .*slot {faults.OTHER} of "
+        rf"rank 1 should hold expert {other}",
+        "all slots of the rank moved on by one": r"slot 0 of rank 1 should .*slot 1 of rank 1 "
+        rf"should .*and {18 - 4} more",
+        "scale lost on one rank": r"layer 2, rank 1: tensors \('quant_method.alphas', "
+        r"'w13_weight', .*, expected \(.*'w13_scale'",
+        "globally sized tensor indexed locally (PR 8398)": r"EP rank 1: "
+        r"model\.layers\.2\..*w2_global_scale "
+        r"has 32 rows.* this rank has 18 slots",
+        "map changed, weights not moved": rf"{slot} {other}: it differs in .*, which hold expert "
+        rf"{wrong}",
+        "map leaves an expert out": rf"{slot} {other}: it differs in .*, which hold expert {wrong}",
+        "routing table alone changed": rf"layer {faults.LAYER}: tokens of expert 0 go to slot \d+, "
+        r"which holds expert 1 by",
+        "table of slots alone changed": rf"layer {faults.LAYER}: tokens of expert \d+ go to slot "
+        r"\d+, which holds expert \d+ by",
+    }
+    return known.get(fault, rf"{slot} {wrong}: it differs in {names}, which hold something else")
 
-    @staticmethod
-    def expected(fault: str, wrong: int, other: int) -> str:
-        """What the message must say, a pattern."""
-        slot = f"layer {faults.LAYER}, slot {faults.SLOT} of rank 1 should hold expert"
-        names = RUN.get(fault, "w13_weight, w2_weight")
-        known = {
-            "two slots exchanged": rf"{slot} {wrong}: it differs in {names}, .*slot {faults.OTHER} of rank 1 should hold expert {other}",
-            "all slots of the rank moved on by one": rf"slot 0 of rank 1 should .*slot 1 of rank 1 should .*and {18 - 4} more",
-            "scale lost on one rank": r"layer 2, rank 1: tensors \('quant_method.alphas', 'w13_weight', .*, expected \(.*'w13_scale'",
-            "globally sized tensor indexed locally (PR 8398)": r"EP rank 1: model\.layers\.2\..*w2_global_scale has 32 rows.* this rank has 18 slots",
-            "map changed, weights not moved": rf"{slot} {other}: it differs in .*, which hold expert {wrong}",
-            "map leaves an expert out": rf"{slot} {other}: it differs in .*, which hold expert {wrong}",
-            "routing table alone changed": rf"layer {faults.LAYER}: tokens of expert 0 go to slot \d+, which holds expert 1 by",
-            "table of slots alone changed": rf"layer {faults.LAYER}: tokens of expert \d+ go to slot \d+, which holds expert \d+ by",
-        }
-        return known.get(
-            fault, rf"{slot} {wrong}: it differs in {names}, which hold something else"
-        )
 
-    def test_experts_cut_over_ranks_are_compared_part_by_part(self, outcomes):
-        cut = outcomes["cut"]
-        ok, injected, spoiled, restored, again = cut.result["checks"]
-        assert ok[0] and injected[0] and restored[0] and again[0] and not spoiled[0]
-        assert spoiled[1].startswith(
-            f"MoE-TP rank 1: expert weights have changed since the model was loaded: layer {faults.LAYER}, slot 3 of rank 1"
-        )
-        assert cut.processes_with("(replicas and checkpoint)") == {
-            "TP0 EP0",
-            "TP1 EP0",
-            "TP2 EP1",
-            "TP3 EP1",
-        }
+def test_experts_cut_over_ranks_are_compared_part_by_part(outcomes):
+    cut = outcomes["cut"]
+    ok, injected, spoiled, restored, again = cut.result["checks"]
+    assert ok[0] and injected[0] and restored[0] and again[0] and not spoiled[0]
+    assert spoiled[1].startswith(
+        "MoE-TP rank 1: expert weights have changed since the model was loaded: layer "
+        f"{faults.LAYER}, slot 3 of rank 1"
+    )
+    assert cut.processes_with("(replicas and checkpoint)") == {
+        "TP0 EP0",
+        "TP1 EP0",
+        "TP2 EP1",
+        "TP3 EP1",
+    }
 
-    def test_without_a_placement_the_engines_own_is_verified(self, outcomes):
-        alone = outcomes["alone"]
-        assert alone.result["checks"] == [[True, "Success."]]
-        assert alone.processes_with("verified 72 slots in 4 layers of this rank (replicas)") == {
-            "TP0 EP0",
-            "TP1 EP1",
-        }
-        assert "expert placement" not in alone.log
 
-    @pytest.mark.parametrize("fault", STARTS)
-    def test_an_engine_that_was_loaded_wrongly_never_serves(self, outcomes, plan, fault):
-        row = plan.physical_to_logical[plan.layer_ids.index(faults.LAYER)].tolist()
-        replica, first = (
-            f"slot {faults.REPLICA - 18} of rank 1",
-            f"slot {row.index(row[faults.REPLICA])} of rank 0",
-        )
-        differ = f"replicas of an expert differ: layer {faults.LAYER}, expert {row[faults.REPLICA]}: {replica} and {first} differ in w13_"
-        message = {
-            "replica-left-out": f"nothing filled {replica} with w[123] of expert {row[faults.REPLICA]}: a loader went round",
-            "replica-of-another": differ,
-            "wrong-everywhere": r"not those of the checkpoint: layer 2, slot \d+ of rank \d should hold expert (6|7): .*, which hold expert (7|6)",
-            "past-the-loader": r"nothing was seen to fill w2_weight of the slots of rank \d: a loader went round",
-            "hook-lost": "SGLang did not apply the hooks (remap|loader) in this process",
-        }[fault]
-        outcome = outcomes[fault]
-        found = re.search(rf"(PlacementError|WeightsMismatch): [^\n]*{message}[^\n]*", outcome.log)
-        print(f"\n| {fault} | {found and found[0].partition(': ')[2]} |")
-        assert found, outcome.log[-3000:]
-        assert "checks" not in outcome.result
+def test_without_a_placement_the_engines_own_is_verified(outcomes):
+    alone = outcomes["alone"]
+    assert alone.result["checks"] == [[True, "Success."]]
+    assert alone.processes_with("verified 72 slots in 4 layers of this rank (replicas)") == {
+        "TP0 EP0",
+        "TP1 EP1",
+    }
+    assert "expert placement" not in alone.log
+
+
+@pytest.mark.parametrize("fault", STARTS)
+def test_an_engine_that_was_loaded_wrongly_never_serves(outcomes, plan, fault):
+    row = plan.physical_to_logical[plan.layer_ids.index(faults.LAYER)].tolist()
+    replica, first = (
+        f"slot {faults.REPLICA - 18} of rank 1",
+        f"slot {row.index(row[faults.REPLICA])} of rank 0",
+    )
+    differ = (
+        f"replicas of an expert differ: layer {faults.LAYER}, expert {row[faults.REPLICA]}: "
+        f"{replica} and {first} differ in w13_"
+    )
+    message = {
+        "replica-left-out": f"nothing filled {replica} with w[123] of expert "
+        f"{row[faults.REPLICA]}: a loader went round",
+        "replica-of-another": differ,
+        "wrong-everywhere": r"not those of the checkpoint: layer 2, slot \d+ of rank \d should "
+        r"hold expert (6|7): .*, which hold expert (7|6)",
+        "past-the-loader": r"nothing was seen to fill w2_weight of the slots of rank \d: a loader "
+        r"went round",
+        "hook-lost": "SGLang did not apply the hooks (remap|loader) in this process",
+    }[fault]
+    outcome = outcomes[fault]
+    found = re.search(rf"(PlacementError|WeightsMismatch): [^\n]*{message}[^\n]*", outcome.log)
+    print(f"\n| {fault} | {found and found[0].partition(': ')[2]} |")
+    assert found, outcome.log[-3000:]
+    assert "checks" not in outcome.result

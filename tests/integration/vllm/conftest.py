@@ -1,4 +1,4 @@
-"""Real vLLM, started once for all tests of this folder."""
+"""Start real vLLM once for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAULTS = (*WEIGHT_FAULTS, "map changed without moving weights", "two ranks claim
 def run_cases(
     folder: Path, cases: list[dict], env: dict[str, str], timeout: float
 ) -> dict[str, dict]:
-    """Results by case name; a case that the child did not reach is an error of its own."""
+    """Return results by case name; a case that was not reached is an error of its own."""
     (folder / "cases.json").write_text(json.dumps(cases, default=str))
     with engine_lock():
         finished = run_child(
@@ -57,7 +57,7 @@ def run_cases(
 
 @pytest.fixture(scope="session")
 def stock(checkpoints, tmp_path_factory) -> dict[str, dict]:
-    """Answers of vLLM without this plugin, on one rank without expert parallelism."""
+    """Return answers of vLLM without this plugin, on one rank without expert parallelism."""
     cases = [
         {"name": "qwen", "engine": {"model": checkpoints["qwen"]}, "env": BOTH},
         {"name": "glm", "engine": {"model": checkpoints["glm"]}, "env": BOTH},
@@ -70,50 +70,76 @@ def stock(checkpoints, tmp_path_factory) -> dict[str, dict]:
     return run_cases(tmp_path_factory.mktemp("stock"), cases, {"VLLM_PLUGINS": ""}, 600)
 
 
+def placed_case(name: str, model: str, more: dict, **extra) -> dict:
+    """Return a case of two ranks that is probed; ``model`` names its checkpoint."""
+    return {
+        "name": name,
+        "engine": {"model": model, **TWO_RANKS, **more},
+        "env": ONE_EACH,
+        "probe": True,
+        **extra,
+    }
+
+
+def recorded(path: Path, **more) -> dict:
+    """Return the arguments of an engine that records its load at ``path``."""
+    flags = {"expert_load_record": str(path), "expert_load_interval": 0.5, **more}
+    return {"additional_config": flags}
+
+
+def qwen_cases(folder: Path, files: dict) -> list[dict]:
+    """Return the cases of the model without expert groups."""
+    zigzag = {"expert_placement_strategy": "zigzag"}
+    from_load = {"expert_placement_strategy": "eplb", "expert_placement_file": files["qwen"]}
+    filtered = {"enable_ep_weight_filter": True}
+    coactivation = recorded(folder / "eager", expert_load_coactivation=True)
+    compiled = {"enforce_eager": False, **recorded(folder / "compiled")}
+    return [
+        placed_case("qwen linear", "qwen", {}, profile=True),
+        placed_case("qwen zigzag", "qwen", zigzag, profile=True, sabotage=True),
+        placed_case(
+            "qwen balanced", "qwen", {"expert_placement_strategy": "balanced"}, faults=FAULTS
+        ),
+        placed_case("qwen eplb filter", "qwen", from_load | filtered | coactivation),
+        placed_case(
+            "qwen uneven plan filter",
+            "qwen",
+            {"expert_placement_file": files["uneven"], **filtered},
+        ),
+        placed_case("qwen zigzag compiled", "qwen", zigzag | compiled),
+        placed_case("qwen-bf16 zigzag", "qwen", zigzag | {"dtype": "bfloat16"}),
+    ]
+
+
+def glm_cases() -> list[dict]:
+    """Return the cases of the model with expert groups."""
+    checked = {"expert_placement_strategy": "balanced", "expert_placement_verify": "checkpoint"}
+    own_core = {"expert_placement_strategy": "round_robin"}
+    return [
+        placed_case(
+            "glm zigzag filter",
+            "glm",
+            {"expert_placement_strategy": "zigzag", "enable_ep_weight_filter": True},
+        ),
+        placed_case("glm balanced", "glm", checked),
+        placed_case("glm round_robin own core", "glm", own_core) | {"env": OWN_CORE},
+    ]
+
+
 @pytest.fixture(scope="session")
 def placed(checkpoints, files, tmp_path_factory) -> dict[str, dict]:
-    """Answers and probes of vLLM with this plugin on two ranks, a case per strategy and model; some record their load."""
+    """Return answers and probes of vLLM with this plugin on two ranks.
+
+    There is a case per strategy and model; some record their load.
+    """
     folder = tmp_path_factory.mktemp("placed", numbered=False)
-
-    def record(name: str, **more) -> dict:
-        return {
-            "additional_config": {
-                "expert_load_record": str(folder / name),
-                "expert_load_interval": 0.5,
-                **more,
-            }
-        }
-
-    def case(name, model, more, **extra):
-        return {
-            "name": name,
-            "engine": {"model": checkpoints[model], **TWO_RANKS, **more},
-            "env": ONE_EACH,
-            "probe": True,
-            **extra,
-        }
-
-    cases = [
-        case("qwen linear", "qwen", {}, profile=True),
-        case("qwen zigzag", "qwen", {"expert_placement_strategy": "zigzag"}, profile=True, sabotage=True),
-        case("qwen balanced", "qwen", {"expert_placement_strategy": "balanced"}, faults=FAULTS),
-        case("qwen eplb filter", "qwen", {"expert_placement_strategy": "eplb", "expert_placement_file": files["qwen"],
-                                         "enable_ep_weight_filter": True, **record("eager", expert_load_coactivation=True)}),
-        case("qwen uneven plan filter", "qwen", {"expert_placement_file": files["uneven"], "enable_ep_weight_filter": True}),
-        case("qwen zigzag compiled", "qwen", {"expert_placement_strategy": "zigzag", "enforce_eager": False, **record("compiled")}),
-        case("qwen-bf16 zigzag", "qwen", {"expert_placement_strategy": "zigzag", "dtype": "bfloat16"}),
-        case("glm zigzag filter", "glm", {"expert_placement_strategy": "zigzag", "enable_ep_weight_filter": True}),
-        case("glm balanced", "glm", {"expert_placement_strategy": "balanced", "expert_placement_verify": "checkpoint"}),
-    ]  # fmt: skip
-    own_core = case("glm round_robin own core", "glm", {"expert_placement_strategy": "round_robin"})
-    own_core["env"] = OWN_CORE
-    four = case(
-        "qwen zigzag four ranks",
-        "qwen",
-        {"expert_placement_strategy": "zigzag", "tensor_parallel_size": 4},
-    )
-    four["env"] = {**ONE_EACH, "VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
-    return run_cases(folder, [*cases, own_core, four], {}, 1500)
+    more = {"expert_placement_strategy": "zigzag", "tensor_parallel_size": 4}
+    four_ranks = placed_case("qwen zigzag four ranks", "qwen", more)
+    four_ranks["env"] = {**ONE_EACH, "VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
+    cases = [*qwen_cases(folder, files), *glm_cases(), four_ranks]
+    for case in cases:
+        case["engine"]["model"] = checkpoints[case["engine"]["model"]]
+    return run_cases(folder, cases, {}, 1500)
 
 
 MOVING = {
@@ -140,12 +166,18 @@ MOVING = {
         {"expert_placement_strategy": "zigzag", "expert_placement_verify": "checkpoint"},
     ),
 }
-"""Case -> (checkpoint, arguments) of servers whose experts EPLB moves; the name's first word is the stock case."""
+"""Case -> (checkpoint, arguments) of servers whose experts EPLB moves.
+
+The name's first word is the stock case.
+"""
 
 
 @pytest.fixture(scope="session")
 def moving(checkpoints, files, tmp_path_factory) -> tuple[dict[str, dict], dict[str, str]]:
-    """(results, logs) by case of vLLM with ``--enable-eplb``: two redundant experts, rearranged every second step."""
+    """Return (results, logs) by case of vLLM with ``--enable-eplb``.
+
+    They have two redundant experts, rearranged every second step.
+    """
     cases = []
     for name, (model, more) in MOVING.items():
         more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}
@@ -178,5 +210,5 @@ def recordings(placed, tmp_path_factory) -> dict[str, tuple[list[dict], ExpertLo
 
 @pytest.fixture(scope="session")
 def placed_log(placed, tmp_path_factory) -> str:
-    """What vLLM wrote while the placed cases ran."""
+    """Return what vLLM wrote while the placed cases ran."""
     return (tmp_path_factory.getbasetemp() / "placed" / "log").read_text()

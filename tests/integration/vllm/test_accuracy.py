@@ -1,4 +1,7 @@
-"""The trained tiny MoE under vLLM's CPU build; redundant experts under its EPLB, which does not move them here."""
+"""Test the trained tiny MoE under vLLM's CPU build.
+
+Redundant experts are under its EPLB, which does not move them here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Data-parallel ranks that share experts: each has requests of its own, and every MoE layer gathers all ranks' tokens."""
+"""Test data-parallel ranks that share experts: each has requests of its own.
+
+Every MoE layer gathers all ranks' tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from moe_placement_plugin.formats.load_file import read_load
 from moe_placement_plugin.lab.gpu import one_gpu
 from moe_placement_plugin.lab.gpu.serving.contestants import RESTLESS
 from moe_placement_plugin.lab.gpu.serving.server_logs import moved
-from moe_placement_plugin.lab.servers.engines import DEMO_ENGINES, Placed, ServerSettings
+from moe_placement_plugin.lab.servers.engines import SERVING_ENGINES, Placed, ServerSettings
 from moe_placement_plugin.lab.servers.server import Server, free_port
 from moe_placement_plugin.recording.recorder import IDLE
 from tests.integration.routing_reference import Reference, check
@@ -24,11 +27,15 @@ from tests.support.warm_workers import WARM_SITE
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROUNDS = 6
-"""Of all prompts, as many as there are under way at once."""
+"""How often all prompts are asked; as many are under way at once as there are prompts."""
 
 
 def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_path):
-    """Planned from a load, two redundant experts, rebalanced while requests run, recorded: answers are one rank's, counts the model's."""
+    """Answers are one rank's, and what is recorded is the model's own routing.
+
+    The placement is planned from a load, has two redundant experts, and is rebalanced while
+    requests run.
+    """
     port, record, prompts = free_port(), tmp_path / "load.safetensors", PROMPTS * ROUNDS
     eplb = {"window_size": 8, "step_interval": 8, "num_redundant_experts": 2}
     moving = (
@@ -39,7 +46,7 @@ def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_p
         json.dumps(RESTLESS),
         "--no-enable-prefix-caching",
     )
-    vllm = DEMO_ENGINES["vllm"]
+    vllm = SERVING_ENGINES["vllm"]
     line, env = vllm.command(
         checkpoints["qwen"],
         port,
@@ -56,9 +63,9 @@ def test_experts_move_under_data_parallel_ranks(checkpoints, files, stock, tmp_p
         answers = list(
             pool.map(lambda prompt: vllm.complete(server.url, "tiny", prompt, MAX_TOKENS), prompts)
         )
-        time.sleep(
-            IDLE + 3
-        )  # idle engines write what they have counted: within two looks, and one of the first rank at the other's part
+        # Idle engines write what they have counted: within two looks, and one of the first rank at
+        # the other's part.
+        time.sleep(IDLE + 3)
     found = moved(server.output(), "vllm")
     assert found["accepted"] and found["exchanges"] and found["moved_bytes"], server.tail(40)
     references = stock["qwen"]["answers"] * ROUNDS

@@ -1,4 +1,7 @@
-"""Speculative decoding in a real vLLM on two ranks: drafts are placed, and neither tokens nor what is accepted differ from linear."""
+"""Test speculative decoding in a real vLLM on two ranks: drafts are placed.
+
+Neither tokens nor what is accepted differ from linear.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 RNG = np.random.default_rng(2)
 DRAFT = Placement([RNG.permutation(32)], 32, (16, 16), (4,), "draft")
-PLAN = Placement([RNG.permutation(32) for _ in range(3)], 32, (16, 16), (1, 2, 3), "eplb", {}, DRAFT)  # fmt: skip
+PLAN = Placement(
+    [RNG.permutation(32) for _ in range(3)], 32, (16, 16), (1, 2, 3), "eplb", {}, DRAFT
+)
 
 
 @pytest.fixture(scope="module")
 def served(checkpoints, tmp_path_factory) -> tuple[dict[str, dict], Path]:
-    """(case -> what the engine said, folder)."""
+    """Return (case -> what the engine said, folder)."""
     folder = tmp_path_factory.mktemp("drafts")
     glm = str(write_glm4_moe_with_mtp(folder / "glm"))
     dense = str(write_dense_qwen3(folder / "dense"))
@@ -80,7 +85,10 @@ def test_a_dense_draft_of_its_own_is_served(served):
 
 
 def test_a_model_that_drafts_for_itself_is_accepted(served):
-    """Nearly always: passes of other sizes round otherwise. A wrong expert in either would end that."""
+    """Nearly always: passes of other sizes round otherwise.
+
+    A wrong expert in either would end that.
+    """
     result = served[0]["itself zigzag"]
     assert "error" not in result, result
     accepted = result["accepted"]

@@ -1,4 +1,7 @@
-"""A real vLLM gives the tokens and log probabilities of stock vLLM on one rank, whatever the placement."""
+"""Test that a real vLLM answers as stock vLLM on one rank, whatever the placement.
+
+That is, its tokens and log probabilities.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,19 @@ from moe_placement_plugin.formats.plan_json import read_plan
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3000)]
 
 FLOAT32_TOLERANCE = 1e-4
-"""Two ranks add the experts' outputs in another order than one: in float32 (24 bits) that was seen to move log
-probabilities by 1e-5. The sabotaged run shows what a wrong expert does: more than a thousand times as much."""
+"""Largest difference of a log probability in float32.
+
+Two ranks add the experts' outputs in another order than one, which in float32 (24 bits) was seen to
+move log probabilities by 1e-5. The sabotaged run shows what a wrong expert does: more than a
+thousand times as much.
+"""
 
 BFLOAT16_TOLERANCE = 0.25
-"""bfloat16 has 8 bits, so the same reordering moves log probabilities by hundredths and may flip a near tie; only the
-answers up to the first different token are compared."""
+"""Largest difference of a log probability in bfloat16.
+
+It has 8 bits, so the same reordering moves log probabilities by hundredths and may flip a near tie;
+only the answers up to the first different token are compared.
+"""
 
 CASES = [
     "qwen linear",
@@ -129,7 +139,8 @@ def test_patches_ran_in_every_worker_process(placed, name):
 
 
 def test_a_static_placement_adds_no_operator_to_a_forward_pass(placed):
-    # Operators of the dispatcher have a namespace; what else the profiler lists are torch.compile's own doings.
+    # Operators of the dispatcher have a namespace; what else the profiler lists are torch.compile's
+    # own doings.
     linear, zigzag = (
         [
             {name: count for name, count in worker.items() if "::" in name}

@@ -1,7 +1,8 @@
-"""An adapter of experts in a real vLLM on two ranks: it is loaded and compared slot by slot.
+"""Test an adapter of experts in a real vLLM on two ranks, slot by slot.
 
-The CPU build has no kernel for it (vLLM takes Triton's, and its stand-in says "module 'triton.language' has no attribute
-'float32'" in the first forward pass), so that no token is asked for here.
+The CPU build has no kernel for it (vLLM takes Triton's, and its stand-in says "module
+'triton.language' has no attribute 'float32'" in the first forward pass), so that no token is asked
+for here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 def serve(checkpoint: Path, folder: Path, **more) -> str:
-    """The engine's last words, SLOTS or REFUSED."""
+    """Return the engine's last words, SLOTS or REFUSED."""
     command = [sys.executable, "-m", "tests.support.vllm_lora_child", str(checkpoint)]
     adapter = write_adapter(folder / "adapter")
     with engine_lock():
@@ -33,7 +34,10 @@ def serve(checkpoint: Path, folder: Path, **more) -> str:
 
 
 def wrong(ranks: list[list[dict]]) -> list[tuple[int, int]]:
-    """(layer, expert) whose slot has another expert's matrices; every expert must have one slot."""
+    """Return (layer, expert) whose slot has another expert's matrices.
+
+    Every expert must have one slot.
+    """
     found, seen = [], 0
     for layers in ranks:
         assert len(layers) == LAYERS

@@ -1,4 +1,4 @@
-"""Recording in a real vLLM, against the routing that Hugging Face's implementation of the model computes."""
+"""Test recording in a real vLLM against the routing that Hugging Face's model computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.vllm_runner import PROMPTS
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["eager", "compiled"])
 def test_counts_are_the_models_own_routing(checkpoints, recordings, name):
-    """Of two ranks that both see every token, placed otherwise than the logical ids that are recorded."""
+    """Two ranks both see every token, placed otherwise than the logical ids that are recorded."""
     answers, load = recordings[name]
     reference = Reference(checkpoints["qwen"])
     prompts = [reference.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]

@@ -1,5 +1,6 @@
-"""New weights for a real vLLM that serves: what lies in every slot afterwards is what the engine's
-own placement would have there.
+"""Test new weights for a real vLLM that serves.
+
+What lies in every slot afterwards is what the engine's own placement would have there.
 
 The CPU build's own ``reload_weights`` changes what it answers, so that a server with vLLM's linear
 placement and the same reloads is compared with, not one that was never told to reload.
@@ -38,8 +39,10 @@ KERNEL_FORMAT = {"weights_iterator": [], "is_checkpoint_format": False}
 
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory):
-    """Case -> result: the same checkpoint again, then another one, then the first through a trainer's
-    engine; the last case has vLLM's own loading under EPLB.
+    """Return the result of each case.
+
+    The same checkpoint again, then another one, then the first through a trainer's engine; the last
+    case has vLLM's own loading under EPLB.
     """
     folder = tmp_path_factory.mktemp("reloaded")
     writers = {"qwen": write_qwen3_moe, "oss": write_gpt_oss}
@@ -50,23 +53,24 @@ def reloaded(tmp_path_factory):
         for seed in (0, 7)
     }
 
+    again = {"weights_path": paths["qwen7"]}
+
     def case(name, more, *reloads, **env):
         model = name.split()[0]
         engine = {"model": paths[f"{model}0"], "enable_prefix_caching": False, **TWO_RANKS, **more}
-        again = {"weights_path": paths[f"{model}7"]}
-        calls = [{}, again, {"transfer": paths[f"{model}0"]}, *reloads]
+        other = {"weights_path": paths[f"{model}7"]}
+        calls = [{}, other, {"transfer": paths[f"{model}0"]}, *reloads]
         return {"name": name, "engine": engine, "env": {**ONE_EACH, **env}, "reload": calls}
 
     plan = folder / "plan.json"
     write_file(Placement([[5, 0, 3, 6, 1, 2, 7, 4]] * 2, 8, (4, 4)), plan)
     zigzag = {"expert_placement_strategy": "zigzag"}
     cases = [
-        # vLLM leaves other ranks' answers to a refused call in its queue: such a call is the last.
         case("qwen linear", {}),
-        case("qwen zigzag", zigzag, KERNEL_FORMAT),
+        case("qwen zigzag", zigzag, KERNEL_FORMAT, again),
         case("qwen eplb", EPLB),
         case("oss plan", {"expert_placement_file": plan}),
-        case("oss zigzag", zigzag, {"transfer": paths["oss7"], "in_place": True}),
+        case("oss zigzag", zigzag, {"transfer": paths["oss7"], "in_place": True}, {}),
         case(
             "qwen first table",
             EPLB,
@@ -78,7 +82,7 @@ def reloaded(tmp_path_factory):
 
 
 def by_expert(ranks):
-    """(layer, expert) -> digests, and the experts whose replicas differ."""
+    """Return the digests by (layer, expert), and the experts whose replicas differ."""
     found, differ = {}, set()
     for rank in ranks:
         for layer, slots in rank["layers"].items():
@@ -134,9 +138,11 @@ def test_gpt_oss_gets_new_experts_which_vllm_alone_loses(reloaded):
     [("qwen zigzag", "is_checkpoint_format=False"), ("oss zigzag", "through InPlace, which is")],
 )
 def test_weights_that_go_past_the_placement_are_refused_and_nothing_changes(reloaded, name, said):
-    *_, before, refused = results(reloaded, name)["reloaded"]
+    *_, before, refused, after = results(reloaded, name)["reloaded"]
     assert said in refused["error"]
     assert refused["answers"] == before["answers"]
+    assert by_expert(refused["digests"]) == by_expert(before["digests"])
+    assert after["error"] is None, "the refusal left something behind"
 
 
 def test_weights_by_the_first_table_would_be_seen(reloaded):

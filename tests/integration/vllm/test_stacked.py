@@ -1,5 +1,6 @@
-"""Models that copy rows of a tensor of all experts by position, on a real vLLM and through its
-loader: gpt-oss and Llama 4.
+"""Test models that copy rows of a tensor of all experts by position: gpt-oss and Llama 4.
+
+They are loaded by a real vLLM, and through its loader.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def served(files, tmp_path_factory) -> dict[str, dict]:
-    """Case -> answers of a real engine, and logs."""
+    """Return answers of a real engine, and logs, by case."""
     zigzag, plan = {"expert_placement_strategy": "zigzag"}, {"expert_placement_file": files["plan"]}
 
     def case(name, more, model="oss", **env):
@@ -115,8 +116,9 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def loaded(files, tmp_path_factory) -> Path:
-    """Folder with what vLLM's loader put into every slot of two ranks; see
-    `tests.support.vllm_loader`.
+    """Return the folder with what vLLM's loader put into every slot of two ranks.
+
+    See `tests.support.vllm_loader`.
     """
     folder = tmp_path_factory.mktemp("loaded")
     cases = [
@@ -146,7 +148,7 @@ def loaded(files, tmp_path_factory) -> Path:
 
 
 def rows_of(checkpoint: dict, layer: int, expert: int) -> dict[str, np.ndarray]:
-    """Parameter -> what a slot that holds an expert must hold, from the checkpoint's file."""
+    """Return what a slot that holds an expert must hold, by parameter, from the checkpoint."""
     found = {}
     for name, tensor in checkpoint.items():
         head, _, rest = name.partition(".experts.")

@@ -1,4 +1,7 @@
-"""Fingerprints in a real vLLM: what was corrupted is found, and named; what was not is served."""
+"""Test fingerprints in a real vLLM: what was corrupted is found, and named.
+
+What was not is served.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,19 @@ LOADING = {
     "filter as upstream": (
         {"expert_placement_file": "uneven", "enable_ep_weight_filter": True},
         "the checkpoint brought w2_weight (w2) for",
-        "was never filled: the checkpoint is incomplete, or a loader left the placement out of account",
+        "was never filled: the checkpoint is incomplete, or a loader left the placement out of "
+        "account",
     ),
     "replica never filled": (
         {"expert_placement_strategy": "zigzag"},
-        "model.layers.2.mlp.experts: the checkpoint brought w2_weight (w2) for 14 of 15 slots of EP rank 1",
+        "model.layers.2.mlp.experts: the checkpoint brought w2_weight (w2) for 14 of 15 slots of "
+        "EP rank 1",
         "slot 4 (expert 9) was never filled",
     ),
     "neighbour's weights": (
         {"expert_placement_strategy": "zigzag", "expert_placement_verify": "checkpoint"},
-        "the weights that were loaded are not those of the checkpoint: layer 1, slot 0 of rank 0 should hold expert 0",
+        "the weights that were loaded are not those of the checkpoint: layer 1, slot 0 of rank 0 "
+        "should hold expert 0",
         "which hold expert 29",
     ),
     "map changed": (
@@ -38,7 +44,10 @@ LOADING = {
 
 @pytest.fixture(scope="module")
 def loading(checkpoints, files, tmp_path_factory):
-    """Fault -> (result, log); each is a start of its own that must not come to an end, one after the other in one process."""
+    """Return (result, log) of each fault.
+
+    Each is a start of its own that must not come to an end, one after the other in one process.
+    """
     cases = []
     for fault, (more, *_) in LOADING.items():
         more = {k: files[v] if k.endswith("file") else v for k, v in more.items()}

@@ -1,4 +1,7 @@
-"""Faults while vLLM loads a model, for tests: on PYTHONPATH of its processes, chosen by TEST_LOAD_FAULT."""
+"""Plant faults while vLLM loads a model, for tests.
+
+It is on PYTHONPATH of its processes; TEST_LOAD_FAULT chooses the fault.
+"""
 
 import functools
 import os
@@ -14,7 +17,8 @@ def _wrap_loader(change):
         def weight_loader(
             self, param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs
         ):
-            # The clean load of --expert-placement-verify checkpoint is left alone: only placed layers are watched.
+            # The clean load of --expert-placement-verify checkpoint is left alone: only placed
+            # layers are watched.
             if "_moe_placement_evidence" in self.__dict__:
                 expert_id = change(self, expert_id)
                 if expert_id is None:
@@ -29,7 +33,10 @@ def _wrap_loader(change):
 
 
 def _around(patch, install):
-    """Change RoutedExperts right after the plugin's own patch of that name, so that the fault comes from outside of it."""
+    """Change RoutedExperts right after the plugin's own patch of that name.
+
+    So the fault comes from outside of it.
+    """
 
     def hook(module):
         apply = module.Patch.apply
@@ -58,7 +65,7 @@ def _neighbour(layer, expert_id):
 
 
 def _filter_as_upstream(module):
-    """The loader's filter goes by a strategy of its own, whatever the layers' maps are."""
+    """Have the loader's filter go by a strategy of its own, whatever the layers' maps are."""
     module._compute_local_expert_ids = lambda original: (
         lambda experts, size, rank, placement: original(experts, size, rank, "linear")
     )
@@ -78,13 +85,19 @@ def _other_map(experts):
 
 
 def _rows_as_stock(module):
-    """Models copy rows of stacked tensors by position, and nobody permutes them: upstream's wrong answers of gpt-oss."""
+    """Have models copy rows of stacked tensors by position, and nobody permute them.
+
+    It gives upstream's wrong answers of gpt-oss.
+    """
     module._splits = lambda model: frozenset()
     module._picks = lambda model: {}
 
 
 def _loader_of_its_own(module):
-    """A loader with a load_model of its own, as out-of-tree ones have: it goes past the check of what was loaded."""
+    """Give a loader a load_model of its own, as out-of-tree ones have.
+
+    It goes past the check of what was loaded.
+    """
     from vllm.model_executor.model_loader import base_loader
 
     original = base_loader.BaseModelLoader.load_model
@@ -94,7 +107,7 @@ def _loader_of_its_own(module):
 
 
 def _first_table(module):
-    """New weights go where vLLM's loader believes the experts, whatever EPLB has moved since."""
+    """Put new weights where vLLM's loader believes the experts, whatever EPLB has moved since."""
     module.local_copies = lambda layer, expert_id, weight_name: (expert_id,)
 
 

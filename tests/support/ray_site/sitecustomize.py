@@ -1,7 +1,10 @@
-"""On ``PYTHONPATH``: vLLM's CPU platform names a device for Ray, else it refuses (``current platform cpu does not support ray``).
+"""Have vLLM's CPU platform name a device for Ray: on ``PYTHONPATH``.
 
-One pretended GPU of a Ray node stands for one CPU rank; ``ray start --num-gpus`` says how many a node has. Under Ray the CPU build names its
-shared memory alike on all hosts and takes them for one (``open shm in SHMManager failed``): names get the host's.
+Else it refuses (``current platform cpu does not support ray``).
+
+One pretended GPU of a Ray node stands for one CPU rank; ``ray start --num-gpus`` says how many a
+node has. Under Ray the CPU build names its shared memory alike on all hosts and takes them for one
+(``open shm in SHMManager failed``): names get the host's.
 """
 
 import socket

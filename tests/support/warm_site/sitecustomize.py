@@ -1,7 +1,10 @@
-"""On ``PYTHONPATH``: an engine's server has workers that are forked from a process that imports the engine while the server does.
+"""Fork the workers of an engine's server from a process that imports the engine meanwhile.
 
-A server of vLLM's CPU build imports vLLM three times in a row, 10 s each: the API server, its engine, the workers. Where what is asked of a
-server is its answers and not how it is started, they need not follow each other (`tests.support.warm_workers`).
+It is on ``PYTHONPATH``.
+
+A server of vLLM's CPU build imports vLLM three times in a row, 10 s each: the API server, its
+engine, the workers. Where what is asked of a server is its answers and not how it is started, they
+need not follow each other (`tests.support.warm_workers`).
 """
 
 import os
@@ -9,7 +12,8 @@ import runpy
 import sys
 
 _MODULES = {
-    # What a spawned process of this server has imported before it loads plugins: all that the server's own module imports, and what it runs.
+    # What a spawned process of this server has imported before it loads plugins: all that the
+    # server's own module imports, and what it runs.
     "vllm.entrypoints.openai.api_server": [
         "vllm.entrypoints.openai.api_server",
         "vllm.v1.engine.core",

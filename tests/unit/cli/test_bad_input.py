@@ -1,4 +1,7 @@
-"""Every bad input: one line on stderr that names the file, exit code 2, nothing written."""
+"""Test every bad input: one line on stderr that names the file, exit code 2.
+
+Nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +163,8 @@ def test_calibration(cli, load_file, tmp_path):
     )
     path = tmp_path / "calibration.json"
     path.write_text(
-        '{"format": "moe-layer-calibration", "version": 1, "device": "x", "layer": {}, "measurements": [{"tokens": 1}]}'
+        '{"format": "moe-layer-calibration", "version": 1, "device": "x", "layer": {}, '
+        '"measurements": [{"tokens": 1}]}'
     )
     refused(
         cli("simulate", load_file, "--ranks", 4, "--calibration", path, code=None),

@@ -1,4 +1,7 @@
-"""The verbs as a user calls them: what they print, what ``--json`` holds, what ``--help`` costs."""
+"""Test the verbs as a user calls them: what they print, what ``--json`` holds.
+
+They also test what ``--help`` costs.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ def test_help_imports_neither_engine_nor_compiler():
 
 def test_importing_the_command_line_is_quick():
     # Processor time: what else the machine does is no part of it.
-    code = "import time; t = time.process_time(); import moe_placement_plugin.cli; print(time.process_time() - t)"
+    code = (
+        "import time; t = time.process_time(); import moe_placement_plugin.cli; "
+        "print(time.process_time() - t)"
+    )
     times = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
         for _ in range(5)
@@ -73,7 +79,10 @@ def test_plan_and_show(cli, load_file, tmp_path):
 
 
 def test_plan_for_nodes(cli, tmp_path):
-    """Experts that are chosen together share a node, and the plan says which nodes it is for; so does a recording of several hosts."""
+    """Experts that are chosen together share a node, and the plan says which nodes it is for.
+
+    So does a recording of several hosts.
+    """
     pairs = np.zeros((1, 8, 8), np.int64)
     pairs[:, ::2, ::2] = pairs[:, 1::2, 1::2] = 10
     pairs[:, range(8), range(8)] = 0
@@ -193,15 +202,21 @@ def test_reads_sglangs_pt(cli, tmp_path):
 
 
 IMPORT_SECONDS = 0.7
-"""Importing numba's compiler on the machine that the two seconds were stated for (two cores of an AMD EPYC, otherwise idle)."""
+"""Seconds that importing numba's compiler took on the machine the two were stated for.
+
+It had two cores of an AMD EPYC, otherwise idle.
+"""
 
 
 @pytest.mark.slow
 def test_r1_plan_and_page_within_two_seconds(cli, tmp_path):
-    """Two seconds on that machine, as many more as another one needs more for a process that only imports numba.
+    """Two seconds on that machine, and more on a slower one.
 
-    Seven tenths of the loop are imports of this kind, so that a slow or busy machine stretches both alike; what this project
-    adds to them (a kernel compiled again, a module imported needlessly, a slow page) stretches the loop alone.
+    They are as many more as a process that only imports numba needs more.
+
+    Seven tenths of the loop are imports of this kind, so that a slow or busy machine stretches both
+    alike; what this project adds to them (a kernel compiled again, a module imported needlessly, a
+    slow page) stretches the loop alone.
     """
     trace, plan, page = (
         R1 / "in1k_out8k.safetensors",
@@ -210,7 +225,8 @@ def test_r1_plan_and_page_within_two_seconds(cli, tmp_path):
     )
 
     def seconds(work) -> float:
-        # What a user waits for; processor time where other work on the machine adds to that (it counts helper threads as well).
+        # What a user waits for; processor time where other work on the machine adds to that (it
+        # counts helper threads as well).
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         work()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

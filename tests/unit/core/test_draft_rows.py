@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,15 +18,16 @@ from moe_placement_plugin.strategies.resolve import resolve_placement
 
 SHAPE = ModelShape((1, 2, 3), 4, name="tiny")
 DRAFT = ModelShape((), 6, name="tiny-draft")
+WITH_DRAFT = replace(SHAPE, draft=DRAFT)
 TWO = Topology(2)
 
 
 def draft(rows=([5, 4, 3, 2, 1, 0],), experts=6, slots=(3, 3), ids=(61,)) -> Placement:
-    return Placement(rows, experts, slots, ids, "draft")
+    return Placement(rows, experts, slots, ids, strategy="draft")
 
 
 def plan(with_draft: Placement | None, ids=(1, 2, 3)) -> Placement:
-    return Placement([[3, 2, 1, 0]] * 3, 4, (2, 2), ids, "eplb", {}, with_draft)
+    return Placement([[3, 2, 1, 0]] * 3, 4, (2, 2), ids, strategy="eplb", draft=with_draft)
 
 
 def test_a_plan_with_rows_for_a_draft_comes_back_from_its_file(tmp_path):
@@ -48,11 +50,11 @@ def test_a_plan_with_rows_for_a_draft_comes_back_from_its_file(tmp_path):
 def test_the_engine_and_its_other_hosts_get_them(tmp_path, ids):
     """Also where the plan's layers are renumbered or selected on the way."""
     write(plan(draft(), ids), tmp_path / "plan.json")
-    found = resolve_placement("eplb", tmp_path / "plan.json", SHAPE, TWO, draft=DRAFT)
-    assert found.draft == draft() and found.layer_ids == (1, 2, 3)
-    assert found.select_layers((2,)).draft == draft()
-    assert unpack(json.loads(json.dumps(pack(found)))).draft == draft()
-    damaged = pack(found)
+    placement = resolve_placement("eplb", tmp_path / "plan.json", WITH_DRAFT, TWO)
+    assert placement.draft == draft() and placement.layer_ids == (1, 2, 3)
+    assert placement.select_layers((2,)).draft == draft()
+    assert unpack(json.loads(json.dumps(pack(placement)))).draft == draft()
+    damaged = pack(placement)
     damaged["draft"] = pack(draft(rows=[[0, 1, 2, 3, 4, 5]]))
     with pytest.raises(PlacementError, match="arrived with digest"):
         unpack(damaged)
@@ -71,7 +73,7 @@ def test_rows_that_fit_no_draft_of_the_engine_are_refused(tmp_path, rows, engine
     path = tmp_path / "plan.json"
     write(plan(rows), path)
     with pytest.raises(PlacementError, match=message) as error:
-        resolve_placement("eplb", path, SHAPE, TWO, draft=engines)
+        resolve_placement("eplb", path, replace(SHAPE, draft=engines), TWO)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -81,7 +83,7 @@ def test_a_plan_for_the_draft_only_is_refused(tmp_path, rows):
     del data["physical_to_logical"]
     (tmp_path / "plan.json").write_text(json.dumps(data | (rows or {})))
     with pytest.raises(PlacementError, match="is a plan for the draft only: give the model's own"):
-        resolve_placement("eplb", tmp_path / "plan.json", SHAPE, TWO, draft=DRAFT)
+        resolve_placement("eplb", tmp_path / "plan.json", WITH_DRAFT, TWO)
 
 
 def test_bad_rows_for_a_draft_name_the_draft(tmp_path):

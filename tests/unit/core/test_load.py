@@ -24,7 +24,11 @@ def test_safetensors_round_trip(counts):
     windows, layers, experts = counts.shape
     pairs = np.ones((layers, experts, experts), dtype=np.int64)
     load = ExpertLoad(
-        counts, tuple(range(3, 3 + layers)), ("decode",) * windows, pairs, {"model": "m"}
+        counts,
+        layer_ids=tuple(range(3, 3 + layers)),
+        phases=("decode",) * windows,
+        coactivation=pairs,
+        metadata={"model": "m"},
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "load.safetensors"

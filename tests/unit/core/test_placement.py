@@ -140,18 +140,21 @@ def test_invalid_placements_are_refused(arguments, message):
         ('{"format": "moe-placement-plan", "version": 99}', "plan version 99"),
         ('{"format": "moe-placement-plan", "version": 1, "strategy": "x"}', "num_logical_experts"),
         (
-            '{"format": "moe-placement-plan", "version": 1, "strategy": "x", "num_logical_experts": 2, "slots_per_rank": [1, 1],'
-            ' "physical_to_logical": [[0, "1"]]}',
+            '{"format": "moe-placement-plan", "version": 1, "strategy": "x", '
+            '"num_logical_experts": 2, "slots_per_rank": [1, 1], "physical_to_logical": [[0, '
+            '"1"]]}',
             r"physical_to_logical\.0\.1",
         ),
         (
-            '{"format": "moe-placement-plan", "version": 1, "strategy": "x", "num_logical_experts": 2, "slots_per_rank": [1, 1],'
-            ' "physical_to_logical": [[0, 0]]}',
+            '{"format": "moe-placement-plan", "version": 1, "strategy": "x", '
+            '"num_logical_experts": 2, "slots_per_rank": [1, 1], "physical_to_logical": [[0, '
+            "0]]}",
             "no slot for expert 1",
         ),
         (
-            '{"format": "moe-placement-plan", "version": 1, "strategy": "x", "num_logical_experts": 2, "slots_per_rank": [1, 1],'
-            ' "physical_to_logical": [[0, 1]], "typo": 1}',
+            '{"format": "moe-placement-plan", "version": 1, "strategy": "x", '
+            '"num_logical_experts": 2, "slots_per_rank": [1, 1], "physical_to_logical": [[0, '
+            '1]], "typo": 1}',
             "typo",
         ),
     ],

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from moe_placement_plugin import Placement
 from moe_placement_plugin.core.errors import PlacementError
-from moe_placement_plugin.engines.vllm.settings import PlacementSettings
-from moe_placement_plugin.formats import packed as parcel
+from moe_placement_plugin.engines.vllm.state import Carried
+from moe_placement_plugin.formats import packed as form
+from tests.support.vllm_settings import make_settings
 
 
 def random_plan(layers: int, experts: int, redundant: int, ranks: int, seed: int = 0) -> Placement:
@@ -19,47 +21,46 @@ def random_plan(layers: int, experts: int, redundant: int, ranks: int, seed: int
     rows = []
     for _ in range(layers):
         order = rng.permutation(experts)
-        rows.append(
-            np.concatenate([order, order[:redundant]])
-        )  # the copies lie on the last ranks, far from the first
+        # The copies lie on the last ranks, far from the first.
+        rows.append(np.concatenate([order, order[:redundant]]))
     slots = experts + redundant
     per_rank = [slots // ranks + (rank < slots % ranks) for rank in range(ranks)]
-    return Placement(np.stack(rows), experts, tuple(per_rank), tuple(range(3, 3 + layers)), "eplb")
+    return Placement(
+        np.stack(rows), experts, tuple(per_rank), tuple(range(3, 3 + layers)), strategy="eplb"
+    )
 
 
 def test_r1_travels_whole_and_small():
-    """58 layers of 288 slots, as random as a plan can be: what a config may carry without thinking about it."""
+    """58 layers of 288 slots, as random as a plan can be, are small enough for any config."""
     plan = random_plan(58, 256, 32, 32)
-    packed = parcel.pack(plan)
+    packed = form.pack(plan)
     size = len(json.dumps(packed))
     print(f"R1, 58 x 288 slots: {size} bytes packed")
-    assert size < 32_000 < parcel.LIMIT // 100
-    there = parcel.unpack(json.loads(json.dumps(packed)))
+    assert size < 32_000 < form.LIMIT // 100
+    there = form.unpack(json.loads(json.dumps(packed)))
     assert (
         there.digest == plan.digest
         and (there.physical_to_logical == plan.physical_to_logical).all()
     )
-    settings = PlacementSettings.make("eplb", plan, 32)
-    assert len(pickle.dumps(dict(settings))) < 33_000
-    assert settings.placement.digest == plan.digest
+    assert len(pickle.dumps(dict(Carried(make_settings("eplb", plan, 32))))) < 33_000
 
 
 def test_the_limit_is_far_beyond_any_model_of_today():
     """A hundred times R1's slots still travel."""
     plan = random_plan(580, 2560, 320, 10)
-    assert len(json.dumps(parcel.pack(plan))) < parcel.LIMIT
+    assert len(json.dumps(form.pack(plan))) < form.LIMIT
 
 
 def test_what_is_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(parcel, "LIMIT", 20_000)
+    monkeypatch.setattr(form, "LIMIT", 20_000)
     with pytest.raises(
         PlacementError, match=r"58 layers with 288 slots takes \d+ bytes packed, and 20000 travel"
     ):
-        PlacementSettings.make("eplb", random_plan(58, 256, 32, 32), 32)
+        Carried(make_settings("eplb", random_plan(58, 256, 32, 32), 32))
 
 
 def test_what_was_damaged_on_the_way_is_refused():
-    packed = parcel.pack(random_plan(2, 16, 2, 3))
+    packed = form.pack(random_plan(2, 16, 2, 3))
     for change in (
         {"slots_per_rank": [18]},
         {"digest": "0" * 64},
@@ -67,19 +68,12 @@ def test_what_was_damaged_on_the_way_is_refused():
         {"bytes_per_slot": 4},
     ):
         with pytest.raises(PlacementError):
-            parcel.unpack(packed | change)
+            form.unpack(packed | change)
     with pytest.raises(PlacementError):
-        parcel.unpack({key: value for key, value in packed.items() if key != "layer_ids"})
+        form.unpack({key: value for key, value in packed.items() if key != "layer_ids"})
 
 
 def test_nodes_travel_with_the_plan():
     plan = random_plan(2, 16, 2, 3)
-    plan = Placement(
-        plan.physical_to_logical,
-        16,
-        plan.slots_per_rank,
-        plan.layer_ids,
-        "eplb",
-        {"node_of_rank": [0, 0, 1]},
-    )
-    assert parcel.unpack(parcel.pack(plan)).metadata["node_of_rank"] == [0, 0, 1]
+    plan = replace(plan, metadata={"node_of_rank": [0, 0, 1]})
+    assert form.unpack(form.pack(plan)).metadata["node_of_rank"] == [0, 0, 1]

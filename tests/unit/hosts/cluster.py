@@ -1,4 +1,4 @@
-"""Ranks on two hosts of `network`, in turn, so that neighbouring ranks never share one."""
+"""Start ranks on two hosts of `network`, in turn: neighbouring ranks never share one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ports = itertools.count(20_000)
 
 
 class Cluster:
-    """Processes that wait for jobs (`ranks`).
+    """Keep processes that wait for jobs (`ranks`).
 
     Args:
         hosts: of which this takes two.
@@ -44,9 +44,15 @@ class Cluster:
                 hosts.address(first),
             ]
             process = subprocess.Popen(
-                hosts.on(first + rank % 2, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                env=environment, start_new_session=True,
-            )  # fmt: skip
+                hosts.on(first + rank % 2, command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+            )
             said: queue.Queue = queue.Queue()
             self._processes.append(process)
             self._said.append(said)
@@ -73,23 +79,26 @@ class Cluster:
         self.tell(json.dumps({"job": job, "port": next(_ports), **more}))
 
     def tell(self, line: str = "") -> None:
-        """A line for every rank."""
+        """Send a line to every rank."""
         for rank in range(self.world):
             self.answer(rank, line)
 
     def answer(self, rank: int, line: str = "") -> None:
-        """A line for one rank."""
+        """Send a line to one rank."""
         stdin = self._processes[rank].stdin
         stdin.write(line + "\n")
         stdin.flush()
 
     def each(self, key: str, limit: float) -> list[Any]:
-        """What every rank says under ``key``, in order; its other words until then are dropped, a failure is raised."""
+        """Return what every rank says under ``key``, in order.
+
+        Its other words until then are dropped, a failure is raised.
+        """
         deadline = time.monotonic() + limit
         return [self.next(rank, key, deadline) for rank in range(self.world)]
 
     def next(self, rank: int, key: str, deadline: float) -> Any:
-        """What a rank says next under ``key``."""
+        """Return what a rank says next under ``key``."""
         while True:
             try:
                 word = self._said[rank].get(timeout=max(0.0, deadline - time.monotonic()))
@@ -104,7 +113,10 @@ class Cluster:
                 return None
 
     def wrote(self, rank: int, words: str, patience: float = 5) -> str:
-        """What a rank wrote to stderr, where the words must be: they may be read later than what it says."""
+        """Return what a rank wrote to stderr, once the words are there.
+
+        They may be read later than what it says.
+        """
         deadline = time.monotonic() + patience
         while words not in (found := "".join(self.errors[rank])):
             assert time.monotonic() < deadline, (
@@ -114,7 +126,7 @@ class Cluster:
         return found
 
     def run(self, job: str, limit: float = 60, **more: Any) -> list[Any]:
-        """What every rank's job returned; None for one that was killed, or ended without a word."""
+        """Return what every rank's job did; None for one that was killed, or ended in silence."""
         self.begin(job, limit=limit, **more)
         return self.finish(limit)
 

@@ -1,9 +1,9 @@
-"""One rank on one of several hosts: forks for each job that it reads, so that torch is imported once.
+"""Run as one rank on one of several hosts: fork for each job, so that torch is imported once.
 
     python -m tests.unit.hosts.ranks RANK WORLD ADDRESS
 
-A job is a line of JSON, {"job": name, "port": of the store of rank 0 on ADDRESS, ...}; so is each answer. A job that does not end
-in its time is killed, and said to be ``hung``.
+A job is a line of JSON, {"job": name, "port": of the store of rank 0 on ADDRESS, ...}; so is each
+answer. A job that does not end in its time is killed, and said to be ``hung``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datetime import timedelta
 import numpy as np
 
 TIMEOUT = 3.0
-"""Of the exchanges in the trials: seconds that a transfer, a vote or an answer of the store may take."""
+"""Seconds that a transfer, a vote or an answer of the store may take in the trials' exchanges."""
 
 
 def say(**answer) -> None:
@@ -27,7 +27,7 @@ def say(**answer) -> None:
 
 
 def join(rank: int, world: int, address: str, port: int):
-    """The gloo group of all hosts; its store, which rank 0 holds."""
+    """Join the gloo group of all hosts; return its store, which rank 0 holds."""
     import torch
     import torch.distributed as dist
 
@@ -42,14 +42,15 @@ def join(rank: int, world: int, address: str, port: int):
     return dist.distributed_c10d._get_default_store()
 
 
-def meet(rank: int, said: dict | None = None, parcel=None, timeout: float = 60.0):
-    """What the engines' workers do: agree, and learn which rank lies on which host."""
+def open_session(facts: dict | None = None, parcel=None, timeout: float = 60.0):
+    """Do what the engines' workers do: agree, and learn which rank lies on which host."""
     import logging
 
     from moe_placement_plugin.hosts import session
 
-    said = {"engine": "none", "strategy": "eplb", "digest": ""} | (said or {})
-    return session.open_session(said, parcel, timeout, logging.getLogger("hosts"), "rank {}".format)
+    facts = {"engine": "none", "strategy": "eplb", "digest": ""} | (facts or {})
+    log = logging.getLogger("hosts")
+    return session.open_session(facts, parcel, timeout, log, "rank {}".format)
 
 
 def agree(job: dict, rank: int, world: int, address: str) -> dict:
@@ -68,22 +69,22 @@ def agree(job: dict, rank: int, world: int, address: str) -> dict:
     head = rank == 0
     dist.barrier()
     began = time.perf_counter()
-    found = meet(
-        rank, {"digest": plan.digest if head else None}, {"plan": pack(plan) if head else None}
+    agreement = open_session(
+        {"digest": plan.digest if head else None}, {"plan": pack(plan) if head else None}
     )
-    placement = unpack(found.parcel["plan"])
+    placement = unpack(agreement.parcel["plan"])
     seconds = time.perf_counter() - began
     dist.barrier()  # rank 0 holds the store
     return {
         "seconds": seconds,
-        "nodes": found.node_of_rank,
-        "names": found.names(),
+        "nodes": agreement.node_of_rank,
+        "names": agreement.names(),
         "same": placement.digest == plan.digest,
     }
 
 
 def moe(job: dict, rank: int, world: int, address: str) -> dict:
-    """Route tokens, chosen beforehand, through the staged layer, with a flat plan and with one that knows the hosts."""
+    """Route tokens, chosen beforehand, through the staged layer, by a plan of a given locality."""
     import torch
     import torch.distributed as dist
 
@@ -99,7 +100,7 @@ def moe(job: dict, rank: int, world: int, address: str) -> dict:
     )
 
     join(rank, world, address, job["port"])
-    found = meet(rank)
+    agreement = open_session()
     topology = session.topology(range(world))
     ids = np.load(job["trace"])["topk_ids"]
     experts, hidden = 64, job["hidden"]
@@ -122,7 +123,7 @@ def moe(job: dict, rank: int, world: int, address: str) -> dict:
     group = EpGroup()
     mine = slice(rank * job["tokens"], (rank + 1) * job["tokens"])
     dist.barrier()
-    say(ready=True, nodes=found.node_of_rank)
+    say(ready=True, nodes=agreement.node_of_rank)
     sys.stdin.readline()
     total = 0.0
     for row in range(len(ids)):
@@ -143,24 +144,22 @@ def moe(job: dict, rank: int, world: int, address: str) -> dict:
         )
         total += float(layer(x, logits).double().abs().sum())
     dist.barrier()
-    load_of = [np.bincount(np.searchsorted(plan.rank_offsets[1:], _slot_of(plan, row)[later[row].ravel()], side="right"), minlength=world)
-               for row in range(len(ids))]  # fmt: skip
-    return {"total": total, "balancedness": float(np.mean([c.mean() / c.max() for c in load_of]))}
-
-
-def _slot_of(plan, row: int) -> np.ndarray:
-    return np.argsort(plan.physical_to_logical[row])
+    counts = np.stack([np.bincount(row.ravel(), minlength=experts) for row in later])
+    return {"total": total, "balancedness": float(np.mean(plan.balancedness(counts)))}
 
 
 def exchange(job: dict, rank: int, world: int, address: str) -> dict:
-    """Carry an exchange out, and say how; its traffic is measured from the line that the ranks wait for."""
+    """Carry an exchange out, and say how.
+
+    Its traffic is measured from the line that the ranks wait for.
+    """
     import torch.distributed as dist
 
     from moe_placement_plugin.core.topology import Topology
     from moe_placement_plugin.hosts import session
 
     store = join(rank, world, address, job["port"])
-    meet(rank)
+    open_session()
     layers, experts, _ = job["exchanged"]
     placements = _with_copies_on_both_hosts(experts, layers)
     found = Moved(
@@ -180,10 +179,11 @@ def exchange(job: dict, rank: int, world: int, address: str) -> dict:
 
 
 def cut(job: dict, rank: int, world: int, address: str) -> dict:
-    """Carry an exchange out during which a host vanishes: when rank ``tells`` has done the share ``moment`` of its pieces of work.
+    """Carry an exchange out during which a host vanishes.
 
-    The same exchange goes before, undisturbed, and tells how much work there is. With ``waits`` the rank that tells waits until the
-    host is gone; without, the exchange goes on meanwhile.
+    It vanishes when rank ``tells`` has done the share ``moment`` of its pieces of work. The same
+    exchange goes before, undisturbed, and tells how much work there is. With ``waits`` that rank
+    waits until the host is gone; without, the exchange goes on meanwhile.
     """
     import torch.distributed as dist
 
@@ -192,7 +192,7 @@ def cut(job: dict, rank: int, world: int, address: str) -> dict:
     from tests.unit.exchange.pieces import Pieces
 
     store = join(rank, world, address, job["port"])
-    meet(rank)
+    open_session()
     rng = np.random.default_rng(job["seed"])
     layers, experts, slots = job["exchanged"]
     placements = [random_placement(rng, layers, experts, [slots] * world) for _ in range(2)]
@@ -219,7 +219,7 @@ def cut(job: dict, rank: int, world: int, address: str) -> dict:
 
 
 class Moved:
-    """An exchange of ``layers`` layers, all of whose bytes are known."""
+    """Hold an exchange of ``layers`` layers, all of whose bytes are known."""
 
     def __init__(self, job: dict, rank: int, store, placements, topology, epoch: int = 1):
         from moe_placement_plugin.exchange.communication import Communication
@@ -240,7 +240,7 @@ class Moved:
         )
 
     def run(self) -> dict:
-        """How it ended, in which time, which layers are committed and whether each is whole."""
+        """Say how it ended, in which time, which layers are committed and whether each is whole."""
         from moe_placement_plugin.exchange.commit import ExchangeAborted, ExchangeLost
 
         began = time.monotonic()
@@ -266,7 +266,7 @@ class Moved:
         }
 
     def _rows(self, placement, row: int):
-        """This rank's slots of a layer, int32 ``[slots, size / 4]``: every expert is told by its content."""
+        """Make this rank's slots of a layer, int32 ``[slots, size / 4]``, which name the expert."""
         import torch
 
         rows = torch.zeros(self._slots, self._size // 4, dtype=torch.int32)
@@ -276,7 +276,10 @@ class Moved:
 
 
 def _with_copies_on_both_hosts(experts: int, layers: int):
-    """Ranks 0, 2 on one host and 1, 3 on the other, every expert once on each; then neighbours on a host swap what they hold."""
+    """Place every expert once on each host, ranks 0, 2 and ranks 1, 3, before and after a swap.
+
+    Neighbours on a host swap what they hold.
+    """
     from moe_placement_plugin import Placement
 
     half = experts // 2
@@ -287,12 +290,12 @@ def _with_copies_on_both_hosts(experts: int, layers: int):
 
 
 def hold(job: dict, rank: int, world: int, address: str) -> dict:
-    """Wait in a collective for ranks of a host that vanishes, as a server does; the watch ends the process."""
+    """Wait in a collective for ranks of a host that vanishes, until the watch ends the process."""
     import torch
     import torch.distributed as dist
 
     join(rank, world, address, job["port"])
-    meet(rank, timeout=job["timeout"])
+    open_session(timeout=job["timeout"])
     dist.barrier()
     say(ready=True)
     while True:

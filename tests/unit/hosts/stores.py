@@ -1,4 +1,4 @@
-"""A store that threads and processes share, as the ranks of several hosts do."""
+"""Share a store between threads and processes, as the ranks of several hosts do."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch.distributed import PrefixStore, TCPStore
 
-from moe_placement_plugin.hosts.handshake import Agreed, Statement, agree
+from moe_placement_plugin.hosts.handshake import Agreement, Statement, agree
 
 server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 _runs = itertools.count()
-
-
 _clients: list[TCPStore] = []
 
 
 def connections(count: int) -> list[PrefixStore]:
-    """As many connections to a store that nobody has written to.
+    """Give as many connections to a store that nobody has written to.
 
-    Made once: torch looks up the name of whoever connects, which takes seconds where a name server is slow.
+    They are made once: torch looks up the name of whoever connects, which takes seconds where a
+    name server is slow.
     """
     name = f"run-{next(_runs)}"
     while len(_clients) < count:
@@ -28,7 +27,7 @@ def connections(count: int) -> list[PrefixStore]:
 
 
 def statement(rank: int, host: int | None = None, **more) -> Statement:
-    """A rank of a cluster whose hosts have two ranks each."""
+    """State what a rank of a cluster serves whose hosts have two ranks each."""
     host = rank // 2 if host is None else host
     fields = {
         "plugin": "1.0",
@@ -48,8 +47,8 @@ def statement(rank: int, host: int | None = None, **more) -> Statement:
 
 def all_agree(
     statements, parcels=None, wait: float = 20.0, ranks: int | None = None
-) -> list[Agreed | Exception]:
-    """What each of the ranks that speak gets, in their order."""
+) -> list[Agreement | Exception]:
+    """Return what each of the ranks that speak gets, in their order."""
     ranks = len(statements) if ranks is None else ranks
 
     def one(store, mine):

@@ -1,4 +1,4 @@
-"""Ranks of several hosts say what they are about to serve: all go on, or all stop with one message."""
+"""Ranks of several hosts say what they will serve: all go on, or all stop with one message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .stores import all_agree, connections, statement  # noqa: E402
 
 
 def refused(results) -> str:
-    """The message, which must be the same on all ranks."""
+    """Return the message, which must be the same on all ranks."""
     assert all(isinstance(result, PlacementError) for result in results), results
     assert len({str(result) for result in results}) == 1
     return str(results[0])
@@ -149,7 +149,7 @@ def test_the_store_is_gone():
 
 
 def test_why_nobody_starts_is_said_although_the_store_is_gone_by_then(monkeypatch):
-    """Rank 0 may end as soon as all have said that they know: an answer to that may be lost with its store."""
+    """Rank 0 may end once all have said that they know: an answer may be lost with its store."""
     from moe_placement_plugin.hosts import handshake
 
     class Leaving:
@@ -172,7 +172,7 @@ def test_why_nobody_starts_is_said_although_the_store_is_gone_by_then(monkeypatc
 
 
 def test_it_is_quick():
-    """R1's plan on two hosts of eight ranks: the goal is at most 100 ms, waiting for late hosts not counted."""
+    """R1's plan on two hosts of eight ranks takes at most 100 ms once the last rank has come."""
     plan = Placement(
         np.stack(
             [np.resize(np.random.default_rng(layer).permutation(256), 288) for layer in range(58)]
@@ -190,7 +190,8 @@ def test_it_is_quick():
         results = all_agree(statements, dict.fromkeys(range(16), parcel))
         seconds.append(max(result.seconds for result in results))
     print(
-        f"agreement of 16 ranks on 2 hosts: median {statistics.median(seconds) * 1000:.1f} ms, longest {max(seconds) * 1000:.1f} ms"
+        f"agreement of 16 ranks on 2 hosts: median {statistics.median(seconds) * 1000:.1f} ms, "
+        f"longest {max(seconds) * 1000:.1f} ms"
     )
     assert min(seconds) < 0.1
 

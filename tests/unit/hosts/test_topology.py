@@ -1,4 +1,4 @@
-"""Which rank lies on which host: before any rank exists, from the engine's arguments, and afterwards, from what ranks say."""
+"""Which rank lies on which host: by the engine's arguments, and afterwards by what ranks say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from moe_placement_plugin import ExpertLoad, Placement, Topology
 from moe_placement_plugin.engines.vllm import hosts
 from moe_placement_plugin.hosts import session
-from moe_placement_plugin.hosts.handshake import Agreed
+from moe_placement_plugin.hosts.handshake import Agreement
 from moe_placement_plugin.rebalancing.policy import RebalancePolicy
 from moe_placement_plugin.rebalancing.rebalancer import Rebalancer
 from moe_placement_plugin.rebalancing.tables import EngineRanks
@@ -23,8 +23,16 @@ pytest.importorskip("torch", reason="the helpers of these tests keep a store")
 
 def parallel(**more):
     """A ``ParallelConfig`` of vLLM, as far as it is looked at."""
-    fields = {"use_ray": False, "data_parallel_backend": "mp", "data_parallel_size": 1, "data_parallel_size_local": 1, "data_parallel_rank": 0,
-              "distributed_executor_backend": "mp", "nnodes": 1, "node_rank": 0}  # fmt: skip
+    fields = {
+        "use_ray": False,
+        "data_parallel_backend": "mp",
+        "data_parallel_size": 1,
+        "data_parallel_size_local": 1,
+        "data_parallel_rank": 0,
+        "distributed_executor_backend": "mp",
+        "nnodes": 1,
+        "node_rank": 0,
+    }
     return SimpleNamespace(**fields | more)
 
 
@@ -94,11 +102,8 @@ def test_the_nodes_that_a_static_plan_is_made_for():
 @pytest.fixture
 def two_hosts(monkeypatch):
     """Four ranks that said they lie on two hosts, in turn."""
-    monkeypatch.setattr(
-        session,
-        "_agreed",
-        Agreed(tuple(statement(rank, host=rank % 2) for rank in range(4)), None, 0.001),
-    )
+    statements = tuple(statement(rank, host=rank % 2) for rank in range(4))
+    monkeypatch.setattr(session._session, "agreement", Agreement(statements, None, seconds=0.001))
 
 
 def test_what_ranks_said_is_what_an_ep_group_gets(two_hosts):
@@ -111,9 +116,8 @@ def test_what_ranks_said_is_what_an_ep_group_gets(two_hosts):
 
 def test_a_plan_for_other_nodes_is_warned_about(two_hosts, caplog):
     log = logging.getLogger("hosts-test")
-    session.warn_about_nodes(
-        [1, 0, 1, 0], session.topology(range(4)), log
-    )  # the same but for their numbers
+    # The same but for their numbers.
+    session.warn_about_nodes([1, 0, 1, 0], session.topology(range(4)), log)
     session.warn_about_nodes(None, session.topology(range(4)), log)
     assert not caplog.records
     session.warn_about_nodes([0, 0, 1, 1], session.topology(range(4)), log)
@@ -122,7 +126,7 @@ def test_a_plan_for_other_nodes_is_warned_about(two_hosts, caplog):
 
 @pytest.mark.slow
 def test_a_rebalance_keeps_groups_on_the_real_nodes(two_hosts):
-    """EPLB's planner gets the nodes that the ranks named, not equal runs of ranks, and so does the estimate of the exchange."""
+    """EPLB's planner and the exchange's estimate get the nodes that ranks named, not equal runs."""
     topology = session.topology(range(4))
     counts = np.random.default_rng(0).zipf(1.3, (1, 2, 16)).clip(max=50) * 100
     old = np.tile(np.arange(16), (2, 1))

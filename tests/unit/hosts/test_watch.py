@@ -11,7 +11,14 @@ pytest.importorskip("torch", reason="hosts show that they live through torch's s
 
 from moe_placement_plugin.core.errors import PlacementError  # noqa: E402
 from moe_placement_plugin.hosts.bounded_store import BoundedStore, StoreSilent  # noqa: E402
-from moe_placement_plugin.hosts.identity import address_towards, host_key, number_hosts, ranges  # noqa: E402
+from moe_placement_plugin.hosts.identity import (  # noqa: E402
+    address_towards,
+    address_towards_store,
+    host_key,
+    innermost_store,
+    number_hosts,
+    ranges,
+)
 from moe_placement_plugin.hosts.watch import HostWatch, JoinWatch, check_timeout  # noqa: E402
 
 from .stores import connections  # noqa: E402
@@ -29,7 +36,7 @@ NAMES = ("node0 (10.0.0.1), rank 0", "node1 (10.0.0.2), rank 1", "node2 (10.0.0.
 
 
 def watches(timeout: float):
-    """A watch per host, and what each of them said."""
+    """Make a watch for each host; return them and what each of them says."""
     said: list[list[tuple[float, str]]] = [[] for _ in NAMES]
     stores = connections(len(NAMES))
     found = [
@@ -73,7 +80,7 @@ def test_a_host_that_never_begins():
 
 
 class Hanging:
-    """A store at the other end of a dead link."""
+    """Stand for a store at the other end of a dead link."""
 
     def __init__(self):
         self.over = threading.Event()
@@ -153,7 +160,15 @@ def test_who_shares_a_host(monkeypatch):
     assert host_key() == "rack 1"
     assert number_hosts(["b", "a", "b", "c"]) == (0, 1, 0, 2)
     assert ranges([5, 0, 1, 2]) == "0-2, 5"
-    assert (
-        address_towards("127.0.0.1") == "127.0.0.1"
-        and address_towards("no such host.invalid") == ""
-    )
+    assert address_towards("127.0.0.1") == "127.0.0.1"
+    assert address_towards("no such host.invalid") == ""
+
+
+def test_the_way_to_the_store_is_found_through_prefixes(tmp_path):
+    from torch.distributed import FileStore, PrefixStore
+
+    (connection,) = connections(1)
+    wrapped = PrefixStore("more", connection)
+    assert innermost_store(wrapped).host == "127.0.0.1"
+    assert address_towards_store(wrapped) == "127.0.0.1"
+    assert address_towards_store(FileStore(str(tmp_path / "store"), 1)) == "127.0.0.1"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin.core.errors import PlacementError
-from moe_placement_plugin.rebalancing.tables import EngineRanks, inverse_maps, rebalance_table
+from moe_placement_plugin.core.tables import inverse_maps
+from moe_placement_plugin.rebalancing.tables import EngineRanks, rebalance_table
 from tests.unit.planner.conftest import balance, check_valid
 
 ON_4_NODES = EngineRanks(8, groups=8, nodes=4)

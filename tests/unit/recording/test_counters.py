@@ -1,4 +1,4 @@
-"""The device counters: against plain counting, under torch.compile, and on a GPU inside CUDA graphs."""
+"""The device counters: against plain counting, under torch.compile, and inside CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 
 
 class Batch:
-    """Random choices, and what counting them by hand gives."""
+    """Hold random choices, and what counting them by hand gives."""
 
     def __init__(self, tokens: list[int], prefill: list[bool], padding: int = 0, seed: int = 0):
         rng = np.random.default_rng(seed)
         self.tokens, self.prefill = np.array(tokens), np.array(prefill)
         total = int(self.tokens.sum())
-        self.ids = np.array(
-            [[rng.permutation(EXPERTS)[:TOP_K] for _ in range(total + padding)] for _ in range(LAYERS)], dtype=np.int32
-        )  # fmt: skip
+        tokens = LAYERS * (total + padding)
+        ids = np.array([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)], dtype=np.int32)
+        self.ids = ids.reshape(LAYERS, total + padding, TOP_K)
         self.counts = np.zeros((2, LAYERS, EXPERTS), dtype=np.int64)
         self.pairs = np.zeros((LAYERS, EXPERTS, EXPERTS), dtype=np.int64)
         phase = np.repeat(np.where(self.prefill, 0, 1), self.tokens)
@@ -70,7 +70,7 @@ def test_the_hosts_own_way_counts_alike():
 
 
 def test_snapshots_beside_the_host_lose_and_double_nothing():
-    """Batches of one shape, of other shapes and too large to be kept, while another thread takes snapshots all the time."""
+    """Batches of one shape, of others, and too large to be kept, while snapshots are taken."""
     counters, taken, done = LoadCounters(LAYERS, EXPERTS, 600, "cpu"), [], threading.Event()
     counters.mark(np.array([1]), np.array([False]))
 
@@ -114,7 +114,7 @@ def test_dummy_batches_do_not_count():
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.uint32])
 def test_ids_outside_the_experts_are_left_out(dtype, pairs, device):
-    """-1 marks skipped tokens, ids behind the last expert are fused shared experts, and packed ids are huge."""
+    """-1 marks skipped tokens, fused shared experts lie behind the last, packed ids are huge."""
     counters = LoadCounters(1, 4, 8, device, coactivation=pairs)
     counters.mark(np.array([2]), np.array([False]))
     rows = [[0, 3, 4], [1, 2, 5]] if dtype == torch.uint32 else [[0, 3, 4], [-1, 2, 30000]]

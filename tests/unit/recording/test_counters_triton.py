@@ -1,4 +1,4 @@
-"""The kernels that count choices on a GPU: under Triton's interpreter, against counting one by one, and compiled."""
+"""The kernel that counts choices on a GPU: under Triton's interpreter, and compiled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from moe_placement_plugin.recording.counters_triton import count
 rng = np.random.default_rng(0)
 for tokens in (0, 1, 3, 16, 200):
     for kind in (torch.int32, torch.int64):
-        ids = torch.from_numpy(rng.integers(-1, 12, (tokens, 6))).to(kind)  # 9 experts: some ids are of none
+        # 9 experts: some ids are of none.
+        ids = torch.from_numpy(rng.integers(-1, 12, (tokens, 6))).to(kind)
         start = torch.from_numpy(rng.integers(0, 3, (tokens, 1)) * 9)
         counts, slots = torch.full((27,), 5), torch.full((2, 9), 5, dtype=torch.int32)
         count(ids, start, counts, 9)
@@ -32,7 +33,8 @@ for tokens in (0, 1, 3, 16, 200):
                 if 0 <= one < 9:
                     expected[begin + one] += 1
                     row[one] += at < 5
-        assert counts.tolist() == expected.tolist() and slots[1].tolist() == row.tolist() and slots[0].tolist() == [5] * 9, (tokens, kind)
+        assert counts.tolist() == expected.tolist(), (tokens, kind)
+        assert slots.tolist() == [[5] * 9, row.tolist()], (tokens, kind)
 print("equal")
 """
 
@@ -63,12 +65,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from moe_placement_plugin.recording.counters_triton import _count
-of_experts = {"ids_ptr": "*i64", "start_ptr": "*i64", "counts_ptr": "*i64", "numel": "i32", "top_k": "i32", "experts": "i32", "BLOCK": "constexpr"}
+numbers = {"numel": "i32", "top_k": "i32", "experts": "i32", "BLOCK": "constexpr"}
+of_experts = {"ids_ptr": "*i64", "start_ptr": "*i64", "counts_ptr": "*i64", **numbers}
 of_slots = of_experts | {"ids_ptr": "*i32", "start_ptr": "constexpr", "counts_ptr": "*i32"}
 for types, constants in ((of_slots, {"start_ptr": None}), (of_experts, {})):
-    made = triton.compile(ASTSource(_count, types, constants | {"BLOCK": 256}), target=GPUTarget("cuda", 90, 32))
+    source = ASTSource(_count, types, constants | {"BLOCK": 256})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert len(made.asm["cubin"]) and ".add." in made.asm["ptx"], "counts are added to atomically"
-    assert [p.name for p in _count.params if p.do_not_specialize] == ["numel"], "one kernel for all numbers of tokens"
+    once = [p.name for p in _count.params if p.do_not_specialize]
+    assert once == ["numel"], "one kernel for all numbers of tokens"
 print("equal")
 """
 

@@ -1,4 +1,4 @@
-"""Windows, files and failures of the recorder, with counters that are plain arrays."""
+"""Files and failures of the recorder, with counters that are plain arrays."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from moe_placement_plugin.formats.load_file import read_load
 from moe_placement_plugin.recording import recorder as load_recorder
 from moe_placement_plugin.recording.recorder import (
     LoadRecorder,
-    Windows,
     check_interval,
     check_path,
     part_path,
 )
+from moe_placement_plugin.recording.windows import MAX_WINDOWS, Windows
 from tests.support.children import python_path
 
 
 class Source:
-    """Counters that the test moves."""
+    """Stand for counters, which the test moves."""
 
     def __init__(self, layers: int = 2, experts: int = 4, pairs: bool = False):
         self.counts = np.zeros((2, layers, experts), dtype=np.int64)
@@ -82,7 +82,7 @@ def test_file_is_bounded(tmp_path, monkeypatch):
         source.counts += 1
         r.flush()
     load = read_load(path)
-    assert load.phases.count("decode") <= load_recorder.MAX_WINDOWS
+    assert load.phases.count("decode") <= MAX_WINDOWS
     assert load.metadata["window_seconds"] == 8  # 500 s in at most 64 windows, by doubling
     assert (load.total == 1000).all()
 
@@ -199,7 +199,7 @@ def test_a_crash_loses_at_most_the_running_window(tmp_path):
     )
     assert done.returncode == -signal.SIGKILL
     total = read_load(path).total
-    # Ten steps of 2; one interval is two steps, and one more may fall between the flush and the kill.
+    # Ten steps of 2; one interval is two steps, and one more may fall between flush and kill.
     assert 2 * (10 - 3) <= total.min() and total.max() <= 20
     recorder(path, Source())  # the kill may have come within a write
     assert [p.name for p in tmp_path.iterdir()] == ["load"]
@@ -232,7 +232,10 @@ def wait_for(path, tokens: int) -> None:
 
 @pytest.mark.slow
 def test_an_idle_engine_has_written_everything(tmp_path):
-    """Servers kill their workers when they are stopped: what was counted must not wait for the window's end, nor other processes' parts."""
+    """What was counted waits neither for the window's end nor for other processes' parts.
+
+    Servers kill their workers when they are stopped.
+    """
     path, sources = tmp_path / "load", [Source(), Source()]
     recorders = [
         recorder(path, source, interval=10_000, part=k, num_parts=2)
@@ -253,7 +256,7 @@ def test_an_idle_engine_has_written_everything(tmp_path):
 
 
 class Busy(Source):
-    """Its last batch runs on while the first three looks are taken."""
+    """Stand for counters whose last batch runs on while the first three looks are taken."""
 
     looks = 0
 

@@ -1,4 +1,7 @@
-"""The HTML page, in headless Chromium: every figure is painted, nothing is fetched, nothing sticks out."""
+"""Test the HTML page in headless Chromium: every figure is painted, nothing is fetched.
+
+Also, nothing sticks out.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,18 @@ needs_chromium = pytest.mark.skipif(
 PROBE = """<script>
 {
   const canvases = [...document.querySelectorAll("canvas")].map((c) => {
-    const pixels = new Uint32Array(c.getContext("2d").getImageData(0, 0, c.width, c.height).data.buffer);
-    return { label: c.getAttribute("aria-label"), colours: new Set(pixels).size, width: c.clientWidth };
+    const image = c.getContext("2d").getImageData(0, 0, c.width, c.height);
+    const colours = new Set(new Uint32Array(image.data.buffer)).size;
+    return { label: c.getAttribute("aria-label"), colours, width: c.clientWidth };
   });
   const first = document.querySelector("canvas"), box = first.getBoundingClientRect();
-  first.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + 60, clientY: box.top + 12 }));
-  document.documentElement.dataset.probe = JSON.stringify({
-    over: document.documentElement.scrollWidth - innerWidth, width: innerWidth, canvases,
-    painted: document.documentElement.dataset.painted, tip: document.getElementById("tip").textContent,
-    background: getComputedStyle(document.body).backgroundColor, text: getComputedStyle(document.body).color,
+  const at = { clientX: box.left + 60, clientY: box.top + 12 };
+  first.dispatchEvent(new PointerEvent("pointermove", at));
+  const page = document.documentElement, style = getComputedStyle(document.body);
+  page.dataset.probe = JSON.stringify({
+    over: page.scrollWidth - innerWidth, width: innerWidth, canvases,
+    painted: page.dataset.painted, tip: document.getElementById("tip").textContent,
+    background: style.backgroundColor, text: style.color,
   });
 }
 </script></body>"""
@@ -42,22 +48,38 @@ PROBE = """<script>
 
 def chromium(tmp_path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}",
-         "--enable-logging=stderr", *arguments],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--hide-scrollbars",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A page with every kind of figure, and hostile names."""
+    """Render a page with every kind of figure, and hostile names."""
     folder = tmp_path_factory.mktemp("page")
     pairs = np.random.default_rng(0).integers(0, 50, (4, 16, 16))
     load = skewed(
-        coactivation=pairs + pairs.transpose(0, 2, 1), layer_ids=(3, 4, 5, 6), phases=("prefill", "decode", "decode"),
+        coactivation=pairs + pairs.transpose(0, 2, 1),
+        layer_ids=(3, 4, 5, 6),
+        phases=("prefill", "decode", "decode"),
         metadata={"model": "</script><script>document.title='broken'</script>"},
-    )  # fmt: skip
+    )
     from moe_placement_plugin.core.topology import Topology
     from moe_placement_plugin.report.data import make_report
     from moe_placement_plugin.report.page import render
@@ -89,10 +111,13 @@ def test_page_in_chromium(page, tmp_path, width, scheme):
     text = page.read_text().replace("</body>", PROBE)
     if width < 500:
         # Chromium's windows are at least 500 px wide; a frame is as narrow as it is told to be.
-        frame = f'<iframe style="width:{width}px;height:1800px;border:0" srcdoc="{html.escape(text)}"></iframe>'
+        style = f"width:{width}px;height:1800px;border:0"
+        frame = f'<iframe style="{style}" srcdoc="{html.escape(text)}"></iframe>'
         text = (
-            f"<!doctype html><meta name=color-scheme content='light dark'>{frame}<script>document.querySelector('iframe').onload = (e) => "
-            "{ document.documentElement.dataset.probe = e.target.contentDocument.documentElement.dataset.probe; };</script>"
+            "<!doctype html><meta name=color-scheme content='light "
+            f"dark'>{frame}<script>document.querySelector('iframe').onload = (e) => "
+            "{ document.documentElement.dataset.probe = "
+            "e.target.contentDocument.documentElement.dataset.probe; };</script>"
         )
     probed.write_text(text)
     setting = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
@@ -127,7 +152,7 @@ def test_page_in_chromium(page, tmp_path, width, scheme):
 
 
 def contrast(a: str, b: str) -> float:
-    """WCAG contrast ratio of two CSS colours."""
+    """Return the WCAG contrast ratio of two CSS colours."""
 
     def luminance(colour: str) -> float:
         parts = [int(c) / 255 for c in re.findall(r"\d+", colour)[:3]]
@@ -161,9 +186,14 @@ def test_figures_as_png(cli, tmp_path):
     names = {p.name for p in (tmp_path / "png").iterdir()}
     pairs_of = int((skewed().total.max(axis=1) / skewed().total.mean(axis=1)).argmax())
     assert names == {
-        "load.png", "rank-load-linear.png", "rank-load-zigzag.png", "rank-load-eplb.png", "balancedness-by-layer.png",
-        "balancedness-over-windows.png", f"coactivation-{pairs_of}.png",
-    }  # fmt: skip
+        "load.png",
+        "rank-load-linear.png",
+        "rank-load-zigzag.png",
+        "rank-load-eplb.png",
+        "balancedness-by-layer.png",
+        "balancedness-over-windows.png",
+        f"coactivation-{pairs_of}.png",
+    }
     assert all((tmp_path / "png" / n).read_bytes().startswith(b"\x89PNG") for n in names)
     assert set(json.loads(done.stdout)["balancedness"]) == {"linear", "zigzag", "eplb"}
 

@@ -1,4 +1,7 @@
-"""The script that builds environments: what it says when it cannot, and that nothing half-built is left."""
+"""Test the script that builds environments: what it says when it cannot.
+
+Nothing half-built is left.
+"""
 
 import functools
 import os
@@ -30,7 +33,7 @@ esac
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder for environments with the stand-in for uv in it."""
+    """Make a folder for environments with the stand-in for uv in it."""
     program = tmp_path / "envs" / ".uv" / "bin" / "uv"
     program.parent.mkdir(parents=True)
     program.write_text(UV)
@@ -60,7 +63,10 @@ def build(place, **more):
 
 
 def finished(place):
-    """What stands where an environment would: nothing but lock files and uv may be left after a failure."""
+    """Return what stands where an environment would.
+
+    Nothing but lock files and uv may be left after a failure.
+    """
     return [p.name for p in place.iterdir() if p.is_dir() and p.name != ".uv"]
 
 
@@ -87,7 +93,10 @@ def test_a_failure_leaves_the_environment_that_was_there(place):
 
 
 def test_what_does_not_work_after_all_is_no_environment(place):
-    """The stand-in installs nothing, so that the check finds the lists' first distribution missing."""
+    """The stand-in installs nothing.
+
+    So the check finds the lists' first distribution missing.
+    """
     found = build(place)
     assert found.returncode == 1 and not finished(place)
     assert "does not work" in found.stderr and "in place of" in found.stderr
@@ -158,7 +167,10 @@ def in_script(code):
 
 
 def test_another_kind_of_machine_is_refused():
-    code = "import platform; platform.machine = lambda: 'aarch64'; import machine; machine.check_machine()"
+    code = (
+        "import platform; platform.machine = lambda: 'aarch64'; "
+        "import machine; machine.check_machine()"
+    )
     found = in_script(code)
     assert "this machine is Linux on aarch64" in found.stderr.splitlines()[-1]
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for placements and loads."""
+"""Generate placements for hypothesis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_placement_plugin.core.placement import Placement
 
 @st.composite
 def placements(draw) -> Placement:
-    """Valid placements: uneven ranks, ranks without slots, replicas, layers numbered with gaps."""
+    """Draw a valid placement: uneven ranks, some empty, replicas, layers numbered with gaps."""
     experts = draw(st.integers(1, 12))
     ranks = draw(st.integers(1, 5))
     layers = draw(st.integers(1, 4))
@@ -32,4 +32,6 @@ def placements(draw) -> Placement:
             renamed = rng.permutation(experts)
         rows.append([int(renamed[e]) for h in held for e in rng.permutation(sorted(h))])
     ids = sorted(rng.choice(20, size=layers, replace=False).tolist())
-    return Placement(rows, experts, tuple(shape), tuple(ids), "random", {"seed": 1})
+    return Placement(
+        rows, experts, tuple(shape), tuple(ids), strategy="random", metadata={"seed": 1}
+    )

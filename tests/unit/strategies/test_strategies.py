@@ -86,7 +86,7 @@ def test_eplb_without_a_load_says_so():
 def test_unknown_strategy_lists_the_known_ones():
     with pytest.raises(
         PlacementError,
-        match="unknown expert placement strategy 'zigzga': choose one of linear, balanced, zigzag, eplb",
+        match="unknown expert placement strategy 'zigzga': choose one of linear, balanced, zigzag",
     ):
         get_strategy("zigzga")
     assert get_strategy("round_robin").name == "zigzag"
@@ -168,7 +168,7 @@ def test_topology():
 
 
 def near(locality="soft", topology=None, groups=1, pairs=None):
-    """A load of 2 layers, 16 experts, the even ones always chosen together when ``pairs`` is asked for."""
+    """Plan 2 layers of 16 experts, of which with ``pairs`` the even ones are chosen together."""
     counts = np.random.default_rng(3).integers(50, 100, (1, 2, 16))
     together = None
     if pairs:

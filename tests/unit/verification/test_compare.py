@@ -8,10 +8,10 @@ import pytest
 from moe_placement_plugin.verification.compare import (
     LayerDigests,
     WeightsMismatch,
-    alike,
     check_experts,
     check_replicas,
     expert_digests,
+    find_identical_experts,
 )
 from moe_placement_plugin.verification.level import check_level
 
@@ -19,7 +19,7 @@ NAMES = ("w13_weight", "w2_weight")
 
 
 def digests(*experts, changed=()):
-    """A rank's layer 4; an expert e has digests (10 e, 10 e + 1), changed ones differ in w2."""
+    """Make a rank's layer 4: expert e has digests (10 e, 10 e + 1), changed ones differ in w2."""
     values = np.array(
         [(10 * abs(e), 10 * abs(e) + 1 + (e in changed)) for e in experts], dtype=np.uint64
     ).reshape(-1, 2)
@@ -71,8 +71,10 @@ def test_after_an_exchange_every_slot_is_compared():
     with pytest.raises(WeightsMismatch) as caught:
         check_experts(before, [wrong, digests(1, 0, changed=(0,))], "what", "mend")
     assert caught.value.differences == [
-        "layer 4, slot 1 of rank 0 should hold expert 2: it differs in w13_weight, w2_weight, which hold expert 0",
-        "layer 4, slot 1 of rank 1 should hold expert 0: it differs in w2_weight, which hold something else",
+        "layer 4, slot 1 of rank 0 should hold expert 2: it differs in w13_weight, w2_weight, "
+        "which hold expert 0",
+        "layer 4, slot 1 of rank 1 should hold expert 0: it differs in w2_weight, which hold "
+        "something else",
     ]
     assert str(caught.value).startswith("what: layer 4") and str(caught.value).endswith(". mend")
 
@@ -93,12 +95,19 @@ def test_many_differences_are_counted():
 def test_equal_experts_are_remarked_on():
     same = digests(0, 1, 2)
     same[4].values[2] = same[4].values[0]
-    assert alike(expert_digests([same])) == ["layer 4: experts 0, 2 are the same"]
-    assert alike(expert_digests([digests(0, 1)])) == []
+    assert find_identical_experts(expert_digests([same])) == ["layer 4: experts 0, 2 are the same"]
+    assert find_identical_experts(expert_digests([digests(0, 1)])) == []
 
 
-@pytest.mark.parametrize("value, placed, level", [(None, True, "replicas"), (None, False, "off"), ("off", True, "off"),
-                                                  ("checkpoint", False, "checkpoint")])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, placed, level",
+    [
+        (None, True, "replicas"),
+        (None, False, "off"),
+        ("off", True, "off"),
+        ("checkpoint", False, "checkpoint"),
+    ],
+)
 def test_levels(value, placed, level):
     assert check_level(value, placed) == level
 

@@ -58,7 +58,7 @@ def test_a_tensor_as_long_as_the_model_has_experts_is_refused_unless_all_rows_ag
     assert found(layer(scale=torch.ones(8))) == {"w13_weight"}
     with pytest.raises(
         PlacementError,
-        match="layer 1: scale has 8 rows, one for every expert of the model, where this rank has 4 slots",
+        match="layer 1: scale has 8 rows, one for every expert of the model, where this rank has 4",
     ):
         found(layer(scale=torch.arange(8.0)))
 

@@ -1,4 +1,4 @@
-"""What the zoo asks for: every recipe under every placement, and every refusal."""
+"""List what the zoo asks for: every recipe under every placement, and every refusal."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "shuffled": {},
     "replicas": {"enable_eplb": True, "ep_num_redundant_experts": REDUNDANT},
 }
-"""Placement -> arguments of ``ServerArgs``; those but zigzag come with a plan file, see `checkpoints.slots`."""
+"""Placement -> arguments of ``ServerArgs``.
+
+Those but zigzag come with a plan file, see `checkpoints.slots`.
+"""
 
 WITHOUT_BIASES = replace(
     next(recipe for recipe in RECIPES if recipe.name == "GptOssForCausalLM"),
     variant="without-biases",
     without=("_proj_bias",),
 )
-"""An incomplete checkpoint: the biases of its experts are missing, under whose shards the matrices come too."""
+"""An incomplete checkpoint: the biases of its experts are missing.
+
+Under their shards the matrices come too.
+"""
 
 BY_NAME: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (*RECIPES, *QUANTIZED, *DRAFTED, *REFUSED, WITHOUT_BIASES)
@@ -32,17 +38,17 @@ BY_NAME: dict[str, Recipe] = {
 
 
 def name_of(recipe: Recipe, placement: str) -> str:
-    """A case's name."""
+    """Return a case's name."""
     return f"{recipe.name} {placement}"
 
 
 def expected_refusal(recipe: Recipe, placement: str) -> str:
-    """What the refusal must say; empty where the model must be placed."""
+    """Return what the refusal must say; empty where the model must be placed."""
     return recipe.refused.get("all", recipe.refused.get(placement, ""))
 
 
 def all_cases() -> list[dict[str, Any]]:
-    """Cases for `launcher`, one recipe's together."""
+    """Return cases for `launcher`, one recipe's together."""
     cases = [
         {
             "name": name_of(recipe, placement),
@@ -58,10 +64,20 @@ def all_cases() -> list[dict[str, Any]]:
 
 
 MISTAKEN = {
-    "name": "mistaken", "recipe": "Qwen3MoeForCausalLM", "placement": "zigzag", "arguments": PLACEMENTS["zigzag"], "examined": "shuffled",
-}  # fmt: skip
-"""Loaded by one map, examined by another: what an engine would look like whose loader heeds no map."""
+    "name": "mistaken",
+    "recipe": "Qwen3MoeForCausalLM",
+    "placement": "zigzag",
+    "arguments": PLACEMENTS["zigzag"],
+    "examined": "shuffled",
+}
+"""Cases that are loaded by one map and examined by another.
+
+What an engine would look like whose loader heeds no map.
+"""
 
 INCOMPLETE = {
-    "name": "incomplete", "recipe": WITHOUT_BIASES.name, "placement": "zigzag", "arguments": PLACEMENTS["zigzag"],
-}  # fmt: skip
+    "name": "incomplete",
+    "recipe": WITHOUT_BIASES.name,
+    "placement": "zigzag",
+    "arguments": PLACEMENTS["zigzag"],
+}

@@ -1,13 +1,13 @@
-"""A recipe's checkpoint and the plans for it, as files."""
+"""Write a recipe's checkpoint and the plans for it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from moe_placement_plugin.formats.plan_or_load import write as write_file
+from tests.zoo.checkpoint import write_config, write_tensors
 
 from .recipe import Recipe, Tensors
 from .values import EXPERTS
@@ -16,7 +16,10 @@ RANKS = 2
 REDUNDANT = 2
 
 ENV = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
-"""For the child processes: ranks look at the machine's free memory one after the other, and others use it meanwhile."""
+"""Variables of the child processes.
+
+Ranks look at the machine's free memory one after the other, and others use it meanwhile.
+"""
 
 
 CONFIG_CLASS = """from transformers import PretrainedConfig
@@ -27,11 +30,12 @@ class ZooConfig(PretrainedConfig):
 
     def __init__(self, **values):
         for name in list(values):
-            if name.endswith("_config") and name != "quantization_config" and isinstance(values[name], dict):
+            part = name.endswith("_config") and name != "quantization_config"
+            if part and isinstance(values[name], dict):
                 values[name] = PretrainedConfig(**values[name])
         super().__init__(**values)
 """
-"""What a checkpoint brings whose config transformers does not know: a class that takes everything."""
+"""The class of a checkpoint whose config transformers does not know: it takes everything."""
 
 
 def write(recipe: Recipe, folder: Path, tensors: Tensors | None = None) -> Path:
@@ -40,40 +44,35 @@ def write(recipe: Recipe, folder: Path, tensors: Tensors | None = None) -> Path:
     Args:
         recipe: the model.
         folder: where to.
-        tensors: all of its tensors. None writes those of the MoE layers; what is left out (attention, embeddings, dense layers)
-            the engine leaves uninitialised.
+        tensors: all of its tensors. None writes those of the MoE layers; what is left out
+            (attention, embeddings, dense layers) the engine leaves uninitialised.
     """
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"architectures": [recipe.architecture], **recipe.config}
     if recipe.remote:
         config["auto_map"] = {"AutoConfig": "configuration_zoo.ZooConfig"}
+    write_config(folder, config)
+    if recipe.remote:
         (folder / "configuration_zoo.py").write_text(
             CONFIG_CLASS.format(model_type=recipe.config["model_type"])
         )
-    (folder / "config.json").write_text(json.dumps(config))
-    found = {
-        name: torch.from_numpy(np.asarray(tensor))
-        for name, tensor in (tensors or recipe.tensors()).items()
+    found = recipe.tensors() if tensors is None else tensors
+    float8 = {
+        name: "F8_E4M3"
+        for name, tensor in found.items()
+        if tensor.dtype == np.uint8 and not recipe.packed
     }
-    floats = {
-        name: t.view(torch.float8_e4m3fn)
-        for name, t in found.items()
-        if t.dtype == torch.uint8 and not recipe.packed
-    }
-    save_file(found | floats, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", found, float8)
     return folder
 
 
 def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
-    """MoE layer -> logical expert of each physical slot, rank after rank.
+    """Return the logical expert of each physical slot of each MoE layer, rank after rank.
 
     Args:
         recipe: the model.
-        placement: ``linear``, ``zigzag``, ``shuffled`` (another order in each layer), ``replicas`` (shuffled, each rank with a copy
-            of an expert of the other's) or ``rebalanced`` (the same in another order).
+        placement: ``linear``, ``zigzag``, ``shuffled`` (another order in each layer), ``replicas``
+            (shuffled, each rank with a copy of an expert of the other's) or ``rebalanced`` (the
+            same in another order).
     """
     found = {}
     for layer in recipe.moe:
@@ -92,7 +91,10 @@ def slots(recipe: Recipe, placement: str) -> dict[int, list[int]]:
 
 
 def write_plan(recipe: Recipe, placement: str, file: Path) -> Path:
-    """The plan file of a placement, a row for each MoE layer; for a draft's too, unless EPLB moves the target's experts."""
+    """Write the plan file of a placement, a row for each MoE layer.
+
+    A draft's layers have rows too, unless EPLB moves the target's experts.
+    """
     from moe_placement_plugin.core.placement import Placement
 
     rows, draft = slots(recipe, placement), None

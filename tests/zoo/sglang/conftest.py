@@ -1,4 +1,4 @@
-"""SGLang looks for its device when it is imported, which some of these tests do."""
+"""Name SGLang's device before it is imported, which some of these tests do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Targets with a draft of speculative decoding: MTP layers in their checkpoint, or a model of its own, loaded after the target."""
+"""Describe targets with a draft of speculative decoding.
+
+It is MTP layers in their checkpoint, or a model of its own, loaded after the target.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,20 @@ def _plain(recipes: tuple[Recipe, ...], architecture: str) -> Recipe:
 
 
 def _behind(architecture: str, recipes: tuple[Recipe, ...]) -> Recipe:
-    """A target whose checkpoint has an MTP layer behind its layers, which SGLang calls ``model.decoder``."""
+    """Return a target whose checkpoint has an MTP layer behind its layers.
+
+    SGLang calls it ``model.decoder``.
+    """
     base = _plain(recipes, architecture)
     layer = Recipe(
-        f"{architecture}NextN", {}, (0,), f"model.layers.{LAYERS}.mlp",
-        (each_expert(), router(bias=BIAS), dense("shared_experts")), numbers=(LAYERS,), offset=OFFSET,
-    )  # fmt: skip
+        f"{architecture}NextN",
+        {},
+        (0,),
+        f"model.layers.{LAYERS}.mlp",
+        (each_expert(), router(bias=BIAS), dense("shared_experts")),
+        numbers=(LAYERS,),
+        offset=OFFSET,
+    )
     return replace(
         base, config=base.config | {"num_nextn_predict_layers": 1}, variant="mtp", draft=layer,
         engine=base.engine | CHAIN,

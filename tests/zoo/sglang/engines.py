@@ -1,8 +1,11 @@
-"""Whole engines of every recipe that can be placed: two ranks under zigzag against one rank without the plugin, tokens and log probabilities.
+"""Compare whole engines of every recipe: two ranks under zigzag, one without the plugin.
+
+Tokens and log probabilities, of all recipes that can be placed.
 
     python -m tests.zoo.sglang.engines FOLDER [NAME ...]
 
-Takes minutes: two starts for each model. Writes FOLDER/engines.md. Models with images are left out: they want a processor's files.
+Takes minutes: two starts for each model. Writes FOLDER/engines.md. Models with images are left out:
+they want a processor's files.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ ZIGZAG = {"expert_placement_strategy": "zigzag"}
 
 
 def chosen(names: list[str]) -> list[Recipe]:
-    """The recipes to run."""
+    """Return the recipes to run."""
     able = [
         r
         for r in RECIPES
@@ -36,7 +39,10 @@ def chosen(names: list[str]) -> list[Recipe]:
 
 
 def outlines(recipes: list[Recipe], folder: Path) -> dict[str, list[skeleton.Named]]:
-    """What each checkpoint has besides its MoE layers; a recipe that one rank cannot build has none."""
+    """Return what each checkpoint has besides its MoE layers.
+
+    A recipe that one rank cannot build has none.
+    """
     wanted, given = folder / "outlines.json", folder / "outlines.pickle"
     wanted.write_text(
         json.dumps(
@@ -64,11 +70,12 @@ def outlines(recipes: list[Recipe], folder: Path) -> dict[str, list[skeleton.Nam
 
 
 def compared(recipe: Recipe, one: Outcome, two: Outcome) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     for what, outcome in (("one rank", one), ("two ranks", two)):
         if "rows" not in outcome.result:
             said = [line for line in outcome.log.splitlines() if "Error" in line]
-            return f"| {recipe.name} | {what} did not answer | {(said or outcome.log.splitlines() or [''])[-1][:160]} |"
+            last = (said or outcome.log.splitlines() or [""])[-1]
+            return f"| {recipe.name} | {what} did not answer | {last[:160]} |"
     if not np.isfinite(one.values).all():
         return f"| {recipe.name} | one rank's own answer is not finite | |"
     difference = np.abs(np.array(one.values) - np.array(two.values)).max()

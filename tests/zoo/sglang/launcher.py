@@ -1,10 +1,13 @@
-"""Child process: has each case loaded by two ranks under its placement and by one rank without the plugin, and writes what they say.
+"""Have each case loaded by two ranks and by one without the plugin; write what they say.
+
+They run in a child process, two of the ranks under its placement.
 
     python -m tests.zoo.sglang.launcher CASES.json RESULTS.pickle
 
-A case is {"name", "recipe", "placement", "arguments": {of ServerArgs}, "examined": another placement that its slots are
-compared with}. The launcher does what `sglang.launch_server` does until its workers start: plugins, ``ServerArgs``,
-`check_server_args`. A worker that dies or does not answer is an error of its case; the next case gets new workers.
+A case is {"name", "recipe", "placement", "arguments": {of ServerArgs}, "examined": another
+placement that its slots are compared with}. The launcher does what `sglang.launch_server` does
+until its workers start: plugins, ``ServerArgs``, `check_server_args`. A worker that dies or does
+not answer is an error of its case; the next case gets new workers.
 """
 
 from __future__ import annotations
@@ -41,12 +44,15 @@ ARGUMENTS = {k: v for k, v in ENGINE.items() if k != "log_level"} | {
 
 @functools.lru_cache(maxsize=1)
 def _warm() -> WarmContext:
-    """Workers are forked from a process that has imported what a scheduler has when it loads plugins."""
+    """Fork workers from a process that has imported what a scheduler has.
+
+    It does so when it loads plugins.
+    """
     return WarmContext(IMPORTED)
 
 
 class Ranks:
-    """Persistent worker processes."""
+    """Hold persistent worker processes."""
 
     def __init__(self, count: int, plugin: bool):
         self.count, self.plugin, self.workers = count, plugin, []
@@ -75,7 +81,7 @@ class Ranks:
             pipe.send(job)
 
     def answers(self) -> list[dict[str, Any]]:
-        """Each rank's answer."""
+        """Return each rank's answer."""
         answers, end = [], time.monotonic() + SECONDS
         for rank, (process, pipe) in enumerate(self.workers):
             try:
@@ -106,15 +112,14 @@ class Ranks:
 
 
 def arguments_of(values: dict[str, Any]) -> bytes:
-    """``ServerArgs`` as they go to the workers."""
+    """Return ``ServerArgs`` as they go to the workers."""
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.runtime_context import reset_context
 
-    from moe_placement_plugin.engines.sglang import settings, verification
+    from moe_placement_plugin.engines.sglang.state import STATE
 
     reset_context()
-    settings.set_current(None)
-    verification.set_current(None)
+    STATE.settings = None
     server_args = Engine.server_args_class(**values)
     server_args.resolve_once()
     server_args.check_server_args()
@@ -124,7 +129,7 @@ def arguments_of(values: dict[str, Any]) -> bytes:
 def run(
     case: dict[str, Any], two: Ranks, one: Ranks, folder: Path, known: dict[str, Any]
 ) -> dict[str, Any]:
-    """One case's result: {"refused"} or {"ranks", "one"} or {"error"}."""
+    """Return one case's result: {"refused"} or {"ranks", "one"} or {"error"}."""
     recipe = BY_NAME[case["recipe"]]
     model = folder / recipe.name
     if not model.exists():
@@ -164,7 +169,7 @@ def run(
 
 
 def _draft(recipe: Recipe, folder: Path) -> Path:
-    """The checkpoint of a recipe's draft: the target's own, or another."""
+    """Return the checkpoint of a recipe's draft: the target's own, or another."""
     assert recipe.draft is not None
     if not recipe.draft.config:
         return folder / recipe.name

@@ -1,4 +1,4 @@
-"""Checkpoints of models with multi-head latent attention: DeepSeek and what is built like it."""
+"""Describe checkpoints with multi-head latent attention: DeepSeek and what is like it."""
 
 from __future__ import annotations
 

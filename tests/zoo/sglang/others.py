@@ -1,4 +1,4 @@
-"""Checkpoints of all other families."""
+"""Describe the checkpoints of all other families."""
 
 from __future__ import annotations
 

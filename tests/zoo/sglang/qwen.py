@@ -1,4 +1,4 @@
-"""Checkpoints of the Qwen family and of models on the same modules."""
+"""Describe the checkpoints of the Qwen family and of models on the same modules."""
 
 from __future__ import annotations
 

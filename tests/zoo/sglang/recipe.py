@@ -1,4 +1,7 @@
-"""How the checkpoint of each architecture is laid out: its config, and the tensors of its MoE layers by the real names."""
+"""Say how the checkpoint of each architecture is laid out.
+
+That is its config, and the tensors of its MoE layers by the real names.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ GROUPED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A tiny checkpoint.
+    """Describe a tiny checkpoint.
 
     Attributes:
         architecture: the model class, as config.json names it.
@@ -80,18 +83,22 @@ class Recipe:
         parts: tensors of one MoE layer by name: ``parts(block, layer)``.
         width: intermediate size of an expert.
         biases: whether experts have biases.
-        remote: whether the checkpoint brings its config class, as those of models that transformers does not know do.
+        remote: whether the checkpoint brings its config class, as those of models that transformers
+            does not know do.
         engine: further arguments of ``ServerArgs``.
         variant: what sets it apart from another recipe of the same class.
         refused: placement, or ``all``, to what the refusal must say.
         unbuildable: what SGLang itself fails with on a CPU.
-        rest: name and shape of tensors outside MoE layers, for a model that insists on having them all.
+        rest: name and shape of tensors outside MoE layers, for a model that insists on having them
+            all.
         raw: whether to look at the tensors as they were loaded, and not to run the layers.
         without: ends of the names of tensors that are left out of the MoE layers.
         packed: whether bytes in its tensors are packed numbers; they are 8-bit floats otherwise.
-        draft: the MoE layers of a draft of speculative decoding, named by the ids that SGLang gives them.
+        draft: the MoE layers of a draft of speculative decoding, named by the ids that SGLang gives
+            them.
         numbers: of a draft's layers in plans: those of vLLM's module names.
-        offset: added to a layer's number where values are drawn, so that no slot of a draft looks like one of the target's.
+        offset: added to a layer's number where values are drawn, so that no slot of a draft looks
+            like one of the target's.
     """
 
     architecture: str
@@ -116,11 +123,11 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The class and the variant."""
+        """Return the class and the variant."""
         return f"{self.architecture}-{self.variant}" if self.variant else self.architecture
 
     def tensors(self) -> Tensors:
-        """Every tensor of the MoE layers, by the checkpoint's names."""
+        """Return every tensor of the MoE layers, by the checkpoint's names."""
         found: Tensors = {name: drawn(name, *shape) for name, shape in self.rest}
         for layer in self.moe:
             for part in self.parts:
@@ -130,11 +137,17 @@ class Recipe:
         return {name: tensor for name, tensor in found.items() if not name.endswith(self.without)}
 
     def padding(self, parameter: str) -> int:
-        """What the engine fills a parameter up with, where its kernels want it larger; no expert has such a value."""
+        """Return what the engine fills a parameter up with, where its kernels want it larger.
+
+        No expert has such a value.
+        """
         return 0
 
     def slot(self, layer: int, number: int) -> dict[str, np.ndarray]:
-        """SGLang's parameter -> all values that the slot of an expert should have in it, in any order."""
+        """Return all values that the slot of an expert should have, by SGLang's parameter.
+
+        They come in any order.
+        """
         held = {"w13_weight": ("w1", "w3"), "w2_weight": ("w2",)}
         if self.biases:
             held |= {"w13_weight_bias": ("b1", "b3"), "w2_weight_bias": ("b2",)}
@@ -153,7 +166,7 @@ def each_expert(
     path: str = "experts.{expert}.{part}.weight",
     width: int = WIDTH,
 ):
-    """A tensor for each part of each expert."""
+    """Make a tensor for each part of each expert."""
 
     def part(block: str, layer: int) -> Tensors:
         names = {"w1": gate, "w3": up, "w2": down}
@@ -174,7 +187,9 @@ def stacked(
     biases: bool = False,
     width: int = WIDTH,
 ):
-    """All experts of a layer in one tensor: ``[experts, 2 width, hidden]`` and ``[experts, hidden, width]``, or transposed.
+    """Put all experts of a layer into one tensor, or transposed.
+
+    Shapes: ``[experts, 2 width, hidden]`` and ``[experts, hidden, width]``.
 
     Args:
         transposed: ``[experts, hidden, 2 width]`` and ``[experts, width, hidden]``.
@@ -209,7 +224,7 @@ def stacked(
 
 
 def three_stacked(path: str = "{part}.weight", width: int = WIDTH):
-    """All experts of a layer in one tensor for each part (Step 3)."""
+    """Put all experts of a layer into one tensor for each part (Step 3)."""
 
     def part(block: str, layer: int) -> Tensors:
         return {
@@ -223,7 +238,7 @@ def three_stacked(path: str = "{part}.weight", width: int = WIDTH):
 
 
 def router(name: str = "gate.weight", bias: str | None = None, rows: int = EXPERTS):
-    """The gate, and the correction bias of its scores."""
+    """Make the gate, and the correction bias of its scores."""
 
     def part(block: str, layer: int) -> Tensors:
         found = {f"{block}.{name}": drawn(f"router {layer}", rows, HIDDEN, gain=3.0)}
@@ -239,7 +254,7 @@ def dense(
     width: int = WIDTH,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ):
-    """Shared experts, which are one dense MLP."""
+    """Make shared experts, which are one dense MLP."""
 
     def part(block: str, layer: int) -> Tensors:
         shapes = ((width, HIDDEN), (width, HIDDEN), (HIDDEN, width))
@@ -252,7 +267,7 @@ def dense(
 
 
 def single(path: str, *shape: int):
-    """One more tensor of an MoE layer."""
+    """Make one more tensor of an MoE layer."""
 
     def part(block: str, layer: int) -> Tensors:
         return {f"{block}.{path}": drawn(f"{path} {layer}", *shape)}

@@ -1,4 +1,4 @@
-"""All recipes of checkpoints that can be placed."""
+"""List all recipes of checkpoints that can be placed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Model classes that get no placement: what each is, and configs with which the refusal is asked for."""
+"""List model classes that get no placement, and how the refusal is asked for.
+
+What each is, and configs.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,14 @@ REFUSED: tuple[Recipe, ...] = (
     _own("Cohere2VisionForConditionalGeneration", text_config=_MOE),
     _own("DeepseekOCRForCausalLM", text_config=DEEPSEEK_V3),
     _own("DeepseekVL2ForCausalLM", text_config=DEEPSEEK_V3),
-    _own("DeepseekV4ForCausalLM", "they route outside SGLang's TopK layer", sliding_window=128,
-         index_head_dim=16, compress_ratios=[1] * 3, **DEEPSEEK_V3),
+    _own(
+        "DeepseekV4ForCausalLM",
+        "they route outside SGLang's TopK layer",
+        sliding_window=128,
+        index_head_dim=16,
+        compress_ratios=[1] * 3,
+        **DEEPSEEK_V3,
+    ),
     _known("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", moe_num_experts=EXPERTS, moe_k=2),
     _own("Ernie4_5_VLMoeForConditionalGeneration", moe_num_experts=EXPERTS),
     _own("Gemma4ForCausalLM", engine=_TRITON),
@@ -56,8 +65,12 @@ REFUSED: tuple[Recipe, ...] = (
     _own("HYV3ForCausalLM"),
     _own("HYV4ForCausalLM", **MLA),
     _own("InternS1ForConditionalGeneration", text_config=_MOE),
-    Recipe("InternS2MobiusForConditionalGeneration", {"model_type": "zoo", "text_config": _MOE}, remote=True,
-           unbuildable="expert parallelism (--ep-size must be 1)"),
+    Recipe(
+        "InternS2MobiusForConditionalGeneration",
+        {"model_type": "zoo", "text_config": _MOE},
+        remote=True,
+        unbuildable="expert parallelism (--ep-size must be 1)",
+    ),
     _own("InternVLChatModel", text_config=_MOE),
     _own("KimiK3ForConditionalGeneration", text_config=_MOE | MLA),
     _own("KimiK3LinearForCausalLM", **MLA),
@@ -68,7 +81,11 @@ REFUSED: tuple[Recipe, ...] = (
     _own("LightOnOCRForConditionalGeneration", text_config=_MOE),
     _own("Llama4ForCausalLM"),
     _own("Llama4ForConditionalGeneration", text_config=_MOE),
-    _own("LongcatFlashForCausalLM", "its zero-computation experts have ids beyond the map", n_routed_experts=EXPERTS),
+    _own(
+        "LongcatFlashForCausalLM",
+        "its zero-computation experts have ids beyond the map",
+        n_routed_experts=EXPERTS,
+    ),
     _own("NemotronHForCausalLM", n_routed_experts=EXPERTS),
     _own("NemotronHPuzzleForCausalLM", n_routed_experts=EXPERTS),
     _own("NemotronH_Nano_VL_V2", text_config=_MOE, llm_config=_MOE),
@@ -76,19 +93,28 @@ REFUSED: tuple[Recipe, ...] = (
     _own("NemotronH_Omni_Reasoning_V3", text_config=_MOE, llm_config=_MOE),
     _own("PhiMoEForCausalLM"),
     _own("PixtralForConditionalGeneration", text_config=_MOE),
-    _known("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe", thinker_config={"text_config": _MOE}),
+    _known(
+        "Qwen3OmniMoeForConditionalGeneration",
+        "qwen3_omni_moe",
+        thinker_config={"text_config": _MOE},
+    ),
     _own("UnlimitedOCRForCausalLM", text_config=DEEPSEEK_V3),
     _own("ZayaForCausalLM"),
-)  # fmt: skip
+)
 
 REFUSED_NAMES = frozenset(recipe.name for recipe in REFUSED)
 
 DRAFTS = frozenset(
-    "DeepseekV3ForCausalLMNextN DeepseekV4ForCausalLMDSpark DeepseekV4ForCausalLMNextN Dots3NoteForCausalLMNextN Ernie4_5_MoeForCausalLMMTP "
-    "ExaoneMoEForCausalLMMTP Gemma4AssistantForCausalLM Gemma4UnifiedAssistantForCausalLM GlmMoeDsaForCausalLMNextN "
-    "Glm4MoeLiteForCausalLMNextN Glm4MoeForCausalLMNextN Glm5NextForConditionalGenerationNextN HYV3ForCausalLMNextN HYV4ForCausalLMNextN "
-    "Eagle3DeepseekV2ForCausalLM LongcatFlashForCausalLMNextN MiMoV2MTP MistralLarge3ForCausalLMEagle NemotronHForCausalLMMTP "
-    "Qwen3MoeForCausalLMMTP Qwen3NextForCausalLMMTP Step3p5MTP Qwen3_5ForCausalLMMTP Qwen4ExpForCausalLMMTP".split()
+    "DeepseekV3ForCausalLMNextN DeepseekV4ForCausalLMDSpark DeepseekV4ForCausalLMNextN "
+    "Dots3NoteForCausalLMNextN Ernie4_5_MoeForCausalLMMTP "
+    "ExaoneMoEForCausalLMMTP Gemma4AssistantForCausalLM Gemma4UnifiedAssistantForCausalLM "
+    "GlmMoeDsaForCausalLMNextN "
+    "Glm4MoeLiteForCausalLMNextN Glm4MoeForCausalLMNextN Glm5NextForConditionalGenerationNextN "
+    "HYV3ForCausalLMNextN HYV4ForCausalLMNextN "
+    "Eagle3DeepseekV2ForCausalLM LongcatFlashForCausalLMNextN MiMoV2MTP "
+    "MistralLarge3ForCausalLMEagle NemotronHForCausalLMMTP "
+    "Qwen3MoeForCausalLMMTP Qwen3NextForCausalLMMTP Step3p5MTP Qwen3_5ForCausalLMMTP "
+    "Qwen4ExpForCausalLMMTP".split()
 )
 """Draft models: never a server's own model, see `drafts`."""
 
@@ -98,21 +124,28 @@ TRANSFORMERS = frozenset(
     for kind in ("", "MoE")
     for task in ("ForCausalLM", "EmbeddingModel", "ForSequenceClassification")
 )
-"""The back end that runs transformers' own code: what it is called depends on the model, no checkpoint names it."""
+"""Classes that run transformers' own code.
+
+What the back end is called depends on the model, no checkpoint names it.
+"""
 
 DENSE = {
     "Ernie4_5_ForCausalLM": "registered by the module of Ernie4_5_MoeForCausalLM",
     "HunYuanDenseV1ForCausalLM": "registered by the module of HunYuanMoEV1ForCausalLM",
     "PaddleOCRVLForConditionalGeneration": "its text model is Ernie4_5_ForCausalLM",
     "PixtralVisionModel": "a vision encoder",
-    "Qwen3ASRForConditionalGeneration": "its text model is dense; it takes its audio encoder from a MoE model's module",
+    "Qwen3ASRForConditionalGeneration": "its text model is dense; it takes its audio encoder from "
+    "a MoE model's module",
     "MiniCPMO": "its text model is dense",
     "MiniCPMV": "its text model is dense",
     "MiniCPMV4_6ForConditionalGeneration": "its text model is dense",
     "Qwen3_5ForCausalLM": "the dense models of Qwen3.5",
     "Qwen3_5ForConditionalGeneration": "the dense models of Qwen3.5",
 }
-"""Classes without experts that a module with MoE layers registers, or that import something else from such a module."""
+"""Classes without experts that a module with MoE layers registers.
+
+Others import something else from such a module.
+"""
 
 NOT_ON_A_CPU = {
     "BailingMoeV2_5ForCausalLM": "No module named 'vllm'",
@@ -121,4 +154,7 @@ NOT_ON_A_CPU = {
     "InklingForConditionalGeneration": "No module named 'cutlass'",
     "InklingForConditionalGenerationMTP": "No module named 'cutlass'",
 }
-"""Classes whose module cannot be imported on a CPU, and what it says: none of them is in SGLang's registry here."""
+"""Classes whose module cannot be imported on a CPU, and what it says.
+
+None of them is in SGLang's registry here.
+"""

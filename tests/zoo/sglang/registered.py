@@ -1,7 +1,10 @@
-"""Which model classes of the installed SGLang build MoE layers, asked of its sources and its registry.
+"""Find the model classes of the installed SGLang that build MoE layers.
 
-A module counts when it builds ``FusedMoE`` (or what `get_moe_impl_class` gives) or imports a model module that does; so does every class that
-such a module registers. Modules that cannot be imported on a CPU have no classes in the registry, so their sources are read.
+It asks its sources and its registry.
+
+A module counts when it builds ``FusedMoE`` (or what `get_moe_impl_class` gives) or imports a model
+module that does; so does every class that such a module registers. Modules that cannot be imported
+on a CPU have no classes in the registry, so their sources are read.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ def _imported(tree: ast.Module) -> set[str]:
 
 @lru_cache(maxsize=1)
 def moe_modules() -> frozenset[str]:
-    """Model modules that build MoE layers, by themselves or through another model module."""
+    """Return the model modules that build MoE layers, by themselves or through another."""
     modules = _modules()
     found = {name for name, tree in modules.items() if _names(tree) & set(_BUILDS)}
     while more := {
@@ -51,12 +54,15 @@ def moe_modules() -> frozenset[str]:
 
 
 def moe_classes() -> dict[str, str]:
-    """Model class -> module, of every class that a module with MoE layers registers, or would if it could be imported."""
+    """Return the module of every class that a module with MoE layers registers.
+
+    Among them are classes that it would register if it could be imported.
+    """
     return {entry: name for name in sorted(moe_modules()) for entry in _entries(_modules()[name])}
 
 
 def _entries(tree: ast.Module) -> list[str]:
-    """Names in a module's ``EntryClass``."""
+    """Return the names in a module's ``EntryClass``."""
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if any(isinstance(t, ast.Name) and t.id == "EntryClass" for t in targets):
@@ -68,7 +74,7 @@ def _entries(tree: ast.Module) -> list[str]:
 
 
 def why_not_imported(module: str) -> str:
-    """What importing a model module fails with; empty when it does not."""
+    """Return what importing a model module fails with; empty when it does not."""
     try:
         importlib.import_module(module)
     except Exception as error:  # noqa: BLE001  # SGLang's registry passes over all of them

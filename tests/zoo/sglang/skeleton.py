@@ -1,4 +1,7 @@
-"""What a checkpoint has besides its MoE layers: read off a model that one rank has built, under the names that its loader splits again."""
+"""Make what a checkpoint has besides its MoE layers.
+
+Read off a model that one rank has built, under the names that its loader splits again.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def outline(model: Any) -> list[Named]:
 
 
 def _split(name: str, part: str, module: Any, shape: tuple[int, ...]) -> Iterator[Named]:
-    """The checkpoint's tensors of a parameter, which joins several for some layers."""
+    """Yield the checkpoint's tensors of a parameter, which joins several for some layers."""
     last = name.rpartition(".")[2]
     if last == "qkv_proj":
         heads, kv = module.total_num_heads, module.total_num_kv_heads
@@ -60,7 +63,7 @@ def _split(name: str, part: str, module: Any, shape: tuple[int, ...]) -> Iterato
 
 
 def whole(recipe: Recipe, outlined: list[Named]) -> Tensors:
-    """All tensors of a checkpoint: norms are 1, other vectors small, matrices random."""
+    """Draw all tensors of a checkpoint: norms are 1, other vectors small, matrices random."""
     found: Tensors = {}
     for name, shape in outlined:
         if len(shape) < 2:

@@ -1,4 +1,7 @@
-"""What a loaded model's expert slots hold, compared with the checkpoint's experts, and what its MoE layers answer."""
+"""Compare a loaded model's expert slots with the checkpoint's experts.
+
+What its MoE layers answer is compared too.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def examine(model: Any, recipe: Recipe, placement: str, rank: int, ranks: int) -
 
 
 def own_order(slots: int, ranks: int) -> list[int]:
-    """Expert e in slot e; what is left repeats the first expert of its rank."""
+    """Put expert e in slot e; what is left repeats the first expert of its rank."""
     size = slots // ranks
     return [slot if slot < EXPERTS else slot - slot % size for slot in range(slots)]
 
@@ -87,13 +90,14 @@ def _compare(layer: Any, recipe: Recipe, mine: list[int], found: Loaded) -> list
             if not np.array_equal(here, signatures[wanted]):
                 others = [e for e in range(EXPERTS) if np.array_equal(here, signatures[e])]
                 wrong.append(
-                    f"layer {layer.layer_id} slot {slot}: {tensor} is not expert {wanted}'s but {others or 'no expert'}'s"
+                    f"layer {layer.layer_id} slot {slot}: {tensor} is not expert {wanted}'s but "
+                    f"{others or 'no expert'}'s"
                 )
     return wrong
 
 
 def _kept(values: np.ndarray, dtypes: list[torch.dtype]) -> torch.Tensor:
-    """Values as the engine keeps them: rounded where it keeps fewer bits."""
+    """Return values as the engine keeps them: rounded where it keeps fewer bits."""
     tensor = torch.from_numpy(values)
     for dtype in dtypes if tensor.is_floating_point() else ():
         tensor = tensor.to(dtype)
@@ -101,7 +105,7 @@ def _kept(values: np.ndarray, dtypes: list[torch.dtype]) -> torch.Tensor:
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as numpy has it: 8-bit floats as bytes, bfloat16 as float32."""
+    """Return a tensor as numpy has it: 8-bit floats as bytes, bfloat16 as float32."""
     if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float8_e5m2):
         tensor = tensor.view(torch.uint8)
     if tensor.dtype == torch.bfloat16:
@@ -110,7 +114,10 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
 
 
 def signature(values: np.ndarray, padding: int = 0) -> np.ndarray:
-    """The values other than the padding, sorted: no two experts have the same; layouts and padding are the engine's own affair."""
+    """Return the values other than the padding, sorted: no two experts have the same.
+
+    Layouts and padding are the engine's own affair.
+    """
     flat = np.asarray(values).ravel()
     return np.sort(flat[flat != padding])
 
@@ -120,7 +127,10 @@ def _tokens(hidden: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _routed(layer: Any, router: Any) -> torch.Tensor:
-    """This rank's part of the routed experts' output, for logits that are the same everywhere ``[tokens, experts]``."""
+    """Return this rank's part of the routed experts' output.
+
+    It is that of logits that are the same everywhere, ``[tokens, experts]``.
+    """
     logits = torch.from_numpy(drawn("logits", TOKENS, EXPERTS, gain=6.0))
     tokens = _tokens(layer.hidden_size, layer.w13_weight.dtype)
     config = router.topk_config
@@ -136,7 +146,7 @@ def _routed(layer: Any, router: Any) -> torch.Tensor:
 
 
 def _block(block: Any, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """The whole MoE block's output; None for a block that wants more than hidden states."""
+    """Return the whole MoE block's output; None for one that wants more than hidden states."""
     parameters = list(inspect.signature(block.forward).parameters.values())
     needed = [
         p
@@ -147,6 +157,7 @@ def _block(block: Any, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
         return None
     try:
         answer = block(_tokens(hidden, dtype))
-    except Exception:  # noqa: BLE001  # a kernel without a CPU build; stock's rank must fail alike, see `test_zoo`
+    # A kernel without a CPU build; stock's rank must fail alike, see `test_zoo`.
+    except Exception:  # noqa: BLE001
         return None
     return answer if isinstance(answer, torch.Tensor) else None

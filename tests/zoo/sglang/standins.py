@@ -1,6 +1,9 @@
-"""Names of compiled operators that SGLang's models look up when they are imported, and that no CPU build on PyPI has.
+"""Stand in for compiled operators that SGLang's models look up when they are imported.
 
-Import it before anything of SGLang. Nothing here computes: an operator that is called after all has no kernel and says so.
+No CPU build on PyPI has them.
+
+Import it before anything of SGLang. Nothing here computes: an operator that is called after all has
+no kernel and says so.
 """
 
 from __future__ import annotations

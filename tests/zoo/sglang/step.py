@@ -1,4 +1,7 @@
-"""Checkpoints of Step 3, 3.5 and 3.7, which have a tensor for all experts of a layer for each part."""
+"""Describe checkpoints of Step 3, 3.5 and 3.7: a tensor for all experts of a layer.
+
+There is one for each part.
+"""
 
 from __future__ import annotations
 

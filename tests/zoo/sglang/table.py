@@ -1,4 +1,4 @@
-"""SGLang's section of ``docs/zoo.md``: ``python -m tests.zoo.sglang.table`` writes it anew."""
+"""Write SGLang's section of ``docs/zoo.md``: ``python -m tests.zoo.sglang.table``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def _row(recipe: Recipe) -> str:
         return f"| {name} | refused | {recipe.refused['all']} |"
     if recipe.refused:
         return f"| {name} | placed | without redundant experts: {recipe.refused['replicas']} |"
-    return f"| {name} | placed | {'slot by slot, before SGLang packs the tensors for its kernels' if recipe.raw else ''} |"
+    how = "slot by slot, before SGLang packs the tensors for its kernels" if recipe.raw else ""
+    return f"| {name} | placed | {how} |"
 
 
 def _names(names: Iterable[str]) -> str:
@@ -35,14 +36,17 @@ def _names(names: Iterable[str]) -> str:
 
 
 def section() -> str:
-    """The table, Markdown."""
+    """Return the table, Markdown."""
     lines = [
         BEGIN,
         "## SGLang 0.5.20",
         "",
-        "Two ranks of SGLang's CPU engine load each tiny checkpoint through SGLang's own loader, under zigzag, under a",
-        "shuffled plan and under EPLB with redundant experts. *Placed* means that each slot then holds the checkpoint's expert",
-        "and that the layer answers as one rank does. `python -m tests.zoo.sglang.table` writes this section.",
+        "Two ranks of SGLang's CPU engine load each tiny checkpoint through SGLang's own loader, "
+        "under zigzag, under a",
+        "shuffled plan and under EPLB with redundant experts. *Placed* means that each slot then "
+        "holds the checkpoint's expert",
+        "and that the layer answers as one rank does. `python -m tests.zoo.sglang.table` writes "
+        "this section.",
         "",
         "| model class | | why |",
         "|---|---|---|",
@@ -56,11 +60,14 @@ def section() -> str:
     ]
     lines += [
         "",
-        "Draft models are placed with the model that they draft for ([sglang.md](sglang.md#drafts-speculative-decoding)). Loaded",
+        "Draft models are placed with the model that they draft for "
+        "([sglang.md](sglang.md#drafts-speculative-decoding)). Loaded",
         f"likewise, after their targets: {_names(loaded)}. The others' layers are of the",
-        f"same classes as their targets' above, or their targets are refused: {_names(DRAFTS - loaded)}.",
+        "same classes as their targets' above, or their targets are refused: "
+        f"{_names(DRAFTS - loaded)}.",
         "",
-        f"The back end for transformers' own code is refused by name: {', '.join(f'`{name}`' for name in sorted(TRANSFORMERS))}.",
+        "The back end for transformers' own code is refused by name: "
+        f"{', '.join(f'`{name}`' for name in sorted(TRANSFORMERS))}.",
         "",
         f"Without experts: {', '.join(f'`{name}`' for name in sorted(DENSE))}.",
         END,
@@ -69,7 +76,7 @@ def section() -> str:
 
 
 def current() -> str:
-    """The section as the page has it; empty where it has none."""
+    """Return the section as the page has it; empty where it has none."""
     text = PAGE.read_text() if PAGE.exists() else ""
     found = re.search(f"{re.escape(BEGIN)}.*{re.escape(END)}", text, re.DOTALL)
     return found[0] if found else ""

@@ -1,7 +1,10 @@
-"""Every MoE architecture of the installed SGLang: placed, slot by slot, or refused by name.
+"""Test every MoE architecture of the installed SGLang: placed, or refused by name.
 
-Two ranks load each tiny checkpoint through SGLang's own loader under each placement (`worker`); each slot is compared with the checkpoint's
-expert, and what TopK and experts answer, summed over the ranks, with a single rank's that has no plugin.
+They are compared slot by slot.
+
+Two ranks load each tiny checkpoint through SGLang's own loader under each placement (`worker`);
+each slot is compared with the checkpoint's expert, and what TopK and experts answer, summed over
+the ranks, with a single rank's that has no plugin.
 """
 
 from __future__ import annotations
@@ -19,7 +22,14 @@ from tests.integration.sglang.engines import ENV, ROOT, threads  # noqa: E402
 from tests.support.children import engine_lock, python, run_child  # noqa: E402
 
 from . import checkpoints, registered, table  # noqa: E402
-from .cases import INCOMPLETE, MISTAKEN, PLACEMENTS, all_cases, expected_refusal, name_of  # noqa: E402
+from .cases import (  # noqa: E402
+    INCOMPLETE,
+    MISTAKEN,
+    PLACEMENTS,
+    all_cases,
+    expected_refusal,
+    name_of,
+)
 from .drafts import DRAFTED  # noqa: E402
 from .quantized import QUANTIZED  # noqa: E402
 from .recipe import Recipe  # noqa: E402
@@ -29,7 +39,11 @@ from .refused import DENSE, DRAFTS, NOT_ON_A_CPU, REFUSED, TRANSFORMERS  # noqa:
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
-"""Of outputs of order 10, whose partial sums are added in another order (float32: measured up to 3e-6); another expert is off by order 1."""
+"""Largest difference of outputs of order 10.
+
+Their partial sums are added in another order (float32: measured up to 3e-6); another expert is off
+by order 1.
+"""
 
 CASES = [
     (recipe, placement) for recipe in (*RECIPES, *QUANTIZED, *DRAFTED) for placement in PLACEMENTS
@@ -38,7 +52,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """Case -> what its ranks said."""
+    """Return what each case's ranks said."""
     folder = tmp_path_factory.mktemp("zoo")
     wanted, given = folder / "cases.json", folder / "results.pickle"
     wanted.write_text(json.dumps(all_cases()))
@@ -63,13 +77,21 @@ def _id(value: Any) -> str:
     return value.name if isinstance(value, Recipe) else str(value)
 
 
+def fails_as_known(recipe: Recipe, error: str) -> bool:
+    """Whether SGLang itself fails as its recipe says; torch's CUDA build says it in other words."""
+    known = [recipe.unbuildable]
+    if recipe.unbuildable == "Torch not compiled with CUDA enabled":
+        known.append("Found no NVIDIA driver on your system")
+    return any(words in error for words in known)
+
+
 @pytest.mark.parametrize(("recipe", "placement"), CASES, ids=_id)
 def test_placed_or_refused(results, recipe, placement):
     result = results[name_of(recipe, placement)]
     refusal = expected_refusal(recipe, placement)
     if recipe.unbuildable:
         said = [result.get("error", ""), *(rank["error"] for rank in result.get("ranks", []))]
-        assert any(recipe.unbuildable in error for error in said)
+        assert any(fails_as_known(recipe, error) for error in said)
         return
     assert "error" not in result, result.get("error")
     if refusal:
@@ -90,7 +112,7 @@ def test_placed_or_refused(results, recipe, placement):
 
 
 def _same(one: dict[str, Any], ranks: list[dict[str, Any]], recipe: Recipe) -> None:
-    """Every slot holds its expert, and the layers answer as those of one rank."""
+    """Check that every slot holds its expert, and the layers answer as those of one rank."""
     assert [r["wrong"] for r in ranks] == [[], []]
     assert all(r["slots"] for r in ranks)
     if recipe.raw:
@@ -112,7 +134,7 @@ def _same(one: dict[str, Any], ranks: list[dict[str, Any]], recipe: Recipe) -> N
 def test_refused(results, recipe):
     result = results[name_of(recipe, "zigzag")]
     if recipe.unbuildable:
-        assert recipe.unbuildable in result["error"]
+        assert fails_as_known(recipe, result["error"])
         return
     assert "error" not in result, result.get("error")
     assert expected_refusal(recipe, "zigzag") in result.get("refused", "")

@@ -1,7 +1,10 @@
-"""A process that loads one model after another as a rank of SGLang, and tells what its expert slots hold and what its MoE layers answer.
+"""Load one model after another as a rank of SGLang, and tell what its slots hold.
 
-Each model comes as pickled ``ServerArgs``, as a scheduler process gets them; from there on it is SGLang's own way: plugins, `publish`, a
-whole `ModelRunner` with its loader. The process groups are those of the first model.
+It also tells what its MoE layers answer.
+
+Each model comes as pickled ``ServerArgs``, as a scheduler process gets them; from there on it is
+SGLang's own way: plugins, `publish`, a whole `ModelRunner` with its loader. The process groups are
+those of the first model.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ IMPORTED = ("tests.zoo.sglang.standins", "sglang.srt.managers.scheduler")
 
 @dataclass
 class Loaded:
-    """What a rank says of a model.
+    """Hold what a rank says of a model.
 
     Attributes:
         refused: the plugin's reason, empty when it loaded.
@@ -33,7 +36,8 @@ class Loaded:
         slots: slots that were compared.
         dtype: of the weights; some models have one that they insist on.
         tensors: names of the tensors that were compared, per slot.
-        outputs: layer -> output of TopK and experts for the same tokens ``[tokens, hidden]``, this rank's part of the sum.
+        outputs: layer -> output of TopK and experts for the same tokens ``[tokens, hidden]``, this
+            rank's part of the sum.
         blocks: layer -> output of the whole MoE block, where it takes hidden states alone.
         patches: the plugin's hooks that this process has used.
         outline: see `skeleton.outline`, where that was asked for.
@@ -61,7 +65,8 @@ def main(rank: int, ranks: int, port: int, pipe: Connection) -> None:
         importlib.import_module(module)
     from transformers.dynamic_module_utils import init_hf_modules
 
-    init_hf_modules()  # where config classes are that checkpoints bring; a spawned process has the launcher's path
+    # Where config classes are that checkpoints bring; a spawned process has the launcher's path
+    init_hf_modules()
 
     while True:
         job = pipe.recv()
@@ -132,12 +137,15 @@ def _load(
         if recipe.draft is not None:
             found.draft = _load_draft(server_args, recipe.draft, placement, parallel, port)
     if plugin := sys.modules.get("moe_placement_plugin.engines.sglang.patches"):
-        found.patches = [name for name, hits in plugin.hooks().hits().items() if hits]
+        found.patches = [name for name, hits in plugin.placement_set().hits().items() if hits]
     return found
 
 
 def _load_draft(server_args: Any, recipe: Any, placement: str, parallel: Any, port: int) -> Loaded:
-    """Load the draft as SGLang's draft worker does, and examine it. Under EPLB it stays in SGLang's own order."""
+    """Load the draft as SGLang's draft worker does, and examine it.
+
+    Under EPLB it stays in SGLang's own order.
+    """
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.moe.utils import draft_model_build_scope
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -166,7 +174,10 @@ _exchanges = itertools.count()
 
 
 def _rebalance(runner: Any, recipe: Any, rank: int) -> None:
-    """Move the experts to where the placement ``rebalanced`` has them, as SGLang's EPLB does between two forward passes."""
+    """Move the experts to where ``rebalanced`` has them, as SGLang's EPLB does.
+
+    They move between two forward passes.
+    """
     import torch
     from sglang.srt.eplb.expert_location import (
         ExpertLocationMetadata,
@@ -192,7 +203,10 @@ def _rebalance(runner: Any, recipe: Any, rank: int) -> None:
 
 
 def _plugins() -> None:
-    """What a scheduler process does first, and again for what the next model's settings ask of the plugin."""
+    """Do what a scheduler process does first.
+
+    It is done again for what the next model's settings ask of the plugin.
+    """
     import os
 
     from sglang.srt.plugins import load_plugins
@@ -210,7 +224,7 @@ def _plugins() -> None:
 
 @functools.lru_cache(maxsize=1)
 def _postprocess() -> Any:
-    """SGLang's own, found before it is exchanged for the first time."""
+    """Return SGLang's own, found before it is exchanged for the first time."""
     from sglang.srt.model_loader.loader import DefaultModelLoader
 
     return DefaultModelLoader.postprocess_weights
@@ -243,7 +257,7 @@ def _keep_process_groups() -> None:
 
 
 def _forget_the_last_model() -> None:
-    """What SGLang keeps for the process's one model."""
+    """Forget what SGLang keeps for the process's one model."""
     import gc
 
     from sglang.srt.eplb.expert_location import set_global_expert_location_metadata

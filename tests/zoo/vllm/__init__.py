@@ -1,1 +1,1 @@
-"""Every MoE architecture of vLLM, tiny, loaded by vLLM's own loader under a placement."""
+"""Load every MoE architecture of vLLM, tiny, by vLLM's own loader under a placement."""

@@ -1,4 +1,7 @@
-"""Write vLLM's tables of docs/zoo.md: ``python -m tests.zoo.vllm.document [DIRECTORY]`` (of a run; else one is made)."""
+"""Write vLLM's tables of docs/zoo.md: ``python -m tests.zoo.vllm.document [DIRECTORY]``.
+
+The directory is of a run; else one is made.
+"""
 
 from __future__ import annotations
 

@@ -1,20 +1,19 @@
-"""One rank of vLLM without an engine around it: its config, its loader, its MoE layers."""
+"""Run one rank of vLLM without an engine: its config, its loader, its MoE layers."""
 
 from __future__ import annotations
 
 import inspect
 import pickle
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 from zlib import crc32
 
 import numpy as np
 
 from tests.zoo.checkpoint import HIDDEN
-from tests.zoo.vllm.recipe import CUDA_EVENTS, OWN_CHECKPOINT, SPARSE, V2_RUNNER
+from tests.zoo.vllm.recipe import OWN_CHECKPOINT
 
 TOKENS = 24
 """Tokens that each layer is asked for."""
@@ -24,112 +23,6 @@ ROUNDED = "_zoo_rounded"
 
 PARTS_LOADED = "_zoo_loaded"
 """Attribute of a ``RoutedExperts``: parameter -> copy, as the loader left it."""
-
-
-_loaded_only = False
-
-
-def loaded_only() -> bool:
-    """Whether the weights are left as the loader left them."""
-    return _loaded_only
-
-
-@contextmanager
-def without_kernels(wanted: bool) -> Iterator[None]:
-    """Have vLLM choose kernels as if its CPU had AMX and knew every activation, and never let them see the weights.
-
-    Args:
-        wanted: whether the recipe is `Recipe.loaded_only`; nothing changes otherwise.
-    """
-    global _loaded_only
-    from vllm.v1.attention.selector import _cached_get_attn_backend
-
-    _loaded_only = wanted
-    try:
-        with ExitStack() as all_patches:
-            for patch in _any_kernel() if wanted else ():
-                all_patches.enter_context(patch)
-            if wanted:  # attention with AMX is not for those that follow
-                all_patches.callback(_cached_get_attn_backend.cache_clear)
-            yield
-    finally:
-        _loaded_only = False
-
-
-def _any_kernel() -> list[Any]:
-    import torch
-    from vllm.model_executor.layers.fused_moe import config
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-
-    yes = staticmethod(lambda *args: True)
-    return [
-        mock.patch.object(torch.cpu, "_is_amx_tile_supported", lambda: True),
-        mock.patch.object(CPUUnquantizedExperts, "_supports_activation", yes),
-        mock.patch.object(CPUUnquantizedExperts, "_supports_no_act_and_mul", yes),
-        mock.patch.object(config, "current_platform", _AnyActivation(config.current_platform)),
-    ]
-
-
-class _AnyActivation:
-    """A platform that has experts without a gate, and is otherwise the one that it stands for."""
-
-    def __init__(self, platform: Any):
-        self._platform = platform
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._platform, name)
-
-    def is_cuda_alike(self) -> bool:
-        return True
-
-
-@contextmanager
-def standing_in(lacks: str) -> Iterator[None]:
-    """Have vLLM build a model in spite of what its CPU build lacks: no runner and no attention runs in the zoo.
-
-    Args:
-        lacks: `Recipe.lacks`; empty changes nothing.
-    """
-    from vllm.config import vllm as config
-    from vllm.platforms.cpu import CpuPlatform
-    from vllm.v1.attention import selector
-
-    choose = CpuPlatform.get_attn_backend_cls
-
-    def dense(cls, selected_backend, attn_selector_config, **kwargs):
-        dense_config = attn_selector_config._replace(use_sparse=False)
-        return choose(selected_backend, attn_selector_config=dense_config, **kwargs)
-
-    with ExitStack() as patches:
-        if lacks == V2_RUNNER:
-            patches.enter_context(mock.patch.object(config, "HAS_TRITON", True))
-        if lacks == CUDA_EVENTS:
-            patches.enter_context(mock.patch("torch.cuda.Event", mock.Mock))
-        if lacks == SPARSE:
-            instead = mock.patch.object(CpuPlatform, "get_attn_backend_cls", classmethod(dense))
-            patches.enter_context(instead)
-            patches.callback(selector._cached_get_attn_backend.cache_clear)
-        yield
-
-
-@contextmanager
-def exchanged_experts(wanted: bool) -> Iterator[None]:
-    """Have vLLM's loader put expert 0 where expert 2 belongs, and the other way round.
-
-    Args:
-        wanted: False changes nothing.
-    """
-    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
-
-    to_slot = ExpertMapManager.map_global_to_local
-    if wanted:
-        ExpertMapManager.map_global_to_local = lambda self, expert: to_slot(
-            self, {0: 2, 2: 0}.get(expert, expert)
-        )
-    try:
-        yield
-    finally:
-        ExpertMapManager.map_global_to_local = to_slot
 
 
 def routed(model: Any) -> dict[str, Any]:
@@ -147,7 +40,7 @@ def note_loaded(model: Any) -> None:
 
 
 def _of_few_bits(layer: Any) -> set[str]:
-    """Names of the parameters that hold values of 16 bits."""
+    """Return the names of the parameters that hold values of 16 bits."""
     import torch
 
     few = (torch.bfloat16, torch.float16)
@@ -169,7 +62,7 @@ def _slots(layer: Any) -> dict[str, np.ndarray]:
 
 
 def rounded(values: dict[str, np.ndarray], names: set[str]) -> dict[str, np.ndarray]:
-    """A slot's expected values, those of these parameters as bfloat16 holds them."""
+    """Return a slot's expected values, those of these parameters as bfloat16 holds them."""
     import torch
 
     return {
@@ -181,7 +74,8 @@ def rounded(values: dict[str, np.ndarray], names: set[str]) -> dict[str, np.ndar
 def fill_rest(model: Any) -> None:
     """Give what is no expert the same values on every rank, however it is cut.
 
-    By name where ranks hold the whole (gates, correction biases) or known rows (embeddings); else a constant.
+    By name where ranks hold the whole (gates, correction biases) or known rows (embeddings); else a
+    constant.
     """
     import torch
     from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -214,7 +108,7 @@ def fill_rest(model: Any) -> None:
 
 
 def _named(name: str, shape: tuple[int, ...]) -> Any:
-    """Random values that the end of a name, from its layer on, decides."""
+    """Draw random values that the end of a name, from its layer on, decides."""
     import torch
 
     rng = np.random.default_rng(crc32(name.rpartition(".layers.")[2].encode()))
@@ -223,14 +117,23 @@ def _named(name: str, shape: tuple[int, ...]) -> Any:
 
 
 def engine_config(path: Path, ranks: int, engine: dict[str, Any]) -> Any:
-    """The ``VllmConfig`` as a worker receives it."""
+    """Return the ``VllmConfig`` as a worker receives it."""
     from vllm.engine.arg_utils import EngineArgs
 
     arguments = dict(
-        model=str(path), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128,
-        max_num_batched_tokens=128, max_num_seqs=4, tensor_parallel_size=ranks, enable_expert_parallel=ranks > 1,
-        distributed_executor_backend="mp" if ranks > 1 else None, disable_log_stats=True, seed=0,
-    )  # fmt: skip
+        model=str(path),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_batched_tokens=128,
+        max_num_seqs=4,
+        tensor_parallel_size=ranks,
+        enable_expert_parallel=ranks > 1,
+        distributed_executor_backend="mp" if ranks > 1 else None,
+        disable_log_stats=True,
+        seed=0,
+    )
     arguments |= engine
     if speculative := arguments.get("speculative_config"):
         arguments["speculative_config"] = {
@@ -243,7 +146,7 @@ def engine_config(path: Path, ranks: int, engine: dict[str, Any]) -> Any:
 
 @contextmanager
 def rank_of(config: Any, rank: int, ranks: int, store: str) -> Iterator[None]:
-    """Groups as a worker has them, those of the first config for all that follow."""
+    """Make groups as a worker has them, those of the first config for all that follow."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -265,7 +168,7 @@ def rank_of(config: Any, rank: int, ranks: int, store: str) -> Iterator[None]:
 
 
 def load(config: Any, draft: bool = False) -> tuple[Any, Any]:
-    """(model, EPLB's state or None), as a worker's runner has them after ``load_model``.
+    """Return (model, EPLB's state or None), as a worker's runner has them after loading.
 
     Args:
         draft: load the draft that the config names, and not the model itself.
@@ -288,7 +191,7 @@ def load(config: Any, draft: bool = False) -> tuple[Any, Any]:
 
 
 def outputs(model: Any, config: Any) -> dict[str, np.ndarray]:
-    """Layer -> what its MoE layer answers, summed over the ranks, float32 ``[tokens, hidden]``."""
+    """Return what each MoE layer answers, summed over ranks, float32 ``[tokens, hidden]``."""
     import torch
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
@@ -336,7 +239,7 @@ def _zero_experts(runner: Any) -> int:
 
 
 class _FixedGate:
-    """In a gate's place: the same logits on every rank."""
+    """Stand in a gate's place: the same logits on every rank."""
 
     def __new__(cls, logits):
         import torch

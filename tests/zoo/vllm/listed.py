@@ -1,4 +1,7 @@
-"""Registered classes that reach experts and have no recipe, each with the reason; and faults that are known."""
+"""List registered classes that reach experts and have no recipe, and faults that are known.
+
+Each stands with the reason.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ def _same(other: str) -> str:
 
 
 def _wraps(other: str) -> str:
-    return f"no recipe yet; its experts are built and loaded by the code of {other}, which is in the zoo"
+    return (
+        f"no recipe yet; its experts are built and loaded by the code of {other}, "
+        "which is in the zoo"
+    )
 
 
 def _dense(why: str) -> str:
@@ -22,7 +28,8 @@ _NO_RECIPE = "no recipe yet"
 
 NOT_IN_THE_ZOO = {
     "Cosmos3EdgeForConditionalGeneration": _dense(
-        "its class refuses every layer that is neither attention nor MLP; the code is shared with Nemotron-H's"
+        "its class refuses every layer that is neither attention nor MLP; the code is shared with "
+        "Nemotron-H's"
     ),
     "DSparkV41DraftModel": "vLLM has DeepSeek-V4.1 for CUDA and ROCm only",
     "DeepseekV41ForCausalLM": "vLLM has DeepSeek-V4.1 for CUDA and ROCm only",
@@ -39,7 +46,8 @@ NOT_IN_THE_ZOO = {
     "InklingMTPModel": _INKLING,
     "LongCatFlashMTPModel": _dense("the draft of LongCat-Flash has no experts"),
     "MiniCPMV": _dense(
-        "MiniCPM-V 2.0 has MiniCPM's text model without its experts, the others have Llama's or Qwen's"
+        "MiniCPM-V 2.0 has MiniCPM's text model without its experts, the others have Llama's or "
+        "Qwen's"
     ),
     "NemotronH_Nano_Omni_Reasoning_V3": _GPU_ONLY,
     "NemotronH_Nano_VL_V2": _GPU_ONLY,
@@ -55,4 +63,7 @@ NOT_IN_THE_ZOO = {
 """Class -> why it has no recipe."""
 
 FAULTS: dict[tuple[str, str], str] = {}
-"""(recipe, strategy) -> a fault that is known and being mended: the test is expected to fail, and fails when it does not."""
+"""(recipe, strategy) -> a fault that is known and being mended.
+
+The test is expected to fail, and fails when it does not.
+"""

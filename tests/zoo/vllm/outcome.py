@@ -1,4 +1,4 @@
-"""What became of each recipe, put together from the processes of the zoo."""
+"""Put together what became of each recipe, from the processes of the zoo."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _WORST = ("crashed", "wrong", "failed", "refused", "waiting", "placed")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a recipe.
+    """Hold what became of a recipe.
 
     Attributes:
         built: whether vLLM alone could build and load it on one rank.
         reason: why not.
-        status: strategy -> ``placed``, ``refused``, ``none`` (not tried), ``wrong``, ``failed`` or ``crashed``.
+        status: strategy -> ``placed``, ``refused``, ``none`` (not tried), ``wrong``, ``failed`` or
+            ``crashed``.
         reasons: strategy -> what was said.
         silent: why the layers' answers were not compared; empty when they were.
     """
@@ -34,7 +35,7 @@ class Outcome:
 
 
 def read(directory: Path) -> dict[str, Outcome]:
-    """Recipe -> outcome, from the files that `run` has written."""
+    """Read each recipe's outcome from the files that `run` has written."""
     alone, *ranks = (_lines(directory / file) for file in FILES.values())
     by_unit = [{(line["name"], line["strategy"]): line for line in rank} for rank in ranks]
     return {line["name"]: _outcome(line, by_unit) for line in alone}
@@ -59,7 +60,10 @@ def _outcome(alone: dict, ranks: list[dict[tuple[str, str], dict]]) -> Outcome:
 
 
 def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[str]]:
-    """Lines of the documentation's table: recipe, its checkpoint, status under each strategy, reasons."""
+    """Return lines of the documentation's table.
+
+    They have the recipe, its checkpoint, the status under each strategy, and reasons.
+    """
     lines = []
     for name, recipe in recipes.items():
         outcome = outcomes[name]
@@ -86,7 +90,7 @@ def rows(recipes: dict[str, Recipe], outcomes: dict[str, Outcome]) -> list[list[
 
 
 def short(reason: str, limit: int = 160) -> str:
-    """A reason without the model's path and layer, cut where it becomes advice."""
+    """Return a reason without the model's path and layer, cut where it becomes advice."""
     reason = reason.split("/")[-1] if reason.startswith("/") else reason
     text = " ".join(word for word in reason.split() if "/" not in word or len(word) < 12)
     return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " ..."

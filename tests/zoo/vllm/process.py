@@ -1,4 +1,7 @@
-"""What is done once to a process of the zoo, before it forks the others: vLLM's environment, and what tiny models lack."""
+"""Prepare a process of the zoo once, before it forks the others.
+
+It sets vLLM's environment, and gives what tiny models lack.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,26 @@ import sys
 import types
 from typing import Any
 
-from tests.zoo.vllm import engine
+from tests.zoo.vllm import engine, stand_ins
 
 
 def clean_environment() -> None:
-    """What vLLM reads of the environment when it is imported.
+    """Set what vLLM reads of the environment when it is imported.
 
-    Without Kimi K3's own all-reduce, whose module imports what only GPUs' builds have.
+    It goes without Kimi K3's own all-reduce, whose module imports what only GPUs' builds have.
     """
     os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
-        VLLM_NO_USAGE_STATS="1", VLLM_PLUGINS="moe_placement", TRANSFORMERS_VERBOSITY="error",
-        GLOO_SOCKET_IFNAME="lo", VLLM_DIST_IDENT=f"zoo{os.getpid()}", VLLM_KIMI_K3_GEMM_AR="0",
-    )  # fmt: skip
+        VLLM_CPU_KVCACHE_SPACE="1",
+        HF_HUB_OFFLINE="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+        OMP_NUM_THREADS="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_PLUGINS="moe_placement",
+        TRANSFORMERS_VERBOSITY="error",
+        GLOO_SOCKET_IFNAME="lo",
+        VLLM_DIST_IDENT=f"zoo{os.getpid()}",
+        VLLM_KIMI_K3_GEMM_AR="0",
+    )
 
 
 def prepare_process() -> None:
@@ -49,14 +59,14 @@ def prepare_process() -> None:
     def note_and_process(model, *args, **kwargs):
         engine.note_loaded(model)
         engine.fill_rest(model)
-        if not engine.loaded_only():
+        if not stand_ins.loaded_only():
             process(model, *args, **kwargs)
 
     base_loader.process_weights_after_loading = note_and_process
 
 
 class _AnyAttribute(type):
-    """A class that has every attribute, each another one."""
+    """Have every attribute, each another one."""
 
     def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):
@@ -65,7 +75,7 @@ class _AnyAttribute(type):
 
 
 class _Anything(types.ModuleType):
-    """A module or class that has every attribute."""
+    """Stand for a module or class that has every attribute."""
 
     __path__: list[str] = []
 
@@ -76,7 +86,7 @@ class _Anything(types.ModuleType):
 
 
 class _TorchvisionFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds torchvision, and nothing in it."""
+    """Find torchvision, and nothing in it."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "torchvision":
@@ -91,13 +101,16 @@ class _TorchvisionFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _stand_in_for_torchvision() -> None:
-    """Models whose modules import torchvision, for images, have their language model built without it."""
+    """Have models that import torchvision, for images, build their language model without."""
     if importlib.util.find_spec("torchvision") is None:
         sys.meta_path.append(_TorchvisionFinder())
 
 
 def _stand_in_for_processors() -> None:
-    """Models that ask the checkpoint's processor what it can see are told: images; none is shown to them."""
+    """Tell models that ask the checkpoint's processor what it can see: images.
+
+    None is shown to them.
+    """
     from vllm.multimodal.processing.context import InputProcessingContext
 
     images_only = types.SimpleNamespace(image_processor=None)
@@ -105,7 +118,10 @@ def _stand_in_for_processors() -> None:
 
 
 def _know_every_model_type() -> None:
-    """Configs of models whose config class comes with the checkpoint: as plain as they are there."""
+    """Know configs of models whose config class comes with the checkpoint.
+
+    These configs are as plain as theirs.
+    """
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
@@ -127,7 +143,10 @@ def _know_every_model_type() -> None:
 
 
 def _with_vision(self: Any, vision_config: Any = None, **kwargs: Any) -> None:
-    """A config's ``vision_config`` as a config of its own, where no class of transformers makes it one."""
+    """Return a config's ``vision_config`` as a config of its own.
+
+    It is for classes of transformers that make it none.
+    """
     from transformers import PretrainedConfig
 
     if isinstance(vision_config, dict):
@@ -136,7 +155,7 @@ def _with_vision(self: Any, vision_config: Any = None, **kwargs: Any) -> None:
 
 
 def _with_text(self: Any, text_config: Any = None, **kwargs: Any) -> None:
-    """A config's ``text_config`` as the config of its own ``model_type``, likewise."""
+    """Return a config's ``text_config`` as the config of its own ``model_type``, likewise."""
     from transformers import AutoConfig, PretrainedConfig
 
     if isinstance(text_config, dict):

@@ -1,4 +1,4 @@
-"""What the processes of the zoo do: load one model after another, alone or as a rank of two, and compare.
+"""Load one model after another, alone or as a rank of two, and compare.
 
 Each writes a line of JSON for each model, so that whoever waits for them knows how far they came.
 """
@@ -25,7 +25,7 @@ from tests.zoo.checkpoint import (
     write_config,
     write_tensors,
 )
-from tests.zoo.vllm import engine
+from tests.zoo.vllm import engine, stand_ins
 from tests.zoo.vllm.recipe import Recipe
 
 RANKS = 2
@@ -47,7 +47,7 @@ def alone(recipes: list[Recipe], results: Path, store: str) -> None:
             path = results.parent / directory_of(recipe)
             try:
                 write_checkpoint(recipe, path)
-                with engine.standing_in(recipe.lacks):
+                with stand_ins.standing_in(recipe.lacks):
                     line = _build(recipe, path, store)
             except BaseException as error:
                 line = _failed(error)
@@ -58,7 +58,7 @@ def alone(recipes: list[Recipe], results: Path, store: str) -> None:
 
 
 def write_checkpoint(recipe: Recipe, path: Path) -> None:
-    """A recipe's config and experts, and what else its loader asks for."""
+    """Write a recipe's config and experts, and what else its loader asks for."""
     write_config(path, recipe.config)
     tensors = expert_tensors(recipe.parts, recipe.layers, recipe.experts)
     write_tensors(path / "model.safetensors", tensors, dtypes_of(recipe, tensors))
@@ -68,7 +68,7 @@ def write_checkpoint(recipe: Recipe, path: Path) -> None:
 
 def _build(recipe: Recipe, path: Path, store: str) -> dict[str, Any]:
     config = engine.engine_config(path, 1, dict(recipe.engine))
-    kernels = engine.without_kernels(bool(recipe.loaded_only))
+    kernels = stand_ins.without_kernels(bool(recipe.loaded_only))
     with kernels, engine.rank_of(config, 0, 1, store):
         model, _ = engine.load(config, bool(recipe.draft))
         wrong = []
@@ -83,7 +83,8 @@ def _build(recipe: Recipe, path: Path, store: str) -> dict[str, Any]:
 def placed(units: list[tuple[Recipe, str]], rank: int, results: Path, store: str) -> None:
     """Load each model on one of two ranks under a strategy, and compare slots and answers.
 
-    Ends itself with `AGAIN` once the ranks do not say the same: one may have left what the other still waits for.
+    Ends itself with `AGAIN` once the ranks do not say the same: one may have left what the other
+    still waits for.
 
     Args:
         units: recipes, each with a strategy.
@@ -101,7 +102,7 @@ def placed(units: list[tuple[Recipe, str]], rank: int, results: Path, store: str
                 with np.load(path / ANSWERS) as answers:
                     reference = dict(answers)
                 try:
-                    with engine.standing_in(recipe.lacks):
+                    with stand_ins.standing_in(recipe.lacks):
                         line = _place(recipe, path, strategy, rank, store, reference)
                 except BaseException as error:
                     line = _failed(error)
@@ -112,7 +113,7 @@ def placed(units: list[tuple[Recipe, str]], rank: int, results: Path, store: str
 
 
 def _agree(path: Path, strategy: str, rank: int, status: str) -> bool:
-    """Whether the other rank ended alike, and no collective can be left half done."""
+    """Return whether the other rank ended alike, and no collective can be left half done."""
     mine, other = (path / f"{strategy}.{r}.status" for r in (rank, 1 - rank))
     mine.with_suffix(".tmp").write_text(status)
     mine.with_suffix(".tmp").rename(mine)
@@ -150,9 +151,9 @@ def _place(
                 "reason": "two ranks of vLLM answer as one: take `ranks_differ` away",
             }
     config = engine.engine_config(path, RANKS, options)
-    kernels = engine.without_kernels(bool(recipe.loaded_only))
+    kernels = stand_ins.without_kernels(bool(recipe.loaded_only))
     with kernels, engine.rank_of(config, rank, RANKS, store):
-        with engine.exchanged_experts(recipe.planted):
+        with stand_ins.exchanged_experts(recipe.planted):
             model, eplb = engine.load(config, bool(recipe.draft))
         own = table.shape[1] // RANKS
 
@@ -172,7 +173,7 @@ def _place(
 def _differences(
     answers: dict[str, np.ndarray], reference: dict[str, np.ndarray], recipe: Recipe
 ) -> list[str]:
-    """What two models answer otherwise, layer by layer."""
+    """Return what two models answer otherwise, layer by layer."""
     wrong = []
     if set(answers) != set(reference):
         wrong.append(f"MoE layers {sorted(answers)}, on one rank {sorted(reference)}")
@@ -188,7 +189,10 @@ def _differences(
 
 
 def _unplaced(recipe: Recipe, path: Path, rank: int, store: str) -> dict[str, np.ndarray]:
-    """What two ranks answer with vLLM's own placement, without the plugin's settings."""
+    """Return what two ranks answer with vLLM's own placement.
+
+    The plugin's settings are left out.
+    """
     config = engine.engine_config(path, RANKS, dict(recipe.engine))
     with engine.rank_of(config, rank, RANKS, store):
         model, _ = engine.load(config)
@@ -196,7 +200,7 @@ def _unplaced(recipe: Recipe, path: Path, rank: int, store: str) -> dict[str, np
 
 
 def _answers(model: Any, config: Any) -> tuple[dict[str, np.ndarray], str]:
-    """The layers' answers; or none, and why vLLM's CPU kernels have no answer for this model."""
+    """Return the layers' answers; or none, and why vLLM's CPU kernels have no answer."""
     try:
         return engine.outputs(model, config), ""
     except (AssertionError, AttributeError, NotImplementedError, RuntimeError) as error:
@@ -205,7 +209,10 @@ def _answers(model: Any, config: Any) -> tuple[dict[str, np.ndarray], str]:
 
 
 def physical_to_logical(recipe: Recipe, strategy: str) -> np.ndarray:
-    """The expert that each slot of each MoE layer should hold, ``[layers, slots]``; written here once more, not asked of the plugin."""
+    """Return the expert that each slot of each MoE layer should hold, ``[layers, slots]``.
+
+    It is written here once more, not asked of the plugin.
+    """
     experts = recipe.experts
     if strategy == "zigzag":
         row = [e for rank in range(RANKS) for e in range(rank, experts, RANKS)]
@@ -289,7 +296,7 @@ def _compare_tables(
 
 
 def layer_of(name: str) -> int:
-    """The first number in a layer's name."""
+    """Return the first number in a layer's name."""
     found = re.search(r"\.(\d+)(?:\.|$)", name)
     return int(found[1]) if found else -1
 
@@ -300,7 +307,7 @@ def directory_of(recipe: Recipe) -> str:
 
 
 def dtypes_of(recipe: Recipe, tensors: dict[str, np.ndarray]) -> dict[str, str]:
-    """Tensor -> the type that its bytes are of, where numpy has none like it."""
+    """Return the type that each tensor's bytes are of, where numpy has none like it."""
     other = {}
     for part in recipe.parts:
         if part.dtype in ("F8_E4M3", "F8_E8M0"):

@@ -1,4 +1,4 @@
-"""What the zoo needs to know of an architecture."""
+"""Describe what the zoo needs to know of an architecture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.zoo.checkpoint import EXPERTS, HIDDEN, WIDTH, Part
 
 @dataclass(frozen=True)
 class Recipe:
-    """A tiny checkpoint of an architecture.
+    """Describe a tiny checkpoint of an architecture.
 
     Attributes:
         name: of the recipe: the architecture, and what it is quantized to.
@@ -25,10 +25,14 @@ class Recipe:
         engine: further arguments of the engine.
         owner: only ``RoutedExperts`` whose name holds this are compared.
         draft: architecture of the draft that is loaded instead of the model itself.
-        model_experts: routed experts of a layer of the model that a draft is for, where they are not as many.
-        ranks_differ: why vLLM's own two ranks answer otherwise than one; the reference is then two without a placement.
-        loaded_only: why to compare as the loader left the slots and go no further: what its kernels need.
-        planted: have vLLM's loader take expert 0 for expert 2 and the other way round, which the zoo must see.
+        model_experts: routed experts of a layer of the model that a draft is for, where they are
+            not as many.
+        ranks_differ: why vLLM's own two ranks answer otherwise than one; the reference is then two
+            without a placement.
+        loaded_only: why to compare as the loader left the slots and go no further: what its kernels
+            need.
+        planted: have vLLM's loader take expert 0 for expert 2 and the other way round, which the
+            zoo must see.
         own_kind: its experts are no ``RoutedExperts``, so that the plugin has to refuse.
         unbuildable: why this vLLM cannot build it on a CPU: a part of its error.
         cause: what its error does not say: whose inability it is, and on what hardware.
@@ -66,7 +70,10 @@ NEEDS_AMX, NO_KERNEL = "the kernels need AMX", "vLLM has no CPU kernel for their
 """Why a recipe is `Recipe.loaded_only`."""
 
 NO_PREFIX_CACHING = {"enable_prefix_caching": False}
-"""Engine arguments of models with linear attention beside MLA: on a CPU vLLM chooses blocks for prefix caching, then takes it back."""
+"""Engine arguments of models with linear attention beside MLA.
+
+On a CPU vLLM chooses blocks for prefix caching, then takes it back.
+"""
 
 NO_SPARSE = "Sparse Attention is not supported on CPU"
 """What vLLM says of DeepSeek's sparse attention there."""
@@ -101,7 +108,7 @@ def make(
     name: str = "",
     **own: Any,
 ) -> Recipe:
-    """A recipe from what differs; the config's ``None`` leaves a key of `config` out.
+    """Make a recipe from what differs; the config's ``None`` leaves a key of `config` out.
 
     Args:
         own: keys of the config, and of `Recipe` where it has one of that name.
@@ -129,7 +136,7 @@ def separate(
     hidden: int = HIDDEN,
     width: int = WIDTH,
 ) -> tuple[Part, ...]:
-    """A tensor for each expert's gate, up and down projection."""
+    """Return a tensor for each expert's gate, up and down projection."""
     gate, up, down = (f"{prefix}{name}{suffix}" for name in names)
     return (
         Part(gate, "w13_weight", (width, hidden)),
@@ -145,7 +152,7 @@ def stacked(
     hidden: int = HIDDEN,
     width: int = WIDTH,
 ) -> tuple[Part, ...]:
-    """One tensor for all experts' gate and up projections, one for their down projections."""
+    """Return one tensor for all experts' gate and up projections, one for their down."""
     first, second = (2 * width, hidden), (hidden, width)
     if transposed:
         first, second = first[::-1], second[::-1]
@@ -156,7 +163,7 @@ def stacked(
 
 
 def config(architecture: str, model_type: str, **own: Any) -> dict[str, Any]:
-    """A config.json with what nearly every model has."""
+    """Return a config.json with what nearly every model has."""
     return {
         "architectures": [architecture],
         "model_type": model_type,

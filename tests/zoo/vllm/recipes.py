@@ -1,4 +1,4 @@
-"""The zoo: a recipe for each class of vLLM's registry that has experts."""
+"""List the zoo: a recipe for each class of vLLM's registry that has experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _FAMILIES = (
 )
 
 PLANTED = replace(recipes_text.RECIPES[0], name="planted", planted=True)
-"""Not in the table: a loader that exchanges two experts, so that it is known that the zoo would see it."""
+"""A loader that exchanges two experts, so that it is known that the zoo would see it.
+
+It is not in the table.
+"""
 
 RECIPES = {recipe.name: recipe for family in _FAMILIES for recipe in family.RECIPES}
 """Name -> recipe."""

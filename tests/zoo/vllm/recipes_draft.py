@@ -1,4 +1,6 @@
-"""Recipes of drafts: the layers that a checkpoint has for predicting several tokens, loaded as a model of their own.
+"""List recipes of drafts: the layers that a checkpoint has for predicting several tokens.
+
+Each is loaded as a model of its own.
 
 A draft is as large as the model of the zoo that it drafts for; only what differs stands here.
 """
@@ -24,7 +26,7 @@ _MODELS = {recipe.name: recipe for recipe in (*recipes_text.RECIPES, *recipes_mo
 
 
 def _config_of(model: str) -> dict[str, Any]:
-    """A model's config without its name."""
+    """Return a model's config without its name."""
     return {k: v for k, v in _MODELS[model].config.items() if k != "architectures"}
 
 
@@ -36,7 +38,7 @@ def _draft(
     method: dict[str, Any] | None = None,
     **own: Any,
 ) -> Recipe:
-    """A draft in the checkpoint of the model that it drafts for.
+    """Make a draft in the checkpoint of the model that it drafts for.
 
     Args:
         draft: its architecture.
@@ -59,7 +61,9 @@ def _draft(
 def _beside(
     draft: str, model: str, parts: tuple[Part, ...], method: str, layer: int = 1, **own: Any
 ) -> Recipe:
-    """A draft that has a checkpoint of its own; its config.json is the model's too, both have one layer.
+    """Make a draft that has a checkpoint of its own.
+
+    Its config.json is the model's too, both have one layer.
 
     The draft's layer is number 0 in the checkpoint; vLLM goes on counting behind the model's.
     """
@@ -72,7 +76,9 @@ def _of_seeing(
     draft: str, seeing: str, kind: str, model: str, layer: int = 2, parts: tuple[Part, ...] = (),
     text_type: str = "", **own: Any,
 ) -> Recipe:  # fmt: skip
-    """A draft of a model that also sees; the language model's config stands within that one's.
+    """Make a draft of a model that also sees.
+
+    The language model's config stands within that one's.
 
     Args:
         seeing: architecture of the model that sees.
@@ -132,9 +138,11 @@ RECIPES = [
     _of_seeing("MiniMaxM3MTP", "MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl",
                "MiniMaxM3SparseForCausalLM", 0, separate(_SPARSE.replace(
                    "layers.{layer}", "mtp.layers.0"), _W123), text_type="minimax_m3_text",
-               unbuildable="No Unquantized MoE backend supports the deployment configuration", num_mtp_modules=1,
-               sparse_attention_config=dict(sparse_index_dim=32, sparse_num_index_heads=2, sparse_topk_blocks=16,
-                                            sparse_block_size=128, sparse_attention_freq=[0, 0])),
+               unbuildable="No Unquantized MoE backend supports the deployment configuration",
+               num_mtp_modules=1,
+               sparse_attention_config=dict(sparse_index_dim=32, sparse_num_index_heads=2,
+                                            sparse_topk_blocks=16, sparse_block_size=128,
+                                            sparse_attention_freq=[0, 0])),
     _beside("DSparkDraftModel", "DeepseekV4ForCausalLM", _V4_PARTS, "dspark", compress_ratios=[4],
             unbuildable="Model Runner V1 does not support: dspark speculative decoding"),
     _beside("EagleDeepSeekMTPModel", "DeepseekV3ForCausalLM", _ONE_LAYER, "eagle"),

@@ -1,4 +1,4 @@
-"""Recipes of quantized experts: Qwen3-MoE and gpt-oss in each form that a checkpoint may have."""
+"""List recipes of quantized experts: Qwen3-MoE and gpt-oss in each form of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _NOT = ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"]
 
 
 def _each(*kinds: tuple[str, str, Any, str]) -> tuple[Part, ...]:
-    """Parts of the three projections.
+    """Return the parts of the three projections.
 
     Args:
-        kinds: (suffix of the name, end of the parameter's name, shape from (outputs, inputs), dtype).
+        kinds: (suffix of the name, end of the parameter's name, shape from (outputs, inputs),
+            dtype).
     """
     parts = []
     sizes = {"gate_proj": (_OUT, _IN), "up_proj": (_OUT, _IN), "down_proj": (_IN, _OUT)}
@@ -36,7 +37,8 @@ def _qwen(name: str, quantization: dict[str, Any], parts: tuple[Part, ...], **mo
     return make(
         "Qwen3MoeForCausalLM", "qwen3_moe", parts, name=f"Qwen3MoeForCausalLM {name}",
         num_experts=EXPERTS, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True,
-        hidden_size=_IN, moe_intermediate_size=_OUT, quantization_config=quantization, engine={"dtype": "bfloat16"}, loaded_only=NEEDS_AMX, **more,
+        hidden_size=_IN, moe_intermediate_size=_OUT, quantization_config=quantization,
+        engine={"dtype": "bfloat16"}, loaded_only=NEEDS_AMX, **more,
     )  # fmt: skip
 
 
@@ -81,7 +83,8 @@ RECIPES = [
         ("qzeros", "qzeros", lambda o, i: (i // _GROUP, o // 8), "I32"),
         ("scales", "scales", lambda o, i: (i // _GROUP, o), "F32"))),
     _qwen("int4 packed, GPTQ", quantization={
-        "quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True}, parts=_each(
+        "quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True},
+          parts=_each(
         ("qweight", "qweight", lambda o, i: (i // 8, o), "I32"),
         ("qzeros", "qzeros", lambda o, i: (i // _GROUP, o // 8), "I32"),
         ("scales", "scales", lambda o, i: (i // _GROUP, o), "F32"),

@@ -1,4 +1,4 @@
-"""Recipes of language models, A to M."""
+"""List recipes of language models, A to M."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ RECIPES = [
          topk_group=1, mup_enabled=True, sliding_window=32,
          layer_types=["full_attention", "full_attention"]),
     make("BailingMoeForCausalLM", "bailing_moe", separate(), (1,), **BAILING),
-    make("BailingMoeV2ForCausalLM", "bailing_moe_v2", separate(), (1,), use_qk_norm=True, **BAILING),
+    make("BailingMoeV2ForCausalLM", "bailing_moe_v2", separate(), (1,), use_qk_norm=True,
+         **BAILING),
     make("BailingMoeV2_5ForCausalLM", "bailing_hybrid", separate(), (1,),
          engine=NO_PREFIX_CACHING, layer_group_size=2, group_norm_size=2,
          **BAILING | MLA),
@@ -75,9 +76,10 @@ RECIPES = [
          layer_types=["full_attention", "full_attention"], intermediate_size=WIDTH,
          mlp_layer_types=["sparse", "sparse"], prefix_dense_intermediate_size=64,
          rope_parameters=_ROPE),
-    make("DbrxForCausalLM", "dbrx", unbuildable="KeyError: 'blocks.0.ffn.experts.w13_weight'", cause=(
-             "its loader does not know that vLLM's MoE layer has its weights in routed_experts, on any "
-             "hardware"), parts=(
+    make("DbrxForCausalLM", "dbrx", unbuildable="KeyError: 'blocks.0.ffn.experts.w13_weight'",
+         cause=(
+             "its loader does not know that vLLM's MoE layer has its weights in routed_experts, on "
+             "any hardware"), parts=(
              Part("transformer.blocks.{layer}.ffn.experts.mlp.w1", "w13_weight", (WIDTH, HIDDEN),
                   flat=True),
              Part("transformer.blocks.{layer}.ffn.experts.mlp.v1", "w13_weight", (WIDTH, HIDDEN),
@@ -137,8 +139,9 @@ RECIPES = [
     make("HYV3ForCausalLM", "hy_v3", separate(), (1,), num_experts=8, num_shared_experts=1,
          expert_hidden_dim=WIDTH, first_k_dense_replace=1, route_norm=True,
          router_scaling_factor=1.5, qk_norm=True),
-    make("JambaForCausalLM", "jamba", separate("model.layers.{layer}.feed_forward.experts.{expert}."),
-         (1,), num_experts=8, intermediate_size=WIDTH, attn_layer_offset=0, attn_layer_period=2,
+    make("JambaForCausalLM", "jamba",
+         separate("model.layers.{layer}.feed_forward.experts.{expert}."), (1,),
+         num_experts=8, intermediate_size=WIDTH, attn_layer_offset=0, attn_layer_period=2,
          expert_layer_offset=1, expert_layer_period=2, mamba_d_conv=4, mamba_d_state=16,
          mamba_dt_rank=8, mamba_expand=2, mamba_conv_bias=True, mamba_proj_bias=False,
          use_mamba_kernels=False),

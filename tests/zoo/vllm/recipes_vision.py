@@ -1,4 +1,7 @@
-"""Recipes of models that also see or hear: their language model alone, which holds the experts."""
+"""List recipes of models that also see or hear: their language model alone.
+
+It holds the experts.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ _FOURIER = _MROPE | {"fope_init_factor": 0.1, "fope_sep_head": True, "num_inv_fr
 
 @dataclass(frozen=True)
 class _Vision(Part):
-    """A tensor of the experts for images, numbered behind those for text; the same values of no matter."""
+    """Describe a tensor of the experts for images, numbered behind those for text.
+
+    Its values do not matter.
+    """
 
     def tensors(self, layer: int, experts: int) -> dict[str, np.ndarray]:
         """Name -> tensor of one layer."""
@@ -49,7 +55,7 @@ class _Vision(Part):
 
 
 def _thinker(inner: dict[str, Any]) -> dict[str, Any]:
-    """Qwen3-Omni's config in its config."""
+    """Return Qwen3-Omni's config in its config."""
     del inner["architectures"]
     return {
         "thinker_config": {
@@ -62,8 +68,9 @@ def _thinker(inner: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_QWEN_EYES = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=HIDDEN,
-                  deepstack_visual_indexes=[0], patch_size=16, num_position_embeddings=16, image_size=32)  # fmt: skip
+_QWEN_EYES = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2,
+                  out_hidden_size=HIDDEN, deepstack_visual_indexes=[0], patch_size=16,
+                  num_position_embeddings=16, image_size=32)  # fmt: skip
 
 _ERNIE = make(
     "Ernie4_5_VLMoeForConditionalGeneration", "ernie4_5_moe_vl", separate(), (1,),
@@ -117,8 +124,8 @@ RECIPES = [
                whole={"projector_patch_to_query_dict": {"4": 4}, "image_token_index": 9},
                moe_num_experts=8, moe_topk=2, moe_num_shared_experts=1, intermediate_size=WIDTH,
                ranks_differ=(
-                   "vLLM sums the shared experts' answers over the ranks twice, in their own MLP and "
-                   "in the MoE layer")),
+                   "vLLM sums the shared experts' answers over the ranks twice, in their own MLP "
+                   "and in the MoE layer")),
     _with_text("InternS1ProForConditionalGeneration", "qwen3_vl_moe", "qwen3_vl_moe_text",
                stacked("model.language_model.layers.{layer}.mlp.experts.", transposed=True),
                vision=_QWEN_EYES, num_experts=8, decoder_sparse_step=1, mlp_only_layers=[],

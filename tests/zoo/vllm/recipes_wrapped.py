@@ -1,4 +1,4 @@
-"""Recipes of classes that see, hear, embed or classify with the experts of another class of the zoo."""
+"""List recipes of classes that see, hear, embed or classify with another class's experts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _moondream(architecture: str) -> Recipe:
 
 
 def _transformers(architecture: str, wrapped: str, prefix: str = "", **own: Any) -> Recipe:
-    """A model that vLLM builds from transformers' own code for the class ``wrapped``."""
+    """Make a model that vLLM builds from transformers' own code for the class ``wrapped``."""
     return make(
         architecture, "qwen3_moe", separate(f"{prefix}layers.{{layer}}.mlp.experts.{{expert}}."),
         architectures=[wrapped], num_experts=8, decoder_sparse_step=1, mlp_only_layers=[],
@@ -92,10 +92,12 @@ RECIPES = [
                                                        patch_size=4, output_proj_dims=HIDDEN),
                whole={"audio_config": None}, **_GEMMA),
     _with_text("Glm5NextForConditionalGeneration", "glm5_next", "glm5_next_text",
-               separate(f"{_TEXT}mlp.experts.{{expert}}."), (1,), engine={"enable_prefix_caching": False},
-               lacks=SPARSE, vision=dict(depth=1, hidden_size=32, num_heads=2, out_hidden_size=HIDDEN,
+               separate(f"{_TEXT}mlp.experts.{{expert}}."), (1,),
+               engine={"enable_prefix_caching": False}, lacks=SPARSE,
+               vision=dict(depth=1, hidden_size=32, num_heads=2, out_hidden_size=HIDDEN,
                            intermediate_size=32, projection_intermediate_size=32, image_size=28),
-               mhc=True, mla_use_nope=True, indexer_rope_interleave=True, hc_mult=4, hc_eps=1e-6, hc_sinkhorn_iters=4, index_topk=16, index_kpool=4,
+               mhc=True, mla_use_nope=True, indexer_rope_interleave=True, hc_mult=4, hc_eps=1e-6,
+               hc_sinkhorn_iters=4, index_topk=16, index_kpool=4,
                layer_types=["linear_attention", "full_attention"], linear_conv_kernel_dim=4,
                linear_head_dim=32, linear_num_heads=2, mlp_layer_types=["dense", "sparse"],
                swiglu_limit=10.0, **DEEPSEEK | MLA | dict(q_lora_rank=32, qk_rope_head_dim=0)),

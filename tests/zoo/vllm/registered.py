@@ -1,4 +1,4 @@
-"""The MoE classes of vLLM's model registry, found in its sources without importing a model."""
+"""Find the MoE classes of vLLM's registry in its sources, without importing a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _OTHER_HARDWARE = frozenset({"amd", "xpu", "tpu"})
 
 
 def moe_architectures() -> dict[str, tuple[str, str]]:
-    """Architecture name -> (module, class) of every registered class that reaches routed experts.
+    """Return (module, class) of every registered class that reaches routed experts, by name.
 
-    A class reaches them if its body, its bases, or a class or function that these name, calls one of
-    `FACTORIES`. Models that build their language model from the checkpoint's own architecture
+    A class reaches them if its body, its bases, or a class or function that these name, calls one
+    of `FACTORIES`. Models that build their language model from the checkpoint's own architecture
     (``init_vllm_registered_model``) have that architecture's row.
     """
     from vllm.model_executor.models.registry import ModelRegistry
@@ -32,7 +32,7 @@ def moe_architectures() -> dict[str, tuple[str, str]]:
 
 
 def reaches_experts(module: str, name: str) -> bool:
-    """Whether a class or function of a module comes to build routed experts."""
+    """Return whether a class or function of a module comes to build routed experts."""
     seen, waiting = set(), [(module, name)]
     while waiting:
         one = waiting.pop()
@@ -47,7 +47,7 @@ def reaches_experts(module: str, name: str) -> bool:
 
 
 def _uses(module: str, name: str) -> Iterator[tuple[str, str]]:
-    """(module, name) of what a definition names, if models define it."""
+    """Return (module, name) of what a definition names, if models define it."""
     source = _source(module)
     if source is None:
         return
@@ -64,7 +64,10 @@ def _uses(module: str, name: str) -> Iterator[tuple[str, str]]:
 
 @cache
 def _source(module: str):
-    """(definition -> names that it uses, imported name -> places it may come from) of a module."""
+    """Read a module: what its definitions use, and where imported names come from.
+
+    (definition -> names that it uses, imported name -> places it may come from)
+    """
     path = _path(module)
     if path is None:
         return None
@@ -99,7 +102,8 @@ def _path(module: str) -> Path | None:
     if module in models or not module.startswith(tuple(f"{m}." for m in models)):
         # The layers' own package: only the names of `FACTORIES` count there.
         return None
-    # By hand: to find the spec of a module imports its package, and with it a model of some hardware.
+    # By hand: to find the spec of a module imports its package, and with it a model of some
+    # hardware.
     root = Path(importlib.util.find_spec("vllm").origin).parent
     path = root.joinpath(*module.split(".")[1:])
     for candidate in (path.with_suffix(".py"), path / "__init__.py"):

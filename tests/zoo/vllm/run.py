@@ -1,7 +1,8 @@
 """Run the zoo: ``python -m tests.zoo.vllm.run DIRECTORY NAME...`` (all without names).
 
-vLLM is imported once; three processes are forked from here, one for vLLM alone and two for the ranks of a placement. One
-that dies or hangs is noted as such for the model it had, and started again behind it.
+vLLM is imported once; three processes are forked from here, one for vLLM alone and two for the
+ranks of a placement. One that dies or hangs is noted as such for the model it had, and started
+again behind it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from tests.zoo.vllm import process, ranks
 from tests.zoo.vllm.recipe import Recipe
 
 PATIENCE = 240.0
-"""Seconds after which a model that is not done counts as hanging; many times what one takes on a busy machine."""
+"""Seconds after which a model that is not done counts as hanging.
+
+Many times what one takes on a busy machine.
+"""
 
 WAITING = 15.0
-"""Seconds that one rank may take longer than the other; it then waits for what the other has left."""
+"""Seconds that one rank may take longer than the other.
+
+It then waits for what the other has left.
+"""
 
 WAITING_IN_VAIN = 3.0
 """The same for a rank whose other ended badly: it changes nothing of the outcome then."""
@@ -32,7 +39,9 @@ FILES = {0: "alone.jsonl", 1: "rank0.jsonl", 2: "rank1.jsonl"}
 
 
 class Crew:
-    """Processes that go through the recipes together, and are ended and started again together.
+    """Run processes that go through the recipes together.
+
+    They are ended and started again together.
 
     Args:
         members: numbers of their files.
@@ -60,7 +69,10 @@ class Crew:
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     def _ended_badly(self) -> bool:
-        """Whether the process that is ahead was refused or failed, so that what it left unsent never comes."""
+        """Return whether the process that is ahead was refused or failed.
+
+        What it left unsent then never comes.
+        """
         ahead = max(self._files, key=self._count)
         last = ahead.read_bytes().rpartition(b"\n")[0].splitlines()[-1]
         return json.loads(last)["status"] in ("refused", "failed")

@@ -1,4 +1,7 @@
-"""A model that kills or hangs a process of the zoo is noted as such, and the next ones have their turn."""
+"""Test that a model that kills or hangs a process of the zoo is noted as such.
+
+The next ones have their turn.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +84,13 @@ def test_ranks_that_ask_for_it_are_started_again_and_nothing_is_lost(recipes, tm
 
 
 @pytest.mark.parametrize("status, waits", [("refused", False), ("failed", False), ("placed", True)])
-def test_nobody_waits_long_for_a_rank_that_was_refused(status, waits, recipes, tmp_path, monkeypatch):  # fmt: skip
-    """A draft whose replicas are on one rank only is refused there; the other waits in EPLB for an answer."""
+def test_nobody_waits_long_for_a_rank_that_was_refused(
+    status, waits, recipes, tmp_path, monkeypatch
+):
+    """A draft whose replicas are on one rank only is refused there.
+
+    The other waits in EPLB for an answer.
+    """
     monkeypatch.setattr(run, "WAITING", 4.0)
     monkeypatch.setattr(run, "WAITING_IN_VAIN", 0.5)
     context = multiprocessing.get_context("fork")

@@ -1,4 +1,7 @@
-"""Every MoE architecture of the installed vLLM ends as placed, or as refused by name; see docs/zoo.md."""
+"""Test that every MoE architecture of the installed vLLM is placed, or refused by name.
+
+See docs/zoo.md.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def test_every_registered_moe_class_is_in_the_zoo_or_listed_with_a_reason():
 
 
 def test_the_plugin_knows_the_models_whose_experts_are_no_routed_experts():
-    from moe_placement_plugin.engines.vllm.resolve import EXPERTS_OF_THEIR_OWN
+    from moe_placement_plugin.engines.vllm.support import EXPERTS_OF_THEIR_OWN
 
     own_kind = {recipe.architecture for recipe in RECIPES.values() if recipe.own_kind}
     assert own_kind == set(EXPERTS_OF_THEIR_OWN)

@@ -1,9 +1,10 @@
-"""Whole engines: each model of the zoo answers under zigzag as on one rank.
+"""Compare whole engines: each model of the zoo answers under zigzag as on one rank.
 
     python -m tests.zoo.vllm.whole RESULTS.json NAME...
 
-Minutes for each ten models, so that no test runs it; what it saw stands in the issue. Workers are forked from this
-process and with it what `process.prepare_process` does: what is no expert has the same values on every rank.
+Minutes for each ten models, so that no test runs it; what it saw stands in the issue. Workers are
+forked from this process and with it what `process.prepare_process` does: what is no expert has the
+same values on every rank.
 """
 
 from __future__ import annotations
@@ -35,14 +36,22 @@ CLOSE = 2e-3
 
 
 def answers(recipe: Recipe, path: Path, **arguments: Any) -> list[tuple[list[int], list[float]]]:
-    """Tokens and their log probabilities, greedily."""
+    """Return tokens and their log probabilities, greedily."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        str(path), skip_tokenizer_init=True, enforce_eager=True, max_model_len=64,
-        max_num_batched_tokens=128, max_num_seqs=4, block_size=32, gpu_memory_utilization=0.1,
-        **{"dtype": "bfloat16" if linear_attention(recipe.config) else "float32"} | dict(recipe.engine) | arguments,
-    )  # fmt: skip
+        str(path),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_batched_tokens=128,
+        max_num_seqs=4,
+        block_size=32,
+        gpu_memory_utilization=0.1,
+        **{"dtype": "bfloat16" if linear_attention(recipe.config) else "float32"}
+        | dict(recipe.engine)
+        | arguments,
+    )
     sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True,
                               detokenize=False)  # fmt: skip
     prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
@@ -57,14 +66,17 @@ def answers(recipe: Recipe, path: Path, **arguments: Any) -> list[tuple[list[int
 
 
 def with_heads_of_a_real_model(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the latent attention's sizes of DeepSeek-V3, since vLLM's CPU kernels take no others."""
+    """Return the config with the latent attention's sizes of DeepSeek-V3.
+
+    vLLM's CPU kernels take no others.
+    """
     sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64} if config.get("kv_lora_rank") else {}
     parts = {k: with_heads_of_a_real_model(v) for k, v in config.items() if isinstance(v, dict)}
     return {**config, **parts, **sizes}
 
 
 def linear_attention(config: dict[str, Any]) -> bool:
-    """Whether a model has gated delta nets, whose CPU kernel takes bfloat16 alone."""
+    """Return whether a model has gated delta nets, whose CPU kernel takes bfloat16 alone."""
     return any(
         name.startswith("linear_") or isinstance(value, dict) and linear_attention(value)
         for name, value in config.items()
@@ -72,7 +84,7 @@ def linear_attention(config: dict[str, Any]) -> bool:
 
 
 def compare(recipe: Recipe, directory: Path) -> dict[str, Any]:
-    """What one recipe does in a whole engine."""
+    """Return what one recipe does in a whole engine."""
     path = directory / ranks.directory_of(recipe)
     sized = replace(recipe, config=with_heads_of_a_real_model(recipe.config))
     ranks.write_checkpoint(sized, path)
@@ -87,14 +99,20 @@ def compare(recipe: Recipe, directory: Path) -> dict[str, Any]:
 
 
 def difference(one: list[Any], two: list[Any]) -> dict[str, Any]:
-    """Whether all tokens are the same, and how far log probabilities are apart where they are."""
+    """Return whether all tokens are the same, and how far log probabilities are apart.
+
+    Where they are.
+    """
     same = [a[0] == b[0] for a, b in zip(one, two)]
     off = [np.abs(np.subtract(a[1], b[1])).max() for a, b, s in zip(one, two, same) if s]
     return {"same_tokens": all(same), "off": float(max(off)) if off else None}
 
 
 def wait_for(child: int, seconds: float) -> bool:
-    """Wait for a child that leads a process group, and end the group; whether it ended by itself."""
+    """Wait for a child that leads a process group, and end the group.
+
+    Returns whether it ended by itself.
+    """
     deadline = time.monotonic() + seconds
     while not (ended := os.waitpid(child, os.WNOHANG)[0]) and time.monotonic() < deadline:
         time.sleep(0.1)

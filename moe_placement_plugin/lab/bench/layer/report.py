@@ -1,4 +1,4 @@
-"""Text tables of ``moe-placement bench layer``."""
+"""Print the text tables of ``moe-placement bench layer``."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ....simulation.costmodel import LayerCost
-from .run import Outcome
+from .run import LayerTimes
 
 
 def print_report(
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[LayerTimes],
     fits: Mapping[str, LayerCost | str],
     facts: Mapping[str, Any],
     console: Console,
 ) -> None:
-    """Strategies side by side for each number of ranks and batch, then the fitted cost model."""
+    """Print strategies side by side for each batch and rank number, then the fitted cost model."""
     console.print("; ".join(f"{k} {v}" for k, v in facts.items()), highlight=False)
     for (ranks, phase, tokens), group in groupby(
         outcomes, key=lambda o: (o.ranks, o.phase, o.tokens_per_rank)
@@ -47,8 +47,8 @@ def print_report(
         console.print(f"Cost model, {phase}: {cost.formula}; {cost.accuracy}", highlight=False)
 
 
-def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Every figure of every rank."""
+def as_json(outcomes: Sequence[LayerTimes]) -> list[dict[str, Any]]:
+    """Return every figure of every rank."""
     return [
         {
             "strategy": o.strategy,

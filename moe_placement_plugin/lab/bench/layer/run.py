@@ -1,7 +1,8 @@
-"""``moe-placement bench layer``: every EP rank's share of a MoE layer on one device, one rank after the other.
+"""Measure every EP rank's share of a MoE layer on one device, one rank after the other.
 
-A layer lasts as long as its slowest rank, so one GPU can measure what a placement does to a layer on 64: the time of
-each rank's experts under its share of a recorded load, and the greatest of them. Exchange and attention are not in it.
+A layer lasts as long as its slowest rank, so one GPU can measure what a placement does to a layer
+on 64: the time of each rank's experts under its share of a recorded load, and the greatest of them.
+Exchange and attention are not in it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from ....simulation.cluster import Cluster
 from ....simulation.costmodel import Calibration, LayerCost, Measurement, fit
 from ....strategies import get_strategy
 from ...staged_layer import ExpertWeights, PlacedExperts, RouteOutput, gmm_down, gmm_up
+from ...staged_layer.dispatching import keep_local
 from ...staged_layer.matmuls.base import Matmuls
-from ...staged_layer.stages import keep_local
 from ..timing import Stopwatch, in_turn
 from .shapes import LayerShape, draw_step
 
 HELD_OUT_EVERY = 4
-"""Of the measurements, sorted by tokens, every so manieth is held out of the fit."""
+"""One in so many measurements, sorted by tokens, is held out of the fit."""
 CALIBRATION_SIZE = 480
 """A calibration keeps so many measurements at most."""
 SPARE_MEMORY = 0.9
@@ -36,7 +37,7 @@ SPARE_MEMORY = 0.9
 
 @dataclass(frozen=True)
 class RankTime:
-    """One rank's experts in one layer.
+    """Hold the time of one rank's experts in one layer.
 
     Attributes:
         tokens: assignments (token, choice) of the rank.
@@ -54,8 +55,8 @@ class RankTime:
 
 
 @dataclass
-class Outcome:
-    """One strategy at one number of ranks and one batch size.
+class LayerTimes:
+    """Hold the times of one strategy at one number of ranks and one batch size.
 
     Attributes:
         strategy: its name, with ``+N`` for N redundant experts.
@@ -73,12 +74,15 @@ class Outcome:
 
     @property
     def microseconds(self) -> float:
-        """Of all measured layers, each lasting as long as its slowest rank."""
+        """Return the time of all measured layers, each lasting as long as its slowest rank."""
         return sum(max(r.microseconds for r in layer) for layer in self.layers.values())
 
     @property
     def balancedness(self) -> float:
-        """Of the assignments: sum over layers of the ranks' mean over sum of the ranks' greatest."""
+        """Return the assignments' balancedness.
+
+        It is the sum over layers of the ranks' mean over the sum of the ranks' greatest.
+        """
         tokens = [[r.tokens for r in layer] for layer in self.layers.values()]
         return float(np.mean(tokens, axis=1).sum() / np.max(tokens, axis=1).sum())
 
@@ -86,7 +90,9 @@ class Outcome:
 def plan_all(
     names: Sequence[str], load: ExpertLoad, ranks: int, groups: int
 ) -> dict[str, Placement]:
-    """A placement per strategy, planned on ``load``. ``eplb+32`` is eplb with 32 redundant experts.
+    """Make a placement per strategy, planned on ``load``.
+
+    ``eplb+32`` is eplb with 32 redundant experts.
 
     Raises:
         PlacementError: for an unknown strategy or numbers that do not fit.
@@ -96,7 +102,8 @@ def plan_all(
         strategy, plus, redundant = name.partition("+")
         if plus and not redundant.isdigit():
             raise PlacementError(
-                f"strategy {name!r}: write the number of redundant experts after the plus, as in eplb+32"
+                f"strategy {name!r}: write the number of redundant experts after the plus, as in "
+                "eplb+32"
             )
         cluster = Cluster(Topology.even(ranks), int(redundant or 0), groups)
         plans[name] = get_strategy(strategy).place(cluster.request(load))
@@ -104,9 +111,10 @@ def plan_all(
 
 
 def rank_share(slots: torch.Tensor, placed: PlacedExperts, use_ring: bool) -> RouteOutput:
-    """What `route` would give a rank for the choices ``slots [tokens, top_k]`` of all ranks' tokens.
+    """Return what `route` would give a rank for all ranks' choices ``slots [tokens, top_k]``.
 
-    With the ring all tokens are rows; with the all-to-all those that have a choice here. Router weights are all equal.
+    With the ring all tokens are rows; with the all-to-all those that have a choice here. Router
+    weights are all equal.
     """
     local = placed.local_slot[slots]
     if not use_ring:
@@ -120,7 +128,7 @@ def rank_share(slots: torch.Tensor, placed: PlacedExperts, use_ring: bool) -> Ro
 
 
 class LayerBench:
-    """Measures shares of one layer shape on one device.
+    """Measure shares of one layer shape on one device.
 
     Args:
         name: the shape's name.
@@ -155,8 +163,8 @@ class LayerBench:
         phase: str,
         tokens_per_rank: int,
         report: Callable[[str], None],
-    ) -> list[Outcome]:
-        """All strategies on the same steps, in turn.
+    ) -> list[LayerTimes]:
+        """Measure all strategies on the same steps, in turn.
 
         Args:
             plans: name -> placement, all for the same number of ranks.
@@ -170,10 +178,11 @@ class LayerBench:
             PlacementError: when a share does not fit the device's memory.
         """
         ranks = next(iter(plans.values())).num_ranks
-        outcomes = {name: Outcome(name, ranks, phase, tokens_per_rank) for name in plans}
+        outcomes = {name: LayerTimes(name, ranks, phase, tokens_per_rank) for name in plans}
         for row in layers:
             report(
-                f"{self.name}, EP {ranks}, {phase} {tokens_per_rank} tokens per rank, layer {load.layer_ids[row]}"
+                f"{self.name}, EP {ranks}, {phase} {tokens_per_rank} tokens per rank, layer "
+                f"{load.layer_ids[row]}"
             )
             share = load.total[row].astype(np.float64)
             experts = draw_step(
@@ -233,7 +242,10 @@ class LayerBench:
         )
 
     def _make_room(self, shares: Mapping[tuple[str, int], RouteOutput], ranks: int) -> None:
-        """Weights for the rank with most slots, if they and the intermediates fit; which weights does not matter to the time."""
+        """Make weights for the rank with most slots, if they and the intermediates fit.
+
+        Which weights does not matter to the time.
+        """
         shape, width = self.shape, torch.finfo(self.dtype).bits // 8
         slots, rows = (
             max(s.num_slots for s in shares.values()),
@@ -250,8 +262,10 @@ class LayerBench:
         free = SPARE_MEMORY * free_memory(self.device)
         if weights + intermediates > free:
             raise PlacementError(
-                f"{self.name} at EP {ranks} needs {weights / 2**30:.1f} GiB for {slots} experts and {intermediates / 2**30:.1f} GiB for "
-                f"{rows} rows, {free / 2**30:.1f} GiB are free on {self.device}: measure more ranks (--ep) or fewer tokens (--prefill, --decode)"
+                f"{self.name} at EP {ranks} needs {weights / 2**30:.1f} GiB for {slots} experts "
+                f"and {intermediates / 2**30:.1f} GiB for "
+                f"{rows} rows, {free / 2**30:.1f} GiB are free on {self.device}: measure more "
+                "ranks (--ep) or fewer tokens (--prefill, --decode)"
             )
         if slots:
             self._weights = None
@@ -266,9 +280,10 @@ class LayerBench:
             )
 
     def calibration(self, phase: str, facts: Mapping[str, Any], command: str) -> Calibration:
-        """The measurements of a phase so far, in the form that `simulate` reads, every fourth held out.
+        """Return the measurements of a phase so far in the form that `simulate` reads.
 
-        Of more than `CALIBRATION_SIZE`, sorted by tokens, evenly spaced ones are kept.
+        Every fourth is held out. When there are more than `CALIBRATION_SIZE`, evenly spaced ones
+        by tokens are kept.
         """
         ordered = sorted(
             self.measurements.get(phase, []), key=lambda m: (m.tokens, m.active_experts)
@@ -296,7 +311,7 @@ class LayerBench:
 
 
 def fitted(calibration: Calibration) -> LayerCost | str:
-    """The cost model of a calibration, or why there is none."""
+    """Return the cost model of a calibration, or why there is none."""
     try:
         return fit(calibration.measurements)
     except PlacementError as error:
@@ -304,7 +319,7 @@ def fitted(calibration: Calibration) -> LayerCost | str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the device now."""
+    """Return the bytes that can be allocated on the device now."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]

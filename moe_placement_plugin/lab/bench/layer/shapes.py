@@ -1,4 +1,4 @@
-"""Shapes of the MoE layers that ``moe-placement bench layer`` knows, and the loads that they are measured under."""
+"""Describe the MoE layers that ``moe-placement bench layer`` knows, and their loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from ....simulation.cluster import Workload, align
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One MoE layer, from the model's config.json; all are measured in bfloat16 with plain SwiGLU and without biases.
+    """Describe one MoE layer, from the model's config.json.
+
+    All are measured in bfloat16 with plain SwiGLU and without biases.
 
     Attributes:
         hidden: width of a token.
@@ -48,7 +50,7 @@ SHAPES = {
 
 
 def find_shape(name: str) -> LayerShape:
-    """A shape by name.
+    """Return a shape by name.
 
     Raises:
         PlacementError: when there is none.
@@ -59,7 +61,9 @@ def find_shape(name: str) -> LayerShape:
 
 
 def read_recordings(paths: Sequence[Path], shape: LayerShape, name: str) -> ExpertLoad:
-    """Recorded loads of one model as one load: what recorders write, or token-level traces (``.npz`` with ``topk_ids``).
+    """Read recorded loads of one model as one load.
+
+    They are what recorders write, or token-level traces (``.npz`` with ``topk_ids``).
 
     Raises:
         PlacementError: when a file is no load, or of a model with other experts.
@@ -69,7 +73,8 @@ def read_recordings(paths: Sequence[Path], shape: LayerShape, name: str) -> Expe
         load = _token_trace(path, shape.experts) if path.suffix == ".npz" else read_load(path)
         if load.num_experts != shape.experts:
             raise PlacementError(
-                f"{path} has {load.num_experts} experts, {name} has {shape.experts}: give a load of that model"
+                f"{path} has {load.num_experts} experts, {name} has {shape.experts}: give a load "
+                "of that model"
             )
         workloads.append(Workload(str(path), load))
     return ExpertLoad.concatenate([w.load for w in align(workloads)])
@@ -81,14 +86,18 @@ def _token_trace(path: Path, experts: int) -> ExpertLoad:
             ids = data["topk_ids"].astype(np.int64)
     except (OSError, ValueError, KeyError) as error:
         raise PlacementError(
-            f"{path} is no token-level trace ({error}): give an .npz with topk_ids [layers, tokens, top_k]"
+            f"{path} is no token-level trace ({error}): give an .npz with topk_ids [layers, "
+            "tokens, top_k]"
         ) from None
     experts = max(experts, int(ids.max()) + 1)
     return ExpertLoad(np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in ids]))
 
 
 def synthetic_load(shape: LayerShape, skew: float, seed: int = 0) -> ExpertLoad:
-    """A load whose experts follow Zipf's law with exponent ``skew``, in another order in every layer."""
+    """Make a load whose experts follow Zipf's law with exponent ``skew``.
+
+    They are in another order in every layer.
+    """
     rng = np.random.default_rng(seed)
     popularity = np.arange(1, shape.experts + 1, dtype=np.float64) ** -skew
     counts = np.stack([rng.permutation(popularity) for _ in range(shape.layers)])
@@ -99,18 +108,19 @@ def synthetic_load(shape: LayerShape, skew: float, seed: int = 0) -> ExpertLoad:
 
 
 def draw_step(share: np.ndarray, tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
-    """Expert choices of one step, int64 ``[tokens, top_k]``, distinct within a token.
+    """Draw the expert choices of one step, int64 ``[tokens, top_k]``, distinct within a token.
 
-    Counts per expert are drawn from ``share [experts]`` (recorded shares, choices independent of each other), none above one
-    per token. They are dealt to the tokens in turn, which keeps a token's choices distinct; which experts meet in a token
-    is left to chance.
+    Counts per expert are drawn from ``share [experts]`` (recorded shares, choices independent of
+    each other), none above one per token. They are dealt to the tokens in turn, which keeps a
+    token's choices distinct; which experts meet in a token is left to chance.
 
     Raises:
         PlacementError: when fewer experts than ``top_k`` are ever chosen.
     """
     if np.count_nonzero(share) < top_k:
         raise PlacementError(
-            f"a layer in which {np.count_nonzero(share)} experts were chosen, for top-{top_k}: record more tokens"
+            f"a layer in which {np.count_nonzero(share)} experts were chosen, for top-{top_k}: "
+            "record more tokens"
         )
     counts = rng.multinomial(tokens * top_k, share / share.sum())
     while (spare := int(np.maximum(counts - tokens, 0).sum())) > 0:

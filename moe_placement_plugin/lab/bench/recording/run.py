@@ -1,11 +1,13 @@
-"""What ``--expert-load-record`` costs in tokens per second, on a real vLLM of this machine.
+"""Measure what ``--expert-load-record`` costs in tokens per second, on a real vLLM.
 
     python -m moe_placement_plugin.lab.bench.recording.run [--rounds 64] [--model PATH]
 
-Recording and not recording take turns (A B B A ...), so that both sides see the same machine; a ratio is that of two
-rounds each. On a CPU one engine, a tiny model, is switched: two that do the same differ by several percent there, by where their memory
-lies. A CUDA graph cannot be switched: on a GPU two engines serve eight layers of Qwen3-30B-A3B's shape. The file is written
-every ten seconds (a server's every minute). Prints the machine, the versions, both sides and the ratio with its spread.
+Recording and not recording take turns (A B B A ...), so that both sides see the same machine; a
+ratio is that of two rounds each. On a CPU one engine, a tiny model, is switched: two that do the
+same differ by several percent there, by where their memory lies. A CUDA graph cannot be switched:
+on a GPU two engines serve eight layers of Qwen3-30B-A3B's shape. The file is written every ten
+seconds (a server's every minute). Prints the machine, the versions, both sides and the ratio with
+its spread.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ _INTERVAL = 10
 
 @dataclass(frozen=True)
 class Scale:
-    """What is served, and how it is asked.
+    """Say what is served, and how it is asked.
 
     Attributes:
         name: of the model, for the report.
@@ -59,7 +61,7 @@ class Scale:
 
 
 def scales() -> dict[str, Scale]:
-    """By device."""
+    """Return the scale of each device."""
     from ...demo.tiny_models import Size, write_qwen3_moe  # lazy: heavy
 
     small = {
@@ -70,22 +72,37 @@ def scales() -> dict[str, Scale]:
         "enforce_eager": True,
     }
     large = {
-        "dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 128, "max_num_batched_tokens": 8192, "load_format": "dummy",
+        "dtype": "bfloat16",
+        "max_model_len": 1024,
+        "max_num_seqs": 128,
+        "max_num_batched_tokens": 8192,
+        "load_format": "dummy",
         # Two engines share the GPU.
         "gpu_memory_utilization": 0.4,
-    }  # fmt: skip
+    }
     shape = Size(hidden=2048, expert=768, layers=8, heads=32)
     return {
-        "cpu": Scale("tiny Qwen3-MoE, 4 layers x 30 experts, random weights", write_qwen3_moe, small, 16, 48, 64),
+        "cpu": Scale(
+            "tiny Qwen3-MoE, 4 layers x 30 experts, random weights",
+            write_qwen3_moe,
+            small,
+            16,
+            48,
+            64,
+        ),
         "cuda": Scale(
             "Qwen3-30B-A3B's shape, 8 layers x 128 experts, dummy weights, CUDA graphs",
-            partial(write_qwen3_moe, num_experts=128, top_k=8, size=shape, weights=False), large, 128, 512, 128,
+            partial(write_qwen3_moe, num_experts=128, top_k=8, size=shape, weights=False),
+            large,
+            128,
+            512,
+            128,
         ),
-    }  # fmt: skip
+    }
 
 
 class Engine:
-    """An engine in a child process that runs a round when told to.
+    """Run an engine in a child process that generates a round when told to.
 
     Args:
         model: the model.
@@ -96,9 +113,12 @@ class Engine:
     def __init__(self, model: str, record: str | None, device: str):
         arguments = json.dumps({"model": model, "record": record, "device": device})
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, "--child", arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", __spec__.name, "--child", arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, **_ENVIRONMENT},
-        )  # fmt: skip
+        )
         self._wait()
 
     def _wait(self) -> str:
@@ -109,7 +129,10 @@ class Engine:
         raise SystemExit(f"the engine ended with {self.process.wait()}; its messages are above")
 
     def round(self, side: str) -> float:
-        """Tokens per second of one round; ``side`` ("off", "on") is what an engine on a CPU switches to."""
+        """Return the tokens per second of one round.
+
+        ``side`` ("off", "on") is what an engine on a CPU switches to.
+        """
         # OpenMP's threads of another engine spin for a while after its last round.
         time.sleep(0.3)
         assert self.process.stdin is not None
@@ -125,7 +148,9 @@ class Engine:
 
 
 class Switch:
-    """Takes the recording of a vLLM worker away, as if ``--expert-load-record`` had not been given, and back.
+    """Take the recording of a vLLM worker away, and give it back.
+
+    Without it the worker is as if ``--expert-load-record`` had not been given.
 
     Args:
         worker: of vLLM; without CUDA graphs.
@@ -162,7 +187,7 @@ def switch(worker: Any, on: bool) -> None:
 
 
 def child(arguments: str) -> None:
-    """An engine that generates a round's tokens for each line on stdin and reports tokens per second."""
+    """Generate a round's tokens for each line on stdin, and report tokens per second."""
     given = json.loads(arguments)
     extra = (
         {}
@@ -197,9 +222,42 @@ def child(arguments: str) -> None:
 
 
 def _ratios(on: list[float], off: list[float]) -> list[float]:
-    """Of tokens per second, one for each A B B A."""
+    """Return the ratios of tokens per second, one for each A B B A."""
     times = ([1 / a + 1 / b for a, b in zip(side[::2], side[1::2])] for side in (off, on))
     return [a / b for a, b in zip(*times)]
+
+
+def measure(model: str, record: str, device: str, rounds: int) -> dict[str, list[float]]:
+    """Measure tokens per second of ``rounds`` rounds with recording and without, in turns."""
+    if device == "cpu":
+        engine = Engine(model, record, device)
+        engines = {"off": engine, "on": engine}
+    else:  # One after the other: both look at how much memory of a GPU is free.
+        engines = {
+            name: Engine(model, path, device) for name, path in (("off", None), ("on", record))
+        }
+    speeds: dict[str, list[float]] = {name: [] for name in engines}
+    for number in range(rounds):
+        for name in ("off", "on") if number % 2 == 0 else ("on", "off"):
+            speeds[name].append(engines[name].round(name))
+    for engine in set(engines.values()):
+        engine.stop()
+    return speeds
+
+
+def print_speeds(speeds: dict[str, list[float]], tokens: int) -> None:
+    """Print medians, spread and the ratio; ``tokens`` are the choices that were recorded."""
+    for name, values in speeds.items():
+        print(
+            f"recording {name:>3}: median {statistics.median(values):8.1f} tokens/s (least "
+            f"{min(values):.1f}, most {max(values):.1f})"
+        )
+    ratios = sorted(_ratios(speeds["on"], speeds["off"]))
+    quarter = len(ratios) // 4
+    print(
+        f"on / off: median {statistics.median(ratios):.4f}, middle half {ratios[quarter]:.4f} to "
+        f"{ratios[-1 - quarter]:.4f}; {tokens} choices recorded"
+    )
 
 
 def main() -> None:
@@ -223,42 +281,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or str(scale.write(Path(folder) / "model"))
         record = str(Path(folder) / "load")
-        if device == "cpu":
-            engine = Engine(model, record, device)
-            engines = {"off": engine, "on": engine}
-        else:  # One after the other: both look at how much memory of a GPU is free.
-            engines = {
-                name: Engine(model, path, device) for name, path in (("off", None), ("on", record))
-            }
-        speeds: dict[str, list[float]] = {name: [] for name in engines}
-        for number in range(given.rounds):
-            for name in ("off", "on") if number % 2 == 0 else ("on", "off"):
-                speeds[name].append(engines[name].round(name))
-        for engine in set(engines.values()):
-            engine.stop()
+        speeds = measure(model, record, device, given.rounds)
         tokens = int(read_load(record).counts.sum())
-    ratios = _ratios(speeds["on"], speeds["off"])
-    ordered = sorted(ratios)
     where = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
     print(
-        f"machine: {platform.machine()}, {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}{where}"
+        f"machine: {platform.machine()}, {os.cpu_count()} CPUs, load average "
+        f"{os.getloadavg()[0]:.1f}{where}"
     )
     print(
-        f"versions: vllm {vllm.__version__}, torch {torch.__version__}, moe-placement-plugin {__version__}, Python {platform.python_version()}"
+        f"versions: vllm {vllm.__version__}, torch {torch.__version__}, moe-placement-plugin "
+        f"{__version__}, Python {platform.python_version()}"
     )
     print(
-        f"model: {given.model or scale.name}; {given.rounds} rounds each, in turns, of {scale.requests} requests of {scale.prompt} "
+        f"model: {given.model or scale.name}; {given.rounds} rounds each, in turns, of "
+        f"{scale.requests} requests of {scale.prompt} "
         f"tokens and {scale.answer} generated"
     )
-    for name, values in speeds.items():
-        print(
-            f"recording {name:>3}: median {statistics.median(values):8.1f} tokens/s (least {min(values):.1f}, most {max(values):.1f})"
-        )
-    quarter = len(ordered) // 4
-    print(
-        f"on / off: median {statistics.median(ratios):.4f}, middle half {ordered[quarter]:.4f} to {ordered[-1 - quarter]:.4f}; "
-        f"{tokens} choices recorded"
-    )
+    print_speeds(speeds, tokens)
 
 
 if __name__ == "__main__":

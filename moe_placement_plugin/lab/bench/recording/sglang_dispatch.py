@@ -1,9 +1,10 @@
-"""SGLang's static dispatch table: its own Python loops against ours, in one run.
+"""Compare SGLang's static dispatch table, made by its own Python loops, with ours.
 
     python -m moe_placement_plugin.lab.bench.recording.sglang_dispatch
 
-Needs SGLang installed. Prints the machine, the versions, both times and how unevenly the ranks are spread over the replicas
-of an expert (ranks served by the busiest replica / mean over its replicas; 1.0 is even).
+Needs SGLang installed. Prints the machine, the versions, both times and how unevenly the ranks are
+spread over the replicas of an expert (ranks served by the busiest replica / mean over its replicas;
+1.0 is even).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ LAYERS, EXPERTS = 58, 256
 def stock_table(
     slots_of: np.ndarray, num_ranks: int, num_slots: int, ranks_per_node: int | None
 ) -> np.ndarray:
-    """SGLang's own table for all ranks: ``[ranks, layers, experts]``.
+    """Return SGLang's own table for all ranks: ``[ranks, layers, experts]``.
 
     Args:
         slots_of: ``[layers, experts, most replicas]``, slots of each expert, -1 as padding.
@@ -71,7 +72,9 @@ def stock_table(
 
 
 def replica_imbalance(table: np.ndarray, slots_of: np.ndarray) -> np.ndarray:
-    """Ranks served by an expert's busiest replica / mean over its replicas, ``[replicated experts of all layers]``.
+    """Return the ranks served by an expert's busiest replica / mean over its replicas.
+
+    Shape: ``[replicated experts of all layers]``.
 
     Args:
         table: ``[ranks, layers, experts]``, the slot that each rank uses.
@@ -85,7 +88,7 @@ def replica_imbalance(table: np.ndarray, slots_of: np.ndarray) -> np.ndarray:
 def skewed_placement(
     num_ranks: int, num_redundant: int, num_nodes: int, seed: int = 0
 ) -> Placement:
-    """`eplb`'s placement of R1's layers for a zipf-skewed load."""
+    """Return `eplb`'s placement of R1's layers for a zipf-skewed load."""
     rng = np.random.default_rng(seed)
     popularity = 1.0 / np.arange(1, EXPERTS + 1) ** 0.8
     counts = np.stack([rng.permutation(popularity) for _ in range(LAYERS)]) * 1e6
@@ -100,7 +103,7 @@ def skewed_placement(
 
 
 def best_of(runs: int, function: Any, *args: Any) -> tuple[float, np.ndarray]:
-    """Seconds of the fastest of ``runs`` calls, and the result."""
+    """Return the seconds of the fastest of ``runs`` calls, and the result."""
     seconds = float("inf")
     for _ in range(runs):
         start = time.perf_counter()
@@ -118,26 +121,31 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, ",
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy "
+        f"{np.__version__}, ",
         end="",
     )
     print(
-        f"torch {torch.__version__}, SGLang {sglang.__version__}; {LAYERS} layers x {EXPERTS} experts; best of {runs}"
+        f"torch {torch.__version__}, SGLang {sglang.__version__}; {LAYERS} layers x {EXPERTS} "
+        f"experts; best of {runs}"
     )
     print(
-        f"{'ranks':>5} {'slots':>5} {'nodes':>5} | {'SGLang ms':>9} {'here ms':>8} {'times':>6} | imbalance mean (worst): SGLang, here"
+        f"{'ranks':>5} {'slots':>5} {'nodes':>5} | {'SGLang ms':>9} {'here ms':>8} {'times':>6} | "
+        "imbalance mean (worst): SGLang, here"
     )
     for ranks, redundant, nodes in ((32, 32, 4), (64, 64, 8), (64, 64, 1), (128, 128, 16)):
         placement = skewed_placement(ranks, redundant, nodes)
         slots_of = placement.logical_to_physical.astype(np.int64)
         arguments = (slots_of, ranks, placement.num_slots, ranks // nodes)
         before, stock = best_of(max(1, min(runs, 3)), stock_table, *arguments)
-        # Both sides answer what a server asks: the row of one rank (SGLang makes the whole table for it).
+        # Both sides answer what a server asks: the row of one rank (SGLang makes the whole table
+        # for it).
         after, _ = best_of(runs, dispatch_table, *arguments, [ranks // 2])
         ours = dispatch_table(*arguments)
         spread = [replica_imbalance(t, slots_of) for t in (stock, ours)]
         print(
-            f"{ranks:5} {placement.num_slots:5} {nodes:5} | {before * 1e3:9.1f} {after * 1e3:8.2f} {before / after:6.0f} | "
+            f"{ranks:5} {placement.num_slots:5} {nodes:5} | {before * 1e3:9.1f} {after * 1e3:8.2f} "
+            f"{before / after:6.0f} | "
             + ", ".join(f"{s.mean():.3f} ({s.max():.2f})" for s in spread)
         )
 

@@ -1,4 +1,7 @@
-"""Engines on one GPU in place of many: ``shared`` and ``lone`` hold a ``sitecustomize`` each, which says what it does."""
+"""Run engines on one GPU in place of many.
+
+``shared`` and ``lone`` hold a ``sitecustomize`` each, which says what it does.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def environment(kind: str, engine: str, *folders: Path) -> dict[str, str]:
-    """Variables that an engine is started with.
+    """Return the variables that an engine is started with.
 
     Args:
         kind: ``shared`` or ``lone``.

@@ -1,7 +1,8 @@
-"""How one server's greedy answers differ from another's.
+"""Say how one server's greedy answers differ from another's.
 
-Adding the same numbers in another order changes the last bits of a logit, so two correct servers may part where two tokens are about as
-probable. That is what tells such a place from a wrong answer: how far the other server's token was behind in the reference's own distribution.
+Adding the same numbers in another order changes the last bits of a logit, so two correct servers
+may part where two tokens are about as probable. That is what tells such a place from a wrong
+answer: how far the other server's token was behind in the reference's own distribution.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from ...servers.engines import Answer
+from ...servers.engines import Completion
 
 ASKED, ANSWERED = 12, 16
 """Prompts whose answers are compared, and tokens of each."""
@@ -18,19 +19,23 @@ ALTERNATIVES = 5
 """Most probable tokens at each place that servers are asked for."""
 
 
-def difference(found: Sequence[Answer], reference: Sequence[Answer]) -> dict:
-    """Compare answers up to and with the first other token: behind it the two continue different texts.
+def difference(found: Sequence[Completion], reference: Sequence[Completion]) -> dict:
+    """Compare answers up to and with the first other token.
+
+    Behind it the two continue different texts.
 
     Args:
         found: of the server, one per prompt.
         reference: of the one that it is compared with, with alternatives where they differ.
 
     Returns:
-        ``different``: answers with another token; ``logprobs``: the largest difference of the chosen tokens' log probabilities, and
-        ``median`` that of half of them: a few that differ much are routed otherwise at a near tie, all of them mean another sum;
-        ``behind``: how much less probable the reference had the other token, the largest of all (natural logarithm; at least so much for a
-        token that is not among its alternatives, 0 when nothing differs); ``first``: of each answer that differs its number, the place, both
-        log probabilities and ``behind``.
+        ``different``: answers with another token; ``logprobs``: the largest difference of the
+        chosen tokens' log probabilities, and ``median`` that of half of them: a few that differ
+        much are routed otherwise at a near tie, all of them mean another sum; ``behind``: how much
+        less probable the reference had the other token, the largest of all (natural logarithm; at
+        least so much for a token that is not among its alternatives, 0 when nothing differs);
+        ``first``: of each answer that differs its number, the place, both log probabilities and
+        ``behind``.
     """
     first: list[dict] = []
     gaps: list[float] = []

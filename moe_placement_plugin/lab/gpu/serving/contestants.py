@@ -1,4 +1,4 @@
-"""The servers that are compared: one engine, one model, a placement each."""
+"""Describe the servers that are compared: one engine, one model, a placement each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .... import PlacementError
-from ...servers.engines import DEMO_ENGINES, Placed, ServerSettings
+from ...servers.engines import SERVING_ENGINES, Placed, ServerSettings
 from .. import one_gpu
 
 OURS = {"min_gain": 0.02, "hysteresis": 0}
@@ -17,21 +17,33 @@ RESTLESS = {"min_gain": 0, "hysteresis": 0, "max_phase_loss": 0.5, "small_batche
 MOST_REQUESTS = 128
 """Under way in a server at once, and the largest batch that CUDA graphs are captured for."""
 LARGEST_STEP = 16384
-"""Tokens that a server takes in one forward pass at most. A layer of 8192 of Qwen3-30B-A3B's was 1.8 ms of kernels for two H200 and took 2.3 ms or
-more: the GPUs waited for the host."""
+"""Tokens that a server takes in one forward pass at most.
+
+A layer of 8192 of Qwen3-30B-A3B's was 1.8 ms of kernels for two H200 and took 2.3 ms or more: the
+GPUs waited for the host.
+"""
 CACHE_TOKENS = 90_112
-"""Of keys and values in each server: more than any workload has under way at once, and little, since all servers share the GPUs."""
+"""Tokens whose keys and values each server holds.
+
+More than any workload has under way at once, and little, since all servers share the GPUs.
+"""
 BESIDES, BESIDES_EPLB = 5 << 30, 8 << 30
-"""Bytes of each GPU that a server takes besides weights and cache: CUDA's context, NCCL, work space, graphs; EPLB has buffers and
-communicators of its own. 3.4 and 6.2 GiB were seen on an H100 with steps of half as many tokens."""
+"""Bytes of each GPU that a server takes besides weights and cache; the second with EPLB.
+
+CUDA's context, NCCL, work space, graphs; EPLB has buffers and communicators of its own. 3.4 and 6.2
+GiB were seen on an H100 with steps of half as many tokens.
+"""
 
 STREAMED = 8
-"""Tokens that a server sends at once after the first: a hundred streams of single tokens take more of its processors than the model of the GPUs."""
+"""Tokens that a server sends at once after the first.
+
+A hundred streams of single tokens take more of its processors than the model of the GPUs.
+"""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One server.
+    """Describe one server.
 
     Attributes:
         name: as in the tables.
@@ -54,14 +66,17 @@ class Contestant:
     engines: tuple[str, ...] = ("vllm", "sglang")
 
     def exists(self, engine: str, layout: str) -> bool:
-        """Whether an engine has it; SGLang with data-parallel attention cannot record without an all-to-all back end."""
+        """Return whether an engine has it.
+
+        SGLang with data-parallel attention cannot record without an all-to-all back end.
+        """
         return engine in self.engines and not (
             self.recording and (engine, layout) == ("sglang", "dp")
         )
 
     @property
     def file(self) -> str:
-        """The name as part of a file's: of its log, its recording, its traces."""
+        """Return the name as part of a file's: of its log, its recording, its traces."""
         return self.name.replace(" ", "-")
 
 
@@ -92,7 +107,9 @@ def batches(
     takes: Callable[[Contestant], float] = lambda one: 0,
     free: float = 0,
 ) -> list[list[Contestant]]:
-    """The contestants in groups, each with the first one and the ideal, so that every ratio is of servers that took turns.
+    """Group the contestants, each group with the first one and the ideal.
+
+    So every ratio is of servers that took turns.
 
     Args:
         contestants: in their order.
@@ -108,7 +125,8 @@ def batches(
     names = ", ".join(c.name for c in always)
     if others and at_once <= len(always):
         raise PlacementError(
-            f"--at-once {at_once}: {names} are always up and at least one more: give {len(always) + 1}"
+            f"--at-once {at_once}: {names} are always up and at least one more: give "
+            f"{len(always) + 1}"
         )
     made, left = [list(always)], free - sum(map(takes, always))
     for one in others:
@@ -118,7 +136,8 @@ def batches(
         if takes(one) > left:
             needed = sum(map(takes, always)) + takes(one)
             raise PlacementError(
-                f"{names} are always up, and with {one.name} they take {needed / 1e9:.1f} GB of each GPU, of which {free / 1e9:.1f} GB are free: "
+                f"{names} are always up, and with {one.name} they take {needed / 1e9:.1f} GB of "
+                f"each GPU, of which {free / 1e9:.1f} GB are free: "
                 "use more --ranks, fewer --layers, or leave it out"
             )
         made[-1].append(one)
@@ -128,7 +147,7 @@ def batches(
 
 @dataclass(frozen=True)
 class Setup:
-    """What all servers of a run share.
+    """Hold what all servers of a run share.
 
     Attributes:
         engine: ``vllm`` or ``sglang``.
@@ -137,11 +156,13 @@ class Setup:
         cpu: whether it runs without a GPU.
         dtype: of the weights.
         graphs: CUDA graphs.
-        memory: share of a GPU's memory that must be free when a vLLM server starts; all servers are there at once.
+        memory: share of a GPU's memory that must be free when a vLLM server starts; all servers are
+            there at once.
         interval: forward passes between two rebalances.
         length: most tokens of a request, prompt and answer.
         cache: bytes of keys and values on each GPU.
-        one_gpu: None where each rank has a GPU; ``shared``: all have one; ``lone``: only one is started. See ``benchmarks/one_gpu``.
+        one_gpu: None where each rank has a GPU; ``shared``: all have one; ``lone``: only one is
+            started. See ``benchmarks/one_gpu``.
         restless: whether our EPLB moves experts for any gain.
     """
 
@@ -160,12 +181,12 @@ class Setup:
 
     @property
     def gpus(self) -> int:
-        """That are used."""
+        """Return the number of GPUs that are used."""
         return 1 if self.one_gpu else self.ranks
 
     @property
     def started(self) -> int:
-        """Ranks that run."""
+        """Return the number of ranks that run."""
         return 1 if self.one_gpu == "lone" else self.ranks
 
 
@@ -177,7 +198,7 @@ def command(
     port: int,
     record: Path | None = None,
 ) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a contestant's server.
+    """Return command line and environment of a contestant's server.
 
     Raises:
         PlacementError: when it needs a recorded load and there is none.
@@ -196,10 +217,11 @@ def command(
         # Where vLLM's EPLB moves experts, their number is in its own configuration below.
         redundant = 0 if setup.engine == "vllm" and one.moving else one.redundant
         placed = Placed(one.strategy, setup.ranks, load if one.load else None, redundant, record)
-    line, env = DEMO_ENGINES[setup.engine].command(model, port, placed, settings)
+    line, env = SERVING_ENGINES[setup.engine].command(model, port, placed, settings)
     if setup.layout == "dp":
         line = _data_parallel(line, setup)
-    # Servers that start side by side take memory of the two GPUs at different times, which SGLang would take for a fault.
+    # Servers that start side by side take memory of the two GPUs at different times, which SGLang
+    # would take for a fault.
     own = (
         {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
         if setup.engine == "vllm"
@@ -220,9 +242,18 @@ def _vllm(one: Contestant, setup: Setup) -> list[str]:
     if one.strategy is None:
         words.append("--enable-expert-parallel")
     if not setup.cpu:
-        # The cache's size is given: vLLM would else take other servers' memory for its own while it measures.
-        words += ["--gpu-memory-utilization", str(setup.memory), "--kv-cache-memory-bytes", str(setup.cache), "--max-num-batched-tokens",
-                  str(LARGEST_STEP), "--max-num-seqs", str(MOST_REQUESTS)]  # fmt: skip
+        # The cache's size is given: vLLM would else take other servers' memory for its own while it
+        # measures.
+        words += [
+            "--gpu-memory-utilization",
+            str(setup.memory),
+            "--kv-cache-memory-bytes",
+            str(setup.cache),
+            "--max-num-batched-tokens",
+            str(LARGEST_STEP),
+            "--max-num-seqs",
+            str(MOST_REQUESTS),
+        ]
         if not setup.graphs:
             words.append("--enforce-eager")
     if one.moving:
@@ -252,7 +283,8 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
             "--grammar-backend",
             "none",
         ]
-        # SGLang takes a share of what was free before it loaded, less whatever others took since: the share is large and the tokens are bounded.
+        # SGLang takes a share of what was free before it loaded, less whatever others took since:
+        # the share is large and the tokens are bounded.
         words += [
             "--mem-fraction-static",
             "0.95",
@@ -268,7 +300,8 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
             str(MOST_REQUESTS),
         ]
         words.append("--enforce-disable-flashinfer-allreduce-fusion")
-        # Graphs of decoding only: steps of thousands of tokens gain nothing from one, and capturing those takes a minute and a half.
+        # Graphs of decoding only: steps of thousands of tokens gain nothing from one, and capturing
+        # those takes a minute and a half.
         words.append("--disable-prefill-cuda-graph" if setup.graphs else "--disable-cuda-graph")
     if one.moving:
         words += [
@@ -282,7 +315,7 @@ def _sglang(one: Contestant, setup: Setup) -> list[str]:
 
 
 def _data_parallel(line: list[str], setup: Setup) -> list[str]:
-    """The same server with data-parallel attention in place of tensor-parallel."""
+    """Return the command of the same server with data-parallel attention."""
     if setup.engine == "sglang":
         return [*line, "--dp-size", str(setup.ranks), "--enable-dp-attention"]
     at = line.index("--tensor-parallel-size")

@@ -1,7 +1,9 @@
-"""Time per generated token by the engine's own clock, which tells a slow engine from a slow API server, client or host.
+"""Read the time per generated token off the engine's own clock.
 
-A user waits for all of them. But a model of a few layers may generate tokens faster than one API server passes them on, and then what a user
-sees of two placements is how fast that was.
+It tells a slow engine from a slow API server, client or host.
+
+A user waits for all of them. But a model of a few layers may generate tokens faster than one API
+server passes them on, and then what a user sees of two placements is how fast that was.
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BATCH = re.compile(
-    r"\[\d{4}-\d\d-\d\d [\d:]+([^\]]*)\] (Prefill|Decode) batch.*?#running-req: (\d+)(?:.*?gen throughput \(token/s\): ([\d.]+))?"
+    r"\[\d{4}-\d\d-\d\d [\d:]+([^\]]*)\] (Prefill|Decode) batch.*?#running-req: (\d+)(?:.*?gen "
+    r"throughput \(token/s\): ([\d.]+))?"
 )
-"""Of SGLang's log, one line for 40 forward passes of decoding and one for each of prefill."""
+"""A line of SGLang's log: one for 40 passes of decoding and one for each of prefill."""
 LATENCY = re.compile(r"^vllm:inter_token_latency_seconds_(sum|count)\{.*\} (\S+)$", re.MULTILINE)
-"""Of vLLM's metrics, by the engine core's clock."""
+"""A line of vLLM's metrics, by the engine core's clock."""
 
 
 @dataclass(frozen=True)
 class EngineClock:
-    """Reads one server.
+    """Read one server's clock.
 
     Attributes:
         engine: ``vllm`` or ``sglang``.
@@ -35,13 +38,16 @@ class EngineClock:
     log: Path
 
     def read(self) -> dict[str, float]:
-        """Where it stands, for `per_token`."""
+        """Return where it stands, for `per_token`."""
         if self.engine == "sglang":
             return {"size": len(self._log())}
         return latencies(self._get("/metrics"))
 
     def per_token(self, before: Mapping[str, float]) -> float | None:
-        """Mean milliseconds per token of a request since ``before``; None when the engine told nothing."""
+        """Return the mean milliseconds per token of a request since ``before``.
+
+        It is None when the engine told nothing.
+        """
         if self.engine == "sglang":
             return decoding(self._log()[int(before["size"]) :])
         now = latencies(self._get("/metrics"))
@@ -52,7 +58,10 @@ class EngineClock:
         return self.log.read_text(errors="replace")
 
     def _get(self, path: str) -> str:
-        """What the server answers, nothing if it does not: it is missed in one column then, and in nothing else."""
+        """Return what the server answers, nothing if it does not.
+
+        It is missed in one column then, and in nothing else.
+        """
         try:
             with urllib.request.urlopen(self.url + path, timeout=30) as answer:
                 return answer.read().decode()
@@ -61,7 +70,7 @@ class EngineClock:
 
 
 def latencies(metrics: str) -> dict[str, float]:
-    """Seconds between tokens and how many, of all engines behind a vLLM server, from its metrics."""
+    """Read seconds between tokens, and how many, of all engines behind a vLLM server."""
     found = {"sum": 0.0, "count": 0.0}
     for what, value in LATENCY.findall(metrics):
         found[what] += float(value)
@@ -69,10 +78,11 @@ def latencies(metrics: str) -> dict[str, float]:
 
 
 def decoding(log: str) -> float | None:
-    """Mean milliseconds per token of a request, from a part of a SGLang server's log.
+    """Return the mean milliseconds per token of a request, from a part of a SGLang server's log.
 
-    A line counts from the one before it. After prefill it has that in it and the wait for requests, and where requests ended since then it does
-    not say how many the tokens were of, so that both are left out: of a mixed load little or nothing is told.
+    A line counts from the one before it. After prefill it has that in it and the wait for requests,
+    and where requests ended since then it does not say how many the tokens were of, so that both
+    are left out: of a mixed load little or nothing is told.
     """
     times, last = [], {}
     for rank, kind, running, throughput in BATCH.findall(log):

@@ -1,7 +1,10 @@
-"""Where a server's time goes on the GPUs: its kernels while it decodes and while it takes in prompts, from the engine's own torch profiler.
+"""Profile a server's kernels, while it decodes and while it takes in prompts.
 
-Servers of one model and one load run the same number of MoE layers, so time per MoE layer can be compared kernel by kernel: what a placement,
-redundant experts or counting the load add shows as a kernel that others have not, or as more time in one that all have.
+The engine's own torch profiler does it.
+
+Servers of one model and one load run the same number of MoE layers, so time per MoE layer can be
+compared kernel by kernel: what a placement, redundant experts or counting the load add shows as a
+kernel that others have not, or as more time in one that all have.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -22,11 +26,14 @@ from .traffic import WORKLOADS, Workload, drive, post
 LOADS = {"decode": Workload(128, 64, 24, 128), "prefill": Workload(16, 4096, 1, 16)}
 """Short: a trace has an event for each kernel that was launched."""
 MOE_KERNEL = "fused_moe"
-"""Of both engines' Triton kernel's name, which is launched twice in a layer."""
+"""Part of the name of both engines' Triton kernel, which is launched twice in a layer."""
 EXPERTS = re.compile(
     r"fused_moe|act_and_mul|moe_align_block_size|count_and_sort_expert_tokens|moe_sum"
 )
-"""All that runs for the experts of a rank, which is what `moe-placement bench layer` times: not the choice of them, nor the exchange."""
+"""All that runs for the experts of a rank.
+
+It is what `moe-placement bench layer` times: not the choice of them, nor the exchange.
+"""
 OWN_WORK = re.compile(
     r"^(?!.*(nccl|all_?reduce|all_?gather|reduce_?scatter|cross_device))", re.IGNORECASE
 )
@@ -34,7 +41,7 @@ OWN_WORK = re.compile(
 
 
 def vllm_arguments(folder: Path) -> list[str]:
-    """What a vLLM server needs to be profiled when it is asked to; SGLang needs nothing."""
+    """Return what a vLLM server needs to be profiled when asked to; SGLang needs nothing."""
     settings = {
         "profiler": "torch",
         "torch_profiler_dir": str(folder),
@@ -44,26 +51,32 @@ def vllm_arguments(folder: Path) -> list[str]:
     return ["--profiler-config", json.dumps(settings)]
 
 
-def profile(
-    url: str,
-    load: str,
-    engine: str,
-    folder: Path,
-    vocab: int,
-    ranks: int,
-    cpu: bool = False,
-    seconds: float = 60,
-) -> dict:
+@dataclass(frozen=True)
+class ProfiledServer:
+    """Describe a server whose kernels are looked at.
+
+    Attributes:
+        url: its address.
+        engine: ``vllm`` or ``sglang``.
+        folder: where it writes its traces, one per rank; its own.
+        ranks: that run.
+        cpu: whether operators count instead of kernels, under the tiny load.
+    """
+
+    url: str
+    engine: str
+    folder: Path
+    ranks: int
+    cpu: bool = False
+
+
+def profile(server: ProfiledServer, load: str, vocab: int, seconds: float = 60) -> dict:
     """Profile a server.
 
     Args:
-        url: of the server.
+        server: the server.
         load: one of `LOADS`.
-        engine: ``vllm`` or ``sglang``.
-        folder: where it writes its traces, one per rank; its own.
         vocab: tokens to ask with.
-        ranks: EP ranks.
-        cpu: operators instead of kernels, under the tiny load.
         seconds: until the traces must be there.
 
     Returns:
@@ -73,27 +86,28 @@ def profile(
         PlacementError: when a rank's trace does not come.
         RuntimeError, OSError: when the server refuses what it is asked.
     """
+    url, folder = server.url, server.folder
     folder.mkdir(parents=True, exist_ok=True)
-    asked = (
-        {"output_dir": str(folder), "activities": ["CPU" if cpu else "GPU"]}
-        if engine == "sglang"
-        else {}
-    )
+    asked = {}
+    if server.engine == "sglang":
+        asked = {"output_dir": str(folder), "activities": ["CPU" if server.cpu else "GPU"]}
     before = set(_traces(folder))
     post(f"{url}/start_profile", asked)
     try:
-        drive(url, WORKLOADS["tiny"] if cpu else LOADS[load], vocab, 5)
+        drive(url, WORKLOADS["tiny"] if server.cpu else LOADS[load], vocab, 5)
     finally:
         post(f"{url}/stop_profile", {})  # a profiler that runs refuses the next start
-    return per_layer(
-        _new_traces(folder, before, url, ranks, seconds), "cpu_op" if cpu else "kernel"
-    )
+    traces = _new_traces(folder, before, url, server.ranks, seconds)
+    return per_layer(traces, "cpu_op" if server.cpu else "kernel")
 
 
 def _new_traces(
     folder: Path, before: set[Path], url: str, ranks: int, seconds: float
 ) -> list[list[dict]]:
-    """The events of each trace that is in a folder now and was not before, once there is one of each rank and all are whole."""
+    """Return the events of each trace that is in a folder now and was not before.
+
+    It waits until there is one of each rank and all are whole.
+    """
     end = time.monotonic() + seconds
     while True:
         found = sorted(set(_traces(folder)) - before)
@@ -105,24 +119,27 @@ def _new_traces(
             return events
         if time.monotonic() > end:
             raise PlacementError(
-                f"{url} wrote {len(events)} whole traces of {ranks} ranks into {folder} within {seconds:g} s"
+                f"{url} wrote {len(events)} whole traces of {ranks} ranks into {folder} within "
+                f"{seconds:g} s"
             )
         time.sleep(0.5)
 
 
 def per_layer(ranks: Sequence[Sequence[Mapping]], category: str) -> dict:
-    """What a MoE layer takes: from the end of one layer's MoE kernels to the end of the next one's.
+    """Return what a MoE layer takes, from the end of one's MoE kernels to the end of the next's.
 
     Args:
         ranks: the events of each rank's trace.
         category: of the events that count.
 
     Returns:
-        Microseconds. ``kernels``: name without template arguments -> [time, launches] in a layer; ``ranks``: of each rank, its
-        `OWN_WORK`, so that ranks of equal work and unequal speed show; ``span``: from layer to layer, with what the GPU waits in between;
-        ``moe``: the MoE kernels of the layer's busiest rank, ``experts``: `EXPERTS` likewise. All are medians of the layers, and means of the ranks
-        but for those: most steps of a load are alike, its first and last are not. ``moe_total`` and ``experts_total``: the sums of all layers,
-        which are of the same tokens in every server, however they came to be cut into steps.
+        Microseconds. ``kernels``: name without template arguments -> [time, launches] in a layer;
+        ``ranks``: of each rank, its `OWN_WORK`, so that ranks of equal work and unequal speed show;
+        ``span``: from layer to layer, with what the GPU waits in between; ``moe``: the MoE kernels
+        of the layer's busiest rank, ``experts``: `EXPERTS` likewise. All are medians of the layers,
+        and means of the ranks but for those: most steps of a load are alike, its first and last are
+        not. ``moe_total`` and ``experts_total``: the sums of all layers, which are of the same
+        tokens in every server, however they came to be cut into steps.
     """
     cut = [_layers([event for event in events if event.get("cat") == category]) for events in ranks]
     sums = [[_by_kernel(events) for events in layers] for layers in cut]
@@ -169,7 +186,10 @@ def _by_kernel(events: Sequence[Mapping]) -> dict[str, list[float]]:
 
 
 def _layers(events: list[Mapping]) -> list[list[Mapping]]:
-    """One rank's events, layer by layer, each from behind the MoE kernels of the one before; all as one when there is no such kernel."""
+    """Cut one rank's events into layers, each from behind the MoE kernels of the one before.
+
+    All are one when there is no such kernel.
+    """
     events = sorted(events, key=lambda event: event.get("ts", 0))
     ends = [number + 1 for number, event in enumerate(events) if MOE_KERNEL in event["name"]][1::2]
     return [events[start:end] for start, end in pairwise(ends)] or [events]
@@ -184,7 +204,7 @@ def _end(events: Sequence[Mapping]) -> float:
 
 
 def short(name: str) -> str:
-    """A kernel's name without return type, template arguments and parameters."""
+    """Return a kernel's name without return type, template arguments and parameters."""
     name = re.sub(r"^void ", "", name.replace("(anonymous namespace)", ""))
     return re.split(r"[<(]", name, maxsplit=1)[0][:70] or name[:70]
 

@@ -1,4 +1,4 @@
-"""Ports for servers that start side by side."""
+"""Find ports for servers that start side by side."""
 
 from __future__ import annotations
 
@@ -13,15 +13,25 @@ LOWEST = 20_000
 APART = 16
 """From one server's port to the next one's: more than SGLang takes in a row."""
 BEHIND = 233
-"""SGLang with data-parallel attention takes the seven ports from that many behind its own on, too, which is between two servers' own."""
+"""How far behind its own SGLang with data-parallel attention takes seven more ports.
+
+They are between two servers' own.
+"""
 CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
-"""What Linux gives connections: a client that looks each second whether each of eight servers is up leaves hundreds of those ports unusable for a
-minute each, and SGLang, which derives ports from its own, gives up after half a minute. Of five servers on two H200 one did."""
+"""What Linux gives connections.
+
+A client that looks each second whether each of eight servers is up leaves hundreds of those ports
+unusable for a minute each, and SGLang, which derives ports from its own, gives up after half a
+minute. One of five servers on two H200 did.
+"""
 
 
 def ports() -> Iterator[int]:
-    """Free ports below those of connections, far enough from each other for all that an engine derives from its own; another run on this host
-    begins elsewhere."""
+    """Find free ports below those of connections.
+
+    They are far enough from each other for all that an engine derives from its own; another run on
+    this host begins elsewhere.
+    """
     try:
         end = int(CONNECTIONS.read_text().split()[0]) - BEHIND - APART
     except (OSError, ValueError):

@@ -1,9 +1,12 @@
-"""What `simulate`'s cost model says of each server's MoE layers and throughput, and how far off it is.
+"""Predict each server's MoE layers and throughput by `simulate`'s cost model.
 
-The layers are compared with the busiest ranks' kernels for their experts in a profile, which do not depend on what else a server, its client or
-the machine do.
-For throughput, a server's time per token is taken as ``rest + share * layer``, where ``layer`` is the predicted time of its MoE layers. ``rest`` and
-``share`` follow from the two servers that are farthest apart, the first one and the ideal; the others' throughput is then predicted.
+It is also said how far off that is.
+
+The layers are compared with the busiest ranks' kernels for their experts in a profile, which do not
+depend on what else a server, its client or the machine do. For throughput, a server's time per
+token is taken as ``rest + share * layer``, where ``layer`` is the predicted time of its MoE layers.
+``rest`` and ``share`` follow from the two servers that are farthest apart, the first one and the
+ideal; the others' throughput is then predicted.
 """
 
 from __future__ import annotations
@@ -18,17 +21,17 @@ from ....core.topology import Topology
 from ....simulation.cluster import Cluster
 from ....simulation.costmodel import LayerCost, find_calibration, fit
 from ....simulation.step_time import step_time
-from .checkpoints import Model
 from .contestants import LARGEST_STEP
 from .kernels import LOADS
+from .models import Model
 from .traffic import WORKLOADS, Workload
 
 MIN_APART = 0.01
-"""Relative difference of the two servers' predicted layers below which nothing can be told from them."""
+"""Relative difference of two servers' predicted layers below which nothing can be told."""
 
 
 def costs(names: Sequence[str]) -> dict[str, LayerCost]:
-    """The cost models of calibrations, by the phase that each was measured for.
+    """Fit the cost models of calibrations, by the phase that each was measured for.
 
     Args:
         names: files, or calibrations that come with the package.
@@ -42,19 +45,23 @@ def costs(names: Sequence[str]) -> dict[str, LayerCost]:
         phase = calibration.layer.get("phase", "")
         if phase in found:
             raise PlacementError(
-                f"--calibration {name}: a second one for {phase or 'no phase'}: give one for prefill and one for decode"
+                f"--calibration {name}: a second one for {phase or 'no phase'}: give one for "
+                "prefill and one for decode"
             )
         found[phase] = fit(calibration.measurements)
     return found
 
 
 def cost_of(workload: str, known: Mapping[str, LayerCost]) -> LayerCost:
-    """That of the workload's phase; all but decode are mostly prefill. With one calibration only, that one."""
+    """Return the cost model of the workload's phase; all but decode are mostly prefill.
+
+    With one calibration only, it is that one's.
+    """
     return known.get("decode" if workload == "decode" else "prefill", next(iter(known.values())))
 
 
 def step_tokens(name: str, workload: Workload) -> int:
-    """Tokens of a typical forward pass: of prompts, or one of each request under way."""
+    """Return the tokens of a typical forward pass: of prompts, or one of each request under way."""
     if name == "decode":
         return workload.concurrency
     return min(LARGEST_STEP, workload.concurrency * workload.prompt)
@@ -68,19 +75,21 @@ def layer_times(
     top_k: int,
     cost: LayerCost,
 ) -> dict[str, float]:
-    """Microseconds of all MoE layers in one forward pass, by server.
+    """Return the microseconds of all MoE layers in one forward pass, by server.
 
     Args:
         placements: of the servers whose placement stays.
         counts: what was recorded, ``[layers, experts]``.
-        ideal: the placement of the server that is called ``ideal``, whose experts are all loaded alike.
+        ideal: the placement of the server that is called ``ideal``, whose experts are all loaded
+            alike.
         tokens: per forward pass.
         top_k: experts per token.
         cost: the fitted cost model.
     """
 
     def total(placement: Placement, counts: np.ndarray) -> float:
-        # Neither engine sends tokens to ranks as it is started here: all are gathered on every rank.
+        # Neither engine sends tokens to ranks as it is started here: all are gathered on every
+        # rank.
         return float(
             step_time(placement, counts, tokens, top_k, cost, all_gather=True).layer_us.sum()
         )
@@ -93,7 +102,9 @@ def layer_times(
 def predict(
     layers: Mapping[str, float], measured: Mapping[str, float], first: str
 ) -> dict[str, dict[str, float]]:
-    """Tokens per second of the servers between the first and the ideal one, and the prediction's relative error.
+    """Predict the tokens per second of the servers between the first and the ideal one.
+
+    The prediction's relative error is added.
 
     Args:
         layers: of `layer_times`.
@@ -101,7 +112,8 @@ def predict(
         first: the server that the others are compared with.
 
     Returns:
-        server -> ``predicted`` tokens per second and its ``error``; empty when the two servers' layers are alike, so that nothing can be told.
+        server -> ``predicted`` tokens per second and its ``error``; empty when the two servers'
+        layers are alike, so that nothing can be told.
     """
     if (
         not {first, "ideal"} <= layers.keys() & measured.keys()
@@ -119,17 +131,19 @@ def predict(
 def predict_layers(
     layers: Mapping[str, float], measured: Mapping[str, float], first: str
 ) -> dict[str, dict[str, float]]:
-    """Predicted MoE layers beside profiled ones.
+    """Put predicted MoE layers beside profiled ones.
 
     Args:
         layers: of `layer_times`.
-        measured: server -> microseconds of the busiest ranks' kernels for their experts, of all layers.
+        measured: server -> microseconds of the busiest ranks' kernels for their experts, of all
+            layers.
         first: the server that the others are compared with.
 
     Returns:
-        server -> ``predicted`` and ``measured`` microseconds, and ``error`` of the prediction: of the first server's itself, and of how many times as
-        long as the first one's the others' layers take, which is what a placement is chosen by. Servers without a prediction, or without
-        kernels that are known to be the experts', are left out.
+        server -> ``predicted`` and ``measured`` microseconds, and ``error`` of the prediction: of
+        the first server's itself, and of how many times as long as the first one's the others'
+        layers take, which is what a placement is chosen by. Servers without a prediction, or
+        without kernels that are known to be the experts', are left out.
     """
     off = {name: layers[name] / time for name, time in measured.items() if time and name in layers}
     if first not in off:
@@ -143,7 +157,7 @@ def predict_layers(
 
 @dataclass(frozen=True)
 class Predictor:
-    """The predictions for one run.
+    """Make the predictions for one run.
 
     Attributes:
         costs: of `costs`.
@@ -162,7 +176,10 @@ class Predictor:
     first: str
 
     def throughput(self, workload: str, rounds: Mapping[str, Sequence[Mapping]]) -> dict:
-        """Of the servers between the first and the ideal one: ``servers`` of `predict`, ``layer_us`` of `layer_times`, and ``step_tokens``."""
+        """Predict the throughput of the servers between the first and the ideal one.
+
+        It takes ``servers`` of `predict`, ``layer_us`` of `layer_times`, and ``step_tokens``.
+        """
         tokens = step_tokens(workload, WORKLOADS[workload])
         layers = self._layer_times(workload, tokens, rounds)
         measured = {
@@ -176,7 +193,7 @@ class Predictor:
         }
 
     def layers(self, load: str, profiles: Mapping[str, Mapping]) -> dict[str, dict[str, float]]:
-        """`predict_layers` of what was profiled under one of `kernels.LOADS`."""
+        """Return `predict_layers` of what was profiled under one of `kernels.LOADS`."""
         asked = LOADS[load]
         tokens = step_tokens(load, asked)
         if load == "decode":  # all steps alike, however many

@@ -1,7 +1,7 @@
-"""Runs that share a host: while one measures, no other measures, starts servers or stops them.
+"""Let runs share a host: while one measures, no other measures, starts or stops servers.
 
-Two pairs of GPUs that measured side by side differed by 20% between equal servers, and by 1% while the other pair was still. Starting takes as
-long as measuring, and may be done by all at once.
+Two pairs of GPUs that measured side by side differed by 20% between equal servers, and by 1% while
+the other pair was still. Starting takes as long as measuring, and may be done by all at once.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 GIVE_WAY = 1.0
-"""Seconds between measuring and going on: the next run that waits to measure takes the lock meanwhile, not this one's next start."""
+"""Seconds between measuring and going on.
+
+The next run that waits to measure takes the lock meanwhile, not this one's next start.
+"""
 
 
 class Quiet:
-    """This run's hold on the host: shared with the others' while it does not measure, its own while it does.
+    """Hold the host: shared with other runs while this one does not measure, alone while it does.
 
     Args:
-        file: named by all runs of the host, made if it does not exist; None when there is but one. It is let go when the process ends.
+        file: named by all runs of the host, made if it does not exist; None when there is but one.
+            It is let go when the process ends.
     """
 
     def __init__(self, file: Path | None):

@@ -1,4 +1,8 @@
-"""What was measured, as tables; ``python -m moe_placement_plugin.lab.gpu.serving.report FILE...`` prints those of runs' ``--json`` for a page."""
+"""Show what was measured as tables.
+
+``python -m moe_placement_plugin.lab.gpu.serving.report FILE...`` prints those of runs' ``--json``
+for a page.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,20 @@ from .server_logs import in_words
 SHOWN = 16
 """Kernels in a table."""
 COLUMNS = (
-    "server", "tokens/s", "over {first}", "of the ideal", "TTFT p50/p99, ms", "TPOT p50/p99, ms", "by the engine", "longest gap, ms", "answers",
-)  # fmt: skip
+    "server",
+    "tokens/s",
+    "over {first}",
+    "of the ideal",
+    "TTFT p50/p99, ms",
+    "TPOT p50/p99, ms",
+    "by the engine",
+    "longest gap, ms",
+    "answers",
+)
 
 
 def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Table:
-    """One workload, a row per server; the first is what the others are compared with.
+    """Make one workload's table, a row per server; the others are compared with the first.
 
     Args:
         workload: its name.
@@ -32,17 +44,18 @@ def table(workload: str, rounds: Mapping[str, list[dict]], answers: Mapping[str,
 
 
 def kernel_table(load: str, found: Mapping[str, Mapping]) -> Table:
-    """What a MoE layer takes under one load, a column per server.
+    """Make a table of what a MoE layer takes under one load, a column per server.
 
     Args:
         load: of `kernels.LOADS`.
-        found: server -> what `kernels.per_layer` returned; the first is what the others are compared with.
+        found: server -> what `kernels.per_layer` returned; the first is what the others are
+            compared with.
     """
     return _table(_kernel_title(load), _kernel_lines(found))
 
 
 def _table(title: str, lines: Iterable[list[str]]) -> Table:
-    """The first line is of heads, the first column of names."""
+    """Make a table; the first line is of heads, the first column of names."""
     heads, *rows = lines
     made = Table(title=title, title_justify="left", box=None)
     for number, column in enumerate(heads):
@@ -57,7 +70,7 @@ def _kernel_title(load: str) -> str:
 
 
 def _kernel_lines(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
-    """Heads, the kernels in which servers differ most, and what a layer takes."""
+    """Yield heads, the kernels in which servers differ most, and what a layer takes."""
     yield ["kernel", *found]
     kernels = [of["kernels"] for of in found.values()]
     gap = {
@@ -90,18 +103,24 @@ def _kernel_lines(found: Mapping[str, Mapping]) -> Iterator[list[str]]:
 
 
 def by_load(kernels: Mapping[str, Mapping[str, Mapping]]) -> dict[str, dict[str, Mapping]]:
-    """What was profiled, load -> server, of server -> load."""
+    """Turn what was profiled, server -> load, into load -> server."""
     loads = dict.fromkeys(load for of in kernels.values() for load in of)
     return {load: {name: of[load] for name, of in kernels.items() if load in of} for load in loads}
 
 
 def disturbed_in_words(rounds: Mapping[str, list[dict]]) -> str:
-    """What the machine did to the measuring, most of all rounds: what is as long as a wait of a server's is none of that server's."""
+    """Describe what the machine did to the measuring, most of all rounds.
+
+    What is as long as a wait of a server's is none of that server's.
+    """
     all_rounds = [row for rows in rounds.values() for row in rows if "client_lag" in row]
     if not all_rounds:
         return ""
     lag, stolen = (max(row[key] for row in all_rounds) for key in ("client_lag", "stolen"))
-    return f"the client itself was held up for at most {lag:.0f} ms, and other machines took at most {stolen:.1%} of the processors' time in a round"
+    return (
+        f"the client itself was held up for at most {lag:.0f} ms, and other machines took at most "
+        f"{stolen:.1%} of the processors' time in a round"
+    )
 
 
 def _title(workload: str, rounds: Mapping[str, list[dict]]) -> str:
@@ -111,7 +130,7 @@ def _title(workload: str, rounds: Mapping[str, list[dict]]) -> str:
 
 
 def _lines(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Iterator[list[str]]:
-    """Heads, and the cells of each server."""
+    """Yield heads, and the cells of each server."""
     first = next(iter(rounds))
     yield [column.format(first=first) for column in COLUMNS]
     speed = {name: np.array([r["tokens_per_s"] for r in rows]) for name, rows in rounds.items()}
@@ -135,7 +154,7 @@ def _lines(rounds: Mapping[str, list[dict]], answers: Mapping[str, dict]) -> Ite
 
 
 def answers_in_words(found: dict, asked: int) -> str:
-    """How a server's answers differ from the first one's, of `difference`."""
+    """Describe how a server's answers differ from the first one's, as `difference` found."""
     same = (
         "equal"
         if not found["different"]
@@ -148,36 +167,51 @@ def answers_in_words(found: dict, asked: int) -> str:
 
 
 def prediction_in_words(predicted: dict) -> str:
-    """One line of what the cost model predicted."""
+    """Describe in one line what the cost model predicted."""
     if not predicted["servers"]:
-        return "cost model: no prediction, the first server's MoE layers and the ideal ones take the same time, or one of the two is missing"
+        return (
+            "cost model: no prediction, the first server's MoE layers and the ideal ones take the "
+            "same time, or one of the two is missing"
+        )
     each = (
         f"{name} {p['predicted']:.0f} tokens/s ({p['error']:+.1%})"
         for name, p in predicted["servers"].items()
     )
     return (
-        f"cost model, steps of {predicted['step_tokens']} tokens, between the first server and the ideal one: "
-        + ", ".join(each)
+        f"cost model, steps of {predicted['step_tokens']} tokens, between the first server and the "
+        "ideal one: " + ", ".join(each)
     )
 
 
 def layers_in_words(load: str, found: Mapping[str, Mapping[str, float]]) -> str:
-    """One line of what `predict_layers` found under one load."""
+    """Describe in one line what `predict_layers` found under one load."""
     if not found:
-        return f"cost model, MoE layers in {load}: no prediction, no such kernel of the first server's was seen"
+        return (
+            f"cost model, MoE layers in {load}: no prediction, no such kernel of the first "
+            "server's was seen"
+        )
     first, *others = found.items()
-    text = f"cost model, MoE layers in {load}: {first[0]} {first[1]['predicted']:.0f} us predicted, {first[1]['measured']:.0f} measured"
+    text = (
+        f"cost model, MoE layers in {load}: {first[0]} {first[1]['predicted']:.0f} us predicted, "
+        f"{first[1]['measured']:.0f} measured"
+    )
     for name, of in others:
         times = [of[key] / first[1][key] for key in ("predicted", "measured")]
-        text += f"; {name} {times[0]:.3f} times that predicted, {times[1]:.3f} measured ({of['error']:+.1%})"
+        text += (
+            f"; {name} {times[0]:.3f} times that predicted, {times[1]:.3f} measured "
+            f"({of['error']:+.1%})"
+        )
     return text
 
 
 def markdown(result: Mapping) -> str:
-    """All tables of a run's ``--json``, for a page: per batch and workload a row for each server.
+    """Return all tables of a run's ``--json`` for a page: a row for each server.
+
+    There is one per batch and workload.
 
     Args:
-        result: what `Run` saved; a run that was cut off has fewer rounds, and servers without any are left out.
+        result: what `Run` saved; a run that was cut off has fewer rounds, and servers without any
+            are left out.
     """
     facts, parts = result["facts"], []
     parts.append("; ".join(f"{key} {value}" for key, value in facts.items() if key != "command"))
@@ -210,7 +244,8 @@ def markdown(result: Mapping) -> str:
             ]
         if "seen" in batch:
             parts.append(
-                f"Balancedness under what was served: {balance_in_words(batch['seen']['balancedness'])}."
+                "Balancedness under what was served: "
+                f"{balance_in_words(batch['seen']['balancedness'])}."
             )
         said = [
             f"{name}: {words}"
@@ -227,12 +262,12 @@ def _sentence(words: str) -> str:
 
 
 def balance_in_words(balance: Mapping[str, float]) -> str:
-    """Balancedness of each placement."""
+    """Describe the balancedness of each placement."""
     return ", ".join(f"{name} {value:.3f}" for name, value in balance.items())
 
 
 def _markdown_table(title: str, lines: Iterable[list[str]]) -> str:
-    """The first line is of heads."""
+    """Return a table as Markdown; the first line is of heads."""
     heads, *rows = lines
     return f"{title}\n\n" + "\n".join(
         f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows]

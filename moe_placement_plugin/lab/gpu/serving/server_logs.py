@@ -1,6 +1,7 @@
-"""What a server's log says of experts that moved, of fingerprints that were compared, and of ports.
+"""Read what a server's log says of experts that moved, of fingerprints and of ports.
 
-The engines' own rebalancing reports how often and how long, ours also how much: what vLLM and SGLang move by themselves they do not say.
+The engines' own rebalancing reports how often and how long, ours also how much: what vLLM and
+SGLang move by themselves they do not say.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import re
 
 EXCHANGED = re.compile(
-    r"exchanged experts of \d+ layers in ([\d.]+) s \(\d+ chunks of at most ([\d.]+) s\): ([\d.]+) MB in"
+    r"exchanged experts of \d+ layers in ([\d.]+) s \(\d+ chunks of at most ([\d.]+) s\): ([\d.]+) "
+    r"MB in"
 )
 VERIFIED = re.compile(r"verified \d+ slots .*?in ([\d.]+) s")
 ENGINE = {
@@ -22,22 +24,27 @@ PORT_TAKEN = re.compile(
     r"EADDRINUSE|address already in use|next\(rendezvous_iterator\)|_port at \d+ is not available",
     re.IGNORECASE,
 )
-"""Engines look for free ports and use them seconds later: another server that starts at the same time can take one in between."""
+"""What an engine says whose port is taken.
+
+Engines look for free ports and use them seconds later: another server that starts at the same time
+can take one in between.
+"""
 
 
 def moved(text: str, engine: str, ready: int = 0) -> dict[str, float]:
-    """Counts and times of one server, of all ranks that wrote to its log.
+    """Count and time what moved in one server, over all ranks that wrote to its log.
 
     Args:
         text: the log.
         engine: ``vllm`` or ``sglang``.
-        ready: characters of it from before the server answered: experts that moved until then made no request wait.
+        ready: characters of it from before the server answered: experts that moved until then made
+            no request wait.
 
     Returns:
-        ``accepted`` and ``declined``: rebalances that our planner proposed;
-        ``exchanges`` and ``moved_bytes``, received by all ranks; ``exchange_ms`` and ``chunk_ms``, the longest;
-        ``engine_rebalances`` and ``engine_ms``, the engine's own lines and the longest of them; ``verify_ms``, the longest, also of
-        those at the start.
+        ``accepted`` and ``declined``: rebalances that our planner proposed; ``exchanges`` and
+        ``moved_bytes``, received by all ranks; ``exchange_ms`` and ``chunk_ms``, the longest;
+        ``engine_rebalances`` and ``engine_ms``, the engine's own lines and the longest of them;
+        ``verify_ms``, the longest, also of those at the start.
     """
     verified = [float(seconds) for seconds in VERIFIED.findall(text)]
     text = text[ready:]
@@ -58,13 +65,14 @@ def moved(text: str, engine: str, ready: int = 0) -> dict[str, float]:
 
 
 def in_words(found: dict[str, float]) -> str:
-    """One line; empty when nothing moved and nothing was compared."""
+    """Describe it in one line; empty when nothing moved and nothing was compared."""
     parts = []
     if found["accepted"] or found["declined"]:
         parts.append(f"rebalances {found['accepted']} accepted, {found['declined']} declined")
     if found["exchanges"]:
         parts.append(
-            f"{found['moved_bytes'] / 1e6:.1f} MB moved, longest exchange {found['exchange_ms']:.1f} ms, chunk {found['chunk_ms']:.1f} ms"
+            f"{found['moved_bytes'] / 1e6:.1f} MB moved, longest exchange "
+            f"{found['exchange_ms']:.1f} ms, chunk {found['chunk_ms']:.1f} ms"
         )
     if found["engine_rebalances"]:
         longest = f", longest {found['engine_ms']:.0f} ms" if found["engine_ms"] else ""

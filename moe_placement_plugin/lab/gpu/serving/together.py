@@ -1,4 +1,4 @@
-"""Servers that are up at once: started side by side, ended all together."""
+"""Keep servers up at once: started side by side, ended all together."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def stop(servers: Sequence[Server]) -> None:
 def _errors(
     servers: Mapping[str, Server], at_once: int, say: Callable[[str], None]
 ) -> dict[str, str | None]:
-    """Why a server does not start, None of one that does. When this process is ended meanwhile, so are they: those that start would else be
-    waited for."""
+    """Return why each server does not start, None of one that does.
+
+    When this process is ended meanwhile, so are they: those that start would else be waited for.
+    """
     with ThreadPoolExecutor(at_once) as pool:
         try:
             return dict(

@@ -1,4 +1,4 @@
-"""Requests to a running server over its OpenAI API, streamed, and what a user sees of them."""
+"""Ask a running server over its OpenAI API, streamed, and see what a user sees of it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked.
+    """Say what is asked.
 
     Attributes:
         requests: how many.
         prompt: tokens of each.
         answer: tokens generated for each, on average.
         concurrency: requests under way at once.
-        words: how many of the tokens a round's prompts are made of, others in every round: experts that were hot grow cold; 0 for all.
-        spread: how far the answers' lengths lie on both sides of ``answer``, as a share of it. Answers of one length that begin together end
-            together, and the engine stands still until the API server has taken in as many new requests.
+        words: how many of the tokens a round's prompts are made of, others in every round: experts
+            that were hot grow cold; 0 for all.
+        spread: how far the answers' lengths lie on both sides of ``answer``, as a share of it.
+            Answers of one length that begin together end together, and the engine stands still
+            until the API server has taken in as many new requests.
     """
 
     requests: int
@@ -39,16 +41,22 @@ class Workload:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a request, prompt and answer."""
+        """Return the most tokens of a request, prompt and answer."""
         return self.prompt + round(self.answer * (1 + self.spread))
 
     def answers(self, seed: int) -> list[int]:
-        """Tokens of each request's answer, evenly spread; in another order for every seed."""
+        """Return the tokens of each request's answer, evenly spread.
+
+        They are in another order for every seed.
+        """
         lengths = self.answer * np.linspace(1 - self.spread, 1 + self.spread, self.requests)
         return np.random.default_rng(seed).permutation(np.rint(lengths).astype(int)).tolist()
 
     def prompts(self, vocab: int, seed: int) -> list[list[int]]:
-        """Random tokens, other ones for every seed, so that no prefix is cached: no time of the server's goes into tokenizing them."""
+        """Draw random tokens, other ones for every seed, so that no prefix is cached.
+
+        No time of the server's goes into tokenizing them.
+        """
         rng = np.random.default_rng(seed)
         if self.words:
             return rng.choice(
@@ -64,10 +72,15 @@ WORKLOADS = {
     "drift": Workload(128, 4096, 8, 16, 64),
     "tiny": Workload(16, 24, 8, 4),
 }
-"""``tiny`` is for machines without a GPU. Prompts of ``prefill`` are long: an API server takes in a few hundred requests a second, however short,
-which is what a few layers on two GPUs would be measured by. Four fill a step, and so many are under way that the next four wait while others are
-generated for: else every fourth step or so generates only. ``decode`` is one wave of requests: an engine takes a prompt that comes later
-in a forward pass of its own, and while SGLang took those without CUDA graphs that was three quarters of the time that was measured."""
+"""Name -> workload; ``tiny`` is for machines without a GPU.
+
+Prompts of ``prefill`` are long: an API server takes in a few hundred requests a second, however
+short, which is what a few layers on two GPUs would be measured by. Four fill a step, and so many
+are under way that the next four wait while others are generated for: else every fourth step or so
+generates only. ``decode`` is one wave of requests: an engine takes a prompt that comes later in a
+forward pass of its own, and while SGLang took those without CUDA graphs that was three quarters of
+the time that was measured.
+"""
 
 
 HEARTBEAT = 0.005
@@ -76,16 +89,17 @@ HEARTBEAT = 0.005
 
 @dataclass
 class Seen:
-    """One round of a workload.
+    """Hold what was seen in one round of a workload.
 
     Attributes:
         seconds: from the first request to the last answer.
         tokens: prompt and generated tokens of all requests.
         first: seconds to each request's first token.
         between: mean seconds between its later tokens.
-        longest: the longest wait between two pieces of one answer, seconds: a rebalance that stops the server shows here. A piece is
-            as many tokens as the server streams at once.
-        lag: the longest that this process kept its own event loop waiting, or the machine did, seconds: no wait of the server's.
+        longest: the longest wait between two pieces of one answer, seconds: a rebalance that stops
+            the server shows here. A piece is as many tokens as the server streams at once.
+        lag: the longest that this process kept its own event loop waiting, or the machine did,
+            seconds: no wait of the server's.
         stolen: share of the processors' time that the host gave to other machines.
     """
 
@@ -98,7 +112,7 @@ class Seen:
     stolen: float = 0.0
 
     def figures(self) -> dict[str, float]:
-        """Throughput and percentiles, times in milliseconds."""
+        """Return throughput and percentiles, times in milliseconds."""
 
         def at(values: list[float], percent: int) -> float:
             return float(np.percentile(values, percent)) * 1e3 if values else float("nan")
@@ -171,7 +185,10 @@ async def _heartbeat(seen: Seen) -> None:
 
 
 def _processors() -> np.ndarray:
-    """Time of all processors since the machine started, and how much of it the host gave to other machines: ``proc_stat(5)``."""
+    """Return the time of all processors since the machine started, and how much was stolen.
+
+    The host gave that to other machines: ``proc_stat(5)``.
+    """
     try:
         ticks = [
             int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
@@ -183,7 +200,11 @@ def _processors() -> np.ndarray:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Looking through all objects of this process, PyTorch's too, takes a tenth of a second and more, which would count as the server's."""
+    """Keep this process from collecting garbage.
+
+    Looking through all objects, PyTorch's too, takes a tenth of a second and more, which would
+    count as the server's.
+    """
     gc.collect()
     gc.disable()
     try:
@@ -207,7 +228,7 @@ def _body(prompt: list[int], answer: int) -> bytes:
 async def complete(
     session: aiohttp.ClientSession, url: str, prompt: list[int], answer: int, seen: Seen
 ) -> None:
-    """One request; what is seen of it is added to ``seen``.
+    """Send one request; what is seen of it is added to ``seen``.
 
     Raises:
         RuntimeError: when the server refuses.
@@ -232,7 +253,8 @@ async def _request(
                     raise RuntimeError(f"{url}: {piece['error']}")
                 if piece.get("choices"):
                     times.append(time.perf_counter())
-                    # A word is a token. A server may have more than one of them ready by the time that it sends the first.
+                    # A word is a token. A server may have more than one of them ready by the time
+                    # that it sends the first.
                     at_first = at_first or max(1, len(piece["choices"][0]["text"].split()))
     if not times:
         raise RuntimeError(f"{url} answered nothing")

@@ -1,9 +1,13 @@
-"""Requests whose forward passes have every size that a kernel is compiled anew for, before anything is measured.
+"""Have every kernel compiled before anything is measured.
 
-Triton compiles a kernel when a server first needs it, about a second each time on the hosts of two H200: vLLM's MoE kernel has other tiles
-for up to 32, 64, 96, 128 and 512 tokens and for more than 128 per expert, each compiled anew where a number of rows is no multiple of 16 (`unlike`).
-vLLM keeps what was compiled in a folder per compiled graph, so that servers with different placements compile it all again. Whoever measures without
-this sees each server stop about once in a workload, in one round or another.
+Requests are sent whose forward passes have every size that a kernel is compiled anew for.
+
+Triton compiles a kernel when a server first needs it, about a second each time on the hosts of two
+H200: vLLM's MoE kernel has other tiles for up to 32, 64, 96, 128 and 512 tokens and for more than
+128 per expert, each compiled anew where a number of rows is no multiple of 16 (`unlike`). vLLM
+keeps what was compiled in a folder per compiled graph, so that servers with different placements
+compile it all again. Whoever measures without this sees each server stop about once in a workload,
+in one round or another.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ from .traffic import Seen, complete
 
 
 def unlike(top_k: int, experts: int) -> set[int]:
-    """How many tokens less than a multiple of 16 a step must have for each way that the MoE kernel is compiled in.
+    """Return how many tokens less than a multiple of 16 steps must have.
 
-    Triton compiles anew according to which of a kernel's integers are multiples of 16. Two of the MoE kernel's change with the tokens: choices,
-    and rows with the padding of each expert to a block of 16 or a multiple of that.
+    One for each way that the MoE kernel is compiled in.
+
+    Triton compiles anew according to which of a kernel's integers are multiples of 16. Two of the
+    MoE kernel's change with the tokens: choices, and rows with the padding of each expert to a
+    block of 16 or a multiple of that.
 
     Args:
         top_k: experts per token.
@@ -35,7 +42,7 @@ def unlike(top_k: int, experts: int) -> set[int]:
 
 
 def steps(longest: int, largest: int, ways: Collection[int]) -> list[list[int]]:
-    """Lengths of the prompts that are asked at once, of one step after the other.
+    """Return the lengths of the prompts that are asked at once, step after step.
 
     Args:
         longest: tokens of a prompt at most.
@@ -43,8 +50,8 @@ def steps(longest: int, largest: int, ways: Collection[int]) -> list[list[int]]:
         ways: of `unlike`.
 
     Returns:
-        Single prompts of 2, 3, 4, 6, 8, 12, ... tokens, each in all ways, then several of the greatest, likewise. An
-        engine may take those in two steps, which are of such a size again.
+        Single prompts of 2, 3, 4, 6, 8, 12, ... tokens, each in all ways, then several of the
+        greatest, likewise. An engine may take those in two steps, which are of such a size again.
     """
     sizes = sorted(
         n

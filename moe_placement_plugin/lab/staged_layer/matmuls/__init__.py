@@ -1,4 +1,4 @@
-"""Who multiplies: the installed engine's Triton kernels, or torch."""
+"""Find who multiplies: the installed engine's Triton kernels, or torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ NAMES = ("auto", "vllm", "sglang", "torch", "dense")
 
 
 def find_matmuls(name: str = "auto", device: torch.device | str = "cpu") -> Matmuls:
-    """Matmuls by name; their ``name`` says what was found.
+    """Return matmuls by name; their ``name`` says what was found.
 
     Args:
-        name: ``vllm`` or ``sglang``: the engine's kernels, on CPU under the Triton interpreter (``TRITON_INTERPRET=1``);
-            ``torch``; ``dense``: every expert computes every token; ``auto``: on CUDA the engine that is installed, else torch.
+        name: ``vllm`` or ``sglang``: the engine's kernels, on CPU under the Triton interpreter
+            (``TRITON_INTERPRET=1``); ``torch``; ``dense``: every expert computes every token;
+            ``auto``: on CUDA the engine that is installed, else torch.
         device: where they are to run.
 
     Raises:
-        PlacementError: when the engine is missing, differs from what this package knows, or cannot run there.
+        PlacementError: when the engine is missing, differs from what this package knows, or cannot
+            run there.
     """
     device = torch.device(device)
     if name not in NAMES:
@@ -36,7 +38,8 @@ def find_matmuls(name: str = "auto", device: torch.device | str = "cpu") -> Matm
     if find_spec(name) is None or find_spec("triton") is None:
         missing = name if find_spec(name) is None else "triton"
         raise PlacementError(
-            f"{name}'s kernels: {missing} is not installed in this environment; install it, or choose torch"
+            f"{name}'s kernels: {missing} is not installed in this environment; install it, or "
+            "choose torch"
         )
     from .engine import check_mode  # lazy: heavy
 

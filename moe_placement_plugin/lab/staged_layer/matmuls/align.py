@@ -1,7 +1,9 @@
-"""The engines' align step in torch, for CPU: rows sorted by expert, each expert's padded to whole blocks.
+"""Do the engines' align step in torch, for CPU.
 
-On CUDA the engines' own kernels do this. Their CPU builds have none, and the Triton interpreter needs the same three
-tensors.
+Rows are sorted by expert, each expert's padded to whole blocks.
+
+On CUDA the engines' own kernels do this. Their CPU builds have none, and the Triton interpreter
+needs the same three tensors.
 """
 
 from __future__ import annotations
@@ -12,18 +14,20 @@ import torch
 def align_blocks(
     slots: torch.Tensor, block_size: int, num_slots: int, keep_elsewhere: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``moe_align_block_size`` of vLLM and SGLang. Waits for the device.
+    """Do what ``moe_align_block_size`` of vLLM and SGLang does. Waits for the device.
 
     Args:
         slots: int ``[rows, top_k]``, local slot of each choice, -1 elsewhere.
         block_size: rows of a block.
         num_slots: local slots.
-        keep_elsewhere: give choices of other ranks blocks of their own, first and with expert -1 (SGLang, whose kernel writes
-            zeros for them), or leave them out (vLLM with ``ignore_invalid_experts``).
+        keep_elsewhere: give choices of other ranks blocks of their own, first and with expert -1
+            (SGLang, whose kernel writes zeros for them), or leave them out (vLLM with
+            ``ignore_invalid_experts``).
 
     Returns:
-        ``sorted_token_ids`` int32 ``[blocks * block_size]``: indices into ``slots.flatten()``, its length as padding;
-        ``expert_ids`` int32 ``[blocks]``; ``num_tokens_post_padded`` int32 ``[1]``, the length of the first.
+        ``sorted_token_ids`` int32 ``[blocks * block_size]``: indices into ``slots.flatten()``, its
+        length as padding; ``expert_ids`` int32 ``[blocks]``; ``num_tokens_post_padded`` int32
+        ``[1]``, the length of the first.
     """
     flat = slots.flatten().long()
     padding = flat.numel()

@@ -1,4 +1,4 @@
-"""What the stages ask of whoever multiplies."""
+"""Say what the stages ask of whoever multiplies."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from ..weights import ExpertWeights, swiglu
 
 
 class Matmuls(ABC):
-    """The two grouped matmuls of a rank's experts.
+    """Multiply a rank's experts: the two grouped matmuls.
 
     Attributes:
-        name: whose kernels these are, with version and whether they run under the Triton interpreter; reports print it.
+        name: whose kernels these are, with version and whether they run under the Triton
+            interpreter; reports print it.
     """
 
     name: str
 
     @abstractmethod
     def plan(self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights) -> Any:
-        """The order of rows that both matmuls use. ``x [rows, columns]`` gives type and device."""
+        """Return the order of rows that both matmuls use.
+
+        ``x [rows, columns]`` gives type and device.
+        """
 
     @abstractmethod
     def up(
         self, x: torch.Tensor, output: RouteOutput, plan: Any, w13: torch.Tensor
     ) -> torch.Tensor:
-        """``[rows, hidden]`` to gate and up ``[rows of the plan, 2 * intermediate]``."""
+        """Multiply ``[rows, hidden]`` to gate and up ``[rows of the plan, 2 * intermediate]``."""
 
     @abstractmethod
     def up_columns(
@@ -40,7 +44,7 @@ class Matmuls(ABC):
         w13: torch.Tensor,
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The same for some columns of the embedding, added to ``sums``, in float32 or wider.
+        """Do the same for some columns of the embedding, added to ``sums``, in float32 or wider.
 
         Args:
             x: ``[rows, columns]``.
@@ -51,14 +55,14 @@ class Matmuls(ABC):
         """
 
     def activate(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """SwiGLU of what `up` or `up_columns` returned, rounded to ``dtype``."""
+        """Return SwiGLU of what `up` or `up_columns` returned, rounded to ``dtype``."""
         return swiglu(values).to(dtype)
 
     @abstractmethod
     def down(
         self, hidden: torch.Tensor, output: RouteOutput, plan: Any, w2: torch.Tensor
     ) -> torch.Tensor:
-        """Activated rows of the plan to ``[rows, columns]``, weighted and summed over the local choices.
+        """Multiply activated rows to ``[rows, columns]``, weighted, and sum the local choices.
 
         Args:
             hidden: from `activate`.
@@ -69,5 +73,5 @@ class Matmuls(ABC):
 
 
 def sum_choices(values: torch.Tensor) -> torch.Tensor:
-    """``[rows, top_k, columns]`` summed over the choices in order."""
+    """Sum ``[rows, top_k, columns]`` over the choices, in order."""
     return add_in_order(values.unbind(1))

@@ -1,4 +1,7 @@
-"""What vLLM's and SGLang's Triton kernels have in common: block-aligned rows, ``[rows * top_k]`` intermediates."""
+"""Hold what vLLM's and SGLang's Triton kernels have in common.
+
+They take block-aligned rows and ``[rows * top_k]`` intermediates.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,10 +27,11 @@ INTERPRETER_TILES = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64,
 
 @dataclass(frozen=True, eq=False)
 class AlignedPlan:
-    """Result of the align step, used by both matmuls.
+    """Hold the result of the align step, used by both matmuls.
 
     Attributes:
-        sorted_ids: int32, see `align_blocks`; None when every choice is a block of its own (vLLM, tiny batches).
+        sorted_ids: int32, see `align_blocks`; None when every choice is a block of its own (vLLM,
+            tiny batches).
         expert_ids: int32 ``[blocks]``.
         num_padded: int32 ``[1]``.
         config: the kernel's tiles for the up projection.
@@ -41,8 +45,22 @@ class AlignedPlan:
     down_config: dict[str, Any]
 
 
+class Product(NamedTuple):
+    """Tell the up projection from the down projection when a kernel is launched.
+
+    Attributes:
+        config: the kernel's tiles.
+        top_k: choices that share a row of what is multiplied.
+        weighted: whether a row is multiplied by its router weight.
+    """
+
+    config: dict[str, Any]
+    top_k: int
+    weighted: bool
+
+
 class EngineMatmuls(Matmuls):
-    """Matmuls by an engine's own kernel, launched by the engine's own launcher.
+    """Multiply by an engine's own kernel, launched by the engine's own launcher.
 
     Args:
         interpreted: whether Triton interprets its kernels on CPU (``TRITON_INTERPRET=1``).
@@ -58,46 +76,48 @@ class EngineMatmuls(Matmuls):
     def choose_tiles(
         self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The engine's own tiles for the up and the down projection."""
+        """Choose tiles for the up and the down projection as the engine does."""
 
     @abstractmethod
     def align(
         self, output: RouteOutput, config: dict[str, Any]
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """The engine's own align step on CUDA."""
+        """Run the engine's own align step on CUDA."""
 
     @abstractmethod
     def launch(
         self,
-        a,
-        b,
-        c,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
         output: RouteOutput,
         plan: AlignedPlan,
-        config: dict[str, Any],
-        top_k: int,
-        weighted: bool,
+        product: Product,
     ) -> None:
-        """``c[i] = a[i // top_k] @ b[slot of choice i].T``, times its router weight if ``weighted``."""
+        """Set ``c[i] = a[i // top_k] @ b[slot of choice i].T``, weighted by the router if asked."""
 
     @abstractmethod
     def engine_swiglu(self, values: torch.Tensor) -> torch.Tensor:
-        """The engine's activation kernel on CUDA."""
+        """Run the engine's activation kernel on CUDA."""
 
     @abstractmethod
     def engine_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The engine's sum over the choices on CUDA, ``[rows, top_k, columns]`` to ``[rows, columns]``."""
+        """Sum the choices of each row as the engine does on CUDA.
+
+        Shapes: ``[rows, top_k, columns]`` to ``[rows, columns]``.
+        """
 
     def plan(
         self, x: torch.Tensor, output: RouteOutput, weights: ExpertWeights
     ) -> AlignedPlan | None:
-        """None when there is nothing to multiply: no rows, or a rank without slots."""
+        """Align rows; None when there is nothing to multiply: no rows, or a rank without slots."""
         if not output.num_rows or not output.num_slots:
             return None
         if self.interpreted:
             if x.dtype == torch.bfloat16:
                 raise PlacementError(
-                    f"{x.dtype} under the Triton interpreter, whose bfloat16 products are wrong: use float32"
+                    f"{x.dtype} under the Triton interpreter, whose bfloat16 products are wrong: "
+                    "use float32"
                 )
             config = down = INTERPRETER_TILES
             aligned = align_blocks(
@@ -128,7 +148,8 @@ class EngineMatmuls(Matmuls):
             return x.new_zeros((0, w13.shape[1]), dtype=dtype)
         result = x.new_empty((x.shape[0], top_k, w13.shape[1]), dtype=dtype)
         if plan.expert_ids.numel():
-            self.launch(x, w13, result, output, plan, plan.config, top_k, False)
+            product = Product(plan.config, top_k, weighted=False)
+            self.launch(x, w13, result, output, plan, product)
         return result.view(-1, w13.shape[1])
 
     def activate(self, values, dtype):
@@ -144,12 +165,13 @@ class EngineMatmuls(Matmuls):
         fills = output.complete or (self.zeroes_elsewhere and plan.expert_ids.numel())
         values = hidden.new_empty(shape) if fills else hidden.new_zeros(shape)
         if plan.expert_ids.numel():
-            self.launch(hidden, w2, values, output, plan, plan.down_config, 1, True)
+            product = Product(plan.down_config, 1, weighted=True)
+            self.launch(hidden, w2, values, output, plan, product)
         return sum_choices(values) if self.interpreted else self.engine_sum(values)
 
 
 def check_mode(engine: str, device: torch.device) -> bool:
-    """Whether kernels are interpreted: on CPU they must be, on CUDA they must not.
+    """Return whether kernels are interpreted: on CPU they must be, on CUDA they must not.
 
     Raises:
         PlacementError: when device and environment do not fit.
@@ -157,7 +179,8 @@ def check_mode(engine: str, device: torch.device) -> bool:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cpu" and not interpreted:
         raise PlacementError(
-            f"{engine}'s Triton kernels on a CPU: set TRITON_INTERPRET=1 before the process starts (they are then interpreted, slowly "
+            f"{engine}'s Triton kernels on a CPU: set TRITON_INTERPRET=1 before the process starts "
+            "(they are then interpreted, slowly "
             "and not in bfloat16), or choose torch"
         )
     if device.type == "cuda" and interpreted:
@@ -168,7 +191,7 @@ def check_mode(engine: str, device: torch.device) -> bool:
 
 
 def engine_function(module: str, name: str, passed: tuple[str, ...]) -> Callable:
-    """A function of the installed engine that takes the parameters ``passed`` and needs no others.
+    """Return a function of the installed engine that takes ``passed`` and needs no others.
 
     Raises:
         PlacementError: naming what differs.
@@ -178,13 +201,14 @@ def engine_function(module: str, name: str, passed: tuple[str, ...]) -> Callable
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise PlacementError(
-            f"{where} is not in the installed engine ({error}): use a supported version, or choose torch"
+            f"{where} is not in the installed engine ({error}): use a supported version, or choose "
+            "torch"
         ) from None
     return require_parameters(function, where, passed)
 
 
 def require_parameters(function: Callable, where: str, passed: tuple[str, ...]) -> Callable:
-    """``function``, if it can be called with the parameters ``passed``.
+    """Return ``function``, if it can be called with the parameters ``passed``.
 
     Raises:
         PlacementError: naming what differs.
@@ -203,7 +227,8 @@ def require_parameters(function: Callable, where: str, passed: tuple[str, ...]) 
     if lacking or wants:
         lacks = f"lacks {', '.join(lacking)}" if lacking else f"also needs {', '.join(wants)}"
         raise PlacementError(
-            f"{where} differs from what this package was written for: it {lacks}; use a supported version (`moe-placement doctor` lists "
+            f"{where} differs from what this package was written for: it {lacks}; use a supported "
+            "version (`moe-placement doctor` lists "
             "them), or choose torch"
         )
     return function

@@ -1,4 +1,6 @@
-"""SGLang's ``fused_moe_kernel`` and its align step, activation and sum, as ``_fused_moe_kernel_sequence`` calls them.
+"""Call SGLang's ``fused_moe_kernel``, align step, activation and sum.
+
+They are called as ``_fused_moe_kernel_sequence`` calls them.
 
 Read in SGLang 0.5.16, 0.5.20 and 0.5.23; what is called is probed by signature.
 """
@@ -15,16 +17,32 @@ from .engine import EngineMatmuls, engine_function
 
 _KERNELS = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
 _UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
+_UNQUANTIZED = {
+    "bias": None,
+    "A_scale": None,
+    "B_scale": None,
+    "B_zp": None,
+    "use_fp8_w8a8": False,
+    "use_int8_w8a8": False,
+    "use_int8_w8a16": False,
+    "use_int4_w4a16": False,
+    "per_channel_quant": False,
+}
+"""Arguments of the launcher for weights that are not quantized."""
+
 _LAUNCH = (
-    "A", "B", "bias", "C", "A_scale", "B_scale", "B_zp", "topk_weights", "topk_ids", "sorted_token_ids", "expert_ids",
-    "num_tokens_post_padded", "mul_routed_weight", "top_k", "config", "compute_type", "use_fp8_w8a8", "use_int8_w8a8",
-    "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant", "filter_expert",
-)  # fmt: skip
+    *("A", "B", "C", "topk_weights", "topk_ids", "sorted_token_ids", "expert_ids"),
+    *("num_tokens_post_padded", "mul_routed_weight", "top_k", "config", "compute_type"),
+    "filter_expert",
+    *_UNQUANTIZED,
+)
+"""Arguments that the launcher is given."""
+
 _TILES = ("w1_shape", "w2_shape", "top_k", "dtype", "M", "return_down_config")
 
 
 class SglangMatmuls(EngineMatmuls):
-    """Matmuls by the installed SGLang."""
+    """Multiply by the installed SGLang."""
 
     zeroes_elsewhere = True
 
@@ -62,15 +80,21 @@ class SglangMatmuls(EngineMatmuls):
 
     @cached_property
     def _swiglu(self):
-        # The launcher's module imports the activation from where this version keeps it, on CUDA only.
+        # The launcher's module imports the activation from where this version keeps it, on CUDA
+        # only.
         return importlib.import_module(f"{_UTILS}.fused_moe").silu_and_mul
 
     def choose_tiles(self, x, output, weights):
         config, (down, _) = self._tiles(
-            w1_shape=tuple(weights.w13.shape), w2_shape=tuple(weights.w2.shape), top_k=output.local_slots.shape[1], dtype=None,
-            M=output.num_rows, return_down_config=True,
-        )  # fmt: skip
-        # Tensor descriptors are a choice of the launcher, not a tile; the plain loads are used here.
+            w1_shape=tuple(weights.w13.shape),
+            w2_shape=tuple(weights.w2.shape),
+            top_k=output.local_slots.shape[1],
+            dtype=None,
+            M=output.num_rows,
+            return_down_config=True,
+        )
+        # Tensor descriptors are a choice of the launcher, not a tile; the plain loads are used
+        # here.
         config, down = (
             {k: v for k, v in c.items() if k != "USE_TMA"} for c in (config, down or config)
         )
@@ -83,13 +107,23 @@ class SglangMatmuls(EngineMatmuls):
             num_experts=output.num_slots,
         )
 
-    def launch(self, a, b, c, output, plan, config, top_k, weighted):
+    def launch(self, a, b, c, output, plan, product):
         self._launch(
-            A=a, B=b, bias=None, C=c, A_scale=None, B_scale=None, B_zp=None, topk_weights=output.weights, topk_ids=output.local_slots,
-            sorted_token_ids=plan.sorted_ids, expert_ids=plan.expert_ids, num_tokens_post_padded=plan.num_padded,
-            mul_routed_weight=weighted, top_k=top_k, config=config, compute_type=self._compute_types[c.dtype], use_fp8_w8a8=False,
-            use_int8_w8a8=False, use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False, filter_expert=not output.complete,
-        )  # fmt: skip
+            A=a,
+            B=b,
+            C=c,
+            topk_weights=output.weights,
+            topk_ids=output.local_slots,
+            sorted_token_ids=plan.sorted_ids,
+            expert_ids=plan.expert_ids,
+            num_tokens_post_padded=plan.num_padded,
+            mul_routed_weight=product.weighted,
+            top_k=product.top_k,
+            config=product.config,
+            compute_type=self._compute_types[c.dtype],
+            filter_expert=not output.complete,
+            **_UNQUANTIZED,
+        )
 
     def engine_swiglu(self, values):
         result = values.new_empty((values.shape[0], values.shape[1] // 2))

@@ -1,8 +1,9 @@
-"""Matmuls in plain torch: grouped by slot, or dense (every slot computes every row).
+"""Multiply in plain torch: grouped by slot, or dense (every slot computes every row).
 
-On CPU a product is made of tiles of one fixed shape, padded with zeros: a BLAS picks its kernel, and with it the order of
-additions, by the shape, and a token's last bits would depend on how many others go to the same expert. So each token's
-result is the same bits in whatever batch it comes, which is what lets chunked be compared with whole bit for bit.
+On CPU a product is made of tiles of one fixed shape, padded with zeros: a BLAS picks its kernel,
+and with it the order of additions, by the shape, and a token's last bits would depend on how many
+others go to the same expert. So each token's result is the same bits in whatever batch it comes,
+which is what lets chunked be compared with whole bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ TILE = 64
 
 
 def accumulate(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``sums [m, n] += a [m, k] @ b [n, k].T`` in the type of ``sums``."""
+    """Add ``a [m, k] @ b [n, k].T`` to ``sums [m, n]``, in the type of ``sums``."""
     a, b = a.to(sums.dtype), b.to(sums.dtype)
     if sums.device.type != "cpu":
         sums.addmm_(a, b.T)
@@ -53,12 +54,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class SortedPlan:
-    """Assignments sorted by slot.
+    """Hold assignments sorted by slot.
 
     Attributes:
         rows: int64 ``[assignments]``, the row of each.
-        position: int64 ``[rows, top_k]``, where each choice is in the sorted order, the number of assignments where it lies
-            on another rank.
+        position: int64 ``[rows, top_k]``, where each choice is in the sorted order, the number of
+            assignments where it lies on another rank.
         bounds: slot s has the assignments ``bounds[s]:bounds[s + 1]``, ``[slots + 1]``.
     """
 
@@ -68,7 +69,10 @@ class SortedPlan:
 
 
 class TorchMatmuls(Matmuls):
-    """One matmul per slot that has rows. Waits for the device once, to learn the group sizes."""
+    """Multiply once per slot that has rows.
+
+    It waits for the device once, to learn the group sizes.
+    """
 
     name = f"torch {torch.__version__}"
 
@@ -105,15 +109,22 @@ class TorchMatmuls(Matmuls):
 
 
 class DenseMatmuls(Matmuls):
-    """Every slot computes every row, and the router weights of slots that were not chosen are 0. Never waits for the device."""
+    """Have every slot compute every row; router weights of slots not chosen are 0.
+
+    It never waits for the device.
+    """
 
     name = f"dense torch {torch.__version__}"
 
     def plan(self, x, output, weights):
-        """Router weight of each slot for each row, ``[slots, rows]``; 0 where it was not chosen."""
+        """Return the router's weight of each slot for each row, ``[slots, rows]``.
+
+        It is 0 where a slot was not chosen.
+        """
         table = x.new_zeros((output.num_rows, output.num_slots + 1), dtype=_wide(x.dtype))
         slots = output.local_slots.long()
-        # A row's choices are distinct slots, but for those of other ranks, which share the column that is cut off.
+        # A row's choices are distinct slots, but for those of other ranks, which share the column
+        # that is cut off.
         table.scatter_(
             1, torch.where(slots < 0, output.num_slots, slots), output.weights.to(table.dtype)
         )

@@ -1,4 +1,6 @@
-"""vLLM's ``fused_moe_kernel`` and its align step, activation and sum, as ``fused_experts_impl`` calls them.
+"""Call vLLM's ``fused_moe_kernel``, align step, activation and sum.
+
+They are called as ``fused_experts_impl`` calls them.
 
 Read in vLLM 0.25.1, 0.32.0 and 0.33.0; what is called is probed by signature.
 """
@@ -16,10 +18,24 @@ from ....core.errors import PlacementError
 from .engine import EngineMatmuls, engine_function
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe.fused_moe"
+_UNQUANTIZED = {
+    "A_scale": None,
+    "B_scale": None,
+    "use_fp8_w8a8": False,
+    "use_int8_w8a8": False,
+    "use_int8_w8a16": False,
+    "use_int4_w4a16": False,
+    "per_channel_quant": False,
+}
+"""Arguments of the launcher for weights that are not quantized."""
+
 _LAUNCH = (
-    "A", "B", "C", "A_scale", "B_scale", "topk_weights", "sorted_token_ids", "expert_ids", "num_tokens_post_padded", "mul_routed_weight",
-    "top_k", "config", "compute_type", "use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant",
-)  # fmt: skip
+    *("A", "B", "C", "topk_weights", "sorted_token_ids", "expert_ids", "num_tokens_post_padded"),
+    *("mul_routed_weight", "top_k", "config", "compute_type"),
+    *_UNQUANTIZED,
+)
+"""Arguments that the launcher is given."""
+
 _ASSIGN = (
     "topk_ids",
     "config",
@@ -33,7 +49,7 @@ _TILES = ("w1_shape", "w2_shape", "top_k", "dtype", "M")
 
 
 class VllmMatmuls(EngineMatmuls):
-    """Matmuls by the installed vLLM."""
+    """Multiply by the installed vLLM."""
 
     zeroes_elsewhere = False
 
@@ -60,24 +76,34 @@ class VllmMatmuls(EngineMatmuls):
         return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
     def choose_tiles(self, x, output, weights):
-        # The name under which tuned tiles for these types are filed; bfloat16 and float16 share the one without a name.
+        # The name under which tuned tiles for these types are filed; bfloat16 and float16 share
+        # the one without a name.
         dtype = "float32" if x.dtype == torch.float32 else None
         config = self._tiles(
-            w1_shape=tuple(weights.w13.shape), w2_shape=tuple(weights.w2.shape), top_k=output.local_slots.shape[1], dtype=dtype,
+            w1_shape=tuple(weights.w13.shape),
+            w2_shape=tuple(weights.w2.shape),
+            top_k=output.local_slots.shape[1],
+            dtype=dtype,
             M=output.num_rows,
-        )  # fmt: skip
+        )
         return config, config
 
     def align(self, output, config):
         rows, top_k = output.local_slots.shape
         expert_map, experts = None, output.num_slots
         if not output.complete:
-            # vLLM's align step takes no -1, but drops what its map sends there: one slot more stands for all others.
+            # vLLM's align step takes no -1, but drops what its map sends there: one slot more
+            # stands for all others.
             expert_map, experts = self._elsewhere_map(experts, output.buckets.device), experts + 1
         return self._assign(
-            topk_ids=output.buckets, config=config, num_tokens=rows, top_k_num=top_k, global_num_experts=experts, expert_map=expert_map,
+            topk_ids=output.buckets,
+            config=config,
+            num_tokens=rows,
+            top_k_num=top_k,
+            global_num_experts=experts,
+            expert_map=expert_map,
             ignore_invalid_experts=True,
-        )  # fmt: skip
+        )
 
     def _elsewhere_map(self, slots: int, device: torch.device) -> torch.Tensor:
         if (slots, device) not in self._maps:
@@ -86,13 +112,21 @@ class VllmMatmuls(EngineMatmuls):
             )
         return self._maps[slots, device]
 
-    def launch(self, a, b, c, output, plan, config, top_k, weighted):
+    def launch(self, a, b, c, output, plan, product):
         self._launch(
-            A=a, B=b, C=c, A_scale=None, B_scale=None, topk_weights=output.weights, sorted_token_ids=plan.sorted_ids,
-            expert_ids=plan.expert_ids, num_tokens_post_padded=plan.num_padded, mul_routed_weight=weighted, top_k=top_k, config=config,
-            compute_type=self._compute_types[c.dtype], use_fp8_w8a8=False, use_int8_w8a8=False, use_int8_w8a16=False,
-            use_int4_w4a16=False, per_channel_quant=False,
-        )  # fmt: skip
+            A=a,
+            B=b,
+            C=c,
+            topk_weights=output.weights,
+            sorted_token_ids=plan.sorted_ids,
+            expert_ids=plan.expert_ids,
+            num_tokens_post_padded=plan.num_padded,
+            mul_routed_weight=product.weighted,
+            top_k=product.top_k,
+            config=product.config,
+            compute_type=self._compute_types[c.dtype],
+            **_UNQUANTIZED,
+        )
 
     def engine_swiglu(self, values):
         result = values.new_empty((values.shape[0], values.shape[1] // 2))
@@ -108,8 +142,8 @@ class VllmMatmuls(EngineMatmuls):
 def _import_with_triton() -> None:
     """Import vLLM's kernels as Triton's on a machine without a GPU.
 
-    vLLM puts stand-ins in Triton's place unless exactly one of Triton's back ends has an active driver, and its CPU build
-    unless one is called cpu as well. The interpreter needs neither.
+    vLLM puts stand-ins in Triton's place unless exactly one of Triton's back ends has an active
+    driver, and its CPU build unless one is called cpu as well. The interpreter needs neither.
 
     Raises:
         PlacementError: when the stand-ins are there already.
@@ -131,5 +165,6 @@ def _import_with_triton() -> None:
                 del backends[name]
     if not sys.modules["vllm.triton_utils"].HAS_TRITON:
         raise PlacementError(
-            "vLLM was imported without Triton in this process: find its matmuls (find_matmuls) before anything else imports vLLM"
+            "vLLM was imported without Triton in this process: find its matmuls (find_matmuls) "
+            "before anything else imports vLLM"
         )

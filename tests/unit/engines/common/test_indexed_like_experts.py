@@ -1,4 +1,4 @@
-"""The list of what is indexed like experts: every place it names exists, and the docs' table is printed from it."""
+"""What is indexed like experts: all places that the list names exist, the docs' table is its."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_rows_are_told_apart():
 
 def test_refusals_of_sglang_have_a_rule():
     """A refused row that names the rules has one whose subject it is."""
-    rules = (ENGINES / "sglang" / "support.py").read_text()
+    rules = (ENGINES / "sglang" / "placement_rules.py").read_text()
     for words in ("enable_lora", "modelopt_fp4", "waterfill", "kt_weight_path"):
         assert words in rules
 

@@ -1,4 +1,4 @@
-"""The look-up of a MoE kernel's tuned configuration for ranks with redundant experts, over functions of the engines' shape."""
+"""Tuned configurations for ranks with redundant experts, looked up as the engines do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from moe_placement_plugin.engines.common.kernel_configs import ConfigsOfFewer
 
 
 class Engine:
-    """A look-up as in SGLang: for the second product it falls back to the first one's, through the module's global."""
+    """Look up as SGLang does.
+
+    For the second product it falls back to the first one's, through the module's global.
+    """
 
     def __init__(self, files: dict[tuple[int, bool], dict], redundant: int):
         self.files, self.asked = files, []
@@ -35,7 +38,8 @@ def test_the_configuration_without_redundant_experts_is_used_once_it_is_missed(c
         assert engine.get(68, 768, None) == engine.get(68, 768, None) == {1: "tuned"}
     assert engine.asked == [(68, False), (64, False)], "each is looked up once"
     assert [r.getMessage() for r in caplog.records] == [
-        "moe_placement_plugin: the MoE kernel is tuned for 64 experts per rank, not for the 68 with redundant ones: that configuration is used"
+        "moe_placement_plugin: the MoE kernel is tuned for 64 experts per rank, not for the 68 "
+        "with redundant ones: that configuration is used"
     ]
 
 

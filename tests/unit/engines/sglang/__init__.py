@@ -1,1 +1,1 @@
-"""Tests of engines.sglang."""
+"""Test engines.sglang."""

@@ -1,4 +1,4 @@
-"""Checkpoints and files for all tests of this folder."""
+"""Share checkpoints and files among all tests of this folder."""
 
 from tests.support.sglang_fixtures import files, models
 

@@ -1,4 +1,7 @@
-"""Drafts of one rank as the plugin's tests need them: layers that load as SGLang's own do, without an engine."""
+"""Build drafts of one rank as the plugin's tests need them, without an engine.
+
+Their layers load as SGLang's own do.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,17 @@ from contextlib import contextmanager
 import torch
 
 from moe_placement_plugin.core.placement import Placement
-from moe_placement_plugin.engines.sglang import drafts, evidence, loading, settings
+from moe_placement_plugin.engines.sglang import drafts, evidence, loading
+from moe_placement_plugin.engines.sglang.state import STATE
+from tests.support.sglang_settings import make_settings
 
 EXPERTS, RANKS, HIDDEN, WIDTH = 6, 2, 4, 3
 ROW = [5, 0, 3, 2, 1, 4]
 TARGET = Placement([[7, 6, 5, 4, 3, 2, 1, 0]] * 3, 8, (4, 4), (0, 1, 2), "zigzag")
-"""A placement of the target's three layers; as the loader of a draft's layer 0 it is wrong in every slot."""
+"""A placement of the target's three layers.
+
+As the loader of a draft's layer 0 it is wrong in every slot.
+"""
 ROWS = Placement([ROW], EXPERTS, (3, 3), (3,), "draft")
 PARAMETERS = {"w13_weight": (2 * WIDTH, HIDDEN), "w2_weight": (HIDDEN, WIDTH)}
 SHARDS = {"w1": "w13_weight", "w3": "w13_weight", "w2": "w2_weight"}
@@ -28,23 +36,25 @@ def with_rows(rows: Placement | None, strategy: str = "zigzag") -> Placement:
 
 @contextmanager
 def asking() -> Iterator:
-    """What puts settings into force: a placement for the target, with or without rows for the draft."""
+    """Put settings into force: a placement for the target, with or without rows for the draft."""
 
     def asked(rows: Placement | None = None, strategy: str = "zigzag", **more):
-        found = settings.Settings(strategy, placement=with_rows(rows, strategy), **more)
-        settings.set_current(found)
-        return found
+        STATE.settings = make_settings(strategy, with_rows(rows, strategy), **more)
+        return STATE.settings
 
     evidence.forget()
     try:
         yield asked
     finally:
-        settings.set_current(None)
+        STATE.settings = None
         evidence.forget()
 
 
 def runner(part: int | None = None, experts: int = EXPERTS, model=None):
-    """SGLang's ``ModelRunner`` of a draft of a model with three layers, as far as the plugin looks at it."""
+    """Return as much of a draft's ``ModelRunner`` of SGLang's as the plugin looks at.
+
+    The draft is one of a model with three layers.
+    """
     config = types.SimpleNamespace(num_experts=experts, num_hidden_layers=3)
     return types.SimpleNamespace(
         is_draft_worker=True,
@@ -58,7 +68,7 @@ def runner(part: int | None = None, experts: int = EXPERTS, model=None):
 
 
 def make_experts(rank: int, slots: int, layer_id: int = 0, quant_method=None):
-    """A draft's ``FusedMoE`` of one rank, which loads as SGLang's own does."""
+    """Make a draft's ``FusedMoE`` of one rank, which loads as SGLang's own does."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     class Experts(FusedMoE):
@@ -89,7 +99,7 @@ def _write(self, param, loaded_weight, weight_name, shard_id, expert_id):
 
 
 def make_model(experts, name: str = "decoder"):
-    """A draft whose MoE block is at ``model.NAME.mlp``."""
+    """Make a draft whose MoE block is at ``model.NAME.mlp``."""
     model = block = torch.nn.Module()
     for part in ("model", *name.split("."), "mlp"):
         child = torch.nn.Module()
@@ -100,13 +110,13 @@ def make_model(experts, name: str = "decoder"):
 
 
 def tensor(shard: str, expert: int) -> torch.Tensor:
-    """An expert's part, every expert another."""
+    """Make an expert's part, every expert another."""
     shape = (HIDDEN, WIDTH) if shard == "w2" else (WIDTH, HIDDEN)
     return torch.full(shape, 10.0 * expert + len(shard) + ord(shard[1]) / 100)
 
 
 def bring(layer, experts=range(EXPERTS), without=()):
-    """The model's loader, with our hook round `FusedMoE.weight_loader`."""
+    """Load as the model's loader, with our hook round `FusedMoE.weight_loader`."""
     own = type(layer).weight_loader
     own = getattr(own, "__wrapped__", own)
     for expert in experts:
@@ -118,7 +128,7 @@ def bring(layer, experts=range(EXPERTS), without=()):
 
 
 def loaded(rank: int, part: int | None = None, slots: int = EXPERTS, name="decoder", **how):
-    """A draft of one rank that was numbered, and whose checkpoint came in."""
+    """Make a draft of one rank that was numbered, and whose checkpoint came in."""
     layer = make_experts(rank, slots)
     model = make_model(layer, name)
     one = runner(part, model=model)
@@ -129,7 +139,7 @@ def loaded(rank: int, part: int | None = None, slots: int = EXPERTS, name="decod
 
 
 def held(layer) -> list[int]:
-    """The expert that each slot holds, all of it."""
+    """Return the expert that each slot holds, all of it."""
     experts = []
     for slot in range(layer._num_local_routed):
         w1, w2 = layer.w13_weight[slot][:WIDTH], layer.w2_weight[slot]

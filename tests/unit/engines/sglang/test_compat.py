@@ -1,4 +1,4 @@
-"""What the plugin asks of SGLang's resolved arguments, in the form of each version."""
+"""Test what the plugin asks of SGLang's resolved arguments, in the form of each version."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import pytest
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.sglang import (
+    combination,
     compat,
     eplb_phases,
-    recording,
-    resolve,
     slot_digests,
+    support,
 )
+from moe_placement_plugin.engines.sglang.combination import Combination
 
 # Resolved arguments of a server on 4 ranks: up to 0.5.22, and as 0.5.23 leaves them.
 OLD = {"tp_size": 4, "dp_size": 1, "enable_dp_attention": False}
@@ -50,24 +51,22 @@ def test_the_width_of_data_parallel_attention(values, width, copies):
         (NEW, "deepep", "a share of the tokens"),
     ],
 )
-def test_what_can_be_recorded(values, a2a, refused, monkeypatch, tmp_path):
-    """The fault of 0.5.23: attention that is data-parallel looks as if it were not."""
-    text = types.SimpleNamespace(num_experts=4, num_hidden_layers=2, model_type="qwen3_moe")
-    config = types.SimpleNamespace(hf_text_config=text)
-    monkeypatch.setattr(recording, "model_config", lambda args: config)
-    args = types.SimpleNamespace(**values, moe_a2a_backend=a2a, model_path="model")
-    asked = recording.RecordSettings(str(tmp_path / "load.safetensors"), 1.0, False)
+def test_what_can_be_recorded(values, a2a, refused):
+    """Notice the fault of 0.5.23: attention that is data-parallel looks as if it were not."""
+    args = types.SimpleNamespace(**values)
+    width = compat.attention_dp_width(args)
+    named = Combination("0.5.23", a2a_backend=a2a, tp_size=args.tp_size, attention_dp=width)
     if refused is None:
-        recording._check(args, asked)
+        support.check(support.RECORDING_RULES, named, "--flag")
         return
     with pytest.raises(PlacementError, match=refused):
-        recording._check(args, asked)
+        support.check(support.RECORDING_RULES, named, "--flag")
 
 
 @pytest.mark.parametrize(("a2a", "expected"), [("none", 4), ("deepep", 1)])
 @pytest.mark.parametrize("attention_dp", [False, True])
 def test_over_how_many_ranks_a_token_is_counted_again(a2a, expected, attention_dp, monkeypatch):
-    """Whoever routes a token counts it; how attention is cut does not matter."""
+    """Count a token wherever it is routed; how attention is cut does not matter."""
     from sglang.srt.distributed import parallel_state
     from sglang.srt.layers.moe import utils
 
@@ -94,7 +93,7 @@ def test_the_quantization_is_sglangs_own_answer(own, given, checkpoint, expected
     config = types.SimpleNamespace(
         quantization=own, hf_config=types.SimpleNamespace(quantization_config=checkpoint)
     )
-    assert resolve._quantization(types.SimpleNamespace(quantization=given), config) == expected
+    assert combination._quantization(types.SimpleNamespace(quantization=given), config) == expected
 
 
 def nvfp4_layer(rank: int, **method):

@@ -1,4 +1,4 @@
-"""The vectorized dispatch table against SGLang's own."""
+"""Compare the vectorized dispatch table with SGLang's own."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,11 @@ from moe_placement_plugin.lab.bench.recording.sglang_dispatch import (  # noqa: 
 
 
 def random_slots(seed: int, ranks: int, per_rank: int, experts: int, layers: int = 2) -> np.ndarray:
-    """[layers, experts, most replicas] of a random placement in which no rank holds an expert twice."""
+    """Make a random placement in which no rank holds an expert twice.
+
+    Returns:
+        Its slots, ``[layers, experts, most replicas]``.
+    """
     rng = np.random.default_rng(seed)
     where = [[[] for _ in range(experts)] for _ in range(layers)]
     for layer in range(layers):
@@ -39,7 +43,7 @@ def random_slots(seed: int, ranks: int, per_rank: int, experts: int, layers: int
 
 
 def classes(slots_of, table, ranks, per_rank, per_node):
-    """How near each pick is: 0 on the rank, 1 on the node where that narrows, 2 any."""
+    """Return how near each pick is: 0 on the rank, 1 on the node where that narrows, 2 any."""
     owner = np.where(slots_of == -1, -1, slots_of // per_rank)
     result = np.empty(table.shape, dtype=int)
     for rank in range(ranks):

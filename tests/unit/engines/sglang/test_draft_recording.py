@@ -1,4 +1,4 @@
-"""A draft's load, recorded apart from the target's. Without an engine."""
+"""Record a draft's load apart from the target's, without an engine."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ import pytest
 import torch
 
 from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.engines.common.settings import RecordingSettings, Settings
 from moe_placement_plugin.engines.sglang import draft_recording, recording
+from moe_placement_plugin.engines.sglang.state import STATE
 from moe_placement_plugin.formats.plan_or_load import write
 
 from .draft_models import EXPERTS, make_experts, make_model, runner
 
 
 class Graph:
-    """What replays a draft's steps, as far as the recording looks at it."""
+    """Replay a draft's steps, as far as the recording looks at it."""
 
     def __init__(self, one):
         self.model_runner = one
 
 
 def recorded(monkeypatch, tmp_path, algorithm="EAGLE", part=None):
-    """A draft with a block at ``model.decoder.mlp`` under a recording; its runner."""
+    """Put a draft with a block at ``model.decoder.mlp`` under a recording; return its runner."""
     from sglang.srt import runtime_context
     from sglang.srt.layers.moe.topk import TopK
 
-    wanted = recording.RecordSettings(str(tmp_path / "load.safetensors"), 60.0, True)
-    monkeypatch.setattr(recording, "_current", wanted)
+    wanted = RecordingSettings(str(tmp_path / "load.safetensors"), 60.0, True)
+    monkeypatch.setattr(STATE, "settings", Settings(recording=wanted))
     parallel = types.SimpleNamespace(tp_rank=0, pp_rank=0)
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: parallel)
-    monkeypatch.setattr(draft_recording, "hooks", lambda: types.SimpleNamespace(apply_now=int))
+    monkeypatch.setattr(draft_recording, "apply_now", lambda name: None)
     model = make_model(make_experts(0, EXPERTS))
     router = TopK.__new__(TopK)
     torch.nn.Module.__init__(router)
@@ -41,9 +43,15 @@ def recorded(monkeypatch, tmp_path, algorithm="EAGLE", part=None):
     one = runner(part, model=model)
     one.device, one.model_config.context_len = "cpu", 64
     one.server_args = types.SimpleNamespace(
-        speculative_algorithm=algorithm, speculative_draft_model_path="a/draft", pp_size=1, tp_size=2,
-        ep_size=2, dp_size=1, chunked_prefill_size=-1, max_prefill_tokens=64,
-    )  # fmt: skip
+        speculative_algorithm=algorithm,
+        speculative_draft_model_path="a/draft",
+        pp_size=1,
+        tp_size=2,
+        ep_size=2,
+        dp_size=1,
+        chunked_prefill_size=-1,
+        max_prefill_tokens=64,
+    )
     recording._load_model(lambda self: None, one)
     return one, router
 
@@ -52,13 +60,17 @@ def a_batch(mode: str, size: int, tokens: int, lengths=None):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     return types.SimpleNamespace(
-        forward_mode=ForwardMode[mode], batch_size=size, positions=torch.zeros(tokens),
-        extend_seq_lens_cpu=lengths, extend_prefix_lens_cpu=lengths and [0] * size, input_ids=torch.zeros(0),
-    )  # fmt: skip
+        forward_mode=ForwardMode[mode],
+        batch_size=size,
+        positions=torch.zeros(tokens),
+        extend_seq_lens_cpu=lengths,
+        extend_prefix_lens_cpu=lengths and [0] * size,
+        input_ids=torch.zeros(0),
+    )
 
 
 def test_a_drafts_load_is_recorded_apart(monkeypatch, tmp_path):
-    """A prompt's tokens, those that were verified, and a token of each branch; in graphs too."""
+    """Count tokens of a prompt, verified ones, and one of each branch; in graphs too."""
     one, router = recorded(monkeypatch, tmp_path)
     found = getattr(one, recording.RECORDING)
     monkeypatch.setattr(found.recorder, "served", lambda: None)
@@ -93,8 +105,8 @@ def test_a_recording_says_that_it_leaves_a_draft_out(
 
 
 def test_a_dense_draft_is_not_spoken_of(monkeypatch, caplog):
-    wanted = recording.RecordSettings("load.safetensors", 60.0, False)
-    monkeypatch.setattr(recording, "_current", wanted)
+    wanted = RecordingSettings("load.safetensors", 60.0)
+    monkeypatch.setattr(STATE, "settings", Settings(recording=wanted))
     dense = runner(model=torch.nn.Linear(1, 1))
     with caplog.at_level(logging.INFO):
         recording._load_model(lambda self: None, dense)

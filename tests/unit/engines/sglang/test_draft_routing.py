@@ -1,4 +1,4 @@
-"""Where a draft's tokens go, and new weights of a draft that serves. Without an engine."""
+"""Test where a draft's tokens go, and new weights of a draft that serves, without an engine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from moe_placement_plugin.engines.sglang import (
     direct,
     draft_layers,
     drafts,
-    evidence,
     reload,
     routing,
 )
+from moe_placement_plugin.engines.sglang.state import STATE
 
 from .draft_models import EXPERTS, RANKS, ROW, ROWS, asking, bring, held, loaded
 
@@ -28,7 +28,7 @@ def ask():
 
 
 class Router:
-    """A TopK layer, as far as routing goes."""
+    """Stand in for a TopK layer, as far as routing goes."""
 
     def __init__(self, native=False):
         self.topk_config = types.SimpleNamespace(
@@ -37,7 +37,10 @@ class Router:
 
 
 def route(ids, own: draft_layers.DraftLayer | None, given="the target's row", native=False):
-    """Ids that leave the TopK layer of a draft, which a model may have given the target's dispatch information."""
+    """Return the ids that leave the TopK layer of a draft.
+
+    A model may have given it the target's dispatch information.
+    """
     router = Router(native)
     if own is not None:
         info = None if own.in_order else draft_layers.dispatch_info(own, torch.device("cpu"))
@@ -72,7 +75,10 @@ def test_tokens_go_to_the_drafts_own_slots():
 
 
 def test_in_sglangs_own_order_the_targets_row_is_kept_away():
-    """The fault: up to 0.5.22 models give their TopK layer the row of the target's layer with the same number."""
+    """Notice the fault: models give their TopK layer the target's row, up to 0.5.22.
+
+    It is the row of the target's layer with the same number.
+    """
     ids, info = route([[0, 5], [4, -1]], draft_layers.in_order(EXPERTS, RANKS, 3, EXPERTS))
     assert ids == [[0, 5], [4, -1]] and info is None
     with pytest.raises(AssertionError, match="the target's"):
@@ -81,7 +87,10 @@ def test_in_sglangs_own_order_the_targets_row_is_kept_away():
 
 @pytest.mark.parametrize("finds", [True, False])
 def test_the_torch_native_router_remaps_where_sglang_lets_it(monkeypatch, finds):
-    """Up to 0.5.22 it asserts that there is no dispatch information; later versions remap by it."""
+    """Pass dispatch information only where the router takes it.
+
+    Up to 0.5.22 it asserts that there is none; later versions remap by it.
+    """
     monkeypatch.setattr(compat, "topk_finds_the_placement", lambda: finds)
     own = draft_layers.lay_out(ROWS, 0, 3, EXPERTS)
     _, info = route([[0, 5]], own, given=None, native=True)
@@ -157,4 +166,4 @@ def test_new_weights_of_a_draft_go_by_its_own_rows(ask):
 
     assert reload.update("update_weights_from_disk", original, updater)[0]
     assert held(layer) == ROW[3:]
-    assert not evidence._brought and not evidence._filled
+    assert not STATE.brought and not STATE.filled

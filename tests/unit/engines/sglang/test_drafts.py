@@ -1,4 +1,7 @@
-"""A draft's MoE layers: their slots, numbers and rows, the weights that come in, and what is refused. Without an engine."""
+"""Test a draft's MoE layers, without an engine.
+
+These are their slots, numbers and rows, the weights that come in, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from moe_placement_plugin.engines.sglang import (
     drafts,
     evidence,
     loading,
-    settings,
 )
+from moe_placement_plugin.engines.sglang.state import STATE
+from tests.support.sglang_settings import make_settings
 
 from .draft_models import (
     EXPERTS,
@@ -52,7 +56,10 @@ def test_equal_ranks_hold_just_their_experts():
 
 
 def test_unequal_ranks_are_filled_up_and_no_token_goes_there():
-    """As vLLM places 5 experts on 2 ranks: 3 and 2. SGLang needs 3 and 3, and the spare slot a weight that is a number."""
+    """Fill unequal ranks up as vLLM places 5 experts on 2 ranks: 3 and 2.
+
+    SGLang needs 3 and 3, and the spare slot a weight that is a number.
+    """
     rows = Placement([[4, 1, 0, 3, 2]], 5, (3, 2), (0,))
     own = draft_layers.lay_out(rows, 0, 0, 6)
     assert own.experts.tolist() == [4, 1, 0, 3, 2, 3]
@@ -94,7 +101,7 @@ def test_a_drafts_layers_have_the_slots_that_its_ranks_need(ask, rows, redundant
 
     ask(rows)
     with drafts.loading(runner()):
-        drafts.current().redundant = redundant
+        STATE.draft.redundant = redundant
         loading.build(original, torch.nn.Module(), num_experts=routed)
     assert built == [slots]
 
@@ -150,7 +157,7 @@ def test_sglangs_loader_fills_every_slot_with_its_expert(ask, rank, rows, strate
     one, layer = loaded(rank)
     assert held(layer) == row[rank * 3 : rank * 3 + 3]
     evidence.check("mlp", layer)
-    assert drafts._reads(one, types.SimpleNamespace(reads=True)) and asked.placement.draft is rows
+    assert drafts._reads(one, make_settings("zigzag")) and asked.plan.draft is rows
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
@@ -162,7 +169,10 @@ def test_slots_that_only_fill_a_rank_up_are_filled_too(ask, rank):
 
 
 def test_the_targets_map_is_not_the_drafts(ask, monkeypatch):
-    """The fault, SGLang's own way up to 0.5.22: the draft's layer 0 is loaded by the target's layer 0."""
+    """Notice the fault: the draft's layer 0 is loaded by the target's layer 0.
+
+    It is SGLang's own way up to 0.5.22.
+    """
     from sglang.srt.layers.moe.fused_moe_triton import layer as engine
 
     table = torch.from_numpy(TARGET.physical_to_logical.astype(np.int64))
@@ -205,7 +215,7 @@ def test_a_draft_that_was_not_filled_ends_the_worker(ask, how, message):
 
 @pytest.mark.parametrize("own", [None, "auto", "dummy"])
 def test_a_dummy_draft_needs_no_evidence(ask, own):
-    """Its load format may be another than the target's."""
+    """Need no evidence, since a draft's load format may be another than the target's."""
     asked = ask(strategy="linear")
     one, _ = loaded(0, experts=())
     one.server_args.speculative_draft_load_format = own
@@ -213,7 +223,7 @@ def test_a_dummy_draft_needs_no_evidence(ask, own):
 
 
 def test_a_slot_of_a_draft_that_nothing_filled_is_noticed(ask, monkeypatch):
-    """The fault: a loader that fills the first of two slots that hold an expert."""
+    """Notice the fault: a loader fills only the first of two slots that hold an expert."""
     asked = ask(Placement([ROW], EXPERTS, (4, 2), (3,)))
     own = draft_layers.DraftLayer.slots_of
     monkeypatch.setattr(draft_layers.DraftLayer, "slots_of", lambda self, e: own(self, e)[:1])
@@ -247,7 +257,7 @@ def test_rows_of_another_draft_are_refused_before_its_weights_come(
 
 
 def test_rows_for_a_draft_in_parts_are_looked_for_in_all_of_them(ask):
-    """SGLang loads each MTP layer as a model of its own when they are chained."""
+    """Look in all parts, since SGLang loads chained MTP layers each as a model of its own."""
     rows = Placement([ROW, ROW[::-1]], EXPERTS, (3, 3), (3, 4))
     ask(rows)
     for part, row in enumerate((ROW, ROW[::-1])):
@@ -301,10 +311,10 @@ def test_a_layer_that_sglang_looks_up_among_the_targets_is_refused_where_there_i
 
 
 def test_the_target_is_no_draft(ask):
-    """Nothing of it is numbered, whatever was loaded before."""
+    """Number nothing of the target, whatever was loaded before."""
     ask(ROWS)
     loaded(0)
-    assert drafts.current() is None
+    assert STATE.draft is None
     layer = make_experts(0, 8)
     with drafts.loading(None):
         drafts.initialize(lambda: make_model(layer))
@@ -313,9 +323,9 @@ def test_the_target_is_no_draft(ask):
 
 
 def test_without_a_placement_a_draft_is_sglangs_own():
-    settings.set_current(None)
+    STATE.settings = None
     layer = make_experts(0, EXPERTS)
     with drafts.loading(runner()):
-        assert drafts.current() is None
+        assert STATE.draft is None
         drafts.initialize(lambda: make_model(layer))
     assert draft_layers.of_layer(layer) is None

@@ -1,4 +1,7 @@
-"""What counts as evidence that a slot was filled by the map in force, and what is refused for want of it."""
+"""Test what counts as evidence that a slot was filled by the map in force.
+
+Also test what is refused for want of it.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,16 @@ import torch
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.placement import Placement
-from moe_placement_plugin.engines.sglang import evidence, loading, settings
+from moe_placement_plugin.engines.sglang import evidence, loading
+from moe_placement_plugin.engines.sglang.state import STATE
+from tests.support.sglang_settings import make_settings
 
 
 class Weights(torch.nn.Module):
-    """As much of a ``FusedMoE`` as loaders and checks look at: layer 1, rank 1 of 2, three slots."""
+    """Stand in for a ``FusedMoE`` of layer 1, rank 1 of 2, with three slots.
+
+    It has as much as loaders and checks look at.
+    """
 
     def __init__(self, names=("w13_weight", "w2_weight"), biases=False, with_bias=False):
         super().__init__()
@@ -30,17 +38,23 @@ class Weights(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def placed():
-    """A placement of 4 experts in 6 slots on 2 ranks for layer 1, in force in this process: rank 1 holds 2, 0 and 3."""
+    """Put a placement of 4 experts in 6 slots on 2 ranks for layer 1 into force in this process.
+
+    Rank 1 holds 2, 0 and 3.
+    """
     placement = Placement([[3, 1, 0, 2, 0, 3]], 4, (3, 3), (1,))
-    settings.set_current(settings.Settings("custom", placement=placement))
+    STATE.settings = make_settings("custom", placement)
     evidence.forget()
     yield placement
-    settings.set_current(None)
+    STATE.settings = None
     evidence.forget()
 
 
 def load(layer, weight, shard, experts=range(4), leave_out=(), slot_of=None):
-    """What SGLang's loader does with a tensor per expert, by the map in force unless ``slot_of`` says otherwise."""
+    """Load a tensor per expert as SGLang's loader does.
+
+    It goes by the map in force unless ``slot_of`` says otherwise.
+    """
     held = evidence.experts_of_slots(layer).tolist()
 
     def by_the_map(self, param, loaded, name, shard, expert):
@@ -74,7 +88,10 @@ def test_a_layer_with_biases_passes_when_they_came():
 
 @pytest.mark.parametrize("weight", ["w13_weight_bias", "w2_weight_bias"])
 def test_biases_that_the_checkpoint_lacks_are_noticed(weight):
-    """A bias comes under the shard of its weight, which is no evidence of the bias."""
+    """Notice a lacking bias, though its weight came.
+
+    A bias comes under the shard of its weight, which is no evidence of the bias.
+    """
     layer = Weights(biases=True, with_bias=True)
     whole(layer)
     for other, shard in BIASES:
@@ -103,7 +120,7 @@ def test_a_bias_that_is_not_there_for_every_slot_is_noticed(fault, message):
 
 @pytest.mark.parametrize("biases", [False, True])
 def test_a_model_without_biases_needs_none(biases):
-    """MXFP4 layers have bias parameters, of zeros, for models without biases too."""
+    """Pass MXFP4 layers, which have bias parameters, of zeros, for models without biases too."""
     layer = Weights(biases=biases)
     whole(layer)
     evidence.check("mlp", layer)
@@ -121,7 +138,7 @@ def test_a_layer_of_which_nothing_was_seen_is_refused():
 
 
 def test_a_weight_of_which_nothing_was_seen_is_refused():
-    """The loader brings w13 by the map and copies w2 by position, past ``FusedMoE``."""
+    """Refuse a loader that brings w13 by the map and copies w2 by position, past ``FusedMoE``."""
     layer = Weights()
     for shard in ("w1", "w3"):
         load(layer, "w13_weight", shard)
@@ -198,13 +215,19 @@ def test_the_map_in_force_counts_not_that_of_the_start(monkeypatch):
 
 
 def load_draft(layer, experts=range(5), leave_out=()):
-    """By a draft's own order: expert e in physical slot e, of which rank 1 has those from 3 on."""
+    """Load by a draft's own order: expert e in physical slot e.
+
+    Rank 1 has the slots from 3 on.
+    """
     for weight, shard in (("w13_weight", "w1"), ("w13_weight", "w3"), ("w2_weight", "w2")):
         load(layer, weight, shard, experts, leave_out, lambda e: [e - 3] if e > 2 else [])
 
 
 def test_a_draft_is_loaded_by_its_own_order():
-    """From 0.5.23 on, SGLang says which layers its map is not for. Slots beyond the draft's experts may stay empty."""
+    """Load layers that SGLang's map is not for, as SGLang says from 0.5.23 on.
+
+    Slots beyond the draft's experts may stay empty.
+    """
     layer = Weights()
     object.__setattr__(layer, "uses_expert_location", False)
     assert evidence.experts_of_slots(layer).tolist() == [3, 4, 5]
@@ -235,7 +258,7 @@ def test_a_gguf_file_is_refused_by_name():
 
 
 def test_a_layer_without_experts_of_its_own_number_has_no_evidence(monkeypatch):
-    """Evidence of one layer is none of another."""
+    """Take evidence of one layer as none of another."""
     layer, other = Weights(), Weights()
     object.__setattr__(other, "layer_id", 7)
     whole(layer)

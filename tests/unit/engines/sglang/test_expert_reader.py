@@ -1,6 +1,6 @@
-"""Reading single experts through a model's own loader.
+"""Read single experts through a model's own loader.
 
-Models of several habits, and a real checkpoint.
+The models have several habits, and the checkpoint is real.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.sglang import expert_reader
-from moe_placement_plugin.engines.sglang.state import worker
+from moe_placement_plugin.engines.sglang.state import STATE
 
 LAYERS, EXPERTS, WIDTH, HIDDEN = (1, 2), 6, 4, 8
 
 
 class Layer(torch.nn.Module):
-    """As much of SGLang's ``FusedMoE`` as loading needs.
+    """Stand in for SGLang's ``FusedMoE``, as much as loading needs.
 
     Which slot holds what is ``held``, logical expert by slot.
     """
@@ -101,7 +101,7 @@ class Model(torch.nn.Module):
 
 
 class Threaded(Model):
-    """Loads in threads, in another order than the checkpoint's, as DeepSeek does."""
+    """Load in threads, in another order than the checkpoint's, as DeepSeek does."""
 
     def go(self, calls):
         with ThreadPoolExecutor(3) as pool:
@@ -109,7 +109,7 @@ class Threaded(Model):
 
 
 class Fused(Model):
-    """One tensor per layer for all experts, gate and up in one."""
+    """Load one tensor per layer for all experts, gate and up in one."""
 
     def calls_of(self, name, tensor):
         if name == "dense":
@@ -142,11 +142,11 @@ def tensors(fused: bool) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    monkeypatch.setattr(worker.names, "known", None)
+    monkeypatch.setattr(STATE.names, "known", None)
 
 
 def loaded(kind, folder, prefix: str = ""):
-    """A model of experts 0, 2 and 4, loaded from a checkpoint while names were noted."""
+    """Load a model of experts 0, 2 and 4 from a checkpoint while names are noted."""
     content = tensors(kind is Fused)
     save_file(content, folder / "model.safetensors")
     model = kind([0, 2, 4])
@@ -207,7 +207,7 @@ def test_experts_are_read_through_the_models_loader(kind, tmp_path):
 def test_names_with_a_prefix(tmp_path):
     model, content = loaded(Model, tmp_path, prefix="target.")
     out = [torch.empty(2 * WIDTH, HIDDEN), torch.empty(HIDDEN, WIDTH)]
-    names = worker.names.known
+    names = STATE.names.known
     for key in list(names.of):
         assert all(name.startswith("target.") for name in names.of[key])
     load = model.load_weights

@@ -1,4 +1,7 @@
-"""The flags, from the command line, YAML and `sglang.Engine`, to the resolved placement; and every refusal."""
+"""Follow the flags to the resolved placement, and check every refusal.
+
+They come from the command line, YAML and `sglang.Engine`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ import pytest
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.sglang import resolve as plan
-from moe_placement_plugin.engines.sglang import settings
+from moe_placement_plugin.engines.sglang.slots import fill_up
+from moe_placement_plugin.engines.sglang.state import SENTINEL, STATE, settings_of
 from moe_placement_plugin.formats.plan_json import read_plan
 from moe_placement_plugin.formats.plan_or_load import write
 from moe_placement_plugin.formats.sglang import to_sglang
@@ -24,19 +28,22 @@ from moe_placement_plugin.strategies.registry import get_strategy
 def plugins():
     from sglang.srt.plugins import load_plugins
 
-    settings.set_current(None)
+    STATE.settings = None
     load_plugins()
     yield
-    settings.set_current(None)
+    STATE.settings = None
 
 
 def arguments(model, *more: str) -> list[str]:
-    common = "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch --grammar-backend none"
+    common = (
+        "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch "
+        "--grammar-backend none"
+    )
     return ["--model-path", str(model), *common.split(), *more]
 
 
 def resolve(argv: list[str]):
-    """What a server does with its command line before it starts any process."""
+    """Do what a server does with its command line before it starts any process."""
     from sglang.srt.server_args import prepare_server_args
 
     server_args = prepare_server_args(argv)
@@ -60,18 +67,18 @@ def test_a_strategy_becomes_the_engines_placement(models, strategy):
     server_args = resolve(
         arguments(models["qwen32"], *TWO, "--expert-placement-strategy", strategy)
     )
-    asked = settings.of(server_args)
-    assert server_args.init_expert_location == settings.SENTINEL
-    assert asked.placement.layer_ids == (0, 1, 2, 3)
-    assert asked.placement.slots_per_rank == (16, 16)
+    asked = settings_of(server_args)
+    assert server_args.init_expert_location == SENTINEL
+    assert asked.plan.layer_ids == (0, 1, 2, 3)
+    assert asked.plan.slots_per_rank == (16, 16)
     zigzag = [*range(0, 32, 2), *range(1, 32, 2)]
     expected = zigzag if strategy in ("zigzag", "round_robin") else list(range(32))
-    assert asked.placement.physical_to_logical.tolist() == [expected] * 4
+    assert asked.plan.physical_to_logical.tolist() == [expected] * 4
 
 
 def test_without_the_flags_the_arguments_are_stock(models):
     server_args = resolve(arguments(models["qwen32"], *TWO))
-    assert settings.of(server_args) is None
+    assert settings_of(server_args) is None
     assert server_args.init_expert_location == "trivial"
 
 
@@ -80,17 +87,17 @@ def test_the_settings_survive_pickling_and_announce_themselves(models):
         arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "zigzag")
     )
     packed = pickle.dumps(server_args)
-    settings.set_current(None)
+    STATE.settings = None
     copy = pickle.loads(packed)
-    assert settings.of(copy).placement == settings.of(server_args).placement
-    assert settings.current() is settings.of(copy)
+    assert settings_of(copy).plan == settings_of(server_args).plan
+    assert STATE.settings is settings_of(copy)
 
 
 def test_yaml_config(models, tmp_path):
     config = tmp_path / "server.yaml"
     config.write_text("tp-size: 2\nep-size: 2\nexpert-placement-strategy: zigzag\n")
     server_args = resolve(arguments(models["qwen32"], "--config", str(config)))
-    assert settings.of(server_args).placement.strategy == "zigzag"
+    assert settings_of(server_args).plan.strategy == "zigzag"
 
 
 def test_engine_arguments(models):
@@ -103,10 +110,10 @@ def test_engine_arguments(models):
         ep_size=2,
         expert_placement_strategy="zigzag",
     )
-    assert settings.of(server_args).strategy == "zigzag"
-    assert server_args.init_expert_location == settings.SENTINEL
+    assert settings_of(server_args).strategy == "zigzag"
+    assert server_args.init_expert_location == SENTINEL
     plain = Engine.server_args_class(model_path=str(models["qwen32"]), device="cpu")
-    assert settings.of(plain) is None and plain.init_expert_location == "trivial"
+    assert settings_of(plain) is None and plain.init_expert_location == "trivial"
 
 
 @pytest.mark.parametrize("name", ["permutation", "permutation-sglang"])
@@ -114,7 +121,7 @@ def test_a_plan_file_decides_alone(models, files, name):
     server_args = resolve(
         arguments(models["qwen32"], *TWO, "--expert-placement-file", str(files[name]))
     )
-    rows = settings.of(server_args).placement.physical_to_logical
+    rows = settings_of(server_args).plan.physical_to_logical
     assert len({tuple(row) for row in rows.tolist()}) == 4
 
 
@@ -128,9 +135,9 @@ def test_a_recorded_load_is_planned_with_the_engines_redundant_experts(models, f
         "--ep-num-redundant-experts",
         "4",
     )
-    asked = settings.of(resolve(arguments(models["qwen32"], *TWO, *flags)))
-    assert asked.placement.num_slots == 36 and asked.placement.slots_per_rank == (18, 18)
-    assert asked.placement.replica_counts.max() == 2
+    asked = settings_of(resolve(arguments(models["qwen32"], *TWO, *flags)))
+    assert asked.plan.num_slots == 36 and asked.plan.slots_per_rank == (18, 18)
+    assert asked.plan.replica_counts.max() == 2
 
 
 @pytest.mark.parametrize(
@@ -153,12 +160,12 @@ def test_uneven_counts_are_padded_with_replicas(
     server_args = resolve(
         arguments(models[f"qwen{experts}"], *flags, "--expert-placement-strategy", "balanced")
     )
-    asked = settings.of(server_args)
+    asked = settings_of(server_args)
     from moe_placement_plugin.engines.sglang.compat import resolved
 
-    assert asked.padding == padding
+    assert asked.placement.padding == padding
     assert resolved(server_args).ep_num_redundant_experts == wanted + padding
-    assert asked.placement.is_even and asked.placement.num_redundant == wanted + padding
+    assert asked.plan.is_even and asked.plan.num_redundant == wanted + padding
     assert len(said) == bool(padding)
     assert all(f"{padding} redundant slots per layer are added" in line for line in said)
 
@@ -170,23 +177,20 @@ def test_together_with_the_recording_of_the_load(models, tmp_path):
         "--expert-load-record",
         str(tmp_path / "load.safetensors"),
     )
-    assert (
-        settings.of(resolve(arguments(models["qwen32"], *TWO, *flags))).placement.strategy
-        == "zigzag"
-    )
+    assert settings_of(resolve(arguments(models["qwen32"], *TWO, *flags))).plan.strategy == "zigzag"
 
 
 def test_moe_layers_only_are_placed(models):
-    asked = settings.of(
+    asked = settings_of(
         resolve(arguments(models["glm"], *TWO, "--expert-placement-strategy", "zigzag"))
     )
-    assert asked.placement.layer_ids == (1, 2, 3)
-    assert len(to_sglang(asked.placement, 4)["physical_to_logical_map"]) == 4
+    assert asked.plan.layer_ids == (1, 2, 3)
+    assert len(to_sglang(asked.plan, 4)["physical_to_logical_map"]) == 4
 
 
 def test_ep_smaller_than_tp(models):
     flags = ("--tp-size", "4", "--ep-size", "2", "--expert-placement-strategy", "zigzag")
-    assert settings.of(resolve(arguments(models["qwen32"], *flags))).placement.num_ranks == 2
+    assert settings_of(resolve(arguments(models["qwen32"], *flags))).plan.num_ranks == 2
 
 
 def test_an_uneven_plan_of_vllm_keeps_its_experts_and_is_filled_up(models, files):
@@ -198,7 +202,7 @@ def test_an_uneven_plan_of_vllm_keeps_its_experts_and_is_filled_up(models, files
         "--expert-placement-file",
         str(files["uneven-four-ranks"]),
     )
-    placement = settings.of(resolve(arguments(models["qwen30"], *flags))).placement
+    placement = settings_of(resolve(arguments(models["qwen30"], *flags))).plan
 
     given = read_plan(files["uneven-four-ranks"])
     assert placement.slots_per_rank == (8, 8, 8, 8)
@@ -222,7 +226,7 @@ def test_redundancy_decides_the_dispatch(models):
 def test_fill_up_takes_experts_that_the_rank_lacks():
     from moe_placement_plugin.core.placement import Placement
 
-    filled = plan.fill_up(Placement([[0, 1, 2, 3, 4]], 5, (3, 2)), 3)
+    filled = fill_up(Placement([[0, 1, 2, 3, 4]], 5, (3, 2)), 3)
     assert filled.physical_to_logical.tolist() == [[0, 1, 2, 3, 4, 0]]
 
 
@@ -245,7 +249,8 @@ def test_unknown_strategy_in_python(models):
 
     with pytest.raises(
         PlacementError,
-        match="unknown expert placement strategy 'spiral': choose one of linear, balanced, zigzag, eplb",
+        match="unknown expert placement strategy 'spiral': choose one of linear, balanced, "
+        "zigzag, eplb",
     ):
         Engine.server_args_class(
             model_path=str(models["qwen32"]), expert_placement_strategy="spiral"
@@ -286,7 +291,7 @@ def test_missing_file(models, tmp_path):
 
 def test_plan_with_redundant_experts_fits_when_asked_for(models, files):
     flags = ("--expert-placement-file", str(files["redundant"]), "--ep-num-redundant-experts", "4")
-    assert settings.of(resolve(arguments(models["qwen32"], *TWO, *flags))).placement.num_slots == 36
+    assert settings_of(resolve(arguments(models["qwen32"], *TWO, *flags))).plan.num_slots == 36
 
 
 def test_eplb_without_a_load(models):
@@ -391,7 +396,7 @@ def test_a_changed_contract_is_named(models, monkeypatch):
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     def weight_loader(self, param, tensor, name, shard, expert):
-        """As a future version might have it."""
+        """Load as a future version might."""
 
     monkeypatch.setattr(FusedMoE, "weight_loader", weight_loader)
     message = refused(arguments(models["qwen32"], *TWO, "--expert-placement-strategy", "zigzag"))
@@ -402,13 +407,16 @@ def test_a_changed_contract_is_named(models, monkeypatch):
 
 
 def test_hosts_with_and_without_the_heads_file(models, files, tmp_path):
-    """What each host makes of the same flags: --nnodes 2, the file on the head only, or not what it should be."""
+    """Compare what each host makes of the same flags.
+
+    They are --nnodes 2, with the file on the head only, or not what it should be.
+    """
     two = (*TWO, "--nnodes", "2", "--dist-init-addr", "10.0.0.1:5000", "--node-rank")
     absent = str(tmp_path / "absent.json")
     eplb = ("--expert-placement-strategy", "eplb", "--expert-placement-file")
 
     def asked(*more: str):
-        return settings.of(resolve(arguments(models["glm"], *more)))
+        return settings_of(resolve(arguments(models["glm"], *more)))
 
     head = asked(
         *two,
@@ -421,21 +429,22 @@ def test_hosts_with_and_without_the_heads_file(models, files, tmp_path):
         "20",
     )
     assert (
-        head.placement.metadata["node_of_rank"] == [0, 1]
-        and head.host_timeout == 20
+        head.plan.metadata["node_of_rank"] == [0, 1]
+        and head.hosts.timeout == 20
         and not head.adopts
     )
     for second in (
         asked(*two, "1", *eplb, absent),
         asked(*two, "1", "--expert-placement-strategy", "eplb"),
     ):
-        assert second.adopts and second.placement is None and second.error is None
-    # An error that may be this host's only is told to the others by the workers; on one host it is raised at once.
+        assert second.adopts and second.plan is None and second.hosts.error is None
+    # An error that may be this host's only is told to the others by the workers; on one host it is
+    # raised at once.
     other = asked(*two, "1", "--expert-placement-file", str(files["other-experts"]))
-    assert "is a plan for 30 experts" in other.error and other.placement is None
-    assert absent in asked(*two, "0", "--expert-placement-file", absent).error
+    assert "is a plan for 30 experts" in other.hosts.error and other.plan is None
+    assert absent in asked(*two, "0", "--expert-placement-file", absent).hosts.error
     assert absent in refused(arguments(models["glm"], *TWO, "--expert-placement-file", absent))
-    assert asked(*two, "1", "--expert-placement-strategy", "zigzag").nodes == 2
+    assert asked(*two, "1", "--expert-placement-strategy", "zigzag").hosts.nodes == 2
     zigzag = (*TWO, "--expert-placement-strategy", "zigzag")
     assert "there is no other host" in refused(
         arguments(models["glm"], *zigzag, "--expert-host-timeout", "20")
@@ -464,17 +473,21 @@ def test_every_strategy_is_offered():
 
 _SNAPSHOT = """
 import sys, types, importlib
-MODULES = ["sglang.srt.server_args", "sglang.srt.entrypoints.engine", "sglang.srt.eplb.expert_location",
-           "sglang.srt.eplb.expert_location_dispatch", "sglang.srt.layers.moe.topk", "sglang.srt.layers.moe.fused_moe_native",
+MODULES = ["sglang.srt.server_args", "sglang.srt.entrypoints.engine", \
+"sglang.srt.eplb.expert_location",
+           "sglang.srt.eplb.expert_location_dispatch", "sglang.srt.layers.moe.topk", \
+"sglang.srt.layers.moe.fused_moe_native",
            "sglang.srt.layers.moe.fused_moe_triton.layer", "sglang.srt.model_executor.model_runner",
-           "sglang.srt.eplb.eplb_manager", "sglang.srt.eplb.eplb_algorithms", "sglang.srt.managers.scheduler"]
+           "sglang.srt.eplb.eplb_manager", "sglang.srt.eplb.eplb_algorithms", \
+"sglang.srt.managers.scheduler"]
 for name in MODULES:
     importlib.import_module(name)
 
 def snapshot():
     seen = {}
     for name, module in list(sys.modules.items()):
-        if not name.startswith("sglang") or not isinstance(module, types.ModuleType) or name.startswith("sglang.srt.plugins"):
+        if not name.startswith("sglang") or not isinstance(module, types.ModuleType) \
+or name.startswith("sglang.srt.plugins"):
             continue
         for attribute, value in list(vars(module).items()):
             if attribute.startswith("__"):
@@ -488,7 +501,8 @@ def snapshot():
 
 from sglang.srt.plugins import load_plugins
 before = snapshot()
-keep = [vars(m).copy() for n, m in list(sys.modules.items()) if n.startswith("sglang")]  # no id may be reused
+keep = [vars(m).copy() for n, m in list(sys.modules.items()) if n.startswith("sglang")] \
+ # no id may be reused
 load_plugins()
 after = snapshot()
 for key in sorted(before):
@@ -548,7 +562,7 @@ prepare_server_args({arguments(models["qwen32"], *TWO, "--expert-placement-strat
 
 
 def test_a_quantization_that_only_modelopts_file_names_is_known(models, tmp_path):
-    """The fault: reading ``config.json`` alone, which says nothing of it."""
+    """Notice the fault: reading ``config.json`` alone, which says nothing of it."""
     import json
     import shutil
 
@@ -580,7 +594,7 @@ def test_ray_is_refused_where_its_engine_was_imported(models, monkeypatch):
 
 
 def with_draft(files, tmp_path, experts=32, slots=(16, 16), layer_ids=(4,)) -> str:
-    """A plan for qwen32 with rows for a draft."""
+    """Write a plan for qwen32 with rows for a draft, and return its path."""
     from moe_placement_plugin.core.placement import Placement
 
     found = read_plan(files["permutation"])
@@ -600,7 +614,7 @@ def speculation(draft) -> tuple[str, ...]:
 
 
 def test_rows_for_a_draft_go_to_the_workers(models, files, tmp_path):
-    """Of the target's checkpoint, or of another one; ranks may be unequal."""
+    """Send rows of the target's checkpoint, or of another one; ranks may be unequal."""
     for draft, experts, slots in (("qwen32", 32, (16, 16)), ("qwen30", 30, (20, 10))):
         file = with_draft(files, tmp_path, experts, slots)
         server_args = resolve(
@@ -608,8 +622,8 @@ def test_rows_for_a_draft_go_to_the_workers(models, files, tmp_path):
                 models["qwen32"], *TWO, *speculation(models[draft]), "--expert-placement-file", file
             )
         )
-        settings.set_current(None)
-        rows = settings.of(pickle.loads(pickle.dumps(server_args))).placement.draft
+        STATE.settings = None
+        rows = settings_of(pickle.loads(pickle.dumps(server_args))).plan.draft
         assert rows.layer_ids == (4,) and rows.slots_per_rank == slots
 
 
@@ -671,7 +685,12 @@ def test_a_recording_without_a_token_is_refused(models, tmp_path):
     empty.write_text(json.dumps({"logical_count": [[0] * 32] * 4}))
     message = refused(
         arguments(
-            models["qwen32"], *TWO, "--expert-placement-strategy", "eplb", "--expert-placement-file", str(empty),
+            models["qwen32"],
+            *TWO,
+            "--expert-placement-strategy",
+            "eplb",
+            "--expert-placement-file",
+            str(empty),
         )
-    )  # fmt: skip
+    )
     assert "empty.json" in message

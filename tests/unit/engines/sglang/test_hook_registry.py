@@ -1,4 +1,7 @@
-"""Hooks through SGLang's registry: applied once, undone, refused on another contract, missed when the registry fails."""
+"""Test hooks through SGLang's registry.
+
+They are applied once, undone, refused on another contract, and missed when the registry fails.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ class Box:
 
 @pytest.fixture
 def engine(monkeypatch):
-    """Two modules of a made-up engine: one defines a function, the other has imported it by name."""
+    """Make two modules of a made-up engine.
+
+    One defines a function, the other has imported it by name.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     home, user = types.ModuleType("made_up_home"), types.ModuleType("made_up_user")
@@ -133,8 +139,8 @@ def test_uncounted_hooks_leave_no_counter_to_trace(engine):
 
 
 def test_every_worker_hook_says_why_and_when_it_can_go():
-    from moe_placement_plugin.engines.sglang.patches import hooks
+    from moe_placement_plugin.engines.sglang.patches import placement_set
 
-    for patch in hooks():
+    for patch in placement_set():
         assert patch.why and patch.removable_when and patch.relies_on, patch.name
         assert patch.check() is None, patch.name

@@ -1,4 +1,4 @@
-"""What SGLang's schedulers do about the other hosts, in two processes without an engine."""
+"""Test what SGLang's schedulers do about other hosts, in two processes without an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin import Placement
-from moe_placement_plugin.engines.sglang.settings import Settings
+from moe_placement_plugin.engines.common.settings import HostSettings, Settings
+from tests.support.sglang_settings import make_settings
 
 PLAN = Placement(
     [np.random.default_rng(layer).permutation(16) for layer in range(3)],
@@ -30,12 +31,16 @@ STALE = Placement(
 
 
 def scheduler(rank: int, port: int, cases: list[Settings], pipe) -> None:
-    """`hosts.agree` on one host, case after case; sends the digest of the placement that each ends with, or the error."""
+    """Run `hosts.agree` on one host, case after case.
+
+    It sends the digest of the placement that each ends with, or the error.
+    """
     import os
 
     import torch.distributed as dist
 
-    from moe_placement_plugin.engines.sglang import hosts, settings
+    from moe_placement_plugin.engines.sglang import hosts
+    from moe_placement_plugin.engines.sglang.state import STATE
 
     os.environ["NCCL_HOSTID"] = f"host {rank}"
     hosts.real_topology = lambda: None  # needs SGLang's own groups
@@ -46,12 +51,12 @@ def scheduler(rank: int, port: int, cases: list[Settings], pipe) -> None:
         dist.init_process_group(
             "gloo", store=dist.PrefixStore(f"world {number}", store), rank=rank, world_size=2
         )
-        settings.set_current(asked)
-        hosts.session._agreed = None  # as in a process that has just begun
+        STATE.settings = asked
         try:
             hosts.agree(asked)
-            hosts.agree(asked)  # a second model runner of the process asks again: nothing happens
-            pipe.send((asked.placement.digest, asked.adopts, hosts.session.agreed().node_of_rank))
+            # A second model runner of the process asks again: nothing happens.
+            found = hosts.agree(STATE.settings)
+            pipe.send((found.plan.digest, found.adopts, hosts.session.agreed().node_of_rank))
         except Exception:
             pipe.send(traceback.format_exc())
         hosts.session.close_session()
@@ -60,7 +65,7 @@ def scheduler(rank: int, port: int, cases: list[Settings], pipe) -> None:
 
 
 def on_two_hosts(cases: list[tuple[Settings, Settings]]) -> list[tuple]:
-    """What both hosts end with, case by case."""
+    """Return what both hosts end with, case by case."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -88,22 +93,18 @@ def on_two_hosts(cases: list[tuple[Settings, Settings]]) -> list[tuple]:
 
 
 def settings_of(**more) -> Settings:
-    return Settings(
-        **{
-            "strategy": "eplb",
-            "file": "/plans/plan.json",
-            "nodes": 2,
-            "placement": PLAN,
-            "host_timeout": 20.0,
-        }
-        | more
+    hosts = HostSettings(20.0, 2, more.get("adopts", False), more.get("error"))
+    return make_settings(
+        more.get("strategy", "eplb"),
+        more.get("placement", PLAN),
+        source="/plans/plan.json",
+        hosts=hosts,
     )
 
 
 DIFFERENT = {
-    f"has placement {STALE.digest[:12]} from /plans/plan.json, the head has placement {PLAN.digest[:12]}": {
-        "placement": STALE
-    },
+    f"has placement {STALE.digest[:12]} from /plans/plan.json, the head has placement "
+    f"{PLAN.digest[:12]}": {"placement": STALE},
     "cannot have what was asked for: /plans/plan.json is a plan for 8 ranks": {
         "placement": None,
         "error": "/plans/plan.json is a plan for 8 ranks",

@@ -1,4 +1,4 @@
-"""Layers, routing and the CPU engine's experts, without an engine."""
+"""Test layers, routing and the CPU engine's experts, without an engine."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ import torch
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.placement import Placement
 from moe_placement_plugin.engines.sglang import (
+    carrier,
+    combination,
     cpu,
     direct,
+    kernel_configs,
     loading,
     patches,
     routing,
-    settings,
-    support,
 )
+from moe_placement_plugin.engines.sglang.state import STATE, settings_of
+from tests.support.sglang_settings import make_settings
 
 
 @pytest.fixture
 def placed():
-    """A placement of 4 experts in 6 slots on 2 ranks for layer 1, in force in this process."""
+    """Put a placement of 4 experts in 6 slots on 2 ranks for layer 1 into force in this process."""
     placement = Placement([[3, 1, 0, 2, 0, 3]], 4, (3, 3), (1,))
-    settings.set_current(settings.Settings("custom", placement=placement))
+    STATE.settings = make_settings("custom", placement)
     yield placement
-    settings.set_current(None)
+    STATE.settings = None
 
 
 def make_layer(num_experts: int, hidden: int = 8, width: int = 6, seed: int = 0):
@@ -104,7 +107,10 @@ def test_local_slots_repeats_no_slot_and_keeps_the_weights():
 
 
 def test_torch_compiles_experts_of_all_ranks_add_up_to_the_whole_layer():
-    """`fused_moe_forward_native`, for the one token that SGLang compiles it for; by itself it takes -1 for the last slot of a rank."""
+    """Run `fused_moe_forward_native` for the one token that SGLang compiles it for.
+
+    By itself it takes -1 for the last slot of a rank.
+    """
     from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
     from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
@@ -148,7 +154,7 @@ def test_redundant_slots_are_added_to_layers_that_leave_them_out(placed):
     loading.build(
         original, layer, num_experts=5, hidden_size=8, layer_id=1, num_fused_shared_experts=1
     )
-    settings.set_current(None)
+    STATE.settings = None
     loading.build(original, layer, num_experts=4, hidden_size=8, layer_id=1)
     assert built == [6, 6, 7, 4]
 
@@ -206,7 +212,7 @@ def test_replicas_are_picked_by_row_as_sglang_does_from_0_5_17(placed, monkeypat
 
 
 def test_a_padded_token_goes_to_no_expert(placed, monkeypatch):
-    """-1, which as an index is the last expert; planted in every table of ours."""
+    """Plant -1, which as an index is the last expert, in every table of ours."""
     from sglang.srt.layers.moe import utils
 
     none = types.SimpleNamespace(is_none=lambda: True)
@@ -264,7 +270,10 @@ def test_the_dispatch_information_is_there_before_the_router_runs(placed, monkey
 
 
 def test_one_look_up_where_the_dispatcher_has_the_placements_table(placed):
-    """Then neither a model's dispatch information nor ours is used; and both are again when SGLang makes a table of its own."""
+    """Use neither a model's dispatch information nor ours where one look-up does.
+
+    Both are used again when SGLang makes a table of its own.
+    """
     seen = []
 
     def router(hidden_states, router_logits, topk_config, **rest):
@@ -299,12 +308,22 @@ def test_one_look_up_where_the_dispatcher_has_the_placements_table(placed):
 
 
 @pytest.mark.parametrize(
-    "different", [{}, {"a2a_backend": "deepep"}, {"redundant": 2},
-                  *({"options": frozenset({option})} for option in ("enable_eplb", "expert_distribution_recorder_mode", "elastic_ep_backend"))],
-)  # fmt: skip
+    "different",
+    [
+        {},
+        {"a2a_backend": "deepep"},
+        {"redundant": 2},
+        *(
+            {"options": frozenset({option})}
+            for option in ("enable_eplb", "expert_distribution_recorder_mode", "elastic_ep_backend")
+        ),
+    ],
+)
 def test_one_look_up_only_where_nobody_needs_physical_ids(different):
-    assert set(different.get("options", ())) <= set(support.OPTIONS), "one that nobody looks at"
-    assert direct.allowed(support.Combination("0.5.16", **different)) is not bool(different)
+    assert set(different.get("options", ())) <= set(combination.SWITCHES), (
+        "one that nobody looks at"
+    )
+    assert direct.allowed(combination.Combination("0.5.16", **different)) is not bool(different)
 
 
 def test_draft_layers_and_other_models_are_left_alone(placed):
@@ -330,8 +349,8 @@ def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(
     folder.mkdir(parents=True)
     config = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
     (folder / engine.get_config_file_name(60, 96, None)).write_text(json.dumps({"1": config}))
-    (hook,) = (one for one in patches.hooks() if one.name == "tuned-with-redundant-experts")
-    assert loading.redundant_per_rank() == 1
+    (hook,) = (one for one in patches.placement_set() if one.name == "tuned-with-redundant-experts")
+    assert kernel_configs.redundant_per_rank() == 1
     assert hook.check() is None
     original = getattr(engine.get_moe_configs, "__wrapped__", engine.get_moe_configs)
     monkeypatch.setattr(
@@ -346,22 +365,25 @@ def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(
 
 
 def test_the_settings_go_through_json_and_pickle_on_their_way(placed):
-    """SGLang 0.5.16 answers /server_info with every attribute of ServerArgs, and sends them to its workers."""
+    """Survive both, for SGLang 0.5.16 sends every attribute of ServerArgs to its workers.
+
+    It also answers /server_info with all of them.
+    """
     import pickle
 
     from fastapi.encoders import jsonable_encoder
     from sglang.srt.utils.msgspec_utils import msgspec_to_builtins
 
     arguments = types.SimpleNamespace(tp_size=2)
-    settings.attach(arguments, settings.Settings("zigzag", placement=placed, padding=2))
+    carrier.attach(arguments, make_settings("zigzag", placed, padding=2))
     assert (
         json.dumps(jsonable_encoder(msgspec_to_builtins(vars(arguments))))
         == '{"tp_size": 2, "_moe_placement": "zigzag"}'
     )
-    settings.set_current(None)
+    STATE.settings = None
     sent = pickle.loads(pickle.dumps(arguments))
     assert (
-        settings.of(sent).placement == placed
-        and settings.of(sent).padding == 2
-        and settings.current() is settings.of(sent)
+        settings_of(sent).plan == placed
+        and settings_of(sent).placement.padding == 2
+        and STATE.settings is settings_of(sent)
     )

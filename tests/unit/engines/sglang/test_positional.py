@@ -1,4 +1,7 @@
-"""Tensors of all experts, by the loaders of SGLang's `FusedMoE` and gpt-oss, slot by slot on every rank."""
+"""Load tensors of all experts, slot by slot on every rank.
+
+The loaders are those of SGLang's `FusedMoE` and gpt-oss.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import torch
 
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.core.placement import Placement
-from moe_placement_plugin.engines.sglang import evidence, loading, positional, settings
+from moe_placement_plugin.engines.sglang import evidence, loading, positional
+from moe_placement_plugin.engines.sglang.state import STATE
+from tests.support.sglang_settings import make_settings
 
 EXPERTS, HIDDEN, WIDTH = 8, 64, 32
 PLANS = {
@@ -23,21 +28,21 @@ PLANS = {
 def placed(request):
     row, slots = PLANS[request.param]
     placement = Placement([row, row[::-1]], EXPERTS, slots, (0, 1))
-    settings.set_current(settings.Settings("custom", placement=placement))
+    STATE.settings = make_settings("custom", placement)
     evidence.forget()
     yield placement
-    settings.set_current(None)
+    STATE.settings = None
     evidence.forget()
 
 
 def stacked(*shape: int, seed: int) -> torch.Tensor:
-    """A tensor of all experts, every element another, of bytes."""
+    """Make a tensor of all experts, every element another, of bytes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (EXPERTS, *shape), generator=generator).to(torch.uint8)
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """A checkpoint of two MXFP4 layers, as gpt-oss names them."""
+    """Make a checkpoint of two MXFP4 layers, as gpt-oss names them."""
     found = {}
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -63,7 +68,7 @@ PARAMETERS = {
 
 
 def gpt_oss(placement: Placement, rank: int):
-    """Two layers of one rank, which load as `FusedMoE` and `GptOssForCausalLM` do."""
+    """Make two layers of one rank, which load as `FusedMoE` and `GptOssForCausalLM` do."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     class Experts(FusedMoE):
@@ -102,7 +107,7 @@ def gpt_oss(placement: Placement, rank: int):
 
 @pytest.fixture
 def load_mxfp4(monkeypatch):
-    """gpt-oss's own loader of MXFP4 experts, with our hook round it, for one rank."""
+    """Return gpt-oss's own loader of MXFP4 experts, with our hook round it, for one rank."""
     from sglang.srt.models import gpt_oss as engine
 
     own = engine.GptOssForCausalLM._load_mxfp4_experts_weights
@@ -148,14 +153,14 @@ def test_gpt_oss_without_its_biases_is_refused(placed, load_mxfp4, lacking, para
 
 
 def test_without_the_order_of_the_slots_gpt_oss_in_mxfp4_is_refused(placed, load_mxfp4):
-    """The fault: stock's loader, which copies by position."""
+    """Notice the fault: stock's loader copies by position."""
     model = gpt_oss(placed, 0)
     with pytest.raises(PlacementError, match="layer 0: .*w13_weight of all experts at once"):
         load_mxfp4(model, placed, 0, hook=lambda own, model, weights: own(model, weights))
 
 
 def test_a_loader_that_takes_other_rows_is_refused(placed, load_mxfp4):
-    """The fault: the model cuts more rows for a rank than the rank has slots."""
+    """Notice the fault: the model cuts more rows for a rank than the rank has slots."""
 
     def other(own, model, weights):
         def wrong(model, weights):
@@ -169,7 +174,10 @@ def test_a_loader_that_takes_other_rows_is_refused(placed, load_mxfp4):
 
 
 def fused(placement, rank, experts=EXPERTS, name="mlp.experts.w13_weight"):
-    """What `FusedMoE.weight_loader_fused` is given for layer 1 of a rank, by rows that name their expert."""
+    """Return what `FusedMoE.weight_loader_fused` is given for layer 1 of a rank.
+
+    Rows name their expert.
+    """
     taken = []
     slots = placement.num_slots // placement.num_ranks
     layer = types.SimpleNamespace(layer_id=1, moe_ep_rank=rank, _num_local_routed=slots)
@@ -188,7 +196,10 @@ def test_a_fused_checkpoint_gives_each_rank_the_rows_of_its_slots(placed):
 
 
 def test_after_a_rebalance_a_fused_checkpoint_follows_the_map_in_force(placed, monkeypatch):
-    """The fault: the placement of the start, by which routing does not go any more."""
+    """Notice the fault: the placement of the start is used.
+
+    Routing does not go by it any more.
+    """
     now = torch.from_numpy(placed.physical_to_logical.copy())[:, torch.randperm(placed.num_slots)]
     metadata = types.SimpleNamespace(
         physical_to_logical_map_cpu=now, num_layers=2, num_logical_experts=EXPERTS
@@ -212,7 +223,10 @@ def test_fused_weights_of_unknown_experts_are_refused(placed):
 
 
 def test_a_drafts_fused_checkpoint_keeps_its_own_order(placed):
-    """From 0.5.23 on a draft routes by logical ids: rows in the target's order would be other experts."""
+    """Keep rows in the draft's own order, for from 0.5.23 on a draft routes by logical ids.
+
+    Rows in the target's order would be other experts.
+    """
     slots = placed.num_slots // placed.num_ranks
     for rank in range(placed.num_ranks):
         taken = []

@@ -1,4 +1,7 @@
-"""New weights for a model that serves: what is refused, what is forgotten, and what is made anew. Without an engine."""
+"""Test new weights for a model that serves, without an engine.
+
+They show what is refused, what is forgotten, and what is made anew.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,14 @@ from moe_placement_plugin.engines.sglang import (
     evidence,
     expert_reader,
     reload,
-    settings,
     slot_digests,
-    verification,
 )
-from moe_placement_plugin.engines.sglang.state import Eplb, worker
+from moe_placement_plugin.engines.sglang.state import STATE, Eplb
+from tests.support.sglang_settings import make_settings
 
 
 def make_model():
-    """A model with a ``FusedMoE`` of two slots, and something else."""
+    """Make a model with a ``FusedMoE`` of two slots, and something else."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     class Experts(FusedMoE):
@@ -43,9 +45,9 @@ def make_model():
 
 @pytest.fixture
 def runner(monkeypatch):
-    """A runner of rank 0 of one whose experts are placed and were verified."""
+    """Return a runner of rank 0 of one whose experts are placed and were verified."""
     placement = Placement([[1, 0]], 2, (2,), (1,))
-    settings.set_current(settings.Settings("custom", placement=placement))
+    STATE.settings = make_settings("custom", placement)
     model = make_model()
     object.__setattr__(model, slot_digests._EXPECTED, {1: "as loaded"})
     group = types.SimpleNamespace(cpu_group=None, world_size=1, rank_in_group=0)
@@ -60,7 +62,7 @@ def runner(monkeypatch):
     yield types.SimpleNamespace(
         model=model, is_draft_worker=False, server_args=types.SimpleNamespace()
     )
-    settings.set_current(None)
+    STATE.settings = None
     evidence.forget()
 
 
@@ -69,7 +71,11 @@ def updater(runner):
 
 
 def from_tensor(runner, names, load_format=None, does=lambda: (True, "Success")):
-    """An update by SGLang's `update_weights_from_tensor`; what it answers, and what reached the original."""
+    """Update by SGLang's `update_weights_from_tensor`.
+
+    Returns:
+        What it answers, and what reached the original.
+    """
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
     seen = []
@@ -101,15 +107,15 @@ def test_a_direct_update_of_other_tensors_goes_on(runner):
 
 
 def test_without_a_placement_nothing_is_refused(runner):
-    settings.set_current(None)
+    STATE.settings = None
     (succeeded, _), seen = from_tensor(runner, ["experts.w2_weight"], "direct")
     assert succeeded and seen
 
 
 def test_digests_of_old_weights_are_forgotten_and_taken_anew(runner):
-    before = reload.generation()
+    before = STATE.generation
     assert from_tensor(runner, ["experts.w2_weight"])[0] == (True, "Success")
-    assert reload.generation() == before + 1
+    assert STATE.generation == before + 1
     assert not slot_digests.digests_known(runner.model)
     assert slot_digests.renew(runner.model)
     assert getattr(runner.model, slot_digests._EXPECTED) == {1: "anew"}
@@ -157,9 +163,9 @@ def test_an_error_of_sglangs_own_stays_one(runner):
 
 def test_a_drafts_update_changes_nothing_of_the_target(runner):
     draft = types.SimpleNamespace(model=make_model(), is_draft_worker=True)
-    before = reload.generation()
+    before = STATE.generation
     (succeeded, _), seen = from_tensor(draft, ["experts.w2_weight"], "direct")
-    assert succeeded and seen and reload.generation() == before
+    assert succeeded and seen and STATE.generation == before
     assert slot_digests.digests_known(runner.model)
 
 
@@ -182,24 +188,24 @@ def test_released_weights_are_nobodys_until_they_are_back(runner, saver, backup,
 def test_slots_are_not_sent_to_another_server(runner):
     succeeded, message = reload.send(lambda *_: (True, ""), None)
     assert not succeeded and "by position" in message
-    settings.set_current(None)
+    STATE.settings = None
     assert reload.send(lambda *_: (True, ""), None) == (True, "")
 
 
 def test_before_a_rebalance_digests_are_taken_anew(runner, monkeypatch):
-    monkeypatch.setattr(verification, "current", lambda: object())
+    monkeypatch.setattr(eplb, "verifies", lambda: True)
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
     from_tensor(runner, [])
     assert eplb._can_verify(runner.model)
     assert getattr(runner.model, slot_digests._EXPECTED) == {1: "anew"}
     from_tensor(runner, [], does=lambda: (False, "out of memory"))
     assert not eplb._can_verify(runner.model), "what moves is not verified, and the server goes on"
-    monkeypatch.setattr(verification, "current", lambda: None)
+    monkeypatch.setattr(eplb, "verifies", lambda: False)
     assert not eplb._can_verify(runner.model)
 
 
 def test_where_ranks_may_be_dead_updated_weights_are_not_waited_for(runner, monkeypatch):
-    monkeypatch.setattr(verification, "current", lambda: object())
+    monkeypatch.setattr(eplb, "verifies", lambda: True)
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: True)
     assert eplb._can_verify(runner.model)
     from_tensor(runner, [])
@@ -211,15 +217,15 @@ def test_where_ranks_may_be_dead_updated_weights_are_not_waited_for(runner, monk
 def test_lost_experts_are_not_read_from_a_checkpoint_that_is_not_served_any_more(
     runner, monkeypatch
 ):
-    settings.current().elastic = True
-    monkeypatch.setattr(worker.names, "known", expert_reader.Names(folder="the old one"))
+    STATE.settings = make_settings("custom", STATE.settings.plan, elastic=True)
+    monkeypatch.setattr(STATE.names, "known", expert_reader.Names(folder="the old one"))
     from_tensor(runner, [])
     with pytest.raises(PlacementError, match="did not come from a safetensors checkpoint"):
         expert_reader.EngineReader(runner.model, {}).read(1, 0, [])
 
 
 def test_tensors_that_an_update_replaced_are_found_again(runner):
-    """The fault: SGLang's list, which keeps the tensors of the start."""
+    """Notice the fault: SGLang's list keeps the tensors of the start."""
     experts = runner.model.experts
     listed = {1: eplb_exchange.slot_tensors(experts)}
     fresh = torch.nn.Parameter(torch.ones(2, 3, 4), requires_grad=False)

@@ -1,4 +1,4 @@
-"""What is refused, and the table in the docs."""
+"""Test what is refused, and the table in the docs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import re
 import pytest
 
 from moe_placement_plugin.core.errors import PlacementError
+from moe_placement_plugin.engines.sglang.combination import Combination
+from moe_placement_plugin.engines.sglang.placement_rules import PLACEMENT_RULES
 from moe_placement_plugin.engines.sglang.support import (
+    EPLB_RULES,
     RIGHT,
     RULES,
-    Combination,
+    VERIFICATION_RULES,
     check,
+    check_placement,
     refusals,
-    table,
 )
-from tests.support.paths import DOCS
 
 PLAIN = Combination(version="0.5.20", architecture="Qwen3MoeForCausalLM")
 
@@ -98,7 +100,7 @@ def with_(**changes) -> Combination:
 )
 def test_refused_with_the_reason(changes, words):
     with pytest.raises(PlacementError) as caught:
-        check(with_(**changes))
+        check_placement(with_(**changes))
     assert re.search(words, str(caught.value)), str(caught.value)
 
 
@@ -129,7 +131,7 @@ def test_refused_with_the_reason(changes, words):
     ],
 )
 def test_allowed(changes):
-    check(with_(**changes))
+    check_placement(with_(**changes))
 
 
 def test_every_rule_can_refuse_and_says_what_to_do_instead():
@@ -174,15 +176,37 @@ def test_every_rule_can_refuse_and_says_what_to_do_instead():
             )
         ),
     ]
-    assert {rule for c in combinations for rule in refusals(c)} == set(RULES)
+    assert {rule for c in combinations for rule in refusals(c)} == set(PLACEMENT_RULES)
     assert all(rule.why and rule.mend for rule in RULES)
     assert all(right.known for right in RIGHT)
 
 
-def test_the_table_in_the_docs_is_up_to_date():
-    text = (DOCS / "sglang.md").read_text()
-    begin, end = (
-        "<!-- table: python -m moe_placement_plugin.engines.sglang.support -->",
-        "<!-- end of table -->",
-    )
-    assert text.partition(begin)[2].partition(end)[0].strip() == table()
+@pytest.mark.parametrize(
+    ("rules", "changes", "words"),
+    [
+        (
+            EPLB_RULES,
+            {"tp_size": 4},
+            "--tp-size 4 and --ep-size 2: .* wrong experts; make them equal",
+        ),
+        (EPLB_RULES, {"pp_size": 2}, "--pp-size 2: .*first pipeline stage"),
+        (EPLB_RULES, {"load_format": "dummy"}, "--load-format dummy: most models list"),
+        (EPLB_RULES, {"plans": True, "algorithm": "deepseek"}, "both decide how to rebalance"),
+        (VERIFICATION_RULES, {"ep_size": 1}, "--ep-size 1: no rank holds whole experts"),
+        (
+            VERIFICATION_RULES,
+            {"options": frozenset({"elastic_ep_backend"}), "places": False},
+            "--elastic-ep-backend: ranks that come and go",
+        ),
+        (VERIFICATION_RULES, {"load_format": "dummy", "redundant": 2}, "2 redundant experts: repl"),
+        (
+            VERIFICATION_RULES,
+            {"level": "checkpoint", "options": frozenset({"--enable-memory-saver"})},
+            "--enable-memory-saver: it would keep",
+        ),
+    ],
+)
+def test_other_refusals_name_the_flag_and_the_mend(rules, changes, words):
+    with pytest.raises(PlacementError, match=f"^--flag.*{words}"):
+        check(rules, with_(**changes), "--flag")
+    check(rules, PLAIN, "--flag")

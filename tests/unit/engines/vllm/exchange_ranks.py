@@ -67,7 +67,7 @@ def state_of(table: np.ndarray, weights) -> SimpleNamespace:
 def adopted(state, name: str):
     """What the process knows of a model that EPLB has registered, the only one."""
     from moe_placement_plugin.engines.vllm import eplb_exchange
-    from moe_placement_plugin.engines.vllm.state import Eplb, EplbModel, worker
+    from moe_placement_plugin.engines.vllm.state import STATE, Eplb, EplbModel
     from moe_placement_plugin.rebalancing.exchanger import ExchangeLimits, Exchanger, RankFacts
 
     group, limits = dist.group.WORLD, ExchangeLimits(timeout=10)
@@ -81,7 +81,7 @@ def adopted(state, name: str):
         limits,
     )
     model = EplbModel(state, exchanger)
-    worker.eplb = Eplb(None, 30.0, limits, [model])
+    STATE.eplb = Eplb(None, 30.0, limits, [model])
     return model
 
 

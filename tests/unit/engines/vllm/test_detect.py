@@ -15,9 +15,18 @@ import pytest
 
 from moe_placement_plugin import Placement, PlacementError
 from moe_placement_plugin.core.model_shape import model_shape, moe_layer_ids
+from moe_placement_plugin.engines.common.settings import Settings
 from moe_placement_plugin.engines.vllm import carrier, detect
-from moe_placement_plugin.engines.vllm.settings import PlacementSettings, layer_id_of
-from moe_placement_plugin.engines.vllm.support import check_all2all, check_moe_backend
+from moe_placement_plugin.engines.vllm.expert_maps import expert_map
+from moe_placement_plugin.engines.vllm.layers import layer_id_of
+from moe_placement_plugin.engines.vllm.state import KEY, settings_of
+from moe_placement_plugin.engines.vllm.support import (
+    PLACEMENT_RULES,
+    SLOT_RULES,
+    Combination,
+    check,
+)
+from tests.support.vllm_settings import make_settings
 
 is_cpu_build = detect.is_cpu_build  # the fixture below takes its place
 
@@ -108,22 +117,26 @@ def test_engine_args_under_construction(monkeypatch, arguments, expected):
 def settings():
     rng = np.random.default_rng(0)
     plan = Placement([rng.permutation(6) for _ in range(3)], 6, (4, 2), (1, 2, 3), "custom")
-    return PlacementSettings.make("eplb", plan, 2), plan
+    return make_settings("eplb", plan, 2), plan
 
 
 def test_settings_survive_json_pickle_and_copies(monkeypatch):
     activated = []
     monkeypatch.setattr(carrier, "patch_sets", lambda settings: activated.append(settings) or [])
-    s, plan = settings()
-    s = carrier.put_into_force(s)
-    json.dumps(s, sort_keys=True)  # vLLM hashes its config that way
-    for other in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s)):
-        assert type(other) is carrier.CarriedSettings and other == s and other.placement == plan
+    made, plan = settings()
+    config = SimpleNamespace(additional_config={"of": "somebody else"})
+    carrier.attach(config, made)
+    carried = config.additional_config[KEY]
+    assert settings_of(config) is made and config.additional_config["of"] == "somebody else"
+    json.dumps(carried, sort_keys=True)  # vLLM hashes its config that way
+    for other in (pickle.loads(pickle.dumps(carried)), copy.deepcopy(carried)):
+        assert type(other) is carrier.Carrier and other == carried
+        assert other.settings.plan == plan and other.settings == made
     assert len(activated) == 3
 
 
 def test_a_process_without_this_package_cannot_read_the_settings():
-    s = carrier.CarriedSettings(settings()[0])
+    s = carrier.Carrier(settings()[0])
     # -S and -I: no site-packages, so the package is really not there.
     code = f"import pickle; pickle.loads({pickle.dumps({'additional_config': {'moe_placement_plugin': s}})!r})"
     finished = subprocess.run(
@@ -141,26 +154,20 @@ def test_expert_maps_follow_the_plan_and_fall_back_outside_it():
     for row, layer in enumerate(plan.layer_ids):
         for rank in range(2):
             np.testing.assert_array_equal(
-                s.expert_map(layer, 6, 2, rank), plan.expert_map(row, rank)
+                expert_map(s, layer, 6, 2, rank), plan.expert_map(row, rank)
             )
-    assert s.expert_map(61, 6, 2, 1).tolist() == [
-        -1,
-        -1,
-        -1,
-        0,
-        1,
-        2,
-    ]  # a draft model's layer: contiguous
-    assert s.expert_map(None, 6, 2, 0).tolist() == [0, 1, 2, -1, -1, -1]
-    zigzag = PlacementSettings.make("zigzag", plan, 2)
-    assert zigzag.expert_map(61, 6, 2, 1).tolist() == [-1, 0, -1, 1, -1, 2]
+    # A draft model's layer: contiguous.
+    assert expert_map(s, 61, 6, 2, 1).tolist() == [-1, -1, -1, 0, 1, 2]
+    assert expert_map(s, None, 6, 2, 0).tolist() == [0, 1, 2, -1, -1, -1]
+    zigzag = make_settings("zigzag", plan, 2)
+    assert expert_map(zigzag, 61, 6, 2, 1).tolist() == [-1, 0, -1, 1, -1, 2]
 
 
 def test_tampered_settings_are_refused():
-    s, _ = settings()
-    s["plan"]["digest"] = "0" * 64
+    data = settings()[0].to_dict()
+    data["placement"]["plan"]["digest"] = "0" * 64
     with pytest.raises(PlacementError, match="different versions of this plugin"):
-        _ = s.placement
+        Settings.from_dict(data)
 
 
 @pytest.mark.parametrize(
@@ -242,18 +249,19 @@ def test_all2all_back_ends_that_send_by_blocks_are_refused_by_name(backend):
     with pytest.raises(
         PlacementError, match=f"{backend}.*allgather_reducescatter or deepep_low_latency or nixl_ep"
     ):
-        check_all2all(backend, True)
+        check(SLOT_RULES, Combination(all2all=backend), "--flag")
 
 
 def test_all2all_back_ends_with_routing_tables_need_even_ranks():
-    check_all2all("deepep_low_latency", True)
-    check_all2all("allgather_reducescatter", False)
+    check(SLOT_RULES, Combination(all2all="deepep_low_latency"), "--flag")
+    check(SLOT_RULES, Combination(all2all="allgather_reducescatter", even=False), "--flag")
+    check(SLOT_RULES, Combination(all2all="nixl_ep", even=False, eplb=True), "--flag")
     with pytest.raises(PlacementError, match="nixl_ep needs the same number"):
-        check_all2all("nixl_ep", False)
+        check(SLOT_RULES, Combination(all2all="nixl_ep", even=False), "--flag")
 
 
 def test_moe_back_ends_that_ignore_expert_maps_are_refused_by_name():
-    check_moe_backend("auto")
-    check_moe_backend("triton")
+    for backend in ("auto", "triton"):
+        check(PLACEMENT_RULES, Combination(moe_backend=backend), "--flag")
     with pytest.raises(PlacementError, match="flashinfer_trtllm.*--moe-backend triton"):
-        check_moe_backend("flashinfer_trtllm")
+        check(PLACEMENT_RULES, Combination(moe_backend="flashinfer_trtllm"), "--flag")

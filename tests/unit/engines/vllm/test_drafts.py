@@ -12,6 +12,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import ExpertLoad, Placement, PlacementError  # noqa: E402
+from moe_placement_plugin.engines.common.settings import RecordingSettings  # noqa: E402
 from moe_placement_plugin.engines.vllm import (  # noqa: E402
     draft_recording,
     drafts,
@@ -19,8 +20,9 @@ from moe_placement_plugin.engines.vllm import (  # noqa: E402
     loading,
     speculator_recording,
 )
-from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
+from moe_placement_plugin.engines.vllm.state import KEY, Carried  # noqa: E402
 from moe_placement_plugin.formats.plan_or_load import write  # noqa: E402
+from tests.support.vllm_settings import make_settings  # noqa: E402
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # imports vLLM, starts no engine
 
@@ -65,16 +67,19 @@ def test_a_draft_numbers_its_layers_by_itself():
 
 
 def test_a_drafts_layer_is_not_the_targets_of_the_same_number():
-    settings = PlacementSettings.make("eplb", PLAN, 2)
+    settings = make_settings("eplb", PLAN, 2)
     for rank in range(2):
-        assert settings.expert_map(0, 6, 2, rank).tolist() == PLAN.expert_map(0, rank).tolist()
-        found = settings.expert_map(0, 4, 2, rank, draft=True)
+        assert (
+            expert_maps.expert_map(settings, 0, 6, 2, rank).tolist()
+            == PLAN.expert_map(0, rank).tolist()
+        )
+        found = expert_maps.expert_map(settings, 0, 4, 2, rank, draft=True)
         assert found.tolist() == DRAFT.expert_map(0, rank).tolist()
     # Without rows of its own: the strategy's, and contiguous where the strategy needs a load.
-    zigzag, eplb = (PlacementSettings.make(name, WITHOUT, 2) for name in ("zigzag", "eplb"))
-    assert zigzag.expert_map(0, 6, 2, 1, draft=True).tolist() == [-1, 0, -1, 1, -1, 2]
-    assert eplb.expert_map(0, 6, 2, 1, draft=True).tolist() == [-1, -1, -1, 0, 1, 2]
-    assert eplb.expert_map(0, 6, 2, 1).tolist() == [2, 1, 0, -1, -1, -1]
+    zigzag, eplb = (make_settings(name, WITHOUT, 2) for name in ("zigzag", "eplb"))
+    assert expert_maps.expert_map(zigzag, 0, 6, 2, 1, draft=True).tolist() == [-1, 0, -1, 1, -1, 2]
+    assert expert_maps.expert_map(eplb, 0, 6, 2, 1, draft=True).tolist() == [-1, -1, -1, 0, 1, 2]
+    assert expert_maps.expert_map(eplb, 0, 6, 2, 1).tolist() == [2, 1, 0, -1, -1, -1]
 
 
 def manager(rank: int, experts: int = 4, ranks: int = 2):
@@ -86,7 +91,7 @@ def manager(rank: int, experts: int = 4, ranks: int = 2):
 
 
 def test_layers_that_are_built_while_the_draft_loads_get_the_drafts_maps():
-    settings = PlacementSettings.make("eplb", PLAN, 2)
+    settings = make_settings("eplb", PLAN, 2)
     name = "draft_model.model.layers.0.mlp.experts"
     with drafts.loading(True):
         mine = manager(1)
@@ -104,7 +109,7 @@ def test_the_weight_filter_reads_what_any_layer_of_the_draft_has_here():
 
     skip = expert_maps._should_skip_weight(should_skip_weight)
     alike = Placement([[3, 2, 1, 0]] * 2, 4, (2, 2), (0, 1), "eplb", {}, DRAFT)
-    settings = PlacementSettings.make("eplb", alike, 2)
+    settings = make_settings("eplb", alike, 2)
     local = expert_maps.LocalExperts(settings, 4, 2, 0, draft=True)
     needed = {e for row in range(2) for e in DRAFT.local_experts(row, 0).tolist()}
     assert set(local) == needed == {1, 2, 3}
@@ -113,9 +118,7 @@ def test_the_weight_filter_reads_what_any_layer_of_the_draft_has_here():
     # The fault: of layer 0 of the target, rank 0 has 2 and 3.
     targets = expert_maps.LocalExperts(settings, 4, 2, 0)
     assert skip(name.format(1), targets)
-    zigzag = expert_maps.LocalExperts(
-        PlacementSettings.make("zigzag", WITHOUT, 2), 4, 2, 1, draft=True
-    )
+    zigzag = expert_maps.LocalExperts(make_settings("zigzag", WITHOUT, 2), 4, 2, 1, draft=True)
     assert set(zigzag) == {1, 3}
 
 
@@ -140,7 +143,7 @@ def layers(*numbers, **how):
 
 
 def test_a_draft_with_rows_must_be_the_one_that_they_are_for():
-    settings = PlacementSettings.make("eplb", PLAN, 2, exact=True)
+    settings = make_settings("eplb", PLAN, 2, exact=True)
     loading._report(layers(0, 61), settings, main=False, draft=True)
     for found, message in (
         (layers(0, 5), "layers.5.mlp.experts of the draft is not among the plan's rows"),
@@ -154,7 +157,7 @@ def test_a_draft_with_rows_must_be_the_one_that_they_are_for():
 
 
 def test_a_draft_without_rows_is_checked_against_the_strategy():
-    settings = PlacementSettings.make("zigzag", WITHOUT, 2)
+    settings = make_settings("zigzag", WITHOUT, 2)
     right = {"draft_model.model.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
     loading._report(right, settings, main=False, draft=True)
     wrong = {"draft_model.model.layers.0.mlp.experts": Layer([0, 1, -1, -1])}
@@ -175,9 +178,9 @@ class Loader:
 def test_a_draft_of_its_own_is_not_taken_for_the_target(monkeypatch, experts, file):
     """Refused until now: a dense draft for having no MoE layer, one with experts for not being in the plan."""
     (target, (config, draft)) = configs("draft_model")
-    settings = PlacementSettings.make("eplb" if file else "zigzag", WITHOUT, 2, exact=file)
+    settings = make_settings("eplb" if file else "zigzag", WITHOUT, 2, exact=file)
     for each in (target[0], config):
-        each.additional_config = {KEY: settings}
+        each.additional_config = {KEY: Carried(settings)}
     map_of = [0, 1, -1, -1] if file else [0, -1, 1, -1]
     found = {"draft_model.model.layers.0.mlp.experts": Layer(map_of)} if experts else {}
     monkeypatch.setattr(loading, "routed_layers", lambda model: found)
@@ -210,13 +213,13 @@ def test_a_draft_with_experts_of_its_own_kind_is_refused(monkeypatch, shape, tol
     draft.get_num_experts = lambda: 4
     monkeypatch.setattr(loading, "routed_layers", lambda model: {})
     load = loading._load_model(lambda self, vllm_config, model_config: OwnKind(*shape))
-    config.additional_config = {KEY: PlacementSettings.make("zigzag", WITHOUT, 2)}
+    config.additional_config = {KEY: Carried(make_settings("zigzag", WITHOUT, 2))}
     with pytest.raises(PlacementError, match="OwnKind keeps its 4 experts in ws, in no MoE layer") if told else contextlib.nullcontext():  # fmt: skip
         load(Loader(), config, draft)
     # vLLM's own placement, or EPLB, which moves nothing there.
-    config.additional_config = {KEY: PlacementSettings.make("linear", None, 2)}
+    config.additional_config = {KEY: Carried(make_settings("linear", None, 2))}
     load(Loader(), config, draft)
-    config.additional_config = {KEY: PlacementSettings.make("zigzag", WITHOUT, 2, eplb=True)}
+    config.additional_config = {KEY: Carried(make_settings("zigzag", WITHOUT, 2, eplb=True))}
     load(Loader(), config, draft)
 
 
@@ -310,7 +313,7 @@ def test_a_speculator_whose_passes_are_not_known_is_named(tmp_path, monkeypatch,
     )
     found = {"mtp.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
     monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)
-    record = {"path": str(tmp_path / "load.safetensors"), "num_experts": 6, "coactivation": False}
+    record = RecordingSettings(str(tmp_path / "load.safetensors"), 60.0, False, 6)
     caplog.set_level("WARNING", logger="vllm.moe_placement_plugin")
     monkeypatch.setattr(draft_recording.logger, "propagate", True)
     for kind in (MTPSpeculator, DFlashSpeculator):
@@ -329,17 +332,15 @@ def test_a_drafts_load_goes_beside_the_targets(tmp_path, monkeypatch):
     )
     found = {"mtp.layers.0.mlp.experts": Layer([0, -1, 1, -1])}
     monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)
-    record = {"path": str(tmp_path / "load.safetensors"), "num_experts": 6, "coactivation": True}
+    record = RecordingSettings(str(tmp_path / "load.safetensors"), 60.0, True, 6)
     config = configs("mtp")[0][0]
     runner = SimpleNamespace(
         device="cpu", drafter=SimpleNamespace(model=torch.nn.Module()), own="model"
     )
     draft_recording.bind_draft(record, config, runner, "target")
     (settings, _, model, _), kept = made[0], getattr(runner.drafter, draft_recording.RECORDER)
-    assert settings["path"] == str(tmp_path / "load.draft.safetensors")
-    assert (
-        settings["num_experts"] == 4 and model is runner.drafter.model and kept.target == "target"
-    )
+    assert settings.path == str(tmp_path / "load.draft.safetensors") and settings.num_experts == 4
+    assert model is runner.drafter.model and kept.target == "target" and not settings.coactivation
     found.clear()  # a dense draft
     draft_recording.bind_draft(record, config, runner, "target")
     draft_recording.bind_draft(record, config, SimpleNamespace(device="cpu"), "target")
@@ -351,6 +352,6 @@ def test_a_file_of_another_draft_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(draft_recording, "routed_layers", lambda model: found)
     write(ExpertLoad(np.ones((1, 2, 4))), tmp_path / "load.draft.safetensors")
     runner = SimpleNamespace(device="cpu", drafter=SimpleNamespace(model=torch.nn.Module()))
-    record = {"path": str(tmp_path / "load.safetensors"), "num_experts": 6, "coactivation": False}
+    record = RecordingSettings(str(tmp_path / "load.safetensors"), 60.0, False, 6)
     with pytest.raises(PlacementError, match="load.draft.safetensors"):
         draft_recording.bind_draft(record, configs("mtp")[0][0], runner, None)

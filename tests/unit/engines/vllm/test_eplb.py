@@ -14,14 +14,22 @@ import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
 from moe_placement_plugin.engines.common.patching import PatchSet  # noqa: E402
-from moe_placement_plugin.engines.vllm import eplb, kernel_configs, layers, resolve, settings  # noqa: E402
+from moe_placement_plugin.engines.common.request import Request  # noqa: E402
+from moe_placement_plugin.engines.vllm import eplb, kernel_configs, layers, resolve  # noqa: E402
+from moe_placement_plugin.engines.vllm.combination import Combination  # noqa: E402
 from moe_placement_plugin.engines.vllm.eplb import REBALANCE_FLAG, logger  # noqa: E402
 from moe_placement_plugin.engines.vllm.eplb_policy import planner_policy  # noqa: E402
-from moe_placement_plugin.engines.vllm.state import Eplb, EplbModel  # noqa: E402
+from moe_placement_plugin.engines.vllm.state import (  # noqa: E402
+    STATE,  # noqa: E402
+    Eplb,
+    EplbModel,
+)
+from moe_placement_plugin.engines.vllm.support import VERIFICATION_RULES, check  # noqa: E402
 from moe_placement_plugin.exchange.watchdog import Watchdog  # noqa: E402
 from moe_placement_plugin.rebalancing.exchanger import ExchangeLimits  # noqa: E402
 from moe_placement_plugin.rebalancing.rebalance import Rebalance  # noqa: E402
 from moe_placement_plugin.rebalancing.rebalancer import Rebalancer, policy_from  # noqa: E402
+from tests.support.vllm_settings import make_settings  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -121,17 +129,17 @@ def test_rules_without_anything_that_rebalances_are_refused():
         PlacementError,
         match="--expert-rebalance without --enable-eplb and --expert-placement-strategy eplb",
     ):
-        resolve._rebalance({"min_gain": 0.1}, used=False)
+        resolve._check_rebalance(Request(rebalance={"min_gain": 0.1}), Combination(eplb=True))
 
 
-@pytest.mark.parametrize("load_format", ["dummy", SimpleNamespace(value="dummy")])
-def test_dummy_weights_are_not_verified(load_format):
-    assert resolve._level(None, True, load_format) == "off"
-    assert resolve._level("off", True, load_format) == "off"
-    with pytest.raises(
-        PlacementError, match="--expert-placement-verify replicas with --load-format dummy"
-    ):
-        resolve._level("replicas", True, load_format)
+def test_dummy_weights_are_not_verified():
+    dummy = Combination(load_format="dummy")
+    for asked in (None, "off"):
+        assert not resolve._verification(Request("zigzag", places=True, verify=asked), dummy).on
+    asked = resolve._verification(Request("zigzag", places=True, verify="replicas"), dummy)
+    with pytest.raises(PlacementError, match="--flag with --load-format dummy: weights are random"):
+        check(VERIFICATION_RULES, dummy, "--flag")
+    assert asked.on and asked.asked
 
 
 def test_the_first_table_is_vllms():
@@ -159,18 +167,18 @@ def test_the_kernels_configuration_is_found_in_spite_of_redundant_experts(tmp_pa
     (tmp_path / fused_moe.get_config_file_name(61, 96, None, None)).write_text(
         json.dumps({"1": config})
     )
-    before = settings.arrived()
+    before = STATE.settings
     shapes = (65, 192, 32), (65, 32, 96)
     patches = PatchSet(kernel_configs.tuned_patches())
     try:
-        settings.remember(settings.PlacementSettings.make("eplb", None, 2, eplb=True, redundant=8))
+        STATE.settings = make_settings("eplb", None, 2, eplb=True, redundant=8)
         untuned = fused_moe.try_get_optimal_moe_config(*shapes, 4, None, 1)
         patches.apply()
         assert fused_moe.try_get_optimal_moe_config(*shapes, 4, None, 1) == config != untuned
         assert patches.hits() == {"tuned-with-redundant-experts": 1}
     finally:
         patches.undo()
-        settings.remember(before)
+        STATE.settings = before
     assert fused_moe.try_get_optimal_moe_config(*shapes, 4, None, 1) == untuned
 
 

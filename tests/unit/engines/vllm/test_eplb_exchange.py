@@ -69,7 +69,7 @@ def begun(monkeypatch):
 
     def begin(owner, *models) -> state.Eplb:
         found = state.Eplb(owner, 30.0, ExchangeLimits(), list(models))
-        monkeypatch.setattr(state.worker, "eplb", found)
+        monkeypatch.setattr(state.STATE, "eplb", found)
         return found
 
     return begin

@@ -19,7 +19,7 @@ def begun(monkeypatch):
     def begin(server) -> None:
         models = [state.EplbModel(of_vllm) for of_vllm in server.model_states.values()]
         known = state.Eplb(server, 0.05, ExchangeLimits(), models)
-        monkeypatch.setattr(state.worker, "eplb", known)
+        monkeypatch.setattr(state.STATE, "eplb", known)
 
     return begin
 

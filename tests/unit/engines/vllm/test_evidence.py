@@ -11,8 +11,8 @@ import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
 from moe_placement_plugin.engines.common.patching import PatchSet  # noqa: E402
-from moe_placement_plugin.engines.vllm import evidence, layers, loading, reload, resolve, stacked  # noqa: E402
-from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
+from moe_placement_plugin.engines.vllm import evidence, layers, loading, reload, stacked, support  # noqa: E402
+from moe_placement_plugin.engines.vllm.state import KEY, Carried  # noqa: E402
 from tests.support.vllm_layers import (  # noqa: E402
     EXPERTS,
     WIDTH,
@@ -21,6 +21,7 @@ from tests.support.vllm_layers import (  # noqa: E402
     load,
     weights,
 )
+from tests.support.vllm_settings import make_settings  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -209,7 +210,7 @@ def test_a_model_that_was_never_looked_at_is_refused(looked_at):
         reload.serve(model)
     plan = Placement([[1, 3, 5, 0, 2, 4]], 6, (3, 3))
     config = SimpleNamespace(
-        additional_config={KEY: PlacementSettings.make("zigzag", plan, 2)},
+        additional_config={KEY: Carried(make_settings("zigzag", plan, 2))},
         load_config=SimpleNamespace(load_format="gguf"),
     )
     runner = SimpleNamespace(get_model=lambda: model)
@@ -243,7 +244,7 @@ def test_pipeline_stages_are_checked_together(monkeypatch, other, exact, message
     group = SimpleNamespace(world_size=2, cpu_group=None)
     monkeypatch.setattr(parallel_state, "get_pp_group", lambda: group)
     plan = Placement([[1, 3, 5, 0, 2, 4]] * 2, 6, (3, 3), (0, 1))
-    settings = PlacementSettings.make("eplb", plan, 2, exact=exact)
+    settings = make_settings("eplb", plan, 2, exact=exact)
     mine = {"model.layers.0.mlp.experts": (0, 6)}
     if message is None:
         loading._check_coverage(loading._of_all_stages(mine), settings)
@@ -255,9 +256,8 @@ def test_pipeline_stages_are_checked_together(monkeypatch, other, exact, message
         loading._report({}, settings, True, stages=2)
 
 
-@pytest.mark.parametrize("architecture", resolve.EXPERTS_OF_THEIR_OWN)
+@pytest.mark.parametrize("architecture", support.EXPERTS_OF_THEIR_OWN)
 def test_models_whose_experts_are_not_vllms_are_refused_before_they_load(architecture):
-    model = SimpleNamespace(is_moe=True, model="m", architecture=architecture)
-    parallel = SimpleNamespace(enable_expert_parallel=True)
-    with pytest.raises(PlacementError, match=f"^--flag: vLLM's {architecture} holds its experts"):
-        resolve._check(SimpleNamespace(), model, parallel, 2, "--flag")
+    named = support.Combination(architecture=architecture)
+    with pytest.raises(PlacementError, match=f"^--flag: {architecture}: vLLM holds its experts"):
+        support.check(support.PLACEMENT_RULES, named, "--flag")

@@ -7,6 +7,7 @@ import json
 import pickle
 import signal
 import sys
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -16,10 +17,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.engines.vllm import cpu, expert_maps, loading, support  # noqa: E402
-from moe_placement_plugin.engines.vllm.settings import PlacementSettings  # noqa: E402
+from moe_placement_plugin.engines.vllm import cpu, expert_maps, kernels, loading, support  # noqa: E402
 from tests.support.children import python, run_child  # noqa: E402
 from tests.support.paths import ROOT
+from tests.support.vllm_settings import make_settings  # noqa: E402
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # imports vLLM, starts no engine
 
@@ -28,7 +29,7 @@ PLAN = Placement([[5, 4, 3, 2, 1, 0], [0, 2, 4, 1, 3, 5]], 6, (3, 3), (1, 2))
 
 @pytest.fixture
 def settings():
-    return PlacementSettings.make("eplb", PLAN, 2)
+    return make_settings("eplb", PLAN, 2)
 
 
 def test_maps_are_made_on_torchs_default_device(settings):
@@ -62,7 +63,7 @@ def test_routing_tables(settings):
     assert to_global.tolist() == [0, 2, 4, 1, 3, 5] and local.tolist() == [1, 3, 5]
     assert to_physical[to_global].tolist() == list(range(6))
     assert to_physical.tolist() == [0, 3, 1, 4, 2, 5, -1]
-    uneven = PlacementSettings.make("eplb", Placement([[0, 1, 2, 3, 4, 5]], 6, (4, 2), (2,)), 2)
+    uneven = make_settings("eplb", Placement([[0, 1, 2, 3, 4, 5]], 6, (4, 2), (2,)), 2)
     with pytest.raises(PlacementError, match="same number of experts on every rank"):
         expert_maps._routing_tables(uneven, 2, Manager)
 
@@ -95,7 +96,7 @@ def test_round_robin_routing_tables_are_vllms_own():
     stock = ExpertMapManager.__new__(ExpertMapManager)
     stock.global_num_experts, stock.num_fused_shared_experts, stock._local_num_experts = 6, 0, 3
     stock.moe_parallel_config = type("Config", (), {"ep_size": 2, "ep_rank": 1})
-    zigzag = PlacementSettings.make("zigzag", Placement([[0, 2, 4, 1, 3, 5]], 6, (3, 3), (2,)), 2)
+    zigzag = make_settings("zigzag", Placement([[0, 2, 4, 1, 3, 5]], 6, (3, 3), (2,)), 2)
     to_physical, *others = expert_maps._routing_tables(zigzag, 2, Manager)
     theirs = stock._init_round_robin_expert_routing_tables()
     for ours, its in zip((to_physical[:-1], *others), theirs, strict=True):
@@ -178,7 +179,7 @@ class Layer:
     ],
 )
 def test_what_was_loaded_must_be_what_was_placed(names, rows, exact, message):
-    settings = PlacementSettings.make("eplb", PLAN, 2, exact=exact)
+    settings = make_settings("eplb", PLAN, 2, exact=exact)
     layers = {f"model.layers.{n}.mlp.experts": Layer(PLAN, row) for n, row in zip(names, rows)}
     if message is None:
         loading._report(layers, settings, main=True)
@@ -198,13 +199,13 @@ def test_kernels_are_told_by_name_and_by_code():
 
     method = type("Method", (), {})()
     method.experts_cls = TritonExperts
-    support.check_experts(method, False, "layer")
+    kernels.check_experts(method, False, "layer")
     method.experts_cls = TrtLlmBf16ExpertsMonolithic
     with pytest.raises(
         PlacementError,
         match="model.layers.1: vLLM chose the MoE kernel TrtLlmBf16ExpertsMonolithic.*--moe-backend",
     ):
-        support.check_experts(method, False, "model.layers.1")
+        kernels.check_experts(method, False, "model.layers.1")
 
 
 def test_kernels_that_remap_ids_by_the_map_are_accepted():
@@ -216,24 +217,25 @@ def test_kernels_that_remap_ids_by_the_map_are_accepted():
 
     method = type("Method", (), {})()
     for method.experts_cls in (cutlass_moe.CutlassExpertsFp4, cutlass_moe.CutlassExpertsMxfp4):
-        support.check_experts(method, False, "layer")
+        kernels.check_experts(method, False, "layer")
     # In 0.25 and 0.28 these classes are given a map and leave it.
     method.experts_cls = type(
         "CutlassExpertsFp4", (), {"apply": lambda self, topk_ids, expert_map: topk_ids}
     )
     with pytest.raises(PlacementError, match="the MoE kernel CutlassExpertsFp4, which is not"):
-        support.check_experts(method, False, "layer")
+        kernels.check_experts(method, False, "layer")
     for method.experts_cls in (
         cutlass_moe.CutlassBatchedExpertsFp8,
         FlashInferCuteDSLBatchedExperts,
     ):
-        support.check_experts(method, True, "layer")
+        kernels.check_experts(method, True, "layer")
         with pytest.raises(PlacementError, match="Batched"):  # no routing tables sort its tokens
-            support.check_experts(method, False, "layer")
-    support.check_moe_backend("flashinfer_cutedsl", use_tables=True)
-    for backend, use_tables in (("flashinfer_cutedsl", False), ("flashinfer_cutlass", True)):
-        with pytest.raises(PlacementError, match=f"MoE back end {backend} computes"):
-            support.check_moe_backend(backend, use_tables)
+            kernels.check_experts(method, False, "layer")
+    named = support.Combination(all2all="deepep_low_latency", moe_backend="flashinfer_cutedsl")
+    support.check(support.PLACEMENT_RULES, named, "--flag")
+    for other in (replace(named, all2all=""), replace(named, moe_backend="flashinfer_cutlass")):
+        with pytest.raises(PlacementError, match=f"MoE back end {other.moe_backend}: it computes"):
+            support.check(support.PLACEMENT_RULES, other, "--flag")
 
 
 def test_a_padded_token_is_no_token_of_the_last_expert_on_cpu():

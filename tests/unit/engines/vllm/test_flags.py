@@ -304,20 +304,17 @@ def test_hosts_with_and_without_the_head_s_file(child, checkpoints, tmp_path):
     assert (
         found["head"]["nodes"] == [0, 1]
         and found["head"]["hosts"]["timeout"] == 20
-        and not found["head"]["hosts"]["adopt"]
+        and not found["head"]["hosts"]["adopts"]
     )
     for name in ("no file", "no file flag"):
         assert (
-            found[name]["hosts"]["adopt"]
+            found[name]["hosts"]["adopts"]
             and found[name]["digest"] is None
             and found[name]["value"] == "eplb"
         ), found[name]
-    assert found["same file"]["digest"] and found["same file"]["hosts"] == {
-        "timeout": 60,
-        "source": str(load),
-        "adopt": False,
-        "error": None,
-    }
+    assert found["same file"]["digest"] and found["same file"]["source"] == str(load)
+    hosts = {"timeout": 60, "nodes": 2, "adopts": False, "error": None}
+    assert found["same file"]["hosts"] == hosts
     # Errors that may be this host's only are told to the others by the workers; on one host they are raised at once.
     assert (
         "is a plan for 30 experts" in found["bad file"]["hosts"]["error"]

@@ -13,10 +13,11 @@ pytestmark = pytest.mark.slow  # imports vLLM
 import torch  # noqa: E402
 
 from moe_placement_plugin import PlacementError  # noqa: E402
-from moe_placement_plugin.engines.vllm import patches, recording  # noqa: E402
+from moe_placement_plugin.engines.common.settings import RecordingSettings  # noqa: E402
+from moe_placement_plugin.engines.vllm import combination, patches, recording, resolve  # noqa: E402
 from moe_placement_plugin.engines.vllm.capture_points import capture_points  # noqa: E402
-from moe_placement_plugin.engines.vllm.settings import PlacementSettings  # noqa: E402
 from moe_placement_plugin.recording.counters import LoadCounters  # noqa: E402
+from tests.support.vllm_settings import make_settings  # noqa: E402
 
 EXPERTS = 8
 
@@ -120,8 +121,10 @@ def config(folder, **changes):
     """As much of a ``VllmConfig`` as the checks read."""
     extra = {"expert_load_record": str(folder / "load")} | changes.pop("extra", {})
     parallel = SimpleNamespace(
-        tensor_parallel_size=2, data_parallel_size=1, prefill_context_parallel_size=1, enable_expert_parallel=True, enable_eplb=False,
-        use_ubatching=False, enable_elastic_ep=False,
+        tensor_parallel_size=2, data_parallel_size=1, prefill_context_parallel_size=1,
+        enable_expert_parallel=True, enable_eplb=False, use_ubatching=False,
+        enable_elastic_ep=False, expert_placement_strategy="linear",
+        all2all_backend="allgather_reducescatter",
     )  # fmt: skip
     text = SimpleNamespace(
         num_hidden_layers=4, num_experts=EXPERTS, decoder_sparse_step=1, mlp_only_layers=[]
@@ -129,6 +132,7 @@ def config(folder, **changes):
     model = SimpleNamespace(
         is_moe=True,
         model="tiny",
+        architecture="Tiny",
         hf_text_config=text,
         get_num_experts=lambda: EXPERTS,
         enable_return_routed_experts=False,
@@ -137,23 +141,29 @@ def config(folder, **changes):
         target = parallel if hasattr(parallel, name) else model
         assert hasattr(target, name)
         setattr(target, name, value)
-    return SimpleNamespace(additional_config=extra, parallel_config=parallel, model_config=model)
+    return SimpleNamespace(
+        additional_config=extra,
+        parallel_config=parallel,
+        model_config=model,
+        load_config=SimpleNamespace(load_format="auto"),
+    )
 
 
-def test_record_settings(tmp_path):
-    made = recording.record_settings(config(tmp_path, extra={"expert_load_interval": "5"}))
-    assert (
-        made["interval"] == 5
-        and made["num_experts"] == EXPERTS
-        and made["ep_ranks"] == 2
-        and not made["coactivation"]
-    )
-    assert (
-        recording.record_settings(config(tmp_path, enable_expert_parallel=False))["ep_ranks"]
-        is None
-    )
-    assert recording.record_settings(config(tmp_path, enable_eplb=True))["ep_ranks"] is None
-    assert recording.record_settings(SimpleNamespace(additional_config={})) is None
+def asked(folder, **changes):
+    """What is to be recorded, once all checks have passed."""
+    made = config(folder, **changes)
+    request = resolve.read_request(made)
+    resolve.check_support(made, request, combination.combination_of(made))
+    return recording.recording_settings(made, request)
+
+
+def test_what_is_recorded(tmp_path):
+    made = asked(tmp_path, extra={"expert_load_interval": "5"})
+    assert (made.interval, made.num_experts, made.ep_ranks) == (5, EXPERTS, 2)
+    assert not made.coactivation
+    assert asked(tmp_path, enable_expert_parallel=False).ep_ranks is None
+    assert asked(tmp_path, enable_eplb=True).ep_ranks is None
+    assert asked(tmp_path, extra={"expert_load_record": None}) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,16 +185,14 @@ def test_record_settings(tmp_path):
 )
 def test_what_cannot_be_recorded_is_refused(tmp_path, changes, words):
     with pytest.raises(PlacementError, match=words):
-        recording.record_settings(config(tmp_path, **changes))
+        asked(tmp_path, **changes)
 
 
 def test_only_what_was_asked_for_is_patched(monkeypatch):
     monkeypatch.setattr("moe_placement_plugin.engines.vllm.detect.is_cpu_build", lambda: False)
-    record = {"path": "load"}
-    assert patches.patch_sets(PlacementSettings.make("linear", None, 2, None)) == []
-    assert patches.patch_sets(PlacementSettings.make("linear", None, 2, record)) == [
-        patches.recording_set()
-    ]
+    record = RecordingSettings("load", 60.0)
+    assert patches.patch_sets(make_settings("linear", None, 2, None)) == []
+    assert patches.patch_sets(make_settings("linear", None, 2, record)) == [patches.recording_set()]
     names = {p.name for p in patches.recording_set()}
     assert names and all(name.startswith("record-") for name in names)
 

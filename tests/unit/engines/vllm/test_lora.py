@@ -12,8 +12,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.engines.vllm import lora, settings  # noqa: E402
-from moe_placement_plugin.engines.vllm.settings import PlacementSettings  # noqa: E402
+from moe_placement_plugin.engines.vllm import lora  # noqa: E402
+from moe_placement_plugin.engines.vllm.state import STATE  # noqa: E402
+from tests.support.vllm_settings import make_settings  # noqa: E402
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]  # imports vLLM, starts no engine
 
@@ -33,7 +34,7 @@ PLANS = {
 
 @pytest.fixture(autouse=True)
 def patched(monkeypatch):
-    monkeypatch.setattr(settings, "_arrived", None)
+    monkeypatch.setattr(STATE, "settings", None)
     patches = lora.lora_patches()
     patches.apply()
     yield patches
@@ -231,7 +232,7 @@ def holds(module, variant, layer, slot, expert, projection, side) -> bool:
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_slot_has_its_experts_adapter(variant, plan):
-    settings.remember(PlacementSettings.make("eplb", plan, 2, lora=True))
+    STATE.settings = make_settings("eplb", plan, 2, lora=True)
     assert [wrong_slots(variant, plan, rank) for rank in range(2)] == [[], []]
 
 
@@ -239,7 +240,7 @@ def test_each_slot_has_its_experts_adapter(variant, plan):
 def test_without_the_patches_slots_have_other_experts_adapters(variant, patched):
     """The fault that the patches are for; linear has it not."""
     patched.undo()
-    settings.remember(PlacementSettings.make("zigzag", PLANS["zigzag"], 2, lora=True))
+    STATE.settings = make_settings("zigzag", PLANS["zigzag"], 2, lora=True)
     assert wrong_slots(variant, PLANS["linear"], 1) == []
     # Expert 0 is in slot 0 of both, expert 7 in the last.
     assert wrong_slots(variant, PLANS["zigzag"], 0) == [(n, s) for n in range(2) for s in (1, 2, 3)]
@@ -248,7 +249,7 @@ def test_without_the_patches_slots_have_other_experts_adapters(variant, patched)
 
 def test_one_lost_patch_is_seen(patched):
     """A fault in each of the four cuts alone."""
-    settings.remember(PlacementSettings.make("zigzag", PLANS["zigzag"], 2, lora=True))
+    STATE.settings = make_settings("zigzag", PLANS["zigzag"], 2, lora=True)
     cuts = dict(zip(("lora-per-expert", "lora-stacked", "lora-3d-to-2d", "lora-shared"), VARIANTS))
     for name, variant in cuts.items():
         patch = next(p for p in patched if p.name == name)
@@ -287,7 +288,7 @@ def test_each_rank_reads_the_adapters_of_its_experts_and_no_others(tmp_path):
 
     path = write_adapter(tmp_path / "adapter", per_expert())
     plan = PLANS["shuffled, another in each layer"]
-    settings.remember(PlacementSettings.make("eplb", plan, 2, lora=True))
+    STATE.settings = make_settings("eplb", plan, 2, lora=True)
     expected = {"experts", *(f"experts.{e}.{p}" for e in range(EXPERTS) for p in PROJECTIONS)}
     for rank in range(2):
         manager = manager_of("FusedMoEWithLoRA", plan, rank)
@@ -325,7 +326,7 @@ def test_what_cannot_be_told_to_be_remote_is_read():
 def test_the_empty_adapters_of_the_warm_up_fit():
     """Up to 0.32 they have rows for local experts only, which do not divide by all where ranks are uneven."""
     plan = PLANS["uneven"]
-    settings.remember(PlacementSettings.make("eplb", plan, 2, lora=True))
+    STATE.settings = make_settings("eplb", plan, 2, lora=True)
     for rank, local in enumerate(plan.slots_per_rank):
         manager = manager_of("FusedMoE3DWithLoRA", plan, rank)
         for rows in (local, EXPERTS):
@@ -340,7 +341,7 @@ def test_the_empty_adapters_of_the_warm_up_fit():
 
 
 def test_an_adapter_that_does_not_divide_is_refused():
-    settings.remember(PlacementSettings.make("zigzag", PLANS["zigzag"], 2, lora=True))
+    STATE.settings = make_settings("zigzag", PLANS["zigzag"], 2, lora=True)
     manager = manager_of("FusedMoE3DWithLoRA", PLANS["zigzag"], 0)
     entries = {name: (a[:-1], b) for name, (a, b) in fused().items()}
     with pytest.raises(PlacementError, match="15 rows for 8 experts"):
@@ -348,7 +349,7 @@ def test_an_adapter_that_does_not_divide_is_refused():
 
 
 def test_a_slot_without_a_routed_expert_is_refused():
-    settings.remember(PlacementSettings.make("zigzag", PLANS["zigzag"], 2, lora=True))
+    STATE.settings = make_settings("zigzag", PLANS["zigzag"], 2, lora=True)
     module = lora_layer("FusedMoEWithLoRA", PLANS["zigzag"], 0, 1, False)
     assert lora.experts_of_slots(module) == [1, 3, 5, 7]
     module.base_layer.routed_experts.expert_map_manager.expert_map[3] = -1
@@ -369,7 +370,7 @@ def test_under_eplb_an_adapter_with_experts_is_refused_before_anything_is_overwr
         for n in range(LAYERS)
     }
     path = write_adapter(tmp_path / "adapter", attention | (per_expert() if with_experts else {}))
-    settings.remember(PlacementSettings.make("eplb", None, 2, eplb=True, lora=True))
+    STATE.settings = make_settings("eplb", None, 2, eplb=True, lora=True)
     done = []
 
     class Manager:

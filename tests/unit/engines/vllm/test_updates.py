@@ -15,14 +15,16 @@ from moe_placement_plugin.engines.vllm import (  # noqa: E402
     evidence,
     layers,
     reload,
+    reload_core,
     reload_worker,
+    support,
     weight_transfer,
 )
 from moe_placement_plugin.engines.vllm.reload_table import (  # noqa: E402
     FIRST_COPIES,
     local_copies,
 )
-from moe_placement_plugin.engines.vllm.settings import KEY, PlacementSettings  # noqa: E402
+from moe_placement_plugin.engines.vllm.state import KEY, Carried  # noqa: E402
 from tests.support.vllm_layers import (  # noqa: E402
     WIDTH,
     Model,
@@ -32,6 +34,7 @@ from tests.support.vllm_layers import (  # noqa: E402
     served,
     weights,
 )
+from tests.support.vllm_settings import make_settings  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -113,11 +116,11 @@ def test_a_worker_computes_nothing_between_a_wrong_update_and_a_whole_one():
             model.experts._parameters[name] = torch.nn.Parameter(parameter.to("meta"), False)
         load(model.experts, weights(), experts=range(6) if whole else [3])
         if whole:
-            reload_worker._finish_worker(worker, {"verify": "off"})
+            reload_worker._finish_worker(worker, make_settings("eplb", None, 2))
             assert not hasattr(worker, "execute_model")
         else:
             with pytest.raises(PlacementError, match="was never filled"):
-                reload_worker._finish_worker(worker, {"verify": "off"})
+                reload_worker._finish_worker(worker, make_settings("eplb", None, 2))
             with pytest.raises(PlacementError, match="no whole one has come since"):
                 worker.execute_model(None)
 
@@ -139,7 +142,7 @@ def test_part_of_a_layer_may_be_updated_in_place_but_not_in_one_that_is_made_ane
             for name, parameter in list(layer._parameters.items()):
                 layer._parameters[name] = torch.nn.Parameter(parameter.to("meta"), False)
         load(layer, weights(), experts=[3])
-        settings = {"verify": "off"}
+        settings = make_settings("eplb", None, 2)
         if meta:
             with pytest.raises(PlacementError, match="was never filled"):
                 reload.finish(model, settings, alone=True)
@@ -200,14 +203,14 @@ def test_views_of_parameters_that_were_made_anew_are_never_moved(monkeypatch):
     import torch.distributed as dist
 
     from moe_placement_plugin.engines.vllm import eplb_exchange
-    from moe_placement_plugin.engines.vllm.state import Eplb, EplbModel, worker
+    from moe_placement_plugin.engines.vllm.state import STATE, Eplb, EplbModel
 
     layer = layer_of([0, 1, 2])
     model = Model(layer)
     model.expert_weights = [list(layer.get_expert_weights())]
     server, state, first, second = object(), SimpleNamespace(model=model), object(), object()
     known = EplbModel(state, exchanger=first)
-    monkeypatch.setattr(worker, "eplb", Eplb(server, 30.0, None, [known]))
+    monkeypatch.setattr(STATE, "eplb", Eplb(server, 30.0, None, [known]))
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, op, group: None)
     monkeypatch.setattr(eplb_exchange, "_exchanger_of", lambda eplb, state: second)
     monkeypatch.setattr(eplb_exchange, "reserve_staging", lambda eplb, model: None)
@@ -228,7 +231,7 @@ def test_a_sleep_that_forgets_eplbs_tables_is_refused(level, eplb, refused):
     model = served(layer_of([1, 3, 5]))
     runner = SimpleNamespace(get_model=lambda: model)
     config = SimpleNamespace(
-        additional_config={KEY: PlacementSettings.make("eplb", None, 2, eplb=eplb)}
+        additional_config={KEY: Carried(make_settings("eplb", None, 2, eplb=eplb))}
     )
     worker, slept = SimpleNamespace(vllm_config=config, model_runner=runner), []
     sleep = reload_worker._sleep(lambda self, level: slept.append(level))
@@ -240,22 +243,73 @@ def test_a_sleep_that_forgets_eplbs_tables_is_refused(level, eplb, refused):
     assert slept == ([] if refused else [level])
 
 
+class Core:
+    """An engine core with two workers, of which the second has experts on their way."""
+
+    def __init__(self, moving: bool):
+        config = SimpleNamespace(
+            additional_config={KEY: Carried(make_settings("eplb", None, 2, eplb=True))}
+        )
+        self.vllm_config, self.model_executor = config, self
+        self.paused, self.called, self.workers = False, [], []
+        for on_their_way in (False, moving):
+            layer = layer_of([1, 3, 5])
+            state = SimpleNamespace(rebalanced=on_their_way, pending_result=None)
+            state.physical_to_logical_map = torch.tensor([[0, 1, 2, 3, 4, 5]])
+            object.__setattr__(layer, layers.EPLB_ROW, (state, 0))
+            runner = SimpleNamespace(model=served(layer))
+            self.workers.append(SimpleNamespace(vllm_config=config, model_runner=runner))
+
+    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        if not callable(method):
+            self.called.append(method)
+            return None
+        return [method(worker, *args, **(kwargs or {})) for worker in self.workers]
+
+    def sleep(self, level):
+        """As vLLM's: it pauses first, and does not resume when a worker refuses."""
+        self.paused = True
+
+
+@pytest.mark.parametrize("method", ["reload_weights", "start_weight_update", "sleep"])
+@pytest.mark.parametrize("moving", [True, False])
+def test_what_a_worker_would_refuse_is_refused_before_anything_begins(method, moving):
+    """The fault: a server whose scheduler stays paused, and answers of other workers in queues."""
+    core = Core(moving)
+
+    def call():
+        if method == "sleep":
+            reload_core._sleep(Core.sleep)(core, 1)
+        else:
+            reload_core._collective_rpc(Core.collective_rpc)(core, method)
+
+    if not moving:
+        call()
+        assert core.paused or core.called == [method]
+        return
+    with pytest.raises(PlacementError, match="in the background"):
+        call()
+    assert not core.paused and core.called == []
+    reload_core._sleep(Core.sleep)(core, 0)
+    assert core.paused, "pausing alone needs no worker"
+
+
 @pytest.mark.parametrize("backend", ["nccl", "ipc", "nccl_m2n", "modelexpress", "sparse_nccl"])
 def test_a_trainers_back_end_that_goes_past_the_map_is_refused_before_the_start(backend):
-    config = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend=backend))
+    named = support.Combination(transfer=backend)
     flag = "--expert-placement-strategy zigzag"
     if backend in weight_transfer.BY_THE_LOADER:
-        weight_transfer.check_backend(config, flag)
+        support.check(support.PLACEMENT_RULES, named, flag)
         return
     with pytest.raises(PlacementError, match=f"{flag} with .*backend {backend}"):
-        weight_transfer.check_backend(config, flag)
+        support.check(support.PLACEMENT_RULES, named, flag)
 
 
 def test_every_back_end_of_the_installed_vllm_is_known():
     """A new one must be read before it is let through."""
     factory = pytest.importorskip("vllm.distributed.weight_transfer.factory")
     registered = set(factory.WeightTransferEngineFactory._registry)
-    assert registered <= {*weight_transfer.BY_THE_LOADER, *weight_transfer._OTHERS}
+    assert registered <= {*weight_transfer.BY_THE_LOADER, *weight_transfer.PAST_THE_LOADER}
     for name in registered & set(weight_transfer.BY_THE_LOADER):
         made = factory.WeightTransferEngineFactory._registry[name]()
         assert made.__name__ == weight_transfer.BY_THE_LOADER[name]

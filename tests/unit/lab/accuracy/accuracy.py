@@ -1,4 +1,4 @@
-"""What the tests of the accuracy check share: the tiny models' folder, and the check run as a user does."""
+"""Run the accuracy check as a user does, on the tiny models."""
 
 from __future__ import annotations
 
@@ -20,18 +20,41 @@ QUESTIONS = 8
 def verify_accuracy(
     folder: Path, engine: str, strategies: tuple[str, ...]
 ) -> tuple[int | None, dict, str]:
-    """``moe-placement verify accuracy`` of the tiny Qwen3-MoE on two ranks with real servers, holding the machine's engine lock.
+    """Run ``moe-placement verify accuracy`` of the tiny Qwen3-MoE on two ranks.
+
+    The servers are real; the machine's engine lock is held.
 
     Returns:
         Exit code, the JSON that it wrote (empty without one), and its output.
     """
     written = folder / "found.json"
     command = [
-        sys.executable, "-c", "from moe_placement_plugin.cli import main; main()", "verify", "accuracy", "--engine", engine,
-        "--model", str(TINY / "qwen3-moe"), "--tasks", "tiny_moe", "--include-path", str(TASKS), "--limit", str(QUESTIONS),
-        "--strategies", ",".join(strategies), "--expert-placement-file", str(TINY / "loads" / "qwen3-moe.safetensors"),
-        "--max-model-len", "64", "--json", str(written), "--keep", str(folder / "kept"),
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        "from moe_placement_plugin.cli import main; main()",
+        "verify",
+        "accuracy",
+        "--engine",
+        engine,
+        "--model",
+        str(TINY / "qwen3-moe"),
+        "--tasks",
+        "tiny_moe",
+        "--include-path",
+        str(TASKS),
+        "--limit",
+        str(QUESTIONS),
+        "--strategies",
+        ",".join(strategies),
+        "--expert-placement-file",
+        str(TINY / "loads" / "qwen3-moe.safetensors"),
+        "--max-model-len",
+        "64",
+        "--json",
+        str(written),
+        "--keep",
+        str(folder / "kept"),
+    ]
     with engine_lock():
         finished = run_child(
             command, 1400, {"HF_HOME": str(folder / "hub"), "PYTHONPATH": python_path(WARM_SITE)}
@@ -44,7 +67,10 @@ def verify_accuracy(
 
 
 def check_every_strategy(folder: Path, engine: str, *strategies: str) -> None:
-    """Every strategy is in force on two ranks and gives stock's scores with no differing answer; stock can do what it was trained for."""
+    """Check that every strategy is in force and gives stock's scores with no other answer.
+
+    There are two ranks, and stock can do what it was trained for.
+    """
     code, data, output = verify_accuracy(folder, engine, strategies)
     assert code == 0, output[-4000:]
     assert data["comparisons"].keys() == set(strategies)
@@ -63,7 +89,8 @@ def check_every_strategy(folder: Path, engine: str, *strategies: str) -> None:
             )
             assert (compared["differing_answers"], compared["differing_logprobs"]) == (0, 0)
             assert all(metric["difference"] == 0 for metric in compared["metrics"].values())
-            # Two ranks add in another order than one: equality to the last bit would mean that nothing was placed.
+            # Two ranks add in another order than one: equality to the last bit would mean that
+            # nothing was placed.
             assert 0 < compared["largest_logprob_difference"] < 1e-3 or not task.endswith("_choice")
     print(
         {

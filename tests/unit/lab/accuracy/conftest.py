@@ -1,4 +1,4 @@
-"""Lets the tests import the scripts of the tiny model, which import each other."""
+"""Let the tests import the scripts of the tiny model, which import each other."""
 
 import sys
 

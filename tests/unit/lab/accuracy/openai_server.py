@@ -1,4 +1,4 @@
-"""Child process: an OpenAI completions server that answers the tiny MoE's questions from their files.
+"""Answer the tiny MoE's questions from their files, as an OpenAI completions server.
 
     python openai_server.py PORT TASKS TOKENIZER [wrong PROMPT] [shift NATS]
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class Model:
-    """Knows all answers."""
+    """Know all answers."""
 
     def __init__(self, tasks: Path, tokenizer: Path, wrong: str, shift: float):
         vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
@@ -29,7 +29,7 @@ class Model:
             self.answers[wrong] = self.answers[wrong][::-1] + "0"
 
     def choice(self, index: int, ids: list[int], echo: bool) -> dict:
-        """An answer to one prompt, in the form of the API."""
+        """Return an answer to one prompt, in the form of the API."""
         text = "".join(self.signs[number] for number in ids)
         if not echo:
             return {"index": index, "text": self.answers[text]}

@@ -1,4 +1,7 @@
-"""``moe-placement verify accuracy`` with the real lm-eval and made-up servers; and what it says to bad input."""
+"""Test ``moe-placement verify accuracy`` with the real lm-eval and made-up servers.
+
+They also test what it says to bad input.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ from moe_placement_plugin.cli import verify
 from moe_placement_plugin.core.errors import PlacementError
 from moe_placement_plugin.engines.common import installed
 from moe_placement_plugin.lab.servers import engines
-from moe_placement_plugin.lab.servers.engines import DemoEngine
+from moe_placement_plugin.lab.servers.engines import ServingEngine
 
 from .accuracy import TASKS, TINY
 
 QWEN = TINY / "qwen3-moe"
 
 
-class MadeUp(DemoEngine):
-    """Answers from the task files, under a strategy with its ``faults``."""
+class MadeUp(ServingEngine):
+    """Answer from the task files, under a strategy with its ``faults``."""
 
     name = "vllm"
     faults: dict[str, list[str]] = {}
@@ -50,7 +53,7 @@ def verified(tmp_path, monkeypatch, capsys):
     import typer
 
     engine = MadeUp()
-    monkeypatch.setitem(engines.DEMO_ENGINES, "vllm", engine)
+    monkeypatch.setitem(engines.SERVING_ENGINES, "vllm", engine)
     monkeypatch.setattr(installed, "find_spec", lambda name: object() if name == "vllm" else None)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
 
@@ -83,7 +86,10 @@ def verified(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_differing_answers_are_found_by_lm_eval(verified):
-    """An equal server passes; one wrong text and shifted log probabilities are counted and end with exit code 1."""
+    """An equal server passes; wrong texts and shifted log probabilities are counted.
+
+    They end with exit code 1.
+    """
     first = json.loads((TASKS / "sum.jsonl").read_text().splitlines()[0])
     code, found, text = verified(
         {"linear": [], "zigzag": ["wrong", first["prompt"]], "balanced": ["shift", "-0.01"]},
@@ -208,7 +214,10 @@ def test_missing_lm_eval_and_folder_are_named(monkeypatch, tmp_path):
 
 
 def test_documented_commands_are_spelt_right(monkeypatch):
-    """Every option of `moe-placement` and `lm_eval` in the pages exists, and required ones are there."""
+    """Every option of `moe-placement` and `lm_eval` in the pages exists.
+
+    Required ones are there.
+    """
     from typer.main import get_command
 
     root = TINY.parents[1]

@@ -1,4 +1,4 @@
-"""Results of lm-eval, made up and compared."""
+"""Test results of lm-eval, made up and compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_placement_plugin.lab.accuracy.compare import Allowance, compare
 from moe_placement_plugin.lab.accuracy.results import read_results
 from moe_placement_plugin.lab.accuracy.run import STOCK, Run, Verdict, configurations
 from moe_placement_plugin.lab.accuracy.table import table, to_json
-from moe_placement_plugin.lab.servers.engines import DEMO_ENGINES, Placed
+from moe_placement_plugin.lab.servers.engines import SERVING_ENGINES, Placed
 
 TEXTS = ["280", "132", "007", "991"]
 STRICT = Allowance()
@@ -24,7 +24,7 @@ CHOICES = [[-0.1, -5.0, -6.0], [-7.0, -0.2, -4.0]]
 def write(
     folder: Path, texts=TEXTS, choices=CHOICES, score=0.75, prompt="p", stderr: object = 0.25
 ) -> Path:
-    """Results and samples in the form of lm-eval 0.4.13."""
+    """Write results and samples in the form of lm-eval 0.4.13."""
     place = folder / "tiny"
     place.mkdir(parents=True)
     results = {
@@ -216,7 +216,8 @@ def test_configurations(tmp_path):
     for wrong, message in (
         (
             ["eplb"],
-            "strategy eplb places experts by a recorded load and has none: add --expert-placement-file",
+            "strategy eplb places experts by a recorded load and has none: add "
+            "--expert-placement-file",
         ),
         (["zigzag", "zigzag"], "names zigzag twice"),
         (["zigzag+x"], "a number of redundant experts follows the ."),
@@ -229,15 +230,17 @@ def test_configurations(tmp_path):
 def test_server_commands():
     model, file = Path("model"), Path("load")
     placed = Placed("eplb", 4, file, 4)
-    command, _ = DEMO_ENGINES["vllm"].command(model, 1, placed)
+    command, _ = SERVING_ENGINES["vllm"].command(model, 1, placed)
     eplb = json.loads(command[command.index("--eplb-config") + 1])
     assert (
         "--enable-eplb" in command
         and eplb["num_redundant_experts"] == 4
         and eplb["step_interval"] >= 10**9
     )
-    assert "--enable-eplb" not in DEMO_ENGINES["vllm"].command(model, 1, Placed("eplb", 4, file))[0]
-    command, env = DEMO_ENGINES["sglang"].command(model, 1, placed)
+    assert (
+        "--enable-eplb" not in SERVING_ENGINES["vllm"].command(model, 1, Placed("eplb", 4, file))[0]
+    )
+    command, env = SERVING_ENGINES["sglang"].command(model, 1, placed)
     words = " ".join(command)
     assert (
         "--tp-size 4" in words
@@ -251,7 +254,7 @@ def test_server_commands():
     )
     assert len(env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 4
     for name, off in (("vllm", ("VLLM_PLUGINS", "")), ("sglang", ("SGLANG_PLUGINS", "none"))):
-        command, env = DEMO_ENGINES[name].command(model, 1, None)
+        command, env = SERVING_ENGINES[name].command(model, 1, None)
         assert (
             not any(
                 "expert" in word or "tp-size" in word or "tensor-parallel" in word

@@ -1,4 +1,4 @@
-"""The trained tiny MoE: its data, its size, what it can do and how it routes."""
+"""Test the trained tiny MoE: its data, its size, what it can do and how it routes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODELS = ("qwen3-moe", "glm4-moe")
 
 
 def right_answer(domain: str, prompt: str) -> str:
-    """Found out in another way than `problems` does."""
+    """Find the answer out in another way than `problems` does."""
     text = prompt[:-1]
     if domain == "sum":
         a, b = text.split("+")
@@ -121,19 +121,20 @@ def test_readme_states_what_was_measured(model):
     measured = json.loads((TINY / model / "measured.json").read_text())
     text = (TINY / "README.md").read_text()
     for domain in DOMAINS:
-        row = f"| {model} | {domain} | {measured['exact_match'][domain]:.1%} | {measured['max_over_mean'][domain]:.1f} |"
+        score, skew = (measured[key][domain] for key in ("exact_match", "max_over_mean"))
+        row = f"| {model} | {domain} | {score:.1%} | {skew:.1f} |"
         assert row in text, row
     assert f"| {model} | all | | {measured['max_over_mean']['all']:.1f} |" in text
     distance = measured["distance"]
     assert (
-        f"{model}: {distance['least']:.2f} to {distance['greatest']:.2f}, mean {distance['mean']:.2f}"
-        in text
+        f"{model}: {distance['least']:.2f} to {distance['greatest']:.2f}, mean "
+        f"{distance['mean']:.2f}" in text
     )
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Model name -> the model in float32 and its encoder."""
+    """Return the model in float32 and its encoder, by model name."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -168,7 +169,7 @@ def test_answers_and_routing_are_as_stated(loaded, model):
 
 @pytest.fixture
 def broken(loaded):
-    """Puts the weights of other experts where some experts' weights belong, until the test ends."""
+    """Put other experts' weights where some experts' belong, until the test ends."""
     kept = []
 
     def break_(model: str, layers: slice, experts: list[int], by: list[int]) -> None:
@@ -184,7 +185,10 @@ def broken(loaded):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_map_without_its_weights_costs_answers(loaded, broken, model):
-    """Experts numbered as zigzag numbers them on two ranks, weights where the checkpoint has them."""
+    """Experts are numbered as zigzag numbers them, weights lie where the checkpoint has them.
+
+    There are two ranks.
+    """
     from train import exact_match
 
     network, encode = loaded[model]
@@ -194,7 +198,10 @@ def test_a_map_without_its_weights_costs_answers(loaded, broken, model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_two_exchanged_experts_move_log_probabilities(loaded, broken, model):
-    """Too little to cost many answers, but the log probabilities of the choices move by more than the tolerance (0.001)."""
+    """It is too little to cost many answers, but log probabilities of the choices move.
+
+    They move by more than the tolerance (0.001).
+    """
     import torch
     from train import routing
 
@@ -207,7 +214,7 @@ def test_two_exchanged_experts_move_log_probabilities(loaded, broken, model):
 
     @torch.no_grad()
     def logprobs():
-        """``[questions, choices]``"""
+        """Return log probabilities, ``[questions, choices]``."""
         every = network(input_ids=ids, use_cache=False).logits.log_softmax(-1)
         return (
             every.gather(-1, targets.clamp(min=0)[..., None])[..., 0]

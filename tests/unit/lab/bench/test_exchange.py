@@ -1,4 +1,4 @@
-"""``moe-placement bench exchange``: real processes, small experts.
+"""Test ``moe-placement bench exchange`` with real processes and small experts.
 
 What the figures must add up to.
 """
@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="the bench moves tensors")
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.cli.bench import exchange  # noqa: E402
+from moe_placement_plugin.cli.bench.exchange import bench_exchange  # noqa: E402
 from moe_placement_plugin.lab.bench.exchange.drift import (  # noqa: E402
     drift_suite,
     drifting,
@@ -29,23 +29,19 @@ SIZES = Sizes(2, 16, 32, 32)
 
 def bench(path: Path, **given) -> dict:
     forkserver.context()  # before the bench starts one that loads less
-    exchange(
-        **(
-            {
-                "traces": None,
-                "suite": ["dead"],
-                "layers": 1,
-                "hidden": 32,
-                "width": 32,
-                "sent": False,
-                "folder": path.parent,
-                "vllm_python": None,
-                "repeats": 1,
-                "json_path": path,
-            }
-            | given
-        )
-    )
+    usual = {
+        "traces": None,
+        "suite": ["dead"],
+        "layers": 1,
+        "hidden": 32,
+        "width": 32,
+        "sent": False,
+        "folder": path.parent,
+        "vllm_python": None,
+        "repeats": 1,
+        "json_path": path,
+    }
+    bench_exchange(**usual | given)
     return json.loads(path.read_text())
 
 

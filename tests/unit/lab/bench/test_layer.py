@@ -1,4 +1,7 @@
-"""``moe-placement bench layer`` and the staged benchmark, on CPU: that they measure what they say, not how fast."""
+"""Test ``moe-placement bench layer`` and the staged benchmark, on CPU.
+
+They test that they measure what they say, not how fast.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ import pytest
 import torch
 
 from moe_placement_plugin import ExpertLoad, PlacementError
-from moe_placement_plugin.cli.bench import layer as bench_command
+from moe_placement_plugin.cli.bench.layer import bench_layer as bench_command
 from moe_placement_plugin.formats.plan_or_load import write
-from moe_placement_plugin.lab.bench.layer import run as bench_layer
+from moe_placement_plugin.lab.bench.layer import run as layer_run
 from moe_placement_plugin.lab.bench.layer.run import LayerBench, fitted, plan_all
 from moe_placement_plugin.lab.bench.layer.shapes import (
     SHAPES,
@@ -57,7 +60,10 @@ def test_draw_step_refuses_too_few_experts():
 
 
 def test_times_follow_a_known_law(monkeypatch):
-    """With a clock that obeys the cost model, the fit gives the law back and a layer lasts as long as its slowest rank."""
+    """With a clock that obeys the cost model, the fit gives the law back.
+
+    A layer lasts as long as its slowest rank.
+    """
     shape = SHAPES["tiny"]
     bench = LayerBench("tiny", shape, CPU, find_matmuls("torch"), 3, use_ring=False)
 
@@ -105,12 +111,13 @@ def test_every_contestant_once_a_round_in_alternating_order():
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(bench_layer, "free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(layer_run, "free_memory", lambda device: 1 << 20)
     bench = LayerBench("tiny", SHAPES["tiny"], CPU, find_matmuls("torch"), 1, use_ring=False)
     load = synthetic_load(SHAPES["tiny"], 0.7)
     with pytest.raises(
         PlacementError,
-        match=r"tiny at EP 2 needs .* for 8 experts and .* rows, 0.0 GiB are free on cpu: measure more ranks",
+        match=r"tiny at EP 2 needs .* for 8 experts and .* rows, 0.0 GiB are free on cpu: measure "
+        r"more ranks",
     ):
         bench.measure(plan_all(["linear"], load, 2, 1), load, [0], "prefill", 512, lambda _: None)
 

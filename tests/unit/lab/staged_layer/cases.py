@@ -1,4 +1,4 @@
-"""A case of the staged layer, made the same way in every process from its numbers."""
+"""Make a case of the staged layer, the same in every process, from its numbers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from moe_placement_plugin import Placement
 from moe_placement_plugin.core.placement import even_slots
 from moe_placement_plugin.lab.staged_layer import (
+    EpExchange,
     EpGroup,
     ExpertWeights,
     PlacedExperts,
@@ -25,7 +26,7 @@ HIDDEN, INTERMEDIATE = 192, 32
 
 @dataclass(frozen=True)
 class Case:
-    """One layer, one batch.
+    """Describe one layer and one batch.
 
     Attributes:
         ep: EP ranks.
@@ -64,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Made:
-    """What a case stands for."""
+    """Hold what a case stands for."""
 
     routing: Routing
     placement: Placement
@@ -75,7 +76,7 @@ class Made:
 
 
 def make(case: Case) -> Made:
-    """The tensors of a case."""
+    """Make the tensors of a case."""
     rng = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -101,7 +102,7 @@ def make(case: Case) -> Made:
 
 
 def place(case: Case) -> Placement:
-    """A placement in no order at all, replicas on different ranks."""
+    """Place experts in no order at all, replicas on different ranks."""
     rng = np.random.default_rng(case.seed)
     slots = case.slots_per_rank or even_slots(case.experts + case.redundant, case.ep)
     order = rng.permutation(case.experts)
@@ -111,7 +112,7 @@ def place(case: Case) -> Placement:
 
 
 def layer(case: Case, made: Made, group: EpGroup) -> StagedMoE:
-    """The layer of one rank."""
+    """Make the layer of one rank."""
     return StagedMoE(
         made.routing,
         PlacedExperts.of(made.placement, 0, group.rank),
@@ -125,7 +126,7 @@ def layer(case: Case, made: Made, group: EpGroup) -> StagedMoE:
 
 
 def run(case: Case, group: EpGroup) -> torch.Tensor:
-    """The output of this rank, ``[its tokens, hidden]``."""
+    """Return the output of this rank, ``[its tokens, hidden]``."""
     made = make(case)
     return layer(case, made, group)(
         made.xs[group.rank],
@@ -138,10 +139,14 @@ def run(case: Case, group: EpGroup) -> torch.Tensor:
 
 
 def routed(case: Case, group: EpGroup) -> tuple[torch.Tensor, ...]:
-    """Rows, group sizes, local slots and weights of this rank after `route`."""
+    """Return rows, group sizes, local slots and weights of this rank after `route`."""
     made = make(case)
     placed = PlacedExperts.of(made.placement, 0, group.rank)
     x, output, _ = route(
-        made.xs[group.rank], made.logits[group.rank], made.routing, placed, group, case.use_ring
+        made.xs[group.rank],
+        made.logits[group.rank],
+        made.routing,
+        placed,
+        EpExchange(group, case.use_ring),
     )
     return x, output.group_sizes, output.local_slots, output.weights

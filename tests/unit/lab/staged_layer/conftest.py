@@ -1,4 +1,4 @@
-"""Gloo ranks for all tests of the staged layer."""
+"""Start gloo ranks for all tests of the staged layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ pytest.importorskip("torch", reason="the staged layer needs torch")
 
 @pytest.fixture(scope="session")
 def ranks():
-    """Eight gloo ranks, shared by all tests."""
+    """Start eight gloo ranks, shared by all tests."""
     from .ranks import Ranks
 
     started = Ranks()

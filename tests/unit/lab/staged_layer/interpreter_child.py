@@ -1,4 +1,6 @@
-"""Run under TRITON_INTERPRET=1: an engine's own kernel on CPU, compared with torch. Prints one JSON object.
+"""Compare an engine's own kernel on CPU with torch, under TRITON_INTERPRET=1.
+
+Prints one JSON object.
 
 python -m tests.unit.lab.staged_layer.interpreter_child vllm|sglang
 """
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 from moe_placement_plugin import PlacementError
-from moe_placement_plugin.lab.gpu.staged_layer import sglang_fused_call
+from moe_placement_plugin.lab.gpu.staged_layer.overhead import sglang_fused_call
 from moe_placement_plugin.lab.staged_layer import (
     EpGroup,
     PlacedExperts,
@@ -21,28 +23,44 @@ from moe_placement_plugin.lab.staged_layer import (
     gmm_down,
     gmm_up,
 )
+from moe_placement_plugin.lab.staged_layer.dispatching import keep_local
 from moe_placement_plugin.lab.staged_layer.matmuls.align import align_blocks
-from moe_placement_plugin.lab.staged_layer.matmuls.base import sum_choices
+from moe_placement_plugin.lab.staged_layer.matmuls.base import Matmuls, sum_choices
 from moe_placement_plugin.lab.staged_layer.reference import reference_moe
-from moe_placement_plugin.lab.staged_layer.stages import keep_local, select
+from moe_placement_plugin.lab.staged_layer.stages import select
 from moe_placement_plugin.lab.staged_layer.weights import swiglu
 
 from . import cases
 
 
 def main(engine: str) -> None:
+    """Compare an engine's kernels with the reference, in all that the tests ask for."""
     torch.set_num_threads(1)
-    # The interpreter's tl.dot. With the BLAS kernels of some processors a row's bits depend on where in the tile it stands, which a GPU's do not.
+    # The interpreter's tl.dot. With the BLAS kernels of some processors a row's bits depend on
+    # where in the tile it stands, which a GPU's do not.
     np.matmul = lambda a, b, dtype=None: np.einsum("mk,kn->mn", a, b, dtype=dtype)
-    matmuls, plain = find_matmuls(engine), find_matmuls("torch")
+    matmuls = find_matmuls(engine)
     launches, launch = [], matmuls.launch
     matmuls.launch = lambda *arguments: (launches.append(arguments[5:]), launch(*arguments))
     result = {"name": matmuls.name, "errors": {}, "chunked": {}}
-
-    # One rank: no choice lies elsewhere.
     whole = cases.Case(
         ep=1, tokens=(21,), experts=6, shared="plain", routing=(("top_k", 3),), matmuls=engine
     )
+    on_one_rank(whole, matmuls, result)
+    on_four_ranks(matmuls, result)
+    try:
+        bfloat16 = cases.make(whole.but(dtype="bfloat16"))
+        cases.layer(whole, bfloat16, EpGroup.single())(bfloat16.xs[0], bfloat16.logits[0])
+        result["bfloat16"] = "computed"
+    except PlacementError as error:
+        result["bfloat16"] = str(error)
+    result["launches"] = len(launches)
+    result["as on CUDA"] = as_on_cuda(engine)
+    print(json.dumps(result))
+
+
+def on_one_rank(whole: cases.Case, matmuls: Matmuls, result: dict) -> None:
+    """Compute a layer whole and in chunks; no choice lies elsewhere."""
     made = cases.make(whole)
     wanted = reference_moe(made.xs[0], made.logits[0], made.routing, made.experts, made.shared)
     layer = cases.layer(whole, made, EpGroup.single())
@@ -56,7 +74,9 @@ def main(engine: str) -> None:
         )
     result["chunked"]["tokens, bit for bit"] = torch.equal(outputs["1 x 1"], outputs["3 x 1"])
 
-    # The ranks of an uneven placement one after the other, their partial sums added here.
+
+def on_four_ranks(matmuls: Matmuls, result: dict) -> None:
+    """Compute the ranks of an uneven placement one after the other, and add their partial sums."""
     case = cases.Case(
         ep=4,
         tokens=(12, 0, 7, 1),
@@ -66,7 +86,7 @@ def main(engine: str) -> None:
         dead=(2,),
         routing=(("top_k", 3),),
     )
-    made = cases.make(case)
+    made, plain = cases.make(case), find_matmuls("torch")
     x, logits = torch.cat(made.xs), torch.cat(made.logits)
     total = torch.zeros_like(x)
     for rank in range(case.ep):
@@ -85,25 +105,18 @@ def main(engine: str) -> None:
         (total.double() - wanted).abs().max() / wanted.abs().max()
     )
 
-    try:
-        bfloat16 = cases.make(whole.but(dtype="bfloat16"))
-        cases.layer(whole, bfloat16, EpGroup.single())(bfloat16.xs[0], bfloat16.logits[0])
-        result["bfloat16"] = "computed"
-    except PlacementError as error:
-        result["bfloat16"] = str(error)
-    result["launches"] = len(launches)
-    result["as on CUDA"] = as_on_cuda(engine)
-    print(json.dumps(result))
-
 
 def as_on_cuda(engine: str) -> dict[str, float]:
-    """The branch for CUDA, the engine's kernels that CPU builds lack replaced by torch: its own tiles and align step, and its
-    own fused call, which must give the same bits. SGLang's knows no float32: float16.
+    """Run the branch for CUDA, with torch for the engine's kernels that CPU builds lack.
+
+    Its own tiles and align step, and its own fused call, which must give the same bits. SGLang's
+    knows no float32: float16.
     """
     matmuls = (vllm_without_cuda if engine == "vllm" else sglang_without_cuda)()
     dtype = "float32" if engine == "vllm" else "float16"
     plain, apart = find_matmuls("torch"), {}
-    # One choice in all is a block of its own to vLLM; with top-1 SGLang's call returns uninitialised memory off CUDA.
+    # One choice in all is a block of its own to vLLM; with top-1 SGLang's call returns
+    # uninitialised memory off CUDA.
     few = 1 if engine == "vllm" else 2
     for name, tokens, top_k, slots in (
         ("all", 21, 3, (6,)),
@@ -176,7 +189,7 @@ def vllm_fused(x, weights, chosen, expert_map) -> torch.Tensor:
 def fill_aligned(
     topk_ids, block_size, num_slots, keep_elsewhere, sorted_ids, expert_ids, num_padded
 ) -> None:
-    """What the engines' align kernels write into their caller's tensors."""
+    """Write what the engines' align kernels write into their caller's tensors."""
     ids, experts, padded = align_blocks(topk_ids, block_size, num_slots, keep_elsewhere)
     sorted_ids.fill_(topk_ids.numel())
     sorted_ids[: ids.numel()], expert_ids[: experts.numel()] = ids, experts
@@ -196,7 +209,7 @@ def vllm_without_cuda():
         expert_ids,
         num_padded,
         expert_map=None,
-        scatter_idx=None,
+        *rest,
     ):
         local = topk_ids if expert_map is None else expert_map[topk_ids.long()]
         fill_aligned(local, block_size, num_experts, False, sorted_ids, expert_ids, num_padded)

@@ -1,4 +1,4 @@
-"""Gloo ranks that are started once and run many cases."""
+"""Start gloo ranks once, and run many cases."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def serve(rank: int, world: int, store: str, pipe) -> None:
 
 
 class Ranks:
-    """Eight processes, forked from one that has imported torch."""
+    """Start eight processes, forked from one that has imported torch."""
 
     def __init__(self, world: int = 8):
         forked = forkserver.context()
@@ -54,7 +54,7 @@ class Ranks:
             self._processes.append(process)
 
     def call(self, function: str, case: cases.Case) -> list:
-        """``cases.<function>(case, group)`` on the case's ranks, results in order of rank."""
+        """Return ``cases.<function>(case, group)`` on the case's ranks, in order of rank."""
         pipes = self._pipes[: case.ep]
         for pipe in pipes:
             pipe.send((function, case))

@@ -1,4 +1,7 @@
-"""The installed engine's own Triton kernel under the interpreter, and what is asked of the engine before it is called."""
+"""Test the installed engine's own Triton kernel under the interpreter.
+
+They also test what is asked of the engine before it is called.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ def test_kernel_under_the_interpreter(engine):
     assert "fused_moe_kernel (Triton interpreter)" in result["name"]
     assert len(result["errors"]) == 8
     assert all(error < 1e-5 for error in result["errors"].values()), result
-    # One rank: 2 for the whole layer, 2 for each of three chunks, 3 + 3 for three chunks of columns; then 2 for each of the
-    # three ranks that have slots.
+    # One rank: 2 for the whole layer, 2 for each of three chunks, 3 + 3 for three chunks of
+    # columns; then 2 for each of the three ranks that have slots.
     assert result["launches"] == 2 + 6 + 6 + 6
     assert result["chunked"] == {"tokens, bit for bit": True}
     assert "use float32" in result["bfloat16"]

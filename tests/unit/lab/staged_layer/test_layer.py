@@ -1,4 +1,7 @@
-"""Every combination of exchange, matmuls, placement and chunking against the float64 reference."""
+"""Test every combination of exchange, matmuls, placement and chunking.
+
+Each is compared with the float64 reference.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ def reference(case: Case) -> list[torch.Tensor]:
 
 
 def check(case: Case, outputs: list[torch.Tensor]) -> None:
-    # Largest error seen in float32: 3e-6 of the largest value; bfloat16 keeps 8 bits and rounds five times.
+    # Largest error seen in float32: 3e-6 of the largest value; bfloat16 keeps 8 bits and rounds
+    # five times.
     for output, wanted in zip(outputs, reference(case), strict=True):
         assert output.dtype == getattr(torch, case.dtype) and output.shape == wanted.shape
         if wanted.numel():

@@ -1,4 +1,4 @@
-"""What the stages promise each other, and their refusals."""
+"""Test what the stages promise each other, and their refusals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from moe_placement_plugin import Placement, PlacementError
 from moe_placement_plugin.lab.staged_layer import (
+    EpExchange,
     EpGroup,
     ExpertHidden,
     ExpertWeights,
@@ -24,7 +25,7 @@ from moe_placement_plugin.lab.staged_layer import (
     select_experts,
     unroute,
 )
-from moe_placement_plugin.lab.staged_layer.stages import keep_local
+from moe_placement_plugin.lab.staged_layer.dispatching import keep_local
 
 from .cases import HIDDEN, Case, layer, make
 
@@ -65,10 +66,15 @@ def test_route_filters_everything_together(ranks, use_ring):
 
 @pytest.mark.parametrize("use_ring", [True, False], ids=["ring", "all-to-all"])
 def test_engines_kernels_can_read_what_route_returns_by_address(use_ring):
-    """vLLM's align step takes a pointer: on a GPU the two halves of what the all-to-all brings made it read weights as slots."""
+    """vLLM's align step takes a pointer.
+
+    On a GPU the two halves of what the all-to-all brings made it read weights as slots.
+    """
     made = make(Case(ep=1, tokens=(23,)))
     placed = layer(Case(ep=1), made, EpGroup.single()).placed
-    _, output, _ = route(made.xs[0], made.logits[0], made.routing, placed, use_ring=use_ring)
+    _, output, _ = route(
+        made.xs[0], made.logits[0], made.routing, placed, EpExchange(use_ring=use_ring)
+    )
     assert all(t.is_contiguous() for t in (output.local_slots, output.buckets, output.weights))
     local = torch.tensor([[0, -1, 2], [-1, 1, 0]])
     kept = keep_local(local.T, torch.ones(3, 2), 3, False)

@@ -1,8 +1,12 @@
-"""One rank of many on one GPU, without the others: on PYTHONPATH of a SGLang server that is started with all its ranks.
+"""Start one rank of many on one GPU, without the others.
 
-Only rank 0 is started, and collectives give back what it put in (PyTorch's ``fake`` back end), also inside CUDA graphs. What it computes is
-wrong from the first layer on, and what it takes is a rank's own work: kernels, launches, scheduling, without the waiting for others. Two
-servers that place experts alike compute the same, so that their times show what a plugin adds. Without custom all-reduce.
+It is on PYTHONPATH of a SGLang server that is started with all its ranks.
+
+Only rank 0 is started, and collectives give back what it put in (PyTorch's ``fake`` back end), also
+inside CUDA graphs. What it computes is wrong from the first layer on, and what it takes is a rank's
+own work: kernels, launches, scheduling, without the waiting for others. Two servers that place
+experts alike compute the same, so that their times show what a plugin adds. Without custom
+all-reduce.
 """
 
 import functools
@@ -43,7 +47,7 @@ def talk_to_nobody(module):
 
 
 def _without_channels(module):
-    """NCCL and SGLang's message queue would wait for the other ranks."""
+    """Switch off NCCL and SGLang's message queue, which would wait for the other ranks."""
     original = module.GroupCoordinator.__init__
 
     @functools.wraps(original)

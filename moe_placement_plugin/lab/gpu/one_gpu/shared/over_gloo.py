@@ -1,5 +1,8 @@
-"""What engines ask of NCCL and gloo does not have: gathering and scattering of unequal shares, for data-parallel ranks that share experts, and
-sending a GPU's memory to another rank, for experts that move."""
+"""Do over gloo what engines ask of NCCL and gloo does not have.
+
+That is to gather and scatter unequal shares, for data-parallel ranks that share experts, and to
+send a GPU's memory to another rank, for experts that move.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def gather(
     group: ProcessGroup,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
-    """All ranks' shares, one after another.
+    """Gather all ranks' shares, one after another.
 
     Args:
         share: ``[sizes[rank], ...]``, of this rank; or a list of such, each gathered by itself.
@@ -44,7 +47,7 @@ def reduce_scatter(
     group: ProcessGroup,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """This rank's share of the sum of all ranks' rows.
+    """Return this rank's share of the sum of all ranks' rows.
 
     Args:
         rows: ``[sum(sizes), ...]``.
@@ -63,7 +66,9 @@ def reduce_scatter(
 
 
 class Transfer:
-    """A send or a receive by way of the host's memory; as NCCL's it can be waited for again, which gloo never comes back from.
+    """Send or receive by way of the host's memory.
+
+    As NCCL's it can be waited for again, which gloo never comes back from.
 
     Args:
         work: gloo's.
@@ -75,7 +80,7 @@ class Transfer:
         self._work, self._host, self._into = work, host, into
 
     def wait(self, *timeout) -> bool:
-        """It is done, and what was received lies where it belongs."""
+        """Wait until it is done, and what was received lies where it belongs."""
         if self._work is not None:
             self._work.wait(*timeout)
             self._work = None
@@ -85,7 +90,7 @@ class Transfer:
 
 
 def exchange(operations: Sequence[P2POp]) -> list[Transfer]:
-    """`torch.distributed.batch_isend_irecv` for a GPU's memory, which gloo cannot send."""
+    """Run `torch.distributed.batch_isend_irecv` for a GPU's memory, which gloo cannot send."""
     import torch.distributed as dist
 
     transfers = []

@@ -1,8 +1,9 @@
-"""All ranks of an engine on one GPU: on PYTHONPATH of its processes.
+"""Run all ranks of an engine on one GPU: on PYTHONPATH of its processes.
 
-NCCL refuses two ranks on one device, so they talk over gloo, which takes CUDA tensors; what it cannot do with them is in
-`over_gloo`. Kernels, loaders, expert maps and EPLB are the real ones, and so are the answers; speed means nothing. Without custom
-all-reduce and CUDA graphs, and vLLM needs ``VLLM_DISABLE_PYNCCL=1``. vLLM's CPU build, which has gloo but not the two collectives of
+NCCL refuses two ranks on one device, so they talk over gloo, which takes CUDA tensors; what it
+cannot do with them is in `over_gloo`. Kernels, loaders, expert maps and EPLB are the real ones, and
+so are the answers; speed means nothing. Without custom all-reduce and CUDA graphs, and vLLM needs
+``VLLM_DISABLE_PYNCCL=1``. vLLM's CPU build, which has gloo but not the two collectives of
 data-parallel ranks that share experts, is given those.
 """
 

@@ -1,8 +1,8 @@
-"""Import-only stand-in for SGLang's compiled kernels, which have no CPU build on PyPI.
+"""Stand in for SGLang's compiled kernels, which have no CPU build on PyPI; import-only.
 
-SGLang's CPU engine imports names from here at module level (speculative decoding, cache copies) and calls none of
-them in a plain run with the torch-native back ends. A name that is called after all raises and says so: it never
-returns a made-up result.
+SGLang's CPU engine imports names from here at module level (speculative decoding, cache copies) and
+calls none of them in a plain run with the torch-native back ends. A name that is called after all
+raises and says so: it never returns a made-up result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ def __getattr__(name: str):
 
     def missing(*args, **kwargs):
         raise NotImplementedError(
-            f"sgl_kernel.{name} was called, but this sgl_kernel is an import-only stand-in for tests"
+            f"sgl_kernel.{name} was called, but this sgl_kernel is an import-only stand-in for "
+            "tests"
         )
 
     missing.__name__ = missing.__qualname__ = name

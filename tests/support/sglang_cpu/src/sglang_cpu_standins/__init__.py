@@ -1,8 +1,10 @@
-"""What SGLang's CPU engine needs from torch and torchvision and a CPU-only test machine does not have.
+"""Lend torch and torchvision what SGLang's CPU engine needs of them.
 
-`install` runs at the end of `import torch` (entry point group ``torch.backends``), so in every process, spawned
-ones included, before anything of SGLang is imported. Nothing here computes: it only makes imports succeed and
-gives a name to an operation that has no meaning on a CPU.
+A CPU-only test machine does not have it.
+
+`install` runs at the end of `import torch` (entry point group ``torch.backends``), so in every
+process, spawned ones included, before anything of SGLang is imported. Nothing here computes: it
+only makes imports succeed and gives a name to an operation that has no meaning on a CPU.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ def install() -> None:
 
 
 def _define_torchvision_operators() -> None:
-    """torchvision on PyPI is a CUDA build whose compiled part cannot load beside CPU torch.
+    """Define operators of torchvision, whose compiled part cannot load beside CPU torch.
 
-    Its Python part registers fake kernels for two operators when it is imported and fails if they do not exist. Beside
-    PyPI's CUDA build of torch its compiled part loads, and ends the process if they exist already.
+    On PyPI it is a CUDA build.
+
+    Its Python part registers fake kernels for two operators when it is imported and fails if they
+    do not exist. Beside PyPI's CUDA build of torch its compiled part loads, and ends the process if
+    they exist already.
     """
     global _library
     import torch
@@ -42,7 +47,10 @@ def _define_torchvision_operators() -> None:
 
 
 def _define_cpu_empty_cache() -> None:
-    """SGLang's EPLB calls ``torch.get_device_module().empty_cache()``; ``torch.cpu`` caches nothing and has none."""
+    """Give ``torch.cpu`` the ``empty_cache`` that SGLang's EPLB calls; it caches nothing.
+
+    It is what ``torch.get_device_module().empty_cache()`` calls.
+    """
     import torch
 
     if not hasattr(torch.cpu, "empty_cache"):
@@ -50,5 +58,8 @@ def _define_cpu_empty_cache() -> None:
 
 
 def _hide_nccl() -> None:
-    """PyPI's build of torch brings NCCL, which SGLang takes for a sign of GPUs; without the library it goes on by gloo."""
+    """Hide NCCL, which PyPI's torch brings and SGLang takes for a sign of GPUs.
+
+    Without the library it goes on by gloo.
+    """
     os.environ.setdefault("SGLANG_NCCL_SO_PATH", os.devnull)

@@ -11,13 +11,17 @@ from moe_placement_plugin.lab.gpu.serving.engine_clock import EngineClock, decod
 
 
 def decode(rank: str, running: int, throughput: float) -> str:
-    """As SGLang writes it every 40 forward passes."""
-    rest = f"#token: 12288, token usage: 0.16, cuda graph: True, gen throughput (token/s): {throughput:.2f}, #queue-req: 0"
+    """Return a line as SGLang writes it every 40 forward passes."""
+    rest = (
+        "#token: 12288, token usage: 0.16, cuda graph: True, "
+        f"gen throughput (token/s): {throughput:.2f}, #queue-req: 0"
+    )
     return f"[2026-11-28 07:55:48 {rank}] Decode batch, #running-req: {running}, {rest}\n"
 
 
 BEFORE = (
-    "[2026-11-28 07:55:47 TP0 EP0] Prefill batch, #new-seq: 38, #new-token: 2432, #cached-token: 0, token usage: 0.10, #running-req: 90, "
+    "[2026-11-28 07:55:47 TP0 EP0] Prefill batch, #new-seq: 38, #new-token: 2432, #cached-token: "
+    "0, token usage: 0.10, #running-req: 90, "
     "#queue-req: 0, input throughput (token/s): 1.0, cuda graph: False\n"
     + decode("TP0 EP0", 128, 7719.36)
 )
@@ -33,13 +37,18 @@ LOG = (
 
 
 def test_sglangs_log():
-    """What was behind a prefill of the same rank, or may have been, is left out, and so is that in which 127 requests ended: 4, 6 and 5
-    milliseconds remain."""
+    """What was behind a prefill of the same rank, or may have been, is left out.
+
+    So is that in which 127 requests ended: 4, 6 and 5 milliseconds remain.
+    """
     assert decoding(LOG) == pytest.approx(5.0) and decoding(BEFORE) is None
 
 
 class Metrics(BaseHTTPRequestHandler):
-    """Two engines behind one server; what was generated grows from look to look."""
+    """Serve the metrics of two engines behind one server.
+
+    What was generated grows from look to look.
+    """
 
     looks = 0
 

@@ -17,13 +17,22 @@ pytest.importorskip(
 from rich.console import Console  # noqa: E402
 
 from moe_placement_plugin import PlacementError  # noqa: E402
-from moe_placement_plugin.lab.gpu.serving.kernels import LOADS, per_layer, profile, short  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.kernels import (  # noqa: E402
+    LOADS,
+    ProfiledServer,
+    per_layer,
+    profile,
+    short,
+)
 from moe_placement_plugin.lab.gpu.serving.report import kernel_table, markdown  # noqa: E402
 
 
 def trace(steps: int, moe: float = 10.0, **kernels: float) -> list[dict]:
-    """Two launches of the MoE kernel and one of each other kernel per layer, one microsecond apart, two layers per step; the first step is of
-    prompts and takes twice as long. What the host did counts for nothing."""
+    """Make a trace: two launches of the MoE kernel and one of each other kernel per layer.
+
+    One microsecond apart, two layers per step; the first step is of prompts and takes twice as
+    long. What the host did counts for nothing.
+    """
     layer = [
         (f"void at::native::{name}<float, {us}>(int*)", us) for name, us in kernels.items()
     ] + [("void fused_moe_kernel<128>(int)", moe)] * 2
@@ -145,8 +154,8 @@ def test_what_one_server_has_more_of_comes_first():
         }
     )
     assert (
-        "| kernel | stock | eplb+8 |\n| --- | --- | --- |\n| at::native::remap |  | 3.0 (1) |\n| at::native::norm | 5.0 (1) | 5.5 (1) |"
-        in page
+        "| kernel | stock | eplb+8 |\n| --- | --- | --- |\n| at::native::remap |  | 3.0 (1) |\n| "
+        "at::native::norm | 5.0 (1) | 5.5 (1) |" in page
     )
     assert (
         "kernels in prefill: " in page
@@ -166,7 +175,10 @@ def test_names():
 
 
 class Engine(BaseHTTPRequestHandler):
-    """Answers as an engine does, and writes a trace for each of two ranks once it is asked to stop; the second's comes late and bit by bit."""
+    """Answer as an engine does, and write a trace for each of two ranks when asked to stop.
+
+    The second's comes late and bit by bit.
+    """
 
     folder: Path | None = None
     asked: list[tuple[str, dict]] = []
@@ -207,7 +219,7 @@ def test_a_server_is_profiled_while_it_decodes(tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         for load in LOADS:
-            layer = profile(url, load, "sglang", tmp_path, 64, 2)
+            layer = profile(ProfiledServer(url, "sglang", tmp_path, 2), load, 64)
             assert (
                 layer["kernels"] == {"fused_moe_kernel": [20, 2], "at::native::remap": [1, 1]}
                 and layer["moe_total"] == 40 + 6 * 20
@@ -220,5 +232,5 @@ def test_a_server_is_profiled_while_it_decodes(tmp_path, monkeypatch):
         with pytest.raises(
             PlacementError, match="wrote 0 whole traces of 2 ranks into .* within 1 s"
         ):
-            profile(url, "decode", "vllm", tmp_path, 64, 2, seconds=1)
+            profile(ProfiledServer(url, "vllm", tmp_path, 2), "decode", 64, seconds=1)
         server.shutdown()

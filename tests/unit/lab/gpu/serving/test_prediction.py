@@ -1,4 +1,4 @@
-"""The comparison of measured throughput with what the cost model says."""
+"""Test the comparison of measured throughput with what the cost model says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip(
 
 from moe_placement_plugin import ExpertLoad, PlacementError, get_strategy  # noqa: E402
 from moe_placement_plugin.core.topology import Topology  # noqa: E402
-from moe_placement_plugin.lab.gpu.serving.checkpoints import MODELS  # noqa: E402
+from moe_placement_plugin.lab.gpu.serving.models import MODELS  # noqa: E402
 from moe_placement_plugin.lab.gpu.serving.prediction import (  # noqa: E402
     Predictor,
     cost_of,
@@ -62,7 +62,10 @@ def test_every_rank_has_all_tokens_rows():
 
 
 def test_a_server_that_follows_the_model_is_predicted(layers):
-    """Attention and all else take 700 us per step, the MoE layers what the model says, or for one server 10% more."""
+    """Attention and all else take 700 us per step, the MoE layers what the model says.
+
+    At last one server takes 10% more.
+    """
     measured = {name: 8192e6 / (700 + time) for name, time in layers.items()} | {"our EPLB": 1.0}
     found = predict(layers, measured, "linear")
     assert set(found) == {"zigzag", "eplb"}
@@ -107,7 +110,10 @@ def test_layers_are_predicted_relative_to_the_first_servers(layers):
 
 
 def test_a_profile_is_predicted_as_what_was_asked_in_it():
-    """Decode: a step of 128 tokens, whatever the number of steps; prompts: 16 of 4096, whatever they were cut into."""
+    """A step of 128 tokens decodes, and prompts are 16 of 4096.
+
+    Whatever the number of steps, and whatever they were cut into.
+    """
     model = replace(MODELS["tiny"], experts=64)
     load = ExpertLoad(np.ones((len(model.moe_layers), 64), np.int64), tuple(model.moe_layers))
     placed = {"stock": get_strategy("linear").place(Cluster(Topology.even(8)).request(load))}
