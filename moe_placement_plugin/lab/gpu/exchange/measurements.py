@@ -83,7 +83,8 @@ def move_all(model: MovedModel, repeats: int, scattered: bool = False) -> dict[s
     if scattered:
         rng = np.random.default_rng(1)
         there = rng.permuted(there.reshape(-1, model.slots), axis=1).reshape(there.shape)
-    moves = model.exchanger.plan(model.first, there, range(model.shape.layers))
+    layers = range(model.shape.layers)
+    moves = model.exchanger.plan(model.first, there, layers)
     busiest = int((moves.incoming * moves.expert_bytes[:, None]).sum(axis=0).max())
     times, longest = [], []
     for turn in range(2 * repeats + 2):
