@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-PHASES = ("prefill", "decode")
+from ..core.load import DECODE, PREFILL
+
+PHASES = (PREFILL, DECODE)
 """What a token was computed for. A snapshot's first axis follows this order."""
 
 _KEPT = 256

@@ -84,8 +84,7 @@ def move_all(model: MovedModel, repeats: int, scattered: bool = False) -> dict[s
         rng = np.random.default_rng(1)
         there = rng.permuted(there.reshape(-1, model.slots), axis=1).reshape(there.shape)
     layers = range(model.shape.layers)
-    old, new = (model.exchanger.placement(table, layers) for table in (model.first, there))
-    moves = model.exchanger.plan(old, new)
+    moves = model.exchanger.plan(model.first, there, layers)
     busiest = int((moves.incoming * moves.expert_bytes[:, None]).sum(axis=0).max())
     times, longest = [], []
     for turn in range(2 * repeats + 2):

@@ -188,9 +188,7 @@ class MovedModel:
             table: int ``[layers, physical experts]``.
             weighed: the exchange that it was decided by, if any.
         """
-        rows = np.flatnonzero((self.table != table).any(axis=1)).tolist()
-        if rows:
-            ours = self.exchanger
-            old, new = (ours.placement(t[rows], rows) for t in (self.table, table))
-            ours.exchange(ours.plan(old, new, weighed=weighed))
+        if not np.array_equal(self.table, table):
+            ours, layers = self.exchanger, range(self.shape.layers)
+            ours.exchange(ours.plan(self.table, table, layers, weighed=weighed))
             self.table = table
