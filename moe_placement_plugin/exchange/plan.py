@@ -123,7 +123,7 @@ class ExchangePlan:
         ]
         digest = hashlib.sha256(json.dumps(facts).encode())
         for work in (self.transfers, self.reads, self.copies):
-            digest.update(np.ascontiguousarray(work.array))
+            digest.update(work.array.tobytes())
         return digest.hexdigest()
 
     def staging_needed(self, expert_bytes: Sequence[int] | np.ndarray | None = None) -> np.ndarray:

@@ -7,7 +7,7 @@ worker of vLLM's CPU build has begun; planning does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def rebalance_table(
     if not hierarchical:
         found = plan(load, slots) if old is None else replan(load, old, slots, max_moves=max_moves)
         return found.physical_to_logical
-    where = {
+    where: dict[str, Any] = {
         "node_of_rank": ranks.nodes_or_runs(),
         "num_groups": ranks.groups,
         "locality": "node",
