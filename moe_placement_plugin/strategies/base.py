@@ -13,8 +13,7 @@ from ..core.errors import PlacementError
 from ..core.load import ExpertLoad
 from ..core.placement import Placement, even_slots
 from ..core.topology import Topology
-
-LOCALITIES = ("none", "node", "soft")
+from ..planner.options import LOCALITIES as LOCALITIES
 
 
 @dataclass(frozen=True)
