@@ -13,9 +13,7 @@ from ..core.errors import PlacementError
 from ..core.load import ExpertLoad
 from ..core.placement import Placement, even_slots
 from ..core.topology import Topology
-
-LOCALITIES = ("none", "node", "soft")
-"""How a plan may treat nodes: `PlacementRequest.locality` says what each means."""
+from ..planner.options import LOCALITIES
 
 
 @dataclass(frozen=True)

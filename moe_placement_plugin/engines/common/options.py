@@ -85,7 +85,7 @@ def _strategies() -> list[str]:
 
 
 def _localities() -> Sequence[str]:
-    from ...strategies.base import LOCALITIES  # lazy: heavy
+    from ...planner.options import LOCALITIES  # lazy: heavy
 
     return LOCALITIES
 

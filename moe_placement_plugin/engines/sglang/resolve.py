@@ -15,8 +15,8 @@ from ...core.model_shape import ModelShape, model_shape
 from ...core.placement import Placement
 from ...formats.packed import pack
 from ...hosts.watch import DEFAULT_TIMEOUT, check_timeout
+from ...planner.options import LOCALITIES
 from ...recording.recorder import DEFAULT_INTERVAL, check_interval, check_path
-from ...strategies.base import LOCALITIES
 from ...verification.level import check_level
 from ..common import options
 from ..common.request import Request

@@ -14,8 +14,8 @@ from ...core.model_shape import ModelShape, model_shape
 from ...core.placement import Placement
 from ...core.topology import Topology
 from ...hosts.watch import check_timeout
+from ...planner.options import LOCALITIES
 from ...strategies import ALIASES, get_strategy
-from ...strategies.base import LOCALITIES
 from ...strategies.resolve import resolve_placement
 from ...verification.level import check_level
 from ..common import options

@@ -1,40 +1,36 @@
-"""Swaps that take load off the busiest rank, and the joint step that also changes which experts are replicated.
+"""Take load off the busiest rank by swaps, and by changing which experts are replicated.
 
 `swap_hot_cold` works on float64 loads; all else on the integers of `layer`.
 """
 
 import numpy as np
 
-from ..kernels.compiled import kernel
-from ..kernels.layer import (
-    busiest,
-    exchange,
-    holds,
-    may_swap,
-    measure,
-    next_random,
-    replace_replica,
-)
+from ..kernels.compiled import inner_kernel
+from ..kernels.layer import busiest, exchange, holds, may_swap, measure, replace_replica
+from ..kernels.slot_lists import list_slots, make_slot_lists
+from ..kernels.state import LayerState
+from .kicks import EXCHANGE, REPLACE, draw_step, next_random
 
 
-@kernel
-def swap_hot_cold(count, start, expert_of, share_of, rank_load, max_swaps, target):
-    """Swap a replica of the busiest rank with one of the least busy rank, as long as that lowers the busier of the two.
+@inner_kernel
+def swap_hot_cold(state, start, max_swaps, target):
+    """Swap replicas of the busiest and the least busy rank, while that lowers the busier of the two.
 
     The cheap refinement of the fast mode; ranks of equal speed.
 
     Args:
-        count: int64 [experts]; start: int64 [ranks + 1]; expert_of: int32 [slots], share_of: float64 [slots], load of each slot's
-        replica, rank_load: float64 [ranks], updated; max_swaps: swaps at most;
-        target: stop when no rank is above this.
+        state: `LayerState` with floats, updated.
+        start: int64 [ranks + 1].
+        max_swaps: swaps at most.
+        target: float64, stop when no rank is above this.
     """
-    ranks = start.size - 1
+    _, replicas, expert_of, share_of, rank_load = state
     for _ in range(max_swaps):
-        hot = 0
-        cold = -1
+        hot = np.int64(0)
+        cold = np.int64(-1)
         high = rank_load[0]
         low = np.inf
-        for r in range(ranks):
+        for r in range(rank_load.size):
             v = rank_load[r]
             if v > high:
                 high = v
@@ -46,26 +42,33 @@ def swap_hot_cold(count, start, expert_of, share_of, rank_load, max_swaps, targe
             return
         ideal = (high - low) * 0.5
         best = ideal  # |step - ideal| < ideal means that both ranks end below `high`
-        best_i = -1
-        best_j = -1
+        best_i = np.int64(-1)
+        best_j = np.int64(-1)
         for i in range(start[hot], start[hot + 1]):
             wanted = share_of[i] - ideal
             for j in range(start[cold], start[cold + 1]):
                 miss = abs(share_of[j] - wanted)
                 if miss < best:
-                    if not may_swap(i, j, hot, cold, count, start, expert_of):
+                    if not may_swap(expert_of, replicas, start, i, j, hot, cold):
                         continue
                     best = miss
                     best_i = i
                     best_j = j
         if best_i < 0 or best > ideal * 0.999999:
             return
-        exchange(expert_of, share_of, rank_load, best_i, best_j, hot, cold)
+        exchange(state, best_i, best_j, hot, cold)
 
 
-@kernel
+@inner_kernel
 def _best_partner(top, load_hot, shares, loads):
-    """Load of the busier rank after the best exchange of a replica of load `top`, over slots of (share, load of the slot's rank)."""
+    """Return the load of the busier rank after the best exchange of a replica of the busiest rank.
+
+    Args:
+        top: int64, load of the replica.
+        load_hot: int64, of the busiest rank.
+        shares: int64 [slots], load of each slot's replica.
+        loads: int64 [slots], load of each slot's rank.
+    """
     best = np.int64(1 << 62)
     for s in range(shares.size):
         step = top - shares[s]
@@ -73,9 +76,9 @@ def _best_partner(top, load_hot, shares, loads):
     return best
 
 
-@kernel
+@inner_kernel
 def _best_partner_uneven(top, load_hot, slow_hot, shares, loads, slowness):
-    """As `_best_partner`, in time, for ranks of different speed."""
+    """Return as `_best_partner`, in time, for ranks of different speed; slowness int64 [slots]."""
     best = np.int64(1 << 62)
     for s in range(shares.size):
         step = top - shares[s]
@@ -83,128 +86,119 @@ def _best_partner_uneven(top, load_hot, slow_hot, shares, loads, slowness):
     return best
 
 
-@kernel
-def _best_allowed_partner(
-    i,
-    hot,
-    count,
-    start,
-    rank_of,
-    slowness,
-    expert_of,
-    share_of,
-    rank_load,
-    low_slot,
-    high_slot,
-    limit,
-):
-    """As `_best_partner` for slot `i`, leaving out exchanges that would put an expert twice on a rank.
+@inner_kernel
+def _best_allowed_partner(state, ranks, i, hot, limit):
+    """Find the best partner of a slot, leaving out exchanges that put an expert twice on a rank.
+
+    Args:
+        state: `LayerState`.
+        ranks: `Ranks`.
+        i: the slot.
+        hot: its rank, the busiest.
+        limit: int64, time that the exchange has to beat.
 
     Returns:
         (time, slot); slot is -1 if nothing is below `limit`.
     """
+    _, replicas, expert_of, share_of, rank_load = state
+    start = ranks.start
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
     best = limit
     best_j = -1
     top = share_of[i]
-    for j in range(low_slot, high_slot):
+    for j in range(expert_of.size):
         q = rank_of[j]
         step = top - share_of[j]
         v = max((rank_load[hot] - step) * slowness[hot], (rank_load[q] + step) * slowness[q])
-        if v < best and q != hot and may_swap(i, j, hot, q, count, start, expert_of):
+        if v < best and q != hot and may_swap(expert_of, replicas, start, i, j, hot, q):
             best = v
             best_j = j
     return best, best_j
 
 
-@kernel
-def descend(
-    count,
-    start,
-    rank_of,
-    rank_first,
-    rank_last,
-    slowness,
-    slot_slowness,
-    expert_of,
-    share_of,
-    rank_load,
-    slot_load,
-    target,
-    max_swaps,
-):
-    """Swap replicas off the busiest rank until it is at `target`, no swap lowers it, or `max_swaps` were made.
+@inner_kernel
+def _best_swap(state, ranks, slot_slowness, slot_load, hot, lowest):
+    """Find the swap off the busiest rank that lowers it most.
 
     Args:
-        rank_first, rank_last: only ranks [rank_first, rank_last) take part (one node of a hierarchical plan).
-        slowness: int64 [ranks]; slot_slowness: int64 [slots], the same by slot, or empty if all ranks are equal.
-        share_of: int64 [slots]; rank_load: int64 [ranks]; slot_load: int64 [slots], the load of each slot's rank, written.
+        state: `LayerState`.
+        ranks: `Ranks`.
+        slot_slowness: int64 [slots], slowness of each slot's rank; empty if all ranks are equal.
+        slot_load: int64 [slots], load of each slot's rank.
+        hot: the busiest rank.
+        lowest: int64 [slots], scratch.
+
+    Returns:
+        (slot here, slot there); -1 if no swap lowers it.
+    """
+    share_of = state.share_of
+    load_hot = state.rank_load[hot]
+    slow_hot = ranks.slowness[hot]
+    first = ranks.start[hot]
+    width = ranks.start[hot + 1] - first
+    # The lowest that each replica could bring it to, and then the replica that could do best first:
+    # mostly it is allowed to.
+    for k in range(width):
+        top = share_of[first + k]
+        if slot_slowness.size > 0:
+            lowest[k] = _best_partner_uneven(
+                top, load_hot, slow_hot, share_of, slot_load, slot_slowness
+            )
+        else:
+            lowest[k] = _best_partner(top, load_hot, share_of, slot_load)
+    high = load_hot * slow_hot
+    best = high
+    best_i = np.int64(-1)
+    best_j = np.int64(-1)
+    while True:
+        k = np.int64(-1)
+        least = best
+        for m in range(width):
+            if lowest[m] < least:
+                least = lowest[m]
+                k = m
+        if k < 0:
+            return best_i, best_j
+        lowest[k] = high
+        v, j = _best_allowed_partner(state, ranks, first + k, hot, best)
+        if j >= 0:
+            best = v
+            best_i = first + k
+            best_j = j
+
+
+@inner_kernel(makes_arrays=True)
+def descend(state, ranks, slot_slowness, slot_load, target):
+    """Swap replicas off the busiest rank until it is at a target or no swap lowers it.
+
+    Args:
+        state: `LayerState`, updated.
+        ranks: `Ranks`.
+        slot_slowness: int64 [slots], slowness of each slot's rank; empty if all ranks are equal.
+        slot_load: int64 [slots], the load of each slot's rank, written.
+        target: int64, time.
 
     Returns:
         Busiest rank.
     """
-    swaps = 0
-    low_slot = start[rank_first]
-    high_slot = start[rank_last]
-    for s in range(low_slot, high_slot):
+    rank_load = state.rank_load
+    start = ranks.start
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
+    for s in range(slot_load.size):
         slot_load[s] = rank_load[rank_of[s]]
-    shares = share_of[low_slot:high_slot]
-    loads = slot_load[low_slot:high_slot]
-    uneven = slot_slowness.size > 0
-    lowest = np.empty(expert_of.size, np.int64)
+    lowest = np.empty(slot_load.size, np.int64)
+    swaps = 0
     while True:
-        hot, high = busiest(rank_load, slowness, rank_first, rank_last)
-        if high <= target or swaps >= max_swaps:
+        hot, high = busiest(rank_load, slowness)
+        if high <= target or swaps >= 4 * slot_load.size:
             return hot
-        best = high
-        best_i = -1
-        best_j = -1
-        # The lowest that each replica could bring it to, and then the replica that could do best first: mostly it is allowed to.
-        first = start[hot]
-        width = start[hot + 1] - first
-        for k in range(width):
-            if uneven:
-                lowest[k] = _best_partner_uneven(
-                    share_of[first + k],
-                    rank_load[hot],
-                    slowness[hot],
-                    shares,
-                    loads,
-                    slot_slowness[low_slot:high_slot],
-                )
-            else:
-                lowest[k] = _best_partner(share_of[first + k], rank_load[hot], shares, loads)
-        while True:
-            k = -1
-            least = best
-            for m in range(width):
-                if lowest[m] < least:
-                    least = lowest[m]
-                    k = m
-            if k < 0:
-                break
-            lowest[k] = high
-            v, j = _best_allowed_partner(
-                first + k,
-                hot,
-                count,
-                start,
-                rank_of,
-                slowness,
-                expert_of,
-                share_of,
-                rank_load,
-                low_slot,
-                high_slot,
-                best,
-            )
-            if j >= 0:
-                best = v
-                best_i = first + k
-                best_j = j
-        if best_i < 0:
+        i, j = _best_swap(state, ranks, slot_slowness, slot_load, hot, lowest)
+        if i < 0:
             return hot
-        other = rank_of[best_j]
-        exchange(expert_of, share_of, rank_load, best_i, best_j, hot, other)
+        other = rank_of[j]
+        exchange(state, i, j, hot, other)
         for s in range(start[hot], start[hot + 1]):
             slot_load[s] = rank_load[hot]
         for s in range(start[other], start[other + 1]):
@@ -212,196 +206,159 @@ def descend(
         swaps += 1
 
 
-@kernel
-def best_replacement(
-    load,
-    count,
-    start,
-    rank_of,
-    rank_first,
-    rank_last,
-    slowness,
-    expert_of,
-    share_of,
-    rank_load,
-    hot,
-    first_slot,
-    next_slot,
-):
-    """The change of one slot into another expert's replica that lowers the busiest rank most.
+@inner_kernel
+def best_replacement(state, ranks, hot, lists):
+    """Find the change of one slot into another expert's replica that lowers the busiest rank most.
 
-    Every expert of the busiest rank is tried as the one that gains a replica, every replica elsewhere of an expert that has several as
-    the one that gives way.
+    Every expert of the busiest rank is tried as the one that gains a replica, every replica
+    elsewhere of an expert that has several as the one that gives way.
 
     Args:
-        first_slot: int64 [experts], next_slot: int64 [slots]: scratch for the list of slots of each expert.
+        state: `LayerState`.
+        ranks: `Ranks`.
+        hot: the busiest rank.
+        lists: `SlotLists`, written.
 
     Returns:
-        (busiest of the ranks that change, slot, expert); slot is -1 if nothing lowers it.
+        (slot, expert); slot is -1 if nothing lowers it.
     """
-    slots = expert_of.size
-    first_slot[:] = -1
-    for s in range(slots - 1, -1, -1):
-        next_slot[s] = first_slot[expert_of[s]]
-        first_slot[expert_of[s]] = s
+    load, replicas, expert_of, share_of, rank_load = state
+    start = ranks.start
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
+    first, following = lists
+    list_slots(expert_of, lists)
     best = rank_load[hot] * slowness[hot]
     best_slot = -1
-    best_expert = -1
+    best_expert = np.int64(-1)
     for i in range(start[hot], start[hot + 1]):
         e = expert_of[i]
-        gain = share_of[i] - load[e] // (count[e] + 1)
+        share_new = load[e] // (replicas[e] + 1)
+        gain = share_of[i] - share_new
         if (rank_load[hot] - gain) * slowness[hot] >= best:
             continue
-        for s in range(start[rank_first], start[rank_last]):
+        for s in range(expert_of.size):
             f = expert_of[s]
-            if f == e or count[f] < 2:
+            if f == e or replicas[f] < 2:
                 continue
             r = rank_of[s]
             if r == hot:
                 continue
-            rise = load[f] // (count[f] - 1) - share_of[s]
+            rise = load[f] // (replicas[f] - 1) - share_of[s]
             # The rank of the slot.
-            worst = (rank_load[r] - share_of[s] + load[e] // (count[e] + 1)) * slowness[r]
+            worst = (rank_load[r] - share_of[s] + share_new) * slowness[r]
             if worst >= best or holds(expert_of, start, r, e):
                 continue
-            t = first_slot[f]
+            t = first[f]
             while t >= 0 and worst < best:
                 q = rank_of[t]
                 if q != r:
                     v = rank_load[q] + rise
                     if holds(expert_of, start, q, e):
                         v -= gain
-                    if v * slowness[q] > worst:
-                        worst = v * slowness[q]
-                t = next_slot[t]
-            t = first_slot[e]
+                    worst = max(worst, v * slowness[q])
+                t = following[t]
+            t = first[e]
             while t >= 0 and worst < best:
                 q = rank_of[t]
                 v = rank_load[q] - gain
                 if holds(expert_of, start, q, f):
                     v += rise
-                if v * slowness[q] > worst:
-                    worst = v * slowness[q]
-                t = next_slot[t]
+                worst = max(worst, v * slowness[q])
+                t = following[t]
             if worst < best:
                 best = worst
                 best_slot = s
                 best_expert = e
-    return best, best_slot, best_expert
+    return best_slot, best_expert
 
 
-@kernel
-def refine(
-    load, count, start, rank_of, rank_first, rank_last, slowness, expert_of, target, kicks, seed
-):
-    """Lower the busiest of the ranks [rank_first, rank_last) of one layer to `target`, as far as `kicks` allow.
-
-    Swaps off the busiest rank alternate with re-replication (joint replicate-and-pack). Where both are stuck the search is
-    kicked: a few random swaps or replacements around the busiest rank, descent, and back to the best plan if that did not help
-    (iterated local search).
+@inner_kernel
+def _descend_and_replace(state, ranks, slot_slowness, slot_load, lists, redundant, target):
+    """Alternate swaps off the busiest rank with re-replication until both are stuck.
 
     Args:
-        load: int64 [experts]; count: int64 [experts], updated; start: int64 [ranks + 1]; rank_of: int64 [slots];
-        slowness: int64 [ranks]; expert_of: int32 [slots], updated;
-        target: time (load x slowness) of the busiest rank at which to stop; kicks: number of kicks at most; seed: of the kicks.
+        state: `LayerState`, updated.
+        ranks: `Ranks`.
+        slot_slowness: as for `descend`.
+        slot_load: as for `descend`.
+        lists: `SlotLists`, scratch.
+        redundant: whether experts have several replicas.
+        target: int64, time at which to stop.
 
     Returns:
-        Time of the busiest rank.
+        (busiest rank, time).
     """
+    rank_load = state.rank_load
+    while True:
+        hot = descend(state, ranks, slot_slowness, slot_load, target)
+        high = rank_load[hot] * ranks.slowness[hot]
+        if high <= target or not redundant:
+            return hot, high
+        slot, expert = best_replacement(state, ranks, hot, lists)
+        if slot < 0:
+            return hot, high
+        replace_replica(state, ranks.rank_of, slot, expert)
+
+
+@inner_kernel(makes_arrays=True)
+def refine(load, replicas, expert_of, ranks, target, kicks, seed):
+    """Lower the busiest rank of one layer to `target`, as far as `kicks` allow.
+
+    Swaps off the busiest rank alternate with re-replication (joint replicate-and-pack). Where both
+    are stuck the search is kicked: a few random steps around the busiest rank, descent, and back to
+    the best plan if that did not help (iterated local search).
+
+    Args:
+        load: int64 [experts].
+        replicas: int64 [experts], updated.
+        expert_of: int32 [slots], updated.
+        ranks: `Ranks`.
+        target: int64, time (load x slowness) of the busiest rank at which to stop.
+        kicks: how many at most.
+        seed: of the kicks.
+    """
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
     slots = expert_of.size
     share_of = np.empty(slots, np.int64)
-    rank_load = np.empty(start.size - 1, np.int64)
-    measure(load, count, start, expert_of, share_of, rank_load)
-    hot, best = busiest(rank_load, slowness, rank_first, rank_last)
-    if best <= target or rank_last - rank_first < 2:
-        return best
-    first_slot = np.empty(load.size, np.int64)
-    next_slot = np.empty(slots, np.int64)
+    rank_load = np.empty(slowness.size, np.int64)
+    state = LayerState(load, replicas, expert_of, share_of, rank_load)
+    measure(state, ranks.start)
+    hot, best = busiest(rank_load, slowness)
+    if best <= target or slowness.size < 2:
+        return
+    redundant = replicas.max() > 1
+    lists = make_slot_lists(load.size, slots)
     slot_load = np.empty(slots, np.int64)
     slot_slowness = np.empty(0, np.int64)
-    if slowness[rank_first:rank_last].min() != slowness[rank_first:rank_last].max():
+    if slowness.min() != slowness.max():
         slot_slowness = slowness[rank_of]
-    state = np.full(1, seed, np.int64)
+    random = np.full(1, seed, np.int64)
     best_expert_of = expert_of.copy()
-    best_count = count.copy()
-    low_slot = start[rank_first]
-    num_slots = start[rank_last] - low_slot
-    redundant = False
-    for e in range(load.size):
-        if count[e] > 1:
-            redundant = True
-            break
-    max_swaps = 4 * num_slots
+    best_replicas = replicas.copy()
     tried = 0
     while True:
-        while True:
-            hot = descend(
-                count,
-                start,
-                rank_of,
-                rank_first,
-                rank_last,
-                slowness,
-                slot_slowness,
-                expert_of,
-                share_of,
-                rank_load,
-                slot_load,
-                target,
-                max_swaps,
-            )
-            high = rank_load[hot] * slowness[hot]
-            if high <= target or not redundant:
-                break
-            value, slot, expert = best_replacement(
-                load,
-                count,
-                start,
-                rank_of,
-                rank_first,
-                rank_last,
-                slowness,
-                expert_of,
-                share_of,
-                rank_load,
-                hot,
-                first_slot,
-                next_slot,
-            )
-            if slot < 0:
-                break
-            replace_replica(
-                load, count, start, rank_of, expert_of, share_of, rank_load, slot, expert
-            )
+        hot, high = _descend_and_replace(
+            state, ranks, slot_slowness, slot_load, lists, redundant, target
+        )
         if high < best:
             best = high
             best_expert_of[:] = expert_of
-            best_count[:] = count
+            best_replicas[:] = replicas
         if best <= target or tried >= kicks:
             break
         if high > best:
             expert_of[:] = best_expert_of
-            count[:] = best_count
-            measure(load, count, start, expert_of, share_of, rank_load)
-            hot, high = busiest(rank_load, slowness, rank_first, rank_last)
+            replicas[:] = best_replicas
+            measure(state, ranks.start)
+            hot, high = busiest(rank_load, slowness)
         tried += 1
-        for _ in range(1 + next_random(state) % 3):
-            width = start[hot + 1] - start[hot]
-            i = start[hot] + next_random(state) % width
-            j = low_slot + next_random(state) % num_slots
-            a = expert_of[i]
-            b = expert_of[j]
-            r = rank_of[j]
-            if r == hot or a == b:
-                continue
-            if redundant and count[b] > 1 and next_random(state) % 2 == 0:
-                if not holds(expert_of, start, r, a):
-                    replace_replica(
-                        load, count, start, rank_of, expert_of, share_of, rank_load, j, a
-                    )
-                    continue
-            if may_swap(i, j, hot, r, count, start, expert_of):
-                exchange(expert_of, share_of, rank_load, i, j, hot, r)
+        for _ in range(1 + next_random(random) % 3):
+            what, i, j = draw_step(state, ranks, hot, redundant, random)
+            if what == REPLACE:
+                replace_replica(state, rank_of, j, np.int64(expert_of[i]))
+            elif what == EXCHANGE:
+                exchange(state, i, j, hot, rank_of[j])
     expert_of[:] = best_expert_of
-    count[:] = best_count
-    return best
+    replicas[:] = best_replicas

@@ -1,23 +1,21 @@
-"""How many replicas each expert gets.
+"""Decide how many replicas each expert gets.
 
-Giving every extra slot to the expert whose replicas are heaviest is optimal for the largest replica (DeepSeek EPLB,
-`replicate_experts`; the same greedy is the Jefferson apportionment). Here it runs over loads that are already sorted, so that only the head
-of the list and a small heap of the experts replicated so far are looked at: O(extra log extra) per layer.
+Giving every extra slot to the expert whose replicas are heaviest is optimal for the largest replica
+(DeepSeek EPLB, `replicate_experts`; the same greedy is the Jefferson apportionment). Here it runs
+over loads that are already sorted, so that only the head of the list and a small heap of the
+experts replicated so far are looked at: O(extra log extra) per layer.
 """
 
 import numpy as np
 
-from ..kernels.compiled import kernel
+from ..kernels.compiled import inner_kernel
 
 _INDEX_BITS = 12  # low bits of a sort key that carry the expert; the load keeps 40 bits of mantissa
 MAX_EXPERTS = 1 << _INDEX_BITS
 
 
 def order_by_load(load: np.ndarray) -> np.ndarray:
-    """Experts of each layer from the heaviest to the lightest.
-
-    One call of numpy's vectorised integer sort over all layers is several times faster than sorting inside a compiled loop. A
-    non-negative float64 orders as its own bits do, so that the expert's index can ride in the low bits: ties go to the lower index.
+    """Order the experts of each layer from the heaviest to the lightest; ties go to the lower index.
 
     Args:
         load: float64 [layers, experts], non-negative.
@@ -25,6 +23,9 @@ def order_by_load(load: np.ndarray) -> np.ndarray:
     Returns:
         int64 [layers, experts] of expert indices.
     """
+    # One call of numpy's vectorised integer sort over all layers is several times faster than
+    # sorting inside a compiled loop. A non-negative float64 orders as its own bits do, so that the
+    # expert's index can ride in the low bits.
     experts = load.shape[1]
     mask = np.int64(MAX_EXPERTS - 1)
     keys = load.view(np.int64) & ~mask
@@ -35,23 +36,24 @@ def order_by_load(load: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(keys[:, ::-1])
 
 
-@kernel
-def replicate_sorted(load, order, num_slots, max_replicas, count, heap_value, heap_expert):
-    """Replica counts that minimise the largest replica of one layer.
+@inner_kernel
+def replicate_sorted(load, order, num_slots, max_replicas, replicas, heap_value, heap_expert):
+    """Choose replica counts that minimise the largest replica of one layer.
 
     Args:
         load: float64 [experts].
         order: int64 [experts], experts from the heaviest to the lightest.
         num_slots: slots to fill, at least `experts`.
         max_replicas: replicas an expert may have at most (the number of ranks that have slots).
-        count: int64 [experts], written.
-        heap_value, heap_expert: scratch of at least `num_slots - experts + 1` entries.
+        replicas: int64 [experts], written.
+        heap_value: float64, scratch of at least `num_slots - experts + 1` entries.
+        heap_expert: int64, scratch as long.
 
     Returns:
         The number of leading experts of `order` that have more than one replica.
     """
     experts = order.size
-    count[:] = 1
+    replicas[:] = 1
     extra = num_slots - experts
     if extra <= 0 or max_replicas <= 1:
         return 0
@@ -61,7 +63,7 @@ def replicate_sorted(load, order, num_slots, max_replicas, count, heap_value, he
         if head < experts and (size == 0 or load[order[head]] >= heap_value[0]):
             e = order[head]
             head += 1
-            count[e] = 2
+            replicas[e] = 2
             if max_replicas > 2:
                 i = size
                 size += 1
@@ -77,9 +79,9 @@ def replicate_sorted(load, order, num_slots, max_replicas, count, heap_value, he
                 heap_expert[i] = e
         elif size > 0:
             e = heap_expert[0]
-            count[e] += 1
-            if count[e] < max_replicas:
-                v = load[e] / count[e]
+            replicas[e] += 1
+            if replicas[e] < max_replicas:
+                v = load[e] / replicas[e]
                 x = e
             else:
                 size -= 1
@@ -101,34 +103,39 @@ def replicate_sorted(load, order, num_slots, max_replicas, count, heap_value, he
                 heap_value[i] = v
                 heap_expert[i] = x
         else:
-            break  # every expert is on every rank: the slots that are left hold unavoidable duplicates
+            # Every expert is on every rank: the slots that are left hold unavoidable duplicates.
+            break
         extra -= 1
     return head
 
 
-@kernel
-def largest_replica(load, order, count, replicated):
-    """Load of the heaviest replica, float64; arguments as for `sorted_items`."""
+@inner_kernel
+def largest_replica(load, order, replicas, replicated):
+    """Return the load of the heaviest replica, float64; arguments as for `sort_items`."""
     largest = 0.0
     for k in range(min(replicated + 1, order.size)):
         e = order[k]
-        largest = max(largest, load[e] / count[e])
+        largest = max(largest, load[e] / replicas[e])
     return largest
 
 
-@kernel
-def sorted_items(load, order, count, replicated, item_expert, item_load):
-    """Experts by the load of one replica, heaviest first: merges the replicated head of `order` with its tail.
+@inner_kernel
+def sort_items(load, order, replicas, replicated, item_expert, item_load):
+    """Order experts by the load of one replica, heaviest first.
 
     Args:
-        load: float64 [experts]; order, count: int64 [experts]; replicated: what `replicate_sorted` returned.
-        item_expert: int64 [experts], item_load: float64 [experts], written.
+        load: float64 [experts].
+        order: int64 [experts], heaviest expert first.
+        replicas: int64 [experts].
+        replicated: how many experts at the head of `order` have several, from `replicate_sorted`.
+        item_expert: int64 [experts], written.
+        item_load: float64 [experts], written.
     """
     experts = order.size
-    # The head: insertion sort of the few replicated experts, at the end of the output so that the merge can run forward.
+    # The head: insertion sort of the few replicated experts.
     for k in range(replicated):
         e = order[k]
-        v = load[e] / count[e]
+        v = load[e] / replicas[e]
         i = k
         while i > 0 and item_load[i - 1] < v:
             item_load[i] = item_load[i - 1]
@@ -136,7 +143,7 @@ def sorted_items(load, order, count, replicated, item_expert, item_load):
             i -= 1
         item_load[i] = v
         item_expert[i] = e
-    # Merge from the back: the head list occupies [0, replicated), the tail is order[replicated:].
+    # Merge with the tail, order[replicated:], from the back: the head occupies [0, replicated).
     a = replicated - 1
     b = experts - 1
     out = experts - 1

@@ -1,36 +1,60 @@
-"""One plan for several windows or workloads: minimise the sum over windows of the busiest rank's time.
+"""Make one plan for several windows: minimise the sum over windows of the busiest rank's time.
 
-A swap is worth what it changes in that sum; only swaps off a rank that is the busiest of some window can lower it. For such a rank all
-partners are evaluated at once, window by window, over contiguous arrays.
+A swap is worth what it changes in that sum; only swaps off a rank that is the busiest of some
+window can lower it. For such a rank all partners are evaluated at once, window by window, over
+contiguous arrays.
 """
 
 import numpy as np
 
-from ..kernels.compiled import kernel
-from ..kernels.layer import count_replicas, holds, may_swap, next_random, scale_load, sum_of
+from ..kernels.compiled import inner_kernel, kernel
+from ..kernels.layer import (
+    busiest,
+    count_replicas,
+    exchange_experts,
+    exchange_loads,
+    holds,
+    may_swap,
+    measure,
+    renew_shares,
+    scale_load,
+    sum_of,
+    turn_slot,
+)
+from ..kernels.state import LayerState, WindowsState
+from .kicks import EXCHANGE, REPLACE, draw_step, next_random
 
 
-@kernel
-def _measure(load, count, start, slowness, expert_of, share, rank_load):
-    """Write shares [windows, slots] and rank loads [windows, ranks] from counts; returns the sum of the busiest times."""
+@inner_kernel
+def _spread_rank_loads(state, rank_of):
+    """Write the load of every slot's rank, in every window."""
+    slot_load = state.slot_load
+    rank_load = state.rank_load
+    for w in range(slot_load.shape[0]):
+        for s in range(slot_load.shape[1]):
+            slot_load[w, s] = rank_load[w, rank_of[s]]
+
+
+@inner_kernel
+def _measure(state, ranks):
+    """Write all loads of a `WindowsState` from its replicas; return the sum of busiest times."""
+    load, replicas, expert_of, share_of, rank_load, _ = state
     total = np.int64(0)
     for w in range(load.shape[0]):
-        worst = np.int64(0)
-        for r in range(start.size - 1):
-            v = np.int64(0)
-            for s in range(start[r], start[r + 1]):
-                e = expert_of[s]
-                share[w, s] = load[w, e] // count[e]
-                v += share[w, s]
-            rank_load[w, r] = v
-            worst = max(worst, v * slowness[r])
-        total += worst
+        window = LayerState(load[w], replicas, expert_of, share_of[w], rank_load[w])
+        measure(window, ranks.start)
+        total += busiest(window.rank_load, ranks.slowness)[1]
+    _spread_rank_loads(state, ranks.rank_of)
     return total
 
 
-@kernel
+@inner_kernel
 def _two_busiest_others(rank_load, slowness, rank):
-    """(rank of the busiest other than `rank`, its time, time of the next) of one window."""
+    """Find the two busiest ranks of one window other than `rank`.
+
+    Returns:
+        (rank of the busiest, its time, time of the next); rank -1 where no other has load.
+    """
     first_rank = -1
     first = np.int64(0)
     second = np.int64(0)
@@ -47,45 +71,60 @@ def _two_busiest_others(rank_load, slowness, rank):
     return first_rank, first, second
 
 
-@kernel
-def _add_times(cost, top, load_here, slow_here, share, slot_load, slot_slowness, others):
-    """Add one window's busiest time after the exchange of a replica of load `top` with each slot."""
+@inner_kernel
+def _add_times(cost, i, share, slot_load, slot_slowness, others):
+    """Add one window's busiest time after the exchange of slot `i` with each slot.
+
+    Args:
+        cost: int64 [slots], updated.
+        i: slot.
+        share: int64 [slots].
+        slot_load: int64 [slots].
+        slot_slowness: int64 [slots].
+        others: int64 [slots], time of the busiest rank that neither slot is on.
+    """
+    top = share[i]
+    load_here = slot_load[i]
+    slow_here = slot_slowness[i]
     for j in range(cost.size):
         step = top - share[j]
         a = max((load_here - step) * slow_here, (slot_load[j] + step) * slot_slowness[j])
         cost[j] += max(a, others[j])
 
 
-@kernel
+@inner_kernel
 def _lowest(cost):
+    """Return the least of int64 [slots]; a loop that compilers vectorise."""
     best = np.int64(1 << 62)
     for j in range(cost.size):
         best = min(best, cost[j])
     return best
 
 
-@kernel
-def _best_swap(
-    rank,
-    best,
-    count,
-    start,
-    rank_of,
-    slowness,
-    slot_slowness,
-    expert_of,
-    share,
-    rank_load,
-    slot_load,
-    others,
-    cost,
-):
-    """Best exchange of any replica on `rank`: (sum of busiest times, slot here, slot there), -1 if none is below `best`."""
-    windows, slots = share.shape
+@inner_kernel
+def _best_swap(state, ranks, rank, best, slot_slowness, others, cost):
+    """Find the best exchange of any replica on a rank.
+
+    Args:
+        state: `WindowsState`.
+        ranks: `Ranks`.
+        rank: the rank.
+        best: int64, sum of busiest times that the exchange has to beat.
+        slot_slowness: int64 [slots], slowness of each slot's rank.
+        others: int64 [windows, slots], scratch.
+        cost: int64 [slots], scratch.
+
+    Returns:
+        (sum of busiest times, slot here, slot there), -1 if none is below `best`.
+    """
+    _, replicas, expert_of, share_of, rank_load, slot_load = state
+    start = ranks.start
+    rank_of = ranks.rank_of
+    windows, slots = share_of.shape
     best_i = -1
     best_j = -1
     for w in range(windows):
-        first_rank, first, second = _two_busiest_others(rank_load[w], slowness, rank)
+        first_rank, first, second = _two_busiest_others(rank_load[w], ranks.slowness, rank)
         row = others[w]
         for j in range(slots):
             row[j] = first
@@ -95,111 +134,116 @@ def _best_swap(
     for i in range(start[rank], start[rank + 1]):
         cost[:] = 0
         for w in range(windows):
-            _add_times(
-                cost,
-                share[w, i],
-                rank_load[w, rank],
-                slowness[rank],
-                share[w],
-                slot_load[w],
-                slot_slowness,
-                others[w],
-            )
+            _add_times(cost, i, share_of[w], slot_load[w], slot_slowness, others[w])
         for j in range(start[rank], start[rank + 1]):
             cost[j] = 1 << 61
         if _lowest(cost) >= best:
             continue
         for j in range(slots):
-            if cost[j] < best and may_swap(i, j, rank, rank_of[j], count, start, expert_of):
+            if cost[j] < best and may_swap(expert_of, replicas, start, i, j, rank, rank_of[j]):
                 best = cost[j]
                 best_i = i
                 best_j = j
     return best, best_i, best_j
 
 
-@kernel
-def _swap(i, j, rank_of, start, expert_of, share, rank_load, slot_load):
-    a = rank_of[i]
-    b = rank_of[j]
-    for w in range(share.shape[0]):
-        step = share[w, i] - share[w, j]
-        rank_load[w, a] -= step
-        rank_load[w, b] += step
-        v = share[w, i]
-        share[w, i] = share[w, j]
-        share[w, j] = v
+@inner_kernel
+def _swap(state, ranks, i, j):
+    """Exchange the experts of two slots of different ranks, in every window."""
+    _, _, expert_of, share_of, rank_load, slot_load = state
+    start = ranks.start
+    a = ranks.rank_of[i]
+    b = ranks.rank_of[j]
+    for w in range(share_of.shape[0]):
+        exchange_loads(share_of[w], rank_load[w], i, j, a, b)
         for s in range(start[a], start[a + 1]):
             slot_load[w, s] = rank_load[w, a]
         for s in range(start[b], start[b + 1]):
             slot_load[w, s] = rank_load[w, b]
-    e = expert_of[i]
-    expert_of[i] = expert_of[j]
-    expert_of[j] = e
+    exchange_experts(expert_of, i, j)
 
 
-@kernel
-def _replace(load, count, rank_of, expert_of, share, rank_load, slot_load, slot, expert):
-    """Turn `slot` into one more replica of `expert`."""
-    old = expert_of[slot]
-    count[old] -= 1
-    count[expert] += 1
-    expert_of[slot] = expert
-    for s in range(expert_of.size):
-        e = expert_of[s]
-        if e == old or e == expert:
-            for w in range(load.shape[0]):
-                v = load[w, e] // count[e]
-                rank_load[w, rank_of[s]] += v - share[w, s]
-                share[w, s] = v
+@inner_kernel
+def _replace(state, ranks, slot, expert):
+    """Turn `slot` into one more replica of `expert`, in every window."""
+    load, replicas, expert_of, share_of, rank_load, _ = state
+    before = turn_slot(expert_of, replicas, slot, expert)
     for w in range(load.shape[0]):
-        for s in range(expert_of.size):
-            slot_load[w, s] = rank_load[w, rank_of[s]]
+        window = LayerState(load[w], replicas, expert_of, share_of[w], rank_load[w])
+        renew_shares(window, ranks.rank_of, before, expert)
+    _spread_rank_loads(state, ranks.rank_of)
 
 
-@kernel
-def _best_replacement(
-    load, best, count, start, rank_of, slowness, expert_of, share, rank_load, change
-):
-    """Best change of one slot into another replica of an expert of a busiest rank: (sum, slot, expert), slot -1 if none is below `best`."""
-    windows = load.shape[0]
-    slots = expert_of.size
-    ranks = start.size - 1
+@inner_kernel
+def _time_replaced(state, ranks, slot, expert, best, change):
+    """Return the sum of busiest times after `slot` became a replica of `expert`.
+
+    Args:
+        state: `WindowsState`.
+        ranks: `Ranks`.
+        slot: held by an expert that has other replicas.
+        expert: another one.
+        best: int64, sum from which on it does not matter.
+        change: int64 [ranks], scratch.
+    """
+    load, replicas, expert_of, share_of, rank_load, _ = state
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
+    e = expert
+    f = expert_of[slot]
+    total = np.int64(0)
+    for w in range(load.shape[0]):
+        share_e = load[w, e] // (replicas[e] + 1)
+        share_f = load[w, f] // (replicas[f] - 1)
+        for q in range(change.size):
+            change[q] = rank_load[w, q]
+        for t in range(expert_of.size):
+            if expert_of[t] == e:
+                change[rank_of[t]] += share_e - share_of[w, t]
+            elif expert_of[t] == f:
+                change[rank_of[t]] += share_f - share_of[w, t]
+        change[rank_of[slot]] += share_e - share_f
+        worst = np.int64(0)
+        for q in range(change.size):
+            worst = max(worst, change[q] * slowness[q])
+        total += worst
+        if total >= best:
+            break
+    return total
+
+
+@inner_kernel(makes_arrays=True)
+def _best_replacement(state, ranks, best, change):
+    """Find the best change of one slot into another replica of an expert of a busiest rank.
+
+    Args:
+        state: `WindowsState`.
+        ranks: `Ranks`.
+        best: int64, sum of busiest times that the change has to beat.
+        change: int64 [ranks], scratch.
+
+    Returns:
+        (sum, slot, expert), slot -1 if none is below `best`.
+    """
+    load, replicas, expert_of, _, rank_load, _ = state
+    start = ranks.start
+    rank_of = ranks.rank_of
     best_slot = -1
-    best_expert = -1
+    best_expert = np.int64(-1)
     tried = np.zeros(load.shape[1], np.bool_)
-    for v in range(windows):
-        hot = 0
-        for r in range(ranks):
-            if rank_load[v, r] * slowness[r] > rank_load[v, hot] * slowness[hot]:
-                hot = r
+    for w in range(load.shape[0]):
+        hot = busiest(rank_load[w], ranks.slowness)[0]
         for i in range(start[hot], start[hot + 1]):
             e = expert_of[i]
             if tried[e]:
                 continue
             tried[e] = True
-            for s in range(slots):
+            for s in range(expert_of.size):
                 f = expert_of[s]
                 r = rank_of[s]
-                if f == e or count[f] < 2 or r == hot or holds(expert_of, start, r, e):
+                if f == e or replicas[f] < 2 or r == hot or holds(expert_of, start, r, e):
                     continue
-                total = np.int64(0)
-                for w in range(windows):
-                    gain = share[w, i] - load[w, e] // (count[e] + 1)
-                    rise = load[w, f] // (count[f] - 1) - share[w, s]
-                    for q in range(ranks):
-                        change[q] = rank_load[w, q]
-                    for t in range(slots):
-                        if expert_of[t] == e:
-                            change[rank_of[t]] -= gain
-                        elif expert_of[t] == f:
-                            change[rank_of[t]] += rise
-                    change[r] += load[w, e] // (count[e] + 1) - load[w, f] // (count[f] - 1)
-                    worst = np.int64(0)
-                    for q in range(ranks):
-                        worst = max(worst, change[q] * slowness[q])
-                    total += worst
-                    if total >= best:
-                        break
+                total = _time_replaced(state, ranks, s, e, best, change)
                 if total < best:
                     best = total
                     best_slot = s
@@ -207,135 +251,123 @@ def _best_replacement(
     return best, best_slot, best_expert
 
 
-@kernel
-def refine_windows(load, count, start, rank_of, slowness, expert_of, target, kicks, seed):
-    """Lower the sum over windows of the busiest rank's time of one layer to `target`, as far as `kicks` allow.
+@inner_kernel(makes_arrays=True)
+def _descend(state, ranks, now, target, replacing, slot_slowness):
+    """Swap, and replace where swaps are stuck, until the sum is at `target` or nothing lowers it.
 
     Args:
-        load: int64 [windows, experts]; count: int64 [experts], updated; start: int64 [ranks + 1]; rank_of: int64 [slots];
-        slowness: int64 [ranks]; expert_of: int32 [slots], updated; target: sum at which to stop; kicks: at most; seed: of the kicks.
+        state: `WindowsState`, updated.
+        ranks: `Ranks`.
+        now: int64, sum of busiest times.
+        target: int64, sum at which to stop.
+        replacing: whether to change which experts are replicated.
+        slot_slowness: int64 [slots], slowness of each slot's rank.
 
     Returns:
         The sum reached.
     """
-    windows = load.shape[0]
-    slots = expert_of.size
-    ranks = start.size - 1
-    share = np.empty((windows, slots), np.int64)
-    rank_load = np.empty((windows, ranks), np.int64)
-    slot_load = np.empty((windows, slots), np.int64)
+    windows, slots = state.share_of.shape
     others = np.empty((windows, slots), np.int64)
     cost = np.empty(slots, np.int64)
-    change = np.empty(ranks, np.int64)
-    slot_slowness = slowness[rank_of]
-    state = np.full(1, seed, np.int64)
-    best = _measure(load, count, start, slowness, expert_of, share, rank_load)
-    if ranks < 2:
-        return best
+    change = np.empty(ranks.slowness.size, np.int64)
+    while now > target:
+        idle = 0
+        w = 0
+        while idle < windows and now > target:
+            hot = busiest(state.rank_load[w], ranks.slowness)[0]
+            value, i, j = _best_swap(state, ranks, hot, now, slot_slowness, others, cost)
+            if i >= 0:
+                _swap(state, ranks, i, j)
+                now = value
+                idle = 0
+            else:
+                idle += 1
+            w = (w + 1) % windows
+        if now <= target or not replacing:
+            break
+        value, slot, expert = _best_replacement(state, ranks, now, change)
+        if slot < 0:
+            break
+        _replace(state, ranks, slot, expert)
+        now = value
+    return now
+
+
+@inner_kernel(makes_arrays=True)
+def refine_windows(load, replicas, expert_of, ranks, target, kicks, seed):
+    """Lower the sum over windows of the busiest rank's time of one layer, as far as kicks allow.
+
+    Args:
+        load: int64 [windows, experts].
+        replicas: int64 [experts], updated.
+        expert_of: int32 [slots], updated.
+        ranks: `Ranks`.
+        target: int64, sum at which to stop.
+        kicks: how many at most.
+        seed: of the kicks.
+    """
+    windows, experts = load.shape
+    slots = expert_of.size
+    state = WindowsState(
+        load,
+        replicas,
+        expert_of,
+        np.empty((windows, slots), np.int64),
+        np.empty((windows, ranks.slowness.size), np.int64),
+        np.empty((windows, slots), np.int64),
+    )
+    now = _measure(state, ranks)
+    if ranks.slowness.size < 2:
+        return
+    slot_slowness = ranks.slowness[ranks.rank_of]
+    random = np.full(1, seed, np.int64)
+    best = now
     best_expert_of = expert_of.copy()
-    best_count = count.copy()
-    redundant = slots > load.shape[1]
-    now = best
+    best_replicas = replicas.copy()
+    redundant = slots > experts
     tried = 0
     while True:
-        for w in range(windows):
-            for s in range(slots):
-                slot_load[w, s] = rank_load[w, rank_of[s]]
-        while now > target:
-            idle = 0
-            w = 0
-            while idle < windows and now > target:
-                hot = 0
-                for r in range(ranks):
-                    if rank_load[w, r] * slowness[r] > rank_load[w, hot] * slowness[hot]:
-                        hot = r
-                value, i, j = _best_swap(
-                    hot,
-                    now,
-                    count,
-                    start,
-                    rank_of,
-                    slowness,
-                    slot_slowness,
-                    expert_of,
-                    share,
-                    rank_load,
-                    slot_load,
-                    others,
-                    cost,
-                )
-                if i >= 0:
-                    _swap(i, j, rank_of, start, expert_of, share, rank_load, slot_load)
-                    now = value
-                    idle = 0
-                else:
-                    idle += 1
-                w = (w + 1) % windows
-            if now <= target or not redundant or tried % 8 != 0:
-                break
-            value, slot, expert = _best_replacement(
-                load, now, count, start, rank_of, slowness, expert_of, share, rank_load, change
-            )
-            if slot < 0:
-                break
-            _replace(load, count, rank_of, expert_of, share, rank_load, slot_load, slot, expert)
-            now = value
+        now = _descend(state, ranks, now, target, redundant and tried % 8 == 0, slot_slowness)
         if now < best:
             best = now
             best_expert_of[:] = expert_of
-            best_count[:] = count
+            best_replicas[:] = replicas
         if best <= target or tried >= kicks:
             break
         if now > best:
             expert_of[:] = best_expert_of
-            count[:] = best_count
-            now = _measure(load, count, start, slowness, expert_of, share, rank_load)
-            for w in range(windows):
-                for s in range(slots):
-                    slot_load[w, s] = rank_load[w, rank_of[s]]
+            replicas[:] = best_replicas
+            _measure(state, ranks)
         tried += 1
-        for _ in range(1 + next_random(state) % 3):
-            w = next_random(state) % windows
-            hot = 0
-            for r in range(ranks):
-                if rank_load[w, r] * slowness[r] > rank_load[w, hot] * slowness[hot]:
-                    hot = r
-            i = start[hot] + next_random(state) % (start[hot + 1] - start[hot])
-            j = next_random(state) % slots
-            a = expert_of[i]
-            b = expert_of[j]
-            r = rank_of[j]
-            if r == hot or a == b:
-                continue
-            if (
-                redundant
-                and count[b] > 1
-                and next_random(state) % 2 == 0
-                and not holds(expert_of, start, r, a)
-            ):
-                _replace(load, count, rank_of, expert_of, share, rank_load, slot_load, j, a)
-            elif may_swap(i, j, hot, r, count, start, expert_of):
-                _swap(i, j, rank_of, start, expert_of, share, rank_load, slot_load)
-        now = _measure(load, count, start, slowness, expert_of, share, rank_load)
+        for _ in range(1 + next_random(random) % 3):
+            w = next_random(random) % windows
+            hot = busiest(state.rank_load[w], ranks.slowness)[0]
+            what, i, j = draw_step(state, ranks, hot, redundant, random)
+            if what == REPLACE:
+                _replace(state, ranks, j, np.int64(expert_of[i]))
+            elif what == EXCHANGE:
+                _swap(state, ranks, i, j)
+        now = _measure(state, ranks)
     expert_of[:] = best_expert_of
-    count[:] = best_count
-    return best
+    replicas[:] = best_replicas
 
 
 @kernel
-def plan_windows(
-    load, weight, start, rank_of, slowness, total_slowness, tolerance, kicks, seed, plan
-):
-    """Refine every layer of `plan` for several windows at once.
+def plan_windows(load, weight, ranks, total_slowness, limits, table):
+    """Refine every layer of a plan for several windows at once.
 
     Args:
-        load: float64 [windows, layers, experts]; weight: float64 [windows], adding up to 1: what a window counts for;
-        total_slowness: sum of 1 / slowness over ranks with slots; tolerance: a layer is done when the sum is within this fraction of
-        perfect balance; plan: int32 [layers, slots], updated. The rest as `refine_windows`.
+        load: float64 [windows, layers, experts].
+        weight: float64 [windows], adding up to 1: what a window counts for.
+        ranks: `Ranks`.
+        total_slowness: float64, sum of 1 / slowness over ranks with slots.
+        limits: `SearchLimits`; a layer is done when the sum is within the tolerance of perfect
+            balance.
+        table: int32 [layers, slots], updated.
     """
     windows, layers, experts = load.shape
     scaled = np.zeros((windows, experts), np.int64)
-    count = np.empty(experts, np.int64)
+    replicas = np.empty(experts, np.int64)
     for layer in range(layers):
         sum_of_means = 0.0
         for w in range(windows):
@@ -347,8 +379,6 @@ def plan_windows(
             sum_of_means += total * factor / total_slowness
         if sum_of_means == 0.0:
             continue
-        count_replicas(plan[layer], count)
-        target = np.int64(sum_of_means * (1.0 + tolerance))
-        refine_windows(
-            scaled, count, start, rank_of, slowness, plan[layer], target, kicks, seed + layer
-        )
+        count_replicas(table[layer], replicas)
+        target = np.int64(sum_of_means * (1.0 + limits.tolerance))
+        refine_windows(scaled, replicas, table[layer], ranks, target, limits.kicks, layer)

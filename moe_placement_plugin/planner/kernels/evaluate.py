@@ -1,4 +1,4 @@
-"""What a plan does to a load, and how it differs from another one."""
+"""Tell what a plan does to a load, and how it differs from another one."""
 
 import numpy as np
 
@@ -7,10 +7,14 @@ from .compiled import kernel
 
 @kernel
 def busiest_times(load, plan, start, inverse_speed, times):
-    """Write times[w, l], float64: the busiest rank's load over speed, per window and layer.
+    """Write the busiest rank's load over speed, per window and layer.
 
     Args:
-        load: float64 [windows, layers, experts]; plan: int32 [layers, slots]; start: int64 [ranks + 1]; inverse_speed: float64 [ranks].
+        load: float64 [windows, layers, experts].
+        plan: int32 [layers, slots].
+        start: int64 [ranks + 1].
+        inverse_speed: float64 [ranks].
+        times: float64 [windows, layers], written.
     """
     windows, layers, experts = load.shape
     count = np.empty(experts, np.int64)
@@ -35,10 +39,11 @@ def busiest_times(load, plan, start, inverse_speed, times):
 
 @kernel
 def missing_expert(table, experts):
-    """(layer, expert) of the first expert without a slot; (-1, -1) if there is none.
+    """Find the first expert without a slot: (layer, expert), (-1, -1) if there is none.
 
     Args:
         table: int32 [layers, slots], experts in [0, experts).
+        experts: logical experts per layer.
     """
     held = np.full(experts, -1, np.int64)
     for layer in range(table.shape[0]):
@@ -55,10 +60,13 @@ def missing_expert(table, experts):
 
 @kernel
 def moved_slots(old, new, start, moved):
-    """Write moved[l], int64: replicas of layer l that their rank has to fetch.
+    """Write how many replicas of each layer their ranks have to fetch.
 
     Args:
-        old, new: int32 [layers, slots]; start: int64 [ranks + 1].
+        old: int32 [layers, slots].
+        new: int32 [layers, slots].
+        start: int64 [ranks + 1].
+        moved: int64 [layers], written.
     """
     for layer in range(new.shape[0]):
         moved[layer] = 0
@@ -74,10 +82,12 @@ def moved_slots(old, new, start, moved):
 
 @kernel
 def keep_slots(old, new, start):
-    """Reorder the slots of each rank of `new` so that experts which the rank held in `old` keep their slots; in place.
+    """Reorder the slots of each rank so that experts which the rank held before keep their slots.
 
     Args:
-        old, new: int32 [layers, slots]; start: int64 [ranks + 1].
+        old: int32 [layers, slots].
+        new: int32 [layers, slots], updated.
+        start: int64 [ranks + 1].
     """
     before = np.empty(new.shape[1], np.int32)
     used = np.empty(new.shape[1], np.bool_)
@@ -104,105 +114,3 @@ def keep_slots(old, new, start):
                         k += 1
                     new[layer, s] = before[k]
                     used[k] = True
-
-
-@kernel
-def align_layers(old, new, start, label, node_of, keep_nodes):
-    """Relabel the ranks of `new` so that they overlap `old` most (greedily), then keep unmoved experts in their slots; in place.
-
-    Args:
-        old, new: int32 [layers, slots]; start: int64 [ranks + 1]; label: int64 [ranks], ranks are interchangeable when equal;
-        node_of: int64 [ranks]; keep_nodes: relabel whole nodes first, and ranks only within a node.
-    """
-    ranks = start.size - 1
-    slots = new.shape[1]
-    nodes = node_of.max() + 1
-    experts = 0
-    for layer in range(new.shape[0]):
-        for s in range(slots):
-            experts = max(experts, max(old[layer, s], new[layer, s]) + 1)
-    ranks_with = np.empty((experts, ranks), np.int64)
-    num_with = np.empty(experts, np.int64)
-    overlap = np.empty((ranks, ranks), np.int64)
-    source = np.empty(ranks, np.int64)
-    source_node = np.empty(nodes, np.int64)
-    before = np.empty(slots, np.int32)
-    for layer in range(new.shape[0]):
-        num_with[:] = 0
-        for r in range(ranks):
-            for s in range(start[r], start[r + 1]):
-                e = old[layer, s]
-                if e >= 0 and (num_with[e] == 0 or ranks_with[e, num_with[e] - 1] != r):
-                    ranks_with[e, num_with[e]] = r
-                    num_with[e] += 1
-        overlap[:] = 0
-        for q in range(ranks):
-            for s in range(start[q], start[q + 1]):
-                e = new[layer, s]
-                for k in range(num_with[e]):
-                    overlap[ranks_with[e, k], q] += 1
-        source[:] = -1
-        taken = np.zeros(ranks, np.bool_)
-        source_node[:] = -1
-        if keep_nodes:
-            node_taken = np.zeros(nodes, np.bool_)
-            for _ in range(nodes):
-                best = -1
-                best_n = -1
-                best_m = -1
-                for n in range(nodes):
-                    if source_node[n] >= 0:
-                        continue
-                    for m in range(nodes):
-                        if node_taken[m]:
-                            continue
-                        total = 0
-                        alike = True
-                        r = 0
-                        q = 0
-                        # Nodes are interchangeable if their ranks are, one by one.
-                        while r < ranks or q < ranks:
-                            while r < ranks and node_of[r] != n:
-                                r += 1
-                            while q < ranks and node_of[q] != m:
-                                q += 1
-                            if (r < ranks) != (q < ranks) or (r < ranks and label[r] != label[q]):
-                                alike = False
-                                break
-                            r += 1
-                            q += 1
-                        if not alike:
-                            continue
-                        for r in range(ranks):
-                            if node_of[r] == n:
-                                for q in range(ranks):
-                                    if node_of[q] == m:
-                                        total += overlap[r, q]
-                        if total > best:
-                            best = total
-                            best_n = n
-                            best_m = m
-                source_node[best_n] = best_m
-                node_taken[best_m] = True
-        for _ in range(ranks):
-            best = -1
-            best_r = -1
-            best_q = -1
-            for r in range(ranks):
-                if source[r] >= 0:
-                    continue
-                for q in range(ranks):
-                    if taken[q] or label[r] != label[q] or overlap[r, q] <= best:
-                        continue
-                    if keep_nodes and source_node[node_of[r]] != node_of[q]:
-                        continue
-                    best = overlap[r, q]
-                    best_r = r
-                    best_q = q
-            source[best_r] = best_q
-            taken[best_q] = True
-        before[:] = new[layer]
-        for r in range(ranks):
-            for k in range(start[r + 1] - start[r]):
-                new[layer, start[r] + k] = before[start[source[r]] + k]
-    keep_slots(old, new, start)

@@ -1,91 +1,130 @@
-"""One layer's placement while it is being searched: what lies where, how heavy it is, and the two ways to change it.
+"""Describe one layer's placement while it is searched, and the two ways to change it.
 
-Searches count in integers: sums stay exact however many steps are made, and scans over all partners of a replica become minima that
-compilers vectorise (8 times faster than the same scan over float64). A load is scaled so that a layer's total is about `LOAD_SCALE`; the
-time of a rank is its load times an integer `slowness`, 1 for equal ranks.
+Searches count in integers: sums stay exact however many steps are made, and scans over all partners
+of a replica become minima that compilers vectorise. A load is scaled so that a layer's total is
+about `LOAD_SCALE`; the time of a rank is its load times an integer `slowness`, 1 for equal ranks.
 """
 
 import numpy as np
 
-from .compiled import kernel
+from .compiled import inner_kernel
 
 LOAD_SCALE = 2.0**40
 
 
-@kernel
+@inner_kernel
 def scale_load(load, total, scaled):
-    """Write int64 [experts]: `load`, float64 [experts], in units of which `total` makes up `LOAD_SCALE`; returns the factor, 0 for no load."""
+    """Write a load in units of which `total` makes up `LOAD_SCALE`.
+
+    Args:
+        load: float64 [experts].
+        total: float64.
+        scaled: int64 [experts], written.
+
+    Returns:
+        The factor, float64; 0 for no load.
+    """
     factor = LOAD_SCALE / total if total > 0 else 0.0
     for e in range(load.size):
         scaled[e] = np.int64(load[e] * factor)
     return factor
 
 
-@kernel
+@inner_kernel
 def sum_of(load):
-    """Total of float64 [experts], summed in order."""
+    """Return the total of float64 [experts], summed in order."""
     total = 0.0
     for e in range(load.size):
         total += load[e]
     return total
 
 
-@kernel
-def count_replicas(expert_of, count):
-    """Write int64 [experts]: the slots of each expert."""
-    count[:] = 0
+@inner_kernel
+def ranks_in_use(start):
+    """Count the ranks that have slots, int64 [ranks + 1]."""
+    used = np.int64(0)
+    for r in range(start.size - 1):
+        if start[r + 1] > start[r]:
+            used += 1
+    return used
+
+
+@inner_kernel
+def sort_descending(order, value):
+    """Sort indices by their values, the largest first; ties go to the lower index.
+
+    Insertion sort: for few indices, or such as are nearly sorted.
+
+    Args:
+        order: int64, updated.
+        value: float64, by index.
+    """
+    for k in range(1, order.size):
+        e = order[k]
+        i = k
+        while i > 0:
+            f = order[i - 1]
+            if value[f] > value[e] or (value[f] == value[e] and f < e):
+                break
+            order[i] = f
+            i -= 1
+        order[i] = e
+
+
+@inner_kernel
+def count_replicas(expert_of, replicas):
+    """Write the slots of each expert, int64 [experts]."""
+    replicas[:] = 0
     for s in range(expert_of.size):
-        count[expert_of[s]] += 1
+        replicas[expert_of[s]] += 1
 
 
-@kernel
-def part(load, parts):
-    """Load of one of `parts` replicas; one and two, which is nearly all, without a division, 40 cycles on many processors."""
-    if parts == 1:
+@inner_kernel
+def share_of_replica(load, replicas):
+    """Return the load of one of an expert's replicas, int64."""
+    # One and two, which is nearly all, without a division: 40 cycles on many processors.
+    if replicas == 1:
         return load
-    return load >> 1 if parts == 2 else load // parts
+    return load >> 1 if replicas == 2 else load // replicas
 
 
-@kernel
-def over(time, target):
-    """How far a time is above a target, 0 if it is not."""
-    return max(np.int64(0), time - target)
+@inner_kernel
+def may_swap(expert_of, replicas, start, i, j, rank_i, rank_j):
+    """Decide whether two slots may exchange experts: neither rank may then hold one twice.
 
-
-@kernel
-def may_swap(i, j, rank_i, rank_j, count, start, expert_of):
-    """Whether slots `i` and `j` of different ranks can exchange experts without either rank holding one twice."""
+    Args:
+        expert_of: int32 [slots].
+        replicas: int64 [experts].
+        start: int64 [ranks + 1].
+        i: slot on `rank_i`.
+        j: slot on `rank_j`, another rank.
+        rank_i: rank of `i`.
+        rank_j: rank of `j`.
+    """
     a = expert_of[i]
     b = expert_of[j]
     return (
         a != b
-        and (count[a] == 1 or not holds(expert_of, start, rank_j, a))
-        and (count[b] == 1 or not holds(expert_of, start, rank_i, b))
+        and (replicas[a] == 1 or not holds(expert_of, start, rank_j, a))
+        and (replicas[b] == 1 or not holds(expert_of, start, rank_i, b))
     )
 
 
-@kernel
+@inner_kernel
 def holds(expert_of, start, rank, expert):
-    """Whether `rank` has a replica of `expert`."""
+    """Decide whether a rank has a replica of an expert."""
     for s in range(start[rank], start[rank + 1]):
         if expert_of[s] == expert:
             return True
     return False
 
 
-@kernel
-def next_random(state):
-    """One step of a 64-bit linear congruential generator (Knuth, MMIX); integers only, so equal on every machine."""
-    state[0] = state[0] * 6364136223846793005 + 1442695040888963407
-    return (state[0] >> 33) & 0x7FFFFFFF
-
-
-@kernel
-def busiest(rank_load, slowness, rank_first, rank_last):
-    """(rank, time) of the busiest of the ranks [rank_first, rank_last)."""
-    hot = rank_first
+@inner_kernel
+def busiest(rank_load, slowness):
+    """Find the busiest rank: (rank, time)."""
+    hot = np.int64(0)
     high = np.int64(-1)
-    for r in range(rank_first, rank_last):
+    for r in range(rank_load.size):
         v = rank_load[r] * slowness[r]
         if v > high:
             high = v
@@ -93,9 +132,9 @@ def busiest(rank_load, slowness, rank_first, rank_last):
     return hot, high
 
 
-@kernel
+@inner_kernel
 def busiest_free(rank_load, slowness, target, stuck):
-    """The busiest rank above `target` that is not `stuck`, bool [ranks]; -1 if there is none."""
+    """Find the busiest rank above `target` that is not `stuck`, bool [ranks]; -1 for none."""
     hot = -1
     high = target
     for r in range(rank_load.size):
@@ -106,49 +145,102 @@ def busiest_free(rank_load, slowness, target, stuck):
     return hot
 
 
-@kernel
-def measure(load, count, start, expert_of, share_of, rank_load):
-    """Write the load of every slot and rank from the counts."""
+@inner_kernel
+def measure(state, start):
+    """Write the load of every slot and rank of a `LayerState` from its replicas.
+
+    Args:
+        state: updated.
+        start: int64 [ranks + 1].
+    """
+    load, replicas, expert_of, share_of, rank_load = state
     for r in range(start.size - 1):
         total = np.int64(0)
         for s in range(start[r], start[r + 1]):
             e = expert_of[s]
-            share_of[s] = load[e] // count[e]
+            share_of[s] = load[e] // replicas[e]
             total += share_of[s]
         rank_load[r] = total
 
 
-@kernel
-def exchange(expert_of, share_of, rank_load, i, j, rank_i, rank_j):
-    """Exchange the experts of slots `i` and `j`."""
+@inner_kernel
+def exchange_loads(share_of, rank_load, i, j, rank_i, rank_j):
+    """Exchange what two slots of different ranks carry.
+
+    Args:
+        share_of: [slots], updated.
+        rank_load: [ranks], updated.
+        i: slot on `rank_i`.
+        j: slot on `rank_j`.
+        rank_i: rank of `i`.
+        rank_j: rank of `j`.
+    """
     step = share_of[i] - share_of[j]
     rank_load[rank_i] -= step
     rank_load[rank_j] += step
-    e = expert_of[i]
-    expert_of[i] = expert_of[j]
-    expert_of[j] = e
     v = share_of[i]
     share_of[i] = share_of[j]
     share_of[j] = v
 
 
-@kernel
-def replace_replica(load, count, start, rank_of, expert_of, share_of, rank_load, slot, expert):
-    """Turn `slot` into one more replica of `expert`; the expert that held it keeps its other replicas."""
-    old = expert_of[slot]
-    count[old] -= 1
-    count[expert] += 1
+@inner_kernel
+def exchange_experts(expert_of, i, j):
+    """Exchange the experts of two slots of int32 [slots]."""
+    e = expert_of[i]
+    expert_of[i] = expert_of[j]
+    expert_of[j] = e
+
+
+@inner_kernel
+def exchange(state, i, j, rank_i, rank_j):
+    """Exchange the experts of slots `i` and `j` of a `LayerState`, which is updated."""
+    exchange_loads(state.share_of, state.rank_load, i, j, rank_i, rank_j)
+    exchange_experts(state.expert_of, i, j)
+
+
+@inner_kernel
+def turn_slot(expert_of, replicas, slot, expert):
+    """Turn a slot into one more replica of an expert.
+
+    Args:
+        expert_of: int32 [slots], updated.
+        replicas: int64 [experts], updated.
+        slot: held by an expert that has other replicas.
+        expert: what it holds from now on.
+
+    Returns:
+        What it held.
+    """
+    before = expert_of[slot]
+    replicas[before] -= 1
+    replicas[expert] += 1
     expert_of[slot] = expert
-    share_old = load[old] // count[old]
-    share_new = load[expert] // count[expert]
-    before = share_of[slot]
-    share_of[slot] = share_new
-    rank_load[rank_of[slot]] += share_new - before
+    return before
+
+
+@inner_kernel
+def renew_shares(state, rank_of, a, b):
+    """Bring the load of every replica of two experts, and of their ranks, to their counts.
+
+    Args:
+        state: `LayerState`, updated.
+        rank_of: int64 [slots].
+        a: expert.
+        b: another expert.
+    """
+    load, replicas, expert_of, share_of, rank_load = state
+    share_a = load[a] // replicas[a]
+    share_b = load[b] // replicas[b]
     for s in range(expert_of.size):
         e = expert_of[s]
-        if e == old:
-            rank_load[rank_of[s]] += share_old - share_of[s]
-            share_of[s] = share_old
-        elif e == expert and s != slot:
-            rank_load[rank_of[s]] += share_new - share_of[s]
-            share_of[s] = share_new
+        if e == a or e == b:
+            share = share_a if e == a else share_b
+            rank_load[rank_of[s]] += share - share_of[s]
+            share_of[s] = share
+
+
+@inner_kernel
+def replace_replica(state, rank_of, slot, expert):
+    """Turn `slot` into one more replica of `expert`; see `turn_slot` and `renew_shares`."""
+    before = turn_slot(state.expert_of, state.replicas, slot, expert)
+    renew_shares(state, rank_of, before, expert)

@@ -1,196 +1,196 @@
-"""The best slot to become a replica of another expert in a plan with few moves.
-
-Lists of slots as in `swaps`; what else the searches are given is explained in `coarse`.
-"""
+"""Find the best slot to become a replica of another expert in a plan with few moves."""
 
 import numpy as np
 
-from ..kernels.compiled import kernel
-from ..kernels.layer import over, part
+from ..kernels.compiled import inner_kernel
+from ..kernels.excess import excess_relieved, over
+from ..kernels.layer import share_of_replica
+from ..kernels.slot_lists import has
 from .screening import (
-    EVEN_BITS,
     FREE,
     NEVER,
     ROUNDING,
-    SPARES,
-    UNEVEN_BITS,
     coarse,
+    coarse_bits,
     most_promising,
     padded,
     replica_gains,
 )
-from .slot_lists import has
 
 
-@kernel
-def best_new_replica(
-    sizes,
-    spare,
-    spare_at,
-    spare_value,
-    give_up,
-    hot,
-    low_slot,
-    high_slot,
-    target,
-    best_rate,
-    even,
-    load,
-    count,
-    start,
-    rank_of,
-    slowness,
-    foreign,
-    expert_of,
-    share_of,
-    rank_load,
-    first_slot,
-    next_slot,
-    first_old,
-    next_old,
-    gain,
-    largest,
-):
-    """Best change of one of the slots [low_slot, high_slot) into a replica of an expert of rank `hot`, by excess removed per move.
+@inner_kernel
+def _screen_replicas(state, ranks, lists, screen, limits, hot):
+    """Write the coarse gain of each replica of the busy rank in each spare slot.
 
     Args:
-        even, gain, largest: as for `best_swap`.
+        state: `LayerState`.
+        ranks: `Ranks`.
+        lists: `SlotLists`.
+        screen: `Screen`; `gain` and `largest` are written, by replica of the rank.
+        limits: `MoveLimits`.
+        hot: the busy rank.
+    """
+    load, replicas, expert_of, share_of, rank_load = state
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
+    spare, _, spare_value, size = screen.spares
+    gain = screen.gain
+    largest = screen.largest
+    target = limits.target
+    even = limits.even
+    bits = coarse_bits(even)
+    spares = size[0]
+    price = spare_value[0, : padded(spares)]
+    room = spare_value[1, : padded(spares)]
+    free_bits = spare_value[2, : padded(spares)]
+    first = ranks.start[hot]
+    for k in range(ranks.start[hot + 1] - first):
+        e = expert_of[first + k]
+        share_new = share_of_replica(load[e], replicas[e] + 1)
+        drop = share_of[first + k] - share_new
+        relief = excess_relieved(e, drop, lists, rank_of, rank_load, slowness, target)
+        if even:
+            largest[k] = 2 * replica_gains(
+                coarse(relief, bits), coarse(share_new, bits), price, room, free_bits, gain[k]
+            )
+            continue
+        largest[k] = 0
+        for m in range(spares):
+            here = coarse(share_new * slowness[rank_of[spare[m]]], bits)
+            v = coarse(relief, bits) - price[m] - max(0, here - room[m])
+            gain[k, m] = np.int32(v << free_bits[m])
+            largest[k] = max(largest[k], 2 * np.int64(gain[k, m]))
+
+
+@inner_kernel
+def _set_prices(spares, start, rank, give_up, forbidden, bits):
+    """Write the coarse price of a rank's spare slots.
+
+    Args:
+        spares: `Candidates`, updated.
+        start: int64 [ranks + 1].
+        rank: which.
+        give_up: int64 [slots], the prices.
+        forbidden: whether to write one that nobody pays.
+        bits: that coarse values leave out.
+    """
+    place = spares.place
+    value = spares.value
+    for s in range(start[rank], start[rank + 1]):
+        if place[s] >= 0:
+            value[0, place[s]] = coarse(NEVER if forbidden else give_up[s], bits)
+
+
+@inner_kernel
+def best_new_replica(state, ranks, history, screen, limits, hot, best_rate):
+    """Find the best change of a slot into a replica of an expert of a rank, by excess per move.
+
+    Args:
+        state: `LayerState`.
+        ranks: `Ranks`.
+        history: `SlotHistory`.
+        screen: `Screen`, up to date.
+        limits: `MoveLimits`.
+        hot: the rank.
+        best_rate: float64, rate that the change has to beat.
 
     Returns:
         (rate, slot, expert); slot -1 if none beats `best_rate`.
     """
-    best_slot = -1
-    best_expert = -1
-    spares = sizes[SPARES]
-    price = spare_value[0, : padded(spares)]
-    room = spare_value[1, : padded(spares)]
-    free_bits = spare_value[2, : padded(spares)]
-    bits = EVEN_BITS if even else UNEVEN_BITS
+    load, replicas, expert_of, share_of, rank_load = state
+    now, before, foreign = history
+    start = ranks.start
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
+    give_up = screen.give_up
+    spare = screen.spares.slots
+    gain = screen.gain
+    largest = screen.largest
+    target = limits.target
+    bits = coarse_bits(limits.even)
+    low_slot = limits.node_slots[hot, 0]
+    high_slot = limits.node_slots[hot, 1]
     first = start[hot]
     width = start[hot + 1] - first
-    for s in range(first, first + width):  # not for itself
-        if spare_at[s] >= 0:
-            spare_value[0, spare_at[s]] = coarse(NEVER, bits)
-    for k in range(width):
-        e = expert_of[first + k]
-        share_new = part(load[e], count[e] + 1)
-        drop = share_of[first + k] - share_new
-        relief = np.int64(0)
-        t = first_slot[e]
-        while t >= 0:
-            r = rank_of[t]
-            relief += over(rank_load[r] * slowness[r], target) - over(
-                (rank_load[r] - drop) * slowness[r], target
-            )
-            t = next_slot[t]
-        if even:
-            largest[k] = 2 * replica_gains(
-                coarse(relief, bits),
-                coarse(share_new, bits),
-                price,
-                room,
-                free_bits,
-                gain[k],
-            )
-        else:
-            largest[k] = 0
-            for m in range(spares):
-                here = coarse(share_new * slowness[rank_of[spare[m]]], bits)
-                v = coarse(relief, bits) - spare_value[0, m] - max(0, here - spare_value[1, m])
-                gain[k, m] = np.int32(v << spare_value[2, m])
-                largest[k] = max(largest[k], 2 * np.int64(gain[k, m]))
+    best_slot = -1
+    best_expert = np.int64(-1)
+    _set_prices(screen.spares, start, hot, give_up, True, bits)  # not for itself
+    _screen_replicas(state, ranks, now, screen, limits, hot)
+    _set_prices(screen.spares, start, hot, give_up, False, bits)
     while True:
         k = most_promising(largest, width, bits, best_rate)
         if k < 0:
-            break
+            return best_rate, best_slot, best_expert
         largest[k] = 0
         e = expert_of[first + k]
-        share_new = part(load[e], count[e] + 1)
+        share_new = share_of_replica(load[e], replicas[e] + 1)
         drop = share_of[first + k] - share_new
-        relief = np.int64(0)
-        t = first_slot[e]
-        while t >= 0:
-            r = rank_of[t]
-            relief += over(rank_load[r] * slowness[r], target) - over(
-                (rank_load[r] - drop) * slowness[r], target
-            )
-            t = next_slot[t]
+        relief = excess_relieved(e, drop, now, rank_of, rank_load, slowness, target)
         bar = np.int64(best_rate) >> bits
-        for m in range(spares):
+        for m in range(screen.spares.size[0]):
             if gain[k, m] + ROUNDING <= bar:
                 continue
             s = spare[m]
             r = rank_of[s]
             # The slot's own rank may be over the target too: giving up there gains as well.
-            value = (
-                relief
-                - give_up[s]
-                - over((rank_load[r] - share_of[s] + share_new) * slowness[r], target)
-            )
+            there = (rank_load[r] - share_of[s] + share_new) * slowness[r]
+            value = relief - give_up[s] - over(there, target)
             if value <= 0 or r == hot or expert_of[s] == e or not low_slot <= s < high_slot:
                 continue
-            rate = (
-                FREE * value
-                if foreign[s] or has(e, r, rank_of, first_old, next_old)
-                else 1.0 * value
-            )
-            if rate <= best_rate or has(e, r, rank_of, first_slot, next_slot):
+            free = foreign[s] or has(e, r, rank_of, before)
+            rate = FREE * value if free else 1.0 * value
+            if rate <= best_rate or has(e, r, rank_of, now):
                 continue
             best_rate = rate
             best_slot = s
             best_expert = e
             bar = np.int64(best_rate) >> bits
-    for s in range(first, first + width):
-        if spare_at[s] >= 0:
-            spare_value[0, spare_at[s]] = coarse(give_up[s], bits)
-    return best_rate, best_slot, best_expert
 
 
-@kernel
-def split_largest(
-    sizes,
-    spare,
-    cap,
-    node_slots,
-    load,
-    count,
-    rank_of,
-    slowness,
-    expert_of,
-    share_of,
-    rank_load,
-    first_slot,
-    next_slot,
-):
-    """The best slot to turn into a replica of the expert with the largest replica: (slot, expert), slot -1 if none is above `cap`.
+@inner_kernel
+def split_largest(state, ranks, lists, spares, limits):
+    """Find the best slot to turn into a replica of the expert with the largest replica.
 
     Args:
-        node_slots: int64 [ranks, 2], first and last + 1 of the slots of the rank's node: the new replica stays on the expert's.
+        state: `LayerState`.
+        ranks: `Ranks`.
+        lists: `SlotLists`.
+        spares: `Candidates`.
+        limits: `MoveLimits`; the new replica stays on the expert's node.
+
+    Returns:
+        (slot, expert), slot -1 if no replica is above the cap.
     """
+    load, replicas, expert_of, share_of, rank_load = state
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
+    following = lists.next
+    cap = limits.cap
     largest = np.int64(0)
     for s in range(share_of.size):
         largest = max(largest, share_of[s])
     if largest <= cap:
-        return -1, -1
+        return -1, np.int64(-1)
     at = 0
     while share_of[at] < largest:
         at += 1
     e = expert_of[at]
-    share_new = part(load[e], count[e] + 1)
+    share_new = share_of_replica(load[e], replicas[e] + 1)
     best = np.int64(1 << 62)
     best_slot = -1
-    low_slot = node_slots[rank_of[at], 0]
-    high_slot = node_slots[rank_of[at], 1]
-    for k in range(sizes[SPARES]):
-        head = spare[k]
+    low_slot = limits.node_slots[rank_of[at], 0]
+    high_slot = limits.node_slots[rank_of[at], 1]
+    for k in range(spares.size[0]):
+        head = spares.slots[k]
         f = expert_of[head]
-        if f == e or first_slot[f] != head or not low_slot <= head < high_slot:
+        if f == e or lists.first[f] != head or not low_slot <= head < high_slot:
             continue
-        share = part(load[f], count[f] - 1)
+        share = share_of_replica(load[f], replicas[f] - 1)
         if share > cap:
             continue
         rise = share - share_of[head]
-        # The two busiest of the expert's ranks when it gives up a slot: the busiest other than the slot's own is one of them.
+        # The two busiest of the expert's ranks when it gives up a slot: the busiest other than the
+        # slot's own is one of them.
         first = np.int64(-1)
         second = np.int64(-1)
         t = head
@@ -201,14 +201,14 @@ def split_largest(
                 first = v
             elif v > second:
                 second = v
-            t = next_slot[t]
+            t = following[t]
         t = head
         while t >= 0:
             r = rank_of[t]
             others = second if (rank_load[r] + rise) * slowness[r] == first else first
             worst = max(others, (rank_load[r] - share_of[t] + share_new) * slowness[r])
-            if worst < best and not has(e, r, rank_of, first_slot, next_slot):
+            if worst < best and not has(e, r, rank_of, lists):
                 best = worst
                 best_slot = t
-            t = next_slot[t]
-    return best_slot, e
+            t = following[t]
+    return best_slot, np.int64(e)

@@ -1,38 +1,29 @@
-"""What a search for the best step looks at first: loads and times in 32 bits, kept from step to step.
+"""Look coarsely at all steps first: loads and times in 32 bits, kept from step to step.
 
-A search looks at all steps off one rank twice: at first coarsely, in 32 bits, for which processors have minima, eight at once; then
-exactly at the few that could be the best. A step changes few ranks, so that most of what is looked at coarsely stays:
-
-- near_share, near_slack: int32 [slots], load of the slot's replica, and time by which its rank is below the target (equal ranks only).
-- guest: int64 [slots], the slots whose expert the rank did not hold in the placement in service, in any order; guest_at: int64 [slots],
-  where on that list each slot is, or -1; guest_value: int32 [3, slots], by position: share, slack, and how many bits a gain is shifted
-  for steps that cost nothing.
-- spare, spare_at, spare_value: the same for the slots of replicated experts, the only ones that may be given up; values are the excess
-  that the expert's other ranks gain by that, the time for which the rank has room in its place, and bits as above. give_up: int64
-  [slots], the first of these in full.
-- sizes: int64 [2], of the two lists. Behind the end of a list are values of which no gain can come, so that loops over it may run on to
-  a multiple of 8, all in vector code.
-
-They are single arrays: numba counts references to the arrays of a tuple in every loop that uses them.
+A search looks at all steps off one rank twice: at first coarsely, in 32 bits, for which processors
+have minima, eight at once; then exactly at the few that could be the best. A step changes few
+ranks, so that most of what is looked at coarsely stays: it is kept in a `Screen`.
 """
 
 import numpy as np
 
-from ..kernels.compiled import kernel
-from ..kernels.layer import over, part
+from ..kernels.compiled import inner_kernel
+from ..kernels.excess import excess_gained, excess_removed, over
+from ..kernels.layer import share_of_replica
+from ..kernels.state import Candidates, Screen
 
 FREE = 4.0
 """What the gain of a step counts that costs nothing, since replicas go home."""
 FREE_BITS = 2
 
 ROOM = 5
-"""Of swaps that gain alike the one that moves more load is better: it leaves room on the busy rank for swaps to come, which is worth
-1 / 2**5 of that load (5% fewer moves in all, over recordings and synthetic drift)."""
+"""Of swaps that gain alike the one that moves more load is better: it leaves room on the busy rank
+for swaps to come, which is worth 1 / 2**5 of that load."""
 
 EVEN_BITS = 14
 UNEVEN_BITS = 34
-"""Coarse times leave out this many bits, for equal ranks and for ranks of different speed: 26 are left of a layer's total, so that sums
-of a few, four times over, are within 32."""
+"""Coarse times leave out this many bits, for equal ranks and for ranks of different speed: 26 are
+left of a layer's total, so that sums of a few, four times over, are within 32."""
 
 ROUNDING = 32
 """A coarse rate is less than this from the exact one, in its own unit."""
@@ -43,36 +34,80 @@ NEVER = np.int64(1) << 61
 _FILLER = np.int32(1 << 27)
 """Load of a guest, and price of a spare slot, that no step would take."""
 
-GUESTS = 0
-SPARES = 1
 
-
-@kernel
+@inner_kernel
 def padded(size):
+    """Return the next multiple of 8."""
     return (size + 7) & ~7
 
 
-@kernel
-def empty_list(slots):
-    """(list, place, value) of an empty list of slots: see above."""
-    value = np.zeros((3, padded(slots)), np.int32)
+@inner_kernel(makes_arrays=True)
+def _make_candidates(slots):
+    """Return `Candidates` that are yet to be cleared."""
+    return Candidates(
+        np.empty(slots, np.int64),
+        np.empty(slots, np.int64),
+        np.empty((3, padded(slots)), np.int32),
+        np.empty(1, np.int64),
+    )
+
+
+@inner_kernel
+def _clear_candidates(candidates):
+    """Take all slots off a list."""
+    _, place, value, size = candidates
+    place[:] = -1
+    value[:] = 0
     value[0] = _FILLER
-    return np.empty(slots, np.int64), np.full(slots, -1, np.int64), value
+    size[0] = 0
 
 
-@kernel
-def _enlist(listed, place, value, sizes, which, slot, wanted):
-    """Bring `slot` on one of the lists if it is `wanted` there, else off it."""
+@inner_kernel(makes_arrays=True)
+def make_screen(experts, start):
+    """Return a `Screen` that is yet to be cleared; start int64 [ranks + 1]."""
+    ranks = start.size - 1
+    slots = start[ranks]
+    width = np.int64(0)
+    for r in range(ranks):
+        width = max(width, start[r + 1] - start[r])
+    return Screen(
+        np.empty(slots, np.int32),
+        np.empty(slots, np.int32),
+        _make_candidates(slots),
+        _make_candidates(slots),
+        np.empty(slots, np.int64),
+        np.empty(ranks, np.int64),
+        np.empty(experts, np.int64),
+        np.empty(ranks, np.bool_),
+        np.empty((width, slots + 8), np.int32),
+        np.empty(width, np.int64),
+    )
+
+
+@inner_kernel
+def clear_screen(screen):
+    """Bring a screen to that of a layer of which no rank has been seen."""
+    _clear_candidates(screen.guests)
+    _clear_candidates(screen.spares)
+    screen.seen_load[:] = -1
+    screen.valued[:] = -1
+    screen.stuck[:] = False
+
+
+@inner_kernel
+def _enlist(candidates, slot, wanted):
+    """Bring a slot on a list if it is `wanted` there, else off it."""
+    slots, place, value, size = candidates
     at = place[slot]
     if wanted and at < 0:
-        listed[sizes[which]] = slot
-        place[slot] = sizes[which]
-        sizes[which] += 1
+        slots[size[0]] = slot
+        place[slot] = size[0]
+        size[0] += 1
     elif not wanted and at >= 0:
-        sizes[which] -= 1
-        last = sizes[which]
-        listed[at] = listed[last]
-        place[listed[at]] = at
+        size[0] -= 1
+        last = size[0]
+        slots[at] = slots[last]
+        place[slots[at]] = at
         place[slot] = -1
         for k in range(value.shape[0]):
             value[k, at] = value[k, last]
@@ -80,186 +115,188 @@ def _enlist(listed, place, value, sizes, which, slot, wanted):
         value[2, last] = 0
 
 
-@kernel
-def keep_lists(
-    sizes, guest, guest_at, guest_value, spare, spare_at, spare_value, slot, foreign, count
-):
-    """Bring `slot` on the lists that it belongs to and off the others.
+@inner_kernel
+def keep_lists(guests, spares, slot, foreign, replicas):
+    """Bring a slot on the lists that it belongs to and off the others.
 
     Args:
-        foreign: 1 if its rank did not hold its expert in the placement in service, else 0; count: replicas of its expert.
+        guests: `Candidates`, updated.
+        spares: `Candidates`, updated.
+        slot: which.
+        foreign: 1 if its rank did not hold its expert in the placement in service, else 0.
+        replicas: of its expert.
     """
-    _enlist(guest, guest_at, guest_value, sizes, GUESTS, slot, foreign == 1)
-    _enlist(spare, spare_at, spare_value, sizes, SPARES, slot, count > 1)
-    if count > 1:
-        spare_value[2, spare_at[slot]] = FREE_BITS * foreign
+    _enlist(guests, slot, foreign == 1)
+    _enlist(spares, slot, replicas > 1)
+    if replicas > 1:
+        spares.value[2, spares.place[slot]] = FREE_BITS * foreign
 
 
-@kernel
+@inner_kernel
 def coarse(value, bits):
-    """An int64 without its low bits, cut to what a search can add up in 32 bits."""
+    """Return an int64 without its low bits, cut to what a search can add up in 32 bits."""
     return np.int32(min(value >> bits, np.int64(1) << 27))
 
 
-@kernel
-def _value_giving_up(
-    spare_at,
-    spare_value,
-    give_up,
-    expert,
-    target,
-    cap,
-    bits,
-    load,
-    count,
-    rank_of,
-    slowness,
-    share_of,
-    rank_load,
-    first_slot,
-    next_slot,
-):
-    """Write what the other replicas' ranks gain in excess when a slot of a replicated expert is given up, for each of its slots.
+@inner_kernel
+def coarse_bits(even):
+    """Return how many bits coarse times leave out."""
+    return EVEN_BITS if even else UNEVEN_BITS
+
+
+@inner_kernel
+def _value_giving_up(state, ranks, lists, screen, limits, expert):
+    """Write what the other ranks of a replicated expert gain in excess without each of its slots.
 
     Args:
-        cap: no replica may become heavier than this by that.
+        state: `LayerState`.
+        ranks: `Ranks`.
+        lists: `SlotLists`.
+        screen: `Screen`, updated.
+        limits: `MoveLimits`.
+        expert: one with several replicas.
     """
-    head = first_slot[expert]
-    share = part(load[expert], count[expert] - 1)
-    rise = share - share_of[head]
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
+    rank_load = state.rank_load
+    following = lists.next
+    give_up = screen.give_up
+    place = screen.spares.place
+    price = screen.spares.value
+    target = limits.target
+    bits = coarse_bits(limits.even)
+    head = lists.first[expert]
+    share = share_of_replica(state.load[expert], state.replicas[expert] - 1)
+    rise = share - state.share_of[head]
     total = np.int64(0)
     t = head
     while t >= 0:
         r = rank_of[t]
-        risen = over((rank_load[r] + rise) * slowness[r], target)
-        total += risen - over(rank_load[r] * slowness[r], target)
-        give_up[t] = -risen
-        t = next_slot[t]
+        total += excess_gained(rank_load[r], rise, slowness[r], target)
+        give_up[t] = -over((rank_load[r] + rise) * slowness[r], target)
+        t = following[t]
     t = head
     while t >= 0:
-        give_up[t] = give_up[t] + total if share <= cap else NEVER
-        spare_value[0, spare_at[t]] = coarse(give_up[t], bits)
-        t = next_slot[t]
+        give_up[t] = give_up[t] + total if share <= limits.cap else NEVER
+        price[0, place[t]] = coarse(give_up[t], bits)
+        t = following[t]
 
 
-@kernel
-def see_rank(
-    near_share,
-    near_slack,
-    guest_at,
-    guest_value,
-    spare_at,
-    spare_value,
-    give_up,
-    rank,
-    step,
-    valued,
-    even,
-    target,
-    cap,
-    load,
-    count,
-    start,
-    rank_of,
-    slowness,
-    expert_of,
-    share_of,
-    rank_load,
-    first_slot,
-    next_slot,
-):
+@inner_kernel
+def see_rank(state, ranks, lists, screen, limits, rank, step):
     """Write all coarse values that follow from the load of a rank which has changed.
 
     Args:
-        step: number of this step; valued: int64 [experts], the step before which `give_up` was last written, updated.
+        state: `LayerState`.
+        ranks: `Ranks`.
+        lists: `SlotLists`.
+        screen: `Screen`, updated.
+        limits: `MoveLimits`.
+        rank: the rank.
+        step: number of this step.
     """
-    bits = EVEN_BITS if even else UNEVEN_BITS
-    left = coarse(target - rank_load[rank] * slowness[rank], bits)
-    for s in range(start[rank], start[rank + 1]):
+    _, _, expert_of, share_of, rank_load = state
+    share = screen.share
+    slack = screen.slack
+    valued = screen.valued
+    guest_at = screen.guests.place
+    guest_value = screen.guests.value
+    spare_at = screen.spares.place
+    spare_value = screen.spares.value
+    slow = ranks.slowness[rank]
+    target = limits.target
+    bits = coarse_bits(limits.even)
+    left = coarse(target - rank_load[rank] * slow, bits)
+    for s in range(ranks.start[rank], ranks.start[rank + 1]):
         here = np.int32(share_of[s] >> EVEN_BITS)
-        near_share[s] = here
-        near_slack[s] = left
+        share[s] = here
+        slack[s] = left
         at = guest_at[s]
         if at >= 0:
             guest_value[0, at] = here
             guest_value[1, at] = left
         at = spare_at[s]
         if at >= 0:
-            spare_value[1, at] = coarse(
-                target - (rank_load[rank] - share_of[s]) * slowness[rank], bits
-            )
+            spare_value[1, at] = coarse(target - (rank_load[rank] - share_of[s]) * slow, bits)
             e = expert_of[s]
             if valued[e] < step:
                 valued[e] = step
-                _value_giving_up(
-                    spare_at,
-                    spare_value,
-                    give_up,
-                    e,
-                    target,
-                    cap,
-                    bits,
-                    load,
-                    count,
-                    rank_of,
-                    slowness,
-                    share_of,
-                    rank_load,
-                    first_slot,
-                    next_slot,
-                )
+                _value_giving_up(state, ranks, lists, screen, limits, e)
 
 
-@kernel
+@inner_kernel
+def see_changes(state, ranks, lists, screen, limits, step):
+    """Write the coarse values of all ranks whose load has changed; arguments as for `see_rank`."""
+    rank_load = state.rank_load
+    seen_load = screen.seen_load
+    for r in range(rank_load.size):
+        if rank_load[r] != seen_load[r]:
+            seen_load[r] = rank_load[r]
+            see_rank(state, ranks, lists, screen, limits, r, step)
+
+
+@inner_kernel
+def _coarse_gain(step, most, slack):
+    """Return the excess that a step of load removes between equal ranks, and the room it makes."""
+    removed = np.int32(min(step, most) - max(np.int32(0), np.int32(step - slack)))
+    return np.int32(removed + (step >> ROOM)) if removed > -4 else np.int32(0)
+
+
+@inner_kernel
 def gains(top, most, share, slack, gain):
-    """Write the excess removed, and the room made, by exchanging a replica of load `top` with each slot, equal ranks; returns the largest.
+    """Write the coarse gain of exchanging a replica with each slot, equal ranks.
 
     Args:
-        top, most: int32, `most` the busy rank's excess; share, slack, gain: int32 [slots].
+        top: int32, load of the replica.
+        most: int32, the busy rank's excess.
+        share: int32 [slots].
+        slack: int32 [slots].
+        gain: int32 [slots], written.
+
+    Returns:
+        The largest.
     """
     best = np.int32(0)
     for s in range(share.size):
-        step = np.int32(top - share[s])
-        removed = np.int32(min(step, most) - max(np.int32(0), np.int32(step - slack[s])))
-        v = np.int32(removed + (step >> ROOM)) if removed > -4 else np.int32(0)
+        v = _coarse_gain(np.int32(top - share[s]), most, slack[s])
         gain[s] = v
         best = max(best, v)
     return best
 
 
-@kernel
+@inner_kernel
 def guest_gains(top, most, share, slack, bits, more_bits, gain):
-    """As `gains` for the list of guests, each gain shifted by `bits` or `more_bits`."""
+    """Write as `gains` for the list of guests, each gain shifted by `bits` or `more_bits`."""
     best = np.int32(0)
     for s in range(share.size):
-        step = np.int32(top - share[s])
-        removed = np.int32(min(step, most) - max(np.int32(0), np.int32(step - slack[s])))
-        v = np.int32(removed + (step >> ROOM)) if removed > -4 else np.int32(0)
+        v = _coarse_gain(np.int32(top - share[s]), most, slack[s])
         v = np.int32(v << np.int32(bits[s] | more_bits))
         gain[s] = v
         best = max(best, v)
     return best
 
 
-@kernel
-def excess_removed(step, most, slow_here, slow_there, slack):
-    """By taking load `step` from a rank with excess `most` to one that is `slack` below the target."""
-    return min(step * slow_here, most) - over(step * slow_there, slack) + max(np.int64(0), -slack)
-
-
-@kernel
+@inner_kernel
 def gain_uneven(step, most, slow_here, slow_there, slack):
-    """As in `gains`, for ranks of different speed."""
+    """Return as `gains` does, for ranks of different speed; arguments as for `excess_removed`."""
     removed = excess_removed(step, most, slow_here, slow_there, slack)
     return coarse(removed + (step * slow_here >> ROOM), UNEVEN_BITS) if removed > 0 else np.int32(0)
 
 
-@kernel
+@inner_kernel
 def replica_gains(relief, share, give_up, room, bits, gain):
-    """Write the excess removed by giving each spare slot to a new replica of load `share`, shifted by `bits`; returns the largest.
+    """Write the coarse excess removed by giving each spare slot to a new replica.
 
     Args:
-        relief: int32, excess that the expert's other replicas lose; give_up, room, bits, gain: int32 [spare slots].
+        relief: int32, excess that the expert's other replicas lose.
+        share: int32, load of the new replica.
+        give_up: int32 [spare slots], see `Screen`.
+        room: int32 [spare slots], see `Screen`.
+        bits: int32 [spare slots], by which each gain is shifted.
+        gain: int32 [spare slots], written.
+
+    Returns:
+        The largest.
     """
     best = np.int32(0)
     for s in range(give_up.size):
@@ -272,9 +309,16 @@ def replica_gains(relief, share, give_up, room, bits, gain):
     return best
 
 
-@kernel
+@inner_kernel
 def most_promising(largest, width, bits, best_rate):
-    """Row of the largest of `largest`, int64 [width], coarse gains by two moves, that could beat `best_rate`; else -1."""
+    """Find the row of the largest coarse gain by two moves that could beat a rate; -1 for none.
+
+    Args:
+        largest: int64 [width], coarse gain of each row.
+        width: rows.
+        bits: that coarse gains leave out.
+        best_rate: float64, exact.
+    """
     row = -1
     best = (np.int64(2.0 * best_rate) >> bits) - 2 * ROUNDING
     for k in range(width):

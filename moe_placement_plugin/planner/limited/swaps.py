@@ -1,81 +1,50 @@
-"""The best swap of two slots in a plan with few moves: what it gains, and what it costs in slots that have to be fetched.
+"""Find the best swap of two slots in a plan with few moves.
 
-Which slots hold an expert is kept in lists (`slot_lists`), now (`first_slot`, `next_slot`) and in the placement in service (`first_old`,
-`next_old`). What else the search is given is explained in `coarse`.
+A swap costs two slots that have to be fetched, one where either replica is no longer on its old
+rank anyway, none where such a replica goes home.
 """
 
 import numpy as np
 
-from ..kernels.compiled import kernel
+from ..kernels.compiled import inner_kernel
+from ..kernels.excess import excess_removed
+from ..kernels.slot_lists import has
 from .screening import (
-    EVEN_BITS,
     FREE,
     FREE_BITS,
-    GUESTS,
     ROOM,
     ROUNDING,
-    UNEVEN_BITS,
     coarse,
-    excess_removed,
+    coarse_bits,
     gain_uneven,
     gains,
     guest_gains,
     most_promising,
     padded,
 )
-from .slot_lists import has
 
 
-@kernel
-def _swap_rate(
-    i,
-    j,
-    gain,
-    best_rate,
-    hot,
-    rank_of,
-    foreign,
-    expert_of,
-    first_slot,
-    next_slot,
-    first_old,
-    next_old,
-):
-    """Excess removed per move by exchanging slots `i` (on `hot`) and `j`; -1 where that is not better or not allowed."""
-    q = rank_of[j]
-    a = expert_of[i]
-    b = expert_of[j]
-    cost = 2 - foreign[i] - foreign[j]
-    cost -= has(a, q, rank_of, first_old, next_old) + has(b, hot, rank_of, first_old, next_old)
-    rate = FREE * gain if cost <= 0 else gain / cost
-    if (
-        rate <= best_rate
-        or has(a, q, rank_of, first_slot, next_slot)
-        or has(b, hot, rank_of, first_slot, next_slot)
-    ):
-        return -1.0
-    return rate
+@inner_kernel
+def _try_swap(state, ranks, history, target, i, j, best_rate):
+    """Return the excess removed per move by exchanging two slots.
 
+    Args:
+        state: `LayerState`.
+        ranks: `Ranks`.
+        history: `SlotHistory`.
+        target: int64, time.
+        i: slot on a rank above the target.
+        j: slot elsewhere.
+        best_rate: float64, rate that the exchange has to beat.
 
-@kernel
-def _try_swap(
-    i,
-    j,
-    best_rate,
-    target,
-    hot,
-    rank_of,
-    slowness,
-    foreign,
-    expert_of,
-    share_of,
-    rank_load,
-    first_slot,
-    next_slot,
-    first_old,
-    next_old,
-):
-    """`_swap_rate` of an exchange, -1 where it removes no excess."""
+    Returns:
+        The rate, float64; -1 where it is not better, or not allowed.
+    """
+    _, _, expert_of, share_of, rank_load = state
+    now, before, foreign = history
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
+    hot = rank_of[i]
     q = rank_of[j]
     step = share_of[i] - share_of[j]
     slow = slowness[hot]
@@ -85,89 +54,60 @@ def _try_swap(
     if q == hot or gain <= 0:
         return -1.0
     gain += step * slow >> ROOM
-    return _swap_rate(
-        i,
-        j,
-        gain,
-        best_rate,
-        hot,
-        rank_of,
-        foreign,
-        expert_of,
-        first_slot,
-        next_slot,
-        first_old,
-        next_old,
-    )
+    a = expert_of[i]
+    b = expert_of[j]
+    cost = 2 - foreign[i] - foreign[j]
+    cost -= has(a, q, rank_of, before) + has(b, hot, rank_of, before)
+    rate = FREE * gain if cost <= 0 else gain / cost
+    if rate <= best_rate or has(a, q, rank_of, now) or has(b, hot, rank_of, now):
+        return -1.0
+    return rate
 
 
-@kernel
-def best_swap(
-    near_share,
-    near_slack,
-    sizes,
-    guest,
-    guest_value,
-    hot,
-    low_slot,
-    high_slot,
-    target,
-    best_rate,
-    even,
-    start,
-    rank_of,
-    slowness,
-    foreign,
-    expert_of,
-    share_of,
-    rank_load,
-    first_slot,
-    next_slot,
-    first_old,
-    next_old,
-    gain,
-    largest,
-):
-    """Best swap off rank `hot`, with slots [low_slot, high_slot), by excess removed per move.
-
-    A swap costs two moves, one where either replica is no longer on its old rank anyway, none where such a replica goes home.
+@inner_kernel(inlined=True)
+def _screen_guests(state, ranks, history, screen, limits, hot, best_rate):
+    """Write the coarse gain of exchanging each replica of the busy rank with each guest elsewhere.
 
     Args:
-        even: all ranks are equal; gain: int32 [most slots of a rank, slots and some], largest: int64 [most slots of a rank], scratch.
-
-    Returns:
-        (rate, slot here, slot there); slots -1 if none beats `best_rate`.
+        state: `LayerState`.
+        ranks: `Ranks`.
+        history: `SlotHistory`.
+        screen: `Screen`; `gain` and `largest` are written, by replica of the rank.
+        limits: `MoveLimits`.
+        hot: the busy rank.
+        best_rate: float64, rate that is to be beaten.
     """
-    best_i = -1
-    best_j = -1
+    _, _, expert_of, share_of, rank_load = state
+    _, before, foreign = history
+    rank_of = ranks.rank_of
+    slowness = ranks.slowness
+    guest, _, guest_value, size = screen.guests
+    gain = screen.gain
+    largest = screen.largest
+    target = limits.target
+    bits = coarse_bits(limits.even)
     slow = slowness[hot]
     most = rank_load[hot] * slow - target
-    bits = EVEN_BITS if even else UNEVEN_BITS
-    coarse_most = coarse(most, bits)
-    first = start[hot]
-    width = start[hot + 1] - first
-    # What may come for less first: replicas that are not at home, and slots of the ranks that this one came from.
-    guests = sizes[GUESTS]
+    guests = size[0]
     guest_share = guest_value[0, : padded(guests)]
     guest_slack = guest_value[1, : padded(guests)]
     guest_bits = guest_value[2, : padded(guests)]
     for m in range(guests):
-        guest_value[2, m] = FREE_BITS * has(expert_of[guest[m]], hot, rank_of, first_old, next_old)
-    for k in range(width):
-        i = first + k
-        e = expert_of[i]
-        top = share_of[i]
+        guest_bits[m] = FREE_BITS * has(expert_of[guest[m]], hot, rank_of, before)
+    first = ranks.start[hot]
+    for k in range(ranks.start[hot + 1] - first):
+        top = share_of[first + k]
         largest[k] = 0
         # No swap gains more than the load that leaves.
         if guests == 0 or FREE * (min(most, top * slow) + (top * slow >> ROOM)) <= best_rate:
             continue
-        more_bits = np.int32(
-            FREE_BITS if foreign[i] or next_old[first_old[e]] >= 0 else 0
-        )  # it may go home too
-        if even:
+        # It may go home too.
+        homes = foreign[first + k] or before.next[before.first[expert_of[first + k]]] >= 0
+        more_bits = np.int32(FREE_BITS if homes else 0)
+        if limits.even:
             largest[k] = 2 * guest_gains(
                 np.int32(top >> bits),
-                coarse_most,
+                coarse(most, bits),
                 guest_share,
                 guest_slack,
                 guest_bits,
@@ -178,86 +118,106 @@ def best_swap(
         for m in range(guests):
             j = guest[m]
             q = rank_of[j]
-            v = gain_uneven(
-                top - share_of[j], most, slow, slowness[q], target - rank_load[q] * slowness[q]
-            )
-            gain[k, m] = v << (guest_value[2, m] | more_bits)
+            slack = target - rank_load[q] * slowness[q]
+            v = gain_uneven(top - share_of[j], most, slow, slowness[q], slack)
+            gain[k, m] = v << (guest_bits[m] | more_bits)
             largest[k] = max(largest[k], 2 * np.int64(gain[k, m]))
+
+
+@inner_kernel(inlined=True)
+def _swap_with_guest(state, ranks, history, screen, limits, hot, best_rate):
+    """Find the best swap with a replica that is not at home; arguments as for `best_swap`."""
+    start = ranks.start
+    guest = screen.guests.slots
+    gain = screen.gain
+    bits = coarse_bits(limits.even)
+    low_slot = limits.node_slots[hot, 0]
+    high_slot = limits.node_slots[hot, 1]
+    best_i = np.int64(-1)
+    best_j = np.int64(-1)
+    _screen_guests(state, ranks, history, screen, limits, hot, best_rate)
     while True:
         # The replica that could do best next: seldom is there need to look at a second.
-        k = most_promising(largest, width, bits, best_rate)
+        k = most_promising(screen.largest, start[hot + 1] - start[hot], bits, best_rate)
         if k < 0:
-            break
-        largest[k] = 0
+            return best_rate, best_i, best_j
+        screen.largest[k] = 0
+        i = start[hot] + k
         bar = np.int64(best_rate) >> bits
-        for m in range(guests):
+        for m in range(screen.guests.size[0]):
             if gain[k, m] + ROUNDING > bar:
                 j = guest[m]
                 if low_slot <= j < high_slot:
-                    rate = _try_swap(
-                        first + k,
-                        j,
-                        best_rate,
-                        target,
-                        hot,
-                        rank_of,
-                        slowness,
-                        foreign,
-                        expert_of,
-                        share_of,
-                        rank_load,
-                        first_slot,
-                        next_slot,
-                        first_old,
-                        next_old,
-                    )
+                    rate = _try_swap(state, ranks, history, limits.target, i, j, best_rate)
                     if rate > best_rate:
                         best_rate = rate
-                        best_i = first + k
+                        best_i = i
                         best_j = j
                         bar = np.int64(best_rate) >> bits
-    for i in range(first, first + width):
+
+
+@inner_kernel(inlined=True)
+def _swap_home(state, ranks, history, limits, hot, best_rate):
+    """Find the best swap that brings a replica back to its rank; arguments as for `best_swap`."""
+    _, _, expert_of, share_of, rank_load = state
+    _, before, foreign = history
+    start = ranks.start
+    slowness = ranks.slowness
+    target = limits.target
+    low_slot = limits.node_slots[hot, 0]
+    high_slot = limits.node_slots[hot, 1]
+    slow = slowness[hot]
+    most = rank_load[hot] * slow - target
+    best_i = np.int64(-1)
+    best_j = np.int64(-1)
+    for i in range(start[hot], start[hot + 1]):
         if not foreign[i]:
             continue
-        t = first_old[expert_of[i]]
+        t = before.first[expert_of[i]]
         while t >= 0:
-            q = rank_of[t]
+            q = ranks.rank_of[t]
             slack = target - rank_load[q] * slowness[q]
-            if low_slot <= t < high_slot and (slack > 0 or not even):
+            if low_slot <= t < high_slot and (slack > 0 or not limits.even):
                 for j in range(start[q], start[q + 1]):
                     step = share_of[i] - share_of[j]
-                    if (
-                        step > 0
-                        and FREE
-                        * (
-                            excess_removed(step, most, slow, slowness[q], slack)
-                            + (step * slow >> ROOM)
-                        )
-                        > best_rate
-                    ):
-                        rate = _try_swap(
-                            i,
-                            j,
-                            best_rate,
-                            target,
-                            hot,
-                            rank_of,
-                            slowness,
-                            foreign,
-                            expert_of,
-                            share_of,
-                            rank_load,
-                            first_slot,
-                            next_slot,
-                            first_old,
-                            next_old,
-                        )
+                    if step <= 0:
+                        continue
+                    gain = excess_removed(step, most, slow, slowness[q], slack)
+                    if FREE * (gain + (step * slow >> ROOM)) > best_rate:
+                        rate = _try_swap(state, ranks, history, target, i, j, best_rate)
                         if rate > best_rate:
                             best_rate = rate
                             best_i = i
                             best_j = j
-            t = next_old[t]
-    # All others. No swap between equal ranks gains more than fits below the target where the load goes.
+            t = before.next[t]
+    return best_rate, best_i, best_j
+
+
+@inner_kernel(inlined=True)
+def _screen_all(state, ranks, foreign, screen, limits, hot, best_rate):
+    """Write the coarse gain of exchanging each replica of the busy rank with each slot.
+
+    Args:
+        state: `LayerState`.
+        ranks: `Ranks`.
+        foreign: int64 [slots], see `SlotHistory`.
+        screen: `Screen`; `gain` and `largest` are written, by replica of the rank.
+        limits: `MoveLimits`.
+        hot: the busy rank.
+        best_rate: float64, rate that is to be beaten.
+    """
+    _, _, _, share_of, rank_load = state
+    start, rank_of, _, _, _, slowness = ranks
+    gain = screen.gain
+    largest = screen.largest
+    target = limits.target
+    even = limits.even
+    bits = coarse_bits(even)
+    low_slot = limits.node_slots[hot, 0]
+    high_slot = limits.node_slots[hot, 1]
+    slow = slowness[hot]
+    most = rank_load[hot] * slow - target
+    # No swap between equal ranks gains more than fits below the target where the load goes.
     fits = most
     if even:
         lightest = rank_load[rank_of[low_slot]]
@@ -265,55 +225,83 @@ def best_swap(
             if start[r + 1] > start[r]:
                 lightest = min(lightest, rank_load[r])
         fits = min(most, target - lightest)
-    shares = near_share[low_slot:high_slot]
-    slacks = near_slack[low_slot:high_slot]
-    for k in range(width):
-        i = first + k
-        top = share_of[i]
-        cost = 2 - foreign[i]
+    shares = screen.share[low_slot:high_slot]
+    slacks = screen.slack[low_slot:high_slot]
+    first = start[hot]
+    for k in range(start[hot + 1] - first):
+        top = share_of[first + k]
+        away = foreign[first + k]
         largest[k] = 0
-        if min(fits, top * slow) + (top * slow >> ROOM) <= cost * best_rate:
+        if min(fits, top * slow) + (top * slow >> ROOM) <= (2 - away) * best_rate:
             continue
-        by_two_moves = 1 + foreign[i]
+        by_two_moves = 1 + away
         if even:
             largest[k] = by_two_moves * gains(
-                np.int32(top >> bits), coarse_most, shares, slacks, gain[k, low_slot:high_slot]
+                np.int32(top >> bits),
+                coarse(most, bits),
+                shares,
+                slacks,
+                gain[k, low_slot:high_slot],
             )
-        else:
-            for j in range(low_slot, high_slot):
-                q = rank_of[j]
-                gain[k, j] = gain_uneven(
-                    top - share_of[j], most, slow, slowness[q], target - rank_load[q] * slowness[q]
-                )
-                largest[k] = max(largest[k], by_two_moves * gain[k, j])
+            continue
+        for j in range(low_slot, high_slot):
+            q = rank_of[j]
+            slack = target - rank_load[q] * slowness[q]
+            gain[k, j] = gain_uneven(top - share_of[j], most, slow, slowness[q], slack)
+            largest[k] = max(largest[k], by_two_moves * gain[k, j])
+
+
+@inner_kernel(inlined=True)
+def _swap_with_any(state, ranks, history, screen, limits, hot, best_rate):
+    """Find the best swap with any slot; arguments as for `best_swap`."""
+    start = ranks.start
+    foreign = history.foreign
+    gain = screen.gain
+    bits = coarse_bits(limits.even)
+    best_i = np.int64(-1)
+    best_j = np.int64(-1)
+    _screen_all(state, ranks, foreign, screen, limits, hot, best_rate)
     while True:
-        k = most_promising(largest, width, bits, best_rate)
+        k = most_promising(screen.largest, start[hot + 1] - start[hot], bits, best_rate)
         if k < 0:
             return best_rate, best_i, best_j
-        largest[k] = 0
-        cost = 2 - foreign[first + k]
+        screen.largest[k] = 0
+        i = start[hot] + k
+        cost = 2 - foreign[i]
         bar = np.int64(best_rate * cost) >> bits
-        for j in range(low_slot, high_slot):
+        for j in range(limits.node_slots[hot, 0], limits.node_slots[hot, 1]):
             if gain[k, j] + ROUNDING > bar:
-                rate = _try_swap(
-                    first + k,
-                    j,
-                    best_rate,
-                    target,
-                    hot,
-                    rank_of,
-                    slowness,
-                    foreign,
-                    expert_of,
-                    share_of,
-                    rank_load,
-                    first_slot,
-                    next_slot,
-                    first_old,
-                    next_old,
-                )
+                rate = _try_swap(state, ranks, history, limits.target, i, j, best_rate)
                 if rate > best_rate:
                     best_rate = rate
-                    best_i = first + k
+                    best_i = i
                     best_j = j
                     bar = np.int64(best_rate * cost) >> bits
+
+
+@inner_kernel
+def best_swap(state, ranks, history, screen, limits, hot, best_rate):
+    """Find the best swap off a rank, by excess removed per move.
+
+    Args:
+        state: `LayerState`.
+        ranks: `Ranks`.
+        history: `SlotHistory`.
+        screen: `Screen`, up to date.
+        limits: `MoveLimits`.
+        hot: the rank.
+        best_rate: float64, rate that the swap has to beat.
+
+    Returns:
+        (rate, slot here, slot there); slots -1 if none beats `best_rate`.
+    """
+    # What may come for less first: replicas that are not at home, and slots of the ranks that those
+    # of this one came from.
+    rate, best_i, best_j = _swap_with_guest(state, ranks, history, screen, limits, hot, best_rate)
+    rate, i, j = _swap_home(state, ranks, history, limits, hot, rate)
+    if i >= 0:
+        best_i, best_j = i, j
+    rate, i, j = _swap_with_any(state, ranks, history, screen, limits, hot, rate)
+    if i >= 0:
+        best_i, best_j = i, j
+    return rate, best_i, best_j

@@ -1,62 +1,66 @@
-"""Groups that stay on the nodes that they are on: where they are, and how good any plan can be that leaves them there."""
+"""Keep groups on the nodes that they are on: where they are, and how good any such plan can be."""
 
 import numpy as np
 
 from ...core.errors import PlacementError
-from ..arguments import Ranks
 from ..kernels.compiled import kernel
-from .groups import check_groups, node_value
+from ..kernels.state import Ranks
+from .groups import check_groups
+from .pack_groups import make_scratch, node_value
 
 
 @kernel
-def home_bounds(load, order, expert_home, start, node_of, inverse_speed, bound, largest):
-    """Write float64 [layers] each: the busiest node's lower bound, and largest replica, of plans that keep every expert on its node.
+def home_bounds(load, order, expert_home, ranks, bounds):
+    """Write the bounds of plans that keep every expert on its node: those of the busiest node.
 
     Args:
-        load: float64 [layers, experts]; order: int64 [layers, experts], heaviest first; expert_home: int64 [layers, experts];
-        start: int64 [ranks + 1]; node_of: int64 [ranks], ascending; inverse_speed: float64 [ranks].
+        load: float64 [layers, experts].
+        order: int64 [layers, experts], heaviest first.
+        expert_home: int64 [layers, experts].
+        ranks: `Ranks`, nodes ascending.
+        bounds: `Bounds`, written.
     """
     layers, experts = load.shape
-    members = np.empty(experts, np.bool_)
-    sub_order = np.empty(experts, np.int64)
-    count = np.empty(experts, np.int64)
-    heap_value = np.empty(start[-1] + 2, np.float64)
-    heap_expert = np.empty(start[-1] + 2, np.int64)
+    start = ranks.start
+    node_of = ranks.node_of
+    scratch = make_scratch(experts, experts, ranks.rank_of.size)
     for layer in range(layers):
-        bound[layer] = 0.0
-        largest[layer] = 0.0
+        bounds.busiest[layer] = 0.0
+        bounds.largest[layer] = 0.0
         first = 0
         while first < node_of.size:
             last = first
             while last < node_of.size and node_of[last] == node_of[first]:
                 last += 1
             for e in range(experts):
-                members[e] = expert_home[layer, e] == node_of[first]
-            node_start = start[first : last + 1] - start[first]
-            if members.any():
+                scratch.members[e] = expert_home[layer, e] == node_of[first]
+            if scratch.members.any():
                 value, replica = node_value(
                     load[layer],
                     order[layer],
-                    1,
-                    members,
-                    node_start,
-                    inverse_speed[first:last],
-                    node_start[-1],
+                    start[first : last + 1] - start[first],
+                    ranks.inverse_speed[first:last],
                     False,
-                    sub_order,
-                    count,
-                    heap_value,
-                    heap_expert,
+                    scratch,
                 )
-                bound[layer] = max(bound[layer], value)
-                largest[layer] = max(largest[layer], replica)
+                bounds.busiest[layer] = max(bounds.busiest[layer], value)
+                bounds.largest[layer] = max(bounds.largest[layer], replica)
             first = last
 
 
 def homes_in_service(
     old: np.ndarray, ranks: Ranks, num_experts: int, num_groups: int
 ) -> np.ndarray:
-    """int64 [layers, experts]: the node that each expert's group is on in a placement in service, int32 [layers, slots].
+    """Find the node that each expert's group is on in the placement in service.
+
+    Args:
+        old: int32 [layers, slots].
+        ranks: the ranks.
+        num_experts: logical experts per layer.
+        num_groups: groups of consecutive experts.
+
+    Returns:
+        int64 [layers, experts].
 
     Raises:
         PlacementError: if the groups do not divide the experts, or one lies on several nodes.
@@ -72,6 +76,7 @@ def homes_in_service(
     if away.size:
         at, slot = away[0]
         raise PlacementError(
-            f"an old placement with group {group[at, slot]} of layer {at} on several nodes: plan with locality node once, then replan"
+            f"an old placement with group {group[at, slot]} of layer {at} on several nodes: "
+            "plan with locality node once, then replan"
         )
     return np.repeat(home, size, axis=1)

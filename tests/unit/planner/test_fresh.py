@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from moe_placement_plugin.lab.bench.planner.reference import rebalance
 from moe_placement_plugin.planner import EFFORTS, plan
-from moe_placement_plugin.planner.fresh.pack import pack_lpt
+from moe_placement_plugin.planner.fresh.pack import make_queue, pack_lpt
+from moe_placement_plugin.planner.kernels.compiled import kernel
+from moe_placement_plugin.planner.kernels.state import LayerState
 
 from .conftest import balance, check_valid
 
@@ -132,8 +134,15 @@ def test_figures_are_those_of_the_load_that_was_planned_for(mode, speed):
     assert found.window_balancedness[0] == pytest.approx(expected)
 
 
+@kernel
+def _pack(item_expert, item_load, start, state):
+    """Call `pack_lpt`, which only kernels can."""
+    queue = make_queue(start.size - 1, state.expert_of.size)
+    return pack_lpt(item_expert, item_load, start, state, queue)
+
+
 def _dealt_one_by_one(loads, counts, start):
-    """What `pack_lpt` promises, with a heap; equally loaded ranks in the order in which they came."""
+    """Deal as `pack_lpt` promises, with a heap; equal ranks in the order in which they came."""
     waiting = [(0.0, r, r) for r in range(len(start) - 1) if start[r + 1] > start[r]]
     came, filled = len(start), list(start[:-1])
     table = np.full(start[-1], -1)
@@ -171,24 +180,8 @@ def test_replicas_are_dealt_heaviest_first_to_the_least_loaded_rank(ranks, kind)
     loads = -np.sort(-loads)
     slots = int(start[-1])
     table, share, rank_load = np.empty(slots, np.int32), np.empty(slots), np.empty(ranks)
-    queue = np.empty(ranks + 2 * slots + 2), np.empty(ranks + 2 * slots + 2, np.int64)
-    scratch = (
-        np.empty(ranks, np.int64),
-        np.empty(ranks),
-        np.empty(ranks, np.int64),
-        np.empty(ranks, np.int64),
-    )
-    packed = pack_lpt(
-        np.arange(experts),
-        loads,
-        np.array(counts),
-        start,
-        table,
-        share,
-        rank_load,
-        *queue,
-        *scratch,
-    )
+    state = LayerState(loads, np.array(counts), table, share, rank_load)
+    packed = _pack(np.arange(experts), loads, start, state)
     expected = _dealt_one_by_one(loads, counts, start)
     assert packed == (expected is not None)
     if packed:

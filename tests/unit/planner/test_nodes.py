@@ -7,6 +7,7 @@ from moe_placement_plugin.lab.bench.planner.reference import pack, rebalance
 from moe_placement_plugin.lab.bench.planner.run import _bound
 from moe_placement_plugin.planner import coactivation_of, crossings_per_token, locality_curve, plan
 from moe_placement_plugin.planner.arguments import as_ranks
+from moe_placement_plugin.planner.kernels.state import SearchLimits
 from moe_placement_plugin.planner.nodes.groups import hierarchical_plan
 
 from ...support.recordings import routed_tokens
@@ -57,7 +58,7 @@ def test_groups_are_packed_by_balance_not_by_sum(slots, groups, at_least):
             by_sum[layer, members] = node
     theirs = balance(
         load,
-        hierarchical_plan(load, as_ranks([slots] * 8, node_of), by_sum, 4e-4, 4, 32),
+        hierarchical_plan(load, as_ranks([slots] * 8, node_of), by_sum, SearchLimits(4e-4, 4, 32)),
         [slots] * 8,
     )
     ours = plan(load, [slots] * 8, node_of_rank=node_of, num_groups=groups, locality="node").overall

@@ -1,4 +1,4 @@
-"""The best step of a plan with few moves, against a search that looks at all of them in full."""
+"""Compare the best step of a plan with few moves with a search that looks at all in full."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -6,10 +6,54 @@ from hypothesis import strategies as st
 
 from moe_placement_plugin.planner import plan
 from moe_placement_plugin.planner.arguments import as_ranks
+from moe_placement_plugin.planner.kernels.compiled import inner_kernel, kernel
 from moe_placement_plugin.planner.kernels.layer import LOAD_SCALE, measure
-from moe_placement_plugin.planner.limited import new_replicas, screening, slot_lists, swaps
+from moe_placement_plugin.planner.kernels.slot_lists import has, list_slots
+from moe_placement_plugin.planner.kernels.state import LayerState, MoveLimits, Ranks
+from moe_placement_plugin.planner.limited.descent import make_history
+from moe_placement_plugin.planner.limited.new_replicas import best_new_replica
+from moe_placement_plugin.planner.limited.screening import (
+    FREE,
+    clear_screen,
+    keep_lists,
+    make_screen,
+    see_changes,
+)
+from moe_placement_plugin.planner.limited.swaps import best_swap
 
 EXPERTS = 24
+
+
+@inner_kernel(makes_arrays=True)
+def _begin(state, ranks, old, limits):
+    """Return history and screen as `descend_moves` has them on the way from a placement."""
+    measure(state, ranks.start)
+    history = make_history(state.load.size, old.size)
+    list_slots(state.expert_of, history.now)
+    list_slots(old, history.before)
+    screen = make_screen(state.load.size, ranks.start)
+    clear_screen(screen)
+    for s in range(old.size):
+        expert = state.expert_of[s]
+        foreign = np.int64(not has(expert, ranks.rank_of[s], ranks.rank_of, history.before))
+        history.foreign[s] = foreign
+        keep_lists(screen.guests, screen.spares, s, foreign, state.replicas[expert])
+    see_changes(state, ranks, history.now, screen, limits, np.int64(0))
+    return history, screen
+
+
+@kernel
+def _best_swap(state, ranks, old, limits, hot):
+    """Return the rate of the best swap off a rank."""
+    history, screen = _begin(state, ranks, old, limits)
+    return best_swap(state, ranks, history, screen, limits, hot, 0.0)[0]
+
+
+@kernel
+def _best_new_replica(state, ranks, old, limits, hot):
+    """Return the rate of the best new replica of an expert of a rank."""
+    history, screen = _begin(state, ranks, old, limits)
+    return best_new_replica(state, ranks, history, screen, limits, hot, 0.0)[0]
 
 
 def over(time, target):
@@ -21,7 +65,7 @@ def excess(times, target):
 
 
 class Layer:
-    """One layer on its way from a placement: what the kernels are given, and the same in plain Python."""
+    """Hold one layer on its way from a placement: for the kernels, and in plain Python."""
 
     def __init__(self, seed: int, slots: list[int], speed: list[float] | None):
         rng = np.random.default_rng(seed)
@@ -36,9 +80,8 @@ class Layer:
         shifted = load * rng.lognormal(0, 0.6, EXPERTS)
         self.load = (shifted / shifted.sum() * LOAD_SCALE).astype(np.int64)
         self.expert_of = self.old.copy()
-        for _ in range(
-            rng.integers(0, 6)
-        ):  # some slots hold what is not at home, replicas come and go
+        # Some slots hold what is not at home, replicas come and go.
+        for _ in range(rng.integers(0, 6)):
             i, j = rng.integers(0, self.expert_of.size, 2)
             if rng.random() < 0.5 and self.count[self.expert_of[i]] > 1:
                 self.place({i: self.expert_of[j]})
@@ -48,6 +91,11 @@ class Layer:
         self.target = int(times.sum() / times.size * 1.02)
         self.hot = int(times.argmax())
         self.cap = int(self.load.max())
+        self.share_of = (self.load // self.count)[self.expert_of]
+        self.foreign = [
+            self.expert_of[s] not in self.held(self.old, rank)
+            for s, rank in enumerate(self.ranks.rank_of)
+        ]
 
     @property
     def count(self):
@@ -71,63 +119,34 @@ class Layer:
         loads = np.add.reduceat(share[expert_of], self.ranks.start[:-1])
         return loads * self.ranks.slowness
 
-    def kernels(self):
-        """(sizes, guests, spares, ...) as `transition.descend_moves` keeps them."""
+    def given(self) -> tuple[LayerState, Ranks, np.ndarray, MoveLimits, int]:
+        """Return what the kernels take."""
         slots = self.expert_of.size
-        self.share_of, self.rank_load = (
+        state = LayerState(
+            self.load,
+            self.count,
+            self.expert_of,
             np.empty(slots, np.int64),
             np.empty(self.ranks.num_ranks, np.int64),
         )
-        count = self.count
-        measure(self.load, count, self.ranks.start, self.expert_of, self.share_of, self.rank_load)
-        self.now, self.before = (
-            (np.empty(EXPERTS, np.int64), np.empty(slots, np.int64)) for _ in range(2)
-        )
-        slot_lists.list_slots(self.expert_of, *self.now)
-        slot_lists.list_slots(self.old, *self.before)
-        self.foreign = np.array(
-            [
-                self.expert_of[s] not in self.held(self.old, self.ranks.rank_of[s])
-                for s in range(slots)
-            ],
-            np.int64,
-        )
-        self.sizes = np.zeros(2, np.int64)
-        self.guests, self.spares = screening.empty_list(slots), screening.empty_list(slots)
-        for s in range(slots):
-            screening.keep_lists(
-                self.sizes, *self.guests, *self.spares, s, self.foreign[s], count[self.expert_of[s]]
-            )
-        self.near = np.empty(slots, np.int32), np.empty(slots, np.int32)
-        self.give_up = np.empty(slots, np.int64)
-        valued = np.full(EXPERTS, -1, np.int64)
-        for r in range(self.ranks.num_ranks):
-            screening.see_rank(
-                *self.near, *self.guests[1:], *self.spares[1:], self.give_up, r, 0, valued, self.even, self.target, self.cap, self.load, count,
-                self.ranks.start, self.ranks.rank_of, self.ranks.slowness, self.expert_of, self.share_of, self.rank_load, *self.now,
-            )  # fmt: skip
-        width = int(np.diff(self.ranks.start).max())
-        self.scratch = np.empty((width, slots + 8), np.int32), np.empty(width, np.int64)
-        return count
+        node_slots = np.tile(np.array([0, slots]), (self.ranks.num_ranks, 1))
+        limits = MoveLimits(self.target, self.cap, bool(self.even), node_slots)
+        return state, self.ranks, self.old, limits, self.hot
 
     def best_swap(self) -> float:
-        self.kernels()
-        return swaps.best_swap(
-            *self.near, self.sizes, self.guests[0], self.guests[2], self.hot, 0, self.expert_of.size, self.target, 0.0, self.even,
-            self.ranks.start, self.ranks.rank_of, self.ranks.slowness, self.foreign, self.expert_of, self.share_of, self.rank_load,
-            *self.now, *self.before, *self.scratch,
-        )[0]  # fmt: skip
+        return _best_swap(*self.given())
 
     def best_new_replica(self) -> float:
-        count = self.kernels()
-        return new_replicas.best_new_replica(
-            self.sizes, *self.spares, self.give_up, self.hot, 0, self.expert_of.size, self.target, 0.0, self.even, self.load, count,
-            self.ranks.start, self.ranks.rank_of, self.ranks.slowness, self.foreign, self.expert_of, self.share_of, self.rank_load,
-            *self.now, *self.before, *self.scratch,
-        )[0]  # fmt: skip
+        return _best_new_replica(*self.given())
 
     def rate(self, changed, slots, room) -> float:
-        """Excess removed and room made per slot to be fetched, for `slots` of the present placement that hold what `changed` says."""
+        """Return excess removed and room made per slot to be fetched.
+
+        Args:
+            changed: int [slots], the placement after a step.
+            slots: those that the step writes.
+            room: load that leaves the busy rank, as it counts.
+        """
         gain = excess(self.times(self.expert_of), self.target) - excess(
             self.times(changed), self.target
         )
@@ -136,12 +155,13 @@ class Layer:
         gain += room
         new = [changed[s] not in self.held(self.old, self.ranks.rank_of[s]) for s in slots]
         cost = sum(new) - sum(int(self.foreign[s]) for s in slots)
-        return screening.FREE * gain if cost <= 0 else gain / cost
+        return FREE * gain if cost <= 0 else gain / cost
 
     def every_swap(self):
-        """(Rate, whether a search must know it) of all swaps off the busiest rank that leave no expert twice on a rank.
+        """Return (rate, whether a search must know it) of all swaps off the busiest rank.
 
-        That a replica which has never moved is at home on the other rank as well is not looked for.
+        Those that leave an expert twice on a rank are none. That a replica which has never moved is
+        at home on the other rank as well is not looked for.
         """
         rates = []
         hot = self.hot
@@ -165,7 +185,7 @@ class Layer:
         return rates
 
     def every_new_replica(self):
-        """(Rate, expert that gains a replica, expert that loses one, whether a search must know it), as `every_swap`."""
+        """Return (rate, expert that gains a replica, expert that loses one, whether a must)."""
         rates = []
         count = self.count
         for e in self.held(self.expert_of, self.hot):
@@ -204,7 +224,7 @@ def test_no_swap_off_the_busiest_rank_is_better(seed, case):
 @settings(max_examples=60)
 @given(st.integers(0, 10**6), st.sampled_from(CASES))
 def test_no_new_replica_of_its_experts_is_better(seed, case):
-    """Where ranks hold both the expert that gains a replica and the one that loses one, what they lose is estimated: those are left out."""
+    """Leave out where a rank holds both experts: what it loses is estimated there."""
     layer = Layer(seed, *case)
     found = layer.best_new_replica()
     ranks_of = [
