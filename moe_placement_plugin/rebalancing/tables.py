@@ -67,7 +67,7 @@ def rebalance_table(
     Raises:
         PlacementError: when the numbers do not fit together.
     """
-    from ..planner import plan, replan  # lazy: numba
+    from ..planner.api import plan, replan  # lazy: numba
 
     slots = even_slots_or_raise(num_replicas, ranks.number)
     hierarchical = ranks.nodes > 1 and ranks.groups % ranks.nodes == 0

@@ -23,7 +23,7 @@ class Eplb(Strategy):
                 "strategy eplb places experts by a recorded load and has none: give "
                 "--expert-placement-file a recorded load or a plan, or choose zigzag or balanced"
             )
-        from ..planner import plan  # lazy: numba
+        from ..planner.api import plan  # lazy: numba
 
         planned = plan(
             request.load.counts,
