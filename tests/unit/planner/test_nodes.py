@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_placement_plugin.lab.bench.planner.reference import pack, rebalance
-from moe_placement_plugin.lab.bench.planner.run import _bound
+from moe_placement_plugin.lab.bench.planner.measures import bound
 from moe_placement_plugin.planner import coactivation_of, crossings_per_token, locality_curve, plan
 from moe_placement_plugin.planner.arguments import as_ranks
 from moe_placement_plugin.planner.kernels.state import SearchLimits
@@ -75,7 +75,7 @@ def test_hierarchical_reaches_its_bound_on_recordings(traces):
                 num_groups=8,
                 locality="node",
             )
-            assert found.overall >= share * _bound(load, 32, slots, 8, 4)
+            assert found.overall >= share * bound(load, 32, slots, 8, 4)
 
 
 def test_soft_form_trades_locality_for_balance(traces):
