@@ -1,4 +1,4 @@
-"""The planner behind the engines' own signatures."""
+"""Test the planner behind the engines' own signatures."""
 
 import inspect
 
@@ -23,10 +23,12 @@ def load():
 
 def test_signatures_are_the_engines_own():
     assert list(inspect.signature(eplb_policy.rebalance_experts).parameters) == [
-        "weight", "num_replicas", "num_groups", "num_nodes", "num_ranks", "old_global_expert_indices",
+        "weight", "num_replicas", "num_groups", "num_nodes", "num_ranks",
+        "old_global_expert_indices",
     ]  # fmt: skip
     assert list(inspect.signature(eplb_algorithm.rebalance_experts).parameters) == [
-        "tokens_per_expert", "num_physical_experts", "num_local_physical_experts", "num_groups", "num_nodes", "algorithm",
+        "tokens_per_expert", "num_physical_experts", "num_local_physical_experts", "num_groups",
+        "num_nodes", "algorithm",
     ]  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def group_nodes(row, size, slots_per_node):
 
 
 def test_vllm_brings_groups_together_and_then_moves_little(load):
-    """What the engine starts with: experts in order, the redundant ones at the end, so that groups lie on several nodes."""
+    """Begin as the engine does: experts in order, the redundant last, groups on several nodes."""
     linear = torch.from_numpy(np.tile(np.concatenate([np.arange(64), np.arange(16)]), (5, 1)))
     first = eplb_policy.rebalance_experts(torch.from_numpy(load), 80, 8, 4, 8, linear)
     drifted = load * np.random.default_rng(1).lognormal(0, 0.1, load.shape)
@@ -172,7 +174,7 @@ def by_sglang(weight, replicas, groups, nodes, ranks):
 def test_what_engines_ask_of_an_eplb_algorithm(
     rebalance, weight, replicas, groups, nodes, ranks, counts
 ):
-    """Shapes, every expert present, as many replicas as slots, groups whole, and the most replicas where the load is."""
+    """Check shapes, that every expert is there, groups whole, most replicas where the load is."""
     table = rebalance(weight, replicas, groups, nodes, ranks)
     check_valid(table, [replicas // ranks] * ranks, len(weight[0]))
     found = np.stack([np.bincount(row, minlength=len(weight[0])) for row in table])

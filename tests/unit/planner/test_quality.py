@@ -1,4 +1,4 @@
-"""The figures of `moe-placement bench planner` with bounds on quality; never on time."""
+"""Check the figures of `moe-placement bench planner`: bounds on quality, never on time."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def figures(load, ranks, slots, mode="best"):
 
 
 def test_recordings(traces):
-    """32 ranks: 0.9995 on every recording; 72 ranks and no redundancy: near the bound; 144 ranks: no worse than the reference.
+    """Reach 0.9995 on 32 ranks; the bound on 72, and without redundancy; the reference on 144.
 
     One expert of many layers gets nearly every token, so that the bounds lie below 1 there.
     """
@@ -72,7 +72,7 @@ def test_very_skewed_loads_with_redundancy():
 
 
 def test_the_bound_is_never_beaten_and_sharp_on_small_cases():
-    """Against every placement there is: three ranks of two slots."""
+    """Compare with every placement there is: three ranks of two slots."""
     from itertools import permutations
 
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_the_bound_is_never_beaten_and_sharp_on_small_cases():
 
 
 def test_the_reference_on_the_example_of_its_readme():
-    """github.com/deepseek-ai/EPLB, README: two layers, 12 experts, 16 slots, 4 groups, 2 nodes, 8 GPUs."""
+    """Plan what github.com/deepseek-ai/EPLB, README, does: 16 slots, 4 groups, 2 nodes, 8 GPUs."""
     load = np.array(
         [
             [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
