@@ -1,4 +1,4 @@
-"""What callers of the planner may choose; importing this loads neither numba nor a kernel."""
+"""Name what callers of the planner may choose; importing this loads no numba and no kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPLAN_TOLERANCE = 0.01
 """A rebalance leaves a layer alone within this fraction of its lower bound."""
 
 REPLICA_CAP = 1.3
-"""Largest replica of a plan with few moves over a fresh plan's: above it the next window suffers."""
+"""Largest replica of a plan with few moves over a fresh one's: above it the next window suffers."""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class Plan:
 
     @cached_property
     def _figures(self) -> Figures:
+        """Measure once."""
         return self.measure()
 
     @property

@@ -7,8 +7,9 @@ from ..kernels.compiled import kernel
 from ..kernels.layer import ranks_in_use, scale_load, sum_of
 from ..kernels.state import LayerState, Ranks, SearchLimits
 from .pack import make_queue, pack_any, pack_lpt
-from .refine import refine, swap_hot_cold
+from .refine import refine
 from .replicate import largest_replica, order_by_load, replicate_sorted, sort_items
+from .swaps import swap_hot_cold
 
 
 @kernel

@@ -15,7 +15,7 @@ MAX_EXPERTS = 1 << _INDEX_BITS
 
 
 def order_by_load(load: np.ndarray) -> np.ndarray:
-    """Order the experts of each layer from the heaviest to the lightest; ties go to the lower index.
+    """Order the experts of each layer, the heaviest first; ties go to the lower index.
 
     Args:
         load: float64 [layers, experts], non-negative.

@@ -42,7 +42,7 @@ def busiest_at_least(load, order, largest_replica, start, inverse_speed, thoroug
             slowest = max(slowest, inverse_speed[r])
             width = min(width, start[r + 1] - start[r])
     best = sum_of(load) / speed
-    # The lightest that `width - 1` companions can be: an expert is split in at most `split` replicas.
+    # The lightest that `width - 1` companions can be: an expert has at most `split` replicas.
     extra = num_slots - experts
     split = max(1, min(1 + extra, ranks))
     company = 0.0

@@ -243,7 +243,7 @@ class Steps(NamedTuple):
     """Log the steps of one layer.
 
     Attributes:
-        slot: int64 [steps, 2], which slots each step wrote; -1 for the second of one that wrote one.
+        slot: int64 [steps, 2], which slots each step wrote; -1 for no second one.
         expert: int32 [steps, 2], what they hold from then on.
         moves: int64 [steps], slots that have to be fetched after each step.
         time: int64 [steps], the busiest rank's.

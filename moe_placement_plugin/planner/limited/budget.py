@@ -66,6 +66,7 @@ class _Descents(NamedTuple):
 
 
 def _make_descents(layers: int, max_steps: int) -> _Descents:
+    """Return a log that is yet to be written."""
     return _Descents(
         np.empty((layers, max_steps, 2), np.int64),
         np.empty((layers, max_steps, 2), np.int32),

@@ -17,8 +17,7 @@ FREE = 4.0
 FREE_BITS = 2
 
 ROOM = 5
-"""Of swaps that gain alike the one that moves more load is better: it leaves room on the busy rank
-for swaps to come, which is worth 1 / 2**5 of that load."""
+"""A swap counts 1 / 2**5 of the load that it moves: others find room on the busy rank."""
 
 EVEN_BITS = 14
 UNEVEN_BITS = 34

@@ -26,7 +26,8 @@ def _capacities(num_groups: int, group_size: int, node_slots: np.ndarray) -> np.
     if room.sum() < num_groups:
         raise PlacementError(
             f"{num_groups} groups of {group_size} experts do not fit whole on nodes with "
-            f"{node_slots.tolist()} slots: give more slots, or plan without keeping groups on a node"
+            f"{node_slots.tolist()} slots: give more slots, or plan without keeping groups on a "
+            "node"
         )
     capacity = np.zeros(room.size, np.int64)
     for _ in range(num_groups):

@@ -27,7 +27,7 @@ from ..kernels.state import LayerState
 
 @inner_kernel
 def _least_price(slots):
-    """Return what a step costs that lets no load leave: of those the one that gains most is taken."""
+    """Return what a step costs that lets no load leave: of those the best one is taken."""
     return LOAD_SCALE / slots / 64
 
 

@@ -1,1 +1,1 @@
-"""Tests of planner."""
+"""Test the planner."""

@@ -1,4 +1,4 @@
-"""Helpers of the planner's tests."""
+"""Help the planner's tests."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...support.recordings import R1
 
 @pytest.fixture(scope="session")
 def traces() -> dict[str, np.ndarray]:
-    """The recorded DeepSeek-R1 loads by workload, int64 [58, 256]."""
+    """Read the recorded DeepSeek-R1 loads by workload, int64 [58, 256]."""
     return {f.stem: read_load(f).total for f in sorted(R1.glob("*.safetensors"))}
 
 
 def check_valid(table: np.ndarray, slots_per_rank, num_experts: int) -> None:
-    """Every expert has a slot in every layer, and no rank holds one twice."""
+    """Check that every expert has a slot in every layer, and that no rank holds one twice."""
     start = np.concatenate([[0], np.cumsum(slots_per_rank)])
     assert table.shape[1] == start[-1]
     for row in table:
@@ -28,7 +28,7 @@ def check_valid(table: np.ndarray, slots_per_rank, num_experts: int) -> None:
 
 
 def rank_times(load, table, slots_per_rank, speed=None) -> np.ndarray:
-    """float64 [layers, ranks], written independently of the planner's own evaluation."""
+    """Return float64 [layers, ranks], independently of the planner's own evaluation."""
     start = np.concatenate([[0], np.cumsum(slots_per_rank)])
     speed = np.ones(len(slots_per_rank)) if speed is None else np.asarray(speed)
     result = []
@@ -39,7 +39,7 @@ def rank_times(load, table, slots_per_rank, speed=None) -> np.ndarray:
 
 
 def balance(load, table, slots_per_rank, speed=None) -> float:
-    """Sum of mean over sum of largest times; ranks without slots do not count."""
+    """Return the sum of mean over that of largest times; ranks without slots do not count."""
     times = rank_times(load, table, slots_per_rank, speed)
     speed = np.ones(len(slots_per_rank)) if speed is None else np.asarray(speed)
     total_speed = speed[np.asarray(slots_per_rank) > 0].sum()

@@ -1,4 +1,4 @@
-"""Bad input is refused by name, rule and mend."""
+"""Check that bad input is refused by name, rule and mend."""
 
 import numpy as np
 import pytest

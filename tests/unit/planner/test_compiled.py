@@ -1,4 +1,7 @@
-"""Where compiled kernels are kept: beside the source, in the user's cache folder, or where NUMBA_CACHE_DIR says."""
+"""Check where compiled kernels are kept, and that processes compile them once.
+
+Beside the source, in the user's cache folder, or where NUMBA_CACHE_DIR says.
+"""
 
 import os
 import shutil
@@ -6,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moe_placement_plugin
-from moe_placement_plugin.planner.kernels.compiled import file_lock
+from moe_placement_plugin.planner.kernels.compiled import file_lock, inner_kernel, kernel
+from moe_placement_plugin.planner.kernels.state import SlotLists
 
 SCRIPT = """
 import numpy as np
@@ -17,15 +22,17 @@ from pathlib import Path
 from moe_placement_plugin.planner.kernels import evaluate
 before = sum(evaluate.moved_slots.stats.cache_hits.values())
 moved = np.empty(1, np.int64)
-evaluate.moved_slots(np.array([[0, 1]], np.int32), np.array([[1, 0]], np.int32), np.array([0, 1, 2]), moved)
+old, new = np.array([[0, 1]], np.int32), np.array([[1, 0]], np.int32)
+evaluate.moved_slots(old, new, np.array([0, 1, 2]), moved)
 stats = evaluate.moved_slots.stats
-print(Path(evaluate.__file__).parents[2], moved[0], sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), stats.cache_path, sep="|")
+hits, misses = sum(stats.cache_hits.values()), sum(stats.cache_misses.values())
+print(Path(evaluate.__file__).parents[2], moved[0], hits, misses, stats.cache_path, sep="|")
 """
 
 
 @pytest.fixture
 def installed(tmp_path):
-    """A copy of the package whose folders cannot be written: a file stands where numba would make its own beside the source."""
+    """Copy the package where a file stands in the place of the folder beside the source."""
     package = tmp_path / "site-packages" / "moe_placement_plugin"
     shutil.copytree(
         Path(moe_placement_plugin.__file__).parent,
@@ -101,7 +108,7 @@ def test_processes_that_need_a_kernel_at_once_compile_it_once(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_code_is_loaded_while_another_process_compiles(tmp_path):
-    """Somebody holds the kernel's lock for good: who finds the code in the cache does not ask for it."""
+    """Hold the kernel's lock for good: who finds the code in the cache does not ask for it."""
     env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
 
     def hits() -> int:
@@ -124,7 +131,7 @@ def test_a_lock_that_is_not_given_back_holds_nobody_up_for_ever(tmp_path):
 
 @pytest.mark.slow
 def test_a_plan_without_scipys_linear_algebra():
-    """In a process of its own: numba plans without it, and who imports it afterwards has it."""
+    """Plan in a process of its own without it, and import it afterwards."""
     code = (
         "import sys\n"
         "from moe_placement_plugin.planner.kernels.compiled import without_blas\n"
@@ -139,3 +146,30 @@ def test_a_plan_without_scipys_linear_algebra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_planners_choices_are_known_without_numba():
+    code = (
+        "import sys\n"
+        "from moe_placement_plugin.planner.options import LOCALITIES\n"
+        "from moe_placement_plugin.planner import EFFORTS\n"
+        "assert not {'numba', 'numpy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@inner_kernel
+def _shorter(lists):
+    return SlotLists(lists.first[1:], lists.next)
+
+
+@kernel
+def _first_of_shorter(lists):
+    return _shorter(lists).first[0]
+
+
+def test_an_inner_kernel_that_returns_arrays_has_to_say_so():
+    """Nobody would count references to them: the memory would be freed while it is in use."""
+    lists = SlotLists(np.arange(3), np.arange(3))
+    with pytest.raises(TypeError, match="_shorter returns SlotLists.*give makes_arrays=True"):
+        _first_of_shorter(lists)

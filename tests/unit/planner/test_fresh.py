@@ -1,4 +1,4 @@
-"""Plans from nothing: always valid, reproducible, and never worse than the reference."""
+"""Check plans from nothing: valid, reproducible, and never worse than the reference."""
 
 import heapq
 import pickle

@@ -1,4 +1,4 @@
-"""Plans within a move budget."""
+"""Check plans within a move budget."""
 
 import numpy as np
 import pytest
@@ -99,7 +99,7 @@ def test_replicas_are_capped():
 
 
 def test_two_recordings_at_an_eighth_of_the_moves(traces):
-    """Between the two most different recordings: a 1% loss at most, and under an eighth of the slots, of which a fresh plan moves 95%."""
+    """Lose 1% at most between the two most different recordings; a fresh plan moves 95%."""
     slots = [9] * 32
     for source, target in (
         ("in1k_out8k", "in8k_out1k"),
@@ -127,7 +127,8 @@ def test_groups_stay_on_the_node_that_they_are_on(node_of, slots):
     fresh = plan(after, [slots] * 8, old=old, **where)
     assert found.overall > found.overall_before
     assert found.moved_slots < 0.3 * fresh.moved_slots
-    # Only the busiest node of a layer holds it back: all others are left as they are once they are lighter.
+    # Only the busiest node of a layer holds it back: all others are left as they are once they are
+    # lighter.
     assert replan(after, new, [slots] * 8, **where).moved_slots == 0
     assert replan(after, old, [slots] * 8, max_moves=7, **where).moved_slots <= 7
 

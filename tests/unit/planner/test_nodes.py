@@ -1,10 +1,10 @@
-"""Plans with nodes: hierarchical, soft, and by co-activation."""
+"""Check plans with nodes: hierarchical, soft, and by co-activation."""
 
 import numpy as np
 import pytest
 
+from moe_placement_plugin.lab.bench.planner.measures import bound
 from moe_placement_plugin.lab.bench.planner.reference import pack, rebalance
-from moe_placement_plugin.lab.bench.planner.run import _bound
 from moe_placement_plugin.planner import coactivation_of, crossings_per_token, locality_curve, plan
 from moe_placement_plugin.planner.arguments import as_ranks
 from moe_placement_plugin.planner.kernels.state import SearchLimits
@@ -49,7 +49,7 @@ def test_many_groups_and_uneven_nodes():
     ("slots", "groups", "at_least"), [(8, 8, 0.0), (8, 16, 0.01), (10, 16, 0.02)]
 )
 def test_groups_are_packed_by_balance_not_by_sum(slots, groups, at_least):
-    """Against groups packed by their sums, as DeepSeek's EPLB does, with the same plans within the nodes."""
+    """Compare with groups packed by their sums, as DeepSeek's EPLB does, planned alike inside."""
     node_of = np.arange(8) // 2
     load = np.random.default_rng(0).lognormal(0, 1.0, (12, 64))
     by_sum = np.empty((12, groups), np.int64)
@@ -75,7 +75,7 @@ def test_hierarchical_reaches_its_bound_on_recordings(traces):
                 num_groups=8,
                 locality="node",
             )
-            assert found.overall >= share * _bound(load, 32, slots, 8, 4)
+            assert found.overall >= share * bound(load, 32, slots, 8, 4)
 
 
 def test_soft_form_trades_locality_for_balance(traces):

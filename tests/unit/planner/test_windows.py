@@ -1,4 +1,4 @@
-"""One plan for several workloads."""
+"""Check one plan for several workloads."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_many_windows_and_uneven_ranks():
 
 
 def test_two_recordings_at_once(traces):
-    """Better on a third than the plan for their mean; that one was recorded on traffic much like the first."""
+    """Do better on a third, recorded on traffic much like the first, than the plan for the mean."""
     trained, others = ("in1k_out1k", "in8k_out1k"), ("in1k_out8k",)
     slots = [9] * 32
     found = plan(np.stack([traces[n] for n in trained]), slots)

@@ -1,4 +1,4 @@
-"""Imported once by the server that commands are forked from: the verbs, and the planner with its kernels loaded."""
+"""Load verbs and the planner with its kernels, for the server that commands are forked from."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Planners in processes of their own, asked one case at a time so that all are measured side by side."""
+"""Run planners in processes of their own, one case at a time, so that all stand side by side."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ ENGINE_OF = {"vLLM default": "vllm", "SGLang deepseek": "sglang", "SGLang deepse
 
 @dataclass(frozen=True)
 class Answer:
-    """What a planner did with a case.
+    """Hold what a planner did with a case.
 
     Attributes:
-        table: int64 [layers, slots]; seconds: float64 [repeats] of wall time; cpu_seconds: the same of CPU time, all threads.
+        table: int64 [layers, slots].
+        seconds: float64 [repeats] of wall time.
+        cpu_seconds: the same of CPU time, all threads.
     """
 
     table: np.ndarray
@@ -34,15 +36,16 @@ class Answer:
 
     @property
     def milliseconds(self) -> float:
-        """Median time."""
+        """Return the median time."""
         return float(np.median(self.seconds)) * 1e3
 
 
 class Contestant:
-    """One planner in one interpreter; a context manager.
+    """Run one planner in one interpreter; a context manager.
 
     Attributes:
-        name: key of `worker.PLANNERS`; versions: what it runs on.
+        name: key of `worker.PLANNERS`.
+        versions: what it runs on.
     """
 
     def __init__(self, name: str, python: str = sys.executable):
@@ -50,8 +53,12 @@ class Contestant:
         self._folder = tempfile.TemporaryDirectory(prefix="planner-bench-")
         root = str(Path(__file__).parents[4])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-        # The worker's own folder must not come first on its path: it holds modules named like others.
-        code = f"import runpy, sys; sys.argv = [{str(WORKER)!r}, {name!r}]; runpy.run_path({str(WORKER)!r}, run_name='__main__')"
+        # The worker's own folder must not come first on its path: it holds modules named like
+        # others.
+        code = (
+            f"import runpy, sys; sys.argv = [{str(WORKER)!r}, {name!r}]; "
+            f"runpy.run_path({str(WORKER)!r}, run_name='__main__')"
+        )
         self._log = open(Path(self._folder.name) / "stderr.txt", "w+")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
@@ -64,17 +71,20 @@ class Contestant:
             )
         except OSError as error:
             raise PlacementError(
-                f"cannot start {python} for {name}: {error}; give the path of an interpreter that has the engine"
+                f"cannot start {python} for {name}: {error}; "
+                "give the path of an interpreter that has the engine"
             ) from error
         hello = self._read()
         if "error" in hello:
             self.close()
             raise PlacementError(
-                f"{name} does not import under {python}: {hello['error']}; give the interpreter that the engine is installed in"
+                f"{name} does not import under {python}: {hello['error']}; "
+                "give the interpreter that the engine is installed in"
             )
         self.versions: dict[str, str] = hello["versions"]
 
-    def _read(self) -> dict:
+    def _read(self) -> dict[str, Any]:
+        """Return the process's next answer."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -92,10 +102,18 @@ class Contestant:
         groups: int = 1,
         nodes: int = 1,
         repeats: int = 5,
-        old=None,
-        **more,
+        old: np.ndarray | None = None,
     ) -> Answer:
-        """Plan ``load`` [layers, experts].
+        """Plan for a load.
+
+        Args:
+            load: [layers, experts].
+            slots: per layer.
+            ranks: with equal slots.
+            groups: of experts, each on one node.
+            nodes: with equal ranks.
+            repeats: timed calls.
+            old: int [layers, slots], the placement in service; None for none.
 
         Raises:
             PlacementError: when the planner fails on this case.
@@ -115,14 +133,14 @@ class Contestant:
             "nodes": nodes,
             "repeats": repeats,
         }
-        print(json.dumps(request | more), file=self._process.stdin, flush=True)
+        print(json.dumps(request), file=self._process.stdin, flush=True)
         answer = self._read()
         if "error" in answer:
             raise PlacementError(f"{self.name} failed: {answer['error']}")
         return Answer(np.load(target), np.array(answer["seconds"]), np.array(answer["cpu_seconds"]))
 
     def again(self) -> tuple[float, float]:
-        """(Wall, CPU) seconds that the last case takes once more."""
+        """Return the (wall, CPU) seconds that the last case takes once more."""
         print(json.dumps({"again": True}), file=self._process.stdin, flush=True)
         answer = self._read()
         return answer["seconds"][0], answer["cpu_seconds"][0]
@@ -152,8 +170,9 @@ def start_contestants(
     """Start every planner that can be had.
 
     Args:
-        names: keys of `worker.PLANNERS`; pythons: interpreter per engine ("vllm", "sglang"), None to use this one if it has the
-        engine.
+        names: keys of `worker.PLANNERS`.
+        pythons: interpreter per engine ("vllm", "sglang"), None to use this one if it has the
+            engine.
 
     Returns:
         (contestants, reason by name for those that are missing).

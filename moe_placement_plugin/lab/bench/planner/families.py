@@ -1,7 +1,8 @@
-"""Synthetic expert loads: model and cluster shapes, load families, drifting windows.
+"""Draw synthetic expert loads: model and cluster shapes, load families, drifting windows.
 
-The families cover what recordings show: near-uniform routing, power laws of growing skew, lognormal loads (the closest to real traces),
-one hot expert, hot groups (neighbouring experts hot together, the bad case for contiguous blocks), and two classes of experts.
+The families cover what recordings show: near-uniform routing, power laws of growing skew, lognormal
+loads (the closest to real traces), one hot expert, hot groups (neighbouring experts hot together,
+the bad case for contiguous blocks), and two classes of experts.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ TOKENS_PER_LAYER = 2_000_000
 
 @dataclass(frozen=True)
 class Shape:
-    """A model on a cluster.
+    """Describe a model on a cluster.
 
     Attributes:
-        name: model and ranks; layers, experts, ranks, slots: per layer; groups, nodes: 1 unless the plan is hierarchical.
+        name: model and ranks.
+        layers: MoE layers.
+        experts: logical experts per layer.
+        ranks: with equal slots.
+        slots: per layer.
+        groups: of experts; 1 unless the plan is hierarchical.
+        nodes: 1 unless the plan is hierarchical.
     """
 
     name: str
@@ -31,7 +38,7 @@ class Shape:
 
     @property
     def kind(self) -> str:
-        """The row of the table that the shape counts in."""
+        """Return the row of the table that the shape counts in."""
         if self.nodes > 1:
             return "hierarchical"
         redundancy = self.slots / self.experts - 1
@@ -80,7 +87,7 @@ FAMILIES = (
 
 
 def popularity(family: str, layers: int, experts: int, rng: np.random.Generator) -> np.ndarray:
-    """Probability of each expert, float64 ``[layers, experts]``; each row sums to 1.
+    """Draw the probability of each expert, float64 ``[layers, experts]``; each row sums to 1.
 
     Raises:
         ValueError: for a name that is not in `FAMILIES`.
@@ -111,12 +118,24 @@ def popularity(family: str, layers: int, experts: int, rng: np.random.Generator)
 
 
 def counts(p: np.ndarray, rng: np.random.Generator, tokens: int = TOKENS_PER_LAYER) -> np.ndarray:
-    """Token counts of one window drawn from ``p`` ``[layers, experts]``: int64, every layer with ``tokens`` in all."""
+    """Draw the token counts of one window, int64 [layers, experts].
+
+    Args:
+        p: float64 [layers, experts], probability of each expert.
+        rng: what draws.
+        tokens: of every layer.
+    """
     return rng.multinomial(tokens, p).astype(np.int64)
 
 
 def drift(p: np.ndarray, rng: np.random.Generator, amount: float = 0.15) -> np.ndarray:
-    """``p`` one window later: every expert's popularity wanders by a lognormal step of size ``amount``."""
+    """Let every expert's popularity wander by a lognormal step; return that one window later.
+
+    Args:
+        p: float64 [layers, experts], probability of each expert.
+        rng: what draws.
+        amount: size of the step.
+    """
     p = p * rng.lognormal(0.0, amount, p.shape)
     return p / p.sum(axis=1, keepdims=True)
 
@@ -129,7 +148,19 @@ def windows(
     layers: int | None = None,
     amount: float = 0.15,
 ) -> np.ndarray:
-    """Drifting token counts, int64 ``[windows, layers, experts]``; equal for equal arguments."""
+    """Draw drifting token counts; equal for equal arguments.
+
+    Args:
+        family: one of `FAMILIES`.
+        shape: of the model and the cluster.
+        num_windows: how many.
+        seed: of what draws.
+        layers: fewer than the model's; all when left out.
+        amount: size of the drift from window to window.
+
+    Returns:
+        int64 [windows, layers, experts].
+    """
     rng = np.random.default_rng(
         [seed, FAMILIES.index(family), shape.experts, shape.ranks, shape.slots]
     )

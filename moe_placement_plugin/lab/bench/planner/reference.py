@@ -1,10 +1,10 @@
-"""DeepSeek's expert load balancer, written from its description: the reference that every planner is compared with.
+"""Plan as DeepSeek's expert load balancer does: the reference that every planner is compared with.
 
-Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.4, and the README of deepseek-ai/EPLB. Three greedy steps: expert
-groups are packed
-onto nodes so that nodes get equal load; within a node the most loaded experts get the redundant slots one by one; replicas are packed
-onto the node's
-GPUs. Packing goes from the heaviest item to the lightest, each to the lightest bin that still has room.
+Written from its description: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.4, and the
+README of deepseek-ai/EPLB. Three greedy steps: expert groups are packed onto nodes so that nodes
+get equal load; within a node the most loaded experts get the redundant slots one by one; replicas
+are packed onto the node's GPUs. Packing goes from the heaviest item to the lightest, each to the
+lightest bin that still has room.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import numpy as np
 
 
 def pack(weights: np.ndarray, num_bins: int) -> list[list[int]]:
-    """Items of each bin; every bin gets as many items; heaviest item first, to the lightest bin with room."""
+    """Pack items into bins: the heaviest first, to the lightest bin that has room.
+
+    Args:
+        weights: [items].
+        num_bins: every bin gets as many items.
+
+    Returns:
+        Items of each bin.
+    """
     room = len(weights) // num_bins
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0.0, b) for b in range(num_bins)]
@@ -28,7 +36,15 @@ def pack(weights: np.ndarray, num_bins: int) -> list[list[int]]:
 
 
 def replicate(weights: np.ndarray, num_slots: int) -> list[int]:
-    """The expert of each replica: all experts once, then, slot by slot, the expert whose replicas carry most."""
+    """Give every expert a slot, then each further one to the expert whose replicas carry most.
+
+    Args:
+        weights: [experts].
+        num_slots: in all.
+
+    Returns:
+        The expert of each slot.
+    """
     count = [1] * len(weights)
     replicas = list(range(len(weights)))
     heap = [(-float(w), e) for e, w in enumerate(weights)]
@@ -44,10 +60,13 @@ def replicate(weights: np.ndarray, num_slots: int) -> list[int]:
 def rebalance(
     load: np.ndarray, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
 ) -> np.ndarray:
-    """Expert of each slot.
+    """Place the experts of every layer.
 
     Args:
-        load: [layers, experts]; num_slots: per layer; num_groups, num_nodes: hierarchical if the groups divide over the nodes, else flat;
+        load: [layers, experts].
+        num_slots: per layer.
+        num_groups: of experts; hierarchical if they divide over the nodes, else flat.
+        num_nodes: how many.
         num_ranks: a divisor of `num_slots`.
 
     Returns:

@@ -1,19 +1,24 @@
-"""Text tables of ``moe-placement bench planner``."""
+"""Print the text tables of ``moe-placement bench planner``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+Row = dict[str, Any]
+"""One measurement of a suite."""
 
-def print_machine(result: dict, console: Console) -> None:
+
+def print_machine(result: dict[str, Any], console: Console) -> None:
     """Print what a bench ran on, and what it left out."""
     machine = result["machine"]
     console.print(
-        f"{machine['cpu']}, {machine['cpus']} CPUs, load average {machine['load_average'][0]:.1f}; {machine['system']}"
+        f"{machine['cpu']}, {machine['cpus']} CPUs, load average "
+        f"{machine['load_average'][0]:.1f}; {machine['system']}"
     )
     for name, versions in result["versions"].items():
         console.print(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in versions.items()))
@@ -21,7 +26,7 @@ def print_machine(result: dict, console: Console) -> None:
         console.print(f"  {name}: left out, {reason}")
 
 
-def print_report(result: dict, console: Console) -> None:
+def print_report(result: dict[str, Any], console: Console) -> None:
     """Print every suite that ``result`` holds."""
     print_machine(result, console)
     for suite, show in (
@@ -39,6 +44,7 @@ def print_report(result: dict, console: Console) -> None:
 def _table(
     console: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]
 ) -> None:
+    """Print one table, the first column to the left."""
     table = Table(title=title, title_justify="left")
     for k, column in enumerate(columns):
         table.add_column(column, justify="left" if k == 0 else "right", no_wrap=True)
@@ -47,18 +53,21 @@ def _table(
     console.print(table)
 
 
-def _planners(rows: list[dict]) -> list[str]:
+def _planners(rows: list[Row]) -> list[str]:
+    """Return the names of all planners, in the order of the rows."""
     return list(dict.fromkeys(name for row in rows for name in row["planners"]))
 
 
-def _mean(rows: list[dict], planner: str, key: str) -> float:
+def _mean(rows: list[Row], planner: str, key: str) -> float:
+    """Return the mean of one figure of a planner over rows; NaN where none has it."""
     values = [
         row["planners"][planner][key] for row in rows if key in row["planners"].get(planner, {})
     ]
     return float(np.mean(values)) if values else float("nan")
 
 
-def _traces(rows: list[dict], console: Console) -> None:
+def _traces(rows: list[Row], console: Console) -> None:
+    """Print the balancedness on every trace, one table for each cluster."""
     for shape in dict.fromkeys(row["shape"] for row in rows):
         here = [row for row in rows if row["shape"] == shape]
         lines = []
@@ -92,8 +101,8 @@ def _traces(rows: list[dict], console: Console) -> None:
         _ratios(here, console)
 
 
-def _ratios(rows: list[dict], console: Console) -> None:
-    """Times of the engines' planners over this package's, case by case in the same run."""
+def _ratios(rows: list[Row], console: Console) -> None:
+    """Print the times of the engines' planners over this package's, case by case in one run."""
     for own in ("fast", "best"):
         parts = []
         for other in ("vLLM default", "SGLang deepseek_vec"):
@@ -109,14 +118,16 @@ def _ratios(rows: list[dict], console: Console) -> None:
                     if "cpu_ms" in row["planners"].get(other, {})
                 ]
                 parts.append(
-                    f"{np.median(ratios):.1f}x faster than {other} (lowest {min(ratios):.1f}x; by CPU time {np.median(cpu):.1f}x)"
+                    f"{np.median(ratios):.1f}x faster than {other} "
+                    f"(lowest {min(ratios):.1f}x; by CPU time {np.median(cpu):.1f}x)"
                 )
         if parts:
             console.print(f"  {own}: " + ", ".join(parts))
 
 
-def _synthetic(rows: list[dict], console: Console) -> None:
-    groups: dict[str, list[dict]] = {}
+def _synthetic(rows: list[Row], console: Console) -> None:
+    """Print the means over synthetic loads, by redundancy and by family."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         skewed = row["family"] == "zipf 1.2" and "17-25%" in row["kind"]
         groups.setdefault(row["kind"] + (", zipf 1.2" if skewed else ""), []).append(row)
@@ -163,26 +174,25 @@ def _synthetic(rows: list[dict], console: Console) -> None:
     )
 
 
-def _moves(rows: list[dict], console: Console) -> None:
+def _moves(rows: list[Row], console: Console) -> None:
+    """Print the slots that move from window to window, and between pairs of traces."""
     drifting = [row for row in rows if "fresh" not in row]
     pairs = [row for row in rows if "fresh" in row]
-    lines = []
-    for row in drifting:
-        for planner in ("vLLM default", "replan"):
-            if planner in row:
-                f = row[planner]
-                lines.append(
-                    [
-                        row["case"],
-                        planner,
-                        f"{f['moved']:.0f}",
-                        f"{f['moved'] / row['slots']:.1%}",
-                        f"{f['planned']:.4f}",
-                        f"{f['next']:.4f}",
-                        f"{f['ms']:.1f}",
-                        f"{f['cpu_ms']:.1f}",
-                    ]
-                )
+    lines = [
+        [
+            row["case"],
+            planner,
+            f"{row[planner]['moved']:.0f}",
+            f"{row[planner]['moved'] / row['slots']:.1%}",
+            f"{row[planner]['planned']:.4f}",
+            f"{row[planner]['next']:.4f}",
+            f"{row[planner]['ms']:.1f}",
+            f"{row[planner]['cpu_ms']:.1f}",
+        ]
+        for row in drifting
+        for planner in ("vLLM default", "replan")
+        if planner in row
+    ]
     _table(
         console,
         "Moves per rebalance",
@@ -192,30 +202,39 @@ def _moves(rows: list[dict], console: Console) -> None:
     for row in drifting:
         if "vLLM default" in row:
             v, r = row["vLLM default"], row["replan"]
-            console.print(
-                f"  {row['case']}: {v['moved'] / max(r['moved'], 1):.1f}x fewer moves, balance {r['planned'] - v['planned']:+.4f}"
-            )
+            fewer = v["moved"] / max(r["moved"], 1)
+            gain = r["planned"] - v["planned"]
+            console.print(f"  {row['case']}: {fewer:.1f}x fewer moves, balance {gain:+.4f}")
     if pairs:
-        shares = [row["replan"]["moved"] / row["slots"] for row in pairs]
-        text = f"  {len(pairs)} pairs of traces: replan moves {np.mean(shares):.1%} of the slots (most {max(shares):.1%}), planned "
-        text += f"{min(row['replan']['planned'] for row in pairs):.4f} at least, {np.median([row['replan']['ms'] for row in pairs]):.1f} ms"
-        cpu = [row["replan"]["cpu_ms"] for row in pairs]
-        text += f" ({np.median(cpu):.1f} ms of CPU, most {max(cpu):.1f}); below its own fresh plan by at most "
-        text += f"{max(row['fresh'] - row['replan']['planned'] for row in pairs):.4f}"
-        console.print(text)
-        with_vllm = [row for row in pairs if "vLLM default" in row]
-        if with_vllm:
-            ratios = [row["vLLM default"]["moved"] / row["replan"]["moved"] for row in with_vllm]
-            loss = max(
-                row["vLLM default"]["planned"] - row["replan"]["planned"] for row in with_vllm
-            )
-            share = np.mean([row["vLLM default"]["moved"] / row["slots"] for row in with_vllm])
-            console.print(
-                f"  vLLM moves {share:.1%}: {np.mean(ratios):.1f}x as many (lowest {min(ratios):.1f}x); balance below vLLM's by at most {loss:.4f}"
-            )
+        _pairs(pairs, console)
 
 
-def _workloads(rows: list[dict], console: Console) -> None:
+def _pairs(pairs: list[Row], console: Console) -> None:
+    """Print what a rebalance between two traces moves and loses."""
+    found = [row["replan"] for row in pairs]
+    shares = [row["replan"]["moved"] / row["slots"] for row in pairs]
+    cpu = [f["cpu_ms"] for f in found]
+    loss = max(row["fresh"] - row["replan"]["planned"] for row in pairs)
+    console.print(
+        f"  {len(pairs)} pairs of traces: replan moves {np.mean(shares):.1%} of the slots "
+        f"(most {max(shares):.1%}), planned {min(f['planned'] for f in found):.4f} at least, "
+        f"{np.median([f['ms'] for f in found]):.1f} ms ({np.median(cpu):.1f} ms of CPU, "
+        f"most {max(cpu):.1f}); below its own fresh plan by at most {loss:.4f}"
+    )
+    with_vllm = [row for row in pairs if "vLLM default" in row]
+    if with_vllm:
+        vllm = [row["vLLM default"] for row in with_vllm]
+        ratios = [row["vLLM default"]["moved"] / row["replan"]["moved"] for row in with_vllm]
+        loss = max(row["vLLM default"]["planned"] - row["replan"]["planned"] for row in with_vllm)
+        share = np.mean([v["moved"] / row["slots"] for v, row in zip(vllm, with_vllm)])
+        console.print(
+            f"  vLLM moves {share:.1%}: {np.mean(ratios):.1f}x as many "
+            f"(lowest {min(ratios):.1f}x); balance below vLLM's by at most {loss:.4f}"
+        )
+
+
+def _workloads(rows: list[Row], console: Console) -> None:
+    """Print the worst balancedness of plans for several workloads."""
     ways = [key for key in rows[0] if key not in ("trained", "seconds")]
     lines = []
     for label, pick in (("median", np.median), ("lowest", np.min), ("highest", np.max)):
@@ -236,9 +255,8 @@ def _workloads(rows: list[dict], console: Console) -> None:
         ["choices of four", "planner", "of the four", "of the others"],
         lines,
     )
-    console.print(
-        f"  time: median {np.median([row['seconds'] for row in rows]):.2f} s, slowest {max(row['seconds'] for row in rows):.2f} s"
-    )
+    seconds = [row["seconds"] for row in rows]
+    console.print(f"  time: median {np.median(seconds):.2f} s, slowest {max(seconds):.2f} s")
     for way in ways[1:]:
         gains = sorted(
             ((row["together"]["others"] or 0) - (row[way]["others"] or 0), row["trained"])
@@ -252,7 +270,8 @@ def _workloads(rows: list[dict], console: Console) -> None:
         )
 
 
-def _locality(rows: list[dict], console: Console) -> None:
+def _locality(rows: list[Row], console: Console) -> None:
+    """Print hierarchical plans against their bound, and the curves of the soft form."""
     lines = [
         [
             row["case"],
@@ -284,7 +303,8 @@ def _locality(rows: list[dict], console: Console) -> None:
         console.print(f"  {row['case']}, {row['slots']} slots, leaving: balancedness: {points}")
 
 
-def _coactivation(rows: list[dict], console: Console) -> None:
+def _coactivation(rows: list[Row], console: Console) -> None:
+    """Print crossings per token."""
     lines = [
         [
             f"{row['case']}, {row['nodes']} nodes",
