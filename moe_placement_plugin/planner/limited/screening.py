@@ -17,7 +17,7 @@ FREE = 4.0
 FREE_BITS = 2
 
 ROOM = 5
-"""A swap counts 1 / 2**5 of the load that it moves: others find room on the busy rank."""
+"""A swap counts 1 / 2**5 of the load it moves: that leaves room on the busy rank for others."""
 
 EVEN_BITS = 14
 UNEVEN_BITS = 34
