@@ -110,7 +110,7 @@ def sglang_cases(folder: Path) -> list[Case]:
         str(write_qwen3_moe(folder / f"qwen{seed}", 32, seed=seed, size=SIZE)) for seed in (0, 7)
     )
     mtp, oss = str(write_glm4_moe_with_mtp(folder / "mtp")), folder / "oss"
-    own = str(write_qwen2_moe(folder / "qwen2"))
+    own = str(write_qwen2_moe(folder / "qwen2", size=SIZE))
     saver = {"model_path": qwen, "enable_memory_saver": True, "enable_weights_cpu_backup": True}
     eplb = {
         "enable_eplb": True,
@@ -123,6 +123,8 @@ def sglang_cases(folder: Path) -> list[Case]:
     gpt_oss = {
         "model_path": str(write_gpt_oss(oss, size=SIZE, yarn=False)),
         "disable_hybrid_swa_memory": True,  # no layer of this one has a window
+        # SGLang makes its attention of the configuration's type, whatever --dtype says.
+        "json_model_override_args": '{"dtype": "bfloat16", "torch_dtype": "bfloat16"}',
     }
     # SGLang 0.5.23 alone cannot load a bfloat16 gpt-oss over two ranks: it cuts no bias.
     one_rank = {"tp_size": 1, "ep_size": 1}

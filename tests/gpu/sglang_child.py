@@ -54,6 +54,9 @@ def main() -> None:
             "sampling_backend": "pytorch",
             "grammar_backend": "none",
             "enforce_disable_flashinfer_allreduce_fusion": True,
+            # Capturing 58 graphs of prefill and compiling their kernels takes 70 s of each start.
+            "disable_cuda_graph": True,
+            "disable_prefill_cuda_graph": True,
             "dtype": "bfloat16",
             "tp_size": 2,
             "ep_size": 2,

@@ -13,9 +13,12 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.support.sglang_plugin import install_plugin
+
+if TYPE_CHECKING:
+    from moe_placement_plugin.lab.demo import tiny_models
 
 ARGUMENTS = {
     "speculative_num_steps": 3,
@@ -181,7 +184,13 @@ KERNELS = {
 """Name in ``sgl_kernel`` -> the same for chains."""
 
 
-def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int = 0) -> Path:
+def write_qwen2_moe(
+    path: Path,
+    num_experts: int = 8,
+    top_k: int = 2,
+    seed: int = 0,
+    size: tiny_models.Size | None = None,
+) -> Path:
     """Write a Qwen2-MoE checkpoint, which SGLang takes for a draft as it is.
 
     As a draft of Qwen3-MoE it would load an MTP layer.
@@ -191,6 +200,7 @@ def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int 
         num_experts: experts per layer.
         top_k: experts per token.
         seed: of the random weights.
+        size: of the model; two layers of narrow heads when left out.
     """
     import numpy as np
 
@@ -203,7 +213,7 @@ def write_qwen2_moe(path: Path, num_experts: int = 8, top_k: int = 2, seed: int 
         write_checkpoint,
     )
 
-    size, rng = Size(layers=2, head_dim=8), np.random.default_rng(seed)
+    size, rng = size or Size(layers=2, head_dim=8), np.random.default_rng(seed)
     config = qwen3_moe_config(size, num_experts, top_k) | {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
