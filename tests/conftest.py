@@ -6,10 +6,14 @@ That is which engine they need, how hypothesis runs, and that names are not wait
 from __future__ import annotations
 
 import os
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+from tests.support.forked_command import run_command
 
 ENGINES = ("vllm", "sglang")
 """A folder of this name holds tests that need this engine.
@@ -39,3 +43,15 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         for engine in set(ENGINES) & set(item.path.relative_to(here).parts):
             item.add_marker(engine)
+
+
+@pytest.fixture
+def cli():
+    """Run ``moe-placement`` as a user does; returns the finished process."""
+
+    def run(*arguments: object, code: int | None = 0) -> subprocess.CompletedProcess:
+        done = run_command(*map(str, arguments))
+        assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        return done
+
+    return run
