@@ -22,8 +22,6 @@ from .lost_experts import place_lost
 from .policy import RebalancePolicy
 from .tables import EngineRanks, rebalance_table
 
-REBALANCE_FLAG = "--expert-rebalance"
-
 
 def policy_from(values: Mapping[str, Any] | None, flag: str) -> RebalancePolicy:
     """Return the rules that the user gave, over the defaults.

@@ -14,7 +14,6 @@ from ...core.errors import PlacementError
 from ...exchange.watchdog import Watchdog
 from ...rebalancing import tables
 from ...rebalancing.rebalance import Rebalance, other_ranks
-from ...rebalancing.rebalancer import REBALANCE_FLAG, policy_from
 from ..common.settings import Settings
 from . import (
     elastic,
@@ -103,12 +102,11 @@ def rebalance(original: Callable, self: Any) -> Iterator[None]:
     settings, eplb = placing(), eplb_exchange.loaded()
     assert settings is not None, "hooked only where a placement was asked for"
     model = self._get_model()
-    policy = policy_from(settings.rebalancing.rules, REBALANCE_FLAG)
     if settings.rebalancing.plans and eplb.rebalancer is None:
         weights = model.routed_experts_weights_of_layer
-        eplb.rebalancer = eplb_policy.rebalancer_of(eplb, policy, weights)
+        eplb.rebalancer = eplb_policy.rebalancer_of(eplb, weights)
     here = Rebalance(
-        Watchdog(policy.watchdog, report=logger.warning),
+        Watchdog(eplb.policy.watchdog, report=logger.warning),
         other_ranks(get_moe_ep_group()),
         eplb.rebalancer,
     )

@@ -10,7 +10,8 @@ import numpy as np
 
 from ...core.errors import PlacementError
 from ...rebalancing.exchanger import ExchangeLimits, Exchanger, RankFacts, connect
-from ...rebalancing.rebalancer import REBALANCE_FLAG, policy_from
+from ...rebalancing.rebalancer import policy_from
+from ..common import options
 from ..common.settings import Settings
 from . import elastic, expert_reader
 from .hook_registry import Hook
@@ -32,7 +33,9 @@ def gather_rank_facts(settings: Settings, model: Any) -> None:
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
     group = get_moe_ep_group()
-    STATE.eplb = Eplb(RankFacts.gather(group.cpu_group, settings.rebalancing.elastic), model)
+    policy = policy_from(settings.rebalancing.rules, options.REBALANCE.flag)
+    facts = RankFacts.gather(group.cpu_group, settings.rebalancing.elastic)
+    STATE.eplb = Eplb(facts, model, policy)
     connect(group.device_group, next(model.parameters()).device)
 
 
@@ -127,9 +130,7 @@ def exchanger_of(eplb: Eplb, weights: Any, in_force: Any) -> Exchanger:
         return eplb.exchanger
     from sglang.srt.distributed.parallel_state import get_moe_ep_group
 
-    settings = placing()
-    assert settings is not None, "checked in `loaded`"
-    limits = ExchangeLimits.of(policy_from(settings.rebalancing.rules, REBALANCE_FLAG))
+    limits = ExchangeLimits.of(eplb.policy)
     tensors = current_tensors(weights, eplb.model)
     first = next(iter(tensors.values()))[0]
     group = get_moe_ep_group()

@@ -10,7 +10,6 @@ import numpy as np
 
 from ...core.load import MIXED, ExpertLoad
 from ...core.tables import inverse_maps
-from ...rebalancing.policy import RebalancePolicy
 from ...rebalancing.rebalancer import Rebalancer
 from ...rebalancing.tables import EngineRanks
 from . import elastic, eplb_phases
@@ -26,12 +25,11 @@ There are up to a thousand passes.
 """
 
 
-def rebalancer_of(eplb: Eplb, policy: RebalancePolicy, weights: Any) -> Rebalancer:
+def rebalancer_of(eplb: Eplb, weights: Any) -> Rebalancer:
     """Make what plans and decides for the model.
 
     Args:
         eplb: of this process.
-        policy: the user's rules.
         weights: SGLang's list, layer -> tensors ``[slots, ...]``.
     """
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
@@ -42,7 +40,7 @@ def rebalancer_of(eplb: Eplb, policy: RebalancePolicy, weights: Any) -> Rebalanc
         for layer in layers
     ]
     gathers = get_moe_a2a_backend().is_none()
-    return Rebalancer(policy, layers, sizes, logger, eplb.facts.topology, gathers)
+    return Rebalancer(eplb.policy, layers, sizes, logger, eplb.facts.topology, gathers)
 
 
 def plan(

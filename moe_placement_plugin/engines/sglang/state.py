@@ -13,6 +13,7 @@ from ..common.settings import Settings
 
 if TYPE_CHECKING:
     from ...rebalancing.exchanger import Exchanger, RankFacts
+    from ...rebalancing.policy import RebalancePolicy
     from ...rebalancing.rebalance import Rebalance
     from ...rebalancing.rebalancer import Rebalancer
     from .drafts import DraftLoading
@@ -60,6 +61,7 @@ class Eplb:
     Attributes:
         facts: what the EP ranks have told each other.
         model: that is served.
+        policy: the user's rules.
         rebalancer: plans and decides; None before the first rebalance, and where SGLang's own
             algorithm does.
         exchanger: moves experts; None before the first exchange.
@@ -70,6 +72,7 @@ class Eplb:
 
     facts: RankFacts
     model: Any
+    policy: RebalancePolicy
     rebalancer: Rebalancer | None = None
     exchanger: Exchanger | None = None
     reader: EngineReader | None = None

@@ -20,8 +20,9 @@ from ...exchange.watchdog import WaitingFor, Watchdog
 from ...rebalancing.exchanger import ExchangeLimits
 from ...rebalancing.policy import RebalancePolicy
 from ...rebalancing.rebalance import Rebalance, other_ranks
-from ...rebalancing.rebalancer import REBALANCE_FLAG, Rebalancer, policy_from
+from ...rebalancing.rebalancer import Rebalancer, policy_from
 from ...rebalancing.tables import warm_up
+from ..common import options
 from ..common.patching import Patch
 from ..common.settings import Settings
 from . import (
@@ -56,7 +57,7 @@ def _add_model(original):
         settings = STATE.settings if config is None else settings_of(config)
         if settings is None or not settings.rebalancing.moves:
             return
-        rules = policy_from(settings.rebalancing.rules, REBALANCE_FLAG)
+        rules = policy_from(settings.rebalancing.rules, options.REBALANCE.flag)
         eplb = STATE.eplb_of(self)
         if eplb is None:
             eplb = STATE.eplb = Eplb(self, rules.watchdog, ExchangeLimits.of(rules))

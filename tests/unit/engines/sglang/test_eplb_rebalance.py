@@ -60,7 +60,7 @@ def serving(monkeypatch):
     monkeypatch.setattr(eplb.elastic, "live_ranks", lambda: None)
     monkeypatch.setattr(eplb.eplb_phases, "ranks_that_count_a_token", lambda: 1)
     facts = types.SimpleNamespace(topology=Topology(RANKS))
-    monkeypatch.setattr(STATE, "eplb", state.Eplb(facts, None))
+    monkeypatch.setattr(STATE, "eplb", state.Eplb(facts, None, RebalancePolicy()))
     STATE.settings = make_settings("eplb")
     yield in_force
     STATE.settings = None
@@ -226,7 +226,8 @@ def rebalancing(serving, monkeypatch):
     monkeypatch.setattr(eplb, "verifies", lambda: True)
     monkeypatch.setattr(eplb.elastic, "may_lose_ranks", lambda: False)
     monkeypatch.setattr(eplb, "renew", lambda model: True)
-    STATE.settings = make_settings("eplb", rules={"watchdog": 0.05}, moves=True, plans=True)
+    STATE.settings = make_settings("eplb", moves=True, plans=True)
+    STATE.eplb.policy = RebalancePolicy(watchdog=0.05)
     yield checked
     STATE.settings = None
 

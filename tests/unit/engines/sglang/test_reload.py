@@ -23,6 +23,7 @@ from moe_placement_plugin.engines.sglang import (
     slot_digests,
 )
 from moe_placement_plugin.engines.sglang.state import STATE, Eplb
+from moe_placement_plugin.rebalancing.policy import RebalancePolicy
 from tests.support.sglang_settings import make_settings
 
 
@@ -245,7 +246,7 @@ def test_an_exchanger_with_views_of_old_weights_is_made_anew(runner, monkeypatch
             made.append((name, [t.data_ptr() for t in tensors[1]]))
 
     monkeypatch.setattr(eplb_exchange, "Exchanger", Made)
-    known = Eplb(types.SimpleNamespace(stores=object()), runner.model)
+    known = Eplb(types.SimpleNamespace(stores=object()), runner.model, RebalancePolicy())
     experts, in_force = runner.model.experts, types.SimpleNamespace(num_logical_experts=2)
     listed = {1: eplb_exchange.slot_tensors(experts)}
     first = eplb_exchange.exchanger_of(known, listed, in_force)

@@ -13,11 +13,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
+from moe_placement_plugin.engines.common.options import REBALANCE  # noqa: E402
 from moe_placement_plugin.engines.common.patching import PatchSet  # noqa: E402
 from moe_placement_plugin.engines.common.request import Request  # noqa: E402
 from moe_placement_plugin.engines.vllm import eplb, kernel_configs, layers, resolve  # noqa: E402
 from moe_placement_plugin.engines.vllm.combination import Combination  # noqa: E402
-from moe_placement_plugin.engines.vllm.eplb import REBALANCE_FLAG, logger  # noqa: E402
+from moe_placement_plugin.engines.vllm.eplb import logger  # noqa: E402
 from moe_placement_plugin.engines.vllm.eplb_policy import planner_policy  # noqa: E402
 from moe_placement_plugin.engines.vllm.state import (  # noqa: E402
     STATE,  # noqa: E402
@@ -40,7 +41,7 @@ def policy(*shapes, **rules):
     for layers_and_experts in shapes:
         of_vllm = SimpleNamespace(logical_replica_count=torch.ones(layers_and_experts))
         rows = range(layers_and_experts[0])
-        planner = Rebalancer(policy_from(rules, REBALANCE_FLAG), rows, 1000, logger)
+        planner = Rebalancer(policy_from(rules, REBALANCE.flag), rows, 1000, logger)
         rebalance = Rebalance(Watchdog(), rebalancer=planner)
         models.append(EplbModel(of_vllm, rebalancer=planner, rebalance=rebalance))
     return planner_policy(Eplb(None, 30.0, ExchangeLimits(), models))
@@ -121,7 +122,7 @@ def test_layers_are_numbered_by_their_own_index_where_it_is_theirs_alone():
 )
 def test_rules_that_make_no_sense_are_refused(rules, message):
     with pytest.raises(PlacementError, match=message):
-        policy_from(rules, REBALANCE_FLAG)
+        policy_from(rules, REBALANCE.flag)
 
 
 def test_rules_without_anything_that_rebalances_are_refused():

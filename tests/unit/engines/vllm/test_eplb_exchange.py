@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
+from moe_placement_plugin.engines.common.options import REBALANCE  # noqa: E402
 from moe_placement_plugin.engines.vllm import eplb, eplb_phases, eplb_policy, state  # noqa: E402
 from moe_placement_plugin.exchange.watchdog import Watchdog  # noqa: E402
 from moe_placement_plugin.rebalancing.exchanger import ExchangeLimits  # noqa: E402
@@ -77,7 +78,7 @@ def begun(monkeypatch):
 
 def planned_model(of_vllm=None) -> state.EplbModel:
     """Return a model of two layers that we plan for, whose rebalance has begun."""
-    planner = Rebalancer(policy_from({}, eplb.REBALANCE_FLAG), range(2), 1000, eplb.logger)
+    planner = Rebalancer(policy_from({}, REBALANCE.flag), range(2), 1000, eplb.logger)
     rebalance = Rebalance(Watchdog(), rebalancer=planner)
     return state.EplbModel(of_vllm, rebalancer=planner, rebalance=rebalance)
 
