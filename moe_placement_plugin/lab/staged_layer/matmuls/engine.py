@@ -11,6 +11,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,25 @@ from .base import Matmuls, sum_choices
 
 INTERPRETER_TILES = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
 """Tiles under the interpreter, where the engines' own choice by device name means nothing."""
+
+
+UNQUANTIZED = {
+    "A_scale": None,
+    "B_scale": None,
+    "use_fp8_w8a8": False,
+    "use_int8_w8a8": False,
+    "use_int8_w8a16": False,
+    "use_int4_w4a16": False,
+    "per_channel_quant": False,
+}
+"""Arguments of both launchers for weights that are not quantized."""
+
+LAUNCH = (
+    *("A", "B", "C", "topk_weights", "sorted_token_ids", "expert_ids", "num_tokens_post_padded"),
+    *("mul_routed_weight", "top_k", "config", "compute_type"),
+    *UNQUANTIZED,
+)
+"""Arguments that both launchers are given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +89,9 @@ class EngineMatmuls(Matmuls):
     zeroes_elsewhere: bool
     """Whether the kernel writes zeros for the choices of other ranks."""
 
+    _launch: Callable[..., Any]
+    """The engine's launcher, which takes `LAUNCH`."""
+
     def __init__(self, interpreted: bool):
         self.interpreted = interpreted
 
@@ -84,7 +107,6 @@ class EngineMatmuls(Matmuls):
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Run the engine's own align step on CUDA."""
 
-    @abstractmethod
     def launch(
         self,
         a: torch.Tensor,
@@ -95,6 +117,31 @@ class EngineMatmuls(Matmuls):
         product: Product,
     ) -> None:
         """Set ``c[i] = a[i // top_k] @ b[slot of choice i].T``, weighted by the router if asked."""
+        self._launch(
+            A=a,
+            B=b,
+            C=c,
+            topk_weights=output.weights,
+            sorted_token_ids=plan.sorted_ids,
+            expert_ids=plan.expert_ids,
+            num_tokens_post_padded=plan.num_padded,
+            mul_routed_weight=product.weighted,
+            top_k=product.top_k,
+            config=product.config,
+            compute_type=self._compute_types[c.dtype],
+            **UNQUANTIZED,
+            **self.more_arguments(output),
+        )
+
+    def more_arguments(self, output: RouteOutput) -> dict[str, Any]:
+        """Return what the engine's launcher takes besides `LAUNCH`."""
+        return {}
+
+    @cached_property
+    def _compute_types(self) -> dict[torch.dtype, Any]:
+        import triton.language as tl  # lazy: heavy
+
+        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
     @abstractmethod
     def engine_swiglu(self, values: torch.Tensor) -> torch.Tensor:

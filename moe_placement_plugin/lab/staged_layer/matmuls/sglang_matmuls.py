@@ -9,33 +9,12 @@ from __future__ import annotations
 
 import importlib
 from functools import cached_property
-from typing import Any
 
-import torch
-
-from .engine import EngineMatmuls, engine_function
+from .engine import LAUNCH, EngineMatmuls, engine_function
 
 _KERNELS = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
 _UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
-_UNQUANTIZED = {
-    "bias": None,
-    "A_scale": None,
-    "B_scale": None,
-    "B_zp": None,
-    "use_fp8_w8a8": False,
-    "use_int8_w8a8": False,
-    "use_int8_w8a16": False,
-    "use_int4_w4a16": False,
-    "per_channel_quant": False,
-}
-"""Arguments of the launcher for weights that are not quantized."""
-
-_LAUNCH = (
-    *("A", "B", "C", "topk_weights", "topk_ids", "sorted_token_ids", "expert_ids"),
-    *("num_tokens_post_padded", "mul_routed_weight", "top_k", "config", "compute_type"),
-    "filter_expert",
-    *_UNQUANTIZED,
-)
+_LAUNCH = (*LAUNCH, "topk_ids", "filter_expert", "bias", "B_zp")
 """Arguments that the launcher is given."""
 
 _TILES = ("w1_shape", "w2_shape", "top_k", "dtype", "M", "return_down_config")
@@ -73,12 +52,6 @@ class SglangMatmuls(EngineMatmuls):
         )
 
     @cached_property
-    def _compute_types(self) -> dict[torch.dtype, Any]:
-        import triton.language as tl
-
-        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-    @cached_property
     def _swiglu(self):
         # The launcher's module imports the activation from where this version keeps it, on CUDA
         # only.
@@ -107,23 +80,13 @@ class SglangMatmuls(EngineMatmuls):
             num_experts=output.num_slots,
         )
 
-    def launch(self, a, b, c, output, plan, product):
-        self._launch(
-            A=a,
-            B=b,
-            C=c,
-            topk_weights=output.weights,
-            topk_ids=output.local_slots,
-            sorted_token_ids=plan.sorted_ids,
-            expert_ids=plan.expert_ids,
-            num_tokens_post_padded=plan.num_padded,
-            mul_routed_weight=product.weighted,
-            top_k=product.top_k,
-            config=product.config,
-            compute_type=self._compute_types[c.dtype],
-            filter_expert=not output.complete,
-            **_UNQUANTIZED,
-        )
+    def more_arguments(self, output):
+        return {
+            "topk_ids": output.local_slots,
+            "filter_expert": not output.complete,
+            "bias": None,
+            "B_zp": None,
+        }
 
     def engine_swiglu(self, values):
         result = values.new_empty((values.shape[0], values.shape[1] // 2))

@@ -8,34 +8,14 @@ Read in vLLM 0.25.1, 0.32.0 and 0.33.0; what is called is probed by signature.
 from __future__ import annotations
 
 import sys
-from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from ....core.errors import PlacementError
-from .engine import EngineMatmuls, engine_function
+from .engine import LAUNCH, EngineMatmuls, engine_function
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe.fused_moe"
-_UNQUANTIZED = {
-    "A_scale": None,
-    "B_scale": None,
-    "use_fp8_w8a8": False,
-    "use_int8_w8a8": False,
-    "use_int8_w8a16": False,
-    "use_int4_w4a16": False,
-    "per_channel_quant": False,
-}
-"""Arguments of the launcher for weights that are not quantized."""
-
-_LAUNCH = (
-    *("A", "B", "C", "topk_weights", "sorted_token_ids", "expert_ids", "num_tokens_post_padded"),
-    *("mul_routed_weight", "top_k", "config", "compute_type"),
-    *_UNQUANTIZED,
-)
-"""Arguments that the launcher is given."""
-
 _ASSIGN = (
     "topk_ids",
     "config",
@@ -59,7 +39,7 @@ class VllmMatmuls(EngineMatmuls):
             _import_with_triton()
         import vllm
 
-        self._launch = engine_function(_FUSED_MOE, "invoke_fused_moe_triton_kernel", _LAUNCH)
+        self._launch = engine_function(_FUSED_MOE, "invoke_fused_moe_triton_kernel", LAUNCH)
         if not interpreted:
             self._assign = engine_function(_FUSED_MOE, "_prepare_expert_assignment", _ASSIGN)
             self._tiles = engine_function(_FUSED_MOE, "try_get_optimal_moe_config", _TILES)
@@ -68,12 +48,6 @@ class VllmMatmuls(EngineMatmuls):
             " (Triton interpreter)" if interpreted else ""
         )
         self._maps: dict[tuple[int, torch.device], torch.Tensor] = {}
-
-    @cached_property
-    def _compute_types(self) -> dict[torch.dtype, Any]:
-        import triton.language as tl
-
-        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
     def choose_tiles(self, x, output, weights):
         # The name under which tuned tiles for these types are filed; bfloat16 and float16 share
@@ -111,22 +85,6 @@ class VllmMatmuls(EngineMatmuls):
                 [*range(slots), -1], dtype=torch.int32, device=device
             )
         return self._maps[slots, device]
-
-    def launch(self, a, b, c, output, plan, product):
-        self._launch(
-            A=a,
-            B=b,
-            C=c,
-            topk_weights=output.weights,
-            sorted_token_ids=plan.sorted_ids,
-            expert_ids=plan.expert_ids,
-            num_tokens_post_padded=plan.num_padded,
-            mul_routed_weight=product.weighted,
-            top_k=product.top_k,
-            config=product.config,
-            compute_type=self._compute_types[c.dtype],
-            **_UNQUANTIZED,
-        )
 
     def engine_swiglu(self, values):
         result = values.new_empty((values.shape[0], values.shape[1] // 2))
