@@ -14,6 +14,8 @@ import os
 import sys
 from pathlib import Path
 
+from tests.support.vllm_runner import CORE_HERE, ENVIRONMENT
+
 PROMPTS = ["hello world", "The quick brown fox", "0123456789 abc"]
 
 
@@ -62,8 +64,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_OMP_THREADS_BIND="0|1", VLLM_ALLOW_INSECURE_SERIALIZATION="1",
-    )  # fmt: skip
+    os.environ.update({**ENVIRONMENT, **CORE_HERE, "VLLM_CPU_OMP_THREADS_BIND": "0|1"})
     main()

@@ -30,6 +30,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from tests.support.rebalance_rules import ANY_GAIN_AND_PHASE
 from tests.support.warm_workers import WarmContext
 
 RANKS = 4
@@ -258,7 +259,6 @@ def server_arguments(model: str, ranks: int):
     from moe_placement_plugin.engines.sglang.state import settings_of
 
     experts = json.loads((Path(model) / "config.json").read_text())["num_experts"]
-    rules = {"min_gain": 0.0, "hysteresis": 0.0, "max_phase_loss": 0.5, "small_batches": False}
     words = (
         "--device cpu --attention-backend torch_native --dtype float32 --sampling-backend pytorch "
         "--grammar-backend none --log-level info --enable-eplb --expert-placement-strategy eplb "
@@ -267,7 +267,13 @@ def server_arguments(model: str, ranks: int):
         f"--skip-tokenizer-init --ep-num-redundant-experts {experts}"
     )
     server_args = prepare_server_args(
-        ["--model-path", model, *words.split(), "--expert-rebalance", json.dumps(rules)]
+        [
+            "--model-path",
+            model,
+            *words.split(),
+            "--expert-rebalance",
+            json.dumps(ANY_GAIN_AND_PHASE),
+        ]
     )
     if hasattr(server_args, "resolve_once"):
         server_args.resolve_once()

@@ -15,13 +15,14 @@ from moe_placement_plugin.core.load import ExpertLoad
 from moe_placement_plugin.rebalancing.rebalancer import Proposal, Rebalancer, policy_from
 from moe_placement_plugin.rebalancing.tables import EngineRanks
 from moe_placement_plugin.simulation.costmodel import Calibration, Measurement
+from tests.support.rebalance_rules import ANY_GAIN
 
 LAYERS, EXPERTS, RANKS, SLOTS = 3, 12, 4, 6
 
 
 def rebalancer(**rules) -> Rebalancer:
-    rules = {"min_gain": 0.0, "hysteresis": 0.0, "small_batches": False} | rules
-    return Rebalancer(policy_from(rules, "--flag"), range(LAYERS), 1000, logging.getLogger())
+    policy = policy_from(ANY_GAIN | rules, "--flag")
+    return Rebalancer(policy, range(LAYERS), 1000, logging.getLogger())
 
 
 def in_force() -> np.ndarray:

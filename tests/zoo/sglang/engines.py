@@ -10,18 +10,17 @@ they want a processor's files.
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from tests.integration.sglang.engines import ENV, ROOT, Outcome, case, run_cases, threads
-from tests.support.children import engine_lock, python, run_child
+from tests.integration.sglang.engines import Outcome, case, run_cases
+from tests.support.children import engine_lock
 
 from . import checkpoints, skeleton
+from .launched import launch, results_in
 from .recipe import Recipe
 from .recipes import RECIPES
 
@@ -43,28 +42,16 @@ def outlines(recipes: list[Recipe], folder: Path) -> dict[str, list[skeleton.Nam
 
     A recipe that one rank cannot build has none.
     """
-    wanted, given = folder / "outlines.json", folder / "outlines.pickle"
-    wanted.write_text(
-        json.dumps(
-            [
-                {"name": r.name, "recipe": r.name, "placement": "outline", "arguments": {}}
-                for r in recipes
-            ]
-        )
+    launch(
+        [
+            {"name": r.name, "recipe": r.name, "placement": "outline", "arguments": {}}
+            for r in recipes
+        ],
+        folder,
     )
-    env = (
-        ENV
-        | checkpoints.ENV
-        | {
-            "SGLANG_CPU_OMP_THREADS_BIND": threads(2),
-            "HF_MODULES_CACHE": str(folder / "modules"),
-        }
-    )
-    run_child(python("-m", "tests.zoo.sglang.launcher", str(wanted), str(given)), 600, env, ROOT)
-    results = pickle.loads(given.read_bytes())
     return {
         name: result["one"]["outline"]
-        for name, result in results.items()
+        for name, result in results_in(folder).items()
         if result.get("one", {}).get("outline")
     }
 

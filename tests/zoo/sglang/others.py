@@ -91,23 +91,17 @@ GPT_OSS = BASE | {
 NO_REDUNDANCY = {"replicas": "the model asserts that there are none"}
 
 OTHERS: tuple[Recipe, ...] = (
-    Recipe(
-        "BailingMoEForCausalLM",
-        BASE | BAILING,
-        LATER,
-        MLP,
-        (*PER_EXPERT, dense("shared_experts")),
-        remote=True,
-        refused=NO_REDUNDANCY,
-    ),
-    Recipe(
-        "BailingMoeForCausalLM",
-        BASE | BAILING,
-        LATER,
-        MLP,
-        (*PER_EXPERT, dense("shared_experts")),
-        remote=True,
-        refused=NO_REDUNDANCY,
+    *(
+        Recipe(
+            name,
+            BASE | BAILING,
+            LATER,
+            MLP,
+            (*PER_EXPERT, dense("shared_experts")),
+            remote=True,
+            refused=NO_REDUNDANCY,
+        )
+        for name in ("BailingMoEForCausalLM", "BailingMoeForCausalLM")
     ),
     Recipe(
         "BailingMoeV2ForCausalLM",

@@ -5,6 +5,14 @@ from __future__ import annotations
 from .recipe import ALL, BASE, LATER, MLP, PER_EXPERT, QWEN3, Recipe, dense, router, single, stacked
 from .values import HIDDEN, WIDTH
 
+STACKED_AND_SHARED = (
+    stacked(),
+    router(),
+    dense("shared_expert"),
+    single("shared_expert_gate.weight", 1, HIDDEN),
+)
+"""What a MoE layer of Qwen3.5 and its followers holds: experts in one tensor, a shared one."""
+
 QWEN35 = {
     "shared_expert_intermediate_size": WIDTH,
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
@@ -162,12 +170,7 @@ QWEN: tuple[Recipe, ...] = (
         BASE | QWEN3 | QWEN35 | {"model_type": "qwen3_5_moe_text"},
         ALL,
         MLP,
-        (
-            stacked(),
-            router(),
-            dense("shared_expert"),
-            single("shared_expert_gate.weight", 1, HIDDEN),
-        ),
+        STACKED_AND_SHARED,
     ),
     Recipe(
         "Qwen3_5MoeForConditionalGeneration",
@@ -178,12 +181,7 @@ QWEN: tuple[Recipe, ...] = (
         },
         ALL,
         "model.language_model.layers.{layer}.mlp",
-        (
-            stacked(),
-            router(),
-            dense("shared_expert"),
-            single("shared_expert_gate.weight", 1, HIDDEN),
-        ),
+        STACKED_AND_SHARED,
     ),
     Recipe(
         "InternS2PreviewForConditionalGeneration",
@@ -194,12 +192,7 @@ QWEN: tuple[Recipe, ...] = (
         },
         ALL,
         "model.language_model.layers.{layer}.mlp",
-        (
-            stacked(),
-            router(),
-            dense("shared_expert"),
-            single("shared_expert_gate.weight", 1, HIDDEN),
-        ),
+        STACKED_AND_SHARED,
     ),
     Recipe(
         "Qwen4ExpForConditionalGeneration",
@@ -213,12 +206,7 @@ QWEN: tuple[Recipe, ...] = (
         },
         ALL,
         "model.language_model.layers.{layer}.mlp",
-        (
-            stacked(),
-            router(),
-            dense("shared_expert"),
-            single("shared_expert_gate.weight", 1, HIDDEN),
-        ),
+        STACKED_AND_SHARED,
         unbuildable="Torch not compiled with CUDA enabled",
     ),
 )

@@ -9,8 +9,6 @@ the ranks, with a single rank's that has no plugin.
 
 from __future__ import annotations
 
-import json
-import pickle
 from typing import Any
 
 import numpy as np
@@ -18,10 +16,9 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from tests.integration.sglang.engines import ENV, ROOT, threads  # noqa: E402
-from tests.support.children import engine_lock, python, run_child  # noqa: E402
+from tests.support.children import engine_lock  # noqa: E402
 
-from . import checkpoints, registered, table  # noqa: E402
+from . import registered, table  # noqa: E402
 from .cases import (  # noqa: E402
     INCOMPLETE,
     MISTAKEN,
@@ -31,6 +28,7 @@ from .cases import (  # noqa: E402
     name_of,
 )
 from .drafts import DRAFTED  # noqa: E402
+from .launched import launch, results_in  # noqa: E402
 from .quantized import QUANTIZED  # noqa: E402
 from .recipe import Recipe  # noqa: E402
 from .recipes import RECIPES  # noqa: E402
@@ -54,23 +52,11 @@ CASES = [
 def results(tmp_path_factory) -> dict[str, dict[str, Any]]:
     """Return what each case's ranks said."""
     folder = tmp_path_factory.mktemp("zoo")
-    wanted, given = folder / "cases.json", folder / "results.pickle"
-    wanted.write_text(json.dumps(all_cases()))
-    env = (
-        ENV
-        | checkpoints.ENV
-        | {
-            "SGLANG_CPU_OMP_THREADS_BIND": threads(2),
-            "HF_MODULES_CACHE": str(folder / "modules"),
-        }
-    )
     with engine_lock():
-        finished = run_child(
-            python("-m", "tests.zoo.sglang.launcher", str(wanted), str(given)), 600, env, ROOT
-        )
+        finished = launch(all_cases(), folder)
     (folder / "log.txt").write_text(finished.output)
     assert finished.code == 0, finished.output[-3000:]
-    return pickle.loads(given.read_bytes())
+    return results_in(folder)
 
 
 def _id(value: Any) -> str:

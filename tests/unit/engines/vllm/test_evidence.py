@@ -10,7 +10,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import Placement, PlacementError  # noqa: E402
-from moe_placement_plugin.engines.common.patching import PatchSet  # noqa: E402
 from moe_placement_plugin.engines.vllm import (  # noqa: E402
     evidence,
     layers,
@@ -30,15 +29,11 @@ from tests.support.vllm_layers import (  # noqa: E402
 )
 from tests.support.vllm_settings import make_settings  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(autouse=True)
-def watched():
-    patches = PatchSet(evidence.evidence_patches())
-    patches.apply()
-    yield
-    patches.undo()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("loading_is_watched"),
+]
 
 
 def test_moved_slots_compares_the_first_expert_too():

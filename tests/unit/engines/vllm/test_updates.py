@@ -10,7 +10,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed in this environment")
 import torch  # noqa: E402
 
 from moe_placement_plugin import PlacementError  # noqa: E402
-from moe_placement_plugin.engines.common.patching import PatchSet  # noqa: E402
 from moe_placement_plugin.engines.vllm import (  # noqa: E402
     evidence,
     layers,
@@ -36,15 +35,11 @@ from tests.support.vllm_layers import (  # noqa: E402
 )
 from tests.support.vllm_settings import make_settings  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(autouse=True)
-def watched():
-    patches = PatchSet(evidence.evidence_patches())
-    patches.apply()
-    yield
-    patches.undo()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("loading_is_watched"),
+]
 
 
 def test_new_weights_go_to_the_slots_of_the_table_in_force():
